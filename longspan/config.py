@@ -1,0 +1,269 @@
+"""Every configuration as a frozen, keyword-only dataclass. Standard library only.
+
+Model facts come from the checkpoint's ``config.json`` (`ModelConfig.from_hf`), engine choices from
+`EngineConfig`. "auto" values are resolved once, into a new object, before anything starts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from longspan.errors import CheckpointError, LongspanError
+
+AttentionMode = Literal["auto", "dense", "sparse"]
+PositionMode = Literal["auto", "rope", "dca", "dca+yarn"]
+
+SUPPORTED_ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
+RELEASED_SPARSE_KEYS = (
+    "sparse_attention_enabled",
+    "sparse_attention_threshold",
+    "sparse_attention_last_q",
+    "sparse_attention_config",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DcaConfig:
+    """Dual Chunk Attention as released checkpoints describe it (`dual_chunk_attention_config`)."""
+
+    chunk_size: int
+    """Clamp of relative positions (c in the paper), tokens; not the DCA chunk's length."""
+    local_size: int
+    """Local window w, tokens."""
+    original_max_position_embeddings: int = 0
+    """Trained length for the YaRN attention temperature, tokens; 0 means no temperature."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.local_size < self.chunk_size:
+            raise CheckpointError(
+                f"dual_chunk_attention_config: local_size {self.local_size} must be between 1 and "
+                f"chunk_size - 1 = {self.chunk_size - 1}; correct config.json"
+            )
+
+    @property
+    def dca_chunk_len(self) -> int:
+        """Length s of one DCA chunk, tokens: chunk_size - local_size."""
+        return self.chunk_size - self.local_size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """What a decoder-only checkpoint of the Qwen2 or Qwen3 family states about itself."""
+
+    architecture: str
+    """Class name in config.json, one of `SUPPORTED_ARCHITECTURES`."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    """Longest context that the checkpoint claims, tokens."""
+    tie_word_embeddings: bool
+    attention_bias: bool
+    """Bias on the q, k and v projections (Qwen2)."""
+    qk_norm: bool
+    """RMSNorm on each query and key head (Qwen3)."""
+    dtype: str = "bfloat16"
+    """Type of the stored weights."""
+    dca: DcaConfig | None = None
+    sparse_budgets: tuple[dict[str, Any], ...] | None = None
+    """Released per-head budgets: one {head: [type, vertical, slash, score]} for each layer."""
+    sparse_threshold: int = 32_768
+    """Prompts longer than this use sparse prefill, tokens."""
+    sparse_probe_len: int = 64
+    """Last queries of a prefill chunk that estimate the pattern."""
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise CheckpointError(
+                f"num_attention_heads {self.num_heads} is not a multiple of num_key_value_heads "
+                f"{self.num_kv_heads}; correct config.json"
+            )
+        if self.head_dim % 2:
+            raise CheckpointError(f"head_dim {self.head_dim} must be even for RoPE")
+
+    @classmethod
+    def from_hf(cls, raw: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
+        """Read a Hugging Face config. Raises `CheckpointError` naming what is not supported."""
+        architecture = _architecture(raw, source)
+        _refuse_unsupported(raw, source)
+        need = _Reader(raw, source)
+        hidden_size, num_heads = need.integer("hidden_size"), need.integer("num_attention_heads")
+        dca_raw = raw.get("dual_chunk_attention_config") or {}
+        return cls(
+            architecture=architecture,
+            vocab_size=need.integer("vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=need.integer("intermediate_size"),
+            num_layers=need.integer("num_hidden_layers"),
+            num_heads=num_heads,
+            num_kv_heads=int(raw.get("num_key_value_heads") or num_heads),
+            head_dim=int(raw.get("head_dim") or hidden_size // num_heads),
+            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rope_theta=_rope_theta(raw),
+            max_position_embeddings=need.integer("max_position_embeddings"),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            attention_bias=architecture.startswith("Qwen2") or bool(raw.get("attention_bias")),
+            qk_norm=architecture.startswith("Qwen3"),
+            dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"),
+            dca=_dca(dca_raw),
+            sparse_budgets=_released_budgets(dca_raw, source),
+            sparse_threshold=int(dca_raw.get("sparse_attention_threshold", 32_768)),
+            sparse_probe_len=int(dca_raw.get("sparse_attention_last_q", 64)),
+        )
+
+    @classmethod
+    def from_dir(cls, path: Path) -> ModelConfig:
+        """Read ``config.json`` and, beside it, ``sparse_attention_config.json`` where present."""
+        file = path / "config.json"
+        if not file.is_file():
+            raise CheckpointError(f"{path}: no config.json there; name a directory that holds a "
+                                  "Hugging Face checkpoint, or a hub id such as Qwen/Qwen2.5-7B-Instruct-1M")
+        raw = read_json(file)
+        sparse_file = path / "sparse_attention_config.json"
+        dca_raw = raw.get("dual_chunk_attention_config")
+        if dca_raw and "sparse_attention_config" not in dca_raw and sparse_file.is_file():
+            raw = {**raw, "dual_chunk_attention_config":
+                   {**dca_raw, "sparse_attention_config": read_json(sparse_file)}}
+        return cls.from_hf(raw, source=str(file))
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Elements of K and V for one token over all layers (multiply by the element size)."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of weights, tied embeddings counted once."""
+        qkv = self.head_dim * (self.num_heads + 2 * self.num_kv_heads)
+        layer = self.hidden_size * (qkv + self.head_dim * self.num_heads)
+        layer += 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        layer += qkv if self.attention_bias else 0
+        layer += 2 * self.head_dim if self.qk_norm else 0
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return self.num_layers * layer + embeddings + self.hidden_size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """Choices of one engine. ``None`` means: decide from the machine and the checkpoint."""
+
+    model: str
+    """Directory, hub id, or ``nano`` for the bundled model."""
+    device: str | None = None
+    """``cpu`` or ``cuda``; default: cuda when there is one."""
+    dtype: str | None = None
+    """``float32`` or ``bfloat16``; default: float32 on CPUs, bfloat16 on GPUs."""
+    max_model_len: int | None = None
+    """Longest prompt plus completion accepted, tokens; default: what the checkpoint and the
+    memory allow."""
+    attention: AttentionMode = "auto"
+    """Sparse or dense prefill; ``auto``: sparse above the checkpoint's threshold."""
+    positions: PositionMode = "auto"
+    """``auto``: DCA with the YaRN temperature when the checkpoint has a DCA config."""
+    sparsity_plan: str | None = None
+    """JSON file of budgets; default: the plan beside the checkpoint, else the built-in policy."""
+    prefill_chunk_len: int | None = None
+    """Prompt tokens of one request computed in one step; default 32,768 on GPUs, 8,192 on CPUs."""
+    max_num_requests: int = 64
+    """Requests computed together at the most."""
+    block_size: int = 128
+    """Tokens in one KV block."""
+    memory_gib: float | None = None
+    """Memory that weights, KV cache and workspace may use; default: 90 % of what is free."""
+    num_threads: int | None = None
+    """CPU threads for the tensor library; default: all cores the process may use."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "prefill_chunk_len", "max_num_requests", "block_size",
+                     "num_threads", "memory_gib"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise LongspanError(f"{name} must be positive, not {value}")
+        if self.prefill_chunk_len is not None and self.prefill_chunk_len % self.block_size:
+            raise LongspanError(
+                f"prefill_chunk_len {self.prefill_chunk_len} must be a multiple of block_size "
+                f"{self.block_size}; use {-(-self.prefill_chunk_len // self.block_size) * self.block_size}"
+            )
+
+
+def read_json(file: Path) -> Any:
+    """Parse a JSON file. Raises `CheckpointError` with the place of the fault."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{file}: not valid JSON ({error}); fetch the file again") from None
+
+
+class _Reader:
+    """Reads required integers and names the file when one is missing."""
+
+    def __init__(self, raw: Mapping[str, Any], source: str) -> None:
+        self.raw, self.source = raw, source
+
+    def integer(self, key: str) -> int:
+        value = self.raw.get(key)
+        if not isinstance(value, int) or value <= 0:
+            raise CheckpointError(f"{self.source}: {key} is {value!r}, a positive integer is needed")
+        return value
+
+
+def _architecture(raw: Mapping[str, Any], source: str) -> str:
+    names = raw.get("architectures") or []
+    for name in names:
+        if name in SUPPORTED_ARCHITECTURES:
+            return str(name)
+    raise CheckpointError(
+        f"{source}: architecture {', '.join(map(str, names)) or 'missing'} is not supported; "
+        f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
+    )
+
+
+def _refuse_unsupported(raw: Mapping[str, Any], source: str) -> None:
+    if raw.get("use_sliding_window"):
+        raise CheckpointError(f"{source}: use_sliding_window is true, which is not supported")
+    if raw.get("quantization_config"):
+        raise CheckpointError(f"{source}: quantised weights are not supported; use the bf16 checkpoint")
+    activation = raw.get("hidden_act", "silu")
+    if activation != "silu":
+        raise CheckpointError(f"{source}: hidden_act {activation!r} is not supported, only silu")
+    scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind != "default" and not raw.get("dual_chunk_attention_config"):
+        raise CheckpointError(
+            f"{source}: rope_scaling of type {kind!r} is not supported; remove it, or add a "
+            "dual_chunk_attention_config for lengths beyond the trained one"
+        )
+
+
+def _rope_theta(raw: Mapping[str, Any]) -> float:
+    parameters = raw.get("rope_parameters") or {}
+    return float(raw.get("rope_theta") or parameters.get("rope_theta") or 10_000.0)
+
+
+def _dca(raw: Mapping[str, Any]) -> DcaConfig | None:
+    if not raw:
+        return None
+    return DcaConfig(
+        chunk_size=int(raw.get("chunk_size", 8192)),
+        local_size=int(raw.get("local_size", 1024)),
+        original_max_position_embeddings=int(raw.get("original_max_position_embeddings") or 0),
+    )
+
+
+def _released_budgets(raw: Mapping[str, Any], source: str) -> tuple[dict[str, Any], ...] | None:
+    budgets = raw.get("sparse_attention_config")
+    if not budgets or raw.get("sparse_attention_enabled") is False:
+        return None
+    if not isinstance(budgets, list) or not all(isinstance(layer, dict) for layer in budgets):
+        raise CheckpointError(f"{source}: sparse_attention_config must be a list of objects, one a layer")
+    return tuple(budgets)

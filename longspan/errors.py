@@ -1,0 +1,39 @@
+"""Errors that a person can cause: one line, what is wrong, the numbers, what to do.
+
+Each class carries the HTTP status a server answers with; command-line tools print the message
+and exit with status 2. Our own invariants use ``assert`` instead.
+"""
+
+from __future__ import annotations
+
+
+class LongspanError(ValueError):
+    """Base of every error that a person can cause and mend."""
+
+    http_status: int = 400
+
+
+class InvalidRequestError(LongspanError):
+    """A request field is missing, malformed or not supported."""
+
+
+class PromptTooLongError(LongspanError):
+    """The prompt and the requested completion do not fit the model's limit."""
+
+
+class CheckpointError(LongspanError):
+    """A checkpoint cannot be read: missing, truncated, corrupt or of unknown architecture."""
+
+    http_status = 500
+
+
+class NotEnoughMemoryError(LongspanError):
+    """Weights, KV cache and workspace do not fit the memory there is."""
+
+    http_status = 503
+
+
+class MissingDependencyError(LongspanError):
+    """An optional dependency is not installed; the message holds the install command."""
+
+    http_status = 500

@@ -1,0 +1,57 @@
+"""What attention ops take besides plain tensors: tensors, integers and floats, bundled.
+
+Shape legend (docs/shapes.md): T query tokens, S key tokens, H query heads, K KV heads, D head dim,
+N KV blocks, P tokens in one KV block (also the tile length of sparse attention), B requests.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class PagedKV(NamedTuple):
+    """One layer's KV cache. Keys are stored rotated at ``position mod stride``."""
+
+    k: Tensor
+    """[N, P, K, D]"""
+    v: Tensor
+    """[N, P, K, D]"""
+    k_mean: Tensor | None = None
+    """[N, K, D] mean key of each full block, for the mean correction; None: dense only."""
+    v_mean: Tensor | None = None
+    """[N, K, D]"""
+
+
+class QueryRotary(NamedTuple):
+    """Rotations of Dual Chunk Attention. Plain RoPE is a stride beyond the longest context."""
+
+    cos: Tensor
+    """[R, D/2] fp32, row = rotated position, R >= min(context, clamp + 1)."""
+    sin: Tensor
+    """[R, D/2] fp32"""
+    inv_freq: Tensor
+    """[D/2] fp32"""
+    stride: int
+    """DCA chunk length s: chunk_size - local_size, tokens."""
+    clamp: int
+    """chunk_size: the largest query position of the succ zone, and the inter zone's."""
+
+
+class Selection(NamedTuple):
+    """What each head of one prefill segment attends to, all on the device.
+
+    A query tile is P consecutive queries of the segment (in ``tile`` mode tiles lie at absolute
+    multiples of P). Window w of a tile that starts at position t covers keys t + offset[w] ...
+    t + offset[w] + P - 1. Windows of a head never overlap. Columns are single key positions,
+    ascending, seen by every query of the segment; those inside a window are not counted twice.
+    """
+
+    columns: Tensor
+    """[H, V] int64, padded with -1 at the end."""
+    offsets: Tensor
+    """[H, W] int64, descending from 0, padded with 1 at the end."""
+    tile_len: int
+    aligned: bool
+    """Query tiles lie at absolute multiples of tile_len (``tile`` mode)."""
