@@ -1,0 +1,51 @@
+"""RoPE tables and the YaRN attention temperature.
+
+Sources: RoFormer (RoPE); YaRN eq. 21-22 for the temperature; the report's section 5.1 uses only
+the temperature of YaRN, never its frequency interpolation.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from longspan.config import DcaConfig
+from longspan.ops.types import QueryRotary
+
+
+def inverse_frequencies(head_dim: int, rope_theta: float) -> Tensor:
+    """theta^(-2i/D) for i in 0..D/2-1, as transformers computes it. Returns [D/2] fp32."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    return 1.0 / (rope_theta**exponents)
+
+
+def build_rotary(
+    *, head_dim: int, rope_theta: float, max_model_len: int, dca: DcaConfig | None,
+    device: torch.device | str = "cpu",
+) -> QueryRotary:
+    """Rotation tables for contexts up to ``max_model_len``.
+
+    Without a DCA config the stride is ``max_model_len``, so that every pair lies in the intra
+    zone: plain RoPE. Memory: R * D * 4 bytes, R = min(max_model_len, chunk_size + 1).
+    """
+    stride = dca.dca_chunk_len if dca else max_model_len
+    clamp = dca.chunk_size if dca else max_model_len
+    num_rows = min(max_model_len, clamp + 1)
+    inv_freq = inverse_frequencies(head_dim, rope_theta)
+    angles = torch.outer(torch.arange(num_rows, dtype=torch.float32), inv_freq)
+    return QueryRotary(
+        cos=angles.cos().to(device), sin=angles.sin().to(device), inv_freq=inv_freq.to(device),
+        stride=stride, clamp=clamp,
+    )
+
+
+def yarn_temperature(length: int, trained_len: int) -> float:
+    """m = max(1, 0.1 ln(length / trained_len) + 1); logits are multiplied by m^2.
+
+    ``trained_len`` 0 means no temperature (released configs without the key).
+    """
+    if trained_len <= 0 or length <= trained_len:
+        return 1.0
+    return 0.1 * math.log(length / trained_len) + 1.0
