@@ -1,0 +1,83 @@
+"""PyTorch's own fused attention with its LSE: the primitive under the eager fast paths.
+
+Every function takes ``[B, H, T, D]`` tensors in any strides (the last axis contiguous), B being
+requests, heads or query tiles as the caller likes, and returns ``(out [B, H, T, D], lse [B, H, T])``
+with out and lse ready for `merge`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+Partial = tuple[Tensor, Tensor]
+_aten = torch.ops.aten
+_SCORE_BYTES = 1 << 29  # score rows materialised at once where no fused kernel takes a bias
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False) -> Partial:
+    """softmax(scale q k^T) v. With ``causal`` T equals S and row i sees keys 0..i.
+
+    q: [B, H, T, D]; k, v: [B, H, S, D].
+    """
+    if q.device.type == "cpu":
+        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, attn_mask=None, scale=scale)
+        return out, lse
+    if q.dtype == torch.float32:
+        return _attend_math(q, k, v, scale, _causal_bias(q) if causal else None)
+    out, lse, *_ = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
+    return out, lse
+
+
+def attend_biased(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor) -> Partial:
+    """As `attend`, with a bias added to the scaled scores.
+
+    bias: fp32, broadcastable to [B, 1, T, S]; -inf drops a key. A row whose keys are all dropped
+    gives out 0 and lse -inf.
+    """
+    if q.device.type == "cpu":
+        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, False, attn_mask=bias.to(q.dtype), scale=scale)
+        empty = (bias == -math.inf).all(-1)
+        return out, lse.masked_fill(empty.expand(lse.shape), -math.inf)
+    rows = max(1, _SCORE_BYTES // (4 * q.shape[1] * q.shape[2] * k.shape[2]))
+    parts = [
+        _attend_math(q[i : i + rows], k[i : i + rows], v[i : i + rows], scale,
+                     bias[i : i + rows] if bias.shape[0] > 1 else bias)
+        for i in range(0, q.shape[0], rows)
+    ]
+    return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+
+
+def merge(parts: list[Partial]) -> Partial:
+    """Combine attention over disjoint key sets by their LSEs, in fp32 (arXiv 2402.17463, alg. 1)."""
+    if len(parts) == 1:
+        return parts[0]
+    lse = parts[0][1]
+    for _, other in parts[1:]:
+        lse = torch.logaddexp(lse, other)
+    out = torch.zeros_like(parts[0][0], dtype=torch.float32)
+    for part, part_lse in parts:
+        weight = torch.exp(part_lse - lse).nan_to_num_(nan=0.0)
+        out.addcmul_(part.float(), weight.unsqueeze(-1))
+    return out.to(parts[0][0].dtype), lse
+
+
+def _attend_math(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Partial:
+    scores = torch.matmul(q, k.transpose(-1, -2)).float().mul_(scale)
+    if bias is not None:
+        scores += bias
+    top = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).min)
+    weights = scores.sub_(top).exp_()
+    total = weights.sum(-1, keepdim=True)
+    out = torch.matmul(weights.to(v.dtype), v).float() / total.clamp(min=1e-37)
+    return out.to(q.dtype), (top + total.log()).squeeze(-1)
+
+
+def _causal_bias(q: Tensor) -> Tensor:
+    length = q.shape[2]
+    bias = torch.full((length, length), -math.inf, device=q.device)
+    return bias.triu_(1)[None, None]

@@ -1,0 +1,105 @@
+"""Dense prefill and decode by zones over PyTorch's fused attention, for CPUs and any GPU.
+
+Same signatures and results as `reference`; work per zone is one fused call, merged by LSE.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longspan.ops.attend import Partial, attend, merge
+from longspan.ops.geometry import INTRA, Span, query_position, segments, spans
+from longspan.ops.reference import rotate
+from longspan.ops.types import PagedKV, QueryRotary
+
+
+def prefill_attention(
+    q: Tensor, cache: PagedKV, block_table: Tensor, cached_len: int, rotary: QueryRotary,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """See `reference.prefill_attention`."""
+    context_len = cached_len + q.shape[0]
+    k, v = ordered_kv(cache, block_table, context_len)
+    outs, lses = [], []
+    for start, stop in segments(cached_len, context_len, rotary.stride):
+        rows = q[start - cached_len : stop - cached_len]
+        out, lse = merge([
+            part
+            for span in spans(start, stop, rotary.stride)
+            for part in _span_parts(rows, k, v, span, start, rotary, scale)
+        ])
+        outs.append(out.permute(1, 0, 2))
+        lses.append(lse.T)
+    return torch.cat(outs).contiguous(), torch.cat(lses).contiguous()
+
+
+def decode_attention(
+    q: Tensor, cache: PagedKV, block_tables: Tensor, context_lens: Tensor, rotary: QueryRotary,
+    scales: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """See `reference.decode_attention`. Requests one after another; lengths are read on the host."""
+    parts = [
+        prefill_attention(q[row : row + 1], cache, block_tables[row], length - 1, rotary, scale)
+        for row, (length, scale) in enumerate(zip(context_lens.tolist(), scales.tolist(), strict=True))
+    ]
+    return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+
+
+def ordered_kv(cache: PagedKV, block_table: Tensor, context_len: int) -> tuple[Tensor, Tensor]:
+    """A request's keys and values in order, two of [S, K, D]: views where its blocks follow one
+    another in the cache, copies otherwise."""
+    block_size = cache.k.shape[1]
+    num_blocks = -(-context_len // block_size)
+    table = block_table[:num_blocks]
+    first = int(table[0])
+    if bool((table[1:] - table[:-1] == 1).all()):
+        k, v = cache.k[first : first + num_blocks], cache.v[first : first + num_blocks]
+    else:
+        k, v = cache.k[table], cache.v[table]
+    return k.flatten(0, 1)[:context_len], v.flatten(0, 1)[:context_len]
+
+
+def rotated_queries(q: Tensor, start: int, zone: int, rotary: QueryRotary) -> Tensor:
+    """Queries at positions start, start + 1, ... rotated for keys of ``zone``. q: [T, H, D]."""
+    positions = torch.arange(start, start + q.shape[0], device=q.device)
+    rows = query_position(positions, zone, rotary.stride, rotary.clamp)
+    return rotate(q, rotary.cos[rows], rotary.sin[rows])
+
+
+def _span_parts(
+    q: Tensor, k: Tensor, v: Tensor, span: Span, start: int, rotary: QueryRotary, scale: float
+) -> list[Partial]:
+    """Partial results [H, T, D] of one zone; the queries' own keys apart, under the causal mask."""
+    rotated = rotated_queries(q, start, span.zone, rotary)
+    if span.zone != INTRA:
+        return [_attend_history(rotated, k[span.start : span.stop], v[span.start : span.stop], scale)]
+    own = _attend_own(rotated, k[start : span.stop], v[start : span.stop], scale)
+    if span.start == start:
+        return [own]
+    return [_attend_history(rotated, k[span.start : start], v[span.start : start], scale), own]
+
+
+def _attend_history(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Partial:
+    """All T queries see all S keys. The query heads of a KV head are folded into the rows, so K
+    and V are never repeated. q: [T, H, D]; k, v: [S, K, D] -> [H, T, D], [H, T]."""
+    num_queries, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    folded = q.permute(1, 0, 2).reshape(1, num_kv_heads, -1, head_dim)
+    out, lse = attend(folded, k.permute(1, 0, 2)[None], v.permute(1, 0, 2)[None], scale)
+    return out.reshape(num_heads, num_queries, head_dim), lse.reshape(num_heads, num_queries)
+
+
+def _attend_own(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Partial:
+    """Causal attention of a segment to its own keys. q: [T, H, D]; k, v: [T, K, D]."""
+    num_queries, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    heads = q.permute(1, 0, 2).reshape(num_kv_heads, -1, num_queries, head_dim)
+    group = heads.shape[1]
+    keys = k.permute(1, 0, 2)[:, None].expand(-1, group, -1, -1)
+    values = v.permute(1, 0, 2)[:, None].expand(-1, group, -1, -1)
+    if num_queries == 1:
+        out, lse = attend(heads, keys, values, scale)
+    else:
+        out, lse = attend(heads, keys, values, scale, causal=True)
+    return out.reshape(num_heads, num_queries, head_dim), lse.reshape(num_heads, num_queries)

@@ -1,0 +1,80 @@
+"""Dual Chunk Attention's position arithmetic. Works on integers and on integer tensors alike.
+
+A position p lies in DCA chunk ``p // stride``. Keys are rotated once, at ``p % stride``. A
+(query, key) pair lies in exactly one zone, given by the gap between their DCA chunks, and only the
+query's rotated position depends on it:
+
+=========  =====  ==================================
+zone       gap    query's rotated position
+=========  =====  ==================================
+``INTRA``  0      ``r``
+``SUCC``   1      ``min(r + stride, clamp)``
+``INTER``  >= 2   ``min(2 * stride - 1, clamp)``
+=========  =====  ==================================
+
+with ``r = p % stride``, ``stride = chunk_size - local_size`` and ``clamp = chunk_size``: the
+released code's clamp, one more than the paper's c - 1 (arXiv 2402.17463 eq. 2-7). While
+``chunk_size`` bounds all distances, DCA is plain RoPE; up to ``stride`` tokens there is one zone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+INTRA, SUCC, INTER = 0, 1, 2
+ZONES = (INTRA, SUCC, INTER)
+
+
+class Span(NamedTuple):
+    """Keys [start, stop) of one zone, as one segment of queries sees them."""
+
+    zone: int
+    start: int
+    stop: int
+
+
+def query_position(position: Tensor, zone: int, stride: int, clamp: int) -> Tensor:
+    """Rotated position of queries for keys of ``zone``. position, result: [T] int64."""
+    local = position % stride
+    if zone == INTRA:
+        return local
+    if zone == SUCC:
+        return torch.clamp(local + stride, max=clamp)
+    return torch.full_like(position, min(2 * stride - 1, clamp))
+
+
+def continuous_query_position(position: Tensor, zone: int, stride: int, clamp: int) -> Tensor:
+    """Rotated position of probe queries during selection only: no clamp, so that distances do not
+    jump along a diagonal (report section 5.2, figure 5). May exceed the rotation tables."""
+    local = position % stride
+    return local + (0, stride, clamp)[zone]
+
+
+def zone_of(query: Tensor, key: Tensor, stride: int) -> Tensor:
+    """Zone of each pair; broadcasts. Negative gaps (key after query) count as ``INTRA``."""
+    return torch.clamp(query // stride - key // stride, min=INTRA, max=INTER)
+
+
+def segments(start: int, stop: int, stride: int) -> Iterator[tuple[int, int]]:
+    """Cut queries [start, stop) at DCA chunk borders."""
+    while start < stop:
+        end = min(stop, (start // stride + 1) * stride)
+        yield start, end
+        start = end
+
+
+def spans(start: int, stop: int, stride: int) -> list[Span]:
+    """Key spans of a segment [start, stop) that lies in one DCA chunk, in key order.
+
+    The intra span ends at ``stop``; its last ``stop - start`` keys are the queries' own and need
+    the causal mask.
+    """
+    chunk_start = start // stride * stride
+    assert stop <= chunk_start + stride, "a segment lies in one DCA chunk"
+    found = [Span(INTER, 0, chunk_start - stride), Span(SUCC, chunk_start - stride, chunk_start),
+             Span(INTRA, chunk_start, stop)]
+    return [span for span in found if span.start >= 0 and span.stop > span.start]

@@ -1,0 +1,198 @@
+"""The specification: every attention op in plain fp32 PyTorch, by full score matrices.
+
+Same names and signatures as the fast paths; written to be checked by eye, not to be fast.
+Shapes: T query tokens, S key tokens, H query heads, K KV heads, D head dim, P tokens in a KV block.
+Every attention op returns ``(out, lse)`` with lse the natural-log sum of exponentials of scaled
+scores, fp32.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from longspan.ops.geometry import ZONES, query_position, zone_of
+from longspan.ops.types import PagedKV, QueryRotary, Selection
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE in the half-split layout of Hugging Face checkpoints.
+
+    x: [T, H, D]; cos, sin: [T, D/2]. Returns x's dtype; computed in fp32.
+    """
+    first, second = x.float().chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last axis; x: [..., M], weight: [M]."""
+    y = x.float()
+    y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * y.to(x.dtype)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up. gate_up: [T, 2F] with gate first. Returns [T, F]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def write_kv(cache: PagedKV, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
+    """Store rotated keys and values. k, v: [T, K, D]; slot_mapping: [T] = block_id * P + offset.
+
+    Where the cache holds tile means, those of every touched block are computed anew over its P
+    slots (meaningful once the block is full, and never read before).
+    """
+    num_blocks, block_size, num_kv_heads, head_dim = cache.k.shape
+    cache.k.view(-1, num_kv_heads, head_dim)[slot_mapping] = k.to(cache.k.dtype)
+    cache.v.view(-1, num_kv_heads, head_dim)[slot_mapping] = v.to(cache.v.dtype)
+    if cache.k_mean is None or cache.v_mean is None:
+        return
+    touched = torch.unique(slot_mapping // block_size)
+    cache.k_mean[touched] = cache.k[touched].float().mean(1).to(cache.k_mean.dtype)
+    cache.v_mean[touched] = cache.v[touched].float().mean(1).to(cache.v_mean.dtype)
+
+
+def gather_kv(cache: PagedKV, block_table: Tensor, context_len: int) -> tuple[Tensor, Tensor]:
+    """A request's keys and values in order: two of [S, K, D]."""
+    k = cache.k[block_table].flatten(0, 1)[:context_len]
+    v = cache.v[block_table].flatten(0, 1)[:context_len]
+    return k, v
+
+
+def prefill_attention(
+    q: Tensor, cache: PagedKV, block_table: Tensor, cached_len: int, rotary: QueryRotary,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of T new tokens, already in the cache, over ``cached_len + T`` keys.
+
+    Args:
+        q: [T, H, D], not rotated.
+        block_table: [>= ceil(S / P)] int64.
+    Returns: out [T, H, D] in q's dtype, lse [T, H] fp32.
+    """
+    num_queries, num_heads, _ = q.shape
+    context_len = cached_len + num_queries
+    k, v = gather_kv(cache, block_table, context_len)
+    queries = torch.arange(cached_len, context_len, device=q.device)
+    keys = torch.arange(context_len, device=q.device)
+    scores = dca_scores(q, k, queries, keys, rotary) * scale
+    scores = scores.masked_fill(keys > queries[:, None], -math.inf)
+    return _attend(scores, repeat_heads(v, num_heads), q.dtype)
+
+
+def decode_attention(
+    q: Tensor, cache: PagedKV, block_tables: Tensor, context_lens: Tensor, rotary: QueryRotary,
+    scales: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One new token for each of B requests; its own key is already in the cache.
+
+    q: [B, H, D] not rotated; block_tables: [B, max blocks]; context_lens: [B]; scales: [B].
+    Returns: out [B, H, D], lse [B, H].
+    """
+    parts = [
+        prefill_attention(q[row : row + 1], cache, block_tables[row], int(context_lens[row]) - 1,
+                          rotary, float(scales[row]))
+        for row in range(q.shape[0])
+    ]
+    return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+
+
+def sparse_prefill_attention(
+    q: Tensor, cache: PagedKV, block_table: Tensor, cached_len: int, rotary: QueryRotary,
+    scale: float, selection: Selection, correction: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`prefill_attention` over the selected windows and columns only.
+
+    With ``correction`` (tile mode only), every whole tile before the query's own that is not a
+    window takes part as one key and one value, the tile's means, with the logarithm of the number
+    of its keys that are not columns added to the logit (spec: selection findings, 3).
+    Returns: out, lse as in `prefill_attention`, and the number of (query, key) pairs kept, fp64.
+    """
+    num_queries, num_heads, _ = q.shape
+    context_len = cached_len + num_queries
+    k, v = gather_kv(cache, block_table, context_len)
+    queries = torch.arange(cached_len, context_len, device=q.device)
+    keys = torch.arange(context_len, device=q.device)
+    scores = dca_scores(q, k, queries, keys, rotary) * scale
+    kept = kept_pairs(selection, queries, context_len)
+    scores = scores.masked_fill(~kept, -math.inf)
+    values = repeat_heads(v, num_heads)
+    if correction:
+        mean_scores, mean_values = _correction(q, cache, block_table, queries, rotary, scale, selection)
+        scores = torch.cat((scores, mean_scores), -1)
+        values = torch.cat((values, mean_values), 0)
+    return *_attend(scores, values, q.dtype), kept.sum(dtype=torch.float64)
+
+
+def dca_scores(
+    q: Tensor, k: Tensor, queries: Tensor, keys: Tensor, rotary: QueryRotary
+) -> Tensor:
+    """q . k with each pair's zone rotation. q: [T, H, D] raw, k: [S, K, D] rotated -> [H, T, S]."""
+    k = repeat_heads(k, q.shape[1])
+    zone = zone_of(queries[:, None], keys[None, :], rotary.stride)
+    scores = q.new_zeros(q.shape[1], len(queries), len(keys), dtype=torch.float32)
+    for z in ZONES:
+        rows = query_position(queries, z, rotary.stride, rotary.clamp)
+        rows = rows.clamp(max=rotary.cos.shape[0] - 1)  # zones that no pair lies in may exceed it
+        rotated = rotate(q.float(), rotary.cos[rows], rotary.sin[rows])
+        scores = torch.where(zone == z, torch.einsum("thd,shd->hts", rotated, k), scores)
+    return scores
+
+
+def kept_pairs(selection: Selection, queries: Tensor, context_len: int) -> Tensor:
+    """Which keys each query sees. queries: [T] consecutive positions -> [H, T, S] bool."""
+    keys = torch.arange(context_len, device=queries.device)
+    tile_start = _tile_start(selection, queries)
+    num_heads = selection.columns.shape[0]
+    kept = torch.zeros(num_heads, len(queries), context_len, dtype=torch.bool, device=queries.device)
+    for head in range(num_heads):
+        for offset in selection.offsets[head].tolist():
+            first = tile_start[:, None] + offset
+            if offset <= 0:
+                kept[head] |= (keys >= first) & (keys < first + selection.tile_len)
+        columns = selection.columns[head]
+        kept[head][:, columns[columns >= 0]] = True
+    return kept & (keys <= queries[:, None])
+
+
+def repeat_heads(x: Tensor, num_heads: int) -> Tensor:
+    """[S, K, D] -> [S, H, D] fp32 for GQA: KV head h // (H / K) serves query head h."""
+    return x.float().repeat_interleave(num_heads // x.shape[1], dim=1)
+
+
+def _tile_start(selection: Selection, queries: Tensor) -> Tensor:
+    base = 0 if selection.aligned else int(queries[0])
+    return (queries - base) // selection.tile_len * selection.tile_len + base
+
+
+def _correction(
+    q: Tensor, cache: PagedKV, block_table: Tensor, queries: Tensor, rotary: QueryRotary,
+    scale: float, selection: Selection,
+) -> tuple[Tensor, Tensor]:
+    """Scores [H, T, n] and values [n, H, D] of the n tile means."""
+    assert selection.aligned and cache.k_mean is not None and cache.v_mean is not None
+    tile_len = selection.tile_len
+    num_tiles = int(queries[-1]) // tile_len
+    tiles = torch.arange(num_tiles, device=q.device)
+    table = block_table[:num_tiles]
+    scores = dca_scores(q, cache.k_mean[table], queries, tiles * tile_len, rotary) * scale
+    gap = (queries // tile_len)[:, None] - tiles
+    for head in range(q.shape[1]):
+        columns, offsets = selection.columns[head], selection.offsets[head]
+        taken = torch.bincount(columns[columns >= 0] // tile_len, minlength=num_tiles)[:num_tiles]
+        windows = -offsets[offsets <= 0] // tile_len
+        dropped = (gap > 0) & ~torch.isin(gap, windows)
+        bias = torch.where(dropped, (tile_len - taken).float().log(), -math.inf)
+        scores[head] += bias
+    return scores, repeat_heads(cache.v_mean[table], q.shape[1])
+
+
+def _attend(scores: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """scores [H, T, S], v [S, H, D] -> out [T, H, D], lse [T, H]."""
+    lse = torch.logsumexp(scores, -1)
+    out = torch.einsum("hts,shd->thd", torch.exp(scores - lse[..., None]), v)
+    return out.to(dtype), lse.T.contiguous()
