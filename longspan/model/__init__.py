@@ -1,0 +1,29 @@
+"""Decoder models and their weights: ``build_model``, then ``load_weights``."""
+
+from __future__ import annotations
+
+import torch
+
+from longspan.attention.sparsity import SparsityPlan
+from longspan.config import ModelConfig
+from longspan.model.qwen2 import CausalLM
+from longspan.model.weights import load_weights, random_weights, resolve_checkpoint
+from longspan.ops.types import QueryRotary
+
+__all__ = ["CausalLM", "build_model", "load_weights", "random_weights", "resolve_checkpoint"]
+
+
+def build_model(
+    config: ModelConfig, *, layers: range, rotary: QueryRotary, plan: SparsityPlan | None,
+    dtype: torch.dtype, device: torch.device | str,
+) -> CausalLM:
+    """A pipeline stage whose weights are allocated and not yet filled.
+
+    Args:
+        layers: the stage's layers, ``range(config.num_layers)`` for the whole model.
+        rotary: rotation tables, already on `device`.
+        plan: budgets for sparse prefill; None: dense, or the layer's built-in policy.
+    """
+    model = CausalLM(
+        config, layers=layers, rotary=rotary, plan=plan, dtype=dtype, device=device)
+    return model.eval()

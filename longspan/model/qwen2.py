@@ -1,0 +1,198 @@
+"""Qwen2, Qwen2.5 and Qwen3 dense decoders over packed tokens, in reading order.
+
+A pipeline stage is the same class with a slice of the layers: the embedding lives on the stage
+that holds layer 0, the final norm and the head on the one that holds the last layer.
+
+Shape legend: T packed tokens of one step, H query heads, K KV heads, D head dim, M model dim,
+I MLP dim, V vocabulary. There is no batch dimension; requests lie one after the other.
+Sources: transformers `modeling_qwen2.py`, `modeling_qwen3.py` (numerics, tensor names).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longspan.attention.layer import DualChunkAttention
+from longspan.attention.metadata import AttentionMetadata
+from longspan.attention.sparsity import SparsityPlan
+from longspan.config import ModelConfig
+from longspan.ops.reference import rms_norm, silu_mul
+from longspan.ops.types import PagedKV, QueryRotary
+
+MLP_ROWS = 8_192
+"""Rows that the MLP computes at a time; its activations are the largest of a step, 2 I per row."""
+
+
+class Linear(nn.Module):
+    """y = x W^T + b without an initial fill: every weight comes from a checkpoint."""
+
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool = False,
+        dtype: torch.dtype, device: torch.device | str,
+    ) -> None:
+        super().__init__()
+        self.weight = _parameter(out_features, in_features, dtype=dtype, device=device)
+        self.bias = _parameter(out_features, dtype=dtype, device=device) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, computed in fp32."""
+
+    def __init__(
+        self, dim: int, eps: float, *, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        super().__init__()
+        self.weight = _parameter(dim, dtype=dtype, device=device)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., dim] to the same shape and type."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Merged q, k, v projection, head norms (Qwen3), dual chunk attention, output projection."""
+
+    def __init__(
+        self, config: ModelConfig, *, layer_idx: int, rotary: QueryRotary,
+        plan: SparsityPlan | None, dtype: torch.dtype, device: torch.device | str,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.head_dim = config.head_dim
+        self.qkv_proj = Linear(
+            config.hidden_size, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim,
+            bias=config.attention_bias, dtype=dtype, device=device,
+        )
+        self.o_proj = Linear(
+            config.num_heads * config.head_dim, config.hidden_size, dtype=dtype, device=device)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype, device=device)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype, device=device)
+        self.qk_norm = config.qk_norm
+        self.core = DualChunkAttention(
+            layer_idx=layer_idx, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim, rotary=rotary, plan=plan,
+        )
+
+    def forward(self, x: Tensor, metadata: AttentionMetadata, cache: PagedKV) -> Tensor:
+        """x: [T, M] normed hidden states. Writes the tokens' keys and values to `cache`."""
+        heads = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
+        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return self.o_proj(self.core(q, k, v, cache, metadata).flatten(1))
+
+
+class MLP(nn.Module):
+    """SwiGLU with gate and up merged into one product."""
+
+    def __init__(
+        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        super().__init__()
+        self.gate_up_proj = Linear(
+            config.hidden_size, 2 * config.intermediate_size, dtype=dtype, device=device)
+        self.down_proj = Linear(
+            config.intermediate_size, config.hidden_size, dtype=dtype, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, M] to [T, M]."""
+        return self.down_proj(silu_mul(self.gate_up_proj(x)))
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each behind a norm, added to the residual stream."""
+
+    def __init__(
+        self, config: ModelConfig, *, layer_idx: int, rotary: QueryRotary,
+        plan: SparsityPlan | None, dtype: torch.dtype, device: torch.device | str,
+    ) -> None:
+        super().__init__()
+        norm_args = (config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(*norm_args, dtype=dtype, device=device)
+        self.self_attn = Attention(
+            config, layer_idx=layer_idx, rotary=rotary, plan=plan, dtype=dtype, device=device)
+        self.post_attention_layernorm = RMSNorm(*norm_args, dtype=dtype, device=device)
+        self.mlp = MLP(config, dtype=dtype, device=device)
+
+    def forward(self, hidden: Tensor, metadata: AttentionMetadata, cache: PagedKV) -> Tensor:
+        """hidden: [T, M] residual stream; returns a new one."""
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), metadata, cache)
+        for rows in hidden.split(MLP_ROWS):  # views: each piece is added in place
+            rows += self.mlp(self.post_attention_layernorm(rows))
+        return hidden
+
+
+class CausalLM(nn.Module):
+    """A slice of a decoder-only model. Weights are uninitialised until they are loaded."""
+
+    def __init__(
+        self, config: ModelConfig, *, layers: range, rotary: QueryRotary,
+        plan: SparsityPlan | None, dtype: torch.dtype, device: torch.device | str,
+    ) -> None:
+        super().__init__()
+        assert layers.step == 1 and 0 <= layers.start < layers.stop <= config.num_layers, layers
+        self.config, self.layer_range = config, layers
+        self.is_first, self.is_last = layers.start == 0, layers.stop == config.num_layers
+        vocabulary = {"in_features": config.hidden_size, "out_features": config.vocab_size}
+        if self.is_first:
+            self.embed_tokens = Linear(**vocabulary, dtype=dtype, device=device)
+        self.layers = nn.ModuleList(
+            DecoderLayer(
+                config, layer_idx=idx, rotary=rotary, plan=plan, dtype=dtype, device=device)
+            for idx in layers
+        )
+        if self.is_last:
+            self.norm = RMSNorm(
+                config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+            shared = config.tie_word_embeddings and self.is_first
+            self.lm_head = (
+                self.embed_tokens if shared else Linear(**vocabulary, dtype=dtype, device=device))
+
+    def forward(
+        self, hidden_or_ids: Tensor, metadata: AttentionMetadata, caches: Sequence[PagedKV]
+    ) -> Tensor:
+        """Compute one step of this stage.
+
+        Args:
+            hidden_or_ids: [T] int64 token ids on the first stage, else [T, M] hidden states.
+            caches: one KV cache for each layer of this stage; written in place.
+
+        Returns [T, M]: hidden states, after the final norm on the last stage.
+        """
+        hidden = hidden_or_ids
+        if self.is_first:
+            hidden = F.embedding(hidden_or_ids, self.embed_tokens.weight)
+        for layer, cache in zip(self.layers, caches, strict=True):
+            hidden = layer(hidden, metadata, cache)
+        return self.norm(hidden) if self.is_last else hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the vocabulary, last stage only. hidden: [n, M]; returns [n, V] fp32."""
+        return self.lm_head(hidden).float()
+
+    def attention_stats(self) -> tuple[float, float]:
+        """(kept, causal) query-key pairs since the last reset, summed over layers and heads.
+
+        Reading waits for the device; call it once a request, not once a step.
+        """
+        kept = sum(float(layer.self_attn.core.kept_pairs) for layer in self.layers)
+        return kept, sum(float(layer.self_attn.core.causal_pairs) for layer in self.layers)
+
+    def reset_attention_stats(self) -> None:
+        """Start counting pairs anew."""
+        for layer in self.layers:
+            layer.self_attn.core.reset_stats()
+
+
+def _parameter(*shape: int, dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)

@@ -1,0 +1,287 @@
+"""From a checkpoint on disk or on the hub to a filled model.
+
+Files are memory-mapped and copied tensor by tensor into the model's own storage, so that peak
+memory is one model and one tensor. Every tensor of the checkpoint is accounted for: missing,
+wrongly shaped and unknown ones are errors, before the first byte is copied.
+Format: safetensors (8 bytes of header length, a JSON header, then the data).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.resources import files as package_files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longspan.config import ModelConfig, read_json
+from longspan.errors import CheckpointError, MissingDependencyError
+from longspan.model.qwen2 import CausalLM, DecoderLayer
+
+BUNDLED_MODEL = "nano"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model"]
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+FLOAT_TYPES = ("F32", "F16", "BF16")
+MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredTensor:
+    """One tensor of a safetensors file, as the file's header states it."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+    """Name in the format, such as ``BF16``."""
+    start: int
+    """First byte in the file's data section."""
+
+
+def resolve_checkpoint(name: str) -> Path:
+    """Directory of a checkpoint: ``nano`` (bundled), a directory, or a hub id.
+
+    A hub id is downloaded to the hub's cache, or taken from there. Raises `CheckpointError` when
+    there is no such checkpoint, `MissingDependencyError` without huggingface_hub.
+    """
+    if name == BUNDLED_MODEL:
+        return _bundled_model()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise CheckpointError(f"{name} is a file; name the directory that holds config.json")
+    if not HUB_ID.fullmatch(name):
+        raise CheckpointError(
+            f"{name}: no such directory; name a directory, a hub id such as "
+            f"Qwen/Qwen2.5-7B-Instruct-1M, or {BUNDLED_MODEL} for the bundled model"
+        )
+    return _download(name)
+
+
+def load_weights(model: CausalLM, path: Path) -> None:
+    """Fill every weight of `model` (a whole model or a pipeline stage) from a checkpoint.
+
+    Raises `CheckpointError` for absent, truncated or corrupt files and for missing, wrongly
+    shaped, quantised or unknown tensors.
+    """
+    stored = _stored_tensors(path)
+    targets = _targets(model)
+    _check(stored, targets, model.config, path)
+    for file in sorted({stored[name].file for name in targets}):
+        here = [name for name in targets if stored[name].file == file]
+        here.sort(key=lambda name: stored[name].start)  # the disk is read once, forwards
+        for name, tensor in _read(file, here):
+            targets[name].copy_(tensor)
+
+
+def random_weights(model: CausalLM, seed: int) -> None:
+    """Fill `model` with normal weights of std 0.02 and norms of 1: real shapes, no download."""
+    generator: torch.Generator | None = None
+    for name, parameter in model.named_parameters():
+        if generator is None:
+            generator = torch.Generator(parameter.device).manual_seed(seed)
+        if name.endswith("norm.weight"):
+            parameter.fill_(1.0)
+        else:
+            parameter.normal_(0.0, 0.02, generator=generator)
+
+
+def _bundled_model() -> Path:
+    path = Path(str(package_files("longspan") / BUNDLED_MODEL))
+    if not (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{path}: the bundled model is not in this installation; install the released wheel, "
+            "or name a directory or a hub id"
+        )
+    return path
+
+
+def _download(name: str) -> Path:
+    try:
+        import huggingface_hub as hub
+        from huggingface_hub import errors
+    except ImportError:
+        raise MissingDependencyError(
+            f"{name} is a hub id, and huggingface_hub is not installed: pip install huggingface_hub"
+        ) from None
+    try:
+        return Path(hub.snapshot_download(name, allow_patterns=HUB_PATTERNS))
+    except errors.GatedRepoError:
+        reason = "the repository is gated; accept its terms on its page, then run `hf auth login`"
+    except errors.RepositoryNotFoundError:
+        reason = "no such repository, or a private one; check the name or run `hf auth login`"
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        reason = ("the hub cannot be reached and the files are not in the cache; go online, or "
+                  "name a directory")
+    except OSError as error:  # HTTP errors, connections, a full disk
+        reason = f"download failed ({' '.join(str(error).split())}); try again, or name a directory"
+    raise CheckpointError(f"{name}: {reason}")
+
+
+def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Name and place of every tensor of a checkpoint, from the headers of its files."""
+    if (path / SINGLE_FILE).is_file():
+        return _read_header(path / SINGLE_FILE)
+    if (path / INDEX_FILE).is_file():
+        return _indexed_tensors(path)
+    others = sorted(path.glob("*.safetensors"))
+    if others:
+        raise CheckpointError(
+            f"{path}: {len(others)} safetensors files ({others[0].name}, ...) but neither "
+            f"{SINGLE_FILE} nor {INDEX_FILE}; fetch the index too"
+        )
+    old = sorted(path.glob("*.bin"))
+    found = f" ({old[0].name} found; convert it with save_pretrained of transformers)" if old else ""
+    raise CheckpointError(f"{path}: no safetensors file there{found}")
+
+
+def _indexed_tensors(path: Path) -> dict[str, StoredTensor]:
+    index = read_json(path / INDEX_FILE)
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(f"{path / INDEX_FILE}: no weight_map in it; fetch the file again")
+    shards = sorted(set(places.values()))
+    absent = [name for name in shards if not (path / name).is_file()]
+    if absent:
+        raise CheckpointError(
+            f"{path}: {len(absent)} of {len(shards)} shards are missing, the first is {absent[0]}; "
+            "fetch them"
+        )
+    stored: dict[str, StoredTensor] = {}
+    for shard in shards:
+        stored |= _read_header(path / shard)
+    lost = [name for name in places if name not in stored]
+    if lost:
+        raise CheckpointError(
+            f"{path / places[lost[0]]}: {len(lost)} tensors named in {INDEX_FILE} are missing, the "
+            f"first is {lost[0]}; fetch the file again"
+        )
+    return stored
+
+
+def _read_header(file: Path) -> dict[str, StoredTensor]:
+    """Parse a safetensors header and compare the file's size with it."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        header_len = int.from_bytes(prefix, "little")
+        if prefix == b"version ":
+            raise CheckpointError(f"{file}: a git-lfs pointer, not the weights; run `git lfs pull`")
+        if size < 8 or header_len > MAX_HEADER_BYTES:
+            raise CheckpointError(f"{file}: corrupt safetensors header; fetch the file again")
+        text = stream.read(header_len)
+    if len(text) < header_len:
+        raise _truncated(file, size, 8 + header_len)
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        stored = {name: _stored(file, entry) for name, entry in header.items()}
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise CheckpointError(
+            f"{file}: corrupt safetensors header; fetch the file again") from None
+    if size < 8 + header_len + end:
+        raise _truncated(file, size, 8 + header_len + end)
+    return stored
+
+
+def _truncated(file: Path, size: int, expected: int) -> CheckpointError:
+    return CheckpointError(
+        f"{file}: truncated, {size:,} of {expected:,} bytes; fetch the file again")
+
+
+def _stored(file: Path, entry: Mapping[str, Any]) -> StoredTensor:
+    shape = tuple(int(n) for n in entry["shape"])
+    return StoredTensor(
+        file=file, shape=shape, dtype=str(entry["dtype"]), start=int(entry["data_offsets"][0]))
+
+
+def _targets(model: CausalLM) -> dict[str, Tensor]:
+    """Checkpoint name to the part of a parameter that it fills, for this stage's tensors."""
+    targets: dict[str, Tensor] = {}
+    if model.is_first:
+        targets["model.embed_tokens.weight"] = model.embed_tokens.weight
+    for idx, layer in zip(model.layer_range, model.layers, strict=True):
+        for name, tensor in _layer_targets(layer).items():
+            targets[f"model.layers.{idx}.{name}"] = tensor
+    if model.is_last:
+        tied = model.config.tie_word_embeddings
+        targets["model.norm.weight"] = model.norm.weight
+        # With tied embeddings on one stage both names are the same storage.
+        targets["model.embed_tokens.weight" if tied else "lm_head.weight"] = model.lm_head.weight
+    return targets
+
+
+def _layer_targets(layer: DecoderLayer) -> dict[str, Tensor]:
+    """The merged projections as the checkpoint's separate ones; views, not copies."""
+    merged = ("self_attn.qkv_proj", "mlp.gate_up_proj")
+    targets = {name: tensor for name, tensor in layer.named_parameters()
+               if not name.startswith(merged)}
+    attention = layer.self_attn
+    rows = [n * attention.head_dim for n in
+            (attention.num_heads, attention.num_kv_heads, attention.num_kv_heads)]
+    for kind, tensor in attention.qkv_proj.named_parameters():
+        for name, part in zip("qkv", tensor.split(rows), strict=True):
+            targets[f"self_attn.{name}_proj.{kind}"] = part
+    gate, up = layer.mlp.gate_up_proj.weight.chunk(2)
+    return targets | {"mlp.gate_proj.weight": gate, "mlp.up_proj.weight": up}
+
+
+def _check(
+    stored: Mapping[str, StoredTensor], targets: Mapping[str, Tensor], config: ModelConfig,
+    path: Path,
+) -> None:
+    missing = [name for name in targets if name not in stored]
+    if missing:
+        raise CheckpointError(
+            f"{path}: {len(missing)} of {len(targets)} tensors are missing, the first is "
+            f"{missing[0]}; the checkpoint does not fit its config.json"
+        )
+    for name, target in targets.items():
+        entry = stored[name]
+        if entry.shape != tuple(target.shape):
+            raise CheckpointError(
+                f"{entry.file}: {name} has shape {list(entry.shape)}, config.json asks for "
+                f"{list(target.shape)}"
+            )
+        if entry.dtype not in FLOAT_TYPES:
+            raise CheckpointError(
+                f"{entry.file}: {name} is stored as {entry.dtype}; only {', '.join(FLOAT_TYPES)} "
+                "are supported, use an unquantised checkpoint"
+            )
+    _refuse_unknown(stored, targets, config)
+
+
+def _refuse_unknown(
+    stored: Mapping[str, StoredTensor], targets: Mapping[str, Tensor], config: ModelConfig
+) -> None:
+    """Every stored tensor belongs to some layer of the model, or is known to be redundant."""
+    prefixes = {name.split(".", 3)[3] for name in targets if name.startswith("model.layers.")}
+    known = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    known |= {f"model.layers.{idx}.{name}" for idx in range(config.num_layers) for name in prefixes}
+    unknown = [name for name in stored
+               if name not in known and not name.endswith("rotary_emb.inv_freq")]
+    if unknown:
+        raise CheckpointError(
+            f"{stored[unknown[0]].file}: {len(unknown)} unknown tensors, the first is {unknown[0]}; "
+            f"this is not a plain {config.architecture} checkpoint"
+        )
+
+
+def _read(file: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors as views of the mapped file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt", device="cpu") as source:
+            for name in names:
+                yield name, source.get_tensor(name)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: {error}; fetch the file again") from None

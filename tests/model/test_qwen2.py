@@ -1,0 +1,220 @@
+"""Logits equal those of transformers, whatever the prefill chunks and pipeline stages."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from longspan.attention.layer import allocate_cache
+from longspan.attention.metadata import SequenceSlice, build_metadata
+from longspan.attention.rope import build_rotary
+from longspan.config import ModelConfig
+from longspan.model import CausalLM, build_model, load_weights, qwen2, random_weights
+
+MAX_DIFFERENCE = 1e-4
+BLOCK_SIZE = 16
+FP32_CPU = {"dtype": torch.float32, "device": "cpu"}
+
+# family, query heads, KV heads, tied embeddings: GQA 7:1, 5:1, 4:1, 1:1 as in Qwen2.5 and Qwen3
+SHAPES = [
+    pytest.param("qwen2", 7, 1, False, id="qwen2-gqa7-untied"),
+    pytest.param("qwen2", 10, 2, True, id="qwen2-gqa5-tied"),
+    pytest.param("qwen2", 4, 4, False, id="qwen2-gqa1-untied"),
+    pytest.param("qwen3", 8, 2, False, id="qwen3-gqa4-untied"),
+    pytest.param("qwen3", 7, 1, True, id="qwen3-gqa7-tied"),
+    pytest.param("qwen3", 3, 3, True, id="qwen3-gqa1-tied"),
+]
+
+
+def save_model(path: Path, family: str, num_heads: int, num_kv_heads: int, tied: bool):
+    """A random transformers model with biases and norms that matter, saved to `path`."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    classes = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+    config_class, model_class = classes[family]
+    torch.manual_seed(num_heads)
+    head_dim = {"head_dim": 24} if family == "qwen3" else {}  # Qwen3's is free of hidden_size
+    config = config_class(
+        vocab_size=101, hidden_size=16 * num_heads, intermediate_size=72, num_hidden_layers=3,
+        num_attention_heads=num_heads, num_key_value_heads=num_kv_heads, rms_norm_eps=1e-5,
+        max_position_embeddings=256, tie_word_embeddings=tied, rope_theta=5_000.0,
+        attn_implementation="eager", **head_dim,
+    )
+    model = model_class(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("bias", "norm.weight")):
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+            else:
+                parameter.normal_(0.0, 0.15)
+    model.save_pretrained(path)
+    return model
+
+
+def load(path: Path, cuts: tuple[int, ...] = ()) -> list[CausalLM]:
+    """The checkpoint as pipeline stages cut at the given layers."""
+    config = ModelConfig.from_dir(path)
+    rotary = build_rotary(
+        head_dim=config.head_dim, rope_theta=config.rope_theta, max_model_len=256, dca=None)
+    edges = (0, *cuts, config.num_layers)
+    stages = []
+    for start, stop in itertools.pairwise(edges):
+        stage = build_model(
+            config, layers=range(start, stop), rotary=rotary, plan=None, **FP32_CPU)
+        load_weights(stage, path)
+        stages.append(stage)
+    return stages
+
+
+class Driver:
+    """One request through all stages; KV blocks in shuffled order."""
+
+    def __init__(self, stages: list[CausalLM], prompt_len: int, seed: int = 0) -> None:
+        self.stages, self.prompt_len, self.cached_len = stages, prompt_len, 0
+        config = stages[0].config
+        self.head_dim = config.head_dim
+        self.block_ids = random.Random(seed).sample(range(20), 16)
+        self.caches = [
+            [allocate_cache(
+                num_blocks=20, block_size=BLOCK_SIZE, num_kv_heads=config.num_kv_heads,
+                head_dim=config.head_dim, sparse=False, **FP32_CPU) for _ in stage.layers]
+            for stage in stages
+        ]
+
+    def step(self, ids: Tensor) -> Tensor:
+        """Logits [T, V] of the next T tokens."""
+        part = SequenceSlice(query_len=len(ids), cached_len=self.cached_len,
+                             prompt_len=self.prompt_len, block_ids=self.block_ids)
+        metadata = build_metadata(
+            [part], block_size=BLOCK_SIZE, head_dim=self.head_dim, dca=None, device="cpu")
+        hidden = ids
+        for stage, caches in zip(self.stages, self.caches, strict=True):
+            hidden = stage(hidden, metadata, caches)
+        self.cached_len += len(ids)
+        return self.stages[-1].logits(hidden)
+
+
+def chunk_plan(prompt_len: int, seed: int) -> list[int]:
+    """Random prefill chunk lengths, unaligned to KV blocks, some of one token."""
+    lens, source = [], random.Random(seed)
+    while sum(lens) < prompt_len:
+        lens.append(min(source.choice([1, 5, 16, 29, 40]), prompt_len - sum(lens)))
+    return lens
+
+
+def run_planned(stages: list[CausalLM], ids: Tensor, prompt_len: int, seed: int) -> Tensor:
+    """Prefill in random chunks, then decode token by token. Returns [T, V]."""
+    driver = Driver(stages, prompt_len, seed)
+    lens = chunk_plan(prompt_len, seed) + [1] * (len(ids) - prompt_len)
+    return torch.cat([driver.step(piece) for piece in ids.split(lens)])
+
+
+def token_ids(count: int, seed: int = 0) -> Tensor:
+    return torch.randint(101, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("family", "num_heads", "num_kv_heads", "tied"), SHAPES)
+def test_logits_equal_transformers(tmp_path, family, num_heads, num_kv_heads, tied):
+    reference = save_model(tmp_path, family, num_heads, num_kv_heads, tied)
+    ids = token_ids(107)
+    with torch.no_grad():
+        expected = reference(ids[None]).logits[0]
+    assert expected.std() > 0.5  # a comparison of near-zeros would prove nothing
+    stages = load(tmp_path)
+    for seed in range(3):
+        logits = run_planned(stages, ids, prompt_len=95, seed=seed)
+        assert logits.dtype == torch.float32
+        assert (logits - expected).abs().max() <= MAX_DIFFERENCE
+
+
+@pytest.mark.parametrize("cuts", [(1,), (2,), (1, 2)], ids=["1+2", "2+1", "1+1+1"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_pipeline_stages_equal_the_whole_model(tmp_path, cuts, tied):
+    save_model(tmp_path, "qwen2", 4, 2, tied)
+    ids = token_ids(61)
+    whole = run_planned(load(tmp_path), ids, prompt_len=55, seed=1)
+    stages = load(tmp_path, cuts)
+    assert torch.equal(run_planned(stages, ids, prompt_len=55, seed=1), whole)
+    assert not hasattr(stages[0], "lm_head") and not hasattr(stages[-1], "embed_tokens")
+
+
+def test_stages_hold_only_their_own_weights(tmp_path):
+    save_model(tmp_path, "qwen2", 4, 2, tied=False)
+    whole, *stages = load(tmp_path) + load(tmp_path, (1, 2))
+    counts = [sum(p.numel() for p in m.parameters()) for m in (whole, *stages)]
+    assert counts[0] == sum(counts[1:]) == whole.config.num_parameters
+
+
+def test_tied_embeddings_are_stored_once(tmp_path):
+    save_model(tmp_path, "qwen3", 4, 2, tied=True)
+    (model,) = load(tmp_path)
+    assert model.lm_head is model.embed_tokens
+    assert sum(p.numel() for p in model.parameters()) == model.config.num_parameters
+
+
+def test_packed_requests_do_not_see_each_other(tmp_path):
+    save_model(tmp_path, "qwen2", 4, 2, tied=False)
+    stages = load(tmp_path)
+    first, second = token_ids(37, seed=1), token_ids(23, seed=2)
+    alone = [Driver(stages, len(ids)).step(ids) for ids in (first, second)]
+    driver = Driver(stages, 0)
+    parts = [
+        SequenceSlice(query_len=37, cached_len=0, prompt_len=37, block_ids=driver.block_ids[:3]),
+        SequenceSlice(query_len=23, cached_len=0, prompt_len=23, block_ids=driver.block_ids[3:5]),
+    ]
+    metadata = build_metadata(
+        parts, block_size=BLOCK_SIZE, head_dim=16, dca=None, device="cpu")
+    hidden = stages[0](torch.cat((first, second)), metadata, driver.caches[0])
+    assert (stages[0].logits(hidden) - torch.cat(alone)).abs().max() <= MAX_DIFFERENCE
+
+
+def test_mlp_row_pieces_change_nothing(tmp_path, monkeypatch):
+    save_model(tmp_path, "qwen2", 4, 2, tied=False)
+    stages, ids = load(tmp_path), token_ids(50)
+    whole = Driver(stages, 50).step(ids)
+    monkeypatch.setattr(qwen2, "MLP_ROWS", 7)
+    assert (Driver(stages, 50).step(ids) - whole).abs().max() <= MAX_DIFFERENCE
+
+
+def test_attention_stats_count_causal_pairs(tmp_path):
+    save_model(tmp_path, "qwen2", 4, 2, tied=False)
+    stages = load(tmp_path)
+    stages[0].reset_attention_stats()
+    Driver(stages, 40).step(token_ids(40))
+    kept, causal = stages[0].attention_stats()
+    assert kept == causal == 3 * 4 * 40 * 41 / 2  # layers, heads, pairs
+    stages[0].reset_attention_stats()
+    assert stages[0].attention_stats() == (0.0, 0.0)
+
+
+def test_bfloat16_stays_close(tmp_path):
+    save_model(tmp_path, "qwen2", 4, 2, tied=False)
+    ids = token_ids(40)
+    (wide,) = load(tmp_path)
+    expected = Driver([wide], 40).step(ids)
+    model = build_model(
+        wide.config, layers=range(3), rotary=wide.layers[0].self_attn.core.rotary, plan=None,
+        dtype=torch.bfloat16, device="cpu")
+    load_weights(model, tmp_path)
+    driver = Driver([model], 40)
+    driver.caches = [[cache._replace(k=cache.k.bfloat16(), v=cache.v.bfloat16())
+                      for cache in driver.caches[0]]]
+    logits = driver.step(ids)
+    assert logits.dtype == torch.float32
+    assert ((logits - expected).norm() / expected.norm()) < 0.03
+
+
+def test_random_weights_are_reproducible_and_finite(tmp_path):
+    save_model(tmp_path, "qwen3", 4, 2, tied=True)
+    (model,) = load(tmp_path)
+    random_weights(model, seed=7)
+    first = Driver([model], 30).step(token_ids(30))
+    load_weights(model, tmp_path)
+    random_weights(model, seed=7)
+    assert torch.equal(Driver([model], 30).step(token_ids(30)), first)
+    assert first.isfinite().all() and first.std() > 0
