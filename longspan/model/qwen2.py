@@ -11,6 +11,7 @@ Sources: transformers `modeling_qwen2.py`, `modeling_qwen3.py` (numerics, tensor
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -143,9 +144,9 @@ class CausalLM(nn.Module):
         assert layers.step == 1 and 0 <= layers.start < layers.stop <= config.num_layers, layers
         self.config, self.layer_range = config, layers
         self.is_first, self.is_last = layers.start == 0, layers.stop == config.num_layers
-        vocabulary = {"in_features": config.hidden_size, "out_features": config.vocab_size}
+        vocabulary = (config.hidden_size, config.vocab_size)
         if self.is_first:
-            self.embed_tokens = Linear(**vocabulary, dtype=dtype, device=device)
+            self.embed_tokens = Linear(*vocabulary, dtype=dtype, device=device)
         self.layers = nn.ModuleList(
             DecoderLayer(
                 config, layer_idx=idx, rotary=rotary, plan=plan, dtype=dtype, device=device)
@@ -156,7 +157,7 @@ class CausalLM(nn.Module):
                 config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
             shared = config.tie_word_embeddings and self.is_first
             self.lm_head = (
-                self.embed_tokens if shared else Linear(**vocabulary, dtype=dtype, device=device))
+                self.embed_tokens if shared else Linear(*vocabulary, dtype=dtype, device=device))
 
     def forward(
         self, hidden_or_ids: Tensor, metadata: AttentionMetadata, caches: Sequence[PagedKV]
@@ -185,13 +186,21 @@ class CausalLM(nn.Module):
 
         Reading waits for the device; call it once a request, not once a step.
         """
-        kept = sum(float(layer.self_attn.core.kept_pairs) for layer in self.layers)
-        return kept, sum(float(layer.self_attn.core.causal_pairs) for layer in self.layers)
+        cores = self._attention_cores()
+        return (sum(float(core.kept_pairs) for core in cores),
+                sum(float(core.causal_pairs) for core in cores))
 
     def reset_attention_stats(self) -> None:
         """Start counting pairs anew."""
-        for layer in self.layers:
-            layer.self_attn.core.reset_stats()
+        for core in self._attention_cores():
+            core.reset_stats()
+
+    def decoder_layers(self) -> list[DecoderLayer]:
+        """This stage's layers in order, with their type."""
+        return [cast(DecoderLayer, layer) for layer in self.layers]
+
+    def _attention_cores(self) -> list[DualChunkAttention]:
+        return [layer.self_attn.core for layer in self.decoder_layers()]
 
 
 def _parameter(*shape: int, dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:

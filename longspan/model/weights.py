@@ -53,7 +53,7 @@ def resolve_checkpoint(name: str) -> Path:
     if name == BUNDLED_MODEL:
         return _bundled_model()
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return path
     if path.is_file():
         raise CheckpointError(f"{name} is a file; name the directory that holds config.json")
@@ -120,7 +120,7 @@ def _download(name: str) -> Path:
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         reason = ("the hub cannot be reached and the files are not in the cache; go online, or "
                   "name a directory")
-    except OSError as error:  # HTTP errors, connections, a full disk
+    except (OSError, ValueError) as error:  # HTTP errors, connections, a full disk, a bad id
         reason = f"download failed ({' '.join(str(error).split())}); try again, or name a directory"
     raise CheckpointError(f"{name}: {reason}")
 
@@ -138,14 +138,15 @@ def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
             f"{SINGLE_FILE} nor {INDEX_FILE}; fetch the index too"
         )
     old = sorted(path.glob("*.bin"))
-    found = f" ({old[0].name} found; convert it with save_pretrained of transformers)" if old else ""
+    found = f" ({old[0].name} found; convert it with transformers' save_pretrained)" if old else ""
     raise CheckpointError(f"{path}: no safetensors file there{found}")
 
 
 def _indexed_tensors(path: Path) -> dict[str, StoredTensor]:
     index = read_json(path / INDEX_FILE)
     places = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(places, dict) or not places:
+    sound = isinstance(places, dict) and all(isinstance(name, str) for name in places.values())
+    if not places or not sound:
         raise CheckpointError(f"{path / INDEX_FILE}: no weight_map in it; fetch the file again")
     shards = sorted(set(places.values()))
     absent = [name for name in shards if not (path / name).is_file()]
@@ -208,7 +209,7 @@ def _targets(model: CausalLM) -> dict[str, Tensor]:
     targets: dict[str, Tensor] = {}
     if model.is_first:
         targets["model.embed_tokens.weight"] = model.embed_tokens.weight
-    for idx, layer in zip(model.layer_range, model.layers, strict=True):
+    for idx, layer in zip(model.layer_range, model.decoder_layers(), strict=True):
         for name, tensor in _layer_targets(layer).items():
             targets[f"model.layers.{idx}.{name}"] = tensor
     if model.is_last:
@@ -270,8 +271,8 @@ def _refuse_unknown(
                if name not in known and not name.endswith("rotary_emb.inv_freq")]
     if unknown:
         raise CheckpointError(
-            f"{stored[unknown[0]].file}: {len(unknown)} unknown tensors, the first is {unknown[0]}; "
-            f"this is not a plain {config.architecture} checkpoint"
+            f"{stored[unknown[0]].file}: {len(unknown)} unknown tensors, the first is "
+            f"{unknown[0]}; this is not a plain {config.architecture} checkpoint"
         )
 
 
