@@ -46,7 +46,7 @@ def gathered_attention(
 
 def _lists(selection: Selection, head: int) -> tuple[Tensor, Tensor]:
     offsets, columns = selection.offsets[head], selection.columns[head]
-    return offsets[offsets <= 0], columns[columns >= 0]
+    return offsets[offsets < selection.tile_len], columns[columns >= 0]
 
 
 def _runs(start: int, stop: int, base: int, step: int, stride: int) -> list[tuple[int, int]]:

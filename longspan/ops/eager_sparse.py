@@ -81,7 +81,7 @@ class _Segment:
         """out [n, P, D], lse [n, P] over n query tiles, and the number of pairs kept."""
         kv_head = head // self.group
         offsets = selection.offsets[head]
-        windows = (-offsets[offsets <= 0] // self.tile_len).tolist()
+        windows = (-offsets[offsets < self.tile_len] // self.tile_len).tolist()
         band = next((i for i, w in enumerate(windows) if w != i), len(windows))
         assert band > 0, "the diagonal tile is always a window"
         is_window = torch.zeros(self.tile_gap.shape[1] + 1, dtype=torch.bool, device=offsets.device)

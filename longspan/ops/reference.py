@@ -152,7 +152,7 @@ def kept_pairs(selection: Selection, queries: Tensor, context_len: int) -> Tenso
     for head in range(num_heads):
         for offset in selection.offsets[head].tolist():
             first = tile_start[:, None] + offset
-            if offset <= 0:
+            if offset < selection.tile_len:
                 kept[head] |= (keys >= first) & (keys < first + selection.tile_len)
         columns = selection.columns[head]
         kept[head][:, columns[columns >= 0]] = True
@@ -184,7 +184,7 @@ def _correction(
     for head in range(q.shape[1]):
         columns, offsets = selection.columns[head], selection.offsets[head]
         taken = torch.bincount(columns[columns >= 0] // tile_len, minlength=num_tiles)[:num_tiles]
-        windows = -offsets[offsets <= 0] // tile_len
+        windows = -offsets[offsets < tile_len] // tile_len
         dropped = (gap > 0) & ~torch.isin(gap, windows)
         bias = torch.where(dropped, (tile_len - taken).float().log(), -math.inf)
         scores[head] += bias

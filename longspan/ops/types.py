@@ -51,7 +51,8 @@ class Selection(NamedTuple):
     columns: Tensor
     """[H, V] int64, padded with -1 at the end."""
     offsets: Tensor
-    """[H, W] int64, descending from 0, padded with 1 at the end."""
+    """[H, W] int64, descending, each below tile_len; padded with tile_len (no key) at the end.
+    In ``tile`` mode multiples of tile_len, the first of them 0."""
     tile_len: int
     aligned: bool
     """Query tiles lie at absolute multiples of tile_len (``tile`` mode)."""

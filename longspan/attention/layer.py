@@ -1,0 +1,112 @@
+"""DualChunkAttention: rotate and write keys, then dense, sparse or decode attention per request."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longspan import ops
+from longspan.attention.metadata import AttentionMetadata, PrefillSlice
+from longspan.attention.sparsity import SparsityPlan
+from longspan.ops.geometry import segments
+from longspan.ops.types import PagedKV, QueryRotary
+
+
+def allocate_cache(
+    *, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype,
+    device: torch.device | str, sparse: bool,
+) -> PagedKV:
+    """One layer's KV cache, uninitialised: on CPUs memory is taken as blocks are written."""
+    shape = (num_blocks, block_size, num_kv_heads, head_dim)
+    k, v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+    if not sparse:
+        return PagedKV(k, v)
+    means = (torch.empty(num_blocks, num_kv_heads, head_dim, dtype=dtype, device=device)
+             for _ in range(2))
+    return PagedKV(k, v, *means)
+
+
+class DualChunkAttention:
+    """Attention of one layer over the paged KV cache (arXiv 2501.15383 sections 5.1-5.2).
+
+    Knows no engine type. Counts the (query, key) pairs that prefill kept and could have kept, over
+    all heads, for the density report.
+    """
+
+    def __init__(
+        self, *, layer_idx: int, num_heads: int, num_kv_heads: int, head_dim: int,
+        rotary: QueryRotary, plan: SparsityPlan | None,
+    ) -> None:
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.rotary = rotary
+        self.plan = plan
+        self.budget = plan.layer(layer_idx) if plan else None
+        self.reset_stats()
+
+    def reset_stats(self) -> None:
+        """Start counting pairs anew."""
+        self.kept_pairs: Tensor | float = 0.0
+        self.causal_pairs = 0.0
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: PagedKV, metadata: AttentionMetadata
+    ) -> Tensor:
+        """q: [T, H, D], k, v: [T, K, D], none rotated. Returns [T, H, D]."""
+        rows = metadata.positions % self.rotary.stride
+        ops.write_kv(cache, ops.rotate(k, self.rotary.cos[rows], self.rotary.sin[rows]), v,
+                     metadata.slot_mapping)
+        out = torch.empty_like(q)
+        for item in metadata.prefills:
+            part = slice(item.start, item.start + item.query_len)
+            out[part] = self._prefill(q[part], cache, item)
+        if metadata.decode is not None:
+            group = metadata.decode
+            out[group.start :], _ = ops.decode_attention(
+                q[group.start :], cache, group.block_tables, group.context_lens, self.rotary,
+                group.scales)
+        return out
+
+    def _prefill(self, q: Tensor, cache: PagedKV, item: PrefillSlice) -> Tensor:
+        first, stop = self._sparse_range(item, cache.k.shape[1])
+        if first >= stop:
+            return self._dense(q, cache, item, item.cached_len)
+        parts = [self._dense(q[: first - item.cached_len], cache, item, item.cached_len)]
+        for start, end in segments(first, stop, self.rotary.stride):
+            rows = q[start - item.cached_len : end - item.cached_len]
+            parts.append(self._sparse(rows, cache, item, start))
+        parts.append(self._dense(q[stop - item.cached_len :], cache, item, stop))
+        return torch.cat(parts)
+
+    def _sparse_range(self, item: PrefillSlice, block_size: int) -> tuple[int, int]:
+        """Positions [first, stop) computed sparsely: in tile mode whole tiles, and never the
+        prompt's dense tail, nor tiles that the slash budget covers wholly."""
+        if not item.sparse or self.plan is None or self.budget is None:
+            return 0, 0
+        stop = min(item.context_len, item.prompt_len - self.plan.dense_tail_len)
+        if self.plan.mode == "paper":
+            return item.cached_len, stop
+        first = max(item.cached_len, min(self.budget.slash))
+        return -(-first // block_size) * block_size, stop // block_size * block_size
+
+    def _dense(self, q: Tensor, cache: PagedKV, item: PrefillSlice, start: int) -> Tensor:
+        if q.shape[0] == 0:
+            return q
+        self._count(q, start, None)
+        out, _ = ops.prefill_attention(q, cache, item.block_table, start, self.rotary, item.scale)
+        return out
+
+    def _sparse(self, q: Tensor, cache: PagedKV, item: PrefillSlice, start: int) -> Tensor:
+        assert self.plan is not None and self.budget is not None
+        selection = ops.select_vertical_slash(
+            q, cache, item.block_table, start, self.rotary, item.scale, self.budget)
+        out, _, kept = ops.sparse_prefill_attention(
+            q, cache, item.block_table, start, self.rotary, item.scale, selection,
+            self.plan.mean_correction)
+        self._count(q, start, kept)
+        return out
+
+    def _count(self, q: Tensor, start: int, kept: Tensor | None) -> None:
+        num_queries = q.shape[0]
+        pairs = self.num_heads * num_queries * (start + (num_queries + 1) / 2)
+        self.causal_pairs += pairs
+        self.kept_pairs = self.kept_pairs + (pairs if kept is None else kept)

@@ -1,0 +1,132 @@
+"""SparsityPlan: how much each head may attend to during sparse prefill, with provenance."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from longspan.config import read_json
+from longspan.errors import CheckpointError, LongspanError
+from longspan.ops.select import Budget
+
+SCHEMA_VERSION = 1
+SelectionMode = Literal["tile", "paper"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SparsityPlan:
+    """Budgets for every layer and query head, and the policy around them.
+
+    Defaults are the engine's own policy (spec: selection findings); `paper` gives MInference's.
+    """
+
+    vertical: tuple[tuple[int, ...], ...]
+    """[L][H] key columns kept."""
+    slash: tuple[tuple[int, ...], ...]
+    """[L][H] diagonals kept, tokens; in tile mode bought as whole tile diagonals."""
+    mode: SelectionMode = "tile"
+    probe_last: int = 64
+    """Last queries of a prefill chunk that estimate the pattern."""
+    probe_strided: int = 64
+    """Further probe queries, spread over the prefill chunk (tile mode)."""
+    sink: int = 4
+    """First columns, always kept; inside the vertical budget."""
+    local: int = 100
+    """Most recent diagonals, always kept; inside the slash budget."""
+    mean_correction: bool = True
+    """Dropped tiles take part as their mean key and mean value (tile mode)."""
+    dense_tail_len: int = 2048
+    """The prompt's last tokens attend to everything."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Who measured this plan, on what: model hash, calibration length, recall, date."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("tile", "paper"):
+            raise LongspanError(f"sparsity plan: mode {self.mode!r} is not 'tile' or 'paper'")
+        if [len(row) for row in self.vertical] != [len(row) for row in self.slash]:
+            raise LongspanError("sparsity plan: vertical and slash differ in layers or heads")
+        if any(value < 0 for rows in (self.vertical, self.slash) for row in rows for value in row):
+            raise LongspanError("sparsity plan: budgets must not be negative")
+
+    @classmethod
+    def default(cls, num_layers: int, num_heads: int, vertical: int = 1000,
+                slash: int = 4096) -> SparsityPlan:
+        """The same budget for every head, for checkpoints without a plan."""
+        return cls(vertical=((vertical,) * num_heads,) * num_layers,
+                   slash=((slash,) * num_heads,) * num_layers,
+                   provenance={"source": "built-in default"})
+
+    @classmethod
+    def from_released(cls, budgets: Sequence[Mapping[str, Any]], *, probe_last: int = 64,
+                      mode: SelectionMode = "tile") -> SparsityPlan:
+        """Read the released format: a list over layers of {head: [type, vertical, slash, score]}."""
+        rows = [_released_layer(index, layer) for index, layer in enumerate(budgets)]
+        plan = cls(vertical=tuple(tuple(v for v, _ in row) for row in rows),
+                   slash=tuple(tuple(s for _, s in row) for row in rows),
+                   probe_last=probe_last, provenance={"source": "released per-head budgets"})
+        return plan if mode == "tile" else plan.paper()
+
+    @classmethod
+    def load(cls, path: str | Path) -> SparsityPlan:
+        """Read our JSON or a released ``sparse_attention_config.json``."""
+        file = Path(path)
+        if not file.is_file():
+            raise CheckpointError(f"{file}: no such sparsity plan; leave it out for the default")
+        raw = read_json(file)
+        if isinstance(raw, list):
+            return cls.from_released(raw)
+        version = raw.pop("schema_version", None)
+        if version != SCHEMA_VERSION:
+            raise CheckpointError(f"{file}: schema_version {version}, this program reads "
+                                  f"{SCHEMA_VERSION}; calibrate again")
+        unknown = sorted(set(raw) - {item.name for item in fields(cls)})
+        if unknown:
+            raise CheckpointError(f"{file}: unknown fields {', '.join(unknown)}")
+        for name in ("vertical", "slash"):
+            raw[name] = tuple(tuple(int(value) for value in row) for row in raw.get(name, ()))
+        return cls(**raw)
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON that `load` reads."""
+        content = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    def paper(self) -> SparsityPlan:
+        """MInference's policy on the same budgets: 30 sinks and 100 diagonals forced, a vertical
+        budget of exactly 30 raised to 130, no correction, no tail (report section 5.3)."""
+        vertical = tuple(tuple(130 if v == 30 else v for v in row) for row in self.vertical)
+        return replace(self, mode="paper", vertical=vertical, probe_strided=0, sink=30, local=100,
+                       mean_correction=False, dense_tail_len=0)
+
+    def check_fits(self, num_layers: int, num_heads: int) -> None:
+        """Raises `LongspanError` when the plan was made for another model's shape."""
+        shape = (len(self.vertical), len(self.vertical[0]) if self.vertical else 0)
+        if shape != (num_layers, num_heads) or any(len(row) != num_heads for row in self.vertical):
+            raise LongspanError(
+                f"sparsity plan is for {shape[0]} layers of {shape[1]} heads, the model has "
+                f"{num_layers} of {num_heads}; calibrate a plan for this model or leave it out")
+
+    def layer(self, index: int) -> Budget:
+        """Budgets of one layer in the form that the ops take."""
+        return Budget(
+            vertical=self.vertical[index], slash=self.slash[index], mode=self.mode,
+            probe_last=self.probe_last, probe_strided=self.probe_strided, sink=self.sink,
+            local=self.local)
+
+
+def _released_layer(index: int, layer: Mapping[str, Any]) -> list[tuple[int, int]]:
+    rows: list[tuple[int, int]] = []
+    for head in range(len(layer)):
+        entry = layer.get(str(head))
+        if entry is None:
+            raise CheckpointError(f"sparse attention config: layer {index} has {len(layer)} entries "
+                                  f"but none for head {head}")
+        kind, vertical, slash = entry[0], entry[1], entry[2]
+        if kind != "vertical_and_slash":
+            raise CheckpointError(f"sparse attention config: layer {index} head {head} has type "
+                                  f"{kind!r}; only vertical_and_slash is supported")
+        rows.append((int(vertical), int(slash)))
+    return rows

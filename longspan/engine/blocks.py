@@ -1,0 +1,189 @@
+"""KV blocks: who holds which, and which tokens a free one still remembers. No torch.
+
+Every block is in exactly one state::
+
+    free   (nobody holds it, content worthless)
+      |  allocate            ^ evicted by an allocation
+      v                      |
+    used   (refs >= 1) --- release, when a hash is known ---> cached (refs 0, content known)
+      ^                                                         |
+      +------------------------ acquire ------------------------+
+
+**What a prefix-cache hit means.** A block's hash chains over all token ids from the first one to
+the block's last, and over a salt that names the attention settings, so equal hashes mean equal
+token prefixes under equal settings. That makes the cached keys and values *the same numbers* the
+request would compute itself if they are a pure function of those tokens:
+
+- Dense: they are (up to floating-point order).
+- Sparse: the selection is made once per prefill chunk, from the chunk's own queries, so a block's
+  numbers depend on tokens up to the end of its chunk. Cuts lie at absolute multiples of
+  ``prefill_chunk_len``, and only whole chunks are shared (`chunking.cacheable_len`). The dense
+  tail of a prompt depends on where the prompt ends, so chunks that touch it are never shared, and
+  a new prompt always computes its own tail.
+- YaRN's attention temperature grows with a request's whole length beyond the trained length. It
+  stands on the query side, so cached *first-layer* keys do not depend on it, but deeper layers see
+  it through the hidden states. A hit from a prompt of another length, beyond the trained length,
+  is therefore close and not exact: 0.1 ln(ratio of the lengths) in the temperature.
+
+Contiguity: the CPU attention path reads a request's cache without a copy when its table is one
+ascending run, so `BlockPool.allocate` looks for runs, right after the blocks already held first.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from hashlib import blake2b
+
+
+def extend_hashes(hashes: list[bytes], tokens: array[int], block_size: int, salt: bytes) -> None:
+    """Append the chain hashes of the full blocks of ``tokens`` (all tokens, from the first)."""
+    for start in range(len(hashes) * block_size, len(tokens) - block_size + 1, block_size):
+        parent = hashes[-1] if hashes else salt
+        piece = tokens[start:start + block_size].tobytes()
+        hashes.append(blake2b(parent + piece, digest_size=16).digest())
+
+
+class BlockPool:
+    """Reference-counted KV blocks with a prefix cache in the free ones.
+
+    Args:
+        num_blocks: blocks in the KV cache, ids 0 to num_blocks - 1.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._refs = [0] * num_blocks
+        self._hash_of: list[bytes | None] = [None] * num_blocks
+        self._block_of: dict[bytes, int] = {}
+        # Release time of cached blocks, 0 for all others: the least valuable is the smallest.
+        self._stamps = [0] * num_blocks
+        self._clock = 0
+        # One byte for each block, 1 where it is free: runs are found at memory speed.
+        self._free = bytearray(b"\x01" * num_blocks)
+        self._num_used = 0
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that `allocate` could hand out: free and cached ones."""
+        return self.num_blocks - self._num_used
+
+    def match(self, hashes: Sequence[bytes]) -> list[int]:
+        """Blocks that hold the longest known prefix of this hash chain, in order."""
+        found: list[int] = []
+        for value in hashes:
+            block = self._block_of.get(value)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def acquire(self, block_ids: Sequence[int]) -> None:
+        """Hold known blocks (from `match`) once more; cached ones become used."""
+        for block in block_ids:
+            if self._refs[block] == 0:
+                assert self._hash_of[block] is not None
+                self._num_used += 1
+                self._stamps[block] = 0
+            self._refs[block] += 1
+
+    def allocate(self, count: int, after: int | None = None) -> list[int] | None:
+        """Take ``count`` blocks, in one ascending run if there is one; None if too few are left.
+
+        Args:
+            after: try the run that starts right behind this block first.
+
+        Cached blocks are forgotten only when free ones do not suffice for a run.
+        """
+        if count > self.num_available:
+            return None
+        blocks = self._choose(count, after)
+        for block in blocks:
+            self._forget(block)
+            self._refs[block] = 1
+            self._free[block] = 0
+            self._stamps[block] = 0
+        self._num_used += count
+        return blocks
+
+    def register(self, block_id: int, value: bytes) -> None:
+        """Make a held block's content findable. A second copy of known content stays private."""
+        assert self._refs[block_id] > 0
+        if value not in self._block_of and self._hash_of[block_id] is None:
+            self._block_of[value] = block_id
+            self._hash_of[block_id] = value
+
+    def release(self, block_ids: Sequence[int]) -> None:
+        """Let go of blocks of one request, given in table order.
+
+        Deeper blocks count as older: a prefix without its end is worth more than the reverse.
+        """
+        for block in reversed(block_ids):
+            assert self._refs[block] > 0, "released twice"
+            self._refs[block] -= 1
+            if self._refs[block] == 0:
+                self._num_used -= 1
+                self._retire(block)
+
+    def check(self) -> None:
+        """Recount everything. Raises AssertionError when the accounts disagree."""
+        used = sum(refs > 0 for refs in self._refs)
+        free = sum(self._free)
+        cached = sum(refs == 0 and value is not None
+                     for refs, value in zip(self._refs, self._hash_of, strict=True))
+        assert used == self._num_used, f"{used} blocks are used, {self._num_used} counted"
+        assert free + cached + used == self.num_blocks, (free, cached, used, self.num_blocks)
+        assert min(self._refs, default=0) >= 0
+        known = {value: block for block, value in enumerate(self._hash_of) if value is not None}
+        assert known == self._block_of, "hashes and blocks disagree"
+        for block, stamp in enumerate(self._stamps):
+            is_cached = self._refs[block] == 0 and self._hash_of[block] is not None
+            assert (stamp > 0) == is_cached, f"block {block}: stamp {stamp}"
+            assert not (self._free[block] and self._refs[block]), f"block {block} free and used"
+
+    def _retire(self, block: int) -> None:
+        if self._hash_of[block] is None:
+            self._free[block] = 1
+            return
+        self._clock += 1
+        self._stamps[block] = self._clock
+
+    def _forget(self, block: int) -> None:
+        value = self._hash_of[block]
+        if value is not None:
+            del self._block_of[value]
+            self._hash_of[block] = None
+
+    def _choose(self, count: int, after: int | None) -> list[int]:
+        if after is not None and self._is_available_run(after + 1, count):
+            return list(range(after + 1, after + 1 + count))
+        start = self._free.find(b"\x01" * count)
+        if start < 0:
+            start = self._cheapest_run(count)
+        if start >= 0:
+            return list(range(start, start + count))
+        return self._scattered(count)
+
+    def _is_available_run(self, start: int, count: int) -> bool:
+        return start + count <= self.num_blocks and not any(self._refs[start:start + count])
+
+    def _cheapest_run(self, count: int) -> int:
+        """Start of the run of available blocks whose cached content is least and oldest, or -1."""
+        best_start, best_cost, cost, length = -1, -1, 0, 0
+        for block in range(self.num_blocks):
+            if self._refs[block]:
+                cost = length = 0
+                continue
+            cost += self._stamps[block]
+            length += 1
+            if length > count:
+                cost -= self._stamps[block - count]
+            if length >= count and (best_start < 0 or cost < best_cost):
+                best_start, best_cost = block - count + 1, cost
+        return best_start
+
+    def _scattered(self, count: int) -> list[int]:
+        """No run is left: free blocks first, then the cached ones released longest ago."""
+        available = [block for block in range(self.num_blocks) if not self._refs[block]]
+        available.sort(key=lambda block: self._stamps[block])
+        return sorted(available[:count])

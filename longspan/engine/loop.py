@@ -1,0 +1,138 @@
+"""One loop, four verbs: receive, schedule, run, process. No torch.
+
+The loop knows a runner only as a `Transport`: batches go in, results come out in the same order.
+In one process the transport computes when its result is asked for and holds one step; a later one
+hands batches to other processes and holds several. Nothing here changes with that.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Protocol
+
+from longspan.engine.request import Request
+from longspan.engine.scheduler import Scheduler
+from longspan.engine.step import ScheduledBatch, StepResult, Update
+
+
+class Transport(Protocol):
+    """Carries steps to a runner and back, first in, first out."""
+
+    @property
+    def max_in_flight(self) -> int:
+        """Steps that may be submitted and not yet collected."""
+
+    def submit(self, batch: ScheduledBatch) -> None:
+        """Hand over a step; returns at once."""
+
+    def collect(self) -> StepResult:
+        """Wait for the oldest step's result."""
+
+    def discard(self) -> None:
+        """Drop what is in flight, after an interrupt."""
+
+
+class Executor(Protocol):
+    """What computes a step: `longspan.engine.runner.Runner`, or a double in tests."""
+
+    def execute(self, batch: ScheduledBatch) -> StepResult:
+        """Compute the step and sample."""
+
+
+class LocalTransport:
+    """Runs each step in this thread, when its result is collected."""
+
+    max_in_flight = 1
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._batches: deque[ScheduledBatch] = deque()
+
+    def submit(self, batch: ScheduledBatch) -> None:
+        """Keep the step until `collect`."""
+        self._batches.append(batch)
+
+    def collect(self) -> StepResult:
+        """Compute the oldest step."""
+        return self._executor.execute(self._batches.popleft())
+
+    def discard(self) -> None:
+        """Forget steps that were not computed."""
+        self._batches.clear()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepReport:
+    """What one turn of the loop changed. Times are of ``time.monotonic``."""
+
+    updates: tuple[Update, ...] = ()
+    submitted_s: float = 0.0
+    """When the step was handed to the runner."""
+    finished_s: float = 0.0
+    kept_pairs: float = 0.0
+    causal_pairs: float = 0.0
+
+
+class Loop:
+    """Drives a scheduler and a transport. Commands wait in a mailbox until the next turn."""
+
+    def __init__(self, scheduler: Scheduler, transport: Transport) -> None:
+        self._scheduler, self._transport = scheduler, transport
+        self._mailbox: deque[Request | str] = deque()
+        self._submitted_s: deque[float] = deque()
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing to do until the next `add`."""
+        return not self._mailbox and self._scheduler.is_idle
+
+    def add(self, request: Request) -> None:
+        """Queue a request that fits (see `scheduler.check_fits`)."""
+        self._mailbox.append(request)
+
+    def abort(self, request_id: str) -> None:
+        """Cancel a request, whatever its state; takes effect before the next step."""
+        self._mailbox.append(request_id)
+
+    def turn(self) -> StepReport:
+        """Receive, schedule, run, process: at most one result is waited for."""
+        self._receive()
+        self._schedule_and_run()
+        return self._process()
+
+    def interrupt(self) -> tuple[Update, ...]:
+        """After an exception in `turn`: abort the steps in flight, keep the engine usable."""
+        self._transport.discard()
+        self._scheduler.drop_in_flight()
+        self._submitted_s.clear()
+        return tuple(self._scheduler.take_updates())
+
+    def _receive(self) -> None:
+        while self._mailbox:
+            command = self._mailbox.popleft()
+            if isinstance(command, str):
+                self._scheduler.abort(command)
+            else:
+                self._scheduler.add(command)
+
+    def _schedule_and_run(self) -> None:
+        while len(self._submitted_s) < self._transport.max_in_flight:
+            batch = self._scheduler.schedule()
+            if batch is None:
+                return
+            self._submitted_s.append(time.monotonic())
+            self._transport.submit(batch)
+
+    def _process(self) -> StepReport:
+        if not self._submitted_s:
+            if self._scheduler.num_requests == 0:
+                self._scheduler.check()  # idle: the moment to notice a leak
+            return StepReport(updates=tuple(self._scheduler.take_updates()))
+        result = self._transport.collect()
+        updates = self._scheduler.apply(result)
+        return StepReport(
+            updates=tuple(updates), submitted_s=self._submitted_s.popleft(),
+            finished_s=time.monotonic(), kept_pairs=result.kept_pairs,
+            causal_pairs=result.causal_pairs)

@@ -1,0 +1,207 @@
+"""A request from arrival to finish, and what its caller sees of it. No torch.
+
+Lengths are named once, as properties of `Request`; nobody else does arithmetic on them.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from dataclasses import dataclass, field
+from typing import Literal
+
+from longspan.errors import InvalidRequestError
+
+FinishReason = Literal["stop", "length", "abort"]
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How completion tokens are chosen and when they end.
+
+    Raises:
+        InvalidRequestError: a field is out of range; the message names the field and the range.
+    """
+
+    temperature: float = 0.0
+    """0: greedy, the most probable token; else logits are divided by it."""
+    top_k: int = 0
+    """Keep only the k most probable tokens; 0: all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probability reaches this; 1: all."""
+    min_p: float = 0.0
+    """Keep tokens at least this fraction as probable as the most probable one; 0: all."""
+    seed: int | None = None
+    """Same seed, same prompt, same answer, whatever else runs; None: a fresh one per request."""
+    max_tokens: int = 256
+    """Longest completion, tokens."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the completion; they are not part of its text."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end the completion, besides the checkpoint's end-of-text tokens."""
+    ignore_eos: bool = False
+    """Go on past the checkpoint's end-of-text tokens (for benchmarks)."""
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        _require(_is_number(self.temperature) and 0 <= self.temperature < math.inf,
+                 "temperature", self.temperature, "0 (greedy) or a positive number")
+        _require(_is_integer(self.top_k) and self.top_k >= 0,
+                 "top_k", self.top_k, "0 (all tokens) or a positive integer")
+        _require(_is_number(self.top_p) and 0 < self.top_p <= 1,
+                 "top_p", self.top_p, "above 0 and at most 1")
+        _require(_is_number(self.min_p) and 0 <= self.min_p <= 1,
+                 "min_p", self.min_p, "between 0 and 1")
+        _require(self.seed is None or _is_integer(self.seed) and 0 <= self.seed <= MAX_SEED,
+                 "seed", self.seed, "an integer from 0 to 2^63 - 1")
+        _require(_is_integer(self.max_tokens) and self.max_tokens >= 1,
+                 "max_tokens", self.max_tokens, "a positive integer")
+        _require(all(isinstance(text, str) and text for text in self.stop),
+                 "stop", self.stop, "one or several strings that are not empty")
+        _require(all(_is_integer(token) and token >= 0 for token in self.stop_token_ids),
+                 "stop_token_ids", self.stop_token_ids, "token ids")
+
+
+@dataclass(kw_only=True, slots=True)
+class Request:
+    """One request inside the engine. The scheduler owns and changes it; nobody else does.
+
+    Life: waiting (no blocks) -> prefill (``scheduled_len < prompt_len``) -> decode -> finished.
+    ``scheduled_len`` runs ahead of ``computed_len`` while steps are in flight.
+    """
+
+    request_id: str
+    prompt_ids: array[int]
+    """[prompt_len] token ids, type code "i"."""
+    params: SamplingParams
+    seed: int = 0
+    """The seed in effect (``params.seed`` or a fresh one)."""
+    eos_token_ids: frozenset[int] = frozenset()
+    """The checkpoint's end-of-text tokens."""
+    sparse: bool = False
+    """Prefill with sparse attention."""
+    output_ids: array[int] = field(default_factory=lambda: array("i"))
+    block_ids: list[int] = field(default_factory=list)
+    """KV blocks in order, for all of ``reserved_len``; empty until admitted."""
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Chain hash of each full block of tokens, as far as known."""
+    num_registered: int = 0
+    """Leading blocks that the prefix cache knows."""
+    num_cached_tokens: int = 0
+    """Prompt tokens found in the prefix cache at admission."""
+    scheduled_len: int = 0
+    """Tokens whose keys and values are computed or being computed."""
+    computed_len: int = 0
+    """Tokens whose keys and values are in the cache."""
+    num_in_flight: int = 0
+    """Steps submitted and not yet collected that hold a slice of this request."""
+    num_skips: int = 0
+    """Later requests admitted while this one waited for blocks."""
+    finish_reason: FinishReason | None = None
+
+    @property
+    def prompt_len(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt_ids)
+
+    @property
+    def total_len(self) -> int:
+        """Tokens of the prompt and of the completion so far."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def reserved_len(self) -> int:
+        """Tokens that the request can ever need room for."""
+        return len(self.prompt_ids) + self.params.max_tokens
+
+    @property
+    def is_prefill(self) -> bool:
+        """Prompt tokens are left to schedule."""
+        return self.scheduled_len < len(self.prompt_ids)
+
+    @property
+    def is_finished(self) -> bool:
+        """Nothing more will be computed for it."""
+        return self.finish_reason is not None
+
+    @property
+    def awaits_token(self) -> bool:
+        """The next token to compute is still being sampled by a step in flight."""
+        return self.scheduled_len >= self.total_len
+
+    def tokens(self, start: int, stop: int) -> array[int]:
+        """Token ids ``start`` to ``stop - 1`` of prompt and completion together."""
+        if stop <= self.prompt_len:
+            return self.prompt_ids[start:stop]
+        return (self.prompt_ids[start:] if start < self.prompt_len else array("i")) + \
+            self.output_ids[max(0, start - self.prompt_len):stop - self.prompt_len]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How far the prefill of one request is; the first one comes before any computing."""
+
+    request_id: str
+    num_prefilled_tokens: int
+    """Prompt tokens in the KV cache, cached ones included."""
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    """Of the prefilled tokens, those that the prefix cache already held."""
+    elapsed_s: float
+    """Since the request arrived."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RequestOutput:
+    """A finished request. Times are wall clock."""
+
+    request_id: str
+    text: str
+    """The completion, without stop strings."""
+    token_ids: tuple[int, ...]
+    """Every sampled token, one that stopped the completion included."""
+    finish_reason: FinishReason
+    """``stop``: a stop string or token; ``length``: max_tokens; ``abort``: cancelled."""
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    """Prompt tokens that the prefix cache supplied."""
+    ttft_s: float | None
+    """Arrival to first token, waiting included."""
+    prefill_s: float | None
+    """First prefill chunk's start to first token."""
+    decode_tokens_per_s: float | None
+    """After the first token; None for completions of one token."""
+    density: float | None
+    """Attention pairs computed over causal pairs, in the steps that prefilled this prompt;
+    1 is dense, None when nothing was measured."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenEvent:
+    """New completion text of a streaming request."""
+
+    request_id: str
+    text: str
+    """Text that became certain; may be empty while a character or a stop string is open."""
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    output: RequestOutput | None = None
+    """The whole result, on the last event only."""
+
+
+def _require(condition: bool, name: str, value: object, wanted: str) -> None:
+    if not condition:
+        raise InvalidRequestError(f"{name} is {value!r}; it must be {wanted}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

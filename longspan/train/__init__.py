@@ -1,0 +1,1 @@
+"""Progressive pre-training of a Qwen2-architecture model over growing context lengths."""
