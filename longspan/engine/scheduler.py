@@ -5,11 +5,11 @@ Policy, in the order of the functions below:
 - *submit*: a request that can never fit is refused at once, with the numbers.
 - *admit*: first come, first served. KV blocks for the prompt and all of ``max_tokens`` are taken
   at admission, so an admitted request always finishes: nothing is preempted, and no million-token
-  prefill is ever thrown away. A shorter request may pass one that waits for blocks, but only
-  `MAX_SKIPS` times, so that the long one is not starved.
-- *budget*: a step computes one whole prefill chunk of the oldest prompt, up to
-  ``prefill_chunk_len // 2`` more prompt tokens of younger ones, and one token of every decoding
-  request. A short question therefore joins the step after its arrival, even behind a prefill of
+  prefill is ever thrown away. Of the first `LOOKAHEAD` in line, a shorter one may pass one that
+  waits for blocks, but only `LOOKAHEAD` times, so that the long one is not starved.
+- *budget*: a step computes one prefill chunk of the oldest prompt, one token of every decoding
+  request, and what is left of ``prefill_chunk_len`` (at least half of it) goes to younger prompts.
+  A short question therefore joins the step after its arrival, even behind a prefill of
   minutes.
 - *apply*: results come back in order and change lengths, the prefix cache and the states.
 
@@ -27,7 +27,7 @@ from longspan.engine.request import FinishReason, Request
 from longspan.engine.step import RowSampling, ScheduledBatch, ScheduledSlice, StepResult, Update
 from longspan.errors import PromptTooLongError
 
-MAX_SKIPS = 16
+LOOKAHEAD = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +41,12 @@ class SchedulerConfig:
     max_num_requests: int
     dense_tail_len: int = 0
     """Last prompt tokens that attend to everything in sparse prefill."""
+
+    @property
+    def max_step_tokens(self) -> int:
+        """Most tokens that one step computes."""
+        chunk = self.prefill_chunk_len
+        return chunk + chunk // 2 + self.max_num_requests
 
     @property
     def longest_len(self) -> int:
@@ -93,6 +99,7 @@ class Scheduler:
         self._admit()
         chosen = self._budget()
         if not chosen:
+            assert self._in_flight or not self._waiting, "an empty engine admits any request"
             return None
         slices = tuple(_slice(request, query_len) for request, query_len in chosen)
         batch = ScheduledBatch(step_id=self._num_steps, slices=slices)
@@ -143,14 +150,15 @@ class Scheduler:
     def _admit(self) -> None:
         """Move waiting requests to running as long as blocks and places last."""
         position = 0
-        while position < len(self._waiting) and len(self._running) < self.config.max_num_requests:
+        while (position < min(len(self._waiting), LOOKAHEAD)
+               and len(self._running) < self.config.max_num_requests):
             request = self._waiting[position]
             if self._allocate(request):
                 del self._waiting[position]
                 self._running[request.request_id] = request
                 for passed in self._waiting[:position]:
                     passed.num_skips += 1
-            elif request.num_skips >= MAX_SKIPS:
+            elif request.num_skips >= LOOKAHEAD:
                 return
             else:
                 position += 1
@@ -159,6 +167,8 @@ class Scheduler:
         """Take all blocks a request can ever need, cached ones first; False if too few are left."""
         cached = self._cached_blocks(request)
         num_new = -(-request.reserved_len // self.config.block_size) - len(cached)
+        if num_new > self.pool.num_available:
+            return False
         self.pool.acquire(cached)
         new = self.pool.allocate(num_new, after=cached[-1] if cached else None)
         if new is None:
@@ -191,8 +201,10 @@ class Scheduler:
             if request.is_prefill:
                 query_len = self._chunk_len(request, budget)
                 if query_len:
+                    budget -= query_len
+                    if not prefills:
+                        budget = max(budget, chunk // 2)
                     prefills.append((request, query_len))
-                    budget = chunk // 2 if len(prefills) == 1 else budget - query_len
         decodes = [(request, 1) for request in running
                    if not request.is_prefill and not request.awaits_token]
         return prefills + decodes

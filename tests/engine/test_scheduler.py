@@ -1,0 +1,216 @@
+"""Scheduler: policy, exact numbers in refusals, and a seeded fuzz over a runner that checks."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from collections.abc import Iterable
+
+import pytest
+
+from longspan.engine.loop import LocalTransport, Loop
+from longspan.engine.request import Request
+from longspan.engine.scheduler import LOOKAHEAD, Scheduler, SchedulerConfig
+from longspan.engine.step import StepResult, Update
+from longspan.errors import PromptTooLongError
+from tests.doubles import DeepTransport, FakeRunner, complete, make_request
+
+CONFIG = SchedulerConfig(
+    num_blocks=16, block_size=4, max_model_len=64, prefill_chunk_len=8, max_num_requests=4,
+    dense_tail_len=3)
+
+
+def make_engine(config: SchedulerConfig = CONFIG, depth: int = 1) -> tuple[Loop, Scheduler, FakeRunner]:
+    runner = FakeRunner(
+        num_blocks=config.num_blocks, block_size=config.block_size,
+        prefill_chunk_len=config.prefill_chunk_len, dense_tail_len=config.dense_tail_len)
+    scheduler = Scheduler(config)
+    transport = LocalTransport(runner) if depth == 1 else DeepTransport(runner, depth)
+    return Loop(scheduler, transport), scheduler, runner
+
+
+def run_all(loop: Loop, requests: list[Request]) -> None:
+    for request in requests:
+        loop.add(request)
+    while not loop.is_idle:
+        loop.turn()
+
+
+def test_control_plane_loads_no_torch() -> None:
+    modules = ["request", "step", "blocks", "chunking", "scheduler", "loop", "session",
+               "tokenizer", "resolve"]
+    code = "import sys\n" + "\n".join(f"import longspan.engine.{name}" for name in modules)
+    code += "\nimport longspan\nlongspan.SamplingParams, longspan.EngineConfig"
+    code += "\nsys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_refuses_what_never_fits() -> None:
+    scheduler = Scheduler(CONFIG)
+    with pytest.raises(PromptTooLongError) as error:
+        scheduler.add(make_request("a", range(60), max_tokens=9))
+    assert str(error.value) == (
+        "prompt of 60 tokens plus max_tokens 9 is 69, over the limit of 64 tokens; "
+        "ask for at most 4")
+    with pytest.raises(PromptTooLongError, match="shorten the prompt by at least 2"):
+        scheduler.add(make_request("a", range(65), max_tokens=1))
+    scheduler.add(make_request("a", range(60), max_tokens=4))
+
+
+def test_chunks_end_at_absolute_multiples() -> None:
+    loop, _, runner = make_engine()
+    run_all(loop, [make_request("a", range(1, 20), max_tokens=3, ignore_eos=True)])
+    lens = [[item.query_len for item in batch.slices] for batch in runner.batches]
+    assert lens == [[8], [8], [3], [1], [1]]
+    assert [batch.step_id for batch in runner.batches] == [0, 1, 2, 3, 4]
+
+
+def test_short_request_joins_the_next_step_of_a_long_prefill() -> None:
+    loop, _, runner = make_engine()
+    loop.add(make_request("long", range(1, 41), max_tokens=2))
+    loop.turn()
+    loop.add(make_request("short", [7, 7, 7], max_tokens=2, ignore_eos=True))
+    report = loop.turn()
+    assert [item.request_id for item in runner.batches[1].slices] == ["long", "short"]
+    tokens = {update.request_id: update.token_id for update in report.updates}
+    assert tokens["long"] is None and tokens["short"] is not None
+
+
+def test_decodes_go_on_during_a_prefill() -> None:
+    loop, _, runner = make_engine()
+    loop.add(make_request("a", [5, 5], max_tokens=8, ignore_eos=True))
+    loop.turn()
+    loop.add(make_request("b", range(1, 33), max_tokens=1))
+    loop.turn()
+    assert [(i.request_id, i.query_len) for i in runner.batches[1].slices] == [("b", 8), ("a", 1)]
+
+
+def test_dense_joiner_is_cut_at_a_block_and_sparse_joiner_waits() -> None:
+    for sparse, lens in ((False, [("a", 8), ("b", 4)]), (True, [("a", 8)])):
+        loop, _, runner = make_engine()
+        loop.add(make_request("a", range(1, 21), max_tokens=1))
+        loop.add(make_request("b", range(21, 41), max_tokens=1, sparse=sparse))
+        loop.turn()
+        assert [(i.request_id, i.query_len) for i in runner.batches[0].slices] == lens
+
+
+def test_a_waiting_request_is_passed_only_so_often() -> None:
+    loop, scheduler, runner = make_engine()
+    loop.add(make_request("running", range(1, 31), max_tokens=10, ignore_eos=True))
+    loop.turn()
+    loop.add(make_request("big", range(1, 50), max_tokens=10))
+    for index in range(3 * LOOKAHEAD):
+        loop.add(make_request(f"s{index}", [9, index % 50], max_tokens=1))
+    started: list[str] = []
+    while not loop.is_idle:
+        loop.turn()
+        started += [i.request_id for i in runner.batches[-1].slices if i.request_id not in started]
+    assert 1 < started.index("big") <= LOOKAHEAD + CONFIG.max_num_requests
+    assert len(started) == 2 + 3 * LOOKAHEAD
+
+
+def test_prefix_hits_recompute_the_last_prompt_token() -> None:
+    loop, scheduler, runner = make_engine()
+    first = make_request("a", range(1, 17), max_tokens=1)
+    again = make_request("b", range(1, 17), max_tokens=1)
+    run_all(loop, [first])
+    run_all(loop, [again])
+    assert (first.num_cached_tokens, again.num_cached_tokens) == (0, 12)
+    assert first.output_ids == again.output_ids
+    assert runner.num_computed == 16 + 4
+
+
+def test_sparse_hits_are_whole_chunks_before_the_tail() -> None:
+    loop, _, _ = make_engine()
+    document = list(range(1, 31))
+    first = make_request("a", [*document, 40], max_tokens=1, sparse=True)
+    again = make_request("b", [*document, 41, 42], max_tokens=1, sparse=True)
+    dense = make_request("c", [*document, 43], max_tokens=1)
+    for request in (first, again, dense):
+        run_all(loop, [request])
+    assert (again.num_cached_tokens, dense.num_cached_tokens) == (24, 0)
+
+
+def test_table_of_a_hit_stays_one_ascending_run() -> None:
+    loop, _, runner = make_engine()
+    run_all(loop, [make_request("a", range(1, 30), max_tokens=1)])
+    run_all(loop, [make_request("b", [*range(1, 20), *range(30, 49)], max_tokens=1)])
+    table = list(runner.batches[-1].slices[0].block_ids)
+    assert table == list(range(table[0], table[0] + 10))
+
+
+def test_results_out_of_order_are_our_own_fault() -> None:
+    scheduler = Scheduler(CONFIG)
+    scheduler.add(make_request("a", [1, 2], max_tokens=2))
+    assert scheduler.schedule() is not None
+    with pytest.raises(AssertionError):
+        scheduler.apply(StepResult(step_id=1, token_ids=(3,)))
+
+
+def test_abort_in_flight_keeps_blocks_until_the_step_returns() -> None:
+    scheduler = Scheduler(CONFIG)
+    scheduler.add(make_request("a", [1, 2], max_tokens=2))
+    batch = scheduler.schedule()
+    assert batch is not None
+    scheduler.abort("a")
+    scheduler.abort("a")
+    assert scheduler.pool.num_available == 15
+    updates = scheduler.apply(StepResult(step_id=0, token_ids=(3,)))
+    assert [(u.finish_reason, u.token_id) for u in updates] == [("abort", None)]
+    assert scheduler.pool.num_available == 16 and scheduler.is_idle
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_fuzz(seed: int) -> None:
+    """Arrivals, aborts, oversize requests, interrupts; every answer is checked against the fake
+    model alone, and blocks are recounted after every event."""
+    rng = random.Random(seed)
+    block_size = rng.choice([1, 4])
+    config = SchedulerConfig(
+        num_blocks=rng.choice([24, 64, 160]) // block_size, block_size=block_size, max_model_len=96,
+        prefill_chunk_len=rng.choice([4, 8, 32]), max_num_requests=rng.choice([1, 3, 8]),
+        dense_tail_len=rng.choice([0, 5]))
+    loop, scheduler, _ = make_engine(config, depth=rng.choice([1, 2, 3]))
+    stems = [[rng.randrange(50) for _ in range(60)] for _ in range(3)]
+    alive: dict[str, Request] = {}
+    finished = 0
+    for event in range(400):
+        kind = rng.choices(["arrive", "turn", "abort", "oversize", "interrupt"],
+                           [20, 70, 4, 4, 2])[0]
+        if kind == "arrive" or kind == "oversize":
+            prompt = rng.choice(stems)[: rng.randrange(1, 60)] + [rng.randrange(50)]
+            request = make_request(
+                str(event), prompt, sparse=rng.random() < 0.4, max_tokens=rng.randrange(1, 12))
+            if request.reserved_len > config.longest_len:
+                with pytest.raises(PromptTooLongError):
+                    scheduler.add(request)
+            else:
+                loop.add(request)
+                alive[request.request_id] = request
+        elif kind == "abort" and alive:
+            loop.abort(rng.choice([*alive, "never seen"]))
+        else:
+            updates = loop.interrupt() if kind == "interrupt" else loop.turn().updates
+            finished += _settle(updates, alive)
+        scheduler.check()
+    while not loop.is_idle:
+        finished += _settle(loop.turn().updates, alive)
+    assert not alive and finished > 5, f"seed {seed}"
+    assert scheduler.pool.num_available == config.num_blocks
+
+
+def _settle(updates: Iterable[Update], alive: dict[str, Request]) -> int:
+    """Check finished requests and forget them; how many finished on their own."""
+    finished = 0
+    for update in updates:
+        if update.finish_reason is None:
+            continue
+        request = alive.pop(update.request_id)
+        wanted = complete(request.prompt_ids, request.params)
+        if update.finish_reason == "abort":
+            assert list(request.output_ids) == wanted[: len(request.output_ids)]
+        else:
+            assert list(request.output_ids) == wanted
+            finished += 1
+    return finished
