@@ -94,31 +94,40 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
         """Read a Hugging Face config. Raises `CheckpointError` naming what is not supported."""
+        if not isinstance(raw, Mapping):
+            raise CheckpointError(f"{source}: a JSON object is needed, not {type(raw).__name__}")
         architecture = _architecture(raw, source)
-        _refuse_unsupported(raw, source)
+        _refuse_unsupported(raw, architecture, source)
         need = _Reader(raw, source)
         hidden_size, num_heads = need.integer("hidden_size"), need.integer("num_attention_heads")
+        num_layers = need.integer("num_hidden_layers")
+        # transformers' defaults: Qwen3's head_dim does not follow the model dim
+        default_head_dim = 128 if architecture == "Qwen3ForCausalLM" else hidden_size // num_heads
         dca_raw = raw.get("dual_chunk_attention_config") or {}
+        if not isinstance(dca_raw, Mapping):
+            raise CheckpointError(f"{source}: dual_chunk_attention_config is {dca_raw!r}, a JSON "
+                                  "object is needed")
+        dca_need = _Reader(dca_raw, f"{source}: dual_chunk_attention_config")
         return cls(
             architecture=architecture,
             vocab_size=need.integer("vocab_size"),
             hidden_size=hidden_size,
             intermediate_size=need.integer("intermediate_size"),
-            num_layers=need.integer("num_hidden_layers"),
+            num_layers=num_layers,
             num_heads=num_heads,
-            num_kv_heads=int(raw.get("num_key_value_heads") or num_heads),
-            head_dim=int(raw.get("head_dim") or hidden_size // num_heads),
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            rope_theta=_rope_theta(raw),
+            num_kv_heads=need.integer("num_key_value_heads", num_heads),
+            head_dim=need.integer("head_dim", default_head_dim),
+            rms_norm_eps=need.number("rms_norm_eps", 1e-6),
+            rope_theta=_rope_theta(raw, source),
             max_position_embeddings=need.integer("max_position_embeddings"),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            attention_bias=architecture.startswith("Qwen2") or bool(raw.get("attention_bias")),
+            attention_bias=architecture.startswith("Qwen2"),
             qk_norm=architecture.startswith("Qwen3"),
             dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"),
-            dca=_dca(dca_raw),
-            sparse_budgets=_released_budgets(dca_raw, source),
-            sparse_threshold=int(dca_raw.get("sparse_attention_threshold", 32_768)),
-            sparse_probe_len=int(dca_raw.get("sparse_attention_last_q", 64)),
+            dca=_dca(dca_need),
+            sparse_budgets=_released_budgets(dca_raw, num_layers, source),
+            sparse_threshold=int(dca_need.number("sparse_attention_threshold", 32_768)),
+            sparse_probe_len=dca_need.integer("sparse_attention_last_q", 64),
         )
 
     @classmethod
@@ -126,12 +135,15 @@ class ModelConfig:
         """Read ``config.json`` and, beside it, ``sparse_attention_config.json`` where present."""
         file = path / "config.json"
         if not file.is_file():
-            raise CheckpointError(f"{path}: no config.json there; name a directory that holds a "
-                                  "Hugging Face checkpoint, or a hub id such as Qwen/Qwen2.5-7B-Instruct-1M")
+            raise CheckpointError(
+                f"{path}: no config.json there; name a directory that holds a Hugging Face "
+                "checkpoint, or a hub id such as Qwen/Qwen2.5-7B-Instruct-1M"
+            )
         raw = read_json(file)
         sparse_file = path / "sparse_attention_config.json"
-        dca_raw = raw.get("dual_chunk_attention_config")
-        if dca_raw and "sparse_attention_config" not in dca_raw and sparse_file.is_file():
+        dca_raw = raw.get("dual_chunk_attention_config") if isinstance(raw, dict) else None
+        inlined = isinstance(dca_raw, dict) and "sparse_attention_config" in dca_raw
+        if isinstance(dca_raw, dict) and dca_raw and not inlined and sparse_file.is_file():
             raw = {**raw, "dual_chunk_attention_config":
                    {**dca_raw, "sparse_attention_config": read_json(sparse_file)}}
         return cls.from_hf(raw, source=str(file))
@@ -192,7 +204,8 @@ class EngineConfig:
         if self.prefill_chunk_len is not None and self.prefill_chunk_len % self.block_size:
             raise LongspanError(
                 f"prefill_chunk_len {self.prefill_chunk_len} must be a multiple of block_size "
-                f"{self.block_size}; use {-(-self.prefill_chunk_len // self.block_size) * self.block_size}"
+                f"{self.block_size}; use "
+                f"{-(-self.prefill_chunk_len // self.block_size) * self.block_size}"
             )
 
 
@@ -205,15 +218,26 @@ def read_json(file: Path) -> Any:
 
 
 class _Reader:
-    """Reads required integers and names the file when one is missing."""
+    """Reads numbers and names the file when one is missing or not a number."""
 
     def __init__(self, raw: Mapping[str, Any], source: str) -> None:
         self.raw, self.source = raw, source
 
-    def integer(self, key: str) -> int:
+    def integer(self, key: str, default: int | None = None) -> int:
+        """A positive integer; absent and null mean the default."""
         value = self.raw.get(key)
+        value = default if value is None else value
         if not isinstance(value, int) or value <= 0:
-            raise CheckpointError(f"{self.source}: {key} is {value!r}, a positive integer is needed")
+            raise CheckpointError(
+                f"{self.source}: {key} is {value!r}, a positive integer is needed")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        """A number that is not negative; absent and null mean the default."""
+        value = self.raw.get(key)
+        value = default if value is None else value
+        if not isinstance(value, (int, float)) or value < 0:
+            raise CheckpointError(f"{self.source}: {key} is {value!r}, a number >= 0 is needed")
         return value
 
 
@@ -228,11 +252,14 @@ def _architecture(raw: Mapping[str, Any], source: str) -> str:
     )
 
 
-def _refuse_unsupported(raw: Mapping[str, Any], source: str) -> None:
-    if raw.get("use_sliding_window"):
-        raise CheckpointError(f"{source}: use_sliding_window is true, which is not supported")
+def _refuse_unsupported(raw: Mapping[str, Any], architecture: str, source: str) -> None:
+    if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or ()):
+        raise CheckpointError(f"{source}: sliding window attention is not supported")
+    if architecture.startswith("Qwen3") and raw.get("attention_bias"):
+        raise CheckpointError(f"{source}: attention_bias is true, not supported for {architecture}")
     if raw.get("quantization_config"):
-        raise CheckpointError(f"{source}: quantised weights are not supported; use the bf16 checkpoint")
+        raise CheckpointError(
+            f"{source}: quantised weights are not supported; use the bf16 checkpoint")
     activation = raw.get("hidden_act", "silu")
     if activation != "silu":
         raise CheckpointError(f"{source}: hidden_act {activation!r} is not supported, only silu")
@@ -245,25 +272,33 @@ def _refuse_unsupported(raw: Mapping[str, Any], source: str) -> None:
         )
 
 
-def _rope_theta(raw: Mapping[str, Any]) -> float:
+def _rope_theta(raw: Mapping[str, Any], source: str) -> float:
+    """At the top level until transformers 4, inside ``rope_parameters`` since transformers 5."""
     parameters = raw.get("rope_parameters") or {}
-    return float(raw.get("rope_theta") or parameters.get("rope_theta") or 10_000.0)
+    holder = parameters if raw.get("rope_theta") is None else raw
+    return float(_Reader(holder, source).number("rope_theta", 10_000.0))
 
 
-def _dca(raw: Mapping[str, Any]) -> DcaConfig | None:
-    if not raw:
+def _dca(need: _Reader) -> DcaConfig | None:
+    if not need.raw:
         return None
     return DcaConfig(
-        chunk_size=int(raw.get("chunk_size", 8192)),
-        local_size=int(raw.get("local_size", 1024)),
-        original_max_position_embeddings=int(raw.get("original_max_position_embeddings") or 0),
+        chunk_size=need.integer("chunk_size", 8192),
+        local_size=need.integer("local_size", 1024),
+        original_max_position_embeddings=int(need.number("original_max_position_embeddings", 0)),
     )
 
 
-def _released_budgets(raw: Mapping[str, Any], source: str) -> tuple[dict[str, Any], ...] | None:
+def _released_budgets(
+    raw: Mapping[str, Any], num_layers: int, source: str
+) -> tuple[dict[str, Any], ...] | None:
     budgets = raw.get("sparse_attention_config")
     if not budgets or raw.get("sparse_attention_enabled") is False:
         return None
     if not isinstance(budgets, list) or not all(isinstance(layer, dict) for layer in budgets):
-        raise CheckpointError(f"{source}: sparse_attention_config must be a list of objects, one a layer")
+        raise CheckpointError(
+            f"{source}: sparse_attention_config must be a list of objects, one a layer")
+    if len(budgets) != num_layers:
+        raise CheckpointError(f"{source}: sparse_attention_config is for {len(budgets)} layers, "
+                              f"the model has {num_layers}; they do not belong together")
     return tuple(budgets)

@@ -1,0 +1,251 @@
+"""config.json of the released checkpoints, every sparse-config variant, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longspan.config import EngineConfig, ModelConfig
+from longspan.errors import CheckpointError, LongspanError
+
+RELEASED_DCA = {
+    "chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144}
+QWEN2_5_7B_1M = {
+    "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
+    "dual_chunk_attention_config": RELEASED_DCA, "eos_token_id": 151645, "hidden_act": "silu",
+    "hidden_size": 3584, "initializer_range": 0.02, "intermediate_size": 18944,
+    "max_position_embeddings": 1010000, "model_type": "qwen2", "num_attention_heads": 28,
+    "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-05,
+    "rope_scaling": None, "rope_theta": 10000000.0, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "use_cache": True, "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+QWEN2_5_14B_1M = QWEN2_5_7B_1M | {
+    "hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40,
+    "num_hidden_layers": 48, "num_key_value_heads": 8,
+}
+QWEN3_8B = {
+    "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "head_dim": 128,
+    "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 12288,
+    "max_position_embeddings": 40960, "model_type": "qwen3", "num_attention_heads": 32,
+    "num_hidden_layers": 36, "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
+    "rope_scaling": None, "rope_theta": 1000000, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "use_sliding_window": False, "vocab_size": 151936,
+}
+# The first entries of the released file for the 7B model (Qwen2.5-7B-Instruct-1M, layer 0).
+BUDGETS_LAYER = {
+    "0": ["vertical_and_slash", 9192, 14288, 0.6920984983444214],
+    "1": ["vertical_and_slash", 1000, 6096, 0.9862403869628906],
+    "6": ["vertical_and_slash", 30, 800, None],
+}
+RELEASED_FILES = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def small(**changes: Any) -> dict[str, Any]:
+    """A 2-layer Qwen2 config with a DCA block."""
+    raw = copy.deepcopy(QWEN2_5_7B_1M) | {"num_hidden_layers": 2}
+    return raw | changes
+
+
+def small_dca(**changes: Any) -> dict[str, Any]:
+    return small(dual_chunk_attention_config=RELEASED_DCA | changes)
+
+
+def write(path: Path, raw: Any, sparse: Any = None) -> Path:
+    (path / "config.json").write_text(json.dumps(raw))
+    if sparse is not None:
+        (path / "sparse_attention_config.json").write_text(json.dumps(sparse))
+    return path
+
+
+def test_qwen2_5_7b_1m_by_name():
+    config = ModelConfig.from_hf(QWEN2_5_7B_1M)
+    assert (config.num_layers, config.num_heads, config.num_kv_heads) == (28, 28, 4)
+    assert (config.hidden_size, config.intermediate_size, config.head_dim) == (3584, 18944, 128)
+    assert (config.rope_theta, config.rms_norm_eps) == (1e7, 1e-5)
+    assert (config.vocab_size, config.max_position_embeddings) == (152064, 1_010_000)
+    assert config.attention_bias and not config.qk_norm and not config.tie_word_embeddings
+    assert config.dtype == "bfloat16" and config.sparse_budgets is None
+    assert config.dca is not None and config.dca.dca_chunk_len == 253_952
+    assert config.dca.original_max_position_embeddings == 262_144
+    assert (config.sparse_threshold, config.sparse_probe_len) == (32_768, 64)
+
+
+@pytest.mark.parametrize(("raw", "billions", "non_embedding", "kv_bytes"), [
+    pytest.param(QWEN2_5_7B_1M, 7.61, 6.53, 57_344, id="7b"),
+    pytest.param(QWEN2_5_14B_1M, 14.77, 13.2, 196_608, id="14b"),
+])
+def test_sizes_agree_with_the_model_cards(raw, billions, non_embedding, kv_bytes):
+    config = ModelConfig.from_hf(raw)
+    embeddings = 2 * config.vocab_size * config.hidden_size
+    assert config.num_parameters / 1e9 == pytest.approx(billions, abs=0.01)
+    assert (config.num_parameters - embeddings) / 1e9 == pytest.approx(non_embedding, abs=0.02)
+    assert 2 * config.kv_bytes_per_token == kv_bytes
+
+
+def test_qwen3_with_an_inlined_sparse_config():
+    """The form of config_1m.json in the Qwen3-2507 checkpoints."""
+    block = RELEASED_DCA | {
+        "sparse_attention_enabled": True, "sparse_attention_threshold": 65_536,
+        "sparse_attention_last_q": 128, "sparse_attention_config": [BUDGETS_LAYER] * 36}
+    config = ModelConfig.from_hf(QWEN3_8B | {
+        "max_position_embeddings": 1_010_000, "dual_chunk_attention_config": block})
+    assert config.qk_norm and not config.attention_bias and config.head_dim == 128
+    assert config.sparse_budgets == (BUDGETS_LAYER,) * 36
+    assert (config.sparse_threshold, config.sparse_probe_len) == (65_536, 128)
+
+
+def test_qwen3_head_dim_does_not_follow_the_model_dim():
+    raw = {key: value for key, value in QWEN3_8B.items() if key != "head_dim"}
+    assert ModelConfig.from_hf(raw | {"hidden_size": 2560}).head_dim == 128
+
+
+def test_plain_checkpoint_has_no_dca():
+    raw = {key: value for key, value in small().items() if key != "dual_chunk_attention_config"}
+    for block in ({}, {"dual_chunk_attention_config": None}, {"dual_chunk_attention_config": {}}):
+        assert ModelConfig.from_hf(raw | block).dca is None
+
+
+@pytest.mark.parametrize(("rope", "theta"), [
+    ({"rope_theta": 5e5}, 5e5),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, 5e5),
+    ({"rope_theta": None, "rope_parameters": {"rope_theta": 5e5}}, 5e5),
+    ({}, 1e4),
+], ids=["transformers-4", "transformers-5", "both-keys", "absent"])
+def test_rope_theta_in_both_places(rope, theta):
+    raw = {key: value for key, value in small().items() if key != "rope_theta"}
+    assert ModelConfig.from_hf(raw | rope).rope_theta == theta
+
+
+def test_dtype_in_both_places():
+    raw = {key: value for key, value in small().items() if key != "torch_dtype"}
+    assert ModelConfig.from_hf(raw | {"dtype": "float32"}).dtype == "float32"
+    assert ModelConfig.from_hf(raw).dtype == "bfloat16"
+
+
+def test_budgets_in_their_own_file(tmp_path):
+    budgets = [BUDGETS_LAYER, {"0": ["vertical_and_slash", 1000, 6096, 0.9]}]
+    config = ModelConfig.from_dir(write(tmp_path, small(), budgets))
+    assert config.sparse_budgets == tuple(budgets)
+
+
+def test_inlined_budgets_win_over_the_file(tmp_path):
+    inlined = [BUDGETS_LAYER] * 2
+    raw = small_dca(sparse_attention_config=inlined)
+    config = ModelConfig.from_dir(write(tmp_path, raw, [{}, {}]))
+    assert config.sparse_budgets == tuple(inlined)
+
+
+def test_sparse_attention_enabled_false(tmp_path):
+    raw = small_dca(sparse_attention_enabled=False)
+    assert ModelConfig.from_dir(write(tmp_path, raw, [BUDGETS_LAYER] * 2)).sparse_budgets is None
+
+
+@pytest.mark.parametrize("enabled", [{}, {"sparse_attention_enabled": True}], ids=["", "true"])
+def test_enabled_without_budgets(tmp_path, enabled):
+    assert ModelConfig.from_dir(write(tmp_path, small_dca(**enabled))).sparse_budgets is None
+
+
+def test_budgets_without_dca_are_not_read(tmp_path):
+    """The engines read the file only for dual chunk checkpoints."""
+    raw = small(dual_chunk_attention_config=None)
+    assert ModelConfig.from_dir(write(tmp_path, raw, [BUDGETS_LAYER] * 2)).sparse_budgets is None
+
+
+def test_missing_dca_keys_take_the_engines_defaults():
+    dca = ModelConfig.from_hf(small(dual_chunk_attention_config={"chunk_size": 65_536})).dca
+    assert dca is not None
+    assert (dca.chunk_size, dca.local_size, dca.original_max_position_embeddings) == (
+        65_536, 1024, 0)
+    defaults = ModelConfig.from_hf(
+        small_dca(sparse_attention_threshold=None, sparse_attention_last_q=None))
+    assert (defaults.sparse_threshold, defaults.sparse_probe_len) == (32_768, 64)
+
+
+def test_threshold_zero_means_always():
+    assert ModelConfig.from_hf(small_dca(sparse_attention_threshold=0)).sparse_threshold == 0
+
+
+@pytest.mark.parametrize(("name", "raw"), [("7b", QWEN2_5_7B_1M), ("14b", QWEN2_5_14B_1M)])
+def test_released_budget_files(tmp_path, name, raw):
+    """The whole released files where they are at hand, a file of their form elsewhere."""
+    released = RELEASED_FILES / f"qwen2.5-{name}-instruct-1m.sparsity.json"
+    layers, heads = raw["num_hidden_layers"], raw["num_attention_heads"]
+    entry = ["vertical_and_slash", 1000, 6096, 0.98]
+    budgets = [{str(head): entry for head in range(heads)}] * layers
+    if released.is_file():
+        budgets = json.loads(released.read_text())
+    config = ModelConfig.from_dir(write(tmp_path, raw, budgets))
+    assert config.sparse_budgets is not None and len(config.sparse_budgets) == layers
+    assert all(set(layer) == set(map(str, range(heads))) for layer in config.sparse_budgets)
+
+
+def test_dca_may_come_with_yarn_scaling():
+    """With a DCA config the engines ignore rope_scaling; only YaRN's temperature is used."""
+    raw = small(rope_scaling={"type": "yarn", "factor": 4.0})
+    assert ModelConfig.from_hf(raw).rope_theta == 1e7
+
+
+REFUSED = [
+    (small(architectures=["LlamaForCausalLM"]), "architecture LlamaForCausalLM is not supported"),
+    (small(architectures=None), "architecture missing is not supported"),
+    (small(use_sliding_window=True), "sliding window"),
+    (small(layer_types=["full_attention", "sliding_attention"]), "sliding window"),
+    (small(quantization_config={"quant_method": "awq"}), "quantised weights"),
+    (small(hidden_act="gelu"), "hidden_act 'gelu'"),
+    (small(rope_scaling={"type": "yarn"}, dual_chunk_attention_config=None), "type 'yarn'"),
+    (small(rope_parameters={"rope_type": "llama3"}, dual_chunk_attention_config=None),
+     "type 'llama3'"),
+    (small(hidden_size=None), "hidden_size is None, a positive integer is needed"),
+    (small(num_hidden_layers="28"), "num_hidden_layers is '28', a positive integer is needed"),
+    (small(num_key_value_heads=3), "28 is not a multiple of num_key_value_heads 3"),
+    (small(head_dim=127), "head_dim 127 must be even"),
+    (small(rope_theta="x"), "rope_theta is 'x', a number >= 0 is needed"),
+    (small(dual_chunk_attention_config=[1]), "dual_chunk_attention_config is [1]"),
+    (small_dca(chunk_size=8192), "local_size 8192 must be between 1 and chunk_size - 1 = 8191"),
+    (small_dca(chunk_size="x"), "dual_chunk_attention_config: chunk_size is 'x'"),
+    (small_dca(sparse_attention_config={"0": []}), "must be a list of objects, one a layer"),
+    (small_dca(sparse_attention_config=[{}] * 3), "is for 3 layers, the model has 2"),
+    (QWEN3_8B | {"attention_bias": True}, "attention_bias is true"),
+    ([], "a JSON object is needed, not list"),
+]
+
+
+@pytest.mark.parametrize(("raw", "text"), REFUSED, ids=[text[:32] for _, text in REFUSED])
+def test_refused(tmp_path, raw, text):
+    with pytest.raises(CheckpointError) as caught:
+        ModelConfig.from_dir(write(tmp_path, raw))
+    assert text in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_empty_directory(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no config\.json there; name a directory"):
+        ModelConfig.from_dir(tmp_path)
+
+
+def test_corrupt_json(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": [')
+    with pytest.raises(CheckpointError, match="not valid JSON .*; fetch the file again"):
+        ModelConfig.from_dir(tmp_path)
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        ModelConfig.from_dir(tmp_path)
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("max_model_len", 0), ("block_size", -1), ("memory_gib", 0.0), ("num_threads", 0),
+    ("max_num_requests", 0),
+])
+def test_engine_config_refuses_what_is_not_positive(field, value):
+    with pytest.raises(LongspanError, match=f"{field} must be positive, not {value}"):
+        EngineConfig(model="nano", **{field: value})
+
+
+def test_prefill_chunk_is_a_multiple_of_the_block():
+    with pytest.raises(LongspanError, match=r"multiple of block_size 128; use 256"):
+        EngineConfig(model="nano", prefill_chunk_len=200)
+    assert EngineConfig(model="nano", prefill_chunk_len=256).prefill_chunk_len == 256
