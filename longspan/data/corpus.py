@@ -25,8 +25,16 @@ _WORD = re.compile(r"\b[a-z]{4,11}\b")
 _PART_CHARS = 200_000
 
 
-def write_shards(documents: Sequence[Document], tokenizer: Tokenizer, out_dir: Path) -> dict:
-    """Tokenises documents into both splits below `out_dir`; returns counts per split."""
+def write_shards(
+    documents: Sequence[Document],
+    tokenizer: Tokenizer,
+    out_dir: Path,
+    max_train_tokens: int = 19_300_000,
+) -> dict:
+    """Tokenises documents into both splits below `out_dir`; returns counts per split.
+
+    A training split above `max_train_tokens` loses the same share of every document's end.
+    """
     out_dir.mkdir(parents=True, exist_ok=True)
     counts: dict[str, int] = {}
     for split in SPLITS:
@@ -34,6 +42,8 @@ def write_shards(documents: Sequence[Document], tokenizer: Tokenizer, out_dir: P
         arrays = [_encode_document(d.text, tokenizer) for d in chosen]
         if not arrays:
             raise ValueError(f"split {split} has no document: add corpus roots")
+        if split == "train":
+            arrays = trim(arrays, max_train_tokens)
         offsets = np.cumsum([0, *map(len, arrays)])
         np.save(out_dir / f"{split}.tokens.npy", np.concatenate(arrays))
         np.save(out_dir / f"{split}.offsets.npy", offsets)
@@ -43,6 +53,12 @@ def write_shards(documents: Sequence[Document], tokenizer: Tokenizer, out_dir: P
     names = [{"name": d.name, "held_out": d.is_held_out} for d in documents]
     (out_dir / "meta.json").write_text(json.dumps({**counts, "documents": names}, indent=1))
     return counts
+
+
+def trim(arrays: list[np.ndarray], max_tokens: int) -> list[np.ndarray]:
+    """Cuts the same share off every array so that the total is at most `max_tokens`."""
+    share = min(1.0, max_tokens / sum(map(len, arrays)))
+    return [a[: int(len(a) * share)] for a in arrays]
 
 
 def _encode_document(text: str, tokenizer: Tokenizer) -> np.ndarray:
