@@ -21,7 +21,7 @@ from longspan.attention.layer import DualChunkAttention
 from longspan.attention.metadata import AttentionMetadata
 from longspan.attention.sparsity import SparsityPlan
 from longspan.config import ModelConfig
-from longspan.ops.reference import rms_norm, silu_mul
+from longspan.ops import rms_norm, silu_mul
 from longspan.ops.types import PagedKV, QueryRotary
 
 MLP_ROWS = 8_192
