@@ -1,0 +1,281 @@
+"""The shape of the code base, checked: who may import whom, sizes, no ambient state.
+
+The layer table is DESIGN section 3.1; a module may also import its own package.
+"""
+
+from __future__ import annotations
+
+import ast
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import longspan
+
+ROOT = Path(longspan.__file__).resolve().parent
+FILES = sorted(ROOT.rglob("*.py"))
+NAMES = [str(file.relative_to(ROOT)) for file in FILES]
+
+EVERYTHING = ("longspan",)
+BASE = ("longspan.config", "longspan.errors")
+# What each package may import of ours, besides itself. The longest matching key counts.
+ALLOWED_OURS: dict[str, tuple[str, ...]] = {
+    "longspan": EVERYTHING,
+    "longspan.__main__": EVERYTHING,
+    "longspan.cli": EVERYTHING,
+    "longspan.bench": EVERYTHING,
+    "longspan.errors": (),
+    "longspan.config": ("longspan.errors",),
+    "longspan.ops": (),
+    "longspan.attention": ("longspan.ops", *BASE),
+    "longspan.model": ("longspan.attention", "longspan.ops", *BASE),
+    "longspan.engine": ("longspan.model", "longspan.attention", "longspan.ops", *BASE),
+    "longspan.serve": ("longspan.engine.client", "longspan.engine.request", *BASE),
+    "longspan.train": ("longspan.attention.rope", "longspan.attention.hf", *BASE),
+    "longspan.data": BASE,
+    "longspan.eval": BASE,
+}
+# Packages from outside; where no key matches, anything that the project depends on.
+ALLOWED_OTHERS: dict[str, tuple[str, ...]] = {
+    "longspan.errors": (),
+    "longspan.config": (),
+    "longspan.ops": ("torch", "triton", "numpy"),
+}
+CONTROL_PLANE = (
+    "request", "blocks", "chunking", "scheduler", "loop", "wire", "tokenizer", "client")
+ENVIRONMENT = ("environ", "environb", "getenv", "putenv")
+MAX_FILE_LINES = 420
+MAX_FUNCTION_LINES = 80
+MAX_KERNEL_LINES = 150
+MAX_MEDIAN_FUNCTION_LINES = 10
+MAX_ARGUMENTS = 8
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def module_name(file: Path) -> str:
+    parts = ["longspan", *file.relative_to(ROOT).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def parse(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
+
+
+def imports(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
+    """Line and full name of everything imported, inside functions too.
+
+    ``from a import b`` gives a.b where b is a module of ours, else a.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = module.split(".")
+                keep = len(parents) - node.level + is_package
+                base = ".".join([*parents[:keep], *filter(None, [base])])
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                yield node.lineno, full if is_ours(full) else base
+
+
+def is_ours(name: str) -> bool:
+    """Whether a dotted name is a module of the package."""
+    path = ROOT.parent.joinpath(*name.split("."))
+    return name.startswith("longspan") and (path.is_dir() or path.with_suffix(".py").is_file())
+
+
+def inside(name: str, packages: tuple[str, ...]) -> bool:
+    return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+def lookup(table: dict[str, tuple[str, ...]], module: str) -> tuple[str, ...] | None:
+    keys = [key for key in table if key != "longspan" and inside(module, (key,))]
+    if module == "longspan" and module in table:
+        return table[module]
+    return table[max(keys, key=len)] if keys else None
+
+
+def forbidden_imports(file: Path, tree: ast.AST, module: str) -> list[str]:
+    """One line for each import that the tables do not allow."""
+    package = ".".join(module.split(".")[:2])
+    ours, others = lookup(ALLOWED_OURS, module), lookup(ALLOWED_OTHERS, module)
+    assert ours is not None, f"{module} has no row in the layer table"
+    found = []
+    for line, name in imports(tree, module, file.name == "__init__.py"):
+        if inside(name, ("longspan",)):
+            allowed = inside(name, (*ours, package))
+        else:
+            top = name.split(".")[0]
+            allowed = others is None or top in sys.stdlib_module_names or top in others
+        if not allowed:
+            found.append(f"{file.name}:{line}: {module} must not import {name}")
+    return found
+
+
+def functions(tree: ast.AST) -> list[Function]:
+    return [node for node in ast.walk(tree) if isinstance(node, Function)]
+
+
+def num_lines(node: Function) -> int:
+    assert node.end_lineno is not None
+    return node.end_lineno - node.lineno + 1
+
+
+def is_kernel(node: Function) -> bool:
+    """A Triton or Gluon function: decorated with some form of ``jit``."""
+    return any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+
+
+def num_arguments(node: Function) -> int:
+    every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+    return len([arg for arg in every if arg.arg not in ("self", "cls")])
+
+
+def public_functions(tree: ast.Module) -> Iterator[Function]:
+    """Functions and methods of a module that others may call."""
+    for node in tree.body:
+        holder = [node]
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            holder = node.body
+        for item in holder:
+            if isinstance(item, Function) and not item.name.startswith("_"):
+                yield item
+
+
+def is_overload(node: Function) -> bool:
+    """``@overload`` stubs and property setters share the first definition's docstring."""
+    names = [ast.unparse(decorator) for decorator in node.decorator_list]
+    return any(name.endswith(("overload", ".setter")) for name in names)
+
+
+@pytest.mark.parametrize("file", FILES, ids=NAMES)
+def test_imports_follow_the_layer_table(file):
+    assert forbidden_imports(file, parse(file), module_name(file)) == []
+
+
+@pytest.mark.parametrize(("module", "source", "fine"), [
+    ("longspan.ops.x", "import torch, triton.language, math, numpy", True),
+    ("longspan.ops.x", "from longspan.ops.types import PagedKV", True),
+    ("longspan.ops.x", "from longspan.config import DcaConfig", False),
+    ("longspan.ops.x", "def f():\n    import transformers", False),
+    ("longspan.ops.x", "from . import types", True),
+    ("longspan.ops.x", "from ..attention import rope", False),
+    ("longspan.attention.x", "from longspan import ops", True),
+    ("longspan.attention.x", "from longspan import engine", False),
+    ("longspan.attention.x", "import longspan.model", False),
+    ("longspan.attention.x", "import longspan", False),
+    ("longspan.config", "import torch", False),
+    ("longspan.config", "import json", True),
+    ("longspan.train.x", "from longspan.attention.rope import build_rotary", True),
+    ("longspan.train.x", "from longspan.attention.layer import allocate_cache", False),
+    ("longspan.train.x", "from longspan.data import sources", False),
+    ("longspan.eval.x", "from longspan.engine.llm import LLM", False),
+    ("longspan.serve.x", "from longspan.engine.client import AsyncEngine", True),
+    ("longspan.serve.x", "from longspan.engine import llm", False),
+    ("longspan.cli", "def f():\n    from longspan.engine import llm", True),
+])
+def test_the_import_check_itself(module, source, fine):
+    found = forbidden_imports(Path("x.py"), ast.parse(source), module)
+    assert (found == []) is fine
+
+
+@pytest.mark.parametrize("file", FILES, ids=NAMES)
+def test_file_length(file):
+    count = len(file.read_text(encoding="utf-8").splitlines())
+    assert count <= MAX_FILE_LINES, f"{count} lines, at most {MAX_FILE_LINES}; split the file"
+
+
+@pytest.mark.parametrize("file", FILES, ids=NAMES)
+def test_function_sizes(file):
+    is_ops = module_name(file).startswith("longspan.ops")
+    found = []
+    for node in functions(parse(file)):
+        limit = MAX_KERNEL_LINES if is_kernel(node) else MAX_FUNCTION_LINES
+        if num_lines(node) > limit:
+            found.append(f"{node.name}: {num_lines(node)} lines, at most {limit}")
+        if num_arguments(node) > MAX_ARGUMENTS and not is_ops:
+            found.append(f"{node.name}: {num_arguments(node)} arguments, at most {MAX_ARGUMENTS}")
+    assert found == []
+
+
+def test_functions_are_short_on_the_whole():
+    sizes = [num_lines(node) for file in FILES for node in functions(parse(file))
+             if not is_kernel(node)]
+    assert statistics.median(sizes) <= MAX_MEDIAN_FUNCTION_LINES
+
+
+def reads_environment(node: ast.AST) -> bool:
+    if isinstance(node, ast.ImportFrom):
+        return node.module == "os" and any(alias.name in ENVIRONMENT for alias in node.names)
+    return isinstance(node, ast.Attribute) and node.attr in ENVIRONMENT
+
+
+@pytest.mark.parametrize("file", FILES, ids=NAMES)
+def test_no_ambient_state(file):
+    """No ``global``; environment variables only in the command line."""
+    in_cli = inside(module_name(file), ("longspan.cli",))
+    found = [
+        f"line {node.lineno}: {ast.unparse(node)}" for node in ast.walk(parse(file))
+        if isinstance(node, ast.Global) or (reads_environment(node) and not in_cli)
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize("file", FILES, ids=NAMES)
+def test_public_functions_are_annotated_and_documented(file):
+    found = []
+    for node in public_functions(parse(file)):
+        if node.returns is None:
+            found.append(f"{node.name} (line {node.lineno}): no return annotation")
+        if ast.get_docstring(node) is None and not is_overload(node):
+            found.append(f"{node.name} (line {node.lineno}): no docstring")
+    assert found == []
+
+
+@pytest.mark.parametrize("file", FILES, ids=NAMES)
+def test_modules_and_public_classes_are_documented(file):
+    tree = parse(file)
+    found = [node.name for node in tree.body if isinstance(node, ast.ClassDef)
+             and not node.name.startswith("_") and ast.get_docstring(node) is None]
+    if tree.body and ast.get_docstring(tree) is None:
+        found.append("the module")
+    assert found == []
+
+
+def run_python(code: str) -> str:
+    """Output of a fresh interpreter that sees no GPU."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False,
+        cwd=ROOT.parent, timeout=120,
+        env={"PATH": "", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_every_module_imports_without_a_gpu():
+    modules = [module_name(file) for file in FILES if file.stem != "__main__"]
+    code = (f"import importlib, sys\n"
+            f"for name in {modules!r}: importlib.import_module(name)\n"
+            "torch = sys.modules.get('torch')\n"
+            "print(bool(torch and torch.cuda.is_initialized()))")
+    assert run_python(code).strip() == "False"  # nothing touches a device on import
+
+
+def test_the_control_plane_is_torch_free():
+    present = [name for name in CONTROL_PLANE if (ROOT / "engine" / f"{name}.py").is_file()]
+    assert {"request", "blocks", "chunking", "scheduler", "loop"} <= set(present)
+    modules = [f"longspan.engine.{name}" for name in present]
+    code = (f"import importlib, sys\n"
+            f"for name in {modules!r}:\n"
+            "    importlib.import_module(name)\n"
+            "    if 'torch' in sys.modules: sys.exit(f'{name} imports torch')\n"
+            "print('free')")
+    assert run_python(code).strip() == "free"
