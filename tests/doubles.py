@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 from array import array
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from longspan.engine.request import Request, SamplingParams
@@ -13,6 +15,13 @@ from longspan.engine.step import ScheduledBatch, ScheduledSlice, StepResult
 
 VOCAB_SIZE = 50
 EOS = 0
+SPECIAL_TOKENS = ("<end>", "<user>", "<assistant>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role not in ('user', 'assistant', 'system') %}"
+    "{{ raise_exception('unknown role ' + message.role) }}{% endif %}"
+    "<{{ message.role }}>{{ message.content }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}")
 
 
 def next_token(tokens: Sequence[int]) -> int:
@@ -112,3 +121,62 @@ class DeepTransport:
     def discard(self) -> None:
         """Lose everything in flight."""
         self.results.clear()
+
+
+def write_tokenizer(path: Path, *, chat_template: str | None = CHAT_TEMPLATE) -> None:
+    """A byte tokenizer as tokenizer.json: 256 tokens of one byte, then `SPECIAL_TOKENS`."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {char: index for index, char in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in SPECIAL_TOKENS])
+    path.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(path / "tokenizer.json"))
+    config: dict[str, Any] = {"eos_token": {"content": "<end>"}}
+    if chat_template is not None:
+        config["chat_template"] = chat_template
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def write_checkpoint(path: Path, *, seed: int = 0, **config: Any) -> Path:
+    """A tiny Qwen2 checkpoint with random weights and the byte tokenizer. Returns ``path``."""
+    import torch
+    from safetensors.torch import save_file
+
+    raw: dict[str, Any] = {
+        "architectures": ["Qwen2ForCausalLM"], "vocab_size": 264, "hidden_size": 32,
+        "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 4096, "rope_theta": 10_000.0,
+        "tie_word_embeddings": True, **config}
+    write_tokenizer(path)
+    (path / "config.json").write_text(json.dumps(raw))
+    generator = torch.Generator().manual_seed(seed)
+    weights = {name: torch.ones(shape) if name.endswith("norm.weight")
+               else torch.randn(shape, generator=generator) * 0.3
+               for name, shape in _weight_shapes(raw).items()}
+    save_file(weights, path / "model.safetensors")
+    return path
+
+
+def _weight_shapes(raw: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    hidden, inner = raw["hidden_size"], raw["intermediate_size"]
+    head_dim = hidden // raw["num_attention_heads"]
+    rows = {"q": hidden, "k": raw["num_key_value_heads"] * head_dim}
+    rows["v"] = rows["k"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (raw["vocab_size"], hidden), "model.norm.weight": (hidden,)}
+    for layer in range(raw["num_hidden_layers"]):
+        base = f"model.layers.{layer}."
+        for name, size in rows.items():
+            shapes[f"{base}self_attn.{name}_proj.weight"] = (size, hidden)
+            shapes[f"{base}self_attn.{name}_proj.bias"] = (size,)
+        shapes[f"{base}self_attn.o_proj.weight"] = (hidden, hidden)
+        shapes[f"{base}mlp.gate_proj.weight"] = (inner, hidden)
+        shapes[f"{base}mlp.up_proj.weight"] = (inner, hidden)
+        shapes[f"{base}mlp.down_proj.weight"] = (hidden, inner)
+        shapes[f"{base}input_layernorm.weight"] = (hidden,)
+        shapes[f"{base}post_attention_layernorm.weight"] = (hidden,)
+    return shapes

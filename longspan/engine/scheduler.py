@@ -43,12 +43,6 @@ class SchedulerConfig:
     """Last prompt tokens that attend to everything in sparse prefill."""
 
     @property
-    def max_step_tokens(self) -> int:
-        """Most tokens that one step computes."""
-        chunk = self.prefill_chunk_len
-        return chunk + chunk // 2 + self.max_num_requests
-
-    @property
     def longest_len(self) -> int:
         """Longest prompt plus completion that can be accepted, tokens."""
         return min(self.max_model_len, self.num_blocks * self.block_size)
@@ -254,9 +248,15 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         """Give the blocks of a finished request back, once no step in flight writes them."""
-        if request.num_in_flight == 0 and self._running.pop(request.request_id, None):
+        if request.num_in_flight == 0 and request.request_id in self._running:
+            del self._running[request.request_id]
             self.pool.release(request.block_ids)
             request.block_ids = []
+
+
+def max_step_tokens(prefill_chunk_len: int, max_num_requests: int) -> int:
+    """Most tokens that one step computes."""
+    return prefill_chunk_len + prefill_chunk_len // 2 + max_num_requests
 
 
 def check_fits(prompt_len: int, max_tokens: int, longest_len: int) -> None:

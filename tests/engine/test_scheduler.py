@@ -21,7 +21,9 @@ CONFIG = SchedulerConfig(
     dense_tail_len=3)
 
 
-def make_engine(config: SchedulerConfig = CONFIG, depth: int = 1) -> tuple[Loop, Scheduler, FakeRunner]:
+def make_engine(
+    config: SchedulerConfig = CONFIG, depth: int = 1,
+) -> tuple[Loop, Scheduler, FakeRunner]:
     runner = FakeRunner(
         num_blocks=config.num_blocks, block_size=config.block_size,
         prefill_chunk_len=config.prefill_chunk_len, dense_tail_len=config.dense_tail_len)

@@ -1,0 +1,207 @@
+"""Memory plan in bytes: what there is, what the model needs, how long a prompt can be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from longspan.config import EngineConfig, ModelConfig
+from longspan.errors import NotEnoughMemoryError
+
+GIB = 1024**3
+USABLE_SHARE = 0.9
+POOL_REQUESTS = 4
+"""Requests of full length that the KV pool is sized for, where memory allows."""
+ATTENTION_SCRATCH_BYTES = 512 * 1024**2
+"""Score tiles, gathered keys and selection of one layer, beyond what grows with a step's tokens."""
+MLP_ROWS = 8192
+"""Rows that the model's MLP computes at a time."""
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceMemory:
+    """Memory of the device, bytes."""
+
+    total_bytes: int
+    free_bytes: int
+    """What this process may still take; on CPUs within the container's limit."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryPlan:
+    """Where the memory goes. All figures for one engine, bytes and tokens."""
+
+    device: DeviceMemory
+    budget_bytes: int
+    """What the engine allows itself to use."""
+    weights_bytes: int
+    workspace_bytes: int
+    """Activations of the largest step, logits, rotation tables."""
+    kv_bytes_per_token: int
+    """Keys and values of one token over all layers, block means included."""
+    num_blocks: int
+    """KV blocks of the pool. On CPUs a block takes memory only once it is written."""
+    block_size: int
+    max_model_len: int
+    """Longest prompt plus completion that the engine accepts, tokens."""
+    fitting_len: int
+    """Longest context that the memory could hold, whatever the checkpoint claims, tokens."""
+
+    @property
+    def kv_bytes(self) -> int:
+        """The whole KV pool."""
+        return self.num_blocks * self.block_size * self.kv_bytes_per_token
+
+    @property
+    def needed_bytes(self) -> int:
+        """Peak with one context of full length in the cache."""
+        return (self.weights_bytes + self.workspace_bytes
+                + self.max_model_len * self.kv_bytes_per_token)
+
+
+def plan_memory(
+    model: ModelConfig, config: EngineConfig, *, max_step_tokens: int, sparse: bool,
+    device: DeviceMemory | None = None,
+) -> MemoryPlan:
+    """Share the memory out between weights, workspace and KV cache.
+
+    Args:
+        config: resolved (device, dtype and prefill_chunk_len are set).
+        max_step_tokens: most tokens that one step computes.
+        sparse: the caches hold block means too.
+        device: measured here when absent.
+
+    Raises `NotEnoughMemoryError` when the weights, or a context of ``config.max_model_len`` tokens,
+    do not fit; the message says what is needed, what there is and what to change.
+    """
+    assert config.device is not None and config.dtype is not None
+    device = device or device_memory(config.device)
+    element = ELEMENT_BYTES[config.dtype]
+    per_token = model.kv_bytes_per_token * element
+    if sparse:
+        per_token += -(-per_token // config.block_size)
+    wanted_len = config.max_model_len or model.max_position_embeddings
+    weights = model.num_parameters * element
+    workspace = workspace_bytes(
+        model, config, min(max_step_tokens, wanted_len + config.max_num_requests))
+    budget = int(USABLE_SHARE * device.free_bytes)
+    if config.memory_gib is not None:
+        budget = min(int(config.memory_gib * GIB), device.total_bytes)
+    size = config.block_size
+    fitting_len = max(0, (budget - weights - workspace) // (per_token * size) * size)
+    _require_fit(config, needed_len=config.max_model_len or size, fitting_len=fitting_len,
+                 per_token=per_token, weights=weights, workspace=workspace, budget=budget)
+    max_model_len = min(wanted_len, fitting_len)
+    return MemoryPlan(
+        device=device, budget_bytes=budget, weights_bytes=weights, workspace_bytes=workspace,
+        kv_bytes_per_token=per_token, block_size=size, max_model_len=max_model_len,
+        num_blocks=min(fitting_len // size, POOL_REQUESTS * -(-max_model_len // size)),
+        fitting_len=fitting_len)
+
+
+def workspace_bytes(model: ModelConfig, config: EngineConfig, num_tokens: int) -> int:
+    """Upper estimate of what a step of ``num_tokens`` needs besides weights and KV cache."""
+    assert config.dtype is not None
+    element = ELEMENT_BYTES[config.dtype]
+    heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    # Residual stream, its norm and the sum: 3 M; q, k, v and their rotated copies, the output.
+    per_token = (3 * model.hidden_size + 2 * heads) * element
+    mlp_rows = min(num_tokens, MLP_ROWS)
+    mlp = mlp_rows * (3 * model.intermediate_size * element + 2 * model.hidden_size * 4)
+    # Logits in both types, sorted values, order (8 bytes), probabilities, their fp64 sum.
+    logits = config.max_num_requests * model.vocab_size * (element + 4 + 4 + 8 + 4 + 8)
+    rotary = 4 * model.head_dim * min(
+        model.max_position_embeddings, model.dca.chunk_size + 1 if model.dca else 2**63)
+    return num_tokens * per_token + mlp + logits + rotary + ATTENTION_SCRATCH_BYTES
+
+
+def device_memory(device: str) -> DeviceMemory:
+    """What the device has and what is free on it now."""
+    if device.startswith("cuda"):
+        free, total = torch.cuda.mem_get_info(torch.device(device))
+        return DeviceMemory(total_bytes=total, free_bytes=free)
+    return host_memory()
+
+
+def host_memory(
+    cgroup_root: Path = Path("/sys/fs/cgroup"), own_cgroup: Path = Path("/proc/self/cgroup"),
+) -> DeviceMemory:
+    """RAM, or the container's share of it where that is less."""
+    import psutil  # type: ignore[import-untyped]
+
+    machine = psutil.virtual_memory()
+    total, free = int(machine.total), int(machine.available)
+    for limit, used in _cgroup_limits(cgroup_root, own_cgroup):
+        total, free = min(total, limit), min(free, max(0, limit - used))
+    return DeviceMemory(total_bytes=total, free_bytes=free)
+
+
+def _cgroup_limits(root: Path, own_cgroup: Path) -> list[tuple[int, int]]:
+    """(limit, used) in bytes of this process's group and those around it, cgroup version 2 and 1.
+    The page cache does not count as used."""
+    found: list[tuple[int, int]] = []
+    for folder in _groups(root, own_cgroup):
+        _add_limit(found, folder, "memory.max", "memory.current", "")
+    _add_limit(found, root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+    return found
+
+
+def _groups(root: Path, own_cgroup: Path) -> list[Path]:
+    """Folders of the version 2 groups that hold this process, innermost first."""
+    lines = own_cgroup.read_text().splitlines() if own_cgroup.is_file() else []
+    own = next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")
+    folder = root / own
+    return [folder, *(parent for parent in folder.parents if parent.is_relative_to(root))]
+
+
+def _add_limit(
+    found: list[tuple[int, int]], folder: Path, limit_name: str, used_name: str, prefix: str,
+) -> None:
+    limit, used = _read_number(folder / limit_name), _read_number(folder / used_name)
+    if limit is not None and used is not None:
+        found.append((limit, max(0, used - _page_cache(folder / "memory.stat", prefix))))
+
+
+def _page_cache(stat_file: Path, prefix: str) -> int:
+    """Bytes of file pages, which the kernel gives back under pressure."""
+    if not stat_file.is_file():
+        return 0
+    rows = (line.split() for line in stat_file.read_text().splitlines())
+    values = {row[0]: int(row[1]) for row in rows if len(row) == 2}
+    return sum(values.get(f"{prefix}{name}", 0) for name in ("inactive_file", "active_file"))
+
+
+def _read_number(file: Path) -> int | None:
+    """The number in a cgroup file; None without the file or a limit ("max")."""
+    try:
+        text = file.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _require_fit(
+    config: EngineConfig, *, needed_len: int, fitting_len: int, per_token: int, weights: int,
+    workspace: int, budget: int,
+) -> None:
+    if fitting_len >= needed_len:
+        return
+    needed = weights + workspace + needed_len * per_token
+    remedies = ["use a smaller model or a device with more memory"]
+    if fitting_len > 0:
+        remedies.insert(0, f"lower max_model_len to {fitting_len}")
+    if config.dtype == "float32":
+        remedies.insert(0, "use dtype bfloat16")
+    if config.memory_gib is not None:
+        remedies.insert(0, "raise memory_gib")
+    raise NotEnoughMemoryError(
+        f"{config.model} needs {_gib(needed)} on {config.device} (weights {_gib(weights)}, "
+        f"workspace {_gib(workspace)}, KV cache of {needed_len} tokens "
+        f"{_gib(needed_len * per_token)}), and may use {_gib(budget)}; {', or '.join(remedies)}")
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f} GiB"

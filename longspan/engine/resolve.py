@@ -1,0 +1,66 @@
+"""Decisions that follow from configuration and checkpoint, as pure functions. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from longspan.config import AttentionMode, DcaConfig, EngineConfig, ModelConfig, PositionMode
+from longspan.errors import LongspanError
+
+GPU_PREFILL_CHUNK_LEN = 32_768
+CPU_PREFILL_CHUNK_LEN = 8_192
+DTYPES = ("float32", "bfloat16")
+
+
+def resolve_config(config: EngineConfig, *, has_cuda: bool) -> EngineConfig:
+    """A new configuration with device, dtype and prefill chunk decided."""
+    device = config.device or ("cuda" if has_cuda else "cpu")
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise LongspanError(f"device {device!r} is not supported; use cpu or cuda")
+    if device.startswith("cuda") and not has_cuda:
+        raise LongspanError("device cuda was asked for and torch finds no CUDA GPU; use cpu")
+    dtype = config.dtype or ("float32" if device == "cpu" else "bfloat16")
+    if dtype not in DTYPES:
+        raise LongspanError(f"dtype {dtype!r} is not supported; use {' or '.join(DTYPES)}")
+    chunk = CPU_PREFILL_CHUNK_LEN if device == "cpu" else GPU_PREFILL_CHUNK_LEN
+    chunk = max(1, chunk // config.block_size) * config.block_size
+    return replace(config, device=device, dtype=dtype,
+                   prefill_chunk_len=config.prefill_chunk_len or chunk)
+
+
+def resolve_positions(mode: PositionMode, model: ModelConfig) -> DcaConfig | None:
+    """The DCA settings in effect; None is plain RoPE. Raises `LongspanError` if there are none."""
+    if mode == "rope" or (mode == "auto" and model.dca is None):
+        return None
+    if mode not in ("auto", "dca", "dca+yarn"):
+        raise LongspanError(f"positions {mode!r} is not one of auto, rope, dca, dca+yarn")
+    if model.dca is None:
+        raise LongspanError(
+            f"positions {mode!r} needs a dual_chunk_attention_config in the checkpoint's "
+            "config.json; add one or use positions 'rope'")
+    if mode == "dca":
+        return replace(model.dca, original_max_position_embeddings=0)
+    if mode == "dca+yarn" and not model.dca.original_max_position_embeddings:
+        raise LongspanError(
+            "positions 'dca+yarn' needs original_max_position_embeddings in the checkpoint's "
+            "dual_chunk_attention_config; add it or use positions 'dca'")
+    return model.dca
+
+
+def may_be_sparse(mode: AttentionMode, *, has_plan: bool, has_dca: bool) -> bool:
+    """Any request of this engine may prefill sparsely: the caches keep block means then."""
+    if mode not in ("auto", "dense", "sparse"):
+        raise LongspanError(f"attention {mode!r} is not one of auto, dense, sparse")
+    return mode == "sparse" or (mode == "auto" and (has_plan or has_dca))
+
+
+def resolve_attention(
+    mode: AttentionMode, prompt_len: int, *, threshold: int, has_plan: bool, has_dca: bool,
+) -> bool:
+    """Whether a prompt of this length prefills sparsely.
+
+    ``auto``: prompts above the checkpoint's threshold, if the checkpoint was meant for long
+    contexts, that is, it has budgets or DCA.
+    """
+    possible = may_be_sparse(mode, has_plan=has_plan, has_dca=has_dca)
+    return possible and (mode == "sparse" or prompt_len > threshold)

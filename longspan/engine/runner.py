@@ -1,0 +1,168 @@
+"""Computes steps: pipeline stages, their KV caches, sampling.
+
+A pipeline stage is a slice of the layers with its own KV cache; block ids mean the same on every
+stage. Here all stages live in one process and hand hidden states on directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from longspan.attention.layer import allocate_cache
+from longspan.attention.rope import build_rotary
+from longspan.attention.sparsity import SparsityPlan
+from longspan.config import DcaConfig, EngineConfig, ModelConfig
+from longspan.engine.batch import DeviceBatch, build_batch
+from longspan.engine.memory import MemoryPlan
+from longspan.engine.step import ScheduledBatch, StepResult
+from longspan.model import CausalLM, build_model
+from longspan.model.weights import load_weights
+from longspan.ops.sample import sample
+from longspan.ops.types import PagedKV
+
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipelineStage:
+    """A slice of the layers and the keys and values of those layers."""
+
+    model: CausalLM
+    caches: tuple[PagedKV, ...]
+
+
+class Runner:
+    """Executes scheduled steps one after the other."""
+
+    def __init__(
+        self, stages: Sequence[PipelineStage], *, head_dim: int, dca: DcaConfig | None,
+        device: str,
+    ) -> None:
+        self._stages = tuple(stages)
+        self._block_size = stages[0].caches[0].k.shape[1]
+        self._head_dim, self._dca, self._device = head_dim, dca, device
+
+    @classmethod
+    def load(
+        cls, path: Path, model: ModelConfig, config: EngineConfig, memory: MemoryPlan, *,
+        dca: DcaConfig | None, plan: SparsityPlan | None, num_stages: int = 1,
+    ) -> Runner:
+        """Build the stages, fill their weights and allocate their caches.
+
+        Args:
+            config: resolved.
+            plan: budgets for sparse prefill; None: this engine is always dense.
+
+        Raises `CheckpointError` when the weights cannot be read.
+        """
+        assert config.device is not None and config.dtype is not None
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        dtype = TORCH_DTYPES[config.dtype]
+        rotary = build_rotary(
+            head_dim=model.head_dim, rope_theta=model.rope_theta, device=config.device,
+            max_model_len=memory.max_model_len, dca=dca)
+        stages = []
+        for layers in split_layers(model.num_layers, num_stages):
+            part = build_model(model, layers=layers, rotary=rotary, plan=plan, dtype=dtype,
+                               device=config.device)
+            load_weights(part, path)
+            caches = _allocate(len(layers), model, memory, dtype, config.device, plan is not None)
+            stages.append(PipelineStage(model=part, caches=caches))
+        return cls(stages, head_dim=model.head_dim, dca=dca, device=config.device)
+
+    def execute(self, batch: ScheduledBatch) -> StepResult:
+        """Compute a step: write its keys and values, sample where a slice asks for it."""
+        with torch.inference_mode():
+            inputs = build_batch(
+                batch, block_size=self._block_size, head_dim=self._head_dim, dca=self._dca,
+                device=self._device)
+            logits = self.forward(inputs)
+            tokens = () if logits is None else self._sample(logits, inputs)
+        # Reading the pair counts waits for the device, so it is done where that happens anyway.
+        ends_prefill = bool(tokens) and bool(inputs.metadata.prefills)
+        kept, causal = self._take_attention_stats() if ends_prefill else (0.0, 0.0)
+        return StepResult(
+            step_id=batch.step_id, token_ids=tokens, kept_pairs=kept, causal_pairs=causal)
+
+    def forward(self, inputs: DeviceBatch) -> Tensor | None:
+        """All stages in turn. Returns [n, V] fp32 logits of the rows that sample; None if none do."""
+        hidden = inputs.token_ids
+        for stage in self._stages:
+            hidden = stage.model(hidden, inputs.metadata, stage.caches)
+        if inputs.last_rows.numel() == 0:
+            return None
+        return self._stages[-1].model.logits(hidden[inputs.last_rows])
+
+    def peak_memory_bytes(self) -> int:
+        """Highest use so far: of the process on CPUs, of torch's allocator on GPUs."""
+        if self._device.startswith("cuda"):
+            return int(torch.cuda.max_memory_allocated(self._device))
+        return _peak_resident_bytes()
+
+    def close(self) -> None:
+        """Free weights and caches."""
+        self._stages = ()
+        if self._device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+    def _sample(self, logits: Tensor, inputs: DeviceBatch) -> tuple[int, ...]:
+        tokens = sample(logits, inputs.sampling, all_greedy=inputs.all_greedy)
+        return tuple(tokens.tolist())
+
+    def _take_attention_stats(self) -> tuple[float, float]:
+        pairs = [stage.model.attention_stats() for stage in self._stages]
+        for stage in self._stages:
+            stage.model.reset_attention_stats()
+        return sum(kept for kept, _ in pairs), sum(causal for _, causal in pairs)
+
+
+def _allocate(
+    num_layers: int, model: ModelConfig, memory: MemoryPlan, dtype: torch.dtype, device: str,
+    sparse: bool,
+) -> tuple[PagedKV, ...]:
+    return tuple(
+        allocate_cache(
+            num_blocks=memory.num_blocks, block_size=memory.block_size, dtype=dtype, device=device,
+            num_kv_heads=model.num_kv_heads, head_dim=model.head_dim, sparse=sparse)
+        for _ in range(num_layers))
+
+
+def split_layers(num_layers: int, num_stages: int) -> list[range]:
+    """Consecutive, nearly equal slices of the layers, earlier ones longer."""
+    assert 1 <= num_stages <= num_layers
+    size, extra = divmod(num_layers, num_stages)
+    cuts = [index * size + min(index, extra) for index in range(num_stages + 1)]
+    return [range(start, stop) for start, stop in zip(cuts, cuts[1:], strict=False)]
+
+
+def resolve_plan(path: Path, model: ModelConfig, config: EngineConfig) -> SparsityPlan | None:
+    """The plan that the user or the checkpoint brings: the named file, else the one beside the
+    checkpoint, else the released budgets in its config. None: there is none.
+
+    Raises `LongspanError` when it was made for another model's shape.
+    """
+    beside = path / "sparsity_plan.json"
+    if config.sparsity_plan is not None:
+        plan = SparsityPlan.load(config.sparsity_plan)
+    elif beside.is_file():
+        plan = SparsityPlan.load(beside)
+    elif model.sparse_budgets is not None:
+        plan = SparsityPlan.from_released(model.sparse_budgets, probe_last=model.sparse_probe_len)
+    else:
+        return None
+    plan.check_fits(model.num_layers, model.num_heads)
+    return plan
+
+
+def _peak_resident_bytes() -> int:
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

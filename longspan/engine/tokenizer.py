@@ -1,0 +1,261 @@
+"""Text to token ids and back: chat template, incremental text, stop strings. No torch.
+
+Uses the `tokenizers` library and a sandboxed jinja2 directly: transformers' AutoTokenizer imports
+torch, which takes seconds and hundreds of megabytes in a process that never computes.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn
+
+from longspan.config import read_json
+from longspan.errors import CheckpointError, InvalidRequestError, MissingDependencyError
+
+REPLACEMENT = "\ufffd"
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint directory.
+
+    Raises:
+        CheckpointError: ``tokenizer.json`` is missing or cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._tokenizer = _load(path / "tokenizer.json")
+        self._config = _read_optional(path / "tokenizer_config.json")
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Token ids known, added ones included."""
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    @cached_property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end a completion, from generation_config.json, config.json and the name."""
+        found: set[int] = set()
+        for name in ("generation_config.json", "config.json"):
+            value = _read_optional(self._path / name).get("eos_token_id")
+            found.update(value if isinstance(value, list) else [] if value is None else [value])
+        named = self._tokenizer.token_to_id(_token_text(self._config.get("eos_token")) or "")
+        return frozenset(found if named is None else found | {named})
+
+    def encode(self, text: str) -> array[int]:
+        """Token ids, special tokens in the text recognised. One pass over the whole text: pieces
+        could merge differently at their borders."""
+        try:
+            encoding = self._tokenizer.encode_batch_fast([text])[0]
+        except (UnicodeEncodeError, TypeError):  # lone surrogates
+            raise InvalidRequestError("the prompt is not valid Unicode text") from None
+        return array("i", encoding.ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of the tokens, special ones left out."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **values: Any) -> str:
+        """The prompt for a conversation, by the checkpoint's template.
+
+        Args:
+            messages: ``{"role": ..., "content": ...}`` in order.
+            values: further template variables, such as ``tools`` or ``enable_thinking``.
+
+        Raises `InvalidRequestError` without messages, or when the template refuses them.
+        """
+        import jinja2
+
+        if not messages:
+            raise InvalidRequestError("there are no messages; send at least one")
+        if not all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages):
+            raise InvalidRequestError("each message must be an object with a role and content")
+        values = {"add_generation_prompt": True, **self._special_tokens(), **values}
+        try:
+            return str(self._template.render(messages=messages, **values))
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
+            reason = " ".join(str(error).split())
+            raise InvalidRequestError(
+                f"the chat template refuses these messages: {reason}") from None
+
+    def _special_tokens(self) -> dict[str, str]:
+        texts = {name: _token_text(self._config.get(name))
+                 for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        return {name: text for name, text in texts.items() if text}
+
+    @cached_property
+    def _template(self) -> Any:
+        import jinja2
+
+        source = self._template_source()
+        if source is None:
+            raise InvalidRequestError(
+                f"{self._path} has no chat template; give a plain prompt instead of messages")
+        try:
+            return _sandbox().from_string(source)
+        except jinja2.TemplateError as error:
+            raise CheckpointError(
+                f"{self._path}: the chat template is not valid jinja ({error})") from None
+
+    def _template_source(self) -> str | None:
+        file = self._path / "chat_template.jinja"
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+        source = self._config.get("chat_template")
+        if isinstance(source, list):  # several, by name
+            named = {entry["name"]: entry["template"] for entry in source}
+            return named.get("default")
+        return source
+
+
+class TextStream:
+    """Completion text as it becomes certain.
+
+    A character split over tokens is held back until it is whole, and text that may be the start of
+    a stop string until it is decided; neither ever has to be taken back.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self._detokenizer = Detokenizer(tokenizer)
+        self._matcher = StopMatcher(stop)
+
+    @property
+    def is_stopped(self) -> bool:
+        """A stop string was found; further tokens are ignored."""
+        return self._matcher.is_stopped
+
+    def push(self, token_id: int) -> str:
+        """Text that this token makes certain."""
+        return self._matcher.push(self._detokenizer.push(token_id))
+
+    def flush(self) -> str:
+        """What was still held back, when the completion ends here."""
+        return self._matcher.push(self._detokenizer.flush()) + self._matcher.flush()
+
+
+class Detokenizer:
+    """Incremental decoding in constant time per token, whatever the length of the completion.
+
+    Decodes a window of recent tokens. An incomplete character decodes to one trailing U+FFFD,
+    which is held back; more of them before it are invalid bytes for good.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._window: list[int] = []
+        self._num_old = 0
+        """Leading tokens of the window that are there for context only."""
+        self._num_sent = 0
+        """Characters of the window's text already returned."""
+
+    def push(self, token_id: int) -> str:
+        """Add a token; returns the text that is certain now."""
+        self._window.append(token_id)
+        text = self._tokenizer.decode(self._window)
+        stable_len = len(text) - text.endswith(REPLACEMENT)
+        delta = text[self._num_sent:stable_len]
+        self._num_sent = max(self._num_sent, stable_len)
+        if stable_len == len(text):
+            self._shift()
+        return delta
+
+    def flush(self) -> str:
+        """The incomplete rest, as U+FFFD."""
+        return self._tokenizer.decode(self._window)[self._num_sent:]
+
+    def _shift(self) -> None:
+        """At a character border: forget the old tokens, keep the new ones as context."""
+        self._window = self._window[self._num_old:]
+        self._num_old = len(self._window)
+        self._num_sent = len(self._tokenizer.decode(self._window))
+
+
+class StopMatcher:
+    """Cuts text at the first stop string; holds back what may become one."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._held = ""
+        self.is_stopped = False
+
+    def push(self, text: str) -> str:
+        """Add text; returns what certainly is in front of any stop string."""
+        if self.is_stopped:
+            return ""
+        if not self._stop:
+            return text
+        text = self._held + text
+        found = [place for place in map(text.find, self._stop) if place >= 0]
+        if found:
+            self.is_stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = self._num_undecided(text)
+        self._held = text[len(text) - keep:]
+        return text[: len(text) - keep]
+
+    def flush(self) -> str:
+        """What was held back, when no more text comes."""
+        held, self._held = self._held, ""
+        return held
+
+    def _num_undecided(self, text: str) -> int:
+        """Length of the longest end of the text that starts a stop string."""
+        longest = min(len(text), max(map(len, self._stop)) - 1)
+        for length in range(longest, 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self._stop):
+                return length
+        return 0
+
+
+def _load(file: Path) -> Any:
+    try:
+        from tokenizers import Tokenizer as Backend
+    except ImportError:
+        raise MissingDependencyError(
+            "tokenizers is not installed: pip install tokenizers") from None
+    if not file.is_file():
+        raise CheckpointError(f"{file.parent}: no tokenizer.json there; fetch it with the weights")
+    try:
+        return Backend.from_file(str(file))
+    except Exception as error:  # the library raises a bare Exception for every fault in the file
+        raise CheckpointError(f"{file}: not a valid tokenizer ({error}); fetch it again") from None
+
+
+def _read_optional(file: Path) -> dict[str, Any]:
+    raw = read_json(file) if file.is_file() else {}
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file}: not a JSON object; fetch the file again")
+    return raw
+
+
+def _token_text(value: Any) -> str | None:
+    """A token in tokenizer_config.json is a string or an object with its content."""
+    return value.get("content") if isinstance(value, dict) else value
+
+
+def _sandbox() -> Any:
+    """Templates come with checkpoints from the network: no attribute access, no mutation."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    """As transformers does it: no HTML escapes, unlike jinja2's own filter."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    from jinja2 import TemplateError
+
+    raise TemplateError(message)

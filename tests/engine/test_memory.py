@@ -1,0 +1,107 @@
+"""Memory plan: sums, limits and one-line refusals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longspan.config import EngineConfig, ModelConfig
+from longspan.engine.memory import (
+    GIB,
+    DeviceMemory,
+    MemoryPlan,
+    device_memory,
+    host_memory,
+    plan_memory,
+    workspace_bytes,
+)
+from longspan.errors import NotEnoughMemoryError
+from tests.engine.test_resolve import MODEL
+
+BIG = ModelConfig(**{
+    **MODEL, "vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18944,
+    "num_layers": 28, "num_heads": 28, "num_kv_heads": 4, "head_dim": 128,
+    "max_position_embeddings": 1_010_000, "tie_word_embeddings": False})
+
+
+def plan(free_gib: float, *, sparse: bool = False, **fields: Any) -> MemoryPlan:
+    config = EngineConfig(**{
+        "model": "m", "device": "cpu", "dtype": "bfloat16", "prefill_chunk_len": 32_768,
+        "max_num_requests": 8, **fields})
+    memory = DeviceMemory(total_bytes=int(2 * free_gib * GIB), free_bytes=int(free_gib * GIB))
+    return plan_memory(BIG, config, max_step_tokens=32_768, sparse=sparse, device=memory)
+
+
+def test_a_7b_model_reads_a_million_tokens_on_one_large_gpu() -> None:
+    result = plan(139, sparse=True)
+    assert 14 < result.weights_bytes / GIB < 14.5
+    assert result.kv_bytes_per_token == 57_344 + 448
+    assert result.max_model_len == 1_010_000
+    assert result.needed_bytes < result.budget_bytes
+    assert result.kv_bytes + result.weights_bytes + result.workspace_bytes <= result.budget_bytes
+
+
+def test_the_length_shrinks_to_what_fits() -> None:
+    result = plan(40)
+    assert 0 < result.max_model_len == result.fitting_len < 1_010_000
+    assert result.max_model_len % result.block_size == 0
+
+
+def test_the_pool_is_sized_by_need() -> None:
+    result = plan(139, max_model_len=1000)
+    assert result.num_blocks == 4 * 8 and result.fitting_len > 500_000
+
+
+def test_memory_gib_is_the_budget() -> None:
+    assert plan(139, memory_gib=60).budget_bytes == 60 * GIB
+    assert plan(10, max_model_len=100, memory_gib=18).budget_bytes == 18 * GIB
+
+
+@pytest.mark.parametrize(("free", "fields", "remedies"), [
+    (139, {"max_model_len": 8_000_000}, "lower max_model_len to"),
+    (10, {}, "use a smaller model or a device with more memory"),
+    (139, {"memory_gib": 10}, "raise memory_gib, or use a smaller model"),
+    (20, {"dtype": "float32"}, "use dtype bfloat16, or use a smaller model"),
+])
+def test_what_does_not_fit_is_refused(free: float, fields: dict[str, Any], remedies: str) -> None:
+    with pytest.raises(NotEnoughMemoryError, match=remedies) as error:
+        plan(free, **fields)
+    message = str(error.value)
+    assert "\n" not in message and "weights" in message and "may use" in message
+
+
+def test_workspace_grows_with_the_step() -> None:
+    config = EngineConfig(model="m", dtype="bfloat16")
+    assert workspace_bytes(BIG, config, 1000) < workspace_bytes(BIG, config, 32_768) < 4 * GIB
+    assert workspace_bytes(BIG, replace(config, dtype="float32"), 1000) > \
+        workspace_bytes(BIG, config, 1000)
+
+
+def test_this_machine_has_memory() -> None:
+    memory = device_memory("cpu")
+    assert 0 < memory.free_bytes <= memory.total_bytes
+
+
+def test_container_limits_count(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.write_text("0::/slice/unit\n")
+    unit = tmp_path / "slice" / "unit"
+    unit.mkdir(parents=True)
+    (unit / "memory.max").write_text("max\n")
+    (unit / "memory.current").write_text("5\n")
+    (tmp_path / "slice" / "memory.max").write_text("3000\n")
+    (tmp_path / "slice" / "memory.current").write_text("1000\n")
+    (tmp_path / "slice" / "memory.stat").write_text("inactive_file 100\nactive_file 50\nanon 7\n")
+    assert host_memory(tmp_path, own) == DeviceMemory(total_bytes=3000, free_bytes=2150)
+
+
+def test_container_limits_of_version_1_count(tmp_path: Path) -> None:
+    folder = tmp_path / "memory"
+    folder.mkdir()
+    (folder / "memory.limit_in_bytes").write_text("4000\n")
+    (folder / "memory.usage_in_bytes").write_text("5000\n")
+    assert host_memory(tmp_path, tmp_path / "no such") == DeviceMemory(
+        total_bytes=4000, free_bytes=0)

@@ -1,0 +1,87 @@
+"""Decisions from configuration and checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from longspan.config import DcaConfig, EngineConfig, ModelConfig
+from longspan.engine.resolve import (
+    may_be_sparse,
+    resolve_attention,
+    resolve_config,
+    resolve_positions,
+)
+from longspan.errors import LongspanError
+
+DCA = DcaConfig(chunk_size=64, local_size=8, original_max_position_embeddings=32)
+MODEL: dict[str, Any] = {
+    "architecture": "Qwen2ForCausalLM", "vocab_size": 9, "hidden_size": 8, "intermediate_size": 8,
+    "num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "head_dim": 8, "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4, "max_position_embeddings": 64, "tie_word_embeddings": True,
+    "attention_bias": True, "qk_norm": False}
+
+
+def test_device_decides_the_defaults() -> None:
+    cpu = resolve_config(EngineConfig(model="m"), has_cuda=False)
+    gpu = resolve_config(EngineConfig(model="m"), has_cuda=True)
+    assert (cpu.device, cpu.dtype, cpu.prefill_chunk_len) == ("cpu", "float32", 8192)
+    assert (gpu.device, gpu.dtype, gpu.prefill_chunk_len) == ("cuda", "bfloat16", 32768)
+
+
+def test_choices_are_kept_and_the_chunk_fits_the_blocks() -> None:
+    asked = EngineConfig(model="m", device="cpu", dtype="bfloat16", block_size=96)
+    resolved = resolve_config(asked, has_cuda=True)
+    assert (resolved.device, resolved.dtype, resolved.prefill_chunk_len) == (
+        "cpu", "bfloat16", 85 * 96)
+    asked = EngineConfig(model="m", block_size=64, prefill_chunk_len=128)
+    assert resolve_config(asked, has_cuda=False).prefill_chunk_len == 128
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"device": "tpu"}, "use cpu or cuda"),
+    ({"device": "cuda"}, "no CUDA GPU"),
+    ({"dtype": "int8"}, "use float32 or bfloat16"),
+])
+def test_impossible_choices_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(LongspanError, match=message):
+        resolve_config(EngineConfig(model="m", **fields), has_cuda=False)
+
+
+def test_positions() -> None:
+    plain, dca = ModelConfig(**MODEL), ModelConfig(**MODEL, dca=DCA)
+    assert resolve_positions("auto", plain) is None
+    assert resolve_positions("auto", dca) == resolve_positions("dca+yarn", dca) == DCA
+    assert resolve_positions("rope", dca) is None
+    assert resolve_positions("dca", dca) == DcaConfig(chunk_size=64, local_size=8)
+
+
+def test_positions_without_the_checkpoint_facts_are_refused() -> None:
+    without_length = ModelConfig(**MODEL, dca=DcaConfig(chunk_size=64, local_size=8))
+    with pytest.raises(LongspanError, match="dual_chunk_attention_config"):
+        resolve_positions("dca", ModelConfig(**MODEL))
+    with pytest.raises(LongspanError, match="original_max_position_embeddings"):
+        resolve_positions("dca+yarn", without_length)
+    with pytest.raises(LongspanError, match="not one of auto, rope, dca"):
+        resolve_positions("alibi", without_length)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("mode", "prompt_len", "has_plan", "has_dca", "expected"), [
+    ("auto", 101, True, False, True),
+    ("auto", 101, False, True, True),
+    ("auto", 101, False, False, False),
+    ("auto", 100, True, True, False),
+    ("sparse", 1, False, False, True),
+    ("dense", 101, True, True, False),
+])
+def test_attention(
+    mode: Any, prompt_len: int, has_plan: bool, has_dca: bool, expected: bool,
+) -> None:
+    assert resolve_attention(
+        mode, prompt_len, threshold=100, has_plan=has_plan, has_dca=has_dca) is expected
+
+
+def test_unknown_attention_is_refused() -> None:
+    with pytest.raises(LongspanError, match="not one of auto, dense, sparse"):
+        may_be_sparse("flash", has_plan=True, has_dca=True)  # type: ignore[arg-type]
