@@ -35,21 +35,28 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False) 
 def attend_biased(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor) -> Partial:
     """As `attend`, with a bias added to the scaled scores.
 
-    bias: fp32, broadcastable to [B, 1, T, S]; -inf drops a key. A row whose keys are all dropped
-    gives out 0 and lse -inf.
+    k, v: B may be 1, then all of q's batch shares them. bias: fp32, broadcastable to [B, 1, T, S];
+    -inf drops a key. A row whose keys are all dropped gives out 0 and lse -inf.
     """
     if q.device.type == "cpu":
+        k, v = (x.expand(q.shape[0], -1, -1, -1) for x in (k, v))
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, False, attn_mask=bias.to(q.dtype), scale=scale)
         empty = (bias == -math.inf).all(-1)
         return out, lse.masked_fill(empty.expand(lse.shape), -math.inf)
     rows = max(1, _SCORE_BYTES // (4 * q.shape[1] * q.shape[2] * k.shape[2]))
-    parts = [
-        _attend_math(q[i : i + rows], k[i : i + rows], v[i : i + rows], scale,
-                     bias[i : i + rows] if bias.shape[0] > 1 else bias)
-        for i in range(0, q.shape[0], rows)
-    ]
+    parts = [_attend_math(*(_rows(x, i, rows) for x in (q, k, v)), scale, _rows(bias, i, rows))
+             for i in range(0, q.shape[0], rows)]
     return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+
+
+def scores_fp32(q: Tensor, k: Tensor) -> Tensor:
+    """q k^T accumulated and returned in fp32. q: [n, T, D]; k: [n, S, D] or [1, S, D]."""
+    if k.shape[0] == 1 < q.shape[0]:  # one product instead of a batch that repeats k
+        return scores_fp32(q.flatten(0, 1)[None], k)[0].unflatten(0, q.shape[:2])
+    if q.device.type == "cuda" and q.dtype != torch.float32:
+        return torch.bmm(q, k.transpose(1, 2), out_dtype=torch.float32)
+    return torch.bmm(q.float(), k.transpose(1, 2).float())
 
 
 def merge(parts: list[Partial]) -> Partial:
@@ -67,7 +74,7 @@ def merge(parts: list[Partial]) -> Partial:
 
 
 def _attend_math(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Partial:
-    scores = torch.matmul(q, k.transpose(-1, -2)).float().mul_(scale)
+    scores = scores_fp32(q.flatten(0, 1), k.flatten(0, 1)).view(*q.shape[:3], -1).mul_(scale)
     if bias is not None:
         scores += bias
     top = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).min)
@@ -75,6 +82,11 @@ def _attend_math(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | N
     total = weights.sum(-1, keepdim=True)
     out = torch.matmul(weights.to(v.dtype), v).float() / total.clamp(min=1e-37)
     return out.to(q.dtype), (top + total.log()).squeeze(-1)
+
+
+def _rows(x: Tensor, start: int, count: int) -> Tensor:
+    """Entries of the batch axis, or the one that all share."""
+    return x if x.shape[0] == 1 else x[start : start + count]
 
 
 def _causal_bias(q: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from longspan.ops.attend import scores_fp32
 from longspan.ops.eager_dense import ordered_kv, rotated_queries
 from longspan.ops.geometry import segments, spans
 from longspan.ops.types import PagedKV, QueryRotary, Selection
@@ -77,9 +78,9 @@ def _attend_run(
     scores = torch.zeros(len(tile_starts), tile_len, keys.shape[1], device=q.device)
     for span in spans(start, start + q.shape[0], rotary.stride):
         zone_q[slot] = rotated_queries(q[:, None], start, span.zone, rotary)[:, 0]
-        part = zone_q.unflatten(0, (-1, tile_len)) @ k[inside].transpose(1, 2)
+        part = scores_fp32(zone_q.unflatten(0, (-1, tile_len)), k[inside])
         in_span = (keys >= span.start) & (keys < span.stop)
-        scores = torch.where(in_span[:, None], part.float(), scores)
+        scores = torch.where(in_span[:, None], part, scores)
     scores = scores.flatten(0, 1)[slot] * scale
     visible = listed[tile] & (keys[tile] <= positions[:, None])
     scores.masked_fill_(~visible, -math.inf)

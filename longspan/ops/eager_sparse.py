@@ -145,7 +145,7 @@ class _Segment:
         last_key = (self.first_tile + q.shape[0] - 1) * self.tile_len
         if last_key == 0:
             return torch.zeros_like(q), q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
-        k, v = (x[:last_key, kv_head].expand(q.shape[0], 1, -1, -1) for x in (self.k, self.v))
+        k, v = (x[None, None, :last_key, kv_head] for x in (self.k, self.v))
         key_tile = torch.arange(last_key, device=q.device) // self.tile_len
         visible = key_tile < (self.first_tile + torch.arange(q.shape[0], device=q.device))[:, None]
         return attend_biased(q, k, v, self.scale, _log(visible)[:, None, None])
@@ -202,9 +202,8 @@ class _Segment:
                 weight = (self.tile_len - taken[tiles]).clamp(min=0) * free[:, tiles]
                 bias = torch.cat((bias, weight.float().log()), 1)
             if k.shape[0]:
-                k, v = (x.expand(self.num_tiles, 1, -1, -1) for x in (k, v))
-                parts.append(attend_biased(self._query(head, span.zone), k, v, self.scale,
-                                           bias[:, None, None]))
+                parts.append(attend_biased(self._query(head, span.zone), k[None, None],
+                                           v[None, None], self.scale, bias[:, None, None]))
         return parts, pairs
 
     def _window_pairs(self, windows: list[int]) -> float:

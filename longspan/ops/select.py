@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from longspan.ops.attend import scores_fp32
 from longspan.ops.eager_dense import ordered_kv
 from longspan.ops.geometry import continuous_query_position, spans
 from longspan.ops.reference import rotate
@@ -115,7 +116,8 @@ def _probe_mass(
         continuous = continuous_query_position(positions, span.zone, rotary.stride, rotary.clamp)
         angles = continuous.float()[:, None] * rotary.inv_freq
         rotated = rotate(rows[:, None], angles.cos(), angles.sin())[:, 0]
-        scores[:, span.start : span.stop] = rotated @ k[span.start : span.stop].T
+        scores[:, span.start : span.stop] = scores_fp32(
+            rotated[None], k[None, span.start : span.stop])[0]
     future = torch.arange(probe.first, k.shape[0], device=q.device) > positions[:, None]
     scores[:, probe.first :].masked_fill_(future, -math.inf)
     torch.softmax(scores.mul_(scale), -1, out=scores)
