@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files as package_files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -74,11 +74,9 @@ def load_weights(model: CausalLM, path: Path) -> None:
     stored = _stored_tensors(path)
     targets = _targets(model)
     _check(stored, targets, model.config, path)
-    for file in sorted({stored[name].file for name in targets}):
-        here = [name for name in targets if stored[name].file == file]
-        here.sort(key=lambda name: stored[name].start)  # the disk is read once, forwards
-        for name, tensor in _read(file, here):
-            targets[name].copy_(tensor)
+    # In the order of the disk: files are read once, forwards.
+    for name in sorted(targets, key=lambda name: (stored[name].file, stored[name].start)):
+        targets[name].copy_(_read(stored[name].file, name))
 
 
 def random_weights(model: CausalLM, seed: int) -> None:
@@ -223,8 +221,8 @@ def _targets(model: CausalLM) -> dict[str, Tensor]:
 def _layer_targets(layer: DecoderLayer) -> dict[str, Tensor]:
     """The merged projections as the checkpoint's separate ones; views, not copies."""
     merged = ("self_attn.qkv_proj", "mlp.gate_up_proj")
-    targets = {name: tensor for name, tensor in layer.named_parameters()
-               if not name.startswith(merged)}
+    targets: dict[str, Tensor] = {
+        name: tensor for name, tensor in layer.named_parameters() if not name.startswith(merged)}
     attention = layer.self_attn
     rows = [n * attention.head_dim for n in
             (attention.num_heads, attention.num_kv_heads, attention.num_kv_heads)]
@@ -264,9 +262,9 @@ def _refuse_unknown(
     stored: Mapping[str, StoredTensor], targets: Mapping[str, Tensor], config: ModelConfig
 ) -> None:
     """Every stored tensor belongs to some layer of the model, or is known to be redundant."""
-    prefixes = {name.split(".", 3)[3] for name in targets if name.startswith("model.layers.")}
+    suffixes = {name.split(".", 3)[3] for name in targets if name.startswith("model.layers.")}
     known = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
-    known |= {f"model.layers.{idx}.{name}" for idx in range(config.num_layers) for name in prefixes}
+    known |= {f"model.layers.{idx}.{name}" for idx in range(config.num_layers) for name in suffixes}
     unknown = [name for name in stored
                if name not in known and not name.endswith("rotary_emb.inv_freq")]
     if unknown:
@@ -276,13 +274,13 @@ def _refuse_unknown(
         )
 
 
-def _read(file: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors as views of the mapped file."""
+def _read(file: Path, name: str) -> Tensor:
+    """One tensor, a view of the mapped file. The file is mapped anew for each tensor, so that
+    pages already copied do not count as this process's memory."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="pt", device="cpu") as source:
-            for name in names:
-                yield name, source.get_tensor(name)
+            return cast(Tensor, source.get_tensor(name))
     except SafetensorError as error:
         raise CheckpointError(f"{file}: {error}; fetch the file again") from None
