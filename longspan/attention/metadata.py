@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -59,6 +59,11 @@ class AttentionMetadata:
     """[T] int64: block_id * P + offset, the place of each new token in the KV cache."""
     prefills: tuple[PrefillSlice, ...]
     decode: DecodeGroup | None
+    output_rows: Tensor | None = None
+    """[n] int64, the packed rows whose hidden states are wanted; None: all T."""
+    output: AttentionMetadata | None = None
+    """The last layer's view where ``output_rows`` is set: all T tokens are written to the KV cache,
+    only the n rows are queries. Nothing after the last layer reads the others."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +76,8 @@ class SequenceSlice:
     block_ids: Sequence[int]
     """Blocks that cover ``cached_len + query_len`` tokens, in order (more are allowed)."""
     sparse: bool = False
+    num_outputs: int | None = None
+    """How many of the last tokens need hidden states after the last layer; None: all."""
 
     @property
     def is_decode(self) -> bool:
@@ -95,19 +102,35 @@ def build_metadata(
     The temperature of a request is that of its longest length so far, ``max(prompt_len,
     context_len)``: every prefill chunk of a prompt shares it (paper section 5, report eq. 1).
     """
-    prefills: list[PrefillSlice] = []
-    decodes: list[SequenceSlice] = []
-    positions, slots, start = [], [], 0
+    positions, slots = [], []
     for item in slices:
-        context_len = item.cached_len + item.query_len
-        table = torch.tensor(item.block_ids[: -(-context_len // block_size)], dtype=torch.int64)
-        row = torch.arange(item.cached_len, context_len)
+        row = torch.arange(item.cached_len, item.cached_len + item.query_len)
+        table = torch.tensor(item.block_ids, dtype=torch.int64)
         positions.append(row)
         slots.append(table[row // block_size] * block_size + row % block_size)
+    tokens = torch.cat(positions).to(device), torch.cat(slots).to(device)
+    args = (block_size, head_dim, dca, device)
+    if all(item.num_outputs is None for item in slices):
+        return _metadata(tokens, slices, *args)
+    rows, narrow = _output_rows(slices)
+    return replace(_metadata(tokens, slices, *args), output_rows=rows.to(device),
+                   output=_metadata(tokens, narrow, *args))
+
+
+def _metadata(
+    tokens: tuple[Tensor, Tensor], slices: Sequence[SequenceSlice], block_size: int,
+    head_dim: int, dca: DcaConfig | None, device: torch.device | str,
+) -> AttentionMetadata:
+    prefills: list[PrefillSlice] = []
+    decodes: list[SequenceSlice] = []
+    start = 0
+    for item in slices:
+        context_len = item.cached_len + item.query_len
         if item.is_decode:
             decodes.append(item)
         else:
             assert not decodes, "prefill slices come before decodes"
+            table = torch.tensor(item.block_ids[: -(-context_len // block_size)], dtype=torch.int64)
             prefills.append(PrefillSlice(
                 start=start, query_len=item.query_len, cached_len=item.cached_len,
                 prompt_len=item.prompt_len, block_table=table.to(device),
@@ -116,11 +139,21 @@ def build_metadata(
             ))
         start += item.query_len
     return AttentionMetadata(
-        positions=torch.cat(positions).to(device),
-        slot_mapping=torch.cat(slots).to(device),
-        prefills=tuple(prefills),
-        decode=_decode_group(decodes, start - len(decodes), block_size, head_dim, dca, device),
-    )
+        positions=tokens[0], slot_mapping=tokens[1], prefills=tuple(prefills),
+        decode=_decode_group(decodes, start - len(decodes), block_size, head_dim, dca, device))
+
+
+def _output_rows(slices: Sequence[SequenceSlice]) -> tuple[Tensor, list[SequenceSlice]]:
+    """Packed rows [n] of the wanted outputs, and the slices cut down to them."""
+    rows, narrow, stop = [torch.empty(0, dtype=torch.int64)], [], 0
+    for item in slices:
+        stop += item.query_len
+        count = item.query_len if item.num_outputs is None else item.num_outputs
+        rows.append(torch.arange(stop - count, stop))
+        if count:
+            cached_len = item.cached_len + item.query_len - count
+            narrow.append(replace(item, query_len=count, cached_len=cached_len, num_outputs=None))
+    return torch.cat(rows), narrow
 
 
 def softmax_scale(head_dim: int, length: int, dca: DcaConfig | None) -> float:
