@@ -15,6 +15,12 @@ from longspan.engine.step import ScheduledBatch, ScheduledSlice, StepResult
 
 VOCAB_SIZE = 50
 EOS = 0
+MODEL: dict[str, Any] = {
+    "architecture": "Qwen2ForCausalLM", "vocab_size": 9, "hidden_size": 8, "intermediate_size": 8,
+    "num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "head_dim": 8, "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4, "max_position_embeddings": 64, "tie_word_embeddings": True,
+    "attention_bias": True, "qk_norm": False}
+"""Fields of a minimal `ModelConfig`."""
 SPECIAL_TOKENS = ("<end>", "<user>", "<assistant>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}"

@@ -130,7 +130,7 @@ def host_memory(
     cgroup_root: Path = Path("/sys/fs/cgroup"), own_cgroup: Path = Path("/proc/self/cgroup"),
 ) -> DeviceMemory:
     """RAM, or the container's share of it where that is less."""
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     machine = psutil.virtual_memory()
     total, free = int(machine.total), int(machine.available)

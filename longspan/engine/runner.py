@@ -91,7 +91,7 @@ class Runner:
             step_id=batch.step_id, token_ids=tokens, kept_pairs=kept, causal_pairs=causal)
 
     def forward(self, inputs: DeviceBatch) -> Tensor | None:
-        """All stages in turn. Returns [n, V] fp32 logits of the rows that sample; None if none do."""
+        """All stages in turn. Returns [n, V] fp32 logits of the rows that sample, None without."""
         hidden = inputs.token_ids
         for stage in self._stages:
             hidden = stage.model(hidden, inputs.metadata, stage.caches)

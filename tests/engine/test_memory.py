@@ -19,7 +19,7 @@ from longspan.engine.memory import (
     workspace_bytes,
 )
 from longspan.errors import NotEnoughMemoryError
-from tests.engine.test_resolve import MODEL
+from tests.doubles import MODEL
 
 BIG = ModelConfig(**{
     **MODEL, "vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18944,

@@ -14,13 +14,9 @@ from longspan.engine.resolve import (
     resolve_positions,
 )
 from longspan.errors import LongspanError
+from tests.doubles import MODEL
 
 DCA = DcaConfig(chunk_size=64, local_size=8, original_max_position_embeddings=32)
-MODEL: dict[str, Any] = {
-    "architecture": "Qwen2ForCausalLM", "vocab_size": 9, "hidden_size": 8, "intermediate_size": 8,
-    "num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "head_dim": 8, "rms_norm_eps": 1e-6,
-    "rope_theta": 1e4, "max_position_embeddings": 64, "tie_word_embeddings": True,
-    "attention_bias": True, "qk_norm": False}
 
 
 def test_device_decides_the_defaults() -> None:

@@ -1,0 +1,80 @@
+"""The loop: order, several steps in flight, interrupts."""
+
+from __future__ import annotations
+
+import pytest
+
+from longspan.engine.loop import LocalTransport, Loop
+from longspan.engine.scheduler import Scheduler, SchedulerConfig
+from longspan.engine.step import ScheduledBatch, StepResult
+from tests.doubles import DeepTransport, FakeRunner, complete, make_request
+
+CONFIG = SchedulerConfig(
+    num_blocks=32, block_size=4, max_model_len=64, prefill_chunk_len=8, max_num_requests=4)
+
+
+class FailingRunner(FakeRunner):
+    """Interrupted in the second step."""
+
+    def execute(self, batch: ScheduledBatch) -> StepResult:
+        """Compute, or be interrupted."""
+        if batch.step_id == 1:
+            raise KeyboardInterrupt
+        return super().execute(batch)
+
+
+def make_runner(kind: type[FakeRunner] = FakeRunner) -> FakeRunner:
+    return kind(num_blocks=32, block_size=4, prefill_chunk_len=8)
+
+
+def test_an_idle_loop_does_nothing() -> None:
+    loop = Loop(Scheduler(CONFIG), LocalTransport(make_runner()))
+    assert loop.is_idle and loop.turn().updates == ()
+
+
+def test_reports_carry_times_and_pair_counts() -> None:
+    loop = Loop(Scheduler(CONFIG), LocalTransport(make_runner()))
+    loop.add(make_request("a", [1, 2], max_tokens=1))
+    report = loop.turn()
+    assert 0 < report.submitted_s <= report.finished_s
+    assert (report.kept_pairs, report.causal_pairs) == (1.0, 4.0)
+    assert loop.is_idle
+
+
+def test_prefill_chunks_of_one_prompt_fill_the_pipeline() -> None:
+    transport = DeepTransport(make_runner(), max_in_flight=3)
+    loop = Loop(Scheduler(CONFIG), transport)
+    request = make_request("a", range(1, 41), max_tokens=4, ignore_eos=True)
+    loop.add(request)
+    loop.turn()
+    assert len(transport.results) == 2 and request.scheduled_len == 24
+    while not loop.is_idle:
+        loop.turn()
+    assert list(request.output_ids) == complete(request.prompt_ids, request.params)
+
+
+def test_an_abort_before_the_first_turn_is_reported_once() -> None:
+    runner = make_runner()
+    loop = Loop(Scheduler(CONFIG), LocalTransport(runner))
+    loop.add(make_request("a", [1, 2], max_tokens=4))
+    loop.abort("a")
+    loop.abort("a")
+    reasons = [update.finish_reason for update in loop.turn().updates]
+    assert reasons == ["abort"] and loop.is_idle and not runner.batches
+
+
+def test_the_engine_survives_an_interrupt() -> None:
+    scheduler = Scheduler(CONFIG)
+    loop = Loop(scheduler, LocalTransport(make_runner(FailingRunner)))
+    loop.add(make_request("a", range(1, 30), max_tokens=4))
+    loop.turn()
+    with pytest.raises(KeyboardInterrupt):
+        loop.turn()
+    assert [update.finish_reason for update in loop.interrupt()] == ["abort"]
+    assert loop.is_idle and scheduler.pool.num_available == 32
+    request = make_request("b", range(1, 30), max_tokens=3)
+    loop.add(request)
+    while not loop.is_idle:
+        loop.turn()
+    assert request.num_cached_tokens == 8
+    assert list(request.output_ids) == complete(request.prompt_ids, request.params)
