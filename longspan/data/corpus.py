@@ -48,7 +48,6 @@ def write_shards(
         np.save(out_dir / f"{split}.tokens.npy", np.concatenate(arrays))
         np.save(out_dir / f"{split}.offsets.npy", offsets)
         counts[f"num_{split}_tokens"] = int(offsets[-1])
-        counts[f"num_{split}_bytes"] = sum(len(d.text.encode()) for d in chosen)
     (out_dir / "words.txt").write_text("\n".join(_words(documents)) + "\n")
     names = [{"name": d.name, "held_out": d.is_held_out} for d in documents]
     (out_dir / "meta.json").write_text(json.dumps({**counts, "documents": names}, indent=1))

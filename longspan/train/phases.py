@@ -1,0 +1,108 @@
+"""The progressive schedule as data: length, RoPE base, tokens, learning rate of each phase.
+
+Lengths and bases are the report's (Qwen2.5-1M section 3); tokens and rates are nano's own.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+TOKENS_PER_STEP = 262_144
+ROW_MULTIPLE = 128
+
+Shape = tuple[int, int]
+"""(number of rows, row length in tokens) of one optimizer step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Phase:
+    """One phase of progressive training."""
+
+    name: str
+    seq_len: int
+    """Longest row, in tokens."""
+    rope_theta: float
+    num_tokens: int
+    """Tokens to train on, rounded down to whole steps."""
+    learning_rate: float
+    shorter: tuple[int, ...] = ()
+    """Row lengths that share what `full_share` leaves of the sequences."""
+    full_share: float = 1.0
+    """Share of the sequences at `seq_len`."""
+    tokens_per_step: int = TOKENS_PER_STEP
+
+    def __post_init__(self) -> None:
+        for length in (self.seq_len, *self.shorter):
+            if length % ROW_MULTIPLE or self.tokens_per_step % length:
+                raise ValueError(
+                    f"phase {self.name}: row length {length} must be a multiple of "
+                    f"{ROW_MULTIPLE} and divide tokens_per_step {self.tokens_per_step}"
+                )
+        if self.num_tokens < self.tokens_per_step:
+            raise ValueError(
+                f"phase {self.name}: {self.num_tokens} tokens is less than one step "
+                f"({self.tokens_per_step}): raise num_tokens"
+            )
+        if not 0 < self.full_share <= 1 or bool(self.shorter) != (self.full_share < 1):
+            raise ValueError(
+                f"phase {self.name}: full_share {self.full_share} with {len(self.shorter)} "
+                "shorter lengths: give shorter lengths exactly when full_share is below 1"
+            )
+        if any(length >= self.seq_len for length in self.shorter):
+            raise ValueError(f"phase {self.name}: shorter lengths must be below {self.seq_len}")
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps."""
+        return self.num_tokens // self.tokens_per_step
+
+    def schedule(self, seed: int = 0) -> list[Shape]:
+        """Shape of every step. Shorter rows come in whole steps, so that `full_share` of the
+        sequences (not of the steps) is at full length; the last step is always full."""
+        shapes = [(self.tokens_per_step // n, n) for n in (self.seq_len, *self.shorter)]
+        sequences = [self.full_share] + [(1 - self.full_share) / max(1, len(self.shorter))] * len(
+            self.shorter
+        )
+        share = [s / rows for s, (rows, _) in zip(sequences, shapes, strict=True)]
+        counts = [math.ceil(self.num_steps * s / sum(share) - 0.5) for s in share[1:]]
+        short = [shape for shape, n in zip(shapes[1:], counts, strict=True) for _ in range(n)]
+        plan = short + [shapes[0]] * (self.num_steps - len(short))
+        random.Random(f"{seed}/{self.name}").shuffle(plan)
+        if shapes[0] in plan:
+            last = plan.index(shapes[0])
+            plan[last], plan[-1] = plan[-1], plan[last]
+        return plan
+
+
+def validate_phases(phases: Sequence[Phase]) -> None:
+    """Refuses an empty schedule, and lengths or RoPE bases that fall."""
+    if not phases:
+        raise ValueError("no phases: give at least one")
+    for before, after in zip(phases, phases[1:], strict=False):
+        if after.seq_len < before.seq_len or after.rope_theta < before.rope_theta:
+            raise ValueError(
+                f"phase {after.name} falls back from length {before.seq_len}, base "
+                f"{before.rope_theta:g} to {after.seq_len}, {after.rope_theta:g}: order phases "
+                "by length and base"
+            )
+
+
+def learning_rate(
+    phases: Sequence[Phase], index: int, step: int, warmup_steps: int, final_lr: float
+) -> float:
+    """Rate at `step` of phase `index`: warm-up in the first phase, a short linear glide at each
+    later phase's start, constant else, linear decay over the last phase's second 60 %."""
+    phase = phases[index]
+    rate = phase.learning_rate
+    if index == 0:
+        rate *= min(1.0, (step + 1) / max(1, warmup_steps))
+    else:
+        glide = min(1.0, (step + 1) / 10)
+        rate = phases[index - 1].learning_rate * (1 - glide) + rate * glide
+    if index == len(phases) - 1:
+        progress = (step + 1) / phase.num_steps
+        rate += (final_lr - rate) * max(0.0, (progress - 0.4) / 0.6)
+    return rate

@@ -1,0 +1,98 @@
+"""Result rows of a training run, from its log (format: bench/results, DESIGN 1b)."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+WINDOW = 10
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Rows of a log.jsonl."""
+    if not path.is_file():
+        raise ValueError(f"no training log {path}: pass the run's log.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines() if line]
+
+
+def phase_rows(log: list[dict[str, Any]], model: str) -> list[dict[str, Any]]:
+    """One row per phase: tokens, seconds, mean loss and bits per byte of its last log rows,
+    and the gate's numbers when it had one."""
+    rows: list[dict[str, Any]] = []
+    names = list(dict.fromkeys(r["phase"] for r in log if "phase" in r))
+    for name in names:
+        steps = [r for r in log if r.get("phase") == name]
+        before = [r for r in log if "phase" in r and names.index(r["phase"]) < names.index(name)]
+        start = max((r["num_tokens"] for r in before), default=0)
+        tokens = max(r["num_tokens"] for r in steps) - start
+        seconds = sum(r["seconds"] for r in steps)
+        last = steps[-WINDOW:]
+        row = {
+            "model": model,
+            "phase": name,
+            "num_tokens_trained": tokens,
+            "seconds": round(seconds, 2),
+            "tokens_per_s": round(tokens / seconds),
+            "loss": round(sum(r["loss"] for r in last) / len(last), 4),
+            "bits_per_byte": round(sum(r["bits_per_byte"] for r in last) / len(last), 4),
+            "answer_accuracy": round(sum(r["answer_accuracy"] for r in last) / len(last), 5),
+            "peak_memory_gib": round(max(r["peak_memory_gib"] for r in steps), 1),
+        }
+        gates = [r for r in log if r.get("gate") == name]
+        row["gate"] = {k: v for k, v in gates[-1].items() if k != "gate"} if gates else None
+        rows.append(row)
+    return rows
+
+
+def device_facts() -> dict[str, Any]:
+    """Device and versions of this machine, for the run's own log."""
+    device: dict[str, Any] = {"name": platform.processor() or "cpu", "count": 1}
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        device = {
+            "name": properties.name,
+            "count": 1,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "driver": _driver(),
+        }
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    return {"device": device, "versions": versions}
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def write_results(
+    log_file: Path, out_file: Path, *, model: str, command: str, commit: str
+) -> dict[str, Any]:
+    """Writes the result file of a run; device and versions come from the log's `start` row."""
+    log = read_log(log_file)
+    start = next((r for r in log if "device" in r), device_facts())
+    result = {
+        "bench": "train",
+        "command": command,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "commit": commit,
+        "device": start["device"],
+        "versions": start["versions"],
+        "rows": phase_rows(log, model),
+    }
+    out_file.parent.mkdir(parents=True, exist_ok=True)
+    out_file.write_text(json.dumps(result, indent=1) + "\n")
+    return result
