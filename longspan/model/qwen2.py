@@ -11,6 +11,7 @@ Sources: transformers `modeling_qwen2.py`, `modeling_qwen3.py` (numerics, tensor
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -42,6 +43,10 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
         return F.linear(x, self.weight, self.bias)
+
+    def part(self, x: Tensor, outputs: slice) -> Tensor:
+        """Some of the outputs only."""
+        return F.linear(x, self.weight[outputs], None if self.bias is None else self.bias[outputs])
 
 
 class RMSNorm(nn.Module):
@@ -85,12 +90,26 @@ class Attention(nn.Module):
         )
 
     def forward(self, x: Tensor, metadata: AttentionMetadata, cache: PagedKV) -> Tensor:
-        """x: [T, M] normed hidden states. Writes the tokens' keys and values to `cache`."""
-        heads = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
-        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        """x: [T, M] normed hidden states. Writes the tokens' keys and values to `cache`.
+
+        Returns [T, M], or [n, M] for the n rows that ``metadata.output_rows`` names.
+        """
+        q, k, v = self._project(x, metadata.output_rows)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        return self.o_proj(self.core(q, k, v, cache, metadata).flatten(1))
+        return self.o_proj(
+            self.core(q, k, v, cache, metadata.output or metadata).flatten(1))
+
+    def _project(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """q: [T or n, H, D]; k, v: [T, K, D]."""
+        heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
+        if rows is None:
+            merged = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
+            return merged.split(heads, dim=1)
+        split = self.num_heads * self.head_dim
+        q = self.qkv_proj.part(x[rows], slice(None, split))
+        kv = self.qkv_proj.part(x, slice(split, None)).unflatten(-1, (-1, self.head_dim))
+        return (q.unflatten(-1, (-1, self.head_dim)), *kv.split(heads[1:], dim=1))
 
 
 class MLP(nn.Module):
@@ -126,10 +145,12 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config, dtype=dtype, device=device)
 
     def forward(self, hidden: Tensor, metadata: AttentionMetadata, cache: PagedKV) -> Tensor:
-        """hidden: [T, M] residual stream; returns a new one."""
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), metadata, cache)
-        for rows in hidden.split(MLP_ROWS):  # views: each piece is added in place
-            rows += self.mlp(self.post_attention_layernorm(rows))
+        """hidden: [T, M] residual stream; returns a new one, of the output rows where narrowed."""
+        attended = self.self_attn(self.input_layernorm(hidden), metadata, cache)
+        rows = metadata.output_rows
+        hidden = (hidden if rows is None else hidden[rows]) + attended
+        for piece in hidden.split(MLP_ROWS):  # views: each piece is added in place
+            piece += self.mlp(self.post_attention_layernorm(piece))
         return hidden
 
 
@@ -168,13 +189,16 @@ class CausalLM(nn.Module):
             hidden_or_ids: [T] int64 token ids on the first stage, else [T, M] hidden states.
             caches: one KV cache for each layer of this stage; written in place.
 
-        Returns [T, M]: hidden states, after the final norm on the last stage.
+        Returns [T, M] hidden states; on the last stage after the final norm, and [n, M] where
+        ``metadata.output_rows`` names n rows: the last layer computes no others.
         """
         hidden = hidden_or_ids
         if self.is_first:
             hidden = F.embedding(hidden_or_ids, self.embed_tokens.weight)
-        for layer, cache in zip(self.layers, caches, strict=True):
-            hidden = layer(hidden, metadata, cache)
+        wide = replace(metadata, output_rows=None, output=None)
+        last = self.layer_range.stop - 1 if self.is_last else None
+        for idx, layer, cache in zip(self.layer_range, self.layers, caches, strict=True):
+            hidden = layer(hidden, metadata if idx == last else wide, cache)
         return self.norm(hidden) if self.is_last else hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
