@@ -22,8 +22,6 @@ class DeviceBatch:
     token_ids: Tensor
     """[T] int64"""
     metadata: AttentionMetadata
-    last_rows: Tensor
-    """[n] int64, the packed row whose logits choose each token."""
     sampling: SamplingRows
     """[n] each"""
     all_greedy: bool
@@ -38,16 +36,12 @@ def build_batch(
         [_sequence_slice(item) for item in batch.slices], block_size=block_size,
         head_dim=head_dim, dca=dca, device=device)
     packed = array("i")
-    last_rows: list[int] = []
     for item in batch.slices:
         packed.extend(item.token_ids)
-        if item.sampling is not None:
-            last_rows.append(len(packed) - 1)
     token_ids = torch.frombuffer(packed, dtype=torch.int32).to(torch.int64)
     sampled = [item for item in batch.slices if item.sampling is not None]
     return DeviceBatch(
         token_ids=token_ids.to(device), metadata=metadata,
-        last_rows=torch.tensor(last_rows, dtype=torch.int64).to(device),
         sampling=_sampling_rows(sampled, device),
         all_greedy=all(s.sampling is not None and s.sampling.temperature == 0 for s in sampled))
 

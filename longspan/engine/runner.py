@@ -95,9 +95,7 @@ class Runner:
         hidden = inputs.token_ids
         for stage in self._stages:
             hidden = stage.model(hidden, inputs.metadata, stage.caches)
-        if inputs.last_rows.numel() == 0:
-            return None
-        return self._stages[-1].model.logits(hidden[inputs.last_rows])
+        return self._stages[-1].model.logits(hidden) if hidden.shape[0] else None
 
     def peak_memory_bytes(self) -> int:
         """Highest use so far: of the process on CPUs, of torch's allocator on GPUs."""

@@ -121,7 +121,8 @@ def test_pair_counts_come_with_the_last_prefill_chunk(path: Path) -> None:
     last = runner.execute(ScheduledBatch(
         step_id=1, slices=(make_slice(prompt, 32, 40, blocks),)))
     assert (first.causal_pairs, first.token_ids) == (0.0, ())
-    assert last.causal_pairs == last.kept_pairs == 5 * 4 * 40 * 41 / 2
+    whole_layers, last_layer = 4 * 4 * 40 * 41 / 2, 4 * 40  # the last layer: one query, 4 heads
+    assert last.causal_pairs == last.kept_pairs == whole_layers + last_layer
     assert len(last.token_ids) == 1 and runner.peak_memory_bytes() > 0
 
 
