@@ -18,6 +18,7 @@ from longspan.attention.rope import build_rotary
 from longspan.attention.sparsity import SparsityPlan
 from longspan.config import DcaConfig, EngineConfig, ModelConfig
 from longspan.engine.batch import DeviceBatch, build_batch
+from longspan.engine.host_memory import keep_buffers_in_heap
 from longspan.engine.memory import MemoryPlan
 from longspan.engine.step import ScheduledBatch, StepResult
 from longspan.model import CausalLM, build_model
@@ -61,6 +62,8 @@ class Runner:
         Raises `CheckpointError` when the weights cannot be read.
         """
         assert config.device is not None and config.dtype is not None
+        if config.device == "cpu":
+            keep_buffers_in_heap()
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         dtype = TORCH_DTYPES[config.dtype]
