@@ -25,8 +25,9 @@ from longspan.config import ModelConfig
 from longspan.ops import rms_norm, silu_mul
 from longspan.ops.types import PagedKV, QueryRotary
 
-MLP_ROWS = 8_192
-"""Rows that the MLP computes at a time; its activations are the largest of a step, 2 I per row."""
+MLP_ROWS, MLP_ROWS_CPU = 8_192, 2_048
+"""Rows that the MLP computes at a time: its activations, 4 I numbers a row, are the largest of a
+step. On one CPU core 2,048 rows are as fast as more, with a quarter of the memory."""
 
 
 class Linear(nn.Module):
@@ -149,7 +150,8 @@ class DecoderLayer(nn.Module):
         attended = self.self_attn(self.input_layernorm(hidden), metadata, cache)
         rows = metadata.output_rows
         hidden = (hidden if rows is None else hidden[rows]) + attended
-        for piece in hidden.split(MLP_ROWS):  # views: each piece is added in place
+        num_rows = MLP_ROWS_CPU if hidden.device.type == "cpu" else MLP_ROWS
+        for piece in hidden.split(num_rows):  # views: each piece is added in place
             piece += self.mlp(self.post_attention_layernorm(piece))
         return hidden
 

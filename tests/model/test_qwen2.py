@@ -86,10 +86,11 @@ class Driver:
             for stage in stages
         ]
 
-    def step(self, ids: Tensor) -> Tensor:
-        """Logits [T, V] of the next T tokens."""
+    def step(self, ids: Tensor, num_outputs: int | None = None) -> Tensor:
+        """Logits [T, V] of the next T tokens, or of the last `num_outputs` of them."""
         part = SequenceSlice(query_len=len(ids), cached_len=self.cached_len,
-                             prompt_len=self.prompt_len, block_ids=self.block_ids)
+                             prompt_len=self.prompt_len, block_ids=self.block_ids,
+                             num_outputs=num_outputs)
         metadata = build_metadata(
             [part], block_size=BLOCK_SIZE, head_dim=self.head_dim, dca=None, device="cpu")
         hidden = ids
@@ -177,8 +178,22 @@ def test_mlp_row_pieces_change_nothing(tmp_path, monkeypatch):
     save_model(tmp_path, "qwen2", 4, 2, tied=False)
     stages, ids = load(tmp_path), token_ids(50)
     whole = Driver(stages, 50).step(ids)
-    monkeypatch.setattr(qwen2, "MLP_ROWS", 7)
+    monkeypatch.setattr(qwen2, "MLP_ROWS_CPU", 7)
     assert (Driver(stages, 50).step(ids) - whole).abs().max() <= MAX_DIFFERENCE
+
+
+@pytest.mark.parametrize("cuts", [(), (2,)], ids=["whole", "2+1"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_last_layer_computes_only_the_wanted_rows(tmp_path, family, cuts):
+    save_model(tmp_path, family, 4, 2, tied=False)
+    stages, ids = load(tmp_path, cuts), token_ids(53)
+    everything = run_planned(stages, ids, prompt_len=50, seed=0)
+    driver = Driver(stages, 50)
+    assert driver.step(ids[:30], num_outputs=0).shape == (0, 101)  # not the last prefill chunk
+    for piece in ids[30:].split([20, 1, 1, 1]):
+        logits = driver.step(piece, num_outputs=1)
+        assert logits.shape == (1, 101)
+        assert (logits - everything[driver.cached_len - 1]).abs().max() <= MAX_DIFFERENCE
 
 
 def test_attention_stats_count_causal_pairs(tmp_path):
