@@ -86,7 +86,8 @@ def _attend_run(
     scores.masked_fill_(~visible, -math.inf)
     lse = torch.logsumexp(scores, -1)
     weights = torch.zeros(len(zone_q), keys.shape[1], device=q.device, dtype=v.dtype)
-    weights[slot] = torch.exp(scores - lse[:, None]).to(v.dtype)
+    finite = lse.clamp(min=torch.finfo(torch.float32).min)  # rows without keys: out 0, lse -inf
+    weights[slot] = torch.exp(scores - finite[:, None]).to(v.dtype)
     out = (weights.unflatten(0, (-1, tile_len)) @ v[inside]).flatten(0, 1)[slot]
     return out.to(q.dtype), lse, visible.sum(dtype=torch.float64)
 

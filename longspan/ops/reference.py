@@ -192,7 +192,8 @@ def _correction(
 
 
 def _attend(scores: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """scores [H, T, S], v [S, H, D] -> out [T, H, D], lse [T, H]."""
+    """scores [H, T, S], v [S, H, D] -> out [T, H, D], lse [T, H]. A row without keys: 0, -inf."""
     lse = torch.logsumexp(scores, -1)
-    out = torch.einsum("hts,shd->thd", torch.exp(scores - lse[..., None]), v)
+    finite = lse.clamp(min=torch.finfo(torch.float32).min)
+    out = torch.einsum("hts,shd->thd", torch.exp(scores - finite[..., None]), v)
     return out.to(dtype), lse.T.contiguous()
