@@ -1,0 +1,240 @@
+"""Independent oracles in fp64, one pair at a time where that says it best, and test data.
+
+Nothing here uses longspan's position arithmetic, masks or rotations.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longspan.ops.types import PagedKV, QueryRotary, Selection
+
+
+class Positions(NamedTuple):
+    """DCA as released configs state it. chunk_size is the clamp, not the stride."""
+
+    chunk_size: int
+    local_size: int
+
+    @property
+    def stride(self) -> int:
+        return self.chunk_size - self.local_size
+
+
+def rotated_query(query: int, key: int, positions: Positions) -> int:
+    """Rotated position of a query for one key, by the definition in words."""
+    stride, clamp = positions.stride, positions.chunk_size
+    gap = query // stride - key // stride
+    if gap == 0:
+        return query % stride
+    if gap == 1:
+        return min(stride + query % stride, clamp)
+    return min(2 * stride - 1, clamp)
+
+
+def distance(query: int, key: int, positions: Positions) -> int:
+    """Distance that RoPE sees for one (query, key) pair."""
+    return rotated_query(query, key, positions) - key % positions.stride
+
+
+def distance_matrix(length: int, positions: Positions, start: int = 0) -> Tensor:
+    """[length - start, length] int64 of queries start ...; entries above the diagonal are 0."""
+    rows = [[distance(i, j, positions) if j <= i else 0 for j in range(length)]
+            for i in range(start, length)]
+    return torch.tensor(rows)
+
+
+def causal(length: int, start: int = 0) -> Tensor:
+    """[length - start, length] bool."""
+    return torch.arange(length)[None] <= torch.arange(start, length)[:, None]
+
+
+def scores(q: Tensor, k: Tensor, distances: Tensor, inv_freq: Tensor) -> Tensor:
+    """q_i R(distance_ij) k_j in fp64. q: [T, H, D], k: [S, K, D] unrotated -> [H, T, S].
+
+    R turns the query by the distance: for the pair (x, y) of half-split components
+    q . R k = cos (qx kx + qy ky) + sin (qy kx - qx ky).
+    """
+    q, k = q.double(), k.double().repeat_interleave(q.shape[1] // k.shape[1], 1)
+    (qx, qy), (kx, ky) = (x.transpose(0, 1).chunk(2, -1) for x in (q, k))
+    angles = torch.outer(inv_freq.double(), torch.arange(int(distances.max()) + 1).double())
+    total = q.new_zeros(q.shape[1], q.shape[0], k.shape[0])
+    for i, angle in enumerate(angles):
+        cos, sin = angle.cos()[distances], angle.sin()[distances]
+        even = qx[..., i, None] * kx[:, None, :, i] + qy[..., i, None] * ky[:, None, :, i]
+        odd = qx[..., i, None] * ky[:, None, :, i] - qy[..., i, None] * kx[:, None, :, i]
+        total += cos * even + sin * odd
+    return total
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, distances: Tensor, inv_freq: Tensor, scale: float,
+    visible: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention over visible pairs, fp64. visible: [T, S] or [H, T, S].
+
+    Returns out [T, H, D], lse [T, H].
+    """
+    logits = scores(q, k, distances, inv_freq) * scale
+    logits = logits.masked_fill(~visible, -math.inf)
+    return _softmax(logits, v.double().repeat_interleave(q.shape[1] // v.shape[1], 1))
+
+
+def _softmax(logits: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """logits: [H, T, S], values: [S, H, D]. A row that sees no key: out 0, lse -inf."""
+    lse = logits.logsumexp(-1)
+    weights = (logits - lse.clamp(min=-1e300)[..., None]).exp()
+    return torch.einsum("hts,shd->thd", weights, values), lse.T
+
+
+class Case(NamedTuple):
+    """Random inputs of one request and the cache that holds them."""
+
+    q: Tensor
+    """[L, H, D] not rotated"""
+    k: Tensor
+    """[L, K, D] not rotated"""
+    v: Tensor
+    cache: PagedKV
+    block_table: Tensor
+    rotary: QueryRotary
+    scale: float
+
+
+def tables(head_dim: int, positions: Positions, length: int, theta: float = 1e4) -> QueryRotary:
+    """Rotation tables, computed in fp64 and stored in fp32."""
+    inv_freq = theta ** -(torch.arange(0, head_dim, 2).double() / head_dim)
+    rows = torch.arange(min(length, positions.chunk_size + 1)).double()
+    angles = torch.outer(rows, inv_freq)
+    return QueryRotary(angles.cos().float(), angles.sin().float(), inv_freq.float(),
+                       positions.stride, positions.chunk_size)
+
+
+def rotate_pair(x: Tensor, angles: Tensor) -> Tensor:
+    """x: [T, H, D], angles: [T, D/2] -> fp64."""
+    first, second = x.double().chunk(2, -1)
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), -1)
+
+
+def make_case(
+    length: int, positions: Positions, *, num_heads: int = 7, num_kv_heads: int = 1,
+    head_dim: int = 16, block_size: int = 16, shuffled: bool = True, means: bool = False,
+    dtype: torch.dtype = torch.float32, device: str = "cpu", gain: float = 1.5,
+) -> Case:
+    """A request of ``length`` tokens wholly in the cache. Slots that hold no token are NaN, so are
+    blocks of no request; the block table is a random permutation or consecutive blocks."""
+    q = gain * torch.randn(length, num_heads, head_dim)
+    k, v = gain * torch.randn(length, num_kv_heads, head_dim), torch.randn(length, num_kv_heads, head_dim)
+    rotary = tables(head_dim, positions, length)
+    local = torch.arange(length) % positions.stride
+    rotated = rotate_pair(k.to(dtype), torch.outer(local.double(), rotary.inv_freq.double()))
+    num_blocks = -(-length // block_size)
+    block_table = torch.randperm(num_blocks + 3) if shuffled else torch.arange(num_blocks + 3) + 2
+    block_table = block_table[:num_blocks]
+    shape = (num_blocks + 5, block_size, num_kv_heads, head_dim)
+    cache_k, cache_v = torch.full(shape, math.nan), torch.full(shape, math.nan)
+    for position in range(length):
+        block, offset = int(block_table[position // block_size]), position % block_size
+        cache_k[block, offset], cache_v[block, offset] = rotated[position].float(), v[position]
+    cache_k, cache_v = cache_k.to(dtype).to(device), cache_v.to(dtype).to(device)
+    cache = PagedKV(cache_k, cache_v)
+    if means:  # of partly filled blocks NaN
+        cache = PagedKV(cache_k, cache_v, *(x.float().mean(1).to(dtype) for x in (cache_k, cache_v)))
+    rotary = QueryRotary(*(x.to(device) for x in rotary[:3]), rotary.stride, rotary.clamp)
+    return Case(q.to(dtype).to(device), k.to(dtype), v.to(dtype), cache, block_table.to(device),
+                rotary, head_dim**-0.5)
+
+
+def dense(case: Case, positions: Positions, start: int = 0) -> tuple[Tensor, Tensor]:
+    """The oracle over a whole case, queries from ``start`` on."""
+    length = case.k.shape[0]
+    return attention(
+        case.q[start:].cpu(), case.k, case.v, distance_matrix(length, positions, start),
+        case.rotary.inv_freq.cpu(), case.scale, causal(length, start))
+
+
+def only_first(case: Case, context_len: int) -> PagedKV:
+    """The cache as it stands when ``context_len`` tokens are written; NaN in all other slots."""
+    block_size = case.cache.k.shape[1]
+    position = torch.arange(context_len, device=case.block_table.device)
+    slots = case.block_table[position // block_size] * block_size + position % block_size
+    copies = []
+    for source in case.cache[:2]:
+        copy = torch.full_like(source, math.nan)
+        copy.flatten(0, 1)[slots] = source.flatten(0, 1)[slots]
+        copies.append(copy)
+    means = (x.float().mean(1).to(x.dtype) for x in copies)
+    return PagedKV(*copies, *means) if case.cache.k_mean is not None else PagedKV(*copies)
+
+
+def union(selection: Selection, start: int, length: int) -> Tensor:
+    """Which keys each head's queries start ... length - 1 see, key by key as a set union.
+
+    [H, length - start, length] bool.
+    """
+    tile_len, columns = selection.tile_len, selection.columns.tolist()
+    seen = torch.zeros(len(columns), length - start, length, dtype=torch.bool)
+    base = 0 if selection.aligned else start
+    for head, offsets in enumerate(selection.offsets.tolist()):
+        for query in range(start, length):
+            tile_start = base + (query - base) // tile_len * tile_len
+            keys = {column for column in columns[head] if column >= 0}
+            for offset in offsets:
+                if offset != tile_len:  # padding
+                    keys |= set(range(tile_start + offset, tile_start + offset + tile_len))
+            kept = [key for key in keys if 0 <= key <= query]
+            seen[head, query - start, kept] = True
+    return seen
+
+
+def sparse(
+    case: Case, positions: Positions, start: int, selection: Selection, correction: bool
+) -> tuple[Tensor, Tensor, float]:
+    """The oracle of sparse prefill: out, lse, kept pairs."""
+    length, heads = case.k.shape[0], case.q.shape[1]
+    group = heads // case.k.shape[1]
+    inv_freq, q = case.rotary.inv_freq.cpu(), case.q[start:].cpu()
+    seen = union(selection, start, length)
+    logits = scores(q, case.k, distance_matrix(length, positions, start), inv_freq) * case.scale
+    logits = logits.masked_fill(~seen, -math.inf)
+    values = case.v.double().repeat_interleave(group, 1)
+    if correction:
+        extra, means = _mean_terms(case, positions, start, selection)
+        logits, values = torch.cat((logits, extra), -1), torch.cat((values, means))
+    return *_softmax(logits, values), float(seen.sum())
+
+
+def _mean_terms(
+    case: Case, positions: Positions, start: int, selection: Selection
+) -> tuple[Tensor, Tensor]:
+    """One mean key and value for each whole tile before the query's own that is not a window, with
+    the logarithm of the number of its keys that are not columns. [H, T, n], [n, H, D]."""
+    length, heads, tile_len = case.k.shape[0], case.q.shape[1], selection.tile_len
+    group = heads // case.k.shape[1]
+    inv_freq = case.rotary.inv_freq.double().cpu()
+    local = torch.arange(length).double() % positions.stride
+    keys = rotate_pair(case.k, torch.outer(local, inv_freq)).repeat_interleave(group, 1)
+    values = case.v.double().repeat_interleave(group, 1)
+    num_tiles = (length - 1) // tile_len
+    logits = torch.full((heads, length - start, num_tiles), -math.inf, dtype=torch.float64)
+    for tile in range(num_tiles):
+        inside = slice(tile * tile_len, (tile + 1) * tile_len)
+        rows = [rotated_query(i, tile * tile_len, positions) for i in range(start, length)]
+        turned = rotate_pair(case.q[start:].cpu(), torch.outer(torch.tensor(rows).double(), inv_freq))
+        mean_scores = (turned * keys[inside].mean(0)).sum(-1) * case.scale  # [T, H]
+        for head in range(heads):
+            offsets = set(selection.offsets[head].tolist())
+            columns = set(selection.columns[head].tolist())
+            free = tile_len - len(columns & set(range(inside.start, inside.stop)))
+            for row, query in enumerate(range(start, length)):
+                gap = query // tile_len - tile
+                if gap > 0 and -gap * tile_len not in offsets and free > 0:
+                    logits[head, row, tile] = mean_scores[row, head] + math.log(free)
+    means = torch.stack([values[i * tile_len : (i + 1) * tile_len].mean(0)
+                         for i in range(num_tiles)]) if num_tiles else values[:0]
+    return logits, means
