@@ -1,0 +1,1 @@
+"""Long-context tasks with exact lengths, resumable runs and intervals. Knows no engine."""

@@ -1,0 +1,96 @@
+"""`longspan bench report`: the README's tables, rebuilt from the result files.
+
+A table stands between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``; the text around the
+markers is left alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from longspan.bench.results import read_bench
+from longspan.console import note
+from longspan.errors import LongspanError
+
+MARKED = re.compile(r"(<!-- bench:(\w+) -->\n)(.*?)(<!-- /bench:\2 -->)", re.DOTALL)
+Content = Mapping[str, Any]
+
+
+def run(readme: Path, results: Path) -> None:
+    """Rewrite the marked tables. Raises `LongspanError`: no file, no markers, unknown table."""
+    if not readme.is_file():
+        raise LongspanError(f"{readme}: no such file; name the file with --readme")
+    old = readme.read_text(encoding="utf-8")
+    names = [match[2] for match in MARKED.finditer(old)]
+    if not names:
+        raise LongspanError(f"{readme}: no markers such as <!-- bench:eval --> ... "
+                            "<!-- /bench:eval -->; add a pair where the table belongs")
+    new = MARKED.sub(lambda match: match[1] + build_table(match[2], results) + match[4], old)
+    if new != old:
+        readme.write_text(new, encoding="utf-8")
+    note(f"{readme}: {', '.join(names)} {'rebuilt' if new != old else 'unchanged'}")
+
+
+def build_table(name: str, results: Path) -> str:
+    """The markdown of one table, with a line end at its end."""
+    if name not in TABLES:
+        raise LongspanError(f"no table is called {name!r}; there are {', '.join(sorted(TABLES))}")
+    contents = read_bench(results, name)
+    if not contents:
+        raise LongspanError(f"{results}: no results of bench {name!r} there; run it first")
+    return "\n".join(TABLES[name](content) for content in contents)
+
+
+def eval_table(content: Content) -> str:
+    """Scores over all depths: a row for each length, a column for each attention."""
+    rows = [row for row in content["rows"] if row["depth"] is None]
+    parts = []
+    for model, task in dict.fromkeys((row["model"], row["task"]) for row in rows):
+        chosen = [row for row in rows if (row["model"], row["task"]) == (model, task)]
+        labels = list(dict.fromkeys(row["attention"] for row in chosen))
+        cells = {(row["num_tokens"], row["attention"]): row for row in chosen}
+        body = [[f"{length:,}", *(_score(cells.get((length, label))) for label in labels)]
+                for length in sorted({row["num_tokens"] for row in chosen})]
+        parts.append(_caption(content, f"{task}, {model}: share right, 95 % interval, questions")
+                     + _markdown(["tokens", *labels], body))
+    return "\n".join(parts)
+
+
+def cpu_table(content: Content) -> str:
+    """Prefill times by implementation and length, and the two ratios."""
+    body = [[row["impl"], f"{row['num_tokens']:,}", f"{row['prefill_s']:.1f} s",
+             "" if row["density"] is None else f"{100 * row['density']:.1f} %",
+             f"{row['peak_memory_gib']:.2f} GiB", str(row["threads"])] for row in content["rows"]]
+    table = _markdown(["", "tokens", "prefill", "density", "peak memory", "threads"], body)
+    summary = content.get("summary")
+    if summary:
+        table += (
+            f"\nSparse is {summary['sparse_over_dense_extrapolated']:.1f} times as fast as dense "
+            f"at {summary['demo_length']:,} tokens (dense: {summary['dense_extrapolated_s']:.0f} s,"
+            f" extrapolated), and {summary['sparse_over_transformers']:.1f} times as fast as "
+            f"transformers at {summary['transformers_length']:,}.\n")
+    return _caption(content, "prefill, fp32") + table
+
+
+TABLES: dict[str, Callable[[Content], str]] = {"eval": eval_table, "cpu": cpu_table}
+
+
+def _score(row: Content | None) -> str:
+    if row is None:
+        return "not run"
+    return (f"{100 * row['score']:.0f} % ({100 * row['ci_low']:.0f}-{100 * row['ci_high']:.0f}; "
+            f"{row['n']})")
+
+
+def _caption(content: Content, what: str) -> str:
+    device = content["device"]
+    count = f"{device['count']} x " if device["count"] > 1 else ""
+    return f"{what} ({count}{device['name']}, {content['date'][:10]})\n\n"
+
+
+def _markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,0 +1,170 @@
+"""Result files: every figure that the documentation quotes is a row of one.
+
+``<bench>.<device>.json`` holds what was run, when, on what, and rows; a new run replaces the rows
+with the same key and keeps the others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from longspan.errors import LongspanError
+
+KEY_FIELDS: dict[str, tuple[str, ...]] = {
+    "cpu": ("model", "impl", "num_tokens", "threads"),
+    "ops": ("op", "impl", "params"),
+    "ttft": ("shape", "num_tokens", "attention", "gpus"),
+    "decode": ("shape", "context_len", "batch_size"),
+    "serve": ("scenario", "metric"),
+    "pipeline": ("shape", "num_tokens", "attention", "pp", "tp", "plan"),
+    "eval": ("model", "task", "num_tokens", "depth", "attention"),
+    "train": ("model", "phase"),
+}
+"""What identifies a row of each bench."""
+PACKAGES = ("torch", "triton", "transformers", "numpy")
+GIB = 1024**3
+
+
+def write_rows(
+    directory: Path, bench: str, rows: Sequence[Mapping[str, Any]], device: str = "cpu",
+    summary: Mapping[str, Any] | None = None,
+) -> Path:
+    """Merge rows into the bench's file for this device. Returns the file.
+
+    Args:
+        device: ``cpu`` or ``cuda``: what the rows were measured on.
+        summary: figures derived from several rows, merged by name.
+    """
+    about = describe_device(device)
+    file = directory / f"{bench}.{_slug(about['name'])}.json"
+    old = read_file(file) if file.is_file() else {}
+    content = {
+        "bench": bench, "command": shlex.join(["longspan", *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit(),
+        "device": about, "versions": versions(),
+        "rows": merge_rows(old.get("rows", []), rows, KEY_FIELDS[bench]),
+    }
+    if summary or old.get("summary"):
+        content["summary"] = {**old.get("summary", {}), **(summary or {})}
+    directory.mkdir(parents=True, exist_ok=True)
+    # Renaming is atomic: a run that is cut off leaves the old file or the new one.
+    part = file.with_suffix(".part")
+    part.write_text(_dump(content), encoding="utf-8")
+    os.replace(part, file)
+    return file
+
+
+def read_file(file: Path) -> dict[str, Any]:
+    """One result file. Raises `LongspanError` when it is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise LongspanError(
+            f"{file}: not a result file ({error}); delete it and run again") from None
+    if not isinstance(content, dict) or not isinstance(content.get("rows"), list):
+        raise LongspanError(f"{file}: not a result file (no rows); delete it and run again")
+    return content
+
+
+def read_bench(directory: Path, bench: str) -> list[dict[str, Any]]:
+    """The bench's files of all devices, by name."""
+    return [read_file(file) for file in sorted(directory.glob(f"{bench}.*.json"))]
+
+
+def merge_rows(
+    old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], key: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Old rows with those of the same key replaced, then the others; sorted by key."""
+    def identity(row: Mapping[str, Any]) -> tuple[str, ...]:
+        return tuple(json.dumps(row.get(name), sort_keys=True) for name in key)
+
+    def order(row: Mapping[str, Any]) -> list[tuple[float, str]]:
+        values = [row.get(name) for name in key]
+        return [(value, "") if isinstance(value, int | float) else (-1, json.dumps(value))
+                for value in values]
+
+    merged = {identity(row): dict(row) for row in [*old, *new]}
+    return sorted(merged.values(), key=order)
+
+
+def describe_device(device: str) -> dict[str, Any]:
+    """Name, count, memory and driver of what a bench ran on."""
+    if device.startswith("cuda"):
+        import torch
+
+        properties = torch.cuda.get_device_properties(0)
+        return {"name": properties.name, "count": torch.cuda.device_count(),
+                "memory_gib": round(properties.total_memory / GIB, 1), "driver": _gpu_driver()}
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"name": f"CPU {_cpu_name()}", "count": num_cpus(), "memory_gib": round(memory / GIB, 1),
+            "driver": None}
+
+
+def num_cpus() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that matter for speed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """Of the source that runs, with ``-dirty`` if the package was changed since; None: no git."""
+    root = Path(__file__).resolve().parents[2]
+    name = _output_of(["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"])
+    if not name:
+        return None
+    changed = _output_of(["git", "-C", str(root), "status", "--porcelain", "--", "longspan"])
+    return name + ("-dirty" if changed else "")
+
+
+def _dump(content: Mapping[str, Any]) -> str:
+    """JSON with one row a line, so that a diff shows which rows changed."""
+    rows = ",\n".join("  " + json.dumps(row) for row in content["rows"])
+    head = {key: value for key, value in content.items() if key != "rows"}
+    return json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{rows}\n ]\n}}\n'
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
+        if found and found[1].strip().lower() != "unknown":
+            return re.sub(r"\((R|TM)\)|@.*$|\bCPU\b", "", found[1]).strip()
+    return platform.machine()
+
+
+def _gpu_driver() -> str | None:
+    found = _output_of(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    return found.splitlines()[0].strip() if found else None
+
+
+def _output_of(command: Sequence[str]) -> str | None:
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()

@@ -1,0 +1,212 @@
+"""The command line. Subcommands parse; what they do is elsewhere and imported when they run.
+
+Exit status: 0 done, 1 the command ran and its result is negative or it failed unexpectedly,
+2 something a person can mend (one line on stderr), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from longspan.errors import LongspanError
+
+# typer re-exports only the leaves of its usage errors.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+Item = TypeVar("Item")
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if there is one.")]
+Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16; default by device.")]
+Attention = Annotated[str, typer.Option(help="Prefill: auto, dense or sparse.")]
+Positions = Annotated[str, typer.Option(help="auto, rope, dca or dca+yarn.")]
+MaxModelLen = Annotated[int | None, typer.Option(help="Longest prompt and answer, tokens.")]
+ChunkLen = Annotated[int | None, typer.Option(help="Prompt tokens computed in one step.")]
+Plan = Annotated[str | None, typer.Option(help="JSON file of sparsity budgets.")]
+Memory = Annotated[float | None, typer.Option(help="Memory to use at the most, GiB.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; default: all cores.")]
+Model = Annotated[str, typer.Argument(help="Directory, hub id, or nano (bundled).")]
+ModelOption = Annotated[str, typer.Option(help="Directory, hub id, or nano (bundled).")]
+Results = Annotated[Path, typer.Option(help="Folder of result files.")]
+
+app = typer.Typer(
+    help="Read a million tokens: long-context inference, measured.", add_completion=False,
+    pretty_exceptions_enable=False, rich_markup_mode=None)
+eval_app = typer.Typer(help="Score a model on long-context tasks.", rich_markup_mode=None)
+bench_app = typer.Typer(help="Measure speed and memory; rebuild tables.", rich_markup_mode=None)
+app.add_typer(eval_app, name="eval")
+app.add_typer(bench_app, name="bench")
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt_file: Annotated[str, typer.Option(help="UTF-8 text file; - is standard input.")],
+    question: Annotated[str | None, typer.Option(help="Asked after the document.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0: the most probable token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k most probable tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep tokens up to this probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Least share of the top probability.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Repeats a sampled answer.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Ends the answer; repeatable.")] = None,
+    device: Device = None, dtype: Dtype = None, attention: Attention = "auto",
+    positions: Positions = "auto", max_model_len: MaxModelLen = None,
+    prefill_chunk_len: ChunkLen = None, sparsity_plan: Plan = None, memory_gib: Memory = None,
+    threads: Threads = None,
+    raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Answer a question about a document of up to a million tokens."""
+    from longspan.engine.request import SamplingParams
+    from longspan.generate import PromptSource, run
+
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_k=top_k,
+                            top_p=top_p, min_p=min_p, seed=seed, stop=tuple(stop or ()))
+    run(model, PromptSource(file=prompt_file, question=question, raw=raw), params, json, {
+        "device": device, "dtype": dtype, "attention": attention, "positions": positions,
+        "max_model_len": max_model_len, "prefill_chunk_len": prefill_chunk_len,
+        "sparsity_plan": sparsity_plan, "memory_gib": memory_gib, "num_threads": threads})
+
+
+@app.command()
+def info(
+    model: Model,
+    length: Annotated[int | None, typer.Option(help="Prompt tokens; default: the claim.")] = None,
+    device: Device = None, dtype: Dtype = None, attention: Attention = "auto",
+    positions: Positions = "auto", prefill_chunk_len: ChunkLen = None, sparsity_plan: Plan = None,
+    memory_gib: Memory = None,
+) -> None:
+    """Show what a prompt of some length needs on this machine, and how it would run."""
+    from longspan.info import run
+
+    run(model, length, {
+        "device": device, "dtype": dtype, "attention": attention, "positions": positions,
+        "prefill_chunk_len": prefill_chunk_len, "sparsity_plan": sparsity_plan,
+        "memory_gib": memory_gib})
+
+
+@app.command()
+def demo(
+    length: Annotated[int, typer.Option(help="Prompt tokens.")] = 131_072,
+    seed: Annotated[int | None, typer.Option(help="Repeats a run; default: a new one.")] = None,
+    num_facts: Annotated[int, typer.Option(min=1, max=100, help="Numbers to hide.")] = 5,
+    model: ModelOption = "nano", device: Device = None, attention: Attention = "auto",
+    positions: Positions = "auto", prefill_chunk_len: ChunkLen = None, threads: Threads = None,
+) -> None:
+    """Hide numbers in a long text of this machine and ask for each of them."""
+    from longspan.demo import run
+
+    is_right = run(model, length, seed, num_facts, {
+        "device": device, "attention": attention, "positions": positions,
+        "prefill_chunk_len": prefill_chunk_len, "num_threads": threads})
+    if not is_right:
+        raise typer.Exit(1)
+
+
+@eval_app.command()
+def passkey(
+    model: Model,
+    lengths: Annotated[str, typer.Option(help="Prompt tokens, with commas between.")],
+    attention: Annotated[str, typer.Option(help="dense, sparse, or both.")] = "dense,sparse",
+    positions: Annotated[str, typer.Option(help="auto, or rope, dca, dca+yarn.")] = "auto",
+    questions: Annotated[int, typer.Option(help="For each length and setting.")] = 100,
+    haystacks: Annotated[int, typer.Option(help="Documents that share the questions.")] = 5,
+    distractors: Annotated[int, typer.Option(help="Further facts in each.")] = 5,
+    seed: Annotated[int, typer.Option(help="Same seed, same prompts.")] = 0,
+    text_root: Annotated[list[Path] | None,
+                         typer.Option(help="Folder of texts; default: Python's library.")] = None,
+    name: Annotated[str | None, typer.Option(help="Model's name in the results.")] = None,
+    device: Device = None, dtype: Dtype = None, prefill_chunk_len: ChunkLen = None,
+    sparsity_plan: Plan = None, threads: Threads = None, out: Results = Path("bench/results"),
+    resume: Annotated[bool, typer.Option("--resume", help="Keep finished samples.")] = False,
+) -> None:
+    """Find numbers hidden in long documents, by length and depth."""
+    from longspan.bench import passkey as bench
+
+    job = bench.PasskeyJob(
+        model=model, name=name, lengths=parse_list(lengths, int, "--lengths"),
+        attention=parse_list(attention, str, "--attention"),
+        positions=parse_list(positions, str, "--positions"), num_questions=questions,
+        num_haystacks=haystacks, num_distractors=distractors, seed=seed,
+        text_roots=tuple(text_root or ()), out=out, resume=resume)
+    bench.run(job, {
+        "device": device, "dtype": dtype, "prefill_chunk_len": prefill_chunk_len,
+        "sparsity_plan": sparsity_plan, "num_threads": threads})
+
+
+@bench_app.command()
+def cpu(
+    model: ModelOption = "nano",
+    lengths: Annotated[str, typer.Option(help="Dense lengths for the fit.")] = "32768,65536",
+    demo_length: Annotated[int, typer.Option(help="Sparse against the fit.")] = 131_072,
+    transformers_length: Annotated[int, typer.Option(help="Against transformers.")] = 65_536,
+    threads: Threads = None, out: Results = Path("bench/results"),
+) -> None:
+    """Compare sparse and dense prefill with each other and with transformers on this CPU."""
+    from longspan.bench.cpu import run
+
+    run(model, lengths=parse_list(lengths, int, "--lengths"), demo_length=demo_length,
+        transformers_length=transformers_length, threads=threads, out=out)
+
+
+@bench_app.command()
+def report(
+    readme: Annotated[Path, typer.Option(help="File with the markers.")] = Path("README.md"),
+    results: Results = Path("bench/results"),
+) -> None:
+    """Rebuild the tables of the README from the result files."""
+    from longspan.bench.report import run
+
+    run(readme, results)
+
+
+def parse_list(text: str, convert: Callable[[str], Item], option: str) -> tuple[Item, ...]:
+    """The items of a list with commas; raises `LongspanError` naming the wrong one."""
+    items = []
+    for part in text.split(","):
+        try:
+            items.append(convert(part.strip().replace("_", "")))
+        except ValueError:
+            raise LongspanError(f"{option}: {part.strip()!r} is not a number") from None
+    if not all(items):
+        raise LongspanError(f"{option}: {text!r} has an empty or zero item")
+    return tuple(items)
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Run one command; returns its exit status."""
+    try:
+        # Without standalone mode errors come here instead of being printed as panels.
+        status: Any = app(list(arguments) or ["--help"], standalone_mode=False)
+    except LongspanError as error:
+        return _fail(str(error))
+    except UsageError as error:
+        return _fail(f"{_usage_message(error)}; see longspan --help")
+    except KeyboardInterrupt:
+        status = 130
+    if status == 130:
+        print("interrupted", file=sys.stderr)
+    return status if isinstance(status, int) else 0
+
+
+def _usage_message(error: Exception) -> str:
+    show = getattr(error, "format_message", None)
+    return (show() if show else str(error)).rstrip(".")
+
+
+def _fail(message: str) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def main() -> None:
+    """Entry point of the ``longspan`` command."""
+    sys.exit(run_command(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()
