@@ -37,7 +37,7 @@ def next_token(tokens: Sequence[int]) -> int:
 
 def complete(prompt: Sequence[int], params: SamplingParams) -> list[int]:
     """What the fake model answers when nothing else runs."""
-    tokens, output = list(prompt), []
+    tokens, output = list(prompt), list[int]()
     while len(output) < params.max_tokens:
         output.append(next_token(tokens + output))
         stops = params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, EOS)

@@ -48,7 +48,7 @@ class EngineStats:
     """What the engine did so far."""
 
     num_requests: int
-    """Finished ones."""
+    """Finished ones; cancelled ones do not count."""
     num_prompt_tokens: int
     num_cached_tokens: int
     num_output_tokens: int
@@ -97,7 +97,7 @@ class LLM:
         self._lock = threading.Lock()
         self._ids = itertools.count()
         self._is_closed = False
-        self._finished: list[int] = [0, 0, 0, 0]
+        self._totals = [0, 0, 0, 0]
         self._pairs = [0.0, 0.0]
 
     # -- answering -----------------------------------------------------------------------------
@@ -135,21 +135,26 @@ class LLM:
         The last event is a `TokenEvent` with ``output`` set. Closing the iterator cancels the
         request. Errors as in `generate`, raised by the call, not by the first ``next``.
         """
-        params = sampling_params or SamplingParams()
-        (session,) = self._start([self._make_request(prompt, params)])
-        return self._stream(session)
+        request = self._make_request(prompt, sampling_params or SamplingParams())
+        return self._stream(request)
 
     def chat(
         self, messages: Sequence[Mapping[str, Any]], sampling_params: SamplingParams | None = None,
         on_progress: OnProgress | None = None, **template_values: Any,
     ) -> RequestOutput:
-        """Answer a conversation, rendered by the checkpoint's chat template."""
-        prompt = self.tokenizer.render_chat(messages, **template_values)
+        """Answer a conversation, rendered by the checkpoint's chat template.
+
+        Args:
+            messages: ``{"role": ..., "content": ...}`` in order.
+            template_values: variables of the template, such as ``tools``.
+        """
+        text = self.tokenizer.render_chat(messages, **template_values)
+        prompt = self.tokenizer.encode(text, add_special_tokens=False)  # the template has them
         return self.generate(prompt, sampling_params, on_progress)[0]
 
     def stats(self) -> EngineStats:
         """Totals since the start."""
-        num_requests, num_prompt, num_cached, num_output = self._finished
+        num_requests, num_prompt, num_cached, num_output = self._totals
         kept, causal = self._pairs
         return EngineStats(
             num_requests=num_requests, num_prompt_tokens=num_prompt, num_cached_tokens=num_cached,
@@ -173,19 +178,18 @@ class LLM:
 
     # -- the loop ------------------------------------------------------------------------------
 
-    def _stream(self, session: Session) -> Iterator[Progress | TokenEvent]:
+    def _stream(self, request: Request) -> Iterator[Progress | TokenEvent]:
+        # Started at the first `next`: an iterator that nobody reads never occupies the engine.
+        (session,) = self._start([request])
         try:
-            yield from self._events(session)
+            while True:
+                while session.events:
+                    yield session.events.popleft()
+                if session.is_finished:
+                    return
+                self._turn()
         finally:
             self._end([session])
-
-    def _events(self, session: Session) -> Iterator[Progress | TokenEvent]:
-        while True:
-            while session.events:
-                yield session.events.popleft()
-            if session.is_finished:
-                return
-            self._turn()
 
     def _turn(self) -> None:
         """One step for everybody. An interrupt aborts the step's requests, not the engine."""
@@ -202,34 +206,40 @@ class LLM:
         self._pairs[1] += report.causal_pairs
         for update in report.updates:
             session = self._sessions.get(update.request_id)
-            if session is not None and session.push(update, report):
+            if session is None:
+                continue
+            if session.push(update, report):
                 self._loop.abort(update.request_id)
+            if session.output is not None:
+                self._sessions.pop(update.request_id, None)
+                self._count(session.output)
 
     def _start(self, requests: Sequence[Request]) -> list[Session]:
         if self._is_closed:
             raise LongspanError("this LLM is closed; make a new one")
         sessions = [Session(request, self.tokenizer) for request in requests]
-        with self._lock:
-            for session, request in zip(sessions, requests, strict=True):
-                self._sessions[session.request_id] = session
-                self._loop.add(request)
+        for session, request in zip(sessions, requests, strict=True):
+            self._sessions[session.request_id] = session
+            self._loop.add(request)
         return sessions
 
     def _end(self, sessions: Sequence[Session]) -> None:
-        """Forget requests; those that still run are cancelled now, so that blocks come free."""
-        with self._lock:
-            for session in sessions:
-                self._sessions.pop(session.request_id, None)
-                if session.output is None:
-                    self._loop.abort(session.request_id)
-                else:
-                    self._count(session.output)
-        while not self._sessions and not self._loop.is_idle:
+        """Cancel what still runs and let the engine take notice, so that blocks come free.
+
+        Never waits for the lock: an abandoned iterator may be collected in the middle of a turn.
+        Whoever holds it then takes notice instead.
+        """
+        for session in sessions:
+            self._sessions.pop(session.request_id, None)
+            if session.output is None:
+                self._loop.abort(session.request_id)
+        while not (self._sessions or self._loop.is_idle or self._lock.locked()):
             self._turn()
 
     def _count(self, output: RequestOutput) -> None:
-        added = (1, output.num_prompt_tokens, output.num_cached_tokens, len(output.token_ids))
-        self._finished = [a + b for a, b in zip(self._finished, added, strict=True)]
+        if output.finish_reason != "abort":
+            added = (1, output.num_prompt_tokens, output.num_cached_tokens, len(output.token_ids))
+            self._totals = [a + b for a, b in zip(self._totals, added, strict=True)]
 
     # -- requests and configuration ------------------------------------------------------------
 

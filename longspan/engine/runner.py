@@ -62,8 +62,6 @@ class Runner:
         Raises `CheckpointError` when the weights cannot be read.
         """
         assert config.device is not None and config.dtype is not None
-        if config.device == "cpu":
-            keep_buffers_in_heap()
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         dtype = TORCH_DTYPES[config.dtype]
@@ -77,6 +75,8 @@ class Runner:
             load_weights(part, path)
             caches = _allocate(len(layers), model, memory, dtype, config.device, plan is not None)
             stages.append(PipelineStage(model=part, caches=caches))
+        if config.device == "cpu":
+            keep_buffers_in_heap()  # after the caches, which go back to the system when freed
         return cls(stages, head_dim=model.head_dim, dca=dca, device=config.device)
 
     def execute(self, batch: ScheduledBatch) -> StepResult:

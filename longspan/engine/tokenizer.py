@@ -47,11 +47,18 @@ class Tokenizer:
         named = self._tokenizer.token_to_id(_token_text(self._config.get("eos_token")) or "")
         return frozenset(found if named is None else found | {named})
 
-    def encode(self, text: str) -> array[int]:
-        """Token ids, special tokens in the text recognised. One pass over the whole text: pieces
-        could merge differently at their borders."""
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> array[int]:
+        """Token ids, special tokens in the text recognised.
+
+        One pass over the whole text: pieces could merge differently at their borders.
+
+        Args:
+            add_special_tokens: put in what the checkpoint wants around a plain prompt (a
+                beginning-of-text token, for example); chat templates contain it themselves.
+        """
         try:
-            encoding = self._tokenizer.encode_batch_fast([text])[0]
+            encoding = self._tokenizer.encode_batch_fast(
+                [text], add_special_tokens=add_special_tokens)[0]
         except (UnicodeEncodeError, TypeError):  # lone surrogates
             raise InvalidRequestError("the prompt is not valid Unicode text") from None
         return array("i", encoding.ids)
@@ -221,9 +228,12 @@ def _load(file: Path) -> Any:
     if not file.is_file():
         raise CheckpointError(f"{file.parent}: no tokenizer.json there; fetch it with the weights")
     try:
-        return Backend.from_file(str(file))
+        tokenizer = Backend.from_file(str(file))
     except Exception as error:  # the library raises a bare Exception for every fault in the file
         raise CheckpointError(f"{file}: not a valid tokenizer ({error}); fetch it again") from None
+    tokenizer.no_truncation()  # some files carry a length of their training runs
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _read_optional(file: Path) -> dict[str, Any]:

@@ -26,7 +26,8 @@ def test_packs_slices_one_after_the_other() -> None:
     assert batch.token_ids.tolist() == [1, 2, 3, 4, 5, 6, 7]
     assert batch.metadata.positions.tolist() == [0, 1, 2, 3, 4, 5, 6]
     assert batch.metadata.slot_mapping.tolist() == [12, 13, 14, 15, 20, 21, 22]
-    assert batch.metadata.output_rows.tolist() == [5, 6]
+    rows = batch.metadata.output_rows
+    assert rows is not None and rows.tolist() == [5, 6]
     assert batch.sampling.position.tolist() == [6, 7]
     assert batch.sampling.seed.tolist() == [2**62, 1]
     assert batch.sampling.top_k.tolist() == [4, 0]
@@ -36,4 +37,5 @@ def test_packs_slices_one_after_the_other() -> None:
 def test_a_step_may_sample_nothing() -> None:
     step = ScheduledBatch(step_id=0, slices=(make_slice([1, 2], 0, None),))
     batch = build_batch(step, block_size=4, head_dim=8, dca=None, device="cpu")
-    assert batch.metadata.output_rows.numel() == 0 and batch.all_greedy
+    rows = batch.metadata.output_rows
+    assert rows is not None and rows.numel() == 0 and batch.all_greedy

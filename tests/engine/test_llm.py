@@ -112,6 +112,24 @@ def test_closing_a_stream_cancels_the_request(path: Path) -> None:
         assert llm.stats().num_requests == 0
 
 
+def test_a_stream_that_nobody_reads_costs_nothing(path: Path) -> None:
+    with load(path) as llm:
+        stream = llm.stream(PROMPTS[0], PARAMS)
+        del stream
+        assert llm._loop.is_idle and not llm._sessions
+
+
+def test_a_stream_abandoned_during_a_step_is_cancelled_by_the_next(path: Path) -> None:
+    with load(path) as llm:
+        stream = llm.stream(PROMPTS[1], PARAMS)
+        next(stream)
+        next(stream)
+        with llm._lock:
+            del stream  # collected while a step runs
+        assert llm.generate(PROMPTS[0], PARAMS)[0].finish_reason == "length"
+        assert llm._loop.is_idle and llm.stats().num_requests == 1
+
+
 def test_streams_may_be_interleaved(llm: LLM) -> None:
     wanted = [output.text for output in llm.generate(PROMPTS, PARAMS)]
     streams = [llm.stream(prompt, PARAMS) for prompt in PROMPTS]
@@ -214,7 +232,7 @@ def test_an_interrupt_leaves_a_working_engine(path: Path, monkeypatch: pytest.Mo
 
         monkeypatch.setattr(llm._runner, "execute", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            llm.generate([*PROMPTS, list(range(250))], PARAMS)
+            llm.generate([*PROMPTS, "x" * 250], PARAMS)
         monkeypatch.undo()
         assert llm._loop.is_idle
         assert [o.token_ids for o in llm.generate(PROMPTS, PARAMS)] == [

@@ -48,6 +48,22 @@ def test_end_tokens_come_from_the_generation_config_too(tmp_path: Path) -> None:
     assert Tokenizer(tmp_path).eos_token_ids == {3, 4, 5, 256}
 
 
+def test_truncation_in_the_file_is_ignored_and_special_tokens_are_a_choice(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    raw = json.loads((tmp_path / "tokenizer.json").read_text())
+    raw["truncation"] = {
+        "max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    raw["post_processor"] = {
+        "type": "TemplateProcessing", "pair": [],
+        "single": [{"SpecialToken": {"id": "<user>", "type_id": 0}},
+                   {"Sequence": {"id": "A", "type_id": 0}}],
+        "special_tokens": {"<user>": {"id": "<user>", "ids": [257], "tokens": ["<user>"]}}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    tokenizer = Tokenizer(tmp_path)
+    assert len(tokenizer.encode("x" * 9)) == 10 and tokenizer.encode("x")[0] == 257
+    assert len(tokenizer.encode("x" * 9, add_special_tokens=False)) == 9
+
+
 def test_faulty_checkpoints_are_named_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json there"):
         Tokenizer(tmp_path)
