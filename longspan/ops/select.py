@@ -148,12 +148,12 @@ def _choose_tiles(
         mass[:, : mass.shape[1] - context_len + sink] = 0  # sinks are columns, never diagonals
         sums += _tile_sums(_diagonal_sums(mass, probe, context_len), tile_len, len(sums))
     forced = 1 + -(-budget.local // tile_len)
-    sums[:forced] = math.inf
+    _force(sums, forced)
     count = min(num_tiles, max(forced, -(-budget.slash[head] // tile_len)))
     windows = torch.topk(sums[:num_tiles], count).indices.sort().values
     for mass, probe in zip(rows, probes, strict=True):
         column_sums += _mass_outside(mass, probe, windows, context_len, tile_len)
-    column_sums[:sink] = math.inf
+    _force(column_sums, sink)
     return _top_columns(column_sums, budget.vertical[head]), -windows * tile_len
 
 
@@ -191,11 +191,11 @@ def _choose_paper(
     """Columns [V] ascending and window offsets [W] descending, MInference's rules."""
     mass, probe = rows[0], probes[0]
     diagonals = _diagonal_sums(mass, probe, context_len)
-    diagonals[: budget.local] = math.inf
+    _force(diagonals, budget.local)
     count = min(max(1, budget.slash[head]), len(diagonals))
     distances = torch.topk(diagonals, count).indices
     column_sums = mass[:, mass.shape[1] - context_len :].sum(0)
-    column_sums[: budget.sink] = math.inf
+    _force(column_sums, budget.sink)
     return (_top_columns(column_sums, budget.vertical[head]),
             coalesce_windows(distances, tile_len).to(mass.device))
 
@@ -217,6 +217,13 @@ def coalesce_windows(distances: Tensor, tile_len: int) -> Tensor:
         offsets.append(range_end - tile_len)
         position = int(torch.searchsorted(ends, range_end, right=True))
     return torch.tensor(offsets[::-1], dtype=torch.int64)
+
+
+def _force(sums: Tensor, count: int) -> None:
+    """Rank the first entries above all others, in order: a budget below the forced count then
+    keeps the nearest. Probe mass is below 1e6, and integers below 2^24 are exact."""
+    count = min(count, len(sums))
+    sums[:count] = 2e6 - torch.arange(count, device=sums.device)
 
 
 def _top_columns(sums: Tensor, count: int) -> Tensor:
