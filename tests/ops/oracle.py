@@ -123,13 +123,19 @@ def rotate_pair(x: Tensor, angles: Tensor) -> Tensor:
 
 def make_case(
     length: int, positions: Positions, *, num_heads: int = 7, num_kv_heads: int = 1,
-    head_dim: int = 16, block_size: int = 16, shuffled: bool = True, means: bool = False,
+    head_dim: int = 16, block_size: int = 16, shuffled: bool = True, with_means: bool = False,
     dtype: torch.dtype = torch.float32, device: str = "cpu", gain: float = 1.5,
+    q: Tensor | None = None, k: Tensor | None = None,
 ) -> Case:
     """A request of ``length`` tokens wholly in the cache. Slots that hold no token are NaN, so are
-    blocks of no request; the block table is a random permutation or consecutive blocks."""
-    q = gain * torch.randn(length, num_heads, head_dim)
-    k, v = gain * torch.randn(length, num_kv_heads, head_dim), torch.randn(length, num_kv_heads, head_dim)
+    blocks of no request; the block table is a random permutation or consecutive blocks.
+
+    q: [L, H, D] and k: [L, K, D] replace the random ones.
+    """
+    q = gain * torch.randn(length, num_heads, head_dim) if q is None else q
+    k = gain * torch.randn(length, num_kv_heads, head_dim) if k is None else k
+    v = torch.randn_like(k)
+    num_kv_heads, head_dim = k.shape[1:]
     rotary = tables(head_dim, positions, length)
     local = torch.arange(length) % positions.stride
     rotated = rotate_pair(k.to(dtype), torch.outer(local.double(), rotary.inv_freq.double()))
@@ -143,8 +149,9 @@ def make_case(
         cache_k[block, offset], cache_v[block, offset] = rotated[position].float(), v[position]
     cache_k, cache_v = cache_k.to(dtype).to(device), cache_v.to(dtype).to(device)
     cache = PagedKV(cache_k, cache_v)
-    if means:  # of partly filled blocks NaN
-        cache = PagedKV(cache_k, cache_v, *(x.float().mean(1).to(dtype) for x in (cache_k, cache_v)))
+    if with_means:  # those of partly filled blocks NaN
+        means = (x.float().mean(1).to(dtype) for x in (cache_k, cache_v))
+        cache = PagedKV(cache_k, cache_v, *means)
     rotary = QueryRotary(*(x.to(device) for x in rotary[:3]), rotary.stride, rotary.clamp)
     return Case(q.to(dtype).to(device), k.to(dtype), v.to(dtype), cache, block_table.to(device),
                 rotary, head_dim**-0.5)
@@ -225,7 +232,8 @@ def _mean_terms(
     for tile in range(num_tiles):
         inside = slice(tile * tile_len, (tile + 1) * tile_len)
         rows = [rotated_query(i, tile * tile_len, positions) for i in range(start, length)]
-        turned = rotate_pair(case.q[start:].cpu(), torch.outer(torch.tensor(rows).double(), inv_freq))
+        angles = torch.outer(torch.tensor(rows).double(), inv_freq)
+        turned = rotate_pair(case.q[start:].cpu(), angles)
         mean_scores = (turned * keys[inside].mean(0)).sum(-1) * case.scale  # [T, H]
         for head in range(heads):
             offsets = set(selection.offsets[head].tolist())

@@ -28,7 +28,7 @@ DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, i
 
 
 def run_plan(impl: ModuleType, case: oracle.Case, plan: list[int]) -> tuple[Tensor, Tensor]:
-    """Prefill in pieces that end at the plan's positions; only keys of the past are in the cache."""
+    """Prefill in pieces that end at the plan's positions; the cache holds no key of the future."""
     outs, lses, start = [], [], 0
     for stop in plan:
         out, lse = impl.prefill_attention(

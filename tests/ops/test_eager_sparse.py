@@ -99,7 +99,7 @@ def test_tile_selection_equals_oracle(
     correction: bool, seed: int, device: str,
 ) -> None:
     rng = random.Random(SEED + seed)
-    case = oracle.make_case(length, positions, num_heads=heads, num_kv_heads=kv_heads, means=True,
+    case = oracle.make_case(length, positions, num_heads=heads, num_kv_heads=kv_heads, with_means=True,
                             shuffled=seed == 0, device=device)
     selection = tile_selection(rng, heads, length, 16, device)
     check(impl, case, positions, start, selection, correction)
@@ -133,7 +133,7 @@ def test_windows_at_any_offset_equal_oracle(
 def test_weights_read_through_one_hot_values(impl: ModuleType, kind: str, device: str) -> None:
     """The weight of every key, read off the output: its softmax share once, or exactly 0."""
     start, length, rng = 48, 112, random.Random(SEED)
-    case = oracle.make_case(length, ZONED, num_heads=5, means=True, device=device)
+    case = oracle.make_case(length, ZONED, num_heads=5, with_means=True, device=device)
     make = tile_selection if kind == "tile" else any_selection
     selection = make(rng, 5, length, 16 if kind == "tile" else 8, device)
     seen = oracle.union(selection, start, length)
@@ -168,7 +168,7 @@ def test_full_budget_equals_dense(
     """Whatever covers all keys gives dense attention; the correction's terms of zero keys drop
     out, wherever they meet the mean of a tile."""
     length, start, heads = 160, 32, 7
-    case = oracle.make_case(length, positions, num_heads=heads, means=True, device=device)
+    case = oracle.make_case(length, positions, num_heads=heads, with_means=True, device=device)
     every, tiles = list(range(length)), range(length // 16)
     columns, offsets = {
         "all-windows": ([], [-16 * w for w in tiles]),
@@ -191,7 +191,7 @@ def test_full_budget_equals_dense(
 @pytest.mark.parametrize("aligned", [True, False], ids=["tile", "any"])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_empty_columns(impl: ModuleType, aligned: bool, columns: str, device: str) -> None:
-    case = oracle.make_case(96, ZONED, means=True, device=device)
+    case = oracle.make_case(96, ZONED, with_means=True, device=device)
     selection = pack([[]] * 7, [[0, -16]] * 7, 16, aligned, device)
     if columns == "padding-only":
         selection = selection._replace(columns=torch.full((7, 3), -1, device=device))
@@ -201,7 +201,7 @@ def test_empty_columns(impl: ModuleType, aligned: bool, columns: str, device: st
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_columns_only_inside_windows(impl: ModuleType, device: str) -> None:
     """Columns of the own tile, of a window, and at both edges of one: each key once."""
-    case = oracle.make_case(96, PLAIN, means=True, device=device)
+    case = oracle.make_case(96, PLAIN, with_means=True, device=device)
     columns = [[32, 47, 80, 95], [31, 48], [0], [64, 79], [80], [95], [33, 63]]
     selection = pack(columns, [[0, -48]] * 7, 16, True, device)
     check(impl, case, PLAIN, 80, selection, correction=True)
@@ -221,7 +221,7 @@ def test_rows_without_any_key(impl: ModuleType, device: str) -> None:
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_large_scores_stay_finite(impl: ModuleType, kind: str, device: str) -> None:
     """Logits of several thousand: no overflow in the merge, still the oracle's result."""
-    case = oracle.make_case(96, ZONED, means=True, gain=60.0, device=device)
+    case = oracle.make_case(96, ZONED, with_means=True, gain=60.0, device=device)
     make = tile_selection if kind == "tile" else any_selection
     selection = make(random.Random(SEED), 7, 96, 16 if kind == "tile" else 8, device)
     out, lse, _ = impl.sparse_prefill_attention(
@@ -236,7 +236,7 @@ def test_large_scores_stay_finite(impl: ModuleType, kind: str, device: str) -> N
 @pytest.mark.parametrize("kind", ["tile", "any"])
 def test_eager_equals_reference_in_bf16(kind: str, device: str) -> None:
     case = oracle.make_case(
-        160, ZONED, means=True, dtype=torch.bfloat16, device=device, head_dim=32)
+        160, ZONED, with_means=True, dtype=torch.bfloat16, device=device, head_dim=32)
     make = tile_selection if kind == "tile" else any_selection
     selection = make(random.Random(SEED), 7, 160, 16 if kind == "tile" else 8, device)
     out, lse, kept = _run(eager_sparse, case, selection, kind == "tile")
@@ -259,7 +259,7 @@ def test_mean_correction_lowers_the_error_of_a_diffuse_head(seed: int, device: s
     """Nearly flat attention over 2,048 keys, one window in eight kept: the output error falls at
     least threefold (about tenfold in fact), the recall's shortfall at least fivefold."""
     torch.manual_seed(SEED + seed)
-    case = oracle.make_case(2048, PLAIN, num_heads=4, block_size=128, means=True, gain=0.5,
+    case = oracle.make_case(2048, PLAIN, num_heads=4, block_size=128, with_means=True, gain=0.5,
                             device=device)
     selection = pack([list(range(4))] * 4, [[0, -128]] * 4, 128, True, device)
     start = 1024
