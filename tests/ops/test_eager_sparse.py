@@ -99,8 +99,8 @@ def test_tile_selection_equals_oracle(
     correction: bool, seed: int, device: str,
 ) -> None:
     rng = random.Random(SEED + seed)
-    case = oracle.make_case(length, positions, num_heads=heads, num_kv_heads=kv_heads, with_means=True,
-                            shuffled=seed == 0, device=device)
+    case = oracle.make_case(length, positions, num_heads=heads, num_kv_heads=kv_heads,
+                            with_means=True, shuffled=seed == 0, device=device)
     selection = tile_selection(rng, heads, length, 16, device)
     check(impl, case, positions, start, selection, correction)
 
