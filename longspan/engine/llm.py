@@ -5,10 +5,8 @@ from __future__ import annotations
 import itertools
 import secrets
 import threading
-from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -18,6 +16,7 @@ from longspan.attention.sparsity import SparsityPlan
 from longspan.config import EngineConfig, ModelConfig
 from longspan.engine.loop import LocalTransport, Loop, StepReport
 from longspan.engine.memory import MemoryPlan, plan_memory
+from longspan.engine.prompts import Prompt, as_prompts, as_token_ids, check_fits
 from longspan.engine.request import (
     MAX_SEED,
     Progress,
@@ -33,13 +32,12 @@ from longspan.engine.resolve import (
     resolve_positions,
 )
 from longspan.engine.runner import Runner, resolve_plan
-from longspan.engine.scheduler import Scheduler, SchedulerConfig, check_fits, max_step_tokens
+from longspan.engine.scheduler import Scheduler, SchedulerConfig, max_step_tokens
 from longspan.engine.session import Session
 from longspan.engine.tokenizer import Tokenizer
-from longspan.errors import CheckpointError, InvalidRequestError, LongspanError
+from longspan.errors import CheckpointError, LongspanError
 from longspan.model.weights import resolve_checkpoint
 
-Prompt = str | Sequence[int]
 OnProgress = Callable[[Progress], None]
 
 
@@ -117,7 +115,7 @@ class LLM:
             PromptTooLongError: a prompt and its completion do not fit; nothing is computed then.
         """
         params = sampling_params or SamplingParams()
-        sessions = self._start([self._make_request(p, params) for p in _as_list(prompts)])
+        sessions = self._start([self._make_request(p, params) for p in as_prompts(prompts)])
         try:
             _report_progress(sessions, on_progress)
             while not all(session.is_finished for session in sessions):
@@ -244,10 +242,8 @@ class LLM:
     # -- requests and configuration ------------------------------------------------------------
 
     def _make_request(self, prompt: Prompt, params: SamplingParams) -> Request:
-        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else \
-            as_token_ids(prompt, self.model_config.vocab_size)
-        if not token_ids:
-            raise InvalidRequestError("the prompt is empty; give at least one token")
+        encoded = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        token_ids = as_token_ids(encoded, self.model_config.vocab_size)
         check_fits(len(token_ids), params.max_tokens, self.memory.max_model_len)
         return Request(
             request_id=str(next(self._ids)), prompt_ids=token_ids, params=params,
@@ -289,28 +285,3 @@ def _report_progress(sessions: Sequence[Session], on_progress: OnProgress | None
             event = session.events.popleft()
             if on_progress is not None and isinstance(event, Progress):
                 on_progress(event)
-
-
-def as_token_ids(values: Sequence[int], vocab_size: int) -> array[int]:
-    """Checked token ids. Raises `InvalidRequestError` naming the first wrong one."""
-    for index, value in enumerate(values):
-        if not _is_token_id(value, vocab_size):
-            raise InvalidRequestError(
-                f"token {index} of the prompt is {value!r}; token ids of this model are integers "
-                f"from 0 to {vocab_size - 1}")
-    return array("i", values)
-
-
-def _is_token_id(value: object, vocab_size: int) -> bool:
-    return (isinstance(value, Integral) and not isinstance(value, bool)
-            and 0 <= int(value) < vocab_size)
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if not isinstance(prompts, Sequence):
-        raise LongspanError("prompts must be text, token ids, or a list of either")
-    if prompts and not isinstance(prompts[0], str | Sequence):
-        return [cast(Sequence[int], prompts)]
-    return list(cast(Sequence[Prompt], prompts))

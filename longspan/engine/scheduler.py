@@ -23,9 +23,9 @@ from dataclasses import dataclass
 
 from longspan.engine.blocks import BlockPool, extend_hashes
 from longspan.engine.chunking import cacheable_len, next_chunk_len
+from longspan.engine.prompts import check_fits
 from longspan.engine.request import FinishReason, Request
 from longspan.engine.step import RowSampling, ScheduledBatch, ScheduledSlice, StepResult, Update
-from longspan.errors import PromptTooLongError
 
 LOOKAHEAD = 16
 
@@ -255,18 +255,9 @@ class Scheduler:
 
 
 def max_step_tokens(prefill_chunk_len: int, max_num_requests: int) -> int:
-    """Most tokens that one step computes."""
+    """Most tokens that one step computes: the oldest prompt's chunk, half as
+    many tokens of others, one token of each decoding request."""
     return prefill_chunk_len + prefill_chunk_len // 2 + max_num_requests
-
-
-def check_fits(prompt_len: int, max_tokens: int, longest_len: int) -> None:
-    """Raises `PromptTooLongError` unless prompt and completion fit ``longest_len`` tokens."""
-    if prompt_len + max_tokens > longest_len:
-        remedy = (f"ask for at most {longest_len - prompt_len}" if prompt_len < longest_len
-                  else f"shorten the prompt by at least {prompt_len + max_tokens - longest_len}")
-        raise PromptTooLongError(
-            f"prompt of {prompt_len} tokens plus max_tokens {max_tokens} is "
-            f"{prompt_len + max_tokens}, over the limit of {longest_len} tokens; {remedy}")
 
 
 def _salt(request: Request) -> bytes:

@@ -41,7 +41,7 @@ def run_all(loop: Loop, requests: list[Request]) -> None:
 
 def test_control_plane_loads_no_torch() -> None:
     modules = ["request", "step", "blocks", "chunking", "scheduler", "loop", "session",
-               "tokenizer", "resolve"]
+               "tokenizer", "resolve", "prompts"]
     code = "import sys\n" + "\n".join(f"import longspan.engine.{name}" for name in modules)
     code += "\nimport longspan\nlongspan.SamplingParams, longspan.EngineConfig"
     code += "\nsys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
