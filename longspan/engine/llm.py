@@ -265,8 +265,10 @@ class LLM:
 
     def _plan_memory(self, config: EngineConfig) -> MemoryPlan:
         assert config.prefill_chunk_len is not None
+        # Rotation tables are as long as the context without DCA.
+        model = replace(self.model_config, dca=self._dca)
         return plan_memory(
-            self.model_config, config, sparse=self.sparsity_plan is not None,
+            model, config, sparse=self.sparsity_plan is not None,
             max_step_tokens=max_step_tokens(config.prefill_chunk_len, config.max_num_requests))
 
     def _scheduler_config(self) -> SchedulerConfig:

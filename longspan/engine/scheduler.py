@@ -255,8 +255,8 @@ class Scheduler:
 
 
 def max_step_tokens(prefill_chunk_len: int, max_num_requests: int) -> int:
-    """Most tokens that one step computes: the oldest prompt's chunk, half as
-    many tokens of others, one token of each decoding request."""
+    """Most tokens that one step computes: the oldest prompt's chunk, half as many tokens of others,
+    one token of each decoding request."""
     return prefill_chunk_len + prefill_chunk_len // 2 + max_num_requests
 
 

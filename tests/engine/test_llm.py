@@ -257,6 +257,19 @@ def test_start_up_faults(path: Path, tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
 
 
+@pytest.mark.gpu
+def test_a_gpu_answers_like_the_cpu(
+    path: Path, alone: dict[SamplingParams, list[tuple[int, ...]]],
+) -> None:
+    for params, wanted in alone.items():
+        with load(path, device="cuda", dtype="float32") as llm:
+            assert [output.token_ids for output in llm.generate(PROMPTS, params)] == wanted
+            assert llm.stats().peak_memory_bytes > 0
+    with load(path, device="cuda") as llm:
+        assert llm.config.dtype == "bfloat16"
+        assert len(llm.generate(PROMPTS[1], PARAMS)[0].token_ids) == 12
+
+
 def test_public_names() -> None:
     assert longspan.LLM is LLM and longspan.SamplingParams is SamplingParams
     with pytest.raises(AttributeError):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from longspan.config import EngineConfig, ModelConfig
+from longspan.config import DcaConfig, EngineConfig, ModelConfig
 from longspan.engine.memory import (
     GIB,
     DeviceMemory,
@@ -78,6 +78,13 @@ def test_workspace_grows_with_the_step() -> None:
     assert workspace_bytes(BIG, config, 1000) < workspace_bytes(BIG, config, 32_768) < 4 * GIB
     assert workspace_bytes(BIG, replace(config, dtype="float32"), 1000) > \
         workspace_bytes(BIG, config, 1000)
+
+
+def test_rotation_tables_are_as_long_as_the_context_without_dca() -> None:
+    config = EngineConfig(model="m", dtype="bfloat16")
+    dca = replace(BIG, dca=DcaConfig(chunk_size=262_144, local_size=8192))
+    difference = workspace_bytes(BIG, config, 1000) - workspace_bytes(dca, config, 1000)
+    assert difference == 4 * 128 * (1_010_000 - 262_145)
 
 
 def test_this_machine_has_memory() -> None:
