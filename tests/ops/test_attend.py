@@ -84,7 +84,8 @@ def test_merge_of_disjoint_keys_equals_one_softmax(
     cuts: list[int], dtype: torch.dtype, device: str
 ) -> None:
     q, k, v = inputs(1, 2, 63, 111, dtype, device)
-    parts = [attend(q, k[:, :, a:b], v[:, :, a:b], 0.2) for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [attend(q, k[:, :, a:b], v[:, :, a:b], 0.2)
+             for a, b in zip(cuts, cuts[1:], strict=False)]
     out, lse = merge(parts)
     expected_out, expected_lse = expected(q, k, v, 0.2)
     assert out.dtype == dtype

@@ -1,0 +1,312 @@
+"""DualChunkAttention over whole requests: what is dense, what is sparse, and what it may not
+depend on (block tables, other requests, prompt lengths)."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from longspan.attention.layer import DualChunkAttention, allocate_cache
+from longspan.attention.metadata import SequenceSlice, build_metadata
+from longspan.attention.rope import build_rotary
+from longspan.attention.sparsity import SparsityPlan
+from longspan.config import DcaConfig
+from longspan.ops import prefill_attention, reference, select_vertical_slash
+from longspan.ops.types import PagedKV
+from tests.conftest import assert_close
+from tests.ops import oracle
+
+P, D = 16, 16
+DCA = DcaConfig(chunk_size=128, local_size=32, original_max_position_embeddings=128)  # stride 96
+LONG_DCA = DcaConfig(chunk_size=1024, local_size=64)
+
+
+class Request(NamedTuple):
+    """Projected vectors of one request, prompt and completion."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    prompt_len: int
+
+
+def make_request(length: int, prompt_len: int | None = None, heads: int = 7, kv_heads: int = 1
+                 ) -> Request:
+    q = 1.3 * torch.randn(length, heads, D)
+    k, v = 1.3 * torch.randn(length, kv_heads, D), torch.randn(length, kv_heads, D)
+    return Request(q, k, v, length if prompt_len is None else prompt_len)
+
+
+def make_plan(heads: int = 7, **changes: object) -> SparsityPlan:
+    plan = SparsityPlan.default(2, heads, vertical=24, slash=48)
+    return replace(plan, local=P, dense_tail_len=50, **changes)  # type: ignore[arg-type]
+
+
+def make_layer(request: Request, plan: SparsityPlan | None, dca: DcaConfig | None = DCA
+               ) -> DualChunkAttention:
+    rotary = build_rotary(head_dim=D, rope_theta=1e4, max_model_len=2048, dca=dca)
+    return DualChunkAttention(
+        layer_idx=1, num_heads=request.q.shape[1], num_kv_heads=request.k.shape[1], head_dim=D,
+        rotary=rotary, plan=plan)
+
+
+def make_cache(request: Request, num_blocks: int = 64) -> PagedKV:
+    return allocate_cache(
+        num_blocks=num_blocks, block_size=P, num_kv_heads=request.k.shape[1], head_dim=D,
+        dtype=torch.float32, device="cpu", sparse=True)
+
+
+def step(
+    layer: DualChunkAttention, cache: PagedKV, dca: DcaConfig | None,
+    parts: list[tuple[Request, int, int, list[int]]], sparse: bool = True,
+) -> list[Tensor]:
+    """One step over (request, start, stop, block ids) parts; their outputs."""
+    slices = [SequenceSlice(query_len=stop - start, cached_len=start, prompt_len=item.prompt_len,
+                            block_ids=blocks, sparse=sparse)
+              for item, start, stop, blocks in parts]
+    metadata = build_metadata(slices, block_size=P, head_dim=D, dca=dca, device="cpu")
+    q, k, v = (torch.cat([item[field][start:stop] for item, start, stop, _ in parts])
+               for field in range(3))
+    out = layer(q, k, v, cache, metadata)
+    return list(out.split([stop - start for _, start, stop, _ in parts]))
+
+
+def run(
+    layer: DualChunkAttention, request: Request, cuts: list[int], blocks: list[int] | None = None,
+    dca: DcaConfig | None = DCA, cache: PagedKV | None = None, sparse: bool = True,
+) -> tuple[Tensor, PagedKV]:
+    """A request in steps that end at ``cuts``."""
+    cache = make_cache(request) if cache is None else cache
+    blocks = list(range(3, 60)) if blocks is None else blocks
+    outs = [step(layer, cache, dca, [(request, start, stop, blocks)], sparse)[0]
+            for start, stop in itertools.pairwise([0, *cuts])]
+    return torch.cat(outs), cache
+
+
+def sparse_ranges(
+    plan: SparsityPlan, cuts: list[int], prompt_len: int, stride: int
+) -> list[tuple[int, int]]:
+    """Query ranges computed sparsely, restated position by position: in whole tiles of the chunk,
+    from the slash budget on, before the tail, cut at DCA borders (tile mode)."""
+    ranges = []
+    for start, stop in itertools.pairwise([0, *cuts]):
+        inside = [
+            position for position in range(start, stop)
+            if position // P * P >= max(start, min(plan.slash[1]))
+            and (position // P + 1) * P <= min(stop, prompt_len - plan.dense_tail_len)]
+        for _, group in itertools.groupby(inside, key=lambda position: position // stride):
+            members = list(group)
+            ranges.append((members[0], members[-1] + 1))
+    return ranges
+
+
+CUTS = [
+    pytest.param([333], id="one-piece"),
+    pytest.param([128, 256, 333], id="aligned-to-blocks"),
+    pytest.param([37, 130, 131, 290, 333], id="ragged"),
+    pytest.param([96, 192, 288, 333], id="at-dca-borders"),
+    pytest.param([300, 333], id="last-piece-all-tail"),
+]
+
+
+@pytest.mark.parametrize("correction", [True, False], ids=["corrected", "plain"])
+@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(7, 1), (10, 2), (3, 3)],
+                         ids=["h7:1", "h10:2", "h3:3"])
+def test_sparse_prefill_follows_the_rules(
+    cuts: list[int], heads: int, kv_heads: int, correction: bool
+) -> None:
+    """Against the specification applied by hand: dense rows by `reference`, sparse rows by the
+    selection of each chunk's DCA segment; the tail (50 of 333: no multiple of a block) is dense,
+    and so are ragged ends."""
+    request = make_request(333, heads=heads, kv_heads=kv_heads)
+    plan = make_plan(heads, mean_correction=correction)
+    layer = make_layer(request, plan)
+    blocks = torch.randperm(60).tolist()
+    out, cache = run(layer, request, cuts, blocks)
+    table, scale = torch.tensor(blocks[:21]), _scale(333)
+    expected, _ = reference.prefill_attention(request.q, cache, table, 0, layer.rotary, scale)
+    kept = heads * 333 * 334 / 2
+    ranges = sparse_ranges(plan, cuts, 333, layer.rotary.stride)
+    assert ranges, "the case computes nothing sparsely"
+    for start, stop in ranges:
+        rows = request.q[start:stop]
+        selection = select_vertical_slash(
+            rows, cache, table, start, layer.rotary, scale, plan.layer(1))
+        expected[start:stop], _, pairs = reference.sparse_prefill_attention(
+            rows, cache, table, start, layer.rotary, scale, selection, correction)
+        kept += float(pairs) - heads * (stop * (stop + 1) - start * (start + 1)) / 2
+    assert_close(out, expected)
+    assert layer.causal_pairs == heads * 333 * 334 / 2
+    assert float(layer.kept_pairs) == kept < layer.causal_pairs
+
+
+def _scale(prompt_len: int) -> float:
+    metadata = build_metadata(
+        [SequenceSlice(query_len=1, cached_len=0, prompt_len=prompt_len, block_ids=[0])],
+        block_size=P, head_dim=D, dca=DCA, device="cpu")
+    return metadata.prefills[0].scale
+
+
+@pytest.mark.parametrize("tail", [1, 16, 50, 111, 333])
+def test_dense_tail_equals_dense_exactly(tail: int) -> None:
+    """The prompt's last rows are bit for bit what dense attention gives for them; the rows before
+    them are not dense."""
+    request = make_request(333)
+    layer = make_layer(request, replace(make_plan(), dense_tail_len=tail), LONG_DCA)
+    out, cache = run(layer, request, [128, 333], dca=LONG_DCA)
+    first_dense = max(128, (333 - tail) // P * P)
+    table = torch.arange(3, 24)
+    exact, _ = prefill_attention(
+        request.q[first_dense:], cache, table, first_dense, layer.rotary, D**-0.5)
+    assert torch.equal(out[first_dense:], exact)
+    dense, _ = reference.prefill_attention(request.q, cache, table, 0, layer.rotary, D**-0.5)
+    assert_close(out[first_dense:], dense[first_dense:], "tail")
+    different = (out - dense).abs().amax((1, 2))[128:first_dense] > 1e-4
+    assert tail == 333 or different.float().mean() > 0.9, "rows before the tail are dense too"
+
+
+def test_short_prompts_and_dense_requests_never_select() -> None:
+    """No row qualifies when the tail or the slash budget covers the prompt, or sparse is off."""
+    for length, sparse in ((49, True), (98, True), (333, False)):
+        request = make_request(length)
+        layer = make_layer(request, make_plan())
+        out, cache = run(layer, request, [length], sparse=sparse)
+        expected, _ = reference.prefill_attention(
+            request.q, cache, torch.arange(3, 60), 0, layer.rotary, _scale(length))
+        assert_close(out, expected)
+        assert layer.kept_pairs == layer.causal_pairs
+
+
+def test_full_budget_equals_a_layer_without_plan() -> None:
+    request = make_request(333)
+    full = replace(make_plan(), vertical=((400,) * 7,) * 2, slash=((400, *(48,) * 6),) * 2)
+    layer, dense = make_layer(request, full), make_layer(request, None)
+    out, _ = run(layer, request, [160, 333])
+    expected, _ = run(dense, request, [160, 333])
+    assert_close(out, expected)
+    assert float(layer.kept_pairs) == layer.causal_pairs == dense.causal_pairs
+    layer.reset_stats()
+    assert layer.kept_pairs == layer.causal_pairs == 0
+
+
+@pytest.mark.parametrize("mode", ["tile", "paper"])
+def test_results_do_not_depend_on_the_block_table(mode: str) -> None:
+    """Consecutive, reversed and shuffled blocks: bit for bit the same."""
+    request = make_request(333, heads=4, kv_heads=2)
+    plan = make_plan(4) if mode == "tile" else make_plan(4).paper()
+    layer = make_layer(request, plan)
+    shuffled = torch.randperm(60).tolist()
+    outs = [run(layer, request, [130, 333], blocks)[0]
+            for blocks in (list(range(5, 40)), list(range(40, 5, -1)), shuffled)]
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+def test_paper_mode_has_no_tail_and_no_alignment() -> None:
+    """Every row of a ragged piece is sparse, each DCA segment with its own selection."""
+    request, cuts = make_request(333), [61, 250, 333]
+    plan = make_plan().paper()
+    layer = make_layer(request, plan)
+    out, cache = run(layer, request, cuts)
+    table, scale, expected = torch.arange(3, 24), _scale(333), torch.empty(333, 7, D)
+    for start, stop in itertools.pairwise([0, *cuts]):
+        borders = [start, *(b for b in (96, 192, 288) if start < b < stop), stop]
+        for first, last in itertools.pairwise(borders):
+            rows = request.q[first:last]
+            selection = select_vertical_slash(
+                rows, cache, table, first, layer.rotary, scale, plan.layer(1))
+            expected[first:last], _, _ = reference.sparse_prefill_attention(
+                rows, cache, table, first, layer.rotary, scale, selection, False)
+    assert_close(out, expected)
+
+
+def test_packed_requests_do_not_touch_each_other() -> None:
+    """Two prompts and a decoding request in the same steps, alternating blocks: each gets bit for
+    bit what it gets alone."""
+    first, second, third = make_request(200), make_request(333), make_request(111, prompt_len=105)
+    plan, blocks = make_plan(), [list(range(i, 64, 3)) for i in range(3)]
+    alone = [run(make_layer(first, plan), item, cuts)[0] for item, cuts in (
+        (first, [100, 200]), (second, [96, 333]), (third, [105, *range(106, 112)]))]
+    layer, cache = make_layer(first, plan), make_cache(first)
+    (head,) = step(layer, cache, DCA, [(third, 0, 105, blocks[2])])
+    packed = [
+        step(layer, cache, DCA, [(first, 0, 100, blocks[0]), (second, 0, 96, blocks[1]),
+                                 (third, 105, 106, blocks[2])]),
+        step(layer, cache, DCA, [(first, 100, 200, blocks[0]), (second, 96, 333, blocks[1]),
+                                 (third, 106, 107, blocks[2])])]
+    assert torch.equal(torch.cat([part[0] for part in packed]), alone[0])
+    assert torch.equal(torch.cat([part[1] for part in packed]), alone[1])
+    assert torch.equal(torch.cat([head, *(part[2] for part in packed)]), alone[2][:107])
+
+
+def test_decode_follows_a_sparse_prefill_densely() -> None:
+    """Six tokens after the prompt, each against all keys, at a temperature that grows with it."""
+    request = make_request(206, prompt_len=200)
+    layer = make_layer(request, make_plan())
+    out, cache = run(layer, request, [200, *range(201, 207)])
+    for position in range(200, 206):
+        expected, _ = reference.prefill_attention(
+            request.q[position : position + 1], cache, torch.arange(3, 60), position,
+            layer.rotary, _scale(position + 1))
+        assert_close(out[position : position + 1], expected, f"token {position}")
+
+
+def test_cached_keys_do_not_depend_on_the_prompt_length() -> None:
+    """A prefix computed for a short prompt serves a longer one with another temperature: dense
+    results equal a fresh run, although the softmax scales differ."""
+    long = make_request(333)
+    short = Request(*(x[:160] for x in long[:3]), prompt_len=160)
+    layer, cache = make_layer(long, None), make_cache(long)
+    blocks = torch.randperm(60).tolist()
+    run(layer, short, [160], blocks, cache=cache)
+    (reused,) = step(layer, cache, DCA, [(long, 160, 333, blocks)])
+    fresh, _ = run(layer, long, [333])
+    assert _scale(160) != _scale(333)
+    assert_close(reused, fresh[160:])
+
+
+@pytest.mark.parametrize("num_outputs", [0, 1, 40])
+def test_output_view_computes_only_the_wanted_rows(num_outputs: int) -> None:
+    """The last layer's view: the same cache, and the last rows of the full result."""
+    request = make_request(200)
+    layer = make_layer(request, None)
+    expected, full = run(layer, request, [200])
+    metadata = build_metadata(
+        [SequenceSlice(query_len=200, cached_len=0, prompt_len=200, block_ids=range(3, 60),
+                       num_outputs=num_outputs)],
+        block_size=P, head_dim=D, dca=DCA, device="cpu")
+    assert metadata.output is not None and metadata.output_rows is not None
+    cache = make_cache(request)
+    out = layer(request.q[metadata.output_rows], request.k, request.v, cache, metadata.output)
+    assert out.shape[0] == num_outputs
+    if num_outputs:
+        assert_close(out, expected[-num_outputs:])
+    assert torch.equal(cache.k[3:15], full.k[3:15])
+
+
+def test_plain_rope_without_dca() -> None:
+    """No DCA config: one zone over the whole context, equal to attention at true distances."""
+    request = make_request(257, heads=4)
+    layer = make_layer(request, None, dca=None)
+    out, _ = run(layer, request, [100, 257], dca=None)
+    distances = (torch.arange(257)[:, None] - torch.arange(257)[None]).clamp(min=0)
+    expected, _ = oracle.attention(
+        request.q, request.k, request.v, distances, layer.rotary.inv_freq, D**-0.5,
+        oracle.causal(257))
+    assert_close(out, expected)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_allocated_cache(sparse: bool) -> None:
+    cache = allocate_cache(num_blocks=5, block_size=P, num_kv_heads=2, head_dim=D,
+                           dtype=torch.bfloat16, device="cpu", sparse=sparse)
+    assert cache.k.shape == cache.v.shape == (5, P, 2, D)
+    assert cache.k.dtype == torch.bfloat16
+    assert (cache.k_mean is None) is (cache.v_mean is None) is not sparse
+    if cache.k_mean is not None:
+        assert cache.k_mean.shape == (5, 2, D)
