@@ -14,6 +14,7 @@ from longspan.ops.select import Budget
 
 SCHEMA_VERSION = 1
 SelectionMode = Literal["tile", "paper"]
+_LEAST = {"probe_last": 1, "probe_strided": 0, "sink": 0, "local": 0, "dense_tail_len": 0}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +51,12 @@ class SparsityPlan:
             raise LongspanError("sparsity plan: vertical and slash differ in layers or heads")
         if any(value < 0 for rows in (self.vertical, self.slash) for row in rows for value in row):
             raise LongspanError("sparsity plan: budgets must not be negative")
+        for name, least in _LEAST.items():
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
+                raise LongspanError(f"sparsity plan: {name} is {getattr(self, name)!r}, a whole "
+                                    f"number of at least {least} is needed")
+        if self.mode == "paper" and self.mean_correction:
+            raise LongspanError("sparsity plan: mean_correction needs mode 'tile'")
 
     @classmethod
     def default(cls, num_layers: int, num_heads: int, vertical: int = 1000,
@@ -62,7 +69,7 @@ class SparsityPlan:
     @classmethod
     def from_released(cls, budgets: Sequence[Mapping[str, Any]], *, probe_last: int = 64,
                       mode: SelectionMode = "tile") -> SparsityPlan:
-        """Read the released format: a list over layers of {head: [type, vertical, slash, score]}."""
+        """Read the released format: for each layer {head: [type, vertical, slash, score]}."""
         rows = [_released_layer(index, layer) for index, layer in enumerate(budgets)]
         plan = cls(vertical=tuple(tuple(v for v, _ in row) for row in rows),
                    slash=tuple(tuple(s for _, s in row) for row in rows),
@@ -76,18 +83,23 @@ class SparsityPlan:
         if not file.is_file():
             raise CheckpointError(f"{file}: no such sparsity plan; leave it out for the default")
         raw = read_json(file)
-        if isinstance(raw, list):
-            return cls.from_released(raw)
+        try:
+            return cls.from_released(raw) if isinstance(raw, list) else cls._from_json(raw)
+        except LongspanError as error:
+            raise CheckpointError(f"{file}: {error}") from None
+
+    @classmethod
+    def _from_json(cls, raw: Any) -> SparsityPlan:
+        if not isinstance(raw, dict):
+            raise LongspanError(f"a JSON object is needed, not {type(raw).__name__}")
         version = raw.pop("schema_version", None)
         if version != SCHEMA_VERSION:
-            raise CheckpointError(f"{file}: schema_version {version}, this program reads "
-                                  f"{SCHEMA_VERSION}; calibrate again")
+            raise LongspanError(f"schema_version {version}, this program reads {SCHEMA_VERSION}; "
+                                "calibrate again")
         unknown = sorted(set(raw) - {item.name for item in fields(cls)})
         if unknown:
-            raise CheckpointError(f"{file}: unknown fields {', '.join(unknown)}")
-        for name in ("vertical", "slash"):
-            raw[name] = tuple(tuple(int(value) for value in row) for row in raw.get(name, ()))
-        return cls(**raw)
+            raise LongspanError(f"unknown fields {', '.join(unknown)}")
+        return cls(**raw | {name: _budgets(name, raw.get(name)) for name in ("vertical", "slash")})
 
     def save(self, path: str | Path) -> None:
         """Write the JSON that `load` reads."""
@@ -117,16 +129,31 @@ class SparsityPlan:
             local=self.local)
 
 
+def _budgets(name: str, rows: Any) -> tuple[tuple[int, ...], ...]:
+    try:
+        if all(type(value) is int for row in rows for value in row):
+            return tuple(tuple(row) for row in rows)
+    except TypeError:
+        pass
+    raise LongspanError(f"{name} must be a list of layers, each a list of whole numbers")
+
+
 def _released_layer(index: int, layer: Mapping[str, Any]) -> list[tuple[int, int]]:
+    place = f"sparse attention config: layer {index}"
+    if not isinstance(layer, Mapping):
+        raise CheckpointError(f"{place} must be an object, {{head: [type, vertical, slash, ...]}}")
     rows: list[tuple[int, int]] = []
     for head in range(len(layer)):
         entry = layer.get(str(head))
         if entry is None:
-            raise CheckpointError(f"sparse attention config: layer {index} has {len(layer)} entries "
-                                  f"but none for head {head}")
-        kind, vertical, slash = entry[0], entry[1], entry[2]
+            raise CheckpointError(f"{place} has {len(layer)} entries but none for head {head}")
+        try:
+            kind, vertical, slash = entry[0], int(entry[1]), int(entry[2])
+        except (TypeError, ValueError, LookupError):
+            raise CheckpointError(f"{place} head {head} is {entry!r}; "
+                                  "[type, vertical, slash, score] is needed") from None
         if kind != "vertical_and_slash":
-            raise CheckpointError(f"sparse attention config: layer {index} head {head} has type "
-                                  f"{kind!r}; only vertical_and_slash is supported")
-        rows.append((int(vertical), int(slash)))
+            raise CheckpointError(f"{place} head {head} has type {kind!r}; "
+                                  "only vertical_and_slash is supported")
+        rows.append((vertical, slash))
     return rows
