@@ -1,8 +1,8 @@
 """PyTorch's own fused attention with its LSE: the primitive under the eager fast paths.
 
 Every function takes ``[B, H, T, D]`` tensors in any strides (the last axis contiguous), B being
-requests, heads or query tiles as the caller likes, and returns ``(out [B, H, T, D], lse [B, H, T])``
-with out and lse ready for `merge`.
+requests, heads or query tiles as the caller likes, and returns out [B, H, T, D] and lse [B, H, T],
+ready for `merge`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def attend_biased(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor) -
         empty = (bias == -math.inf).all(-1)
         return out, lse.masked_fill(empty.expand(lse.shape), -math.inf)
     rows = max(1, _SCORE_BYTES // (4 * q.shape[1] * q.shape[2] * k.shape[2]))
-    parts = [_attend_math(*(_rows(x, i, rows) for x in (q, k, v)), scale, _rows(bias, i, rows))
+    parts = [_attend_math(_rows(q, i, rows), _rows(k, i, rows), _rows(v, i, rows), scale,
+                          _rows(bias, i, rows))
              for i in range(0, q.shape[0], rows)]
     return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
 
@@ -60,7 +61,7 @@ def scores_fp32(q: Tensor, k: Tensor) -> Tensor:
 
 
 def merge(parts: list[Partial]) -> Partial:
-    """Combine attention over disjoint key sets by their LSEs, in fp32 (arXiv 2402.17463, alg. 1)."""
+    """Attention over disjoint key sets combined by LSE, in fp32 (arXiv 2402.17463, alg. 1)."""
     if len(parts) == 1:
         return parts[0]
     lse = parts[0][1]

@@ -38,10 +38,11 @@ def decode_attention(
     q: Tensor, cache: PagedKV, block_tables: Tensor, context_lens: Tensor, rotary: QueryRotary,
     scales: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """See `reference.decode_attention`. Requests one after another; lengths are read on the host."""
+    """See `reference.decode_attention`. One request after another; the host reads lengths."""
+    lengths = zip(context_lens.tolist(), scales.tolist(), strict=True)
     parts = [
         prefill_attention(q[row : row + 1], cache, block_tables[row], length - 1, rotary, scale)
-        for row, (length, scale) in enumerate(zip(context_lens.tolist(), scales.tolist(), strict=True))
+        for row, (length, scale) in enumerate(lengths)
     ]
     return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
 
@@ -73,7 +74,8 @@ def _span_parts(
     """Partial results [H, T, D] of one zone; the queries' own keys apart, under the causal mask."""
     rotated = rotated_queries(q, start, span.zone, rotary)
     if span.zone != INTRA:
-        return [_attend_history(rotated, k[span.start : span.stop], v[span.start : span.stop], scale)]
+        keys = slice(span.start, span.stop)
+        return [_attend_history(rotated, k[keys], v[keys], scale)]
     own = _attend_own(rotated, k[start : span.stop], v[start : span.stop], scale)
     if span.start == start:
         return [own]

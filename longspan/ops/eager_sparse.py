@@ -66,7 +66,8 @@ class _Segment:
         self.group = q.shape[1] // k.shape[1]
         self.spans = spans(start, start + q.shape[0], rotary.stride)
         self.queries = {
-            span.zone: rotated_queries(q, start, span.zone, rotary).unflatten(0, (-1, self.tile_len))
+            span.zone: rotated_queries(q, start, span.zone, rotary).unflatten(
+                0, (-1, self.tile_len))
             for span in self.spans
         }
         self.means: tuple[Tensor, Tensor] | None = None
@@ -131,7 +132,8 @@ class _Segment:
                     for x in (self.k, self.v))
             parts.append(_pad_front(attend(q[skipped:], k, v, self.scale), skipped))
         if skipped:
-            parts.append(_pad_back(self._short_band(q[:skipped], kv_head), self.num_tiles - skipped))
+            short = self._short_band(q[:skipped], kv_head)
+            parts.append(_pad_back(short, self.num_tiles - skipped))
         return parts
 
     def _sliding(self, x: Tensor, num_tiles: int, width: int) -> Tensor:

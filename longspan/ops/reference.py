@@ -122,7 +122,8 @@ def sparse_prefill_attention(
     scores = scores.masked_fill(~kept, -math.inf)
     values = repeat_heads(v, num_heads)
     if correction:
-        mean_scores, mean_values = _correction(q, cache, block_table, queries, rotary, scale, selection)
+        mean_scores, mean_values = _correction(
+            q, cache, block_table, queries, rotary, scale, selection)
         scores = torch.cat((scores, mean_scores), -1)
         values = torch.cat((values, mean_values), 0)
     return *_attend(scores, values, q.dtype), kept.sum(dtype=torch.float64)
@@ -148,7 +149,8 @@ def kept_pairs(selection: Selection, queries: Tensor, context_len: int) -> Tenso
     keys = torch.arange(context_len, device=queries.device)
     tile_start = _tile_start(selection, queries)
     num_heads = selection.columns.shape[0]
-    kept = torch.zeros(num_heads, len(queries), context_len, dtype=torch.bool, device=queries.device)
+    shape = num_heads, len(queries), context_len
+    kept = torch.zeros(shape, dtype=torch.bool, device=queries.device)
     for head in range(num_heads):
         for offset in selection.offsets[head].tolist():
             first = tile_start[:, None] + offset

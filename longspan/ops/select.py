@@ -54,11 +54,11 @@ class _Probe(NamedTuple):
 
     first: int
     step: int
-    count: int
+    num_rows: int
 
     @property
     def last(self) -> int:
-        return self.first + self.step * (self.count - 1)
+        return self.first + self.step * (self.num_rows - 1)
 
 
 def select_vertical_slash(
@@ -107,10 +107,10 @@ def _probe_mass(
     q: [T, D] of one head; k: [S, D]. The left padding is zero: it lets a strided view line rows up
     by distance (see `_diagonal_sums`).
     """
-    positions = probe.first + probe.step * torch.arange(probe.count, device=q.device)
+    positions = probe.first + probe.step * torch.arange(probe.num_rows, device=q.device)
     rows = q[positions - start]
     left = probe.last - probe.first
-    mass = torch.zeros(probe.count, left + k.shape[0], device=q.device)
+    mass = torch.zeros(probe.num_rows, left + k.shape[0], device=q.device)
     scores = mass[:, left:]
     for span in spans(start, start + q.shape[0], rotary.stride):
         continuous = continuous_query_position(positions, span.zone, rotary.stride, rotary.clamp)
@@ -131,7 +131,7 @@ def _diagonal_sums(mass: Tensor, probe: _Probe, context_len: int) -> Tensor:
     plus ``step``, so that equal distances share a column. Returns [last + 1] fp32.
     """
     width = mass.shape[1]
-    aligned = mass.as_strided((probe.count, probe.last + 1), (width + probe.step, 1))
+    aligned = mass.as_strided((probe.num_rows, probe.last + 1), (width + probe.step, 1))
     return aligned.sum(0).flip(0)
 
 
@@ -173,7 +173,7 @@ def _mass_outside(
     mass: Tensor, probe: _Probe, windows: Tensor, context_len: int, tile_len: int
 ) -> Tensor:
     """Column sums [S] of the mass that no window covers. Changes ``mass`` in place."""
-    positions = probe.first + probe.step * torch.arange(probe.count, device=mass.device)
+    positions = probe.first + probe.step * torch.arange(probe.num_rows, device=mass.device)
     tiles = (positions // tile_len)[:, None] - windows
     start = mass.shape[1] - context_len
     scores = mass[:, start:]
