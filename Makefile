@@ -1,0 +1,61 @@
+# The only commands; CI runs the same (.ci/run). Nothing outside $(VENV) is changed.
+#   make demo                      the bundled model answers questions on this machine
+#   make test                      linters, types, tests
+#   make demo PYTHON=python3.12    another interpreter, 3.11 or newer
+PYTHON ?= python3
+VENV ?= .venv
+
+# With a CUDA GPU any supported PyTorch. Without one exactly this version, which the project's CPU
+# figures are measured with; an open range could bring gigabytes of CUDA libraries.
+TORCH_CPU ?= torch==2.13.0
+TORCH_CUDA ?= torch>=2.11
+TORCH := $(if $(shell nvidia-smi -L 2>/dev/null),$(TORCH_CUDA),$(TORCH_CPU))
+# Where PyTorch comes from, if not from pip's usual index: make demo TORCH_INDEX=<url>
+TORCH_INDEX ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+INSTALLED_DEV := $(VENV)/installed-dev
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-gpu check bench clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+	@echo "check: linters and types | test-gpu: tests that need a CUDA GPU | bench: CPU figures"
+
+demo: $(INSTALLED)
+	$(BIN)/longspan demo
+
+check: $(INSTALLED_DEV)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# One thread: the tests' shapes are small, and more threads only wait for each other.
+test: check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+test-gpu: $(INSTALLED_DEV)
+	$(BIN)/python -m pytest -q -m gpu
+
+bench: $(INSTALLED_DEV)
+	$(BIN)/longspan bench cpu
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+
+# Stamps: installed once, and again when pyproject.toml changes.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("longspan needs Python 3.11 or newer; name one, for \
+	example make demo PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): pyproject.toml | $(BIN)/python
+	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
+	$(PIP) install -e .
+	@touch $@
+
+$(INSTALLED_DEV): $(INSTALLED)
+	$(PIP) install -e '.[dev]'
+	@touch $@
