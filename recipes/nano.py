@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset
 from transformers import Qwen2ForCausalLM
 
@@ -222,12 +223,18 @@ def write_export(model: Qwen2ForCausalLM, phase: Phase, data: Path, out: Path) -
 
 
 def export(args: argparse.Namespace) -> None:
-    """Writes the model directory from a run's state."""
+    """Writes the model directory from a run's state, or from the bf16 shards it exported."""
     phases = chosen_phases(args)
     model = fresh_model(args.smoke)
-    config = RunConfig(out_dir=args.out, kind_weights=KIND_WEIGHTS)
-    progress = load_state(args.out, model, make_optimizer(model, config))
-    phase = phases[min(progress.phase, len(phases) - 1)]
+    phase = phases[-1]
+    if args.shards:
+        for file in sorted(args.shards.glob("*.safetensors")):
+            model.load_state_dict(load_file(file), strict=False)
+        model.to(torch.bfloat16)
+    else:
+        config = RunConfig(out_dir=args.out, kind_weights=KIND_WEIGHTS)
+        progress = load_state(args.out, model, make_optimizer(model, config))
+        phase = phases[min(progress.phase, len(phases) - 1)]
     set_rope(model, phase.rope_theta, phase.seq_len)
     write_export(model, phase, args.data, args.model_dir)
     collect(args.model_dir, args.model_dir)
@@ -267,6 +274,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--deadline-s", type=float, default=float("inf"))
     run.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     run.add_argument("--shards", type=Path)
+    commands.choices["export"].add_argument("--shards", type=Path)
     commands.choices["export"].add_argument("--model-dir", type=Path, required=True)
     results = commands.add_parser("results")
     results.add_argument("--log", type=Path, required=True)

@@ -83,14 +83,14 @@ class _Meter:
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value.detach()
 
-    def read(self) -> dict[str, float]:
-        """Means of the window; synchronises."""
+    def read(self) -> dict[str, float | None]:
+        """Means of the window (accuracy None without answers); synchronises."""
         s = {name: float(value) for name, value in self.sums.items()}
         seconds = time.perf_counter() - self.started
         return {
             "loss": s["loss"] / self.num_steps,
             "bits_per_byte": s["filler_nll"] / max(1.0, s["filler_bytes"]) / 0.6931472,
-            "answer_accuracy": s["answer_hits"] / max(1.0, s["answers"]),
+            "answer_accuracy": s["answer_hits"] / s["answers"] if s["answers"] else None,
             "tokens_per_s": self.num_tokens / seconds,
             "seconds": seconds,
         }
@@ -263,7 +263,7 @@ def _log_step(
     run: _Run, phase: Phase, meter: _Meter, rate: float, shape: tuple[int, ...]
 ) -> None:
     values = meter.read()
-    run.progress.seconds += values["seconds"]
+    run.progress.seconds += values["seconds"] or 0.0
     memory = torch.cuda.max_memory_allocated() / 2**30 if run.is_cuda else 0.0
     run.write(
         {

@@ -34,6 +34,7 @@ def phase_rows(log: list[dict[str, Any]], model: str) -> list[dict[str, Any]]:
         tokens = max(r["num_tokens"] for r in steps) - start
         seconds = sum(r["seconds"] for r in steps)
         last = steps[-WINDOW:]
+        hits = [r["answer_accuracy"] for r in last if r["answer_accuracy"] is not None]
         row = {
             "model": model,
             "phase": name,
@@ -42,7 +43,7 @@ def phase_rows(log: list[dict[str, Any]], model: str) -> list[dict[str, Any]]:
             "tokens_per_s": round(tokens / seconds),
             "loss": round(sum(r["loss"] for r in last) / len(last), 4),
             "bits_per_byte": round(sum(r["bits_per_byte"] for r in last) / len(last), 4),
-            "answer_accuracy": round(sum(r["answer_accuracy"] for r in last) / len(last), 5),
+            "answer_accuracy": round(sum(hits) / len(hits), 5) if hits else None,
             "peak_memory_gib": round(max(r["peak_memory_gib"] for r in steps), 1),
         }
         gates = [r for r in log if r.get("gate") == name]
