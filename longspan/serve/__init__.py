@@ -1,0 +1,1 @@
+"""The HTTP edge: an OpenAI-compatible server in front of an engine in other processes."""

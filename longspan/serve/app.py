@@ -1,0 +1,217 @@
+"""The application: routes and their OpenAPI schema."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from importlib.resources import files
+from typing import Any
+
+from fastapi import APIRouter, FastAPI
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from longspan.errors import LongspanError
+from longspan.serve import replies
+from longspan.serve.auth import EdgeMiddleware
+from longspan.serve.body import cancel
+from longspan.serve.config import ServeConfig
+from longspan.serve.engine import AsyncEngine
+from longspan.serve.errors import ApiError, ClientGone, error_response
+from longspan.serve.generation import millis
+from longspan.serve.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from longspan.serve.service import Service
+
+REF = "#/components/schemas/{model}"
+BODIES: tuple[type[BaseModel], ...] = (
+    ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+REFUSALS = {400: "The request is wrong; the message names the field.",
+            401: "The API key is missing or wrong.", 404: "No such model.",
+            408: "The request did not arrive in time.", 413: "The body is too long.",
+            415: "The body is not JSON.", 429: "The queue is full; see Retry-After.",
+            431: "Too many headers.", 503: "Loading, shutting down or dead."}
+PAGE_HEADERS = {
+    "Content-Security-Policy":
+        "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+        "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache"}
+IDS_PER_PIECE = 16_384
+
+
+def create_app(engine: AsyncEngine, config: ServeConfig) -> FastAPI:
+    """An ASGI application in front of an engine, which it starts and closes."""
+    service = Service(engine, config)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        lag = asyncio.create_task(service.metrics.watch_loop())
+        try:
+            await engine.start()
+            yield
+        finally:
+            await cancel(lag)
+            await engine.close()
+
+    app = FastAPI(title="longspan", version="1", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.service = service
+    app.include_router(_completions(service))
+    app.include_router(_tokens(service))
+    app.include_router(_operations(service))
+    app.add_middleware(EdgeMiddleware, api_keys=config.api_keys, answered=service.metrics.answered)
+    for kind in (ApiError, ClientGone, HTTPException, LongspanError, Exception):
+        app.add_exception_handler(kind, error_response)
+    app.openapi = partial(_openapi, app, bool(config.api_keys))  # type: ignore[method-assign]
+    return app
+
+
+def _completions(service: Service) -> APIRouter:
+    router = APIRouter(tags=["completions"])
+
+    @router.post("/v1/chat/completions", **_docs(ChatRequest, replies.ChatReply, True))
+    async def chat(request: Request) -> Response:
+        """Answer a conversation."""
+        return await service.generate(request, ChatRequest)
+
+    @router.post("/v1/completions", **_docs(CompletionRequest, replies.CompletionReply, True))
+    async def complete(request: Request) -> Response:
+        """Continue a text."""
+        return await service.generate(request, CompletionRequest)
+
+    return router
+
+
+def _tokens(service: Service) -> APIRouter:
+    router = APIRouter(tags=["tokens"])
+
+    @router.post("/tokenize", **_docs(TokenizeRequest, replies.TokenizeReply))
+    async def tokenize(request: Request) -> Response:
+        """Count and list the tokens of a text or of a conversation."""
+        async with service.small_request(request, TokenizeRequest) as (body, watcher):
+            ids = await watcher.race(_tokenize(service, body))
+        head = {"count": len(ids), "max_model_len": service.engine.status().max_model_len,
+                "predicted_ttft_ms": millis(service.gate.predict_s(len(ids)))}
+        if not body.return_tokens:
+            return JSONResponse(head)
+        return StreamingResponse(_spread(head, ids), media_type="application/json")
+
+    @router.post("/detokenize", **_docs(DetokenizeRequest, replies.DetokenizeReply))
+    async def detokenize(request: Request) -> Response:
+        """The text of token ids."""
+        async with service.small_request(request, DetokenizeRequest) as (body, watcher):
+            text = await watcher.race(_detokenize(service, body.tokens))
+        return JSONResponse({"prompt": text})
+
+    return router
+
+
+def _operations(service: Service) -> APIRouter:
+    router = APIRouter(tags=["operations"])
+    page = files("longspan.serve").joinpath("playground.html").read_text(encoding="utf-8")
+    created = int(time.time())
+
+    @router.get("/v1/models", responses=_responses(replies.ModelList, (401, 431)))
+    async def models() -> Response:
+        """The served model."""
+        status = service.engine.status()
+        return JSONResponse({"object": "list", "data": [{
+            "id": service.model_name, "object": "model", "created": created,
+            "owned_by": "longspan", "max_model_len": status.max_model_len,
+            "capacity_tokens": status.capacity_tokens}]})
+
+    @router.get("/health", responses={
+        **_responses(replies.HealthReply, (431,)), 503: {"model": replies.HealthReply}})
+    async def health() -> Response:
+        """Whether requests are served: 200 when ready, 503 otherwise. Needs no API key."""
+        state = service.gate.state
+        return JSONResponse({"status": state, "reason": service.engine.status().reason},
+                            200 if state == "ready" else 503)
+
+    @router.get("/metrics", response_class=PlainTextResponse, responses=_errors((401, 431)))
+    async def metrics() -> Response:
+        """Prometheus metrics."""
+        return PlainTextResponse(service.metrics.render())
+
+    @router.get("/", response_class=HTMLResponse, responses=_errors((401, 431)))
+    async def playground() -> Response:
+        """A page to try the model with a document."""
+        return HTMLResponse(page, headers=PAGE_HEADERS)
+
+    return router
+
+
+async def _tokenize(service: Service, body: TokenizeRequest) -> Sequence[int]:
+    if (body.prompt is None) == (body.messages is None):
+        raise ApiError(400, "Send either prompt or messages.", param="prompt")
+    if body.messages is None:
+        special = body.add_special_tokens is not False
+        return await service.engine.tokenize(body.prompt or "", add_special_tokens=special)
+    text = await service.render(body, body.chat_template_kwargs, body.add_generation_prompt)
+    return await service.engine.tokenize(text, add_special_tokens=bool(body.add_special_tokens))
+
+
+async def _detokenize(service: Service, ids: Sequence[int]) -> str:
+    return await service.engine.detokenize(ids)
+
+
+async def _spread(head: dict[str, Any], ids: Sequence[int]) -> AsyncIterator[str]:
+    """A JSON object with a list of up to a million ids, made in pieces so that nobody waits."""
+    fields = ",".join(f'"{name}":{value}' for name, value in head.items())
+    yield f'{{{fields},"tokens":['
+    for start in range(0, len(ids), IDS_PER_PIECE):
+        yield ("," if start else "") + ",".join(map(str, ids[start:start + IDS_PER_PIECE]))
+        await asyncio.sleep(0)
+    yield "]}"
+
+
+# -- the schema ----------------------------------------------------------------------------------
+
+
+def _docs(
+    body: type[BaseModel], reply: type[BaseModel], can_stream: bool = False
+) -> dict[str, Any]:
+    """Bodies are read by us, within limits; the schema is stated here instead."""
+    schema = {"$ref": REF.format(model=body.__name__)}
+    responses = _responses(reply, tuple(REFUSALS))
+    if can_stream:
+        responses[200]["content"] = replies.STREAM_TEXT
+    return {"responses": responses, "openapi_extra": {"requestBody": {
+        "required": True, "content": {"application/json": {"schema": schema}}}}}
+
+
+def _responses(reply: type[BaseModel], refusals: Sequence[int]) -> dict[int | str, dict[str, Any]]:
+    return {200: {"model": reply}, **_errors(refusals)}
+
+
+def _errors(refusals: Sequence[int]) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": replies.ErrorReply, "description": REFUSALS[status]}
+            for status in refusals}
+
+
+def _openapi(app: FastAPI, needs_key: bool) -> dict[str, Any]:
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        _, bodies = models_json_schema(
+            [(model, "validation") for model in BODIES], ref_template=REF)
+        parts = schema.setdefault("components", {})
+        parts.setdefault("schemas", {}).update(bodies["$defs"])
+        if needs_key:
+            parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            schema["security"] = [{"key": []}]
+            schema["paths"]["/health"]["get"]["security"] = []
+        app.openapi_schema = schema
+    return app.openapi_schema

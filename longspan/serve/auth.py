@@ -1,0 +1,75 @@
+"""The outermost layer: API key on every route but /health, a bound on headers, request ids."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+import uuid
+from collections.abc import Callable, Sequence
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from longspan.serve.errors import ApiError
+
+MAX_HEADERS = 200
+OPEN_PATHS = frozenset({"/health"})
+CHALLENGE = {"WWW-Authenticate": 'Basic realm="longspan: any name, the API key as password"'}
+"""Makes a browser ask for the key, so that the playground works with one."""
+
+
+class EdgeMiddleware:
+    """Refuses requests before anything of them is looked at; names each with an id."""
+
+    def __init__(
+        self, app: ASGIApp, api_keys: Sequence[str], answered: Callable[[str, int], None],
+    ) -> None:
+        self._app, self._answered = app, answered
+        self._keys = [key.encode() for key in api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                route = getattr(scope.get("route"), "path", "other")
+                self._answered(route, message["status"])
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        refusal = self._refusal(scope)
+        app = refusal.response() if refusal else self._app
+        await app(scope, receive, send_with_id)
+
+    def _refusal(self, scope: Scope) -> ApiError | None:
+        if len(scope["headers"]) > MAX_HEADERS:
+            return ApiError(431, f"More than {MAX_HEADERS} headers.")
+        if not self._keys or scope["path"] in OPEN_PATHS:
+            return None
+        given = _given_key(Headers(scope=scope).get("authorization", ""))
+        if given is None:
+            return ApiError(401, "No API key: send Authorization: Bearer KEY.",
+                            code="invalid_api_key", headers=CHALLENGE)
+        # Every key is compared, each in constant time.
+        if not any([hmac.compare_digest(given, key) for key in self._keys]):
+            return ApiError(401, "This API key is not valid here.", code="invalid_api_key",
+                            headers=CHALLENGE)
+        return None
+
+
+def _given_key(header: str) -> bytes | None:
+    """The key of a Bearer header, or the password of a Basic one."""
+    scheme, _, value = header.strip().partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip().encode()
+    if scheme.lower() == "basic":
+        try:
+            return base64.b64decode(value.strip(), validate=True).partition(b":")[2]
+        except (binascii.Error, ValueError):
+            return None
+    return None

@@ -1,0 +1,129 @@
+"""Reading a request's body within limits, and noticing that its sender has gone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
+
+from longspan.serve.errors import ApiError, ClientGone
+
+Model = TypeVar("Model", bound=BaseModel)
+Result = TypeVar("Result")
+NULL_ERROR = "none_required"
+MAX_MESSAGE_LEN = 300
+
+
+def announced_bytes(request: Request) -> int:
+    """Content-Length, 0 when there is none. Raises 400 for nonsense."""
+    text = request.headers.get("content-length", "0")
+    if not (text.isascii() and text.isdigit()):
+        raise ApiError(400, "Content-Length is not a number.")
+    return int(text)
+
+
+def check_media_type(request: Request) -> None:
+    """Raises 415 unless the body is declared as JSON: a page of another origin cannot declare that
+    without asking first, so no visited web page can send requests to a server on this machine."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, "Send Content-Type: application/json.")
+
+
+async def read_body(request: Request, take: Callable[[int], None], timeout_s: float) -> bytes:
+    """The whole body. ``take`` counts each piece and raises when it is too much.
+
+    Raises 408 for a silence of ``timeout_s``, `ClientGone` if the sender hangs up.
+    """
+    pieces = list[bytes]()
+    while True:
+        try:
+            async with asyncio.timeout(timeout_s):
+                message = await request.receive()
+        except TimeoutError:
+            raise ApiError(408, f"The request body did not arrive: nothing came for "
+                           f"{timeout_s:g} s.", headers={"Connection": "close"}) from None
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        piece = message.get("body", b"")
+        take(len(piece))
+        pieces.append(piece)
+        if not message.get("more_body", False):
+            return b"".join(pieces)
+
+
+def parse(model: type[Model], body: bytes) -> Model:
+    """The checked request. Raises 400 that names the field at fault."""
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        raise _explain(error) from None
+
+
+def _explain(error: ValidationError) -> ApiError:
+    """The first fault; of a union's, the one that got furthest into the value."""
+    faults = error.errors(include_url=False, include_context=False, include_input=False)
+    fault = max(faults, key=lambda item: (item["loc"][:1] == faults[0]["loc"][:1],
+                                          len(item["loc"])))
+    names = [str(part) for part in fault["loc"] if not _is_union_branch(part)]
+    param = ".".join(names) or None
+    if fault["type"] == NULL_ERROR:
+        text = f"{param} is not supported by this server; leave it out."
+    elif fault["type"] == "extra_forbidden":
+        text = f"{param} is not a known field of this request."
+    elif fault["type"] == "json_invalid":
+        text = f"The body is not valid JSON: {fault['msg']}."
+    else:
+        text = f"{param or 'The body'}: {fault['msg']}."
+    return ApiError(400, text[:MAX_MESSAGE_LEN], param=param)
+
+
+def _is_union_branch(part: int | str) -> bool:
+    """Pydantic puts the branch's type into the place of a fault."""
+    return isinstance(part, str) and ("[" in part or part in (
+        "str", "int", "float", "bool", "TextPart", "literal"))
+
+
+class Disconnect:
+    """Watches one connection, once the body is read; everything that waits races against it."""
+
+    def __init__(self, receive: Callable[[], Awaitable[Any]]) -> None:
+        self._task = asyncio.create_task(_wait_for_disconnect(receive))
+
+    async def race(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """The result of ``work``. Raises `ClientGone`, with the work cancelled and cleaned up."""
+        task = asyncio.create_task(work)
+        try:
+            await asyncio.wait((task, self._task), return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise ClientGone
+            return task.result()
+        finally:
+            await cancel(task)
+
+    async def race_for(self, task: asyncio.Task[Result], timeout_s: float) -> bool:
+        """Wait for a task that goes on afterwards; whether it is done. Raises `ClientGone`."""
+        await asyncio.wait(
+            (task, self._task), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done() and self._task.done():
+            raise ClientGone
+        return task.done()
+
+    async def close(self) -> None:
+        """Stop watching."""
+        await cancel(self._task)
+
+
+async def cancel(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel tasks and wait until they have cleaned up; their results are dropped."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _wait_for_disconnect(receive: Callable[[], Awaitable[Any]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,63 @@
+"""Choices of one server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from longspan.errors import LongspanError
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeConfig:
+    """Limits and times of the HTTP edge. ``None`` means: decide from the engine's limits."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = 8000
+    """Port to listen on; 0: any free one."""
+    api_keys: tuple[str, ...] = ()
+    """Any of them opens every route; empty: no key is asked for. /health never asks."""
+    model_name: str | None = None
+    """Name under which clients ask for the model; default: the engine's."""
+    max_body_bytes: int | None = None
+    """Longest request body; default: 16 bytes for each token of the longest prompt."""
+    max_buffered_bytes: int | None = None
+    """Request bodies in memory together; default: four of the longest."""
+    max_queued_tokens: int | None = None
+    """Prompt tokens accepted and not yet prefilled; default: four of the longest prompts."""
+    max_queued_requests: int = 1024
+    """Requests accepted and not yet answering."""
+    max_choices: int = 64
+    """Completions that one request may ask for: its prompts times its n."""
+    default_max_tokens: int = 2048
+    """Longest completion of a request that names none (less if the prompt leaves less room)."""
+    ping_interval_s: float = 5.0
+    """Between signs of life on a silent stream."""
+    header_grace_s: float = 1.0
+    """Headers of a stream go out after this, even while the prompt is still being tokenised; until
+    then a refusal gets its own status."""
+    body_timeout_s: float = 30.0
+    """Longest silence of a client that is sending its request."""
+    send_timeout_s: float = 120.0
+    """Longest time for which a client may not read; its request is then cancelled."""
+    drain_timeout_s: float = 600.0
+    """Longest wait for running requests after SIGTERM."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise LongspanError(f"port {self.port} is not between 0 and 65535")
+        for name in ("max_body_bytes", "max_buffered_bytes", "max_queued_tokens",
+                     "max_queued_requests", "max_choices", "default_max_tokens", "ping_interval_s",
+                     "body_timeout_s", "send_timeout_s"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise LongspanError(f"{name} must be positive, not {value}")
+        if not all(key and key.isascii() and key.isprintable() for key in self.api_keys):
+            raise LongspanError("an API key must be printable ASCII and not empty")
+
+    @property
+    def is_public(self) -> bool:
+        """Other machines may reach it."""
+        return self.host not in LOOPBACK

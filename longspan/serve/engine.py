@@ -1,0 +1,135 @@
+"""What the HTTP edge needs of an engine; `longspan.engine.client` provides it.
+
+Tests use a double. Nothing here computes, and no call may block the event loop: tokenising,
+rendering and detokenising happen elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from longspan.engine.request import Progress, SamplingParams, TokenEvent
+
+EngineState = Literal["loading", "ready", "draining", "dead"]
+Event = Progress | TokenEvent
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateRequest:
+    """One completion to compute."""
+
+    request_id: str
+    """Unique while the request lives."""
+    prompt: str | Sequence[int]
+    """Text, or token ids. The server sends ids: it has tokenised to check the length."""
+    params: SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineStatus:
+    """A cheap snapshot, kept up to date by the engine's messages."""
+
+    state: EngineState
+    reason: str = ""
+    """Why it is dead, or what is being loaded."""
+    model: str = ""
+    """Name of the model, as clients should write it."""
+    max_model_len: int = 0
+    """Longest prompt plus completion, tokens."""
+    capacity_tokens: int = 0
+    """Tokens that the KV cache holds."""
+    prefill_chunk_len: int = 8192
+    """Prompt tokens computed in one step at the most."""
+    num_waiting: int = 0
+    """Requests without KV blocks."""
+    num_running: int = 0
+    """Requests in prefill or decode."""
+    num_waiting_tokens: int = 0
+    """Prompt tokens of the waiting requests."""
+    num_used_tokens: int = 0
+    """Tokens of KV in use by running requests."""
+    latency: tuple[float, float, float, float] | None = None
+    """(c, gamma, b, a) of t(L, x) = c + gamma L + b x + a (2 L x + x^2), seconds, fitted by the
+    scheduler; None: the server fits its own from what it sees."""
+    memory_bytes: Mapping[str, int] = field(default_factory=dict)
+    """For the start-up report: weights, workspace, KV cache."""
+    default_sampling: Mapping[str, float] = field(default_factory=dict)
+    """Sampling fields that the checkpoint recommends (its generation_config.json)."""
+
+
+class TokenLogprob(Protocol):
+    """Log-probability of one token. `TokenEvent.logprobs` holds one for each token of its text
+    (the token that ended the completion is left out) when ``params.logprobs`` is not None."""
+
+    @property
+    def text(self) -> str:
+        """The token alone, U+FFFD for incomplete characters."""
+
+    @property
+    def data(self) -> bytes:
+        """The token's bytes."""
+
+    @property
+    def logprob(self) -> float:
+        """Natural logarithm of its probability, before temperature and filters."""
+
+    @property
+    def top(self) -> Sequence[TokenLogprob]:
+        """The ``params.logprobs`` most probable tokens at this place, best first."""
+
+
+class EventStream(Protocol):
+    """The events of one request: an async generator."""
+
+    def __aiter__(self) -> EventStream: ...
+
+    async def __anext__(self) -> Event: ...
+
+    async def aclose(self) -> None:
+        """Cancel the request, whatever it waits for; harmless after the end and when repeated."""
+
+
+class AsyncEngine(Protocol):
+    """An engine in other processes."""
+
+    @property
+    def params_type(self) -> type[SamplingParams]:
+        """The dataclass to build. A sampling option that is not among its fields is refused by
+        name, so an engine gains an option by gaining the field."""
+
+    async def start(self) -> None:
+        """Begin loading and return at once; `status` tells when it is ready or has failed."""
+
+    async def add(self, request: GenerateRequest) -> EventStream:
+        """Hand in a request. Returns once it is accepted, before anything is computed.
+
+        The stream gives `Progress` at once (with the prompt's length) and after each prefill
+        chunk, then `TokenEvent`s, the last of them with a finish reason. Closing the stream, or
+        cancelling this call, aborts the request.
+
+        Raises:
+            LongspanError: refused, or the engine died; ``http_status`` says which. The stream's
+                ``__anext__`` raises it too, at any time.
+        """
+
+    async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> Sequence[int]:
+        """Token ids of a text."""
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids. Raises `InvalidRequestError` for ids that do not exist."""
+
+    async def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], **template_values: Any
+    ) -> str:
+        """The prompt text for a conversation, by the checkpoint's template, sandboxed."""
+
+    def status(self) -> EngineStatus:
+        """The present state; never waits."""
+
+    async def drain(self) -> None:
+        """Take no further requests; returns when the accepted ones are finished."""
+
+    async def close(self) -> None:
+        """Stop at once: abort everything and end the processes."""

@@ -1,0 +1,92 @@
+"""Errors as OpenAI's clients expect them: a status and ``{"error": {...}}``."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from longspan.errors import LongspanError, PromptTooLongError
+
+logger = logging.getLogger("longspan.serve")
+
+TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error",
+         503: "service_unavailable_error"}
+"""Error types by status; 500 and above otherwise: server_error; below: invalid_request_error."""
+
+
+class ApiError(Exception):
+    """Ends a request with a status and a message for the person who sent it.
+
+    Args:
+        code: word for programs, such as ``context_length_exceeded``.
+        param: the field at fault.
+        retry_after_s: when it is worth trying again.
+        details: further numbers, beside the message.
+    """
+
+    def __init__(
+        self, status: int, message: str, *, code: str | None = None, param: str | None = None,
+        retry_after_s: float | None = None, headers: Mapping[str, str] | None = None,
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.headers = dict(headers or {})
+        self.details = dict(details or {})
+        if retry_after_s is not None:
+            self.headers["Retry-After"] = str(min(3600, max(1, math.ceil(retry_after_s))))
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The JSON object of the reply."""
+        kind = TYPES.get(
+            self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param,
+                          "code": self.code, **self.details}}
+
+    def response(self) -> Response:
+        """The reply."""
+        return JSONResponse(self.body, self.status, headers=self.headers)
+
+
+class ClientGone(Exception):
+    """The client hung up; there is nobody to answer."""
+
+
+def too_long(prompt_len: int, max_tokens: int | None, limit: int) -> ApiError:
+    """A prompt, or prompt and completion together, above the model's limit."""
+    if max_tokens is None:
+        text = (f"The prompt has {prompt_len} tokens; the limit is {limit} tokens for prompt and "
+                f"completion together. Shorten the prompt by {prompt_len + 1 - limit} tokens.")
+    else:
+        text = (f"The prompt has {prompt_len} tokens and max_tokens is {max_tokens}: together "
+                f"{prompt_len + max_tokens}, above the limit of {limit} tokens. Shorten the prompt "
+                f"or lower max_tokens by {prompt_len + max_tokens - limit}.")
+    return ApiError(400, text, code="context_length_exceeded", param="prompt", details={
+        "prompt_tokens": prompt_len, "max_tokens": max_tokens, "limit": limit})
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """Any exception as a reply; what nobody expected is logged and not shown."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, LongspanError):
+        code = "context_length_exceeded" if isinstance(error, PromptTooLongError) else None
+        return ApiError(error.http_status, " ".join(str(error).split()), code=code)
+    if isinstance(error, HTTPException):
+        return ApiError(error.status_code, str(error.detail), headers=error.headers)
+    logger.error("unexpected error", exc_info=error)
+    return ApiError(500, "The server failed on this request; its log says why.")
+
+
+async def error_response(request: Request, error: Exception) -> Response:
+    """Exception handler of the application."""
+    if isinstance(error, ClientGone):
+        return Response(status_code=499)  # never sent
+    return as_api_error(error).response()

@@ -1,0 +1,147 @@
+"""Completions as JSON objects: OpenAI's two shapes, whole and in chunks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from longspan.engine.request import TokenEvent
+from longspan.serve.engine import TokenLogprob
+from longspan.serve.generation import Usage
+
+Json = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Delta:
+    """New text of one completion."""
+
+    index: int
+    text: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def add(self, event: TokenEvent) -> None:
+        """Append an event; a slow reader gets several in one chunk."""
+        self.text += event.text
+        self.logprobs.extend(getattr(event, "logprobs", None) or ())
+        self.finish_reason = event.finish_reason or self.finish_reason
+
+
+class Format(Protocol):
+    """One of the two APIs."""
+
+    def opening(self, indices: Sequence[int]) -> list[Json]:
+        """Chunks in front of a stream's first text."""
+
+    def chunk(self, delta: Delta) -> Json:
+        """A piece of a stream."""
+
+    def bare_chunk(self, **values: object) -> Json:
+        """A chunk without choices: progress, usage."""
+
+    def reply(self, deltas: Sequence[Delta], usage: Usage) -> Json:
+        """The whole answer; each delta is a whole completion."""
+
+
+class ChatFormat:
+    """/v1/chat/completions."""
+
+    def __init__(self, request_id: str, model: str, *, with_logprobs: bool) -> None:
+        self._with_logprobs = with_logprobs
+        self._head = {"id": f"chatcmpl-{request_id}", "created": int(time.time()), "model": model}
+
+    def opening(self, indices: Sequence[int]) -> list[Json]:
+        """The role, once for each completion."""
+        return [self._chunk([self._choice(index, {"role": "assistant", "content": ""}, [], None)])
+                for index in indices]
+
+    def chunk(self, delta: Delta) -> Json:
+        """A piece of a stream."""
+        content = {"content": delta.text} if delta.text or not delta.finish_reason else {}
+        return self._chunk([self._choice(
+            delta.index, content, delta.logprobs, delta.finish_reason)])
+
+    def bare_chunk(self, **values: object) -> Json:
+        """A chunk without choices."""
+        return {**self._chunk([]), **values}
+
+    def reply(self, deltas: Sequence[Delta], usage: Usage) -> Json:
+        """The whole answer."""
+        return {**self._head, "object": "chat.completion", "choices": [{
+            "index": delta.index, "finish_reason": delta.finish_reason,
+            "message": {"role": "assistant", "content": delta.text, "refusal": None},
+            "logprobs": self._logprobs(delta.logprobs)} for delta in deltas],
+            "usage": usage.as_dict(), "timings": usage.timings()}
+
+    def _chunk(self, choices: list[Json]) -> Json:
+        return {**self._head, "object": "chat.completion.chunk", "choices": choices}
+
+    def _choice(
+        self, index: int, delta: Json, logprobs: Sequence[TokenLogprob], reason: str | None
+    ) -> Json:
+        return {"index": index, "delta": delta, "finish_reason": reason,
+                "logprobs": self._logprobs(logprobs) if logprobs else None}
+
+    def _logprobs(self, items: Sequence[TokenLogprob]) -> Json | None:
+        if not self._with_logprobs:
+            return None
+        return {"refusal": None, "content": [
+            {**_chat_logprob(item), "top_logprobs": [_chat_logprob(other) for other in item.top]}
+            for item in items]}
+
+
+class CompletionFormat:
+    """/v1/completions."""
+
+    def __init__(self, request_id: str, model: str, *, with_logprobs: bool) -> None:
+        self._with_logprobs = with_logprobs
+        self._offsets = dict[int, int]()
+        self._head = {"id": f"cmpl-{request_id}", "object": "text_completion",
+                      "created": int(time.time()), "model": model}
+
+    def opening(self, indices: Sequence[int]) -> list[Json]:
+        """Nothing."""
+        return []
+
+    def chunk(self, delta: Delta) -> Json:
+        """A piece of a stream."""
+        return {**self._head, "choices": [self._choice(delta)]}
+
+    def bare_chunk(self, **values: object) -> Json:
+        """A chunk without choices."""
+        return {**self._head, "choices": [], **values}
+
+    def reply(self, deltas: Sequence[Delta], usage: Usage) -> Json:
+        """The whole answer."""
+        return {**self._head, "choices": [self._choice(delta) for delta in deltas],
+                "usage": usage.as_dict(), "timings": usage.timings()}
+
+    def _choice(self, delta: Delta) -> Json:
+        return {"index": delta.index, "text": delta.text, "finish_reason": delta.finish_reason,
+                "logprobs": self._logprobs(delta)}
+
+    def _logprobs(self, delta: Delta) -> Json | None:
+        if not self._with_logprobs:
+            return None
+        offset, offsets = self._offsets.get(delta.index, 0), list[int]()
+        for item in delta.logprobs:
+            offsets.append(offset)
+            offset += len(item.text)
+        self._offsets[delta.index] = offset
+        return {"tokens": [item.text for item in delta.logprobs],
+                "token_logprobs": [_finite(item.logprob) for item in delta.logprobs],
+                "top_logprobs": [{other.text: _finite(other.logprob) for other in item.top}
+                                 for item in delta.logprobs],
+                "text_offset": offsets}
+
+
+def _chat_logprob(item: TokenLogprob) -> Json:
+    return {"token": item.text, "bytes": list(item.data), "logprob": _finite(item.logprob)}
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinities; OpenAI writes -9999 for a token without probability."""
+    return max(-9999.0, logprob)

@@ -1,0 +1,219 @@
+"""Requests as OpenAI's API, vLLM and llama.cpp define them; the only pydantic input models.
+
+Fields that OpenAI has and this server does not are declared as null, so that clients may send the
+default, and anything else is refused by name. Unknown fields are refused by name too.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field
+
+MAX_STOPS = 16
+MAX_TOP_LOGPROBS = 20
+MAX_INT = 2**31 - 1
+
+TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1)]
+Text = Annotated[str, Field(min_length=1)]
+Stop = Annotated[str, Field(min_length=1, max_length=1024)]
+Scalar = bool | int | float | Annotated[str, Field(max_length=1024)]
+TemplateValues = Annotated[
+    dict[Annotated[str, Field(pattern="^[a-z_]{1,64}$")], Scalar], Field(max_length=16)]
+
+
+class Strict(BaseModel):
+    """No unknown fields, no conversions between types."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class StreamOptions(Strict):
+    """What a stream carries besides text."""
+
+    include_usage: bool = False
+    """A last chunk without choices, with the usage."""
+
+
+class SamplingFields(Strict):
+    """What chat and plain completions have in common."""
+
+    model: Annotated[str, Field(max_length=512)] | None = None
+    """Name of the served model (see /v1/models); null: whatever is served."""
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
+    """Longest completion, tokens; null: the server's default, less if there is less room."""
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    """0: always the most probable token; null: the checkpoint's advice, else 1."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Keep the smallest set of tokens that reaches this probability."""
+    top_k: Annotated[int, Field(ge=-1, le=MAX_INT)] | None = None
+    """Keep the k most probable tokens; 0 or -1: all."""
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Keep tokens at least this fraction as probable as the most probable one."""
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    """Taken from the logit of each token that the completion already has."""
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    """Taken from a token's logit for each time that the completion already has it."""
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    """Divides positive logits of tokens in prompt or completion (and multiplies negative ones)."""
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    """Same seed, same request, same answer."""
+    stop: Stop | Annotated[list[Stop], Field(fail_fast=True, max_length=MAX_STOPS)] | None = None
+    """Text that ends the completion; it is not part of it."""
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True, max_length=64)] | None = None
+    """Tokens that end the completion."""
+    ignore_eos: bool | None = None
+    """Go on past the end-of-text token (for benchmarks)."""
+    n: Annotated[int, Field(ge=1, le=64)] | None = None
+    """Completions for each prompt; they share its prefill."""
+    stream: bool | None = None
+    """Send the completion as server-sent events, as it is made."""
+    stream_options: StreamOptions | None = None
+    """Only with stream."""
+    return_progress: bool | None = None
+    """With stream: chunks without choices that tell how far the prefill is, in llama.cpp's form
+    (prompt_progress: total, cache, processed, time_ms), and the predicted time to first token."""
+    user: Annotated[str, Field(max_length=512)] | None = None
+    """Taken and not used."""
+
+    logit_bias: None = None
+    service_tier: None = None
+    prompt_cache_key: None = None
+    safety_identifier: None = None
+    store: None = None
+    metadata: None = None
+
+
+class TextPart(Strict):
+    """A piece of a message. Only text is supported."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Strict):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True, min_length=1)]
+    name: Annotated[str, Field(max_length=64)] | None = None
+    """Given to the chat template, which may ignore it."""
+    refusal: None = None
+    tool_calls: None = None
+    function_call: None = None
+    audio: None = None
+
+    def for_template(self) -> dict[str, str]:
+        """As chat templates want it: ``developer`` is the newer name of ``system``."""
+        text = self.content if isinstance(self.content, str) else "\n".join(
+            part.text for part in self.content)
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": text, **({"name": self.name} if self.name else {})}
+
+
+Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=10_000)]
+
+
+class JsonSchemaBody(Strict):
+    """A named JSON schema."""
+
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    description: str | None = None
+    # The wire name is taken by a method of pydantic's models.
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+    """The answer always fits the schema, whatever is said here."""
+
+
+class TextFormat(Strict):
+    """Free text."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Strict):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class JsonSchemaFormat(Strict):
+    """JSON that fits a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchemaBody
+
+
+ResponseFormat = Annotated[
+    TextFormat | JsonObjectFormat | JsonSchemaFormat, Discriminator("type")]
+
+
+class ChatRequest(SamplingFields):
+    """POST /v1/chat/completions."""
+
+    messages: Messages
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
+    """Newer name of max_tokens."""
+    logprobs: bool | None = None
+    """Return the log-probability of each token."""
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    """With logprobs: also of this many alternatives."""
+    response_format: ResponseFormat | None = None
+    """Constrain the answer to JSON."""
+    chat_template_kwargs: TemplateValues | None = None
+    """Further variables of the chat template, such as enable_thinking."""
+
+    tools: None = None
+    tool_choice: None = None
+    parallel_tool_calls: None = None
+    functions: None = None
+    function_call: None = None
+    modalities: None = None
+    audio: None = None
+    prediction: None = None
+    reasoning_effort: None = None
+    verbosity: None = None
+    web_search_options: None = None
+
+
+class CompletionRequest(SamplingFields):
+    """POST /v1/completions."""
+
+    prompt: (
+        Text | TokenIds
+        | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=64)]
+        | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=64)])
+    """Text or token ids, or a list of either."""
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    """Return log-probabilities of each token and of this many alternatives."""
+    add_special_tokens: bool = True
+    """Put the checkpoint's beginning-of-text token in front, if it has one."""
+
+    best_of: None = None
+    echo: Literal[False] | None = None
+    """Only false: the prompt is not repeated."""
+    suffix: None = None
+
+
+class TokenizeRequest(Strict):
+    """POST /tokenize: exactly one of prompt and messages."""
+
+    model: Annotated[str, Field(max_length=512)] | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = None
+    """Default: true for a prompt, false for messages, whose template has them."""
+    add_generation_prompt: bool = True
+    """With messages: end with the beginning of the assistant's turn."""
+    chat_template_kwargs: TemplateValues | None = None
+    return_tokens: bool = True
+    """False: only the count, for long texts."""
+
+
+class DetokenizeRequest(Strict):
+    """POST /detokenize."""
+
+    model: Annotated[str, Field(max_length=512)] | None = None
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]

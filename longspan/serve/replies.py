@@ -1,0 +1,186 @@
+"""The shapes of answers, for the OpenAPI schema; the answers themselves are plain objects."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+FinishReason = Literal["stop", "length"]
+
+
+class Reply(BaseModel):
+    """Answers are read, not written, by clients: further fields may come."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+
+class ErrorDetail(Reply):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorReply(Reply):
+    """Any answer with a status of 400 or above."""
+
+    error: ErrorDetail
+
+
+class PromptTokensDetails(Reply):
+    """Of the prompt's tokens."""
+
+    cached_tokens: int
+
+
+class UsageReply(Reply):
+    """Tokens of a request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class Timings(Reply):
+    """llama.cpp's timings (``predicted_`` there means generated), and the time to first token."""
+
+    cache_n: int
+    prompt_n: int
+    prompt_ms: float | None
+    prompt_per_second: float | None
+    predicted_n: int
+    predicted_ms: float | None
+    predicted_per_second: float | None
+    ttft_ms: float | None
+    predicted_ttft_ms: float | None
+    """What the server expected when the request arrived."""
+
+
+class AssistantMessage(Reply):
+    """The answer."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatLogprob(Reply):
+    """A token and its probability."""
+
+    token: str
+    bytes: list[int]
+    logprob: float
+
+
+class ChatTokenLogprob(ChatLogprob):
+    """A token of the answer, with alternatives."""
+
+    top_logprobs: list[ChatLogprob]
+
+
+class ChatLogprobs(Reply):
+    """For each token of the answer."""
+
+    content: list[ChatTokenLogprob]
+    refusal: None
+
+
+class ChatChoice(Reply):
+    """One answer."""
+
+    index: int
+    message: AssistantMessage
+    finish_reason: FinishReason
+    logprobs: ChatLogprobs | None
+
+
+class ChatReply(Reply):
+    """Answer of /v1/chat/completions without stream."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: UsageReply
+    timings: Timings
+
+
+class CompletionLogprobs(Reply):
+    """For each token of the completion."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionChoice(Reply):
+    """One completion."""
+
+    index: int
+    text: str
+    finish_reason: FinishReason
+    logprobs: CompletionLogprobs | None
+
+
+class CompletionReply(Reply):
+    """Answer of /v1/completions without stream."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: UsageReply
+    timings: Timings
+
+
+class ModelCard(Reply):
+    """The served model."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int
+    capacity_tokens: int
+    """Tokens that the KV cache holds."""
+
+
+class ModelList(Reply):
+    """Answer of /v1/models: one model."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class TokenizeReply(Reply):
+    """Answer of /tokenize."""
+
+    count: int
+    max_model_len: int
+    predicted_ttft_ms: float
+    """If a prompt of this length arrived now."""
+    tokens: list[int] | None = Field(default=None)
+    """Absent when not wanted."""
+
+
+class DetokenizeReply(Reply):
+    """Answer of /detokenize."""
+
+    prompt: str
+
+
+class HealthReply(Reply):
+    """Answer of /health: 200 when ready, 503 otherwise."""
+
+    status: Literal["loading", "ready", "draining", "dead"]
+    reason: str
+
+
+STREAM_TEXT: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}

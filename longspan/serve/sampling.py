@@ -1,0 +1,95 @@
+"""From the fields of a request to the engine's `SamplingParams`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from longspan.engine.request import MAX_SEED, SamplingParams
+from longspan.serve.errors import ApiError
+from longspan.serve.protocol import ChatRequest, CompletionRequest, JsonSchemaFormat, SamplingFields
+
+DEFAULT_TEMPERATURE = 1.0
+"""OpenAI's, where the checkpoint gives no advice."""
+PLAIN_FIELDS = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
+                "repetition_penalty", "ignore_eos")
+NEUTRAL: Mapping[str, object] = {
+    "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1, "ignore_eos": False,
+    "top_k": 0, "min_p": 0, "stop": (), "stop_token_ids": ()}
+"""Values that ask for nothing, which every engine can serve."""
+ANY_OBJECT = '{"type": "object"}'
+
+
+def sampling_params(
+    kind: type[SamplingParams], request: ChatRequest | CompletionRequest,
+    defaults: Mapping[str, float], default_max_tokens: int,
+) -> SamplingParams:
+    """The engine's parameters. Raises 400 naming an option that the engine does not have."""
+    known = {field.name for field in fields(kind)}
+    values: dict[str, Any] = {name: value for name, value in defaults.items()
+                              if name in known and name in PLAIN_FIELDS}
+    values.setdefault("temperature", DEFAULT_TEMPERATURE)
+    for name, value in _asked(request).items():
+        if name in known:
+            values[name] = value
+        elif value != NEUTRAL.get(name):
+            wire_name = _WIRE_NAMES.get(name, name)
+            raise ApiError(400, f"{wire_name} is not supported by this engine; leave it out.",
+                           param=wire_name)
+    return kind(**{"max_tokens": default_max_tokens, **values})
+
+
+_WIRE_NAMES = {"json_schema": "response_format"}
+
+
+def _asked(request: ChatRequest | CompletionRequest) -> dict[str, Any]:
+    """What the request sets, under the engine's names."""
+    values = {name: getattr(request, name) for name in PLAIN_FIELDS}
+    values["top_k"] = None if request.top_k is None else max(0, request.top_k)
+    values["seed"] = None if request.seed is None else request.seed & MAX_SEED
+    values["stop"] = (request.stop,) if isinstance(request.stop, str) else request.stop
+    values["stop_token_ids"] = request.stop_token_ids
+    values["max_tokens"] = asked_max_tokens(request)
+    values["logprobs"] = _num_logprobs(request)
+    values["json_schema"] = _json_schema(request)
+    return {name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items() if value is not None}
+
+
+def asked_max_tokens(request: SamplingFields) -> int | None:
+    """max_tokens under either of its names. Raises 400 if they contradict each other."""
+    newer = getattr(request, "max_completion_tokens", None)
+    if newer is not None and request.max_tokens not in (None, newer):
+        raise ApiError(400, "max_tokens and max_completion_tokens differ; send one of them.",
+                       param="max_tokens")
+    return newer if newer is not None else request.max_tokens
+
+
+def _num_logprobs(request: ChatRequest | CompletionRequest) -> int | None:
+    """Alternatives for each token; None: no log-probabilities at all."""
+    if isinstance(request, CompletionRequest):
+        return request.logprobs
+    if request.top_logprobs and not request.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs: true.", param="top_logprobs")
+    return (request.top_logprobs or 0) if request.logprobs else None
+
+
+def _json_schema(request: ChatRequest | CompletionRequest) -> str | None:
+    """The schema that the answer must fit, as JSON text."""
+    wanted = request.response_format if isinstance(request, ChatRequest) else None
+    if wanted is None or wanted.type == "text":
+        return None
+    if isinstance(wanted, JsonSchemaFormat):
+        return json.dumps(wanted.json_schema.schema_)
+    return ANY_OBJECT
+
+
+def check_streaming(request: SamplingFields) -> None:
+    """Raises 400 for stream options without a stream."""
+    if request.stream:
+        return
+    for name in ("stream_options", "return_progress"):
+        if getattr(request, name):
+            raise ApiError(400, f"{name} needs stream: true.", param=name)

@@ -1,0 +1,218 @@
+"""From a request's bytes to its answer: what all routes that compute have in common."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from dataclasses import replace
+from typing import TypeVar
+
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from longspan.engine.request import SamplingParams, TokenEvent
+from longspan.serve.admission import Gate, Ticket
+from longspan.serve.body import (
+    Disconnect,
+    announced_bytes,
+    cancel,
+    check_media_type,
+    parse,
+    read_body,
+)
+from longspan.serve.config import ServeConfig
+from longspan.serve.engine import AsyncEngine
+from longspan.serve.errors import ApiError, ClientGone, too_long
+from longspan.serve.format import ChatFormat, CompletionFormat, Delta, Format
+from longspan.serve.generation import Generation, Job, millis
+from longspan.serve.latency import LatencyModel
+from longspan.serve.metrics import Metrics
+from longspan.serve.protocol import ChatRequest, CompletionRequest, TemplateValues, TokenizeRequest
+from longspan.serve.sampling import asked_max_tokens, check_streaming, sampling_params
+from longspan.serve.stream import EventStreamResponse, EventWriter, StreamOptions
+
+RESERVED_VALUES = frozenset({"messages", "add_generation_prompt", "tools", "documents"})
+Model = TypeVar("Model", bound=BaseModel)
+GenerateBody = ChatRequest | CompletionRequest
+
+
+class Service:
+    """One server: an engine, its gate and its counters."""
+
+    def __init__(self, engine: AsyncEngine, config: ServeConfig) -> None:
+        self.engine, self.config = engine, config
+        self.gate = Gate(config, engine.status, LatencyModel())
+        self.metrics = Metrics(self.gate, engine.status)
+
+    @property
+    def model_name(self) -> str:
+        """Name under which the model is served."""
+        return self.config.model_name or self.engine.status().model
+
+    # -- completions ---------------------------------------------------------------------------
+
+    async def generate(self, request: Request, kind: type[GenerateBody]) -> Response:
+        """POST of a completion, streaming or not."""
+        try:
+            async with AsyncExitStack() as stack:
+                return await self._generate(request, kind, stack)
+        except ClientGone:
+            self.metrics.gone()
+            raise
+
+    async def _generate(
+        self, request: Request, kind: type[GenerateBody], stack: AsyncExitStack
+    ) -> Response:
+        num_bytes = self._check_head(request)
+        ticket = stack.enter_context(self.gate.enter(num_bytes))
+        buffer = stack.enter_context(ExitStack())
+        body = await self._read(request, kind, buffer)
+        params = self._check(body)
+        watcher = Disconnect(request.receive)
+        stack.push_async_callback(watcher.close)
+        generation = Generation(self.engine, self.gate, ticket)
+        stack.callback(lambda: self.metrics.finished(generation.usage))
+        stack.push_async_callback(generation.close)
+        prepared = asyncio.create_task(self._prepare(
+            request.state.request_id, body, params, generation, buffer))
+        stack.push_async_callback(cancel, prepared)
+        format = self._format(request.state.request_id, body)
+        if body.stream:
+            return await self._stream(body, prepared, generation, format, watcher, ticket, stack)
+        await watcher.race(_wait(prepared))
+        deltas = await watcher.race(_collect(generation))
+        return JSONResponse(format.reply(deltas, generation.usage))
+
+    async def _stream(
+        self, body: GenerateBody, prepared: asyncio.Task[None], generation: Generation,
+        format: Format, watcher: Disconnect, ticket: Ticket, stack: AsyncExitStack,
+    ) -> Response:
+        headers = dict[str, str]()
+        if await watcher.race_for(prepared, self.config.header_grace_s):
+            prepared.result()  # a refusal still gets its own status
+            headers["X-Predicted-TTFT-Ms"] = str(millis(generation.usage.predicted_ttft_s))
+        options = StreamOptions(
+            include_usage=bool(body.stream_options and body.stream_options.include_usage),
+            return_progress=bool(body.return_progress),
+            ping_interval_s=self.config.ping_interval_s)
+        writer = EventWriter(generation, format, options, self.gate, ticket)
+        return EventStreamResponse(
+            writer.pieces(prepared), watcher, stack.pop_all(), self.config.send_timeout_s, headers)
+
+    async def _prepare(
+        self, request_id: str, body: GenerateBody, params: SamplingParams, generation: Generation,
+        buffer: ExitStack,
+    ) -> None:
+        """Tokenise, check lengths, hand over to the engine."""
+        with buffer:
+            prompts = await self._prompts(body)
+            asked = asked_max_tokens(body)
+            each = [self._fit(params, len(prompt), asked) for prompt in prompts]
+            await generation.start(Job(
+                request_id=request_id, prompts=prompts, params=each, n=body.n or 1))
+
+    def _check(self, body: GenerateBody) -> SamplingParams:
+        """Everything that can be refused before tokenising."""
+        self.check_model(body.model)
+        check_streaming(body)
+        num_prompts = 1
+        if isinstance(body, CompletionRequest) and isinstance(body.prompt, list) \
+                and not isinstance(body.prompt[0], int):
+            num_prompts = len(body.prompt)
+        if num_prompts * (body.n or 1) > self.config.max_choices:
+            raise ApiError(400, f"{num_prompts * (body.n or 1)} completions in one request; at "
+                           f"most {self.config.max_choices}.", param="n")
+        return sampling_params(self.engine.params_type, body, self.engine.status().default_sampling,
+                               self.config.default_max_tokens)
+
+    def _fit(self, params: SamplingParams, prompt_len: int, asked: int | None) -> SamplingParams:
+        """Parameters of one prompt: a length that nobody asked for takes the room there is."""
+        limit = self.engine.status().max_model_len
+        if prompt_len == 0:
+            raise ApiError(400, "The prompt is empty.", param="prompt")
+        if prompt_len + (asked or 1) > limit:
+            raise too_long(prompt_len, asked, limit)
+        return params if asked else replace(
+            params, max_tokens=min(params.max_tokens, limit - prompt_len))
+
+    async def _prompts(self, body: GenerateBody) -> list[Sequence[int]]:
+        """Token ids of each prompt."""
+        if isinstance(body, ChatRequest):
+            text = await self.render(body, body.chat_template_kwargs, True)
+            return [await self.engine.tokenize(text, add_special_tokens=False)]
+        prompt = body.prompt
+        if isinstance(prompt, str):
+            prompts: list[str | list[int]] = [prompt]
+        else:
+            prompts = [prompt] if isinstance(prompt[0], int) else list(prompt)
+        return [await self.engine.tokenize(each, add_special_tokens=body.add_special_tokens)
+                if isinstance(each, str) else each for each in prompts]
+
+    def _format(self, request_id: str, body: GenerateBody) -> Format:
+        with_logprobs = body.logprobs is not None and body.logprobs is not False
+        kind = ChatFormat if isinstance(body, ChatRequest) else CompletionFormat
+        return kind(request_id, self.model_name, with_logprobs=with_logprobs)
+
+    # -- shared with the smaller routes --------------------------------------------------------
+
+    @asynccontextmanager
+    async def small_request(
+        self, request: Request, kind: type[Model]
+    ) -> AsyncIterator[tuple[Model, Disconnect]]:
+        """The checked body of a route that only converts, and a watch on its sender."""
+        self.gate.check_open()
+        self._check_head(request)
+        with ExitStack() as buffer:
+            body = await self._read(request, kind, buffer)
+            self.check_model(getattr(body, "model", None))
+            watcher = Disconnect(request.receive)
+            try:
+                yield body, watcher
+            finally:
+                await watcher.close()
+
+    async def render(
+        self, body: ChatRequest | TokenizeRequest, values: TemplateValues | None,
+        add_generation_prompt: bool,
+    ) -> str:
+        """The prompt text of a conversation."""
+        wrong = RESERVED_VALUES.intersection(values or ())
+        if wrong:
+            name = sorted(wrong)[0]
+            raise ApiError(400, f"chat_template_kwargs may not set {name}.",
+                           param="chat_template_kwargs")
+        messages = [message.for_template() for message in body.messages or ()]
+        return await self.engine.render_chat(
+            messages, add_generation_prompt=add_generation_prompt, **(values or {}))
+
+    def check_model(self, name: str | None) -> None:
+        """Raises 404 for another model's name."""
+        if name is not None and name != self.model_name:
+            raise ApiError(404, f"The model {name[:100]!r} is not served here; this is "
+                           f"{self.model_name!r}.", code="model_not_found", param="model")
+
+    def _check_head(self, request: Request) -> int:
+        check_media_type(request)
+        num_bytes = announced_bytes(request)
+        self.gate.check_body(num_bytes)
+        return num_bytes
+
+    async def _read(self, request: Request, kind: type[Model], buffer: ExitStack) -> Model:
+        take = buffer.enter_context(self.gate.buffer())
+        return parse(kind, await read_body(request, take, self.config.body_timeout_s))
+
+
+async def _wait(task: asyncio.Task[None]) -> None:
+    await task
+
+
+async def _collect(generation: Generation) -> list[Delta]:
+    """Every completion in full, in order."""
+    deltas = dict[int, Delta]()
+    while not generation.is_finished:
+        for index, event in await generation.next_events():
+            if isinstance(event, TokenEvent):
+                deltas.setdefault(index, Delta(index)).add(event)
+    return [deltas[index] for index in sorted(deltas)]

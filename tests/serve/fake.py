@@ -1,0 +1,248 @@
+"""A double of the engine, and a server around it on a free port."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import uvicorn
+
+from longspan.engine.request import Progress, SamplingParams, TokenEvent
+from longspan.errors import InvalidRequestError, LongspanError
+from longspan.serve.app import create_app
+from longspan.serve.config import ServeConfig
+from longspan.serve.engine import EngineStatus, GenerateRequest
+
+MODEL = "fake"
+ANSWER = "The quick brown fox jumps over the lazy dog. "
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FakeParams(SamplingParams):
+    """Every option that the server knows."""
+
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logprobs: int | None = None
+    json_schema: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FakeLogprob:
+    """One token's."""
+
+    text: str
+    data: bytes
+    logprob: float
+    top: tuple[FakeLogprob, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FakeTokenEvent(TokenEvent):
+    """With log-probabilities."""
+
+    logprobs: tuple[FakeLogprob, ...] = ()
+
+
+class DeadEngineError(LongspanError):
+    """As the engine's."""
+
+    http_status = 503
+
+
+class FakeEngine:
+    """One character is one token; answers `ANSWER` again and again.
+
+    Prefill takes ``chunk_s`` for each ``chunk_len`` tokens, decode ``token_s`` for each token.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.chunk_s: float = options.pop("chunk_s", 0.0)
+        self.token_s: float = options.pop("token_s", 0.0)
+        self.tokenize_s: float = options.pop("tokenize_s", 0.0)
+        self.params_type: type[SamplingParams] = options.pop("params_type", FakeParams)
+        self.die_after: float = options.pop("die_after", math.inf)
+        self._status = EngineStatus(**{
+            "state": "ready", "model": MODEL, "max_model_len": 4096, "capacity_tokens": 8192,
+            "prefill_chunk_len": 64, **options})
+        self.running = set[str]()
+        self.requests = list[GenerateRequest]()
+        self.aborted = list[str]()
+        self.num_tokenizing = 0
+        self.known = list[tuple[int, ...]]()
+        self.is_closed = False
+
+    def set(self, **changes: Any) -> None:
+        """Change the status."""
+        self._status = replace(self._status, **changes)
+
+    async def start(self) -> None:
+        """Nothing to load."""
+
+    def status(self) -> EngineStatus:
+        """As set."""
+        return self._status
+
+    async def drain(self) -> None:
+        """Wait."""
+        while self.running:
+            await asyncio.sleep(0.01)
+
+    async def close(self) -> None:
+        """Remember."""
+        self.is_closed = True
+
+    async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> Sequence[int]:
+        """Code points."""
+        self.num_tokenizing += 1
+        try:
+            await asyncio.sleep(self.tokenize_s)
+        finally:
+            self.num_tokenizing -= 1
+        return [ord(char) for char in text]
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Characters."""
+        if any(token > 0x10FFFF or 0xD800 <= token < 0xE000 for token in token_ids):
+            raise InvalidRequestError("there is no such token")
+        return "".join(map(chr, token_ids))
+
+    async def render_chat(self, messages: Sequence[Mapping[str, Any]], **values: Any) -> str:
+        """Roles in angle brackets."""
+        text = "".join(f"<{message['role']}>{message['content']}" for message in messages)
+        return text + ("<assistant>" if values["add_generation_prompt"] else "")
+
+    async def add(self, request: GenerateRequest) -> AsyncIterator[Progress | TokenEvent]:
+        """Accept."""
+        if self._status.state == "dead":
+            raise DeadEngineError("the engine is dead")
+        self.requests.append(request)
+        self.running.add(request.request_id)
+        return self._run(request)
+
+    async def _run(self, request: GenerateRequest) -> AsyncIterator[Progress | TokenEvent]:
+        name, prompt = request.request_id, tuple(request.prompt)
+        cached = self._find(prompt)
+        is_done = False
+        try:
+            yield self._progress(request, 0, 0)
+            done = cached
+            while done < len(prompt):
+                await asyncio.sleep(self.chunk_s)
+                self._check_alive()
+                done = min(len(prompt), done + self._status.prefill_chunk_len)
+                yield self._progress(request, done, cached)
+            self.known.append(prompt)
+            async for event in self._decode(request, cached):
+                is_done = event.finish_reason is not None
+                yield event
+        finally:
+            self.running.discard(name)
+            if not is_done:
+                self.aborted.append(name)
+
+    async def _decode(self, request: GenerateRequest, cached: int) -> AsyncIterator[TokenEvent]:
+        params = request.params
+        text = ""
+        for index in range(params.max_tokens):
+            await asyncio.sleep(self.token_s)
+            self._check_alive()
+            char = ANSWER[index % len(ANSWER)]
+            text += char
+            is_stop = any(text.endswith(stop) for stop in params.stop)
+            reason = "stop" if is_stop else "length" if index + 1 == params.max_tokens else None
+            yield FakeTokenEvent(
+                request_id=request.request_id, text="" if is_stop else char,
+                token_ids=(ord(char),), finish_reason=reason,
+                num_prompt_tokens=len(request.prompt), num_cached_tokens=cached,
+                logprobs=_logprobs(char, getattr(params, "logprobs", None)))
+            if reason:
+                return
+
+    def _check_alive(self) -> None:
+        if self._status.state == "dead":
+            raise DeadEngineError("the engine died")
+
+    def _find(self, prompt: tuple[int, ...]) -> int:
+        """Longest known prefix, in whole blocks of 16."""
+        best = 0
+        for other in self.known:
+            same = 0
+            for left, right in zip(prompt[:-1], other, strict=False):
+                if left != right:
+                    break
+                same += 1
+            best = max(best, same // 16 * 16)
+        return best
+
+    def _progress(self, request: GenerateRequest, done: int, cached: int) -> Progress:
+        return Progress(
+            request_id=request.request_id, num_prefilled_tokens=done,
+            num_prompt_tokens=len(request.prompt), num_cached_tokens=cached, elapsed_s=0.0)
+
+
+def _logprobs(char: str, count: int | None) -> tuple[FakeLogprob, ...]:
+    if count is None:
+        return ()
+    top = tuple(FakeLogprob(text=other, data=other.encode(), logprob=value) for other, value in
+                ((char, -0.5), ("?", -1.5), ("!", -math.inf))[:count])
+    return (FakeLogprob(text=char, data=char.encode(), logprob=-0.5, top=top),)
+
+
+@dataclass(slots=True)
+class Running:
+    """A server in a thread."""
+
+    engine: FakeEngine
+    port: int
+    server: uvicorn.Server
+    app: Any
+
+    @property
+    def url(self) -> str:
+        """Without a path."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def connect(self) -> socket.socket:
+        """A bare connection."""
+        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
+
+
+@contextmanager
+def running(engine: FakeEngine | None = None, **options: Any) -> Iterator[Running]:
+    """Serve on 127.0.0.1 until the block ends; every request must have ended by then."""
+    engine = engine or FakeEngine()
+    app = create_app(engine, ServeConfig(**options))
+    config = uvicorn.Config(
+        app, port=0, log_config=None, http="h11", loop="asyncio", ws="none",
+        timeout_graceful_shutdown=3)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    wait_for(lambda: server.started, "start")
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield Running(engine, port, server, app)
+        wait_for(lambda: not engine.running and not app.state.service.gate.num_open,
+                 "requests to end")
+    finally:
+        server.should_exit = True
+        thread.join(10)
+    assert not thread.is_alive()
+    assert engine.is_closed
+
+
+def wait_for(condition: Any, what: str, timeout_s: float = 5.0) -> None:
+    """Poll until it holds."""
+    end_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end_s, f"waited {timeout_s} s for {what}"
+        time.sleep(0.005)
