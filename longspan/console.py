@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from longspan.engine.request import Progress, RequestOutput
 
 GIB = 1024**3
+LOG_WIDTH = 120
 QUIET_S = 2.0
 """Plain logs get no progress of prefills shorter than this."""
 
@@ -56,7 +57,8 @@ class PrefillBar:
             self._bar = _live_bar()
             self._bar.start()
             self._task = self._bar.add_task(self._title, total=event.num_prompt_tokens, rate="")
-        self._bar.update(self._task, completed=event.num_prefilled_tokens, rate=_pace(event))
+        self._bar.update(self._task, completed=event.num_prefilled_tokens, rate=_pace(event),
+                         refresh=True)
 
     def _log(self, event: Progress) -> None:
         tenths = 10 * event.num_prefilled_tokens // event.num_prompt_tokens
@@ -92,6 +94,8 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[objec
     from rich.table import Table
 
     console = Console(stderr=to_stderr, highlight=False)
+    if not console.is_terminal:
+        console = Console(stderr=to_stderr, highlight=False, width=LOG_WIDTH)
     table = Table(
         title=title, title_justify="left", title_style="bold", show_header=any(columns),
         box=box.SIMPLE_HEAD if console.is_terminal else box.ASCII if any(columns) else None)

@@ -60,6 +60,10 @@ def _ask_all(llm: LLM, examples: Sequence[Example]) -> Iterator[RequestOutput]:
         yield output
 
 
+def _on_one_line(text: str) -> str:
+    return " ".join(text.split()) or "(nothing)"
+
+
 def _say(text: str) -> None:
     """One line, at once: logs hold it before the progress that follows."""
     print(text, flush=True)
@@ -74,11 +78,12 @@ def _report(examples: Sequence[Example], outputs: Sequence[RequestOutput], peak_
     computed = first.num_prompt_tokens - first.num_cached_tokens
     rates = [output.decode_tokens_per_s for output in outputs if output.decode_tokens_per_s]
     _say("")
-    show_table("answers", ("question", "depth", "hidden", "answer", "", "first token", "cached"), [
-        (index, percent(example.depth), example.answer, " ".join(output.text.split()) or "(nothing)",
+    columns = ("question", "depth", "hidden", "answer", "", "first token", "cached")
+    show_table("answers", columns, [
+        (number, percent(example.depth), example.answer, _on_one_line(output.text),
          "right" if _is_right(example, output) else "WRONG", seconds(output.ttft_s),
          f"{output.num_cached_tokens:,}")
-        for index, (example, output) in enumerate(zip(examples, outputs, strict=True), 1)])
+        for number, (example, output) in enumerate(zip(examples, outputs, strict=True), 1)])
     show_table("what it cost", ("", ""), [
         ("prompt", f"{first.num_prompt_tokens:,} tokens"),
         ("time to first token", seconds(first.ttft_s)),

@@ -17,7 +17,15 @@ from longspan.engine.request import RequestOutput, SamplingParams
 from longspan.engine.tokenizer import Tokenizer
 from longspan.errors import LongspanError
 from longspan.eval.niah import MAX_ANSWER_TOKENS
-from longspan.eval.runner import Cell, EvalPlan, Sample, SampleFile, Setting, result_rows
+from longspan.eval.runner import (
+    Cell,
+    EvalPlan,
+    Sample,
+    SampleFile,
+    Setting,
+    finished,
+    result_rows,
+)
 from longspan.eval.runner import run as run_plan
 from longspan.eval.task import Answer, Generate, TextBank, python_text_roots
 from longspan.info import position_label
@@ -55,8 +63,7 @@ def run(job: PasskeyJob, options: dict[str, Any]) -> None:
     samples = SampleFile(job.out / "samples" / f"passkey.{name}.jsonl")
     if not job.resume:
         samples.clear()
-    device = [options.get("device") or "cpu"]
-    finished: list[Sample] = []
+    device, files = [""], list[Path]()
 
     @contextmanager
     def open_model(setting: Setting) -> Iterator[Generate]:
@@ -66,17 +73,15 @@ def run(job: PasskeyJob, options: dict[str, Any]) -> None:
             yield EngineGenerate(llm)
 
     def on_cell(cell: Cell, new: Sequence[Sample]) -> None:
-        finished.extend(new)
+        rows = result_rows(finished(plan, samples.read()))
+        files.append(write_rows(job.out, "eval", rows, device[0]))
         num_right = sum(sample.score for sample in new)
         note(f"{cell.num_tokens:>9,} tokens  {cell.setting.label:<16} haystack "
              f"{cell.haystack + 1}/{plan.num_haystacks}  {num_right:.0f}/{len(new)} right, first "
              f"token after {seconds(new[0].ttft_s)}, density {percent(new[0].density)}")
 
-    done = run_plan(plan, tokenizer, bank, open_model, samples, on_cell)
-    rows = result_rows(done)
-    file = write_rows(job.out, "eval", rows, device[0]) if finished else None
-    show_rows(rows)
-    note(f"rows in {file}" if file else "nothing was left to do")
+    show_rows(result_rows(run_plan(plan, tokenizer, bank, open_model, samples, on_cell)))
+    note(f"rows in {files[-1]}" if files else "nothing was left to do")
 
 
 class EngineGenerate:

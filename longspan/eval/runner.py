@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -156,6 +156,11 @@ def run(
                 done.update((sample.key, sample) for sample in new)
                 if on_cell is not None:
                     on_cell(cell, new)
+    return finished(plan, done)
+
+
+def finished(plan: EvalPlan, done: Mapping[str, Sample]) -> list[Sample]:
+    """The plan's samples among those done, of whole haystacks only."""
     return [sample for group in work_order(plan) for cell in group
             for sample in _samples_of(plan, cell, done) or ()]
 
@@ -225,7 +230,7 @@ def _sample(plan: EvalPlan, cell: Cell, index: int, example: Example, answer: An
         ttft_s=answer.ttft_s, num_cached_tokens=answer.num_cached_tokens)
 
 
-def _samples_of(plan: EvalPlan, cell: Cell, done: dict[str, Sample]) -> list[Sample] | None:
+def _samples_of(plan: EvalPlan, cell: Cell, done: Mapping[str, Sample]) -> list[Sample] | None:
     """The cell's samples, None unless all are there."""
     keys = [_key(plan, cell, index) for index in range(plan.questions_of(cell.haystack))]
     return [done[key] for key in keys] if all(key in done for key in keys) else None

@@ -29,6 +29,8 @@ SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages", "t
 MIN_PIECE_CHARS = 256
 MAX_LINE_CHARS = 2000
 MAX_FILE_BYTES = 2_000_000
+ENDINGS = ("", ".", " a", " a.", " a b", " a b c")
+MAX_ENDING_TRIES = 64
 SPECIAL_MARK = "<|"
 """Text that holds it is left out: tokenizers read control tokens into it."""
 # A line end is a border of tokens if the next line is not blank: runs of white space that hold
@@ -229,22 +231,22 @@ def last_border(document: Document, limit: int) -> tuple[int, str]:
 
 
 def fit_ending(tokenizer: TextTokenizer, text: str, tail: str, num_tokens: int) -> str:
-    """Words from `text` such that they and `tail` together are exactly `num_tokens` long."""
-    words = text.split()
+    """The beginning of `text`, on one line, such that it and `tail` are `num_tokens` together."""
+    line = " ".join([*text.split(), *["and so on"] * MIN_PIECE_CHARS])
 
-    def length(chosen: Sequence[str]) -> int:
-        return len(tokenizer.encode(" ".join(chosen) + tail))
+    def length(ending: str) -> int:
+        return len(tokenizer.encode(ending + tail))
 
-    low, high = 1, len(words)
+    low, high = 1, len(line)
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if length(words[:middle]) <= num_tokens else (low, middle - 1)
-    for count in range(low, max(0, low - 12), -1):
-        missing = num_tokens - length(words[:count])
-        for extra in ("the", "and", "a", "so", "."):
-            chosen = [*words[:count], *[extra] * max(0, missing)]
-            if length(chosen) == num_tokens:
-                return " ".join(chosen)
+        low, high = (middle, high) if length(line[:middle]) <= num_tokens else (low, middle - 1)
+    # One character more is mostly no or one token more; where it is not, a last word helps.
+    for num_chars in range(low, max(0, low - MAX_ENDING_TRIES), -1):
+        for last in ENDINGS:
+            ending = line[:num_chars].rstrip() + last
+            if length(ending) == num_tokens:
+                return ending
     raise LongspanError(f"no text of exactly {num_tokens} tokens could be made with this tokenizer")
 
 
