@@ -54,18 +54,16 @@ IDS_PER_PIECE = 16_384
 
 
 def create_app(engine: AsyncEngine, config: ServeConfig) -> FastAPI:
-    """An ASGI application in front of an engine, which it starts and closes."""
+    """An ASGI application in front of an engine, which the caller starts and closes."""
     service = Service(engine, config)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         lag = asyncio.create_task(service.metrics.watch_loop())
         try:
-            await engine.start()
             yield
         finally:
             await cancel(lag)
-            await engine.close()
 
     app = FastAPI(title="longspan", version="1", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.service = service

@@ -69,7 +69,7 @@ class FakeEngine:
         self.token_s: float = options.pop("token_s", 0.0)
         self.tokenize_s: float = options.pop("tokenize_s", 0.0)
         self.params_type: type[SamplingParams] = options.pop("params_type", FakeParams)
-        self.die_after: float = options.pop("die_after", math.inf)
+        self.load_s: float = options.pop("load_s", 0.0)
         self._status = EngineStatus(**{
             "state": "ready", "model": MODEL, "max_model_len": 4096, "capacity_tokens": 8192,
             "prefill_chunk_len": 64, **options})
@@ -85,7 +85,9 @@ class FakeEngine:
         self._status = replace(self._status, **changes)
 
     async def start(self) -> None:
-        """Nothing to load."""
+        """Load for ``load_s``, unless it fails."""
+        if self._status.state == "loading" and self.load_s:
+            asyncio.get_running_loop().call_later(self.load_s, lambda: self.set(state="ready"))
 
     def status(self) -> EngineStatus:
         """As set."""
@@ -237,7 +239,6 @@ def running(engine: FakeEngine | None = None, **options: Any) -> Iterator[Runnin
         server.should_exit = True
         thread.join(10)
     assert not thread.is_alive()
-    assert engine.is_closed
 
 
 def wait_for(condition: Any, what: str, timeout_s: float = 5.0) -> None:

@@ -1,0 +1,173 @@
+"""`longspan serve`: bind, load, report, serve until told to stop, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import logging
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from longspan.config import EngineConfig
+from longspan.errors import LongspanError
+from longspan.serve.admission import Gate
+from longspan.serve.app import create_app
+from longspan.serve.body import cancel
+from longspan.serve.config import ServeConfig
+from longspan.serve.engine import AsyncEngine, EngineStatus
+from longspan.serve.latency import prefill_s
+
+POLL_S = 0.1
+LAST_WORDS_S = 5.0
+"""For streams to receive their error after the engine's death, and for cancelled ones to end."""
+REPORT_LENGTHS = (131_072, 262_144, 524_288, 1_048_576)
+MAX_HEAD_BYTES = 65_536
+GIB = 1024**3
+
+
+def serve(model: str, config: ServeConfig, engine_options: Mapping[str, Any]) -> int:
+    """Serve a model until SIGTERM or SIGINT; returns the exit status.
+
+    Args:
+        engine_options: the other fields of `EngineConfig`.
+
+    Raises `LongspanError` when the port is taken or the model cannot be loaded.
+    """
+    asked = EngineConfig(model=model, **engine_options)
+    client = importlib.import_module("longspan.engine.client")
+    return run(client.AsyncEngine(asked), config)
+
+
+def run(engine: AsyncEngine, config: ServeConfig) -> int:
+    """Serve an engine; 0 after an orderly end, 1 when the engine died or requests were cut off."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    with listen(config) as sock:
+        return asyncio.run(_run(engine, config, sock))
+
+
+def listen(config: ServeConfig) -> socket.socket:
+    """The socket, bound before anything is loaded. Raises `LongspanError` when it cannot be."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        return socket.create_server((config.host, config.port), family=family, backlog=1024)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise LongspanError(f"cannot listen on {config.host} port {config.port}: {reason}; "
+                            "choose another with --host and --port") from None
+
+
+class Server(uvicorn.Server):
+    """Asks for an orderly end at the first signal; ends at once at the second."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.is_stopping = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called for SIGINT and SIGTERM."""
+        if self.is_stopping:
+            self.should_exit = self.force_exit = True
+        self.is_stopping = True
+
+
+async def _run(engine: AsyncEngine, config: ServeConfig, sock: socket.socket) -> int:
+    app = create_app(engine, config)
+    server = Server(uvicorn.Config(
+        app, log_config=None, access_log=False, http="h11", loop="asyncio", ws="none",
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES, timeout_keep_alive=30,
+        timeout_graceful_shutdown=int(LAST_WORDS_S), server_header=False))
+    try:
+        await engine.start()
+        _announce(config, sock)
+        supervisor = asyncio.create_task(
+            _supervise(server, engine, app.state.service.gate, config))
+        try:
+            await server.serve([sock])
+            if not server.should_exit:
+                return 1  # it could not start; uvicorn has said why
+            return await supervisor
+        finally:
+            await cancel(supervisor)
+    finally:
+        await engine.close()
+
+
+async def _supervise(server: Server, engine: AsyncEngine, gate: Gate, config: ServeConfig) -> int:
+    """Watches state and signals; ends the server. Returns the exit status."""
+    try:
+        while engine.status().state == "loading" and not server.is_stopping:
+            await asyncio.sleep(POLL_S)
+        if engine.status().state == "ready":
+            _note(start_up_report(engine.status()))
+        while engine.status().state != "dead" and not server.is_stopping:
+            await asyncio.sleep(POLL_S)
+        if engine.status().state == "dead":
+            return await _mourn(engine, gate)
+        return await _drain(server, engine, gate, config)
+    finally:
+        server.should_exit = True
+
+
+async def _mourn(engine: AsyncEngine, gate: Gate) -> int:
+    """The engine died: let every stream say so."""
+    _note(f"error: the engine has stopped: {engine.status().reason or 'no reason is known'}")
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(gate.wait_idle(), LAST_WORDS_S)
+    return 1
+
+
+async def _drain(server: Server, engine: AsyncEngine, gate: Gate, config: ServeConfig) -> int:
+    """Refuse new requests, finish those accepted."""
+    gate.is_draining = True
+    _note(f"stopping: {gate.num_open} requests to finish, at most {config.drain_timeout_s:g} s; "
+          "a second signal cuts them off")
+    finished = asyncio.create_task(_finish(engine, gate))
+    end_s = asyncio.get_running_loop().time() + config.drain_timeout_s
+    while not finished.done() and not server.force_exit and \
+            asyncio.get_running_loop().time() < end_s and engine.status().state != "dead":
+        await asyncio.wait((finished,), timeout=POLL_S)
+    is_finished = finished.done() and finished.exception() is None
+    await cancel(finished)
+    _note("stopped" if is_finished else f"stopped; {gate.num_open} requests were cut off")
+    return 0 if is_finished else 1
+
+
+async def _finish(engine: AsyncEngine, gate: Gate) -> None:
+    await gate.wait_idle()
+    await engine.drain()
+
+
+def start_up_report(status: EngineStatus) -> str:
+    """What this server can do, in a few lines."""
+    lines = [f"serving {status.model}",
+             f"  longest prompt and answer  {status.max_model_len:>12,} tokens",
+             f"  KV cache                   {status.capacity_tokens:>12,} tokens"]
+    lines += [f"  {name:<26} {size / GIB:>12.2f} GiB"
+              for name, size in status.memory_bytes.items()]
+    lengths = [length for length in REPORT_LENGTHS if length <= status.max_model_len]
+    if status.latency and lengths:
+        times = [prefill_s(status.latency, 0, length, status.prefill_chunk_len)
+                 for length in lengths]
+        lines.append("  first token, predicted     " + ", ".join(
+            f"{length // 1024}K: {seconds:,.1f} s"
+            for length, seconds in zip(lengths, times, strict=True)))
+    return "\n".join(lines)
+
+
+def _announce(config: ServeConfig, sock: socket.socket) -> None:
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    _note(f"listening on http://{host}:{sock.getsockname()[1]}")
+    if config.is_public and not config.api_keys:
+        _note("warning: other machines can use this server, and no API key is set")
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
