@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from longspan.config import dense_tail_start
 from longspan.engine.request import Request, SamplingParams
 from longspan.engine.step import ScheduledBatch, ScheduledSlice, StepResult
 
@@ -58,9 +59,9 @@ def make_request(
 class FakeRunner:
     """Keeps in each slot what the real keys would depend on, and checks it on every read.
 
-    Dense: the tokens up to the slot. Sparse: the tokens up to the prefill chunk's end, and whether
-    the slot lies in the dense tail. A wrong block, a block reused too early or a cache hit on
-    something impure fails an assertion.
+    Dense: the tokens up to the slot. Sparse: the tokens up to the prefill chunk's end or the dense
+    tail's start; in the tail, the tokens up to the slot and where the tail starts. A wrong block,
+    a block reused too early or a cache hit on something impure fails an assertion.
     """
 
     def __init__(
@@ -96,17 +97,22 @@ class FakeRunner:
         return next_token(context) if item.sampling is not None else None
 
     def _written(self, item: ScheduledSlice, context: list[int], position: int) -> object:
-        if not item.sparse or position >= item.prompt_len:
-            return hash(tuple(context[: position + 1]))
-        in_tail = position >= item.prompt_len - self.tail
-        return hash((*context[: min(item.context_len, item.prompt_len)], in_tail))
+        return self._content(item, context, position, item.context_len)
 
     def _expected(self, item: ScheduledSlice, context: list[int], position: int) -> object:
         """What a run without any cache would have written."""
-        if not item.sparse or position >= item.prompt_len:
+        cut = (position // self.chunk + 1) * self.chunk
+        return self._content(item, context, position, min(cut, item.prompt_len))
+
+    def _content(
+        self, item: ScheduledSlice, context: list[int], position: int, chunk_end: int,
+    ) -> object:
+        tail_start = dense_tail_start(item.prompt_len, self.tail)
+        if not item.sparse:
             return hash(tuple(context[: position + 1]))
-        end = min((position // self.chunk + 1) * self.chunk, item.prompt_len)
-        return hash((*context[:end], position >= item.prompt_len - self.tail))
+        if position >= tail_start:
+            return hash((*context[: position + 1], "tail", tail_start))
+        return hash((*context[: min(chunk_end, tail_start)], "chunk"))
 
 
 class DeepTransport:

@@ -8,6 +8,7 @@ from torch import Tensor
 from longspan import ops
 from longspan.attention.metadata import AttentionMetadata, PrefillSlice
 from longspan.attention.sparsity import SparsityPlan
+from longspan.config import dense_tail_start
 from longspan.ops.geometry import segments
 from longspan.ops.types import PagedKV, QueryRotary
 
@@ -82,7 +83,7 @@ class DualChunkAttention:
         prompt's dense tail, nor tiles that the slash budget covers wholly."""
         if not item.sparse or self.plan is None or self.budget is None:
             return 0, 0
-        stop = min(item.context_len, item.prompt_len - self.plan.dense_tail_len)
+        stop = min(item.context_len, dense_tail_start(item.prompt_len, self.plan.dense_tail_len))
         if self.plan.mode == "paper":
             return item.cached_len, stop
         first = max(item.cached_len, min(self.budget.slash))

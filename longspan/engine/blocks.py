@@ -17,9 +17,11 @@ request would compute itself if they are a pure function of those tokens:
 - Dense: they are (up to floating-point order).
 - Sparse: the selection is made once per prefill chunk, from the chunk's own queries, so a block's
   numbers depend on tokens up to the end of its chunk. Cuts lie at absolute multiples of
-  ``prefill_chunk_len``, and only whole chunks are shared (`chunking.cacheable_len`). The dense
-  tail of a prompt depends on where the prompt ends, so chunks that touch it are never shared, and
-  a new prompt always computes its own tail.
+  ``prefill_chunk_len``, and whole chunks are shared (`chunking.cacheable_len`). The chunk in which
+  a prompt's dense tail starts, and what follows it, depend on that place too: it is salted into
+  their hashes, and they are shared up from the tail's start or not at all. Prompts of nearly the
+  same length (another question about one document) have their tails start at the same place
+  (`config.dense_tail_start`).
 - YaRN's attention temperature grows with a request's whole length beyond the trained length. It
   stands on the query side, so cached *first-layer* keys do not depend on it, but deeper layers see
   it through the hidden states. A hit from a prompt of another length, beyond the trained length,
@@ -32,14 +34,20 @@ ascending run, so `BlockPool.allocate` looks for runs, right after the blocks al
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 
 
-def extend_hashes(hashes: list[bytes], tokens: array[int], block_size: int, salt: bytes) -> None:
-    """Append the chain hashes of the full blocks of ``tokens`` (all tokens, from the first)."""
+def extend_hashes(
+    hashes: list[bytes], tokens: array[int], block_size: int, salts: Mapping[int, bytes],
+) -> None:
+    """Append the chain hashes of the full blocks of ``tokens`` (all tokens, from the first).
+
+    Args:
+        salts: by block index, what besides the tokens this block and all after it depend on.
+    """
     for start in range(len(hashes) * block_size, len(tokens) - block_size + 1, block_size):
-        parent = hashes[-1] if hashes else salt
+        parent = (hashes[-1] if hashes else b"") + salts.get(start // block_size, b"")
         piece = tokens[start:start + block_size].tobytes()
         hashes.append(blake2b(parent + piece, digest_size=16).digest())
 

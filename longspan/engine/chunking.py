@@ -9,6 +9,8 @@ latency model that varies the cuts belongs here, and would have to plan them by 
 
 from __future__ import annotations
 
+from longspan.config import dense_tail_start
+
 
 def next_chunk_len(
     *, cached_len: int, prompt_len: int, prefill_chunk_len: int, budget: int,
@@ -31,10 +33,18 @@ def cacheable_len(
 ) -> int:
     """Leading tokens, at most ``num_tokens``, whose keys and values other requests may reuse.
 
-    Dense: every full block. Sparse: whole prefill chunks that end before the prompt's dense tail,
-    for only their keys and values are functions of the tokens alone (see `blocks`).
+    Dense: every full block. Sparse: whole prefill chunks before the prompt's dense tail; and once
+    the tail is reached every full block, for its hash names where the tail starts (see `blocks`).
     """
+    full_blocks = num_tokens // block_size * block_size
     if not sparse:
-        return num_tokens // block_size * block_size
-    limit = min(num_tokens, prompt_len - dense_tail_len)
-    return max(0, limit // prefill_chunk_len * prefill_chunk_len)
+        return full_blocks
+    tail_start = dense_tail_start(prompt_len, dense_tail_len)
+    if dense_tail_len and full_blocks >= tail_start:
+        return full_blocks
+    return min(num_tokens, tail_start) // prefill_chunk_len * prefill_chunk_len
+
+
+def tail_chunk_start(prompt_len: int, dense_tail_len: int, prefill_chunk_len: int) -> int:
+    """Start of the prefill chunk that holds the start of the dense tail."""
+    return dense_tail_start(prompt_len, dense_tail_len) // prefill_chunk_len * prefill_chunk_len

@@ -21,8 +21,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from longspan.config import dense_tail_start
 from longspan.engine.blocks import BlockPool, extend_hashes
-from longspan.engine.chunking import cacheable_len, next_chunk_len
+from longspan.engine.chunking import cacheable_len, next_chunk_len, tail_chunk_start
 from longspan.engine.prompts import check_fits
 from longspan.engine.request import FinishReason, Request
 from longspan.engine.step import RowSampling, ScheduledBatch, ScheduledSlice, StepResult, Update
@@ -178,7 +179,7 @@ class Scheduler:
         """Known blocks of the prompt. At least its last token is always computed anew."""
         if not request.block_hashes:
             extend_hashes(request.block_hashes, request.prompt_ids, self.config.block_size,
-                          _salt(request))
+                          self._salts(request))
         found = self.pool.match(request.block_hashes)
         num_tokens = min(len(found) * self.config.block_size, request.prompt_len - 1)
         return found[: self._cacheable_len(request, num_tokens) // self.config.block_size]
@@ -231,7 +232,7 @@ class Scheduler:
         num_blocks = self._cacheable_len(request, request.computed_len) // size
         if num_blocks > len(request.block_hashes):
             tokens = request.tokens(0, request.computed_len)
-            extend_hashes(request.block_hashes, tokens, size, _salt(request))
+            extend_hashes(request.block_hashes, tokens, size, self._salts(request))
         for index in range(request.num_registered, num_blocks):
             self.pool.register(request.block_ids[index], request.block_hashes[index])
         request.num_registered = max(request.num_registered, num_blocks)
@@ -241,6 +242,14 @@ class Scheduler:
             num_tokens=num_tokens, prompt_len=request.prompt_len, sparse=request.sparse,
             prefill_chunk_len=self.config.prefill_chunk_len, block_size=self.config.block_size,
             dense_tail_len=self.config.dense_tail_len)
+
+    def _salts(self, request: Request) -> dict[int, bytes]:
+        if not request.sparse:
+            return {0: b"dense"}
+        config, tail_len = self.config, self.config.dense_tail_len
+        start = tail_chunk_start(request.prompt_len, tail_len, config.prefill_chunk_len)
+        tail = b"tail%d" % dense_tail_start(request.prompt_len, tail_len)
+        return {0: b"sparse"} | {start // config.block_size: b"sparse" + tail}
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         request.finish_reason = reason
@@ -258,10 +267,6 @@ def max_step_tokens(prefill_chunk_len: int, max_num_requests: int) -> int:
     """Most tokens that one step computes: the oldest prompt's chunk, half as many tokens of others,
     one token of each decoding request."""
     return prefill_chunk_len + prefill_chunk_len // 2 + max_num_requests
-
-
-def _salt(request: Request) -> bytes:
-    return b"sparse" if request.sparse else b"dense"
 
 
 def _slice(request: Request, query_len: int) -> ScheduledSlice:

@@ -15,7 +15,7 @@ from longspan.attention.layer import DualChunkAttention, allocate_cache
 from longspan.attention.metadata import SequenceSlice, build_metadata
 from longspan.attention.rope import build_rotary
 from longspan.attention.sparsity import SparsityPlan
-from longspan.config import DcaConfig
+from longspan.config import DcaConfig, dense_tail_start
 from longspan.ops import prefill_attention, reference, select_vertical_slash
 from longspan.ops.types import PagedKV
 from tests.conftest import assert_close
@@ -98,7 +98,8 @@ def sparse_ranges(
         inside = [
             position for position in range(start, stop)
             if position // P * P >= max(start, min(plan.slash[1]))
-            and (position // P + 1) * P <= min(stop, prompt_len - plan.dense_tail_len)]
+            and (position // P + 1) * P <= min(
+                stop, dense_tail_start(prompt_len, plan.dense_tail_len))]
         for _, group in itertools.groupby(inside, key=lambda position: position // stride):
             members = list(group)
             ranges.append((members[0], members[-1] + 1))
@@ -160,7 +161,8 @@ def test_dense_tail_equals_dense_exactly(tail: int) -> None:
     request = make_request(333)
     layer = make_layer(request, replace(make_plan(), dense_tail_len=tail), LONG_DCA)
     out, cache = run(layer, request, [128, 333], dca=LONG_DCA)
-    first_dense = max(128, (333 - tail) // P * P)
+    first_dense = max(128, dense_tail_start(333, tail) // P * P)
+    assert first_dense == 128 or 333 - tail - max(1, tail // 2) < first_dense + P
     table = torch.arange(3, 24)
     exact, _ = prefill_attention(
         request.q[first_dense:], cache, table, first_dense, layer.rotary, D**-0.5)

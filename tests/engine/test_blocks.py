@@ -12,7 +12,7 @@ from longspan.engine.blocks import BlockPool, extend_hashes
 
 def hashes_of(tokens: list[int], block_size: int = 2, salt: bytes = b"") -> list[bytes]:
     hashes: list[bytes] = []
-    extend_hashes(hashes, array("i", tokens), block_size, salt)
+    extend_hashes(hashes, array("i", tokens), block_size, {0: salt})
     return hashes
 
 
@@ -32,8 +32,11 @@ def test_hashes_chain_over_full_blocks_and_the_salt() -> None:
     assert hashes_of([1, 2, 3, 4, 9, 9])[:2] == first
     assert hashes_of([9, 2, 3, 4])[1] != first[1]
     assert not set(hashes_of([1, 2, 3, 4], salt=b"sparse")) & set(first)
+    late: list[bytes] = []
+    extend_hashes(late, array("i", [1, 2, 3, 4, 5]), 2, {1: b"tail"})
+    assert late[0] == first[0] and late[1] != first[1]
     grown = hashes_of([1, 2])
-    extend_hashes(grown, array("i", [1, 2, 3, 4, 5]), 2, b"")
+    extend_hashes(grown, array("i", [1, 2, 3, 4, 5]), 2, {})
     assert grown == first
 
 

@@ -33,10 +33,12 @@ def test_next_chunk_len(
     (31, 100, False, 24),
     (100, 100, False, 96),
     (120, 100, False, 120),  # completions too
-    (100, 100, True, 64),
+    (100, 100, True, 96),  # beyond the tail's start: every full block
+    (95, 100, True, 64),  # the tail starts at 90, in a chunk that is not whole
+    (90, 100, True, 64),  # 88 in full blocks
     (100, 106, True, 96),
     (95, 200, True, 64),
-    (120, 100, True, 64),
+    (120, 100, True, 120),
     (3, 3, True, 0),
 ])
 def test_cacheable_len(num_tokens: int, prompt_len: int, sparse: bool, expected: int) -> None:
