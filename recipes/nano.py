@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset
 from transformers import Qwen2ForCausalLM
 
-from longspan.data.compose import Source
-from longspan.data.corpus import write_shards
+from longspan.data.compose import Source, template_texts
+from longspan.data.corpus import frequent_words, write_shards
 from longspan.data.probes import probe_haystack
 from longspan.data.rows import compose_batch, load_source
 from longspan.data.sources import Document, Root, read_documents
@@ -139,11 +139,11 @@ def run_gate(
     return result
 
 
-def make_corpus(roots: Sequence[Root], out: Path, seed_texts: Sequence[str] = ()) -> None:
-    """Reads roots, trains the tokenizer on a sample (plus `seed_texts`), writes shards."""
+def make_corpus(roots: Sequence[Root], out: Path) -> None:
+    """Reads roots, trains the tokenizer on a sample of text and templates, writes shards."""
     documents = read_documents(roots)
-    tokenizer = train_tokenizer([*tokenizer_sample(documents), *seed_texts], VOCAB_SIZE)
-    (out / "tokenizer").mkdir(parents=True, exist_ok=True)
+    templates = template_texts(frequent_words(documents))
+    tokenizer = train_tokenizer([*tokenizer_sample(documents), *templates], VOCAB_SIZE)
     save_tokenizer(tokenizer, out / "tokenizer")
     print(json.dumps(write_shards(documents, tokenizer, out / "corpus")))
 

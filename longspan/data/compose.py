@@ -380,3 +380,19 @@ def _snap_up(grid: np.ndarray, spot: int, limit: int) -> int:
     """The first allowed position at or after `spot`, at most `limit`."""
     index = int(np.searchsorted(grid, spot))
     return min(int(grid[index]), limit) if index < len(grid) else min(spot, limit)
+
+
+def template_texts(words: list[str], count: int = 300, seed: int = 5) -> list[str]:
+    """Planted facts with their questions as plain text, to train a tokenizer that knows them."""
+    rng = random.Random(seed)
+    texts = []
+    for _ in range(count):
+        pools, group, used = Words.draw(rng, words, 30, False), draw_group(rng), set[str]()
+        lines = [rng.choice(INTRO)]
+        for _ in range(30):
+            fact = group.make(rng, pools, used)
+            parts = _render(rng, False, rng.choice(fact.asks), fact.value, fact.noun)
+            suffix = rng.choice(SUFFIXES).replace("{n}", fact.noun)
+            lines += [fact.text, "".join(text for text, _ in parts) + suffix]
+        texts.append("\n".join(lines) + "\n")
+    return texts

@@ -30,7 +30,7 @@ def write_shards(
     tokenizer: Tokenizer,
     out_dir: Path,
     max_train_tokens: int = 19_300_000,
-) -> dict:
+) -> dict[str, int]:
     """Tokenises documents into both splits below `out_dir`; returns counts per split.
 
     A training split above `max_train_tokens` loses the same share of every document's end.
@@ -48,7 +48,7 @@ def write_shards(
         np.save(out_dir / f"{split}.tokens.npy", np.concatenate(arrays))
         np.save(out_dir / f"{split}.offsets.npy", offsets)
         counts[f"num_{split}_tokens"] = int(offsets[-1])
-    (out_dir / "words.txt").write_text("\n".join(_words(documents)) + "\n")
+    (out_dir / "words.txt").write_text("\n".join(frequent_words(documents)) + "\n")
     names = [{"name": d.name, "held_out": d.is_held_out} for d in documents]
     (out_dir / "meta.json").write_text(json.dumps({**counts, "documents": names}, indent=1))
     return counts
@@ -76,7 +76,7 @@ def _parts(text: str) -> Iterator[str]:
         start = stop
 
 
-def _words(documents: Sequence[Document], limit: int = 12_000) -> list[str]:
+def frequent_words(documents: Sequence[Document], limit: int = 12_000) -> list[str]:
     """The most frequent lower-case words of the training documents, sorted."""
     counter: Counter[str] = Counter()
     for document in documents:

@@ -55,9 +55,15 @@ RULER_ASKS = (
 RULER = "One of the special magic {n}s for {k} is: {v}."
 RULER_LOOSE = (
     ("The special magic {n} for {k} is: {v}.", RULER_ASKS),
-    ("The magic {n} for {k} is {v}.", (("What is the magic {n} for {k}?", "The magic {n} for {k} is"),)),
-    ("A secret {n} of {k} is {v}.", (("What is the secret {n} of {k}?", "The secret {n} of {k} is"),)),
-)  # fmt: skip
+    (
+        "The magic {n} for {k} is {v}.",
+        (("What is the magic {n} for {k}?", "The magic {n} for {k} is"),),
+    ),
+    (
+        "A secret {n} of {k} is {v}.",
+        (("What is the secret {n} of {k}?", "The secret {n} of {k} is"),),
+    ),
+)
 PASSKEY = "The pass key is {v}. Remember it. {v} is the pass key."
 PASSKEY_ASKS = (
     ("What is the pass key?", "The pass key is"),
@@ -90,31 +96,151 @@ RECORD_ASKS = (
     ("Look up the key {k}. What is its value?", "Its value is"),
 )
 NATURAL: tuple[tuple[str, str, str, str], ...] = (
-    ("city", "The secret code of {k} is {v}.", "What is the secret code of {k}?", "The secret code of {k} is"),
-    ("city", "The access number for the {k} office is {v}.", "Which access number does the {k} office have?", "The access number for the {k} office is"),
-    ("city", "Our warehouse in {k} has the reference {v}.", "What is the reference of the warehouse in {k}?", "The reference of the warehouse in {k} is"),
-    ("city", "The archive in {k} keeps the file under number {v}.", "Under which number does the archive in {k} keep the file?", "The archive in {k} keeps the file under number"),
-    ("city", "The emergency line in {k} is reached under {v}.", "How is the emergency line in {k} reached?", "The emergency line in {k} is reached under"),
-    ("city", "The train to {k} carries the identifier {v}.", "Which identifier does the train to {k} carry?", "The train to {k} carries the identifier"),
-    ("city", "The vault in {k} opens with the combination {v}.", "What combination opens the vault in {k}?", "The vault in {k} opens with the combination"),
-    ("city", "The shipment bound for {k} was registered as {v}.", "How was the shipment bound for {k} registered?", "The shipment bound for {k} was registered as"),
-    ("person", "{k}'s badge number is {v}.", "What is {k}'s badge number?", "{k}'s badge number is"),
-    ("person", "{k} was assigned the locker {v}.", "Which locker was {k} assigned?", "{k} was assigned the locker"),
-    ("person", "The employee number of {k} is {v}.", "What employee number does {k} have?", "The employee number of {k} is"),
-    ("person", "You can call {k} at {v}.", "At which number can you call {k}?", "You can call {k} at"),
-    ("person", "{k} signed the contract with number {v}.", "Which contract number did {k} sign?", "{k} signed the contract with number"),
-    ("person", "The ticket issued to {k} has the number {v}.", "What is the number of the ticket issued to {k}?", "The ticket issued to {k} has the number"),
-    ("person", "{k} chose {v} as a lucky number.", "What lucky number did {k} choose?", "The lucky number {k} chose is"),
-    ("person", "The account of {k} is filed under {v}.", "Under what is the account of {k} filed?", "The account of {k} is filed under"),
-    ("thing", "The serial number of the {k} is {v}.", "What is the serial number of the {k}?", "The serial number of the {k} is"),
-    ("thing", "The {k} was sold under the order number {v}.", "Under which order number was the {k} sold?", "The {k} was sold under the order number"),
-    ("thing", "Project {k} received the budget code {v}.", "Which budget code did project {k} receive?", "Project {k} received the budget code"),
-    ("thing", "The {k} experiment used the seed {v}.", "Which seed did the {k} experiment use?", "The {k} experiment used the seed"),
-    ("thing", "Ticket {v} tracks the bug in the {k} module.", "Which ticket tracks the bug in the {k} module?", "The bug in the {k} module is tracked by ticket"),
-    ("thing", "The unlock code for the {k} is {v}.", "What unlocks the {k}?", "The unlock code for the {k} is"),
-    ("thing", "Remember that the {k} weighs {v} grams.", "How many grams does the {k} weigh?", "The weight of the {k} in grams is"),
-    ("thing", "According to the report, the {k} costs {v} credits.", "How many credits does the {k} cost?", "The cost of the {k} in credits is"),
-)  # fmt: skip
+    (
+        "city",
+        "The secret code of {k} is {v}.",
+        "What is the secret code of {k}?",
+        "The secret code of {k} is",
+    ),
+    (
+        "city",
+        "The access number for the {k} office is {v}.",
+        "Which access number does the {k} office have?",
+        "The access number for the {k} office is",
+    ),
+    (
+        "city",
+        "Our warehouse in {k} has the reference {v}.",
+        "What is the reference of the warehouse in {k}?",
+        "The reference of the warehouse in {k} is",
+    ),
+    (
+        "city",
+        "The archive in {k} keeps the file under number {v}.",
+        "Under which number does the archive in {k} keep the file?",
+        "The archive in {k} keeps the file under number",
+    ),
+    (
+        "city",
+        "The emergency line in {k} is reached under {v}.",
+        "How is the emergency line in {k} reached?",
+        "The emergency line in {k} is reached under",
+    ),
+    (
+        "city",
+        "The train to {k} carries the identifier {v}.",
+        "Which identifier does the train to {k} carry?",
+        "The train to {k} carries the identifier",
+    ),
+    (
+        "city",
+        "The vault in {k} opens with the combination {v}.",
+        "What combination opens the vault in {k}?",
+        "The vault in {k} opens with the combination",
+    ),
+    (
+        "city",
+        "The shipment bound for {k} was registered as {v}.",
+        "How was the shipment bound for {k} registered?",
+        "The shipment bound for {k} was registered as",
+    ),
+    (
+        "person",
+        "{k}'s badge number is {v}.",
+        "What is {k}'s badge number?",
+        "{k}'s badge number is",
+    ),
+    (
+        "person",
+        "{k} was assigned the locker {v}.",
+        "Which locker was {k} assigned?",
+        "{k} was assigned the locker",
+    ),
+    (
+        "person",
+        "The employee number of {k} is {v}.",
+        "What employee number does {k} have?",
+        "The employee number of {k} is",
+    ),
+    (
+        "person",
+        "You can call {k} at {v}.",
+        "At which number can you call {k}?",
+        "You can call {k} at",
+    ),
+    (
+        "person",
+        "{k} signed the contract with number {v}.",
+        "Which contract number did {k} sign?",
+        "{k} signed the contract with number",
+    ),
+    (
+        "person",
+        "The ticket issued to {k} has the number {v}.",
+        "What is the number of the ticket issued to {k}?",
+        "The ticket issued to {k} has the number",
+    ),
+    (
+        "person",
+        "{k} chose {v} as a lucky number.",
+        "What lucky number did {k} choose?",
+        "The lucky number {k} chose is",
+    ),
+    (
+        "person",
+        "The account of {k} is filed under {v}.",
+        "Under what is the account of {k} filed?",
+        "The account of {k} is filed under",
+    ),
+    (
+        "thing",
+        "The serial number of the {k} is {v}.",
+        "What is the serial number of the {k}?",
+        "The serial number of the {k} is",
+    ),
+    (
+        "thing",
+        "The {k} was sold under the order number {v}.",
+        "Under which order number was the {k} sold?",
+        "The {k} was sold under the order number",
+    ),
+    (
+        "thing",
+        "Project {k} received the budget code {v}.",
+        "Which budget code did project {k} receive?",
+        "Project {k} received the budget code",
+    ),
+    (
+        "thing",
+        "The {k} experiment used the seed {v}.",
+        "Which seed did the {k} experiment use?",
+        "The {k} experiment used the seed",
+    ),
+    (
+        "thing",
+        "Ticket {v} tracks the bug in the {k} module.",
+        "Which ticket tracks the bug in the {k} module?",
+        "The bug in the {k} module is tracked by ticket",
+    ),
+    (
+        "thing",
+        "The unlock code for the {k} is {v}.",
+        "What unlocks the {k}?",
+        "The unlock code for the {k} is",
+    ),
+    (
+        "thing",
+        "Remember that the {k} weighs {v} grams.",
+        "How many grams does the {k} weigh?",
+        "The weight of the {k} in grams is",
+    ),
+    (
+        "thing",
+        "According to the report, the {k} costs {v} credits.",
+        "How many credits does the {k} cost?",
+        "The cost of the {k} in credits is",
+    ),
+)
 FAMILIES = ("ruler", "ruler-loose", "passkey", "record", "natural")
 FAMILY_WEIGHTS = (46, 8, 9, 15, 22)
 

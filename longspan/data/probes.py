@@ -9,7 +9,7 @@ import numpy as np
 
 from longspan.data.compose import Source
 from longspan.data.facts import RULER, RULER_ASKS, Fact, Group
-from longspan.data.tokens import IM_END, IM_START, Kind
+from longspan.data.tokens import IM_END, IM_START, Kind, TokenTable
 from longspan.data.vocabulary import Words
 
 ProbeIds = tuple[list[int], list[tuple[list[int], list[int]]]]
@@ -40,22 +40,39 @@ def probe_haystack(
         raise ValueError(f"{num_needles} needles leave {room} of {length} tokens: ask for fewer")
     ids = source.corpus.stream(rng, room, table)
     lines = table.line_starts(ids)
-    joinable = lines[table.with_newline[ids[lines - 1]] >= 0]
-    end = int(joinable[-1])
+    assert len(lines), "a span of text holds a line break"
+    ids, blank = _close(ids, lines, table)
     depths = np.sort([rng.random() for _ in facts])
-    spots = [min(int(lines[np.searchsorted(lines[:-1], int(d * end))]), end - 1) for d in depths]
+    spots = [_line_at(lines, int(d * len(ids)), len(ids)) for d in depths]
     pieces, at = [head], 0
     for spot, needle in zip(spots, needles, strict=True):
         pieces += [ids[at:spot], needle.ids]
         at = max(at, spot)
-    pieces.append(ids[at : end - 1])
-    joined = int(table.with_newline[ids[end - 1]])
+    pieces.append(ids[at:])
     document = [int(i) for i in np.concatenate(pieces)]
     questions = [
-        ([joined, *map(int, a.ids)], [int(i) for i in b.ids])
+        ([*blank, *map(int, a.ids)], [int(i) for i in b.ids])
         for a, b in zip(asks, answers, strict=True)
     ]
     return document, questions
+
+
+def _close(ids: np.ndarray, lines: np.ndarray, table: TokenTable) -> tuple[np.ndarray, list[int]]:
+    """The text up to its last line break, and the tokens that end it with a blank line.
+
+    Where one token can stand for the end of the line and the blank one, it replaces the last.
+    """
+    joinable = lines[table.with_newline[ids[lines - 1]] >= 0]
+    if len(joinable):
+        end = int(joinable[-1])
+        return ids[: end - 1], [int(table.with_newline[ids[end - 1]])]
+    return ids[: lines[-1]], table.tokenizer.encode("\n", add_special_tokens=False).ids
+
+
+def _line_at(lines: np.ndarray, spot: int, limit: int) -> int:
+    """The first line start at or after `spot`, else the last one before `limit`."""
+    index = min(int(np.searchsorted(lines, spot)), int(np.searchsorted(lines, limit)) - 1)
+    return int(lines[max(index, 0)]) if int(lines[0]) < limit else 0
 
 
 def _question(fact: Fact) -> str:

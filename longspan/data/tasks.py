@@ -147,9 +147,7 @@ TASK_WEIGHTS = (20, 25, 25, 5, 25)
 REORDER_MAX_PARAGRAPHS = 12
 
 
-def draw_task(
-    rng: random.Random, paragraphs: Sequence[np.ndarray], table: TokenTable
-) -> Sample:
+def draw_task(rng: random.Random, paragraphs: Sequence[np.ndarray], table: TokenTable) -> Sample:
     """A random task over the paragraphs; reordering takes only the first few of them."""
     task = rng.choices(TASKS, TASK_WEIGHTS)[0]
     if task is reorder_paragraphs:

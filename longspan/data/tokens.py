@@ -48,9 +48,7 @@ class Piece:
 
 def concat(pieces: Sequence[Piece]) -> Piece:
     """Pieces in order as one piece."""
-    return Piece(
-        np.concatenate([p.ids for p in pieces]), np.concatenate([p.kinds for p in pieces])
-    )
+    return Piece(np.concatenate([p.ids for p in pieces]), np.concatenate([p.kinds for p in pieces]))
 
 
 def filler(ids: np.ndarray, kind: Kind = Kind.FILLER) -> Piece:

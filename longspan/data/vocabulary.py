@@ -5,7 +5,12 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-ADJECTIVES = tuple(
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+ADJECTIVES = _split(
     """able amber ancient angry arctic azure bitter black blue bold brave brief bright broken
     calm careful cheap clean clever cloudy cold common cosmic crimson curious damp dark deep
     distant double dry dusty eager early eastern elegant empty fair famous fancy fast fierce
@@ -17,9 +22,9 @@ ADJECTIVES = tuple(
     short shy silent silver simple sleepy slow small smooth soft solar southern spare square
     steady steep still strange strong subtle sunny sweet swift tall tame tender thick thin tidy
     tiny tired tough urban vast violet vivid warm weary western wet white wide wild wise witty
-    wooden yellow young zealous""".split()
+    wooden yellow young zealous"""
 )
-NOUNS = tuple(
+NOUNS = _split(
     """acorn anchor apple arrow badger balloon banjo barrel basket beacon beaver bell bench
     bicycle blanket boat bottle bridge broom bucket butter button cabin camel candle canoe canyon
     captain carpet castle cedar chapel cherry cloud clover coast comet compass copper coral corner
@@ -33,9 +38,9 @@ NOUNS = tuple(
     prairie puzzle quilt rabbit raven ribbon river robin rocket rose saddle sailor salmon sandal
     scarf shadow shell shepherd shovel signal spider spoon spruce squirrel statue stone storm
     sunset swan table teapot temple thunder tiger timber tower trumpet tulip tunnel turtle valley
-    velvet village violin wagon walnut walrus whale willow window winter wolf zebra""".split()
+    velvet village violin wagon walnut walrus whale willow window winter wolf zebra"""
 )
-CITIES = tuple(
+CITIES = _split(
     """Accra Adelaide Algiers Amsterdam Ankara Athens Auckland Baghdad Baku Bangkok Barcelona
     Beijing Belgrade Bergen Berlin Bogota Boston Bremen Brussels Bucharest Budapest Cairo Calgary
     Caracas Chicago Copenhagen Dakar Dallas Delhi Denver Dhaka Doha Dresden Dublin Durban
@@ -46,25 +51,25 @@ CITIES = tuple(
     Phoenix Porto Prague Quebec Quito Rabat Reykjavik Riga Rome Rotterdam Santiago Seattle Seoul
     Seville Shanghai Singapore Sofia Stockholm Sydney Taipei Tallinn Tampa Tehran Tirana Tokyo
     Toronto Tripoli Tunis Turin Valencia Vancouver Venice Vienna Vilnius Warsaw Yerevan
-    Zagreb Zurich""".split()
+    Zagreb Zurich"""
 )
-FIRST_NAMES = tuple(
+FIRST_NAMES = _split(
     """Ada Alan Alice Amir Anna Arthur Ben Boris Carla Chen Clara Daniel David Diego Elena Emil
     Emma Erik Eva Fatima Felix Fiona Frank Grace Hana Hugo Ibrahim Ingrid Iris Ivan Jack James
     Jane Jonas Julia Karim Kate Kenji Laura Leo Lena Liam Lucy Maria Mark Marta Max Mei Mina
     Nadia Nina Noah Nora Olga Oliver Omar Oscar Paul Petra Priya Quinn Rachel Ravi Rosa Ruth Sam
-    Sara Simon Sofia Stefan Sven Tara Theo Thomas Tina Uma Vera Victor Wei Yara Yusuf Zoe""".split()
+    Sara Simon Sofia Stefan Sven Tara Theo Thomas Tina Uma Vera Victor Wei Yara Yusuf Zoe"""
 )
-LAST_NAMES = tuple(
+LAST_NAMES = _split(
     """Adams Ahmed Baker Bauer Becker Brown Carter Castro Chang Clark Cohen Costa Cruz Davis Diaz
     Eriksen Evans Fischer Foster Garcia Gomez Green Gupta Hall Hansen Harris Hill Ito Ivanov
     Jackson Jensen Johnson Jones Kaya Keller Khan Kim King Klein Kumar Larsen Lee Lopez Martin
     Meyer Miller Moore Mori Nelson Nguyen Novak Okafor Olsen Park Patel Perez Peters Popov Reed
     Reyes Rossi Sato Schmidt Scott Silva Singh Smith Stone Suzuki Tanaka Taylor Torres Turner
-    Vargas Wagner Walker Wang Weber White Wilson Wong Wright Yilmaz Young Zhang""".split()
+    Vargas Wagner Walker Wang Weber White Wilson Wong Wright Yilmaz Young Zhang"""
 )
-_ONSETS = "b br c cl d dr f fl g gr h j k kr l m n p pr qu r s sh sk st t tr v w z".split()
-_VOWELS = "a e i o u ai ea ou".split()
+_ONSETS = _split("b br c cl d dr f fl g gr h j k kr l m n p pr qu r s sh sk st t tr v w z")
+_VOWELS = _split("a e i o u ai ea ou")
 _CODAS = ["", "", "", "n", "r", "s", "l", "x", "m", "th"]
 
 

@@ -75,9 +75,9 @@ def export_model(
     vocabulary = json.loads((tokenizer_dir / "tokenizer.json").read_text())["added_tokens"]
     special = {token["content"]: token["id"] for token in vocabulary}
     config = config_json(model, rope_theta, trained_len, special)
-    copy.deepcopy(model).to("cpu", torch.bfloat16).save_pretrained(
-        out_dir, max_shard_size=max_shard_size
-    )
+    shipped = copy.deepcopy(model)
+    torch.nn.Module.to(shipped, "cpu", torch.bfloat16)
+    shipped.save_pretrained(out_dir, max_shard_size=max_shard_size)
     generation = {
         "bos_token_id": special["<|endoftext|>"],
         "pad_token_id": special["<|endoftext|>"],

@@ -192,8 +192,7 @@ def _time_attention(
     rows, length = shape
     size = (rows, num_heads, length, head_dim)
     q, k, v = (
-        torch.randn(size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        for _ in range(3)
+        torch.randn(size, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
     )
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     with sdpa_kernel(backend):

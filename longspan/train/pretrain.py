@@ -205,7 +205,7 @@ def pretrain(
     phase; its numbers go to the log.
     """
     validate_phases(phases)
-    model.to(config.device)
+    torch.nn.Module.to(model, config.device)
     run = _Run(model, phases, config)
     previous = signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop", True))
     try:
@@ -229,9 +229,9 @@ def _run_phase(run: _Run, batches: Batches) -> bool:
     run.model.train()
     if run.is_cuda:
         shape = (phase.tokens_per_step // phase.seq_len, phase.seq_len)
-        config = run.model.config
-        dim = config.hidden_size // config.num_attention_heads
-        use_backends(choose_backend(shape, config.num_attention_heads, dim)[:1])
+        heads = run.model.config.num_attention_heads
+        dim = run.model.config.hidden_size // heads
+        use_backends(choose_backend(shape, heads, dim)[:1])
         torch.cuda.reset_peak_memory_stats()
     meter, saved = _Meter(), run.elapsed()
     for batch in batches(index, schedule, run.progress.step):
@@ -259,9 +259,7 @@ def _run_phase(run: _Run, batches: Batches) -> bool:
     return True
 
 
-def _log_step(
-    run: _Run, phase: Phase, meter: _Meter, rate: float, shape: tuple[int, ...]
-) -> None:
+def _log_step(run: _Run, phase: Phase, meter: _Meter, rate: float, shape: tuple[int, ...]) -> None:
     values = meter.read()
     run.progress.seconds += values["seconds"] or 0.0
     memory = torch.cuda.max_memory_allocated() / 2**30 if run.is_cuda else 0.0

@@ -39,9 +39,7 @@ def save_state(
     os.replace(temporary, path / STATE_FILE)
 
 
-def load_state(
-    path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer
-) -> Progress:
+def load_state(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
     """Restores model and optimizer in place; returns the progress."""
     file = path / STATE_FILE
     if not file.is_file():

@@ -1,0 +1,116 @@
+"""Rows: exact length, determinism, canonical tokens, facts before their questions."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import numpy as np
+import pytest
+
+from longspan.data.compose import Source, draw_plan, lay_out
+from longspan.data.probes import probe_haystack
+from longspan.data.rows import Mixture, compose_batch, compose_row
+from longspan.data.tokens import Kind, Piece
+
+LENGTHS = (512, 1024, 4096)
+
+
+def text_of(source: Source, piece: Piece) -> str:
+    return str(source.table.tokenizer.decode(piece.ids.tolist(), skip_special_tokens=False))
+
+
+def runs(piece: Piece, kind: Kind) -> list[tuple[int, int]]:
+    """Maximal token ranges of a kind."""
+    edges = np.diff(np.concatenate([[0], (piece.kinds == kind).astype(int), [0]]))
+    starts, stops = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
+    return list(zip(starts.tolist(), stops.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_length_is_exact_and_the_seed_decides(source: Source, length: int) -> None:
+    for i in range(6):
+        row = compose_row((3, i), source, length)
+        again = compose_row((3, i), source, length)
+        assert len(row.ids) == len(row.kinds) == length
+        assert (row.ids == again.ids).all() and (row.kinds == again.kinds).all()
+    assert (
+        compose_row((3, 0), source, length).ids != compose_row((4, 0), source, length).ids
+    ).any()
+
+
+def test_every_answer_was_planted_before(source: Source) -> None:
+    mixture = Mixture(tasks=0.0, plain=0.0, packed=0.0)
+    total = found = 0
+    for i in range(12):
+        row = compose_row((5, i), source, 2048, mixture)
+        for start, stop in runs(row, Kind.ANSWER):
+            answer = text_of(source, Piece(row.ids[start:stop], row.kinds[start:stop]))
+            before = text_of(source, Piece(row.ids[:start], row.kinds[:start]))
+            values = re.findall(r"[0-9a-z-]{4,}", answer.replace("<|im_end|>", ""))
+            total += len(values)
+            found += sum(v in before for v in values if v != "and")
+    assert total > 60
+    assert found >= 0.99 * total
+
+
+def test_tokens_are_those_of_the_whole_text(source: Source) -> None:
+    same = 0
+    for i in range(20):
+        row = compose_row((6, i), source, 1024)
+        ids = source.table.tokenizer.encode(text_of(source, row), add_special_tokens=False).ids
+        same += ids == row.ids.tolist()
+    assert same >= 16
+
+
+def test_questions_follow_their_facts(source: Source) -> None:
+    rng = random.Random(1)
+    checked = 0
+    for _ in range(20):
+        plan = draw_plan(rng, source, 6, 2048)
+        piece = lay_out(rng, source, plan, 2048)
+        if piece is None:
+            continue
+        text = text_of(source, piece)
+        for question in plan.questions:
+            if question.after >= 0:
+                fact = plan.facts[question.after]
+                asked = text.rfind("".join(part for part, _ in question.parts))
+                assert 0 <= text.find(fact.text) < asked
+                checked += 1
+    assert checked > 20
+
+
+def test_chat_rows_have_the_evaluation_form(source: Source) -> None:
+    form = re.compile(
+        r"[^\n]\n\nWhat is the special magic number for [^?]+ mentioned in the provided text\? "
+        r"Answer with the number only\.<\|im_end\|>\n<\|im_start\|>assistant\n\d+<\|im_end\|>"
+    )
+    hits = [form.search(text_of(source, compose_row((7, i), source, 2048))) for i in range(40)]
+    assert sum(h is not None for h in hits) >= 6
+
+
+def test_batch_rows_are_the_single_rows(source: Source) -> None:
+    ids, kinds = compose_batch((1, 2), source, 3, 256)
+    assert ids.shape == kinds.shape == (3, 256)
+    assert (ids[1] == compose_row((1, 2, 1), source, 256).ids).all()
+
+
+def test_too_short_rows_are_refused(source: Source) -> None:
+    with pytest.raises(ValueError, match="below 128"):
+        compose_row((0,), source, 64)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_probe_is_canonical_and_asks_what_it_holds(source: Source, hard: bool) -> None:
+    document, questions = probe_haystack((1,), source, 2048, 8, hard)
+    tokenizer = source.table.tokenizer
+    assert len(questions) == 8
+    for question, answer in questions:
+        ids = [*document, *question, *answer]
+        assert len(ids) <= 2048
+        text = tokenizer.decode(ids, skip_special_tokens=False)
+        assert tokenizer.encode(text, add_special_tokens=False).ids == ids
+        value = tokenizer.decode(answer)
+        assert f"is: {value}." in tokenizer.decode(document)
+        assert text.endswith(f"number only.<|im_end|>\n<|im_start|>assistant\n{value}<|im_end|>")

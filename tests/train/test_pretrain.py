@@ -1,0 +1,131 @@
+"""Two tiny phases: the wiring, resuming, the deadline, the gate, the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen2ForCausalLM
+
+from longspan.train.gates import Haystack, inference_copy, score_haystacks
+from longspan.train.model import build_model, set_rope
+from longspan.train.phases import Phase, Shape
+from longspan.train.pretrain import Batch, RunConfig, pretrain
+from longspan.train.report import write_results
+
+VOCAB = 64
+PHASES = [
+    Phase(
+        name="a", seq_len=128, rope_theta=1e4, num_tokens=2048, learning_rate=3e-3,
+        tokens_per_step=256,
+    ),
+    Phase(
+        name="b", seq_len=256, rope_theta=1e6, num_tokens=1024, learning_rate=1e-3,
+        tokens_per_step=256, shorter=(128,), full_share=0.75,
+    ),
+]  # fmt: skip
+
+
+def tiny() -> Qwen2ForCausalLM:
+    return build_model(
+        vocab_size=VOCAB, num_layers=2, hidden_size=64, num_heads=2, num_kv_heads=1,
+        intermediate_size=96,
+    )  # fmt: skip
+
+
+def batches(phase: int, schedule: Sequence[Shape], first: int) -> Iterator[Batch]:
+    """Rows that repeat one token pair, by phase and step."""
+    for step in range(first, len(schedule)):
+        rows, length = schedule[step]
+        generator = torch.Generator().manual_seed(100 * phase + step)
+        pairs = torch.randint(0, VOCAB, (rows, 2), generator=generator)
+        kinds = torch.zeros(rows, length, dtype=torch.uint8)
+        kinds[:, 2:] = 3 * (step % 2)
+        yield pairs.repeat(1, length // 2).int(), kinds
+
+
+def config(out_dir: Path, **changes: Any) -> RunConfig:
+    values = {"kind_weights": (1.0, 1.0, 0.0, 5.0), "warmup_steps": 2, "log_every": 2}
+    return RunConfig(out_dir=out_dir, **(values | changes))
+
+
+def rows(out_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
+
+
+def test_runs_all_phases_and_reports(tmp_path: Path) -> None:
+    seen: list[float] = []
+
+    def gate(model: Qwen2ForCausalLM, phase: Phase) -> dict[str, Any]:
+        seen.append(model.config.rope_parameters["rope_theta"])
+        return {"exact": 0.5}
+
+    progress = pretrain(tiny(), PHASES, batches, config(tmp_path), gate)
+    assert (progress.phase, progress.num_tokens) == (2, 3072)
+    assert seen == [1e4, 1e6]
+    log = rows(tmp_path)
+    steps = [r for r in log if "phase" in r]
+    assert [r["num_tokens"] for r in steps] == [512, 1024, 1536, 2048, 2560, 3072]
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    result = write_results(
+        tmp_path / "log.jsonl", tmp_path / "r" / "train.cpu.json", model="tiny", command="c",
+        commit="x",
+    )  # fmt: skip
+    assert result == json.loads((tmp_path / "r" / "train.cpu.json").read_text())
+    assert [r["num_tokens_trained"] for r in result["rows"]] == [2048, 1024]
+    assert result["rows"][1]["gate"]["exact"] == 0.5
+
+
+@pytest.mark.parametrize("cut", [3, 9])
+def test_resume_equals_one_run(tmp_path: Path, cut: int) -> None:
+    whole, parts = tiny(), tiny()
+    pretrain(whole, PHASES, batches, config(tmp_path / "whole"))
+    served = 0
+
+    def interrupted(phase: int, schedule: Sequence[Shape], first: int) -> Iterator[Batch]:
+        nonlocal served
+        for batch in batches(phase, schedule, first):
+            if served == cut:
+                raise KeyboardInterrupt
+            served += 1
+            yield batch
+
+    always = partial(config, tmp_path / "parts", save_every_s=-1.0)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(parts, PHASES, interrupted, always())
+    resumed = tiny()
+    progress = pretrain(resumed, PHASES, batches, always(resume=True))
+    assert progress.num_tokens == 3072
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_deadline_saves_and_stops(tmp_path: Path) -> None:
+    progress = pretrain(tiny(), PHASES, batches, config(tmp_path, deadline_s=1e-6))
+    assert (tmp_path / "state.pt").is_file()
+    assert progress.phase == 0
+
+
+def test_resume_without_state_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing to resume"):
+        pretrain(tiny(), PHASES, batches, config(tmp_path, resume=True))
+
+
+def test_gate_equals_a_plain_forward() -> None:
+    model = tiny()
+    set_rope(model, 1e5, 256)
+    document = torch.randint(0, VOCAB, (50,)).tolist()
+    question = torch.randint(0, VOCAB, (5,)).tolist()
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        greedy = model(torch.tensor([document + question])).logits[0, -1].argmax().item()
+    model.set_attn_implementation("longspan_causal")
+    wrong = (greedy + 1) % VOCAB
+    asked = [(question, [greedy]), (question, [wrong]), (question, [greedy])]
+    score = score_haystacks(inference_copy(model), [Haystack(document, asked)])
+    assert (score.num_questions, score.num_exact, score.num_token_hits) == (3, 2, 2)
