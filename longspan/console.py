@@ -66,7 +66,7 @@ class PrefillBar:
             return
         self._num_shown_tenths = tenths
         note(f"{self._title} {event.num_prefilled_tokens:>9,}/{event.num_prompt_tokens:,} tokens "
-             f"{tenths * 10:3d} %  {_pace(event)}".rstrip())
+             f"{100 * event.num_prefilled_tokens // event.num_prompt_tokens:3d} %  {_pace(event)}".rstrip())
 
 
 def prefill_rate(event: Progress) -> float:

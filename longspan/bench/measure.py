@@ -52,8 +52,8 @@ def measure(measurement: Measurement) -> dict[str, Any]:
     """The row of one measurement, after a short warm-up."""
     tokenizer = Tokenizer(resolve_checkpoint(measurement.model))
     bank = TextBank.from_roots(python_text_roots(), tokenizer)
-    warm, prompt = (_prompt(bank, tokenizer, length)
-                    for length in (WARMUP_TOKENS, measurement.num_tokens))
+    warm = _prompt(bank, tokenizer, min(WARMUP_TOKENS, measurement.num_tokens), "warm-up")
+    prompt = _prompt(bank, tokenizer, measurement.num_tokens, "measured")
     del bank
     prefill = _with_transformers if measurement.impl == "transformers" else _with_longspan
     prefill_s, density = prefill(measurement, warm, prompt)
@@ -62,9 +62,11 @@ def measure(measurement: Measurement) -> dict[str, Any]:
             "peak_memory_gib": round(peak_memory_bytes() / GIB, 3)}
 
 
-def _prompt(bank: TextBank, tokenizer: Tokenizer, num_tokens: int) -> array[int]:
+def _prompt(
+    bank: TextBank, tokenizer: Tokenizer, num_tokens: int, name: str
+) -> array[int]:
     """A prompt of the passkey task: sparse patterns depend on what the text is."""
-    rng = random.Random(f"bench:{num_tokens}")
+    rng = random.Random(f"{name}:{num_tokens}")
     return passkey_haystack(bank, tokenizer, num_tokens=num_tokens, depths=[0.5],
                             rng=rng)[0].prompt_ids
 
@@ -78,7 +80,7 @@ def _with_longspan(
     params = SamplingParams(max_tokens=1)
     with LLM(measurement.model, device="cpu", dtype="float32", attention=measurement.impl,
              num_threads=measurement.threads, max_model_len=len(prompt) + 1) as llm:
-        llm.generate([warm[: len(prompt)]], params)
+        llm.generate([warm], params)
         output = llm.generate([prompt], params)[0]
     assert output.ttft_s is not None and not output.num_cached_tokens
     return output.ttft_s, output.density
@@ -91,7 +93,9 @@ def _with_transformers(
     last token only, as generation needs them."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     torch.set_num_threads(measurement.threads)
     model = AutoModelForCausalLM.from_pretrained(
         resolve_checkpoint(measurement.model), dtype=torch.float32,

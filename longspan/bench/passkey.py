@@ -11,7 +11,7 @@ from typing import Any
 
 from longspan.bench.results import write_rows
 from longspan.config import EngineConfig, ModelConfig
-from longspan.console import note, percent, seconds, show_table
+from longspan.console import PrefillBar, note, percent, seconds, show_table
 from longspan.engine.llm import LLM
 from longspan.engine.request import RequestOutput, SamplingParams
 from longspan.engine.tokenizer import Tokenizer
@@ -93,7 +93,8 @@ class EngineGenerate:
 
     def __call__(self, prompts: Sequence[array[int]], max_tokens: int) -> list[Answer]:
         params = SamplingParams(max_tokens=max_tokens)
-        outputs = self._llm.generate([prompts[0]], params)
+        with PrefillBar() as bar:
+            outputs = self._llm.generate([prompts[0]], params, bar.update)
         if len(prompts) > 1:
             outputs += self._llm.generate(list(prompts[1:]), params)
         return [_answer(output) for output in outputs]
