@@ -105,9 +105,10 @@ class AsyncEngine(Protocol):
     async def add(self, request: GenerateRequest) -> EventStream:
         """Hand in a request. Returns once it is accepted, before anything is computed.
 
-        The stream gives `Progress` at once (with the prompt's length) and after each prefill
-        chunk, then `TokenEvent`s, the last of them with a finish reason. Closing the stream, or
-        cancelling this call, aborts the request.
+        The stream gives `Progress` at once (with the prompt's length), when the prefix cache
+        supplied tokens (with as many prefilled as cached) and after each prefill chunk, then
+        `TokenEvent`s, the last of them with a finish reason. Closing the stream, or cancelling
+        this call, aborts the request.
 
         Raises:
             LongspanError: refused, or the engine died; ``http_status`` says which. The stream's

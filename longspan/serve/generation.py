@@ -197,7 +197,11 @@ class Generation:
                     history, event.num_prefilled_tokens - history, now_s - clock.moved_s)
             part.done = event.num_prefilled_tokens
             clock.moved_s, clock.num_entered = now_s, self._gate.num_entered
-        clock.cached_tokens = event.num_cached_tokens
+        if event.num_cached_tokens > clock.cached_tokens:
+            clock.cached_tokens = event.num_cached_tokens
+            if part.done == event.num_cached_tokens:  # admitted, and nothing computed yet
+                self.usage.predicted_ttft_s = (
+                    self._ticket.elapsed_s + self._gate.remaining_s(self._ticket))
 
     def _note_token(self, number: int, index: int, copy: int, event: TokenEvent) -> None:
         if event.finish_reason == "abort":

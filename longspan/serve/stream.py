@@ -64,8 +64,6 @@ class EventWriter:
         yield DONE
 
     async def _run(self) -> AsyncGenerator[bytes]:
-        if self._options.return_progress:
-            yield _event(self._progress())
         while not self._generation.is_finished:
             events = await self._generation.next_events(self._options.ping_interval_s)
             if not events:

@@ -137,6 +137,8 @@ class FakeEngine:
         try:
             yield self._progress(request, 0, 0)
             done = cached
+            if cached:
+                yield self._progress(request, done, cached)
             while done < len(prompt):
                 await asyncio.sleep(self.chunk_s)
                 self._check_alive()
