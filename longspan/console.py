@@ -61,12 +61,12 @@ class PrefillBar:
                          refresh=True)
 
     def _log(self, event: Progress) -> None:
-        tenths = 10 * event.num_prefilled_tokens // event.num_prompt_tokens
-        if tenths <= self._num_shown_tenths or event.elapsed_s < QUIET_S:
+        percent_done = 100 * event.num_prefilled_tokens // event.num_prompt_tokens
+        if percent_done // 10 <= self._num_shown_tenths or event.elapsed_s < QUIET_S:
             return
-        self._num_shown_tenths = tenths
+        self._num_shown_tenths = percent_done // 10
         note(f"{self._title} {event.num_prefilled_tokens:>9,}/{event.num_prompt_tokens:,} tokens "
-             f"{100 * event.num_prefilled_tokens // event.num_prompt_tokens:3d} %  {_pace(event)}".rstrip())
+             f"{percent_done:3d} %  {_pace(event)}".rstrip())
 
 
 def prefill_rate(event: Progress) -> float:
