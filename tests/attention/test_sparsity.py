@@ -75,6 +75,7 @@ def test_paper_mode_is_minference_policy() -> None:
     assert (budget.probe_last, budget.probe_strided) == (64, 0)
     assert not plan.mean_correction and plan.dense_tail_len == 0
     assert make_plan().paper().vertical == ((130, 1000), (130, 31))
+    assert make_plan(vertical=((29, 0), (30, 31))).paper().vertical == ((29, 0), (130, 31))
 
 
 def test_layer_gives_the_budgets_of_that_layer() -> None:
