@@ -55,7 +55,8 @@ def make_rotary(chunk_size: int, local_size: int) -> QueryRotary:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(28, 4), (4, 2), (5, 1)])
 @pytest.mark.parametrize(("chunk_size", "local_size"), [(8192, 1024), (1024, 256)])
-@pytest.mark.parametrize(("cached_len", "query_len"), [(0, 63), (111, 900), (2047, 1), (1000, 1049)])
+@pytest.mark.parametrize(
+    ("cached_len", "query_len"), [(0, 63), (111, 900), (2047, 1), (1000, 1049)])
 def test_dense_prefill_equals_reference(
     dtype: torch.dtype, num_heads: int, num_kv_heads: int, chunk_size: int, local_size: int,
     cached_len: int, query_len: int,
