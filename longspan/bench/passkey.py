@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,8 @@ from longspan.eval.runner import run as run_plan
 from longspan.eval.task import Answer, Generate, TextBank, python_text_roots
 from longspan.info import position_label
 from longspan.model.weights import resolve_checkpoint
+
+HASHED_BYTES = 2**22
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +63,7 @@ def run(job: PasskeyJob, options: dict[str, Any]) -> None:
     plan = EvalPlan(
         model=name, lengths=job.lengths, settings=_settings(job, ModelConfig.from_dir(path)),
         num_questions=job.num_questions, num_haystacks=min(job.num_haystacks, job.num_questions),
-        num_distractors=job.num_distractors, seed=job.seed, text=bank.fingerprint)
+        num_distractors=job.num_distractors, seed=job.seed, setup=fingerprint(path, bank, options))
     samples = SampleFile(job.out / "samples" / f"passkey.{name}.jsonl")
     if not job.resume:
         samples.clear()
@@ -98,6 +102,19 @@ class EngineGenerate:
         if len(prompts) > 1:
             outputs += self._llm.generate(list(prompts[1:]), params)
         return [_answer(output) for output in outputs]
+
+
+def fingerprint(path: Path, bank: TextBank, options: Mapping[str, Any]) -> str:
+    """Of everything that answers depend on besides the plan. Weights count with their size and
+    their end: hashing all of a large checkpoint would take minutes."""
+    engine = {name: value for name, value in options.items() if name != "num_threads"}
+    found = hashlib.sha256(json.dumps([bank.fingerprint, engine], sort_keys=True).encode())
+    for file in sorted([*path.glob("*.json"), *path.glob("*.safetensors")]):
+        with file.open("rb") as data:
+            size = data.seek(0, 2)
+            data.seek(max(0, size - HASHED_BYTES))
+            found.update(f"{file.name} {size}".encode() + data.read())
+    return found.hexdigest()[:16]
 
 
 def show_rows(rows: Sequence[dict[str, Any]]) -> None:

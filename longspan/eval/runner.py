@@ -53,8 +53,8 @@ class EvalPlan:
     """Facts in each haystack that nobody asks for."""
     seed: int = 0
     task: str = "passkey"
-    text: str = ""
-    """Fingerprint of the text the haystacks are made of."""
+    setup: str = ""
+    """Fingerprint of texts, weights and engine options: samples of another one do not count."""
 
     def __post_init__(self) -> None:
         if self.num_haystacks < 1 or self.num_questions < self.num_haystacks:
@@ -239,7 +239,7 @@ def _samples_of(plan: EvalPlan, cell: Cell, done: Mapping[str, Sample]) -> list[
 def _key(plan: EvalPlan, cell: Cell, index: int) -> str:
     count = plan.questions_of(cell.haystack)
     return (f"{plan.task}/{plan.model}/{cell.num_tokens}/{cell.setting.label}/seed{plan.seed}/"
-            f"h{cell.haystack}/q{index}of{count}+{plan.num_distractors}/{plan.text}")
+            f"h{cell.haystack}/q{index}of{count}+{plan.num_distractors}/{plan.setup}")
 
 
 def _parse(line: str) -> Sample | None:

@@ -61,6 +61,17 @@ def test_resume_asks_nothing_twice(
     assert (tmp_path / "samples" / "passkey.tiny.jsonl").read_text() == first
 
 
+def test_other_weights_or_options_are_other_samples(model: str, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "m", seed=1)
+    bank = passkey.TextBank([Path(TEXTS) / "decoder.py"], passkey.Tokenizer(path))
+    options = {"dtype": None, "num_threads": 1}
+    first = passkey.fingerprint(path, bank, options)
+    assert passkey.fingerprint(path, bank, {**options, "num_threads": 2}) == first
+    assert passkey.fingerprint(path, bank, {**options, "dtype": "bfloat16"}) != first
+    write_checkpoint(path, seed=2)
+    assert passkey.fingerprint(path, bank, options) != first
+
+
 @pytest.mark.parametrize(("more", "message"), [
     (["--attention", "auto"], "--attention: 'auto' is not one of dense, sparse"),
     (["--positions", "alibi"], "--positions: 'alibi'"),

@@ -28,7 +28,7 @@ from tests.eval.conftest import ChatTokenizer
 
 DENSE, SPARSE = Setting("dense", "rope"), Setting("sparse", "dca+yarn")
 PLAN = EvalPlan(model="m", lengths=(1000, 2000), settings=(DENSE, SPARSE), num_questions=8,
-                num_haystacks=3, num_distractors=1, text="abc")
+                num_haystacks=3, num_distractors=1, setup="abc")
 
 
 class FakeModel:
