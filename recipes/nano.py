@@ -1,8 +1,16 @@
 """nano from nothing: corpus, tokenizer, five-phase pre-training, export.
 
-python -m recipes.nano corpus --out .carry --root /usr/share/doc=20 --root ...
-python -m recipes.nano train  --data .carry --out runs/nano
-python -m recipes.nano export --data .carry --out runs/nano --model-dir longspan/nano
+    python -m recipes.nano corpus --out .carry --root DIR=MEGABYTES --root ...
+    python -m recipes.nano train  --data .carry --out runs/nano
+    python -m recipes.nano export --data .carry --out runs/nano --model-dir longspan/nano
+
+The shipped weights read 86 MB of text (19.3M tokens kept). Roots in megabytes, unpacked from
+Debian 12 packages unless said otherwise: python3.11-doc sources 12, python-django-doc 6, linux-doc
+10, debian-handbook 3, debian-policy 2, developers-reference 1, debian-reference 1, git-doc 4,
+postgresql-doc 5, sqlite3-doc 4, perl-doc 4, vim-doc 2.5, bash-doc 0.8, r-doc-html 1.2, fortunes
+2.5, jargon-text 1.5, manual pages 3, /usr/share/doc 2, the library of CPython 3.11 9, Debian's
+Python packages 3, and from PyPI networkx 1.5, sympy 2.5, transformers 2.5, torch 3.5, numpy 1.5,
+pydantic 0.7, fsspec 0.5, huggingface_hub 1, accelerate 0.5.
 """
 
 from __future__ import annotations

@@ -43,6 +43,6 @@ def test_chain_from_text_files_to_checkpoint(
 
 
 def test_unknown_phase_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = "train --smoke --data x --out y --tokens c=1".split()
+    arguments = ["train", "--smoke", "--data", "x", "--out", "y", "--tokens", "c=1"]
     with pytest.raises(ValueError, match="no phase named"):
         nano.chosen_phases(nano.parser().parse_args(arguments))
