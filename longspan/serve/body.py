@@ -15,6 +15,7 @@ Model = TypeVar("Model", bound=BaseModel)
 Result = TypeVar("Result")
 NULL_ERROR = "none_required"
 MAX_MESSAGE_LEN = 300
+LONG_BODY_BYTES = 1 << 18
 
 
 def announced_bytes(request: Request) -> int:
@@ -55,6 +56,13 @@ async def read_body(request: Request, take: Callable[[int], None], timeout_s: fl
             return b"".join(pieces)
 
 
+async def parse_aside(model: type[Model], body: bytes) -> Model:
+    """`parse`, where a long body does not hold up the event loop for all of its parsing."""
+    if len(body) < LONG_BODY_BYTES:
+        return parse(model, body)
+    return await asyncio.to_thread(parse, model, body)
+
+
 def parse(model: type[Model], body: bytes) -> Model:
     """The checked request. Raises 400 that names the field at fault."""
     try:
@@ -68,6 +76,8 @@ def _explain(error: ValidationError) -> ApiError:
     faults = error.errors(include_url=False, include_context=False, include_input=False)
     fault = max(faults, key=lambda item: (item["loc"][:1] == faults[0]["loc"][:1],
                                           len(item["loc"])))
+    if fault["type"] == "value_error":
+        fault["msg"] = fault["msg"].removeprefix("Value error, ")
     names = [str(part) for part in fault["loc"] if not _is_union_branch(part)]
     param = ".".join(names) or None
     if fault["type"] == NULL_ERROR:

@@ -14,10 +14,10 @@ from itertools import combinations
 Coefficients = tuple[float, float, float, float]
 PRIOR: Coefficients = (5e-3, 1e-8, 1e-4, 1e-10)
 """Seconds: a step, a token of history, a token, a pair of tokens; a small machine's figures."""
-PRIOR_WEIGHT = 0.3
+PRIOR_WEIGHT = 0.1
 """Observations that the prior counts for, at each of the places where it is asked."""
-FORGET = 0.98
-"""Weight of what is known after each observation; half is gone after 34 of them."""
+FORGET = 0.97
+"""Weight of what is known after each observation; half is gone after 23 of them."""
 NUM_TERMS = 4
 
 
@@ -54,10 +54,12 @@ class LatencyModel:
         self._gram = [[value * FORGET for value in row] for row in self._gram]
 
     def _add(self, history: int, chunk: int, seconds: float, weight: float) -> None:
-        """Weight 1 / seconds^2: a tenth too much counts the same for short and long chunks."""
-        row = [value / seconds for value in _features(history, chunk)]
+        """A tenth too much counts the same for short and long chunks, and a stray slow one (the
+        first of a process, say) for less than the many that agree with the model."""
+        row = _features(history, chunk)
+        weight /= seconds * max(_dot(self.coefficients, row), 1e-9)
         for i in range(NUM_TERMS):
-            self._moments[i] += weight * row[i]
+            self._moments[i] += weight * row[i] * seconds
             for j in range(NUM_TERMS):
                 self._gram[i][j] += weight * row[i] * row[j]
 

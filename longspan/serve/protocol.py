@@ -6,21 +6,65 @@ default, and anything else is refused by name. Unknown fields are refused by nam
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainValidator,
+    WithJsonSchema,
+)
 
+MAX_PROMPTS = 64
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
 MAX_INT = 2**31 - 1
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
-TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1)]
-Text = Annotated[str, Field(min_length=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 Scalar = bool | int | float | Annotated[str, Field(max_length=1024)]
 TemplateValues = Annotated[
     dict[Annotated[str, Field(pattern="^[a-z_]{1,64}$")], Scalar], Field(max_length=16)]
+
+
+def _as_prompts(value: Any) -> list[str | array[int]]:
+    """Checks a million ids in a tenth of the time that validating each would take."""
+    if isinstance(value, list) and value and isinstance(value[0], str | list):
+        if len(value) > MAX_PROMPTS:
+            raise ValueError(f"at most {MAX_PROMPTS} prompts in one request")
+        return [_as_prompt(item) for item in value]
+    return [_as_prompt(value)]
+
+
+def _as_prompt(value: Any) -> str | array[int]:
+    if not value or not isinstance(value, str | list):
+        raise ValueError("must be text or token ids, or a list of either, and not empty")
+    return value if isinstance(value, str) else _as_token_ids(value)
+
+
+def _as_token_ids(value: Any) -> array[int]:
+    if isinstance(value, list) and set(map(type, value)) <= {int}:
+        with suppress(OverflowError):
+            ids = array("i", value)
+            if not ids or min(ids) >= 0:
+                return ids
+    raise ValueError(f"token ids must be integers from 0 to {MAX_INT}")
+
+
+ID_SCHEMA = {"type": "integer", "minimum": 0, "maximum": MAX_INT}
+TEXT_SCHEMA = {"type": "string", "minLength": 1}
+IDS_SCHEMA = {"type": "array", "items": ID_SCHEMA, "minItems": 1}
+Prompts = Annotated[list[str | Sequence[int]], PlainValidator(_as_prompts), WithJsonSchema({
+    "anyOf": [TEXT_SCHEMA, IDS_SCHEMA, *(
+        {"type": "array", "items": item, "minItems": 1, "maxItems": MAX_PROMPTS}
+        for item in (TEXT_SCHEMA, IDS_SCHEMA))]})]
+TokenIds = Annotated[Sequence[int], PlainValidator(_as_token_ids), WithJsonSchema(
+    {"type": "array", "items": ID_SCHEMA})]
 
 
 class Strict(BaseModel):
@@ -181,11 +225,8 @@ class ChatRequest(SamplingFields):
 class CompletionRequest(SamplingFields):
     """POST /v1/completions."""
 
-    prompt: (
-        Text | TokenIds
-        | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=64)]
-        | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=64)])
-    """Text or token ids, or a list of either."""
+    prompt: Prompts
+    """Text or token ids, or a list of either; here always a list."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     """Return log-probabilities of each token and of this many alternatives."""
     add_special_tokens: bool = True
@@ -216,4 +257,4 @@ class DetokenizeRequest(Strict):
     """POST /detokenize."""
 
     model: Annotated[str, Field(max_length=512)] | None = None
-    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
+    tokens: TokenIds

@@ -19,7 +19,7 @@ from longspan.serve.body import (
     announced_bytes,
     cancel,
     check_media_type,
-    parse,
+    parse_aside,
     read_body,
 )
 from longspan.serve.config import ServeConfig
@@ -117,10 +117,7 @@ class Service:
         """Everything that can be refused before tokenising."""
         self.check_model(body.model)
         check_streaming(body)
-        num_prompts = 1
-        if isinstance(body, CompletionRequest) and isinstance(body.prompt, list) \
-                and not isinstance(body.prompt[0], int):
-            num_prompts = len(body.prompt)
+        num_prompts = len(body.prompt) if isinstance(body, CompletionRequest) else 1
         if num_prompts * (body.n or 1) > self.config.max_choices:
             raise ApiError(400, f"{num_prompts * (body.n or 1)} completions in one request; at "
                            f"most {self.config.max_choices}.", param="n")
@@ -142,13 +139,8 @@ class Service:
         if isinstance(body, ChatRequest):
             text = await self.render(body, body.chat_template_kwargs, True)
             return [await self.engine.tokenize(text, add_special_tokens=False)]
-        prompt = body.prompt
-        if isinstance(prompt, str):
-            prompts: list[str | list[int]] = [prompt]
-        else:
-            prompts = [prompt] if isinstance(prompt[0], int) else list(prompt)
         return [await self.engine.tokenize(each, add_special_tokens=body.add_special_tokens)
-                if isinstance(each, str) else each for each in prompts]
+                if isinstance(each, str) else each for each in body.prompt]
 
     def _format(self, request_id: str, body: GenerateBody) -> Format:
         with_logprobs = body.logprobs is not None and body.logprobs is not False
@@ -201,7 +193,8 @@ class Service:
 
     async def _read(self, request: Request, kind: type[Model], buffer: ExitStack) -> Model:
         take = buffer.enter_context(self.gate.buffer())
-        return parse(kind, await read_body(request, take, self.config.body_timeout_s))
+        return await parse_aside(
+            kind, await read_body(request, take, self.config.body_timeout_s))
 
 
 async def _wait(task: asyncio.Task[None]) -> None:

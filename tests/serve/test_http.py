@@ -91,7 +91,7 @@ def assert_alive(server: Running) -> None:
     (CHAT, {"stop": ["x"] * 17}, "stop"),
     (COMPLETE, {"prompt": ""}, "prompt"),
     (COMPLETE, {"prompt": []}, "prompt"),
-    (COMPLETE, {"prompt": [-1]}, "prompt.0"),
+    (COMPLETE, {"prompt": [-1]}, "prompt"),
     (COMPLETE, {"prompt": ["a"] * 60, "n": 2}, "n"),
     (COMPLETE, {"prompt": "a", "echo": True}, "echo"),
     (COMPLETE, {"prompt": "a", "suffix": "x"}, "suffix"),

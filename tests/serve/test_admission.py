@@ -1,0 +1,74 @@
+"""The gate's arithmetic."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from longspan.serve.admission import Gate
+from longspan.serve.config import ServeConfig
+from longspan.serve.engine import EngineStatus
+from longspan.serve.errors import ApiError
+from longspan.serve.latency import LatencyModel
+
+STATUS = EngineStatus(state="ready", max_model_len=1000, prefill_chunk_len=100,
+                      latency=(0.0, 0.0, 0.01, 0.0))
+
+
+def gate(**options) -> Gate:
+    return Gate(ServeConfig(**options), lambda: STATUS, LatencyModel())
+
+
+def test_limits_follow_the_engine():
+    assert gate().max_queued_tokens == 4000
+    assert gate().max_body_bytes == 1 << 20
+    assert gate(max_body_bytes=5).max_buffered_bytes == 20
+
+
+def test_bytes_count_until_tokens_are_known():
+    here = gate(max_queued_tokens=1000)
+    with here.enter(2000) as ticket:
+        assert here.num_queued_tokens == 500
+        here.resize(ticket, [700, 100])
+        assert here.num_queued_tokens == 800
+        ticket.parts[0].done = 700
+        assert here.num_queued_tokens == 100 and here.num_queued == 1
+        ticket.parts[1].done = 100
+        assert here.num_queued == 0 and here.num_open == 1
+    assert here.num_open == 0
+
+
+def test_retry_after_is_the_excess_of_the_backlog():
+    here = gate(max_queued_tokens=1000)
+    with here.enter(0) as ticket:
+        here.resize(ticket, [900])
+        with pytest.raises(ApiError) as caught, here.enter(4 * 400):
+            pass
+    assert caught.value.status == 429
+    assert caught.value.headers["Retry-After"] == "3"  # 300 of 900 tokens, 9 s
+    with here.enter(10**9):
+        pass  # larger than the budget, but nobody else is there
+
+
+def test_predictions_share_the_machine():
+    here = gate()
+    with here.enter(0) as long:
+        here.resize(long, [800])
+        assert here.predict_s(100) == pytest.approx(2.0)  # its own second and one of the other's
+        with here.enter(0) as short:
+            here.resize(short, [100])
+            assert here.remaining_s(short) == pytest.approx(2.0)
+            assert here.remaining_s(long) == pytest.approx(9.0)
+            assert here.backlog_s() == pytest.approx(9.0)
+
+
+def test_idle():
+    async def wait() -> None:
+        here = gate()
+        await here.wait_idle()
+        with here.enter(0), pytest.raises(TimeoutError):
+            await asyncio.wait_for(here.wait_idle(), 0.01)
+        await here.wait_idle()
+
+    asyncio.run(wait())

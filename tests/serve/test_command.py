@@ -1,0 +1,141 @@
+"""`longspan serve` as a process: signals, exit status, the engine's life and death."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from longspan.errors import LongspanError
+from longspan.serve.command import listen, start_up_report
+from longspan.serve.config import ServeConfig
+from longspan.serve.engine import EngineStatus
+
+ROOT = Path(__file__).resolve().parents[2]
+CODE = """
+import asyncio, sys
+from tests.serve.fake import FakeEngine
+from longspan.serve.command import run
+from longspan.serve.config import ServeConfig
+
+class Engine(FakeEngine):
+    async def start(self):
+        await super().start()
+        asyncio.get_running_loop().call_later({die_after}, self.set_dead)
+
+    def set_dead(self):
+        self.set(state="dead", reason="killed by a test")
+
+sys.exit(run(Engine({engine}), ServeConfig(port=0, {config})))
+"""
+
+
+@contextmanager
+def process(engine: str = "", config: str = "", die_after: float = 1e6
+            ) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server process and its address."""
+    code = CODE.format(engine=engine, config=config, die_after=die_after)
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE,
+                          text=True) as child:
+        assert child.stderr is not None
+        try:
+            line = child.stderr.readline()
+            assert line.startswith("listening on http://127.0.0.1:"), line + child.stderr.read()
+            yield child, line.split()[-1]
+        finally:
+            child.kill()
+
+
+def wait_ready(url: str) -> list[str]:
+    """States seen until it is ready."""
+    states = list[str]()
+    end_s = time.monotonic() + 10
+    while time.monotonic() < end_s:
+        try:
+            states.append(httpx.get(url + "/health").json()["status"])
+        except httpx.ConnectError:
+            states.append("unreachable")
+        if states[-1] == "ready":
+            return states
+        time.sleep(0.02)
+    raise AssertionError(states)
+
+
+def stream(url: str, **body: object) -> httpx.Response:
+    return httpx.post(url + "/v1/completions", timeout=20, json={
+        "prompt": "x" * 50, "stream": True, "max_tokens": 20, **body})
+
+
+def test_loading_serving_draining():
+    with process('state="loading", load_s=0.5, token_s=0.05') as (child, url):
+        states = wait_ready(url)
+        assert "loading" in states
+        body = {"prompt": "x" * 50, "stream": True, "max_tokens": 20}
+        with httpx.stream("POST", url + "/v1/completions", json=body) as reply:
+            child.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+            refused = httpx.post(url + "/v1/completions", json={"prompt": "y"})
+            assert refused.status_code == 503
+            assert refused.json()["error"]["code"] == "draining"
+            assert httpx.get(url + "/health").json()["status"] == "draining"
+            assert "[DONE]" in reply.read().decode()
+        assert child.wait(5) == 0
+        output = child.stderr.read()
+        assert "serving fake" in output and "stopped" in output and "Traceback" not in output
+
+
+def test_the_engines_death_ends_everything():
+    with process("token_s=0.05", die_after=1.0) as (child, url):
+        wait_ready(url)
+        text = stream(url, max_tokens=1000).text
+        assert '"error"' in text and "died" in text and "[DONE]" not in text
+        assert child.wait(8) == 1
+        output = child.stderr.read()
+        assert "killed by a test" in output and "Traceback" not in output
+
+
+def test_a_failed_load():
+    with process('state="dead", reason="no weights"') as (child, _):
+        assert child.wait(5) == 1
+        assert "no weights" in child.stderr.read()
+
+
+@pytest.mark.parametrize(("config", "signals"), [("drain_timeout_s=0.5", 1), ("", 2)])
+def test_what_does_not_end_is_cut_off(config, signals):
+    with process("chunk_s=60", config) as (child, url):
+        wait_ready(url)
+        body = {"prompt": "x" * 50, "stream": True}
+        with httpx.stream("POST", url + "/v1/completions", json=body):
+            for _ in range(signals):
+                child.send_signal(signal.SIGINT)
+                time.sleep(0.3)
+            assert child.wait(12) == 1
+
+
+def test_a_taken_port():
+    with listen(ServeConfig(port=0)) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(LongspanError, match=f"port {port}: Address already in use"):
+            listen(ServeConfig(port=port))
+
+
+def test_the_report():
+    text = start_up_report(EngineStatus(
+        state="ready", model="m", max_model_len=300_000, capacity_tokens=640_000,
+        memory_bytes={"weights": 5 << 30}, latency=(0.0, 0.0, 1e-5, 0.0)))
+    assert "300,000 tokens" in text and "640,000 tokens" in text and "5.00 GiB" in text
+    assert "128K: 1.3 s, 256K: 2.6 s" in text and "512K" not in text
+
+
+@pytest.mark.parametrize("options", [
+    {"port": 70_000}, {"api_keys": ("",)}, {"api_keys": ("k\n",)}, {"ping_interval_s": 0.0}])
+def test_config_refuses(options):
+    with pytest.raises(LongspanError):
+        ServeConfig(**options)
