@@ -186,7 +186,7 @@ def _docs(
     schema = {"$ref": REF.format(model=body.__name__)}
     responses = _responses(reply, tuple(REFUSALS))
     if can_stream:
-        responses[200]["content"] = replies.STREAM_TEXT
+        responses[200]["content"] = replies.STREAM
     return {"responses": responses, "openapi_extra": {"requestBody": {
         "required": True, "content": {"application/json": {"schema": schema}}}}}
 

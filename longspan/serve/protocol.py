@@ -233,8 +233,8 @@ class CompletionRequest(SamplingFields):
     """Put the checkpoint's beginning-of-text token in front, if it has one."""
 
     best_of: None = None
-    echo: Literal[False] | None = None
-    """Only false: the prompt is not repeated."""
+    echo: bool | None = None
+    """Only false is served: the prompt is not repeated."""
     suffix: None = None
 
 

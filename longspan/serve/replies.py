@@ -183,4 +183,8 @@ class HealthReply(Reply):
     reason: str
 
 
-STREAM_TEXT: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
+STREAM: dict[str, Any] = {"text/event-stream": {"schema": {
+    "type": "object", "description": "One server-sent event.", "required": ["data"],
+    "properties": {"data": {
+        "type": "string", "contentMediaType": "application/json",
+        "description": "A chunk in OpenAI's form, an object with error, or [DONE]."}}}}}

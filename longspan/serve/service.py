@@ -117,7 +117,11 @@ class Service:
         """Everything that can be refused before tokenising."""
         self.check_model(body.model)
         check_streaming(body)
-        num_prompts = len(body.prompt) if isinstance(body, CompletionRequest) else 1
+        num_prompts = 1
+        if isinstance(body, CompletionRequest):
+            num_prompts = len(body.prompt)
+            if body.echo:
+                raise ApiError(400, "echo is not supported by this server.", param="echo")
         if num_prompts * (body.n or 1) > self.config.max_choices:
             raise ApiError(400, f"{num_prompts * (body.n or 1)} completions in one request; at "
                            f"most {self.config.max_choices}.", param="n")
