@@ -107,6 +107,42 @@ def demo(
         raise typer.Exit(1)
 
 
+@app.command()
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0: any free one.")] = 8000,
+    api_key: Annotated[list[str] | None, typer.Option(
+        help="Wanted of every client; repeatable.", envvar="LONGSPAN_API_KEY")] = None,
+    model_name: Annotated[str | None, typer.Option(help="Name that clients ask for.")] = None,
+    default_max_tokens: Annotated[int, typer.Option(help="Where a request names none.")] = 2048,
+    max_queued_tokens: Annotated[int | None, typer.Option(
+        help="Prompt tokens that may wait; then 429.")] = None,
+    drain_timeout_s: Annotated[float, typer.Option(help="Longest wait after SIGTERM.")] = 600.0,
+    device: Device = None, dtype: Dtype = None, attention: Attention = "auto",
+    positions: Positions = "auto", max_model_len: MaxModelLen = None,
+    prefill_chunk_len: ChunkLen = None, sparsity_plan: Plan = None, memory_gib: Memory = None,
+    threads: Threads = None,
+) -> None:
+    """Serve a model over HTTP, as OpenAI's API does, with a page to try it."""
+    from longspan.serve import check_dependencies
+
+    check_dependencies()
+    from longspan.serve.command import serve as run
+    from longspan.serve.config import ServeConfig
+
+    config = ServeConfig(
+        host=host, port=port, api_keys=tuple(api_key or ()), model_name=model_name,
+        default_max_tokens=default_max_tokens, max_queued_tokens=max_queued_tokens,
+        drain_timeout_s=drain_timeout_s)
+    status = run(model, config, {
+        "device": device, "dtype": dtype, "attention": attention, "positions": positions,
+        "max_model_len": max_model_len, "prefill_chunk_len": prefill_chunk_len,
+        "sparsity_plan": sparsity_plan, "memory_gib": memory_gib, "num_threads": threads})
+    if status:
+        raise typer.Exit(status)
+
+
 @eval_app.command()
 def passkey(
     model: Model,

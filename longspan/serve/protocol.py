@@ -157,7 +157,7 @@ class Message(Strict):
         return {"role": role, "content": text, **({"name": self.name} if self.name else {})}
 
 
-Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=10_000)]
+Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=4096)]
 
 
 class JsonSchemaBody(Strict):

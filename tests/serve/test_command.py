@@ -13,7 +13,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from longspan.errors import LongspanError
+from longspan.cli import run_command
+from longspan.errors import LongspanError, MissingDependencyError
+from longspan.serve import check_dependencies
 from longspan.serve.command import listen, start_up_report
 from longspan.serve.config import ServeConfig
 from longspan.serve.engine import EngineStatus
@@ -139,3 +141,25 @@ def test_the_report():
 def test_config_refuses(options):
     with pytest.raises(LongspanError):
         ServeConfig(**options)
+
+
+def test_missing_packages(monkeypatch):
+    monkeypatch.setattr("longspan.serve.find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match=r"fastapi.*longspan\[serve\]"):
+        check_dependencies()
+
+
+def test_the_subcommand(monkeypatch):
+    seen = list[object]()
+
+    def serve(*arguments: object) -> int:
+        seen.extend(arguments)
+        return 1
+
+    monkeypatch.setattr("longspan.serve.command.serve", serve)
+    monkeypatch.setenv("LONGSPAN_API_KEY", "one two")
+    assert run_command(["serve", "nano", "--port", "0", "--max-model-len", "5"]) == 1
+    model, config, options = seen
+    assert model == "nano"
+    assert config == ServeConfig(port=0, api_keys=("one", "two"))
+    assert options["max_model_len"] == 5  # type: ignore[index]

@@ -28,7 +28,7 @@ schema = schemathesis.openapi.from_dict(create_app(FakeEngine(), ServeConfig()).
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
     """Short answers: what nobody limits ends after eight tokens."""
-    with running(FakeEngine(), default_max_tokens=8) as server:
+    with running(FakeEngine(), default_max_tokens=8, max_body_bytes=1 << 24) as server:
         yield server
 
 
