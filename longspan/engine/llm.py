@@ -3,40 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, cast
 
-import torch
-
-from longspan.attention.sparsity import SparsityPlan
-from longspan.config import EngineConfig, ModelConfig
+from longspan.config import EngineConfig
+from longspan.engine.blueprint import Blueprint
+from longspan.engine.desk import deliver, load_tokenizer
 from longspan.engine.loop import LocalTransport, Loop, StepReport
-from longspan.engine.memory import MemoryPlan, plan_memory
-from longspan.engine.prompts import Prompt, as_prompts, as_token_ids, check_fits
-from longspan.engine.request import (
-    MAX_SEED,
-    Progress,
-    Request,
-    RequestOutput,
-    SamplingParams,
-    TokenEvent,
-)
-from longspan.engine.resolve import (
-    may_be_sparse,
-    resolve_attention,
-    resolve_config,
-    resolve_positions,
-)
-from longspan.engine.runner import Runner, resolve_plan
-from longspan.engine.scheduler import Scheduler, SchedulerConfig, max_step_tokens
+from longspan.engine.prompts import Prompt, as_prompts
+from longspan.engine.request import Progress, Request, RequestOutput, SamplingParams, TokenEvent
+from longspan.engine.scheduler import Scheduler
 from longspan.engine.session import Session
-from longspan.engine.tokenizer import Tokenizer
-from longspan.errors import CheckpointError, LongspanError
-from longspan.model.weights import resolve_checkpoint
+from longspan.errors import LongspanError
 
 OnProgress = Callable[[Progress], None]
 
@@ -72,25 +53,13 @@ class LLM:
     """
 
     def __init__(self, model: str, **options: Any) -> None:
-        asked = resolve_config(
-            EngineConfig(model=str(model), **options), has_cuda=torch.cuda.is_available())
-        path = resolve_checkpoint(asked.model)
-        self.model_config = ModelConfig.from_dir(path)
-        self.tokenizer = Tokenizer(path)
-        if self.tokenizer.vocab_size > self.model_config.vocab_size:
-            raise CheckpointError(
-                f"{path}: the tokenizer knows {self.tokenizer.vocab_size} tokens, the model only "
-                f"{self.model_config.vocab_size}; fetch matching files")
-        self._dca = resolve_positions(asked.positions, self.model_config)
-        plan = resolve_plan(path, self.model_config, asked)
-        self._has_plan = plan is not None
-        self.sparsity_plan = self._plan_in_effect(asked, plan)
-        self.memory = self._plan_memory(asked)
-        self.config = replace(asked, max_model_len=self.memory.max_model_len)
-        self._runner = Runner.load(
-            path, self.model_config, self.config, self.memory, dca=self._dca,
-            plan=self.sparsity_plan)
-        self._loop = Loop(Scheduler(self._scheduler_config()), LocalTransport(self._runner))
+        blueprint = Blueprint.resolve(EngineConfig(model=str(model), **options))
+        self.config, self.model_config = blueprint.config, blueprint.model
+        self.memory, self.sparsity_plan = blueprint.memory, blueprint.plan
+        self.tokenizer = load_tokenizer(blueprint.path, blueprint.model.vocab_size)
+        self._intake = blueprint.intake()
+        self._runner = blueprint.load_runner()
+        self._loop = Loop(Scheduler(blueprint.scheduler_config()), LocalTransport(self._runner))
         self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
         self._ids = itertools.count()
@@ -203,13 +172,8 @@ class LLM:
         self._pairs[0] += report.kept_pairs
         self._pairs[1] += report.causal_pairs
         for update in report.updates:
-            session = self._sessions.get(update.request_id)
-            if session is None:
-                continue
-            if session.push(update, report):
-                self._loop.abort(update.request_id)
-            if session.output is not None:
-                self._sessions.pop(update.request_id, None)
+            session = deliver(self._sessions, update, report, self._loop.abort)
+            if session is not None and session.output is not None:
                 self._count(session.output)
 
     def _start(self, requests: Sequence[Request]) -> list[Session]:
@@ -239,46 +203,10 @@ class LLM:
             added = (1, output.num_prompt_tokens, output.num_cached_tokens, len(output.token_ids))
             self._totals = [a + b for a, b in zip(self._totals, added, strict=True)]
 
-    # -- requests and configuration ------------------------------------------------------------
-
     def _make_request(self, prompt: Prompt, params: SamplingParams) -> Request:
-        encoded = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        token_ids = as_token_ids(encoded, self.model_config.vocab_size)
-        check_fits(len(token_ids), params.max_tokens, self.memory.max_model_len)
-        return Request(
-            request_id=str(next(self._ids)), prompt_ids=token_ids, params=params,
-            seed=secrets.randbelow(MAX_SEED) if params.seed is None else params.seed,
-            eos_token_ids=self.tokenizer.eos_token_ids,
-            sparse=resolve_attention(
-                self.config.attention, len(token_ids), has_plan=self._has_plan,
-                threshold=self.model_config.sparse_threshold, has_dca=self._dca is not None))
-
-    def _plan_in_effect(
-        self, config: EngineConfig, plan: SparsityPlan | None
-    ) -> SparsityPlan | None:
-        if not may_be_sparse(
-            config.attention, has_plan=plan is not None, has_dca=self._dca is not None,
-        ):
-            return None
-        model = self.model_config
-        return plan or SparsityPlan.default(model.num_layers, model.num_heads)
-
-    def _plan_memory(self, config: EngineConfig) -> MemoryPlan:
-        assert config.prefill_chunk_len is not None
-        # Rotation tables are as long as the context without DCA.
-        model = replace(self.model_config, dca=self._dca)
-        return plan_memory(
-            model, config, sparse=self.sparsity_plan is not None,
-            max_step_tokens=max_step_tokens(config.prefill_chunk_len, config.max_num_requests))
-
-    def _scheduler_config(self) -> SchedulerConfig:
-        assert self.config.prefill_chunk_len is not None
-        return SchedulerConfig(
-            num_blocks=self.memory.num_blocks, block_size=self.config.block_size,
-            max_model_len=self.memory.max_model_len,
-            prefill_chunk_len=self.config.prefill_chunk_len,
-            max_num_requests=self.config.max_num_requests,
-            dense_tail_len=self.sparsity_plan.dense_tail_len if self.sparsity_plan else 0)
+        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        return self._intake.make(
+            str(next(self._ids)), token_ids, params, self.tokenizer.eos_token_ids)
 
 
 def _report_progress(sessions: Sequence[Session], on_progress: OnProgress | None) -> None:

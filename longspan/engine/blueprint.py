@@ -1,0 +1,94 @@
+"""An engine as it is decided before any weight is read; from it, the runner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from longspan.attention.sparsity import SparsityPlan
+from longspan.config import DcaConfig, EngineConfig, ModelConfig
+from longspan.engine.desk import Intake
+from longspan.engine.memory import MemoryPlan, plan_memory
+from longspan.engine.resolve import may_be_sparse, resolve_config, resolve_positions
+from longspan.engine.runner import Runner, resolve_plan
+from longspan.engine.scheduler import SchedulerConfig, max_step_tokens
+from longspan.model.weights import resolve_checkpoint
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Blueprint:
+    """One engine's choices, all of them made."""
+
+    path: Path
+    """Directory of the checkpoint."""
+    config: EngineConfig
+    """Resolved, with the length that memory allows."""
+    model: ModelConfig
+    dca: DcaConfig | None
+    """In effect; None: plain RoPE."""
+    has_plan: bool
+    """The user or the checkpoint brought budgets."""
+    plan: SparsityPlan | None
+    """In effect; None: every prefill is dense."""
+    memory: MemoryPlan
+
+    @classmethod
+    def resolve(cls, asked: EngineConfig) -> Self:
+        """Decide everything that was left open.
+
+        Raises:
+            CheckpointError: the checkpoint is missing, incomplete or of an unknown architecture.
+            NotEnoughMemoryError: it does not fit; the message says what to change.
+            LongspanError: a field is out of range.
+        """
+        config = resolve_config(asked, has_cuda=torch.cuda.is_available())
+        path = resolve_checkpoint(config.model)
+        model = ModelConfig.from_dir(path)
+        dca = resolve_positions(config.positions, model)
+        found = resolve_plan(path, model, config)
+        plan = _plan_in_effect(config, model, found, has_dca=dca is not None)
+        memory = _plan_memory(config, replace(model, dca=dca), sparse=plan is not None)
+        return cls(
+            path=path, config=replace(config, max_model_len=memory.max_model_len), model=model,
+            dca=dca, has_plan=found is not None, plan=plan, memory=memory)
+
+    def load_runner(self) -> Runner:
+        """Read the weights and allocate the caches. Raises `CheckpointError`."""
+        return Runner.load(
+            self.path, self.model, self.config, self.memory, dca=self.dca, plan=self.plan)
+
+    def intake(self) -> Intake:
+        """For making requests."""
+        return Intake(
+            vocab_size=self.model.vocab_size, max_model_len=self.memory.max_model_len,
+            attention=self.config.attention, sparse_threshold=self.model.sparse_threshold,
+            has_plan=self.has_plan, has_dca=self.dca is not None)
+
+    def scheduler_config(self) -> SchedulerConfig:
+        """For a scheduler of this engine."""
+        assert self.config.prefill_chunk_len is not None
+        return SchedulerConfig(
+            num_blocks=self.memory.num_blocks, block_size=self.config.block_size,
+            max_model_len=self.memory.max_model_len,
+            prefill_chunk_len=self.config.prefill_chunk_len,
+            max_num_requests=self.config.max_num_requests,
+            dense_tail_len=self.plan.dense_tail_len if self.plan else 0)
+
+
+def _plan_in_effect(
+    config: EngineConfig, model: ModelConfig, plan: SparsityPlan | None, *, has_dca: bool,
+) -> SparsityPlan | None:
+    if not may_be_sparse(config.attention, has_plan=plan is not None, has_dca=has_dca):
+        return None
+    return plan or SparsityPlan.default(model.num_layers, model.num_heads)
+
+
+def _plan_memory(config: EngineConfig, model: ModelConfig, *, sparse: bool) -> MemoryPlan:
+    """``model`` has the DCA in effect: rotation tables are as long as the context without."""
+    assert config.prefill_chunk_len is not None
+    return plan_memory(
+        model, config, sparse=sparse,
+        max_step_tokens=max_step_tokens(config.prefill_chunk_len, config.max_num_requests))

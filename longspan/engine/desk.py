@@ -1,0 +1,88 @@
+"""What everybody who takes requests has in common: prompts in, updates out. No torch.
+
+`longspan.engine.llm.LLM` does both beside the loop; `longspan.engine.client.AsyncEngine` does them
+on the caller's side and knows the engine by its messages only.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from longspan.config import AttentionMode
+from longspan.engine.loop import StepReport
+from longspan.engine.prompts import as_token_ids, check_fits
+from longspan.engine.request import MAX_SEED, Request, SamplingParams
+from longspan.engine.resolve import resolve_attention
+from longspan.engine.session import Session
+from longspan.engine.step import Update
+from longspan.engine.tokenizer import Tokenizer
+from longspan.errors import CheckpointError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Intake:
+    """Turns token ids into requests: what one engine accepts, and how it computes it."""
+
+    vocab_size: int
+    """Of the model; the tokenizer may know fewer."""
+    max_model_len: int
+    """Longest prompt plus completion, tokens."""
+    attention: AttentionMode = "auto"
+    sparse_threshold: int = 32_768
+    """Prompts longer than this are sparse, tokens."""
+    has_plan: bool = False
+    """The user or the checkpoint brought sparsity budgets."""
+    has_dca: bool = False
+
+    def make(
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams,
+        eos_token_ids: frozenset[int],
+    ) -> Request:
+        """A request that can be computed.
+
+        Raises `InvalidRequestError` for a prompt that is empty or holds what is no token,
+        `PromptTooLongError` when it does not fit.
+        """
+        token_ids = as_token_ids(prompt_ids, self.vocab_size)
+        check_fits(len(token_ids), params.max_tokens, self.max_model_len)
+        return Request(
+            request_id=request_id, prompt_ids=token_ids, params=params,
+            seed=secrets.randbelow(MAX_SEED) if params.seed is None else params.seed,
+            eos_token_ids=eos_token_ids,
+            sparse=resolve_attention(
+                self.attention, len(token_ids), has_plan=self.has_plan,
+                threshold=self.sparse_threshold, has_dca=self.has_dca))
+
+
+def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    """The checkpoint's tokenizer. Raises `CheckpointError` when it does not match the model."""
+    tokenizer = Tokenizer(path)
+    if tokenizer.vocab_size > vocab_size:
+        raise CheckpointError(
+            f"{path}: the tokenizer knows {tokenizer.vocab_size} tokens, the model only "
+            f"{vocab_size}; fetch matching files")
+    return tokenizer
+
+
+def deliver(
+    sessions: MutableMapping[str, Session], update: Update, report: StepReport,
+    abort: Callable[[str], None],
+) -> Session | None:
+    """Hand an update to its session, which leaves ``sessions`` when it is finished.
+
+    Args:
+        abort: called with the id of a request that its text has ended (a stop string).
+
+    Returns the session; None for one that nobody waits for any more.
+    """
+    session = sessions.get(update.request_id)
+    if session is None:
+        return None
+    if session.push(update, report):
+        abort(update.request_id)
+    if session.is_finished:
+        sessions.pop(update.request_id, None)
+    return session
