@@ -97,6 +97,7 @@ class Generation:
         self._leaders = list[asyncio.Event]()
         self._clocks = list[_PartClock]()
         self._num_copies = 1
+        self._is_timed = False
 
     @property
     def is_finished(self) -> bool:
@@ -138,6 +139,8 @@ class Generation:
             return []
         while not self._queue.empty():
             items.append(self._queue.get_nowait())
+        # Progress that arrives together tells nothing of the time of each step.
+        self._is_timed = sum(isinstance(item, Progress) for _, item in items) == 1
         return [(index, self._note(index, item)) for index, item in items]
 
     async def close(self) -> None:
@@ -192,7 +195,8 @@ class Generation:
         now_s = time.monotonic()
         if event.num_prefilled_tokens > part.done:
             history = max(part.done, event.num_cached_tokens)
-            if self._gate.num_open == 1 and clock.num_entered == self._gate.num_entered:
+            is_alone = self._gate.num_open == 1 and clock.num_entered == self._gate.num_entered
+            if is_alone and self._is_timed:
                 self._gate.observe(
                     history, event.num_prefilled_tokens - history, now_s - clock.moved_s)
             part.done = event.num_prefilled_tokens

@@ -2,8 +2,10 @@
 
 t(L, x) = c + gamma L + b x + a (2 L x + x^2) is the time of a chunk of x tokens after L cached
 ones: a step's fixed cost, the choice of sparse patterns over the history, linear layers, attention.
-Recursive least squares in relative error, started from a prior; coefficients that would become
-negative are held at zero by solving again without them.
+
+Recursive least squares in relative error. What the observations leave open is taken from a prior,
+scaled as a whole to the machine's speed: a short prompt teaches something about long ones.
+Coefficients that would become negative are held at zero by solving again without them.
 """
 
 from __future__ import annotations
@@ -14,10 +16,14 @@ from itertools import combinations
 Coefficients = tuple[float, float, float, float]
 PRIOR: Coefficients = (5e-3, 1e-8, 1e-4, 1e-10)
 """Seconds: a step, a token of history, a token, a pair of tokens; a small machine's figures."""
-PRIOR_WEIGHT = 0.1
-"""Observations that the prior counts for, at each of the places where it is asked."""
+PULL = 0.01
+"""Towards the scaled prior, as a share of the information that there is on each term."""
 FORGET = 0.97
 """Weight of what is known after each observation; half is gone after 23 of them."""
+SURPRISE = 2.5
+"""A time that is off by this factor is a surprise ..."""
+MAX_SURPRISES = 4
+"""... and so many in a row mean that the machine has changed."""
 NUM_TERMS = 4
 
 
@@ -27,19 +33,24 @@ class LatencyModel:
     def __init__(self, prior: Coefficients = PRIOR) -> None:
         self.coefficients: Coefficients = prior
         self.num_observations = 0
-        self._gram = [[0.0] * NUM_TERMS for _ in range(NUM_TERMS)]
-        self._moments = [0.0] * NUM_TERMS
-        for history, chunk in ((0, 128), (0, 8192), (65536, 8192), (1 << 20, 32768)):
-            self._add(history, chunk, _dot(prior, _features(history, chunk)), PRIOR_WEIGHT)
+        self._prior = prior
+        self._num_surprises = 0
+        self._forget_all()
 
     def observe(self, history: int, chunk: int, seconds: float) -> None:
         """A chunk of ``chunk`` tokens after ``history`` tokens took this long."""
         if chunk <= 0 or history < 0 or not 0 < seconds < 1e6:
             return
-        self._decay()
-        self._add(history, chunk, seconds, 1.0)
+        expected_s = self.chunk_s(history, chunk) if self.num_observations else seconds
+        is_surprise = not 1 / SURPRISE < seconds / max(expected_s, 1e-9) < SURPRISE
+        self._num_surprises = self._num_surprises + 1 if is_surprise else 0
+        if self._num_surprises >= MAX_SURPRISES:
+            self._forget_all()
+            expected_s = seconds
+        # Relative error, of whichever is longer: a stray time counts for little.
+        self._add(_features(history, chunk), seconds, 1 / max(seconds, expected_s) ** 2)
         self.num_observations += 1
-        self.coefficients = _solve_non_negative(self._gram, self._moments)
+        self.coefficients = self._fit()
 
     def chunk_s(self, history: int, chunk: int) -> float:
         """Time of one chunk, seconds."""
@@ -49,19 +60,29 @@ class LatencyModel:
         """Time to prefill tokens ``start`` to ``stop - 1`` in chunks of ``chunk_len``, seconds."""
         return prefill_s(self.coefficients, start, stop, chunk_len)
 
-    def _decay(self) -> None:
-        self._moments = [value * FORGET for value in self._moments]
-        self._gram = [[value * FORGET for value in row] for row in self._gram]
+    def _forget_all(self) -> None:
+        """Start again: at first, and when the machine has changed."""
+        self._num_surprises = 0
+        self._gram = [[0.0] * NUM_TERMS for _ in range(NUM_TERMS)]
+        self._moments = [0.0] * NUM_TERMS
 
-    def _add(self, history: int, chunk: int, seconds: float, weight: float) -> None:
-        """A tenth too much counts the same for short and long chunks, and a stray slow one (the
-        first of a process, say) for less than the many that agree with the model."""
-        row = _features(history, chunk)
-        weight /= seconds * max(_dot(self.coefficients, row), 1e-9)
+    def _add(self, row: Sequence[float], seconds: float, weight: float) -> None:
         for i in range(NUM_TERMS):
-            self._moments[i] += weight * row[i] * seconds
+            self._moments[i] = FORGET * self._moments[i] + weight * row[i] * seconds
             for j in range(NUM_TERMS):
-                self._gram[i][j] += weight * row[i] * row[j]
+                self._gram[i][j] = FORGET * self._gram[i][j] + weight * row[i] * row[j]
+
+    def _fit(self) -> Coefficients:
+        """Least squares with a pull towards the prior times the machine's speed."""
+        gram, prior = self._gram, self._prior
+        speed = _dot(prior, self._moments) / _dot(prior, [_dot(row, prior) for row in gram])
+        scaled = [speed * value for value in prior]
+        known = [i for i in range(NUM_TERMS) if gram[i][i] > 0]
+        matrix = [[gram[i][j] * (1 + PULL * (i == j)) for j in known] for i in known]
+        right = [self._moments[i] + PULL * gram[i][i] * scaled[i] for i in known]
+        for i, value in zip(known, _solve_non_negative(matrix, right), strict=True):
+            scaled[i] = value
+        return scaled[0], scaled[1], scaled[2], scaled[3]
 
 
 def prefill_s(coefficients: Coefficients, start: int, stop: int, chunk_len: int) -> float:
@@ -82,21 +103,22 @@ def _dot(left: Sequence[float], right: Sequence[float]) -> float:
     return sum(x * y for x, y in zip(left, right, strict=True))
 
 
-def _solve_non_negative(gram: list[list[float]], moments: list[float]) -> Coefficients:
-    """The best coefficients that are not negative: tries every set of terms (there are 15)."""
-    best, best_gain = [0.0] * NUM_TERMS, 0.0
-    for size in range(NUM_TERMS, 0, -1):
-        for terms in combinations(range(NUM_TERMS), size):
-            found = _solve([[gram[i][j] for j in terms] for i in terms],
-                           [moments[i] for i in terms])
+def _solve_non_negative(matrix: list[list[float]], right: list[float]) -> list[float]:
+    """The best solution that is not negative: tries every set of terms (there are 15)."""
+    count = len(right)
+    best, best_gain = [0.0] * count, 0.0
+    for size in range(count, 0, -1):
+        for terms in combinations(range(count), size):
+            found = _solve([[matrix[i][j] for j in terms] for i in terms],
+                           [right[i] for i in terms])
             if found is None or min(found) < 0:
                 continue
-            gain = sum(x * moments[i] for x, i in zip(found, terms, strict=True))
+            gain = sum(x * right[i] for x, i in zip(found, terms, strict=True))
             if gain > best_gain:
-                best_gain, best = gain, [0.0] * NUM_TERMS
+                best_gain, best = gain, [0.0] * count
                 for x, i in zip(found, terms, strict=True):
                     best[i] = x
-    return best[0], best[1], best[2], best[3]
+    return best
 
 
 def _solve(matrix: list[list[float]], right: list[float]) -> list[float] | None:

@@ -34,7 +34,7 @@ def server() -> Iterator[Running]:
 
 @schema.parametrize()
 @hypothesis.settings(
-    max_examples=40, deadline=3000, derandomize=True, database=None,
+    max_examples=25, deadline=3000, derandomize=True, database=None,
     suppress_health_check=list(hypothesis.HealthCheck))
 def test_api(case: schemathesis.Case, server: Running) -> None:
     reply = case.call(base_url=server.url, timeout=5)
