@@ -11,7 +11,7 @@ from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from longspan.config import AttentionMode
+from longspan.config import AttentionMode, read_json
 from longspan.engine.loop import StepReport
 from longspan.engine.prompts import as_token_ids, check_fits
 from longspan.engine.request import MAX_SEED, Request, SamplingParams
@@ -19,7 +19,9 @@ from longspan.engine.resolve import resolve_attention
 from longspan.engine.session import Session
 from longspan.engine.step import Update
 from longspan.engine.tokenizer import Tokenizer
-from longspan.errors import CheckpointError
+from longspan.errors import CheckpointError, InvalidRequestError
+
+ADVISED_FIELDS = ("temperature", "top_k", "top_p", "min_p")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +67,25 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
             f"{path}: the tokenizer knows {tokenizer.vocab_size} tokens, the model only "
             f"{vocab_size}; fetch matching files")
     return tokenizer
+
+
+def default_sampling(path: Path) -> dict[str, float]:
+    """Sampling fields that the checkpoint recommends (generation_config.json).
+
+    Raises `CheckpointError` when they cannot be used.
+    """
+    file = path / "generation_config.json"
+    raw = read_json(file) if file.is_file() else {}
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file}: not a JSON object; fetch the file again")
+    if raw.get("do_sample") is False:
+        return {"temperature": 0.0}
+    values = {name: raw[name] for name in ADVISED_FIELDS if raw.get(name) is not None}
+    try:
+        SamplingParams(**values)
+    except InvalidRequestError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    return values
 
 
 def deliver(

@@ -49,6 +49,20 @@ class SchedulerConfig:
         return min(self.max_model_len, self.num_blocks * self.block_size)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Load:
+    """What a scheduler has to do at one moment."""
+
+    num_waiting: int = 0
+    """Requests without KV blocks."""
+    num_running: int = 0
+    """Requests in prefill or decode."""
+    num_waiting_tokens: int = 0
+    """Prompt tokens of the waiting requests."""
+    num_used_tokens: int = 0
+    """Tokens of KV reserved for running requests, in whole blocks."""
+
+
 class Scheduler:
     """Owns the requests and the blocks; `schedule` hands out work, `apply` takes results."""
 
@@ -70,6 +84,15 @@ class Scheduler:
     def num_requests(self) -> int:
         """Requests waiting or running."""
         return len(self._waiting) + len(self._running)
+
+    @property
+    def load(self) -> Load:
+        """What there is to do now."""
+        num_used = self.pool.num_blocks - self.pool.num_available
+        return Load(
+            num_waiting=len(self._waiting), num_running=len(self._running),
+            num_waiting_tokens=sum(request.prompt_len for request in self._waiting),
+            num_used_tokens=num_used * self.config.block_size)
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises `PromptTooLongError` if it could never be computed."""

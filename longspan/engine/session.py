@@ -38,6 +38,7 @@ class Session:
         self._text: list[str] = []
         self._token_ids = array("i")
         self._num_cached_tokens = 0
+        self._is_admitted = False
         self._pairs = [0.0, 0.0]  # kept, causal
         self._arrived_s = time.monotonic()
         self._started_s: float | None = None
@@ -49,6 +50,16 @@ class Session:
     def is_finished(self) -> bool:
         """The result is there."""
         return self.output is not None
+
+    def admit(self, num_cached_tokens: int) -> None:
+        """The request's first step begins: tell what the prefix cache supplied. Later calls do
+        nothing, so that callers need not know which step is the first."""
+        if self._is_admitted or self.output is not None:
+            return
+        self._is_admitted = True
+        self._num_cached_tokens = num_cached_tokens
+        if num_cached_tokens:
+            self._push_progress(num_cached_tokens)
 
     def push(self, update: Update, report: StepReport) -> bool:
         """Take an update of the loop. True if the request must be stopped by the caller: a stop

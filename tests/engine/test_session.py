@@ -53,6 +53,18 @@ def test_progress_before_and_after_every_chunk(tokenizer: Tokenizer) -> None:
     assert kinds == [0, 2, 4, "x", "y"]
 
 
+@pytest.mark.parametrize(("cached", "seen"), [(2, [(0, 0), (2, 2), (4, 1)]), (0, [(0, 0), (4, 1)])])
+def test_admission_tells_what_the_cache_supplied_once(
+    tokenizer: Tokenizer, cached: int, seen: list[tuple[int, int]],
+) -> None:
+    session = make_session(tokenizer)
+    session.admit(cached)
+    session.admit(3)
+    session.push(update(4, None), REPORT)
+    assert [(event.num_prefilled_tokens, event.num_cached_tokens) for event in session.events
+            if isinstance(event, Progress)] == seen
+
+
 def test_times_rates_and_density(tokenizer: Tokenizer) -> None:
     session = make_session(tokenizer)
     pairs = [(0.0, 0.0), (1.0, 4.0), (9.0, 9.0)]

@@ -1,0 +1,351 @@
+"""`AsyncEngine`: an engine for asyncio programs, such as the HTTP server. No torch.
+
+The engine itself (`longspan.engine.worker`) runs elsewhere, today on a thread of this process;
+only the messages of `longspan.engine.wire` pass between. Here, on the event loop: who is waiting
+for what, and text made of tokens, which takes some 20 microseconds for each. Whatever takes longer
+(tokenising, templates, checks of a million ids) is done on a few helper threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, ParamSpec, TypeVar
+
+from longspan.config import EngineConfig
+from longspan.engine.desk import default_sampling, deliver, load_tokenizer
+from longspan.engine.prompts import Prompt, as_token_ids
+from longspan.engine.request import Request, SamplingParams
+from longspan.engine.scheduler import Load
+from longspan.engine.session import Session
+from longspan.engine.stream import Channel, Stream
+from longspan.engine.tokenizer import Tokenizer
+from longspan.engine.wire import (
+    Abort,
+    Add,
+    Close,
+    FromEngine,
+    Loaded,
+    Planned,
+    Stepped,
+    Submitted,
+    ToEngine,
+)
+from longspan.engine.worker import Loader, Worker, load_engine
+from longspan.errors import LongspanError
+
+NUM_HELPERS = 4
+CLOSE_TIMEOUT_S = 30.0
+"""Longest wait for the step, or the loading, that a closing engine is in."""
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+EngineState = Literal["loading", "ready", "draining", "dead"]
+logger = logging.getLogger("longspan.engine")
+
+
+class EngineUnavailableError(LongspanError):
+    """The engine is loading, stopping or dead."""
+
+    http_status = 503
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateRequest:
+    """One completion to compute."""
+
+    request_id: str
+    """What the events of the request are marked with."""
+    prompt: Prompt
+    """Text, or token ids."""
+    params: SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineStatus:
+    """A cheap snapshot, kept up to date by the engine's messages."""
+
+    state: EngineState
+    reason: str = ""
+    """Why it is dead, or what is being loaded."""
+    model: str = ""
+    """Name of the model, as clients should write it."""
+    max_model_len: int = 0
+    """Longest prompt plus completion, tokens."""
+    capacity_tokens: int = 0
+    """Tokens that the KV cache holds."""
+    prefill_chunk_len: int = 8192
+    """Prompt tokens computed in one step at the most."""
+    num_waiting: int = 0
+    """Requests without KV blocks."""
+    num_running: int = 0
+    """Requests in prefill or decode."""
+    num_waiting_tokens: int = 0
+    """Prompt tokens of the waiting requests."""
+    num_used_tokens: int = 0
+    """Tokens of KV in use by running requests."""
+    latency: tuple[float, float, float, float] | None = None
+    """Coefficients of the time of a prefill chunk, where the engine fits them."""
+    memory_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Weights, workspace, KV cache."""
+    default_sampling: Mapping[str, float] = field(default_factory=dict)
+    """Sampling fields that the checkpoint recommends."""
+
+
+class AsyncEngine:
+    """One engine and the requests given to it. All methods belong to the event loop of `start`.
+
+    Args:
+        load: builds what computes; tests put a double here.
+    """
+
+    params_type = SamplingParams
+
+    def __init__(self, config: EngineConfig, load: Loader = load_engine) -> None:
+        self._status = EngineStatus(
+            state="loading", model=_model_name(config.model), reason=f"loading {config.model}")
+        self._config, self._load = config, load
+        self._planned: Planned | None = None
+        self._tokenizer: Tokenizer | None = None
+        self._channels = dict[str, Channel]()
+        self._sessions = dict[str, Session]()
+        self._numbers = itertools.count()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._helpers = ThreadPoolExecutor(NUM_HELPERS, thread_name_prefix="longspan-text")
+        self._thread: threading.Thread | None = None
+
+    # -- life ----------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Begin loading and return at once; `status` tells when it is ready or has failed."""
+        assert self._thread is None, "an engine starts once"
+        self._loop = asyncio.get_running_loop()
+        worker = Worker(self._config, self._load, self._post)
+        self._send: Callable[[ToEngine], None] = worker.inbox.put
+        # A daemon, so that a program without `close` ends too.
+        self._thread = threading.Thread(target=worker.run, name="longspan-engine", daemon=True)
+        self._thread.start()
+
+    def status(self) -> EngineStatus:
+        """The present state; never waits."""
+        return self._status
+
+    async def drain(self) -> None:
+        """Take no further requests; returns when the accepted ones are finished."""
+        if self._status.state != "dead":
+            self._status = replace(self._status, state="draining", reason="")
+        await self._idle.wait()
+
+    async def close(self) -> None:
+        """Abort everything and end the engine, at the latest after the step it is in."""
+        self._die("it was stopped")
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join, CLOSE_TIMEOUT_S)
+
+    # -- requests ------------------------------------------------------------------------------
+
+    async def add(self, request: GenerateRequest) -> Stream:
+        """Hand in a request. Returns once it is accepted, before anything is computed.
+
+        The stream gives `Progress` at once, when the prefix cache supplied tokens and after each
+        prefill chunk, then `TokenEvent`s, the last of them with a finish reason. Closing the
+        stream, losing it, or cancelling this call aborts the request.
+
+        Raises:
+            InvalidRequestError: the prompt is empty, or a token id is not in the vocabulary.
+            PromptTooLongError: prompt and completion do not fit.
+            EngineUnavailableError: loading, draining or dead. The stream raises it too, when the
+                engine dies.
+        """
+        tokenizer = self._ready_tokenizer()
+        made = await self._aside(self._make, request, tokenizer)
+        self._ready_tokenizer()  # it may have died meanwhile
+        # Nothing is awaited from here on, so that a request is either handed in or not.
+        return self._open(made, Session(made, tokenizer))
+
+    async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> Sequence[int]:
+        """Token ids of a text."""
+        encode = self._loaded_tokenizer().encode
+        return await self._aside(encode, text, add_special_tokens=add_special_tokens)
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids. Raises `InvalidRequestError` for ids that do not exist."""
+        return await self._aside(_decode, self._loaded_tokenizer(), token_ids)
+
+    async def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], **template_values: Any
+    ) -> str:
+        """The prompt text for a conversation, by the checkpoint's template, sandboxed."""
+        render = self._loaded_tokenizer().render_chat
+        return await self._aside(partial(render, **template_values), messages)
+
+    def _make(self, request: GenerateRequest, tokenizer: Tokenizer) -> Request:
+        """On a helper thread."""
+        assert self._planned is not None
+        prompt = request.prompt
+        token_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        return self._planned.intake.make(
+            request.request_id, token_ids, request.params, tokenizer.eos_token_ids)
+
+    def _open(self, made: Request, session: Session) -> Stream:
+        # Callers may use an id again before the engine has seen the end of its first owner.
+        engine_id = f"{made.request_id}/{next(self._numbers)}"
+        channel = self._channels[engine_id] = Channel(session)
+        self._sessions[engine_id] = session
+        self._idle.clear()
+        self._send(Add(replace(made, request_id=engine_id, prompt_ids=made.prompt_ids[:])))
+        return Stream(channel, partial(self._cancel, engine_id), self._loop)
+
+    def _cancel(self, engine_id: str) -> None:
+        if engine_id in self._channels:
+            self._send(Abort(engine_id))
+            self._forget(engine_id)
+
+    def _forget(self, engine_id: str) -> None:
+        self._channels.pop(engine_id, None)
+        self._sessions.pop(engine_id, None)
+        if not self._channels:
+            self._idle.set()
+
+    def _ready_tokenizer(self) -> Tokenizer:
+        """Raises unless requests are taken."""
+        tokenizer = self._loaded_tokenizer()
+        if self._status.state == "draining":
+            raise EngineUnavailableError("the engine is stopping; it takes no further requests")
+        return tokenizer
+
+    def _loaded_tokenizer(self) -> Tokenizer:
+        if self._status.state == "dead":
+            raise EngineUnavailableError(_last_words(self._status.reason))
+        if self._tokenizer is None or self._status.state == "loading":
+            raise EngineUnavailableError("the model is being loaded; try again shortly")
+        return self._tokenizer
+
+    async def _aside(
+        self, work: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Result:
+        return await self._loop.run_in_executor(self._helpers, partial(work, *args, **kwargs))
+
+    # -- messages of the engine ----------------------------------------------------------------
+
+    def _post(self, message: FromEngine) -> None:
+        """Called by the engine."""
+        try:
+            self._loop.call_soon_threadsafe(self._receive, message)
+        except RuntimeError:  # the event loop has ended without `close`: nobody listens
+            self._send(Close())
+
+    def _receive(self, message: FromEngine) -> None:
+        if self._status.state == "dead":
+            return
+        if isinstance(message, Stepped):
+            self._note_load(message.load)
+            self._deliver(message)
+        elif isinstance(message, Submitted):
+            self._note_load(message.load)
+            self._admit(message)
+        elif isinstance(message, Planned):
+            self._plan(message)
+        elif isinstance(message, Loaded):
+            self._text_loaded.add_done_callback(self._become_ready)
+        else:
+            self._die(message.reason)
+
+    def _plan(self, planned: Planned) -> None:
+        self._planned = planned
+        self._status = replace(
+            self._status, max_model_len=planned.intake.max_model_len,
+            capacity_tokens=planned.capacity_tokens, prefill_chunk_len=planned.prefill_chunk_len,
+            memory_bytes=planned.memory_bytes)
+        # While the engine reads the weights.
+        self._text_loaded = asyncio.ensure_future(
+            self._aside(_load_text, planned.path, planned.intake.vocab_size))
+        self._text_loaded.add_done_callback(self._take_text)
+
+    def _take_text(self, loaded: asyncio.Future[tuple[Tokenizer, dict[str, float]]]) -> None:
+        if loaded.cancelled():
+            return
+        error = loaded.exception()
+        if error is None:
+            self._tokenizer, advice = loaded.result()
+            self._status = replace(self._status, default_sampling=advice)
+        elif isinstance(error, LongspanError):
+            self._die(" ".join(str(error).split()))
+        else:
+            logger.error("the tokenizer cannot be loaded", exc_info=error)
+            self._die(f"the tokenizer cannot be loaded ({type(error).__name__}: {error})")
+
+    def _become_ready(self, loaded: object) -> None:
+        if self._status.state == "loading":
+            self._status = replace(self._status, state="ready", reason="")
+
+    def _note_load(self, load: Load) -> None:
+        self._status = replace(
+            self._status, num_waiting=load.num_waiting, num_running=load.num_running,
+            num_waiting_tokens=load.num_waiting_tokens, num_used_tokens=load.num_used_tokens)
+
+    def _admit(self, message: Submitted) -> None:
+        for engine_id, num_cached_tokens in message.prefills:
+            if engine_id in self._channels:
+                self._sessions[engine_id].admit(num_cached_tokens)
+                self._channels[engine_id].wake()
+
+    def _deliver(self, message: Stepped) -> None:
+        for update in message.report.updates:
+            engine_id = update.request_id
+            channel = self._channels.get(engine_id)
+            if channel is None:
+                continue
+            try:
+                deliver(self._sessions, update, message.report, self._abort)
+            except Exception as error:  # of one request's text: no reason to stop the others
+                channel.fail(error)
+                self._cancel(engine_id)
+                continue
+            channel.wake()
+            if channel.is_over:
+                self._forget(engine_id)
+
+    def _abort(self, engine_id: str) -> None:
+        self._send(Abort(engine_id))
+
+    def _die(self, reason: str) -> None:
+        if self._status.state == "dead":
+            return
+        self._note_load(Load())
+        self._status = replace(self._status, state="dead", reason=reason)
+        for channel in self._channels.values():
+            channel.fail(EngineUnavailableError(_last_words(reason)))
+        self._channels.clear()
+        self._sessions.clear()
+        self._idle.set()
+        self._helpers.shutdown(wait=False)
+        if self._thread is not None:
+            self._send(Close())  # where it is we who give up
+
+
+def _load_text(path: Path, vocab_size: int) -> tuple[Tokenizer, dict[str, float]]:
+    return load_tokenizer(path, vocab_size), default_sampling(path)
+
+
+def _decode(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
+    checked = as_token_ids(token_ids, tokenizer.vocab_size) if len(token_ids) else ()
+    return tokenizer.decode(checked)
+
+
+def _model_name(model: str) -> str:
+    """A directory is known by its last part, wherever it lies."""
+    path = Path(model).expanduser()
+    return path.resolve().name if model and path.is_dir() else model
+
+
+def _last_words(reason: str) -> str:
+    return f"the engine has stopped: {reason}"
