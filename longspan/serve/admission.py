@@ -202,22 +202,28 @@ class Gate:
         """Time to compute every prompt that waits, seconds."""
         return sum(self._left_s(ticket) for ticket in self._tickets)
 
-    def remaining_s(self, ticket: Ticket) -> float:
-        """Time until a request's first token, seconds.
+    def predict_ttft_s(self, ticket: Ticket) -> float | None:
+        """Arrival of a request to its first token, seconds; None before anything was measured.
 
         The scheduler lets short prompts pass long ones, so each other prompt delays this one by
         its own rest at the most, and by no more than the rest of this one.
         """
         others = (other for other in self._tickets if other is not ticket)
-        return self._with_others(self._left_s(ticket), others)
+        left_s = self._with_others(self._left_s(ticket), others)
+        return ticket.elapsed_s + left_s if self._is_measured else None
 
-    def predict_s(self, prompt_len: int) -> float:
-        """Time to first token of a prompt that would arrive now, seconds."""
-        return self._with_others(self._prefill_s(Part(prompt_len)), self._tickets)
+    def predict_new_s(self, prompt_len: int) -> float | None:
+        """Time to first token of a prompt that would arrive now, seconds; None as above."""
+        own_s = self._prefill_s(Part(prompt_len))
+        return self._with_others(own_s, self._tickets) if self._is_measured else None
 
     def observe(self, history: int, chunk: int, seconds: float) -> None:
         """A chunk after ``history`` tokens took this long while nothing else ran."""
         self._latency.observe(history, chunk, seconds)
+
+    @property
+    def _is_measured(self) -> bool:
+        return self._status().latency is not None or self._latency.num_observations > 0
 
     def _with_others(self, own_s: float, others: Iterator[Ticket] | set[Ticket]) -> float:
         return own_s + sum(min(own_s, self._left_s(other)) for other in others)

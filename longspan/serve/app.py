@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -102,7 +103,7 @@ def _tokens(service: Service) -> APIRouter:
         async with service.small_request(request, TokenizeRequest) as (body, watcher):
             ids = await watcher.race(_tokenize(service, body))
         head = {"count": len(ids), "max_model_len": service.engine.status().max_model_len,
-                "predicted_ttft_ms": millis(service.gate.predict_s(len(ids)))}
+                "predicted_ttft_ms": millis(service.gate.predict_new_s(len(ids)))}
         if not body.return_tokens:
             return JSONResponse(head)
         return StreamingResponse(_spread(head, ids), media_type="application/json")
@@ -168,8 +169,7 @@ async def _detokenize(service: Service, ids: Sequence[int]) -> str:
 
 async def _spread(head: dict[str, Any], ids: Sequence[int]) -> AsyncIterator[str]:
     """A JSON object with a list of up to a million ids, made in pieces so that nobody waits."""
-    fields = ",".join(f'"{name}":{value}' for name, value in head.items())
-    yield f'{{{fields},"tokens":['
+    yield f'{json.dumps(head)[:-1]}, "tokens":['
     for start in range(0, len(ids), IDS_PER_PIECE):
         yield ("," if start else "") + ",".join(map(str, ids[start:start + IDS_PER_PIECE]))
         await asyncio.sleep(0)

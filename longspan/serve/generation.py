@@ -116,7 +116,7 @@ class Generation:
         """Hand the job to the engine. Raises what the engine refuses; `close` cleans up."""
         self._gate.resize(self._ticket, [len(prompt) for prompt in job.prompts])
         self.usage.prompt_tokens = sum(len(prompt) for prompt in job.prompts)
-        self.usage.predicted_ttft_s = self._gate.remaining_s(self._ticket)
+        self.usage.predicted_ttft_s = self._gate.predict_ttft_s(self._ticket)
         self._num_copies = job.n
         now_s = time.monotonic()
         for index in range(len(job.prompts)):
@@ -204,8 +204,7 @@ class Generation:
         if event.num_cached_tokens > clock.cached_tokens:
             clock.cached_tokens = event.num_cached_tokens
             if part.done == event.num_cached_tokens:  # admitted, and nothing computed yet
-                self.usage.predicted_ttft_s = (
-                    self._ticket.elapsed_s + self._gate.remaining_s(self._ticket))
+                self.usage.predicted_ttft_s = self._gate.predict_ttft_s(self._ticket)
 
     def _note_token(self, number: int, index: int, copy: int, event: TokenEvent) -> None:
         if event.finish_reason == "abort":

@@ -164,7 +164,7 @@ class TokenizeReply(Reply):
 
     count: int
     max_model_len: int
-    predicted_ttft_ms: float
+    predicted_ttft_ms: float | None
     """If a prompt of this length arrived now."""
     tokens: list[int] | None = Field(default=None)
     """Absent when not wanted."""

@@ -92,7 +92,9 @@ class Service:
         headers = dict[str, str]()
         if await watcher.race_for(prepared, self.config.header_grace_s):
             prepared.result()  # a refusal still gets its own status
-            headers["X-Predicted-TTFT-Ms"] = str(millis(generation.usage.predicted_ttft_s))
+            expected_ms = millis(generation.usage.predicted_ttft_s)
+            if expected_ms is not None:
+                headers["X-Predicted-TTFT-Ms"] = str(expected_ms)
         options = StreamOptions(
             include_usage=bool(body.stream_options and body.stream_options.include_usage),
             return_progress=bool(body.return_progress),

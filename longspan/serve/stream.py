@@ -98,12 +98,10 @@ class EventWriter:
     def _progress(self) -> Json:
         """llama.cpp's object, and beside it when the first token is expected."""
         total, cached, done = self._generation.progress
-        elapsed_s = self._ticket.elapsed_s
-        expected_s = elapsed_s + self._gate.remaining_s(self._ticket)
         return self._format.bare_chunk(
             prompt_progress={"total": total, "cache": cached, "processed": done,
-                             "time_ms": millis(elapsed_s)},
-            predicted_ttft_ms=millis(expected_s))
+                             "time_ms": millis(self._ticket.elapsed_s)},
+            predicted_ttft_ms=millis(self._gate.predict_ttft_s(self._ticket)))
 
 
 class EventStreamResponse(Response):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -55,12 +56,23 @@ def test_predictions_share_the_machine():
     here = gate()
     with here.enter(0) as long:
         here.resize(long, [800])
-        assert here.predict_s(100) == pytest.approx(2.0)  # its own second and one of the other's
+        assert here.predict_new_s(100) == pytest.approx(2.0)  # its own and as much of the other
         with here.enter(0) as short:
             here.resize(short, [100])
-            assert here.remaining_s(short) == pytest.approx(2.0)
-            assert here.remaining_s(long) == pytest.approx(9.0)
+            assert here.predict_ttft_s(short) == pytest.approx(2.0, abs=0.1)
+            assert here.predict_ttft_s(long) == pytest.approx(9.0, abs=0.1)
             assert here.backlog_s() == pytest.approx(9.0)
+
+
+def test_nothing_is_predicted_before_anything_is_measured():
+    status, latency = replace(STATUS, latency=None), LatencyModel()
+    here = Gate(ServeConfig(), lambda: status, latency)
+    with here.enter(400) as ticket:
+        assert here.predict_ttft_s(ticket) is None and here.predict_new_s(5) is None
+        assert here.backlog_s() > 0
+        latency.observe(0, 100, 1.0)
+        assert here.predict_new_s(100) == pytest.approx(2.0)
+        assert here.predict_ttft_s(ticket) is not None
 
 
 def test_idle():
