@@ -23,6 +23,9 @@ from longspan.ops.eager_gather import gathered_attention
 from longspan.ops.geometry import INTRA, segments, spans
 from longspan.ops.types import PagedKV, QueryRotary, Selection
 
+GATHERED_TILES = 8
+"""Query tiles whose windows are gathered at a time on CPUs: their keys and values stay in cache."""
+
 
 def sparse_prefill_attention(
     q: Tensor, cache: PagedKV, block_table: Tensor, cached_len: int, rotary: QueryRotary,
@@ -158,12 +161,25 @@ class _Segment:
         if not windows:
             return []
         tiles = self._query_tiles()[:, None] - torch.tensor(windows, device=self.k.device)
-        k, v = (x[tiles.clamp(min=0)].flatten(1, 2)[:, None] for x in self._key_tiles(kv_head))
         q = self._query(head, INTRA)
-        if windows[-1] <= self.first_tile:
-            return [attend(q, k, v, self.scale)]
+        step = GATHERED_TILES if q.device.type == "cpu" else self.num_tiles
+        parts = [
+            self._attend_tiles(q[i : i + step], tiles[i : i + step], kv_head,
+                               all_exist=windows[-1] <= self.first_tile + i)
+            for i in range(0, self.num_tiles, step)
+        ]
+        return [(torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts]))]
+
+    def _attend_tiles(
+        self, q: Tensor, tiles: Tensor, kv_head: int, *, all_exist: bool
+    ) -> Partial:
+        """Each query tile over its own whole key tiles. q: [n, 1, P, D]; tiles: [n, W], negative
+        before the prompt's start."""
+        k, v = (x[tiles.clamp(min=0)].flatten(1, 2)[:, None] for x in self._key_tiles(kv_head))
+        if all_exist:
+            return attend(q, k, v, self.scale)
         bias = _log(tiles >= 0).repeat_interleave(self.tile_len, 1)
-        return [attend_biased(q, k, v, self.scale, bias[:, None, None])]
+        return attend_biased(q, k, v, self.scale, bias[:, None, None])
 
     def _zoned_windows(self, head: int, kv_head: int, windows: list[int]) -> list[Partial]:
         """All windows but the diagonal where several zones exist: one fused call for each window

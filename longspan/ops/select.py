@@ -110,18 +110,26 @@ def _probe_mass(
     positions = probe.first + probe.step * torch.arange(probe.num_rows, device=q.device)
     rows = q[positions - start]
     left = probe.last - probe.first
-    mass = torch.zeros(probe.num_rows, left + k.shape[0], device=q.device)
+    mass = torch.empty(probe.num_rows, left + k.shape[0], device=q.device)
+    mass[:, :left] = 0
     scores = mass[:, left:]
     for span in spans(start, start + q.shape[0], rotary.stride):
         continuous = continuous_query_position(positions, span.zone, rotary.stride, rotary.clamp)
         angles = continuous.float()[:, None] * rotary.inv_freq
-        rotated = rotate(rows[:, None], angles.cos(), angles.sin())[:, 0]
-        scores[:, span.start : span.stop] = scores_fp32(
-            rotated[None], k[None, span.start : span.stop])[0]
+        rotated = rotate(rows[:, None], angles.cos() * scale, angles.sin() * scale)[:, 0]
+        _scores_into(scores[:, span.start : span.stop], rotated, k[span.start : span.stop])
     future = torch.arange(probe.first, k.shape[0], device=q.device) > positions[:, None]
     scores[:, probe.first :].masked_fill_(future, -math.inf)
-    torch.softmax(scores.mul_(scale), -1, out=scores)
+    torch.softmax(scores, -1, out=scores)
     return mass
+
+
+def _scores_into(out: Tensor, q: Tensor, k: Tensor) -> None:
+    """out: [n, S] fp32, rows apart in memory, is set to q k^T; q: [n, D], k: [S, D]."""
+    if q.dtype == torch.float32:
+        torch.mm(q, k.T, out=out)
+    else:
+        out.copy_(scores_fp32(q[None], k[None])[0])
 
 
 def _diagonal_sums(mass: Tensor, probe: _Probe, context_len: int) -> Tensor:
