@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from longspan.engine.client import EngineState, EngineStatus
 from longspan.serve.config import ServeConfig
-from longspan.serve.engine import EngineState, EngineStatus
 from longspan.serve.errors import ApiError
 from longspan.serve.latency import LatencyModel, prefill_s
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib
 import logging
 import os
 import socket
@@ -16,12 +15,14 @@ from typing import Any
 import uvicorn
 
 from longspan.config import EngineConfig
+from longspan.engine import client
+from longspan.engine.client import EngineStatus
 from longspan.errors import LongspanError
 from longspan.serve.admission import Gate
 from longspan.serve.app import create_app
 from longspan.serve.body import cancel
 from longspan.serve.config import ServeConfig
-from longspan.serve.engine import AsyncEngine, EngineStatus
+from longspan.serve.engine import AsyncEngine
 from longspan.serve.latency import prefill_s
 
 POLL_S = 0.1
@@ -40,9 +41,7 @@ def serve(model: str, config: ServeConfig, engine_options: Mapping[str, Any]) ->
 
     Raises `LongspanError` when the port is taken or the model cannot be loaded.
     """
-    asked = EngineConfig(model=model, **engine_options)
-    client = importlib.import_module("longspan.engine.client")
-    return run(client.AsyncEngine(asked), config)
+    return run(client.AsyncEngine(EngineConfig(model=model, **engine_options)), config)
 
 
 def run(engine: AsyncEngine, config: ServeConfig) -> int:

@@ -7,56 +7,12 @@ rendering and detokenising happen elsewhere.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
+from longspan.engine.client import EngineStatus, GenerateRequest
 from longspan.engine.request import Progress, SamplingParams, TokenEvent
 
-EngineState = Literal["loading", "ready", "draining", "dead"]
 Event = Progress | TokenEvent
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GenerateRequest:
-    """One completion to compute."""
-
-    request_id: str
-    """Unique while the request lives."""
-    prompt: str | Sequence[int]
-    """Text, or token ids. The server sends ids: it has tokenised to check the length."""
-    params: SamplingParams
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineStatus:
-    """A cheap snapshot, kept up to date by the engine's messages."""
-
-    state: EngineState
-    reason: str = ""
-    """Why it is dead, or what is being loaded."""
-    model: str = ""
-    """Name of the model, as clients should write it."""
-    max_model_len: int = 0
-    """Longest prompt plus completion, tokens."""
-    capacity_tokens: int = 0
-    """Tokens that the KV cache holds."""
-    prefill_chunk_len: int = 8192
-    """Prompt tokens computed in one step at the most."""
-    num_waiting: int = 0
-    """Requests without KV blocks."""
-    num_running: int = 0
-    """Requests in prefill or decode."""
-    num_waiting_tokens: int = 0
-    """Prompt tokens of the waiting requests."""
-    num_used_tokens: int = 0
-    """Tokens of KV in use by running requests."""
-    latency: tuple[float, float, float, float] | None = None
-    """(c, gamma, b, a) of t(L, x) = c + gamma L + b x + a (2 L x + x^2), seconds, fitted by the
-    scheduler; None: the server fits its own from what it sees."""
-    memory_bytes: Mapping[str, int] = field(default_factory=dict)
-    """For the start-up report: weights, workspace, KV cache."""
-    default_sampling: Mapping[str, float] = field(default_factory=dict)
-    """Sampling fields that the checkpoint recommends (its generation_config.json)."""
 
 
 class TokenLogprob(Protocol):

@@ -7,10 +7,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from longspan.engine.client import GenerateRequest
 from longspan.engine.request import MAX_SEED, Progress, SamplingParams, TokenEvent
 from longspan.serve.admission import Gate, Part, Ticket
 from longspan.serve.body import cancel
-from longspan.serve.engine import AsyncEngine, Event, EventStream, GenerateRequest
+from longspan.serve.engine import AsyncEngine, Event, EventStream
 from longspan.serve.errors import ApiError, as_api_error
 
 QUEUE_LEN = 256

@@ -9,8 +9,8 @@ from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from longspan.engine.client import EngineStatus
 from longspan.serve.admission import Gate
-from longspan.serve.engine import EngineStatus
 from longspan.serve.generation import Usage
 
 LAG_PERIOD_S = 0.05

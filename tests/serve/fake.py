@@ -14,11 +14,11 @@ from typing import Any
 
 import uvicorn
 
+from longspan.engine.client import EngineStatus, GenerateRequest
 from longspan.engine.request import Progress, SamplingParams, TokenEvent
 from longspan.errors import InvalidRequestError, LongspanError
 from longspan.serve.app import create_app
 from longspan.serve.config import ServeConfig
-from longspan.serve.engine import EngineStatus, GenerateRequest
 
 MODEL = "fake"
 ANSWER = "The quick brown fox jumps over the lazy dog. "

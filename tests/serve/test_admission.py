@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from longspan.engine.client import EngineStatus
 from longspan.serve.admission import Gate
 from longspan.serve.config import ServeConfig
-from longspan.serve.engine import EngineStatus
 from longspan.serve.errors import ApiError
 from longspan.serve.latency import LatencyModel
 

@@ -14,11 +14,11 @@ import httpx
 import pytest
 
 from longspan.cli import run_command
+from longspan.engine.client import EngineStatus
 from longspan.errors import LongspanError, MissingDependencyError
 from longspan.serve import check_dependencies
 from longspan.serve.command import listen, start_up_report
 from longspan.serve.config import ServeConfig
-from longspan.serve.engine import EngineStatus
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = """
