@@ -92,7 +92,8 @@ class EngineStatus:
     num_used_tokens: int = 0
     """Tokens of KV in use by running requests."""
     latency: tuple[float, float, float, float] | None = None
-    """Coefficients of the time of a prefill chunk, where the engine fits them."""
+    """(c, gamma, b, a) of t(L, x) = c + gamma L + b x + a (2 L x + x^2): seconds of a prefill chunk
+    of x tokens after L cached ones. None: this engine does not fit them."""
     memory_bytes: Mapping[str, int] = field(default_factory=dict)
     """Weights, workspace, KV cache."""
     default_sampling: Mapping[str, float] = field(default_factory=dict)
@@ -146,7 +147,7 @@ class AsyncEngine:
 
     async def close(self) -> None:
         """Abort everything and end the engine, at the latest after the step it is in."""
-        self._die("it was stopped")
+        self._die("it was shut down")
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, CLOSE_TIMEOUT_S)
 

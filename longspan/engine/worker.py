@@ -73,7 +73,7 @@ class Worker:
                 self._serve(Scheduler(scheduler), engine)
             finally:
                 engine.close()
-            self._send(Died("it was stopped"))
+            self._send(Died("it was shut down"))
         except LongspanError as error:
             self._send(Died(" ".join(str(error).split())))
         except BaseException as error:
