@@ -185,7 +185,7 @@ class EngineConfig:
     sparsity_plan: str | None = None
     """JSON file of budgets; default: the plan beside the checkpoint, else the built-in policy."""
     prefill_chunk_len: int | None = None
-    """Prompt tokens of one request computed in one step; default 32,768 on GPUs, 8,192 on CPUs."""
+    """Prompt tokens of one request computed in one step; default 32,768 on GPUs, 16,384 on CPUs."""
     max_num_requests: int = 64
     """Requests computed together at the most."""
     block_size: int = 128

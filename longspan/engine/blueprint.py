@@ -12,7 +12,12 @@ from longspan.attention.sparsity import SparsityPlan
 from longspan.config import DcaConfig, EngineConfig, ModelConfig
 from longspan.engine.desk import Intake
 from longspan.engine.memory import MemoryPlan, plan_memory
-from longspan.engine.resolve import may_be_sparse, resolve_config, resolve_positions
+from longspan.engine.resolve import (
+    check_tiles,
+    may_be_sparse,
+    resolve_config,
+    resolve_positions,
+)
 from longspan.engine.runner import Runner, resolve_plan
 from longspan.engine.scheduler import SchedulerConfig, max_step_tokens
 from longspan.model.weights import resolve_checkpoint
@@ -51,6 +56,8 @@ class Blueprint:
         found = resolve_plan(path, model, config)
         plan = _plan_in_effect(config, model, found, has_dca=dca is not None)
         memory = _plan_memory(config, replace(model, dca=dca), sparse=plan is not None)
+        if plan is not None and plan.mode == "tile":
+            check_tiles(dca, block_size=config.block_size, max_model_len=memory.max_model_len)
         return cls(
             path=path, config=replace(config, max_model_len=memory.max_model_len), model=model,
             dca=dca, has_plan=found is not None, plan=plan, memory=memory)

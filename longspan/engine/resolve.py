@@ -8,7 +8,7 @@ from longspan.config import AttentionMode, DcaConfig, EngineConfig, ModelConfig,
 from longspan.errors import LongspanError
 
 GPU_PREFILL_CHUNK_LEN = 32_768
-CPU_PREFILL_CHUNK_LEN = 8_192
+CPU_PREFILL_CHUNK_LEN = 16_384
 DTYPES = ("float32", "bfloat16")
 
 
@@ -45,6 +45,16 @@ def resolve_positions(mode: PositionMode, model: ModelConfig) -> DcaConfig | Non
             "positions 'dca+yarn' needs original_max_position_embeddings in the checkpoint's "
             "dual_chunk_attention_config; add it or use positions 'dca'")
     return model.dca
+
+
+def check_tiles(dca: DcaConfig | None, *, block_size: int, max_model_len: int) -> None:
+    """Sparse tiles are KV blocks and lie in one DCA chunk each. Raises `LongspanError` otherwise."""
+    if dca is None or dca.dca_chunk_len % block_size == 0 or max_model_len <= dca.dca_chunk_len:
+        return
+    raise LongspanError(
+        f"sparse prefill beyond {dca.dca_chunk_len} tokens (chunk_size - local_size of the "
+        f"checkpoint's dual_chunk_attention_config) needs a block_size that divides them, not "
+        f"{block_size}; use attention dense, or a max_model_len of at most {dca.dca_chunk_len}")
 
 
 def may_be_sparse(mode: AttentionMode, *, has_plan: bool, has_dca: bool) -> bool:

@@ -8,6 +8,7 @@ import pytest
 
 from longspan.config import DcaConfig, EngineConfig, ModelConfig
 from longspan.engine.resolve import (
+    check_tiles,
     may_be_sparse,
     resolve_attention,
     resolve_config,
@@ -81,3 +82,12 @@ def test_attention(
 def test_unknown_attention_is_refused() -> None:
     with pytest.raises(LongspanError, match="not one of auto, dense, sparse"):
         may_be_sparse("flash", has_plan=True, has_dca=True)  # type: ignore[arg-type]
+
+
+def test_tiles_must_lie_in_one_dca_chunk() -> None:
+    dca = DcaConfig(chunk_size=1000, local_size=200)
+    check_tiles(dca, block_size=16, max_model_len=4000)
+    check_tiles(dca, block_size=128, max_model_len=800)
+    check_tiles(None, block_size=128, max_model_len=4000)
+    with pytest.raises(LongspanError, match="beyond 800 tokens .* divides them, not 128"):
+        check_tiles(dca, block_size=128, max_model_len=801)
