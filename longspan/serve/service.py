@@ -55,12 +55,9 @@ class Service:
 
     async def generate(self, request: Request, kind: type[GenerateBody]) -> Response:
         """POST of a completion, streaming or not."""
-        try:
-            async with AsyncExitStack() as stack:
-                return await self._generate(request, kind, stack)
-        except ClientGone:
-            self.metrics.gone()
-            raise
+        async with AsyncExitStack() as stack:
+            stack.push(self._count_gone)
+            return await self._generate(request, kind, stack)
 
     async def _generate(
         self, request: Request, kind: type[GenerateBody], stack: AsyncExitStack
@@ -84,6 +81,13 @@ class Service:
         await watcher.race(_wait(prepared))
         deltas = await watcher.race(_collect(generation))
         return JSONResponse(format.reply(deltas, generation.usage))
+
+    def _count_gone(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object,
+    ) -> bool:
+        if kind is ClientGone:
+            self.metrics.gone()
+        return False
 
     async def _stream(
         self, body: GenerateBody, prepared: asyncio.Task[None], generation: Generation,

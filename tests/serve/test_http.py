@@ -330,6 +330,8 @@ def test_hanging_up_cancels_at_every_stage(stage, stream):
         start_s = time.monotonic()
         wait_for(lambda: not (engine.num_tokenizing or engine.running), "the end")
         assert time.monotonic() - start_s < 1.0
+        metrics = server.app.state.service.metrics
+        wait_for(lambda: b"longspan_disconnects_total 1.0" in metrics.render(), "the count")
     assert len(engine.aborted) == (stage != "tokenize_s")
 
 
