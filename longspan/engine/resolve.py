@@ -48,7 +48,7 @@ def resolve_positions(mode: PositionMode, model: ModelConfig) -> DcaConfig | Non
 
 
 def check_tiles(dca: DcaConfig | None, *, block_size: int, max_model_len: int) -> None:
-    """Sparse tiles are KV blocks and lie in one DCA chunk each. Raises `LongspanError` otherwise."""
+    """Raises `LongspanError` unless each sparse tile, a KV block, lies in one DCA chunk."""
     if dca is None or dca.dca_chunk_len % block_size == 0 or max_model_len <= dca.dca_chunk_len:
         return
     raise LongspanError(
