@@ -66,7 +66,7 @@ class PrefillBar:
             return
         self._num_shown_tenths = percent_done // 10
         note(f"{self._title} {event.num_prefilled_tokens:>9,}/{event.num_prompt_tokens:,} tokens "
-             f"{percent_done:3d} %  {_pace(event)}".rstrip())
+             f"{percent_done:3d} %  {_pace(event)}{_cached(event)}".rstrip())
 
 
 def prefill_rate(event: Progress) -> float:
@@ -160,11 +160,16 @@ def _live_bar() -> Any:
         TextColumn("{task.fields[rate]}"), console=Console(stderr=True), transient=True)
 
 
+def _cached(event: Progress) -> str:
+    return f" ({event.num_cached_tokens:,} cached)" if event.num_cached_tokens else ""
+
+
 def _pace(event: Progress) -> str:
     """Tokens per second and time left; empty before anything is computed."""
     rate = prefill_rate(event)
     if not rate:
         return ""
-    left_s = (event.num_prompt_tokens - event.num_prefilled_tokens) / rate
-    left = f", {left_s // 60:.0f}:{left_s % 60:02.0f} left" if left_s else ""
+    missing = event.num_prompt_tokens - event.num_prefilled_tokens
+    minutes, left_s = divmod(round(missing / rate), 60)
+    left = f", {minutes}:{left_s:02} left" if missing else ""
     return f"{rate:,.0f} tokens/s{left}"
