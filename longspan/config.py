@@ -18,12 +18,6 @@ AttentionMode = Literal["auto", "dense", "sparse"]
 PositionMode = Literal["auto", "rope", "dca", "dca+yarn"]
 
 SUPPORTED_ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
-RELEASED_SPARSE_KEYS = (
-    "sparse_attention_enabled",
-    "sparse_attention_threshold",
-    "sparse_attention_last_q",
-    "sparse_attention_config",
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,6 +9,7 @@ import torch
 
 from longspan.config import EngineConfig, ModelConfig
 from longspan.errors import NotEnoughMemoryError
+from longspan.model.qwen2 import mlp_rows
 
 GIB = 1024**3
 USABLE_SHARE = 0.9
@@ -16,8 +17,6 @@ POOL_REQUESTS = 4
 """Requests of full length that the KV pool is sized for, where memory allows."""
 ATTENTION_SCRATCH_BYTES = 512 * 1024**2
 """Score tiles, gathered keys and selection of one layer, beyond what grows with a step's tokens."""
-MLP_ROWS = 8192
-"""Rows that the model's MLP computes at a time."""
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -103,14 +102,17 @@ def plan_memory(
 
 
 def workspace_bytes(model: ModelConfig, config: EngineConfig, num_tokens: int) -> int:
-    """Upper estimate of what a step of ``num_tokens`` needs besides weights and KV cache."""
-    assert config.dtype is not None
+    """Upper estimate of what a step of ``num_tokens`` needs besides weights and KV cache.
+
+    ``config`` is resolved: device and dtype are set.
+    """
+    assert config.device is not None and config.dtype is not None
     element = ELEMENT_BYTES[config.dtype]
     heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     # Residual stream, its norm and the sum: 3 M; q, k, v and their rotated copies, the output.
     per_token = (3 * model.hidden_size + 2 * heads) * element
-    mlp_rows = min(num_tokens, MLP_ROWS)
-    mlp = mlp_rows * (3 * model.intermediate_size * element + 2 * model.hidden_size * 4)
+    num_mlp_rows = min(num_tokens, mlp_rows(config.device.split(":")[0]))
+    mlp = num_mlp_rows * (3 * model.intermediate_size * element + 2 * model.hidden_size * 4)
     # Logits in both types, sorted values, order (8 bytes), probabilities, their fp64 sum.
     logits = config.max_num_requests * model.vocab_size * (element + 4 + 4 + 8 + 4 + 8)
     rotary = 4 * model.head_dim * min(

@@ -15,7 +15,6 @@ from longspan.engine.request import (
     Progress,
     Request,
     RequestOutput,
-    SamplingParams,
     TokenEvent,
 )
 from longspan.engine.step import Update
@@ -31,8 +30,6 @@ class Session:
         self.request_id = request.request_id
         self.events: deque[Event] = deque()
         self.output: RequestOutput | None = None
-        self._params: SamplingParams = request.params
-        self._eos_token_ids = request.eos_token_ids
         self._prompt_len = request.prompt_len
         self._stream = TextStream(tokenizer, request.params.stop)
         self._text: list[str] = []

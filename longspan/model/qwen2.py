@@ -150,8 +150,8 @@ class DecoderLayer(nn.Module):
         attended = self.self_attn(self.input_layernorm(hidden), metadata, cache)
         rows = metadata.output_rows
         hidden = (hidden if rows is None else hidden[rows]) + attended
-        num_rows = MLP_ROWS_CPU if hidden.device.type == "cpu" else MLP_ROWS
-        for piece in hidden.split(num_rows):  # views: each piece is added in place
+        # pieces are views: each is added in place
+        for piece in hidden.split(mlp_rows(hidden.device.type)):
             piece += self.mlp(self.post_attention_layernorm(piece))
         return hidden
 
@@ -227,6 +227,11 @@ class CausalLM(nn.Module):
 
     def _attention_cores(self) -> list[DualChunkAttention]:
         return [layer.self_attn.core for layer in self.decoder_layers()]
+
+
+def mlp_rows(device_type: str) -> int:
+    """Rows that the MLP computes at a time on ``cpu`` or ``cuda``; memory plans need it too."""
+    return MLP_ROWS_CPU if device_type == "cpu" else MLP_ROWS
 
 
 def _parameter(*shape: int, dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:

@@ -132,7 +132,7 @@ def _scores_into(out: Tensor, q: Tensor, k: Tensor) -> None:
         out.copy_(scores_fp32(q[None], k[None])[0])
 
 
-def _diagonal_sums(mass: Tensor, probe: _Probe, context_len: int) -> Tensor:
+def _diagonal_sums(mass: Tensor, probe: _Probe) -> Tensor:
     """Mass by distance: entry o is the sum over rows of the weight on the key o before the row.
 
     Row r starts ``last - position(r)`` entries further left in a view whose row stride is one row
@@ -154,7 +154,7 @@ def _choose_tiles(
     sink = min(budget.sink, context_len)
     for mass, probe in zip(rows, probes, strict=True):
         mass[:, : mass.shape[1] - context_len + sink] = 0  # sinks are columns, never diagonals
-        sums += _tile_sums(_diagonal_sums(mass, probe, context_len), tile_len, len(sums))
+        sums += _tile_sums(_diagonal_sums(mass, probe), tile_len, len(sums))
     forced = 1 + -(-budget.local // tile_len)
     _force(sums, forced)
     count = min(num_tiles, max(forced, -(-budget.slash[head] // tile_len)))
@@ -198,7 +198,7 @@ def _choose_paper(
 ) -> tuple[Tensor, Tensor]:
     """Columns [V] ascending and window offsets [W] descending, MInference's rules."""
     mass, probe = rows[0], probes[0]
-    diagonals = _diagonal_sums(mass, probe, context_len)
+    diagonals = _diagonal_sums(mass, probe)
     _force(diagonals, budget.local)
     count = min(max(1, budget.slash[head]), len(diagonals))
     distances = torch.topk(diagonals, count).indices

@@ -74,14 +74,14 @@ def test_what_does_not_fit_is_refused(free: float, fields: dict[str, Any], remed
 
 
 def test_workspace_grows_with_the_step() -> None:
-    config = EngineConfig(model="m", dtype="bfloat16")
+    config = EngineConfig(model="m", device="cuda", dtype="bfloat16")
     assert workspace_bytes(BIG, config, 1000) < workspace_bytes(BIG, config, 32_768) < 4 * GIB
     assert workspace_bytes(BIG, replace(config, dtype="float32"), 1000) > \
         workspace_bytes(BIG, config, 1000)
 
 
 def test_rotation_tables_are_as_long_as_the_context_without_dca() -> None:
-    config = EngineConfig(model="m", dtype="bfloat16")
+    config = EngineConfig(model="m", device="cuda", dtype="bfloat16")
     dca = replace(BIG, dca=DcaConfig(chunk_size=262_144, local_size=8192))
     difference = workspace_bytes(BIG, config, 1000) - workspace_bytes(dca, config, 1000)
     assert difference == 4 * 128 * (1_010_000 - 262_145)
