@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,13 @@ from torch import Tensor
 hypothesis.settings.register_profile(
     "longspan", derandomize=True, database=None, deadline=None, max_examples=60)
 hypothesis.settings.load_profile("longspan")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Triton reads this once, when it is first imported: kernels are interpreted, on any machine,
+    except in a run of the GPU tests alone (``-m gpu``)."""
+    os.environ["TRITON_INTERPRET"] = "0" if config.option.markexpr == "gpu" else "1"
+
 
 torch.set_num_threads(1)  # shapes here are small; threads only wait for each other
 

@@ -1,0 +1,81 @@
+"""Repairs of Triton 3.6's interpreter, so that a kernel computes there what it computes on a GPU.
+
+- Interpreted scalars are arrays of shape [1], which numpy from 2.4 on refuses to turn into an int;
+  loop bounds known only at run time need that.
+- bf16 is kept as its bits in uint16: `tl.dot` multiplied the bits, arithmetic would add them, casts
+  cut instead of rounding to nearest even. Here `tl.dot` and casts are right, and arithmetic on
+  bf16, which kernels do in fp32 anyhow, is an error.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+
+def repair(patch: pytest.MonkeyPatch) -> None:
+    """Until the end of the test."""
+    from triton.runtime import interpreter
+
+    original, builder = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    patch.setattr(interpreter, "_patch_lang_tensor", patch_lang_tensor)
+    patch.setattr(builder, "create_dot", _create_dot)
+    patch.setattr(builder, "cast_impl", _cast(builder.cast_impl))
+    patch.setattr(builder, "create_fp_to_fp", _cast(builder.create_fp_to_fp))
+    patch.setattr(builder, "binary_op", _without_bf16(builder.binary_op))
+
+
+def _create_dot(
+    self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any
+) -> Any:
+    from triton.runtime.interpreter import TensorHandle
+
+    product = np.matmul(_values(a), _values(b), dtype=d.data.dtype)
+    return TensorHandle(product + d.data, d.dtype.scalar)
+
+
+def _cast(original: Any) -> Any:
+    """A cast from or to bf16 goes by way of fp32, rounded to nearest even."""
+    def cast(self: Any, src: Any, dst_type: Any, *rounding: Any) -> Any:
+        from triton.runtime.interpreter import TensorHandle, _get_np_dtype
+
+        target = dst_type.scalar
+        if not (_is_bf16(src.dtype.scalar) or _is_bf16(target)):
+            return original(self, src, dst_type, *rounding)
+        values = _values(src).astype(np.float32)
+        data = _to_bf16(values) if _is_bf16(target) else values.astype(_get_np_dtype(target))
+        return TensorHandle(data, target)
+
+    return cast
+
+
+def _without_bf16(original: Any) -> Any:
+    def binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
+        assert not _is_bf16(lhs.dtype.scalar), "arithmetic on bf16: cast to fp32 first"
+        return original(self, lhs, rhs, op)
+
+    return binary_op
+
+
+def _values(handle: Any) -> np.ndarray:
+    """The numbers of a block; bf16 widened to fp32."""
+    if not _is_bf16(handle.dtype.scalar):
+        return handle.data
+    return (handle.data.astype(np.uint32) << 16).view(np.float32)
+
+
+def _to_bf16(values: np.ndarray) -> np.ndarray:
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def _is_bf16(dtype: Any) -> bool:
+    return str(dtype) == "bf16"
