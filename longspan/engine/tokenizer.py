@@ -47,6 +47,10 @@ class Tokenizer:
         named = self._tokenizer.token_to_id(_token_text(self._config.get("eos_token")) or "")
         return frozenset(found if named is None else found | {named})
 
+    def to_json(self) -> str:
+        """The text of tokenizer.json as it is used here."""
+        return str(self._tokenizer.to_str())
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> array[int]:
         """Token ids, special tokens in the text recognised.
 
