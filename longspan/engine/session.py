@@ -16,8 +16,10 @@ from longspan.engine.request import (
     Request,
     RequestOutput,
     TokenEvent,
+    TokenLogprob,
 )
 from longspan.engine.step import Update
+from longspan.engine.token_bytes import TokenBytes
 from longspan.engine.tokenizer import TextStream, Tokenizer
 
 Event = Progress | TokenEvent
@@ -33,6 +35,11 @@ class Session:
         self._prompt_len = request.prompt_len
         self._stream = TextStream(tokenizer, request.params.stop)
         self._text: list[str] = []
+        self._num_chars = 0
+        self._token_bytes = TokenBytes(tokenizer)
+        self._logprobs: list[TokenLogprob] = []
+        self._held_logprobs: deque[tuple[int, TokenLogprob]] = deque()
+        """With the place in the text where each token begins."""
         self._token_ids = array("i")
         self._num_cached_tokens = 0
         self._is_admitted = False
@@ -74,10 +81,12 @@ class Session:
         if reason is not None:
             text += self._stream.flush()
         self._text.append(text)
+        self._num_chars += len(text)
+        logprobs = self._take_logprobs()
         if reason is not None:
             self.output = self._result(reason)
         if reason is not None or update.token_id is not None:
-            self.events.append(self._token_event(text, update.token_id, reason))
+            self.events.append(self._token_event(text, update.token_id, reason, logprobs))
         return was_stopped and update.finish_reason is None
 
     def _note_prefill(self, update: Update, report: StepReport) -> None:
@@ -96,7 +105,20 @@ class Session:
         # A token that ends the completion is no part of its text.
         if update.finish_reason == "stop":
             return ""
+        if update.logprobs is not None:
+            self._held_logprobs.append((
+                self._num_chars + self._stream.num_held,
+                self._token_bytes.describe(update.token_id, update.logprobs)))
         return self._stream.push(update.token_id)
+
+    def _take_logprobs(self) -> tuple[TokenLogprob, ...]:
+        """Those whose text was handed out: a token of a stop string never is."""
+        taken = list[TokenLogprob]()
+        is_all_out = not (self._stream.num_held or self._stream.is_stopped)
+        while self._held_logprobs and (is_all_out or self._held_logprobs[0][0] < self._num_chars):
+            taken.append(self._held_logprobs.popleft()[1])
+        self._logprobs += taken
+        return tuple(taken)
 
     def _push_progress(self, num_tokens: int) -> None:
         self.events.append(Progress(
@@ -105,11 +127,12 @@ class Session:
             elapsed_s=time.monotonic() - self._arrived_s))
 
     def _token_event(
-        self, text: str, token_id: int | None, reason: FinishReason | None
+        self, text: str, token_id: int | None, reason: FinishReason | None,
+        logprobs: tuple[TokenLogprob, ...],
     ) -> TokenEvent:
         return TokenEvent(
             request_id=self.request_id, text=text, finish_reason=reason, output=self.output,
-            token_ids=() if token_id is None else (token_id,),
+            token_ids=() if token_id is None else (token_id,), logprobs=logprobs,
             num_prompt_tokens=self._prompt_len, num_cached_tokens=self._num_cached_tokens)
 
     def _result(self, reason: FinishReason) -> RequestOutput:
@@ -120,7 +143,8 @@ class Session:
             num_prompt_tokens=self._prompt_len, num_cached_tokens=self._num_cached_tokens,
             ttft_s=_span(self._arrived_s, self._first_s),
             prefill_s=_span(self._started_s, self._first_s),
-            decode_tokens_per_s=self._decode_rate(), density=kept / causal if causal else None)
+            decode_tokens_per_s=self._decode_rate(), density=kept / causal if causal else None,
+            logprobs=tuple(self._logprobs))
 
     def _decode_rate(self) -> float | None:
         elapsed_s = _span(self._first_s, self._last_s)

@@ -51,6 +51,23 @@ class Tokenizer:
         """The text of tokenizer.json as it is used here."""
         return str(self._tokenizer.to_str())
 
+    def piece(self, token_id: int) -> str | None:
+        """A token as the vocabulary writes it; None for an id that it does not have."""
+        found = self._tokenizer.id_to_token(token_id)
+        return None if found is None else str(found)
+
+    @cached_property
+    def added_tokens(self) -> frozenset[int]:
+        """Ids of tokens that were added to the vocabulary, written as their plain text."""
+        return frozenset(self._tokenizer.get_added_tokens_decoder())
+
+    @cached_property
+    def decoder_kinds(self) -> frozenset[str]:
+        """Types of the parts of the decoder, as tokenizer.json names them."""
+        decoder = self._tokenizer.decoder
+        state = {} if decoder is None else json.loads(decoder.__getstate__())
+        return frozenset(part["type"] for part in state.get("decoders", [state]) if part)
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> array[int]:
         """Token ids, special tokens in the text recognised.
 
@@ -140,6 +157,11 @@ class TextStream:
         """A stop string was found; further tokens are ignored."""
         return self._matcher.is_stopped
 
+    @property
+    def num_held(self) -> int:
+        """Characters held back because a stop string may begin there."""
+        return self._matcher.num_held
+
     def push(self, token_id: int) -> str:
         """Text that this token makes certain."""
         return self._matcher.push(self._detokenizer.push(token_id))
@@ -193,6 +215,11 @@ class StopMatcher:
         self._stop = tuple(stop)
         self._held = ""
         self.is_stopped = False
+
+    @property
+    def num_held(self) -> int:
+        """Characters held back."""
+        return len(self._held)
 
     def push(self, text: str) -> str:
         """Add text; returns what certainly is in front of any stop string."""
