@@ -71,6 +71,8 @@ class FakeRunner:
         self.slots: list[object] = [None] * (num_blocks * block_size)
         self.tokens: list[int] = [-1] * (num_blocks * block_size)
         self.num_computed = 0
+        self.latest: dict[int, int] = {}
+        """Token sampled last, by slot: what slices without an input token go on from."""
         self.batches: list[ScheduledBatch] = []
 
     def execute(self, batch: ScheduledBatch) -> StepResult:
@@ -81,20 +83,25 @@ class FakeRunner:
         tokens = [self._run(item) for item in batch.slices]
         self.num_computed += batch.num_tokens
         return StepResult(
-            step_id=batch.step_id, token_ids=tuple(t for t in tokens if t is not None),
+            step_id=batch.step_id, epoch=batch.epoch,
+            token_ids=tuple(token for token in tokens if token is not None),
             kept_pairs=1.0, causal_pairs=4.0)
 
     def _run(self, item: ScheduledSlice) -> int | None:
         slots = [item.block_ids[p // self.block_size] * self.block_size + p % self.block_size
                  for p in range(item.context_len)]
-        for slot, token in zip(slots[item.cached_len:], item.token_ids, strict=True):
+        inputs = item.token_ids or [self.latest[item.slot]]
+        for slot, token in zip(slots[item.cached_len:], inputs, strict=True):
             self.tokens[slot] = token
         context = [self.tokens[slot] for slot in slots]
         for position in range(item.cached_len, item.context_len):
             self.slots[slots[position]] = self._written(item, context, position)
         for position, slot in enumerate(slots):
             assert self.slots[slot] == self._expected(item, context, position), (item, position)
-        return next_token(context) if item.sampling is not None else None
+        if item.sampling is None:
+            return None
+        self.latest[item.slot] = next_token(context)
+        return self.latest[item.slot]
 
     def _written(self, item: ScheduledSlice, context: list[int], position: int) -> object:
         return self._content(item, context, position, item.context_len)

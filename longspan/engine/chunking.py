@@ -43,8 +43,3 @@ def cacheable_len(
     if dense_tail_len and full_blocks >= tail_start:
         return full_blocks
     return min(num_tokens, tail_start) // prefill_chunk_len * prefill_chunk_len
-
-
-def tail_chunk_start(prompt_len: int, dense_tail_len: int, prefill_chunk_len: int) -> int:
-    """Start of the prefill chunk that holds the start of the dense tail."""
-    return dense_tail_start(prompt_len, dense_tail_len) // prefill_chunk_len * prefill_chunk_len

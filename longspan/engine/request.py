@@ -5,15 +5,26 @@ Lengths are named once, as properties of `Request`; nobody else does arithmetic 
 
 from __future__ import annotations
 
+import json
 import math
 from array import array
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from longspan.errors import InvalidRequestError
 
+if TYPE_CHECKING:
+    TokenIds = array[int]
+else:
+    TokenIds = array  # until Python 3.12 it takes no parameter, and `wire` evaluates annotations
 FinishReason = Literal["stop", "length", "abort"]
 MAX_SEED = 2**63 - 1
+MAX_LOGPROBS = 20
+MAX_PENALTY = 2.0
+MAX_LOGIT_BIAS = 100.0
+MAX_NUM_BIASES = 1024
+MAX_SCHEMA_CHARS = 65_536
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,11 +53,38 @@ class SamplingParams:
     """Token ids that end the completion, besides the checkpoint's end-of-text tokens."""
     ignore_eos: bool = False
     """Go on past the checkpoint's end-of-text tokens (for benchmarks)."""
+    min_tokens: int = 0
+    """Shortest completion, tokens: no end-of-text and no stop token before."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of each token that the completion already has."""
+    frequency_penalty: float = 0.0
+    """Taken from a token's logit for each time that the completion already has it."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens in prompt or completion, and multiplies negative ones."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, number added to its logit) pairs; a mapping becomes that."""
+    logprobs: int | None = None
+    """Log-probabilities of each token and of this many most probable ones; None: none at all.
+    They are the model's own: before penalties, temperature and filters."""
+    json_schema: str | None = None
+    """JSON text of a JSON schema that the completion must fit; a dict becomes that."""
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "logit_bias", _as_pairs(self.logit_bias))
+        object.__setattr__(self, "json_schema", _as_json(self.json_schema))
+        self._check_choice()
+        self._check_end()
+        self._check_penalties()
+
+    @property
+    def needs_grammar(self) -> bool:
+        """Each token decides which ones may follow it."""
+        return self.json_schema is not None
+
+    def _check_choice(self) -> None:
         _require(_is_number(self.temperature) and 0 <= self.temperature < math.inf,
                  "temperature", self.temperature, "0 (greedy) or a positive number")
         _require(_is_integer(self.top_k) and self.top_k >= 0,
@@ -57,12 +95,40 @@ class SamplingParams:
                  "min_p", self.min_p, "between 0 and 1")
         _require(self.seed is None or _is_integer(self.seed) and 0 <= self.seed <= MAX_SEED,
                  "seed", self.seed, "an integer from 0 to 2^63 - 1")
+        _require(self.logprobs is None
+                 or _is_integer(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS,
+                 "logprobs", self.logprobs, f"None or an integer from 0 to {MAX_LOGPROBS}")
+
+    def _check_end(self) -> None:
         _require(_is_integer(self.max_tokens) and self.max_tokens >= 1,
                  "max_tokens", self.max_tokens, "a positive integer")
         _require(all(isinstance(text, str) and text for text in self.stop),
                  "stop", self.stop, "one or several strings that are not empty")
         _require(all(_is_integer(token) and token >= 0 for token in self.stop_token_ids),
                  "stop_token_ids", self.stop_token_ids, "token ids")
+        _require(_is_integer(self.min_tokens) and 0 <= self.min_tokens <= self.max_tokens,
+                 "min_tokens", self.min_tokens,
+                 f"an integer from 0 to max_tokens, which is {self.max_tokens}")
+        for name in ("ignore_eos", "min_tokens"):
+            if self.json_schema is not None and getattr(self, name):
+                raise InvalidRequestError(
+                    f"{name} does not go with json_schema: the schema says where the end is")
+
+    def _check_penalties(self) -> None:
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _require(_is_number(value) and abs(value) <= MAX_PENALTY,
+                     name, value, f"between -{MAX_PENALTY:g} and {MAX_PENALTY:g}")
+        _require(_is_number(self.repetition_penalty) and 0 < self.repetition_penalty < math.inf,
+                 "repetition_penalty", self.repetition_penalty, "a positive number; 1: none")
+        if len(self.logit_bias) > MAX_NUM_BIASES:
+            raise InvalidRequestError(
+                f"logit_bias names {len(self.logit_bias)} tokens; at most {MAX_NUM_BIASES}")
+        for token, bias in self.logit_bias:
+            _require(_is_integer(token) and token >= 0, "a key of logit_bias", token, "a token id")
+            _require(_is_number(bias) and abs(bias) <= MAX_LOGIT_BIAS,
+                     f"logit_bias of token {token}", bias,
+                     f"between -{MAX_LOGIT_BIAS:g} and {MAX_LOGIT_BIAS:g}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -74,7 +140,7 @@ class Request:
     """
 
     request_id: str
-    prompt_ids: array[int]
+    prompt_ids: TokenIds
     """[prompt_len] token ids, type code "i"."""
     params: SamplingParams
     seed: int = 0
@@ -83,7 +149,7 @@ class Request:
     """The checkpoint's end-of-text tokens."""
     sparse: bool = False
     """Prefill with sparse attention."""
-    output_ids: array[int] = field(default_factory=lambda: array("i"))
+    output_ids: TokenIds = field(default_factory=lambda: array("i"))
     block_ids: list[int] = field(default_factory=list)
     """KV blocks in order, for all of ``reserved_len``; empty until admitted."""
     block_hashes: list[bytes] = field(default_factory=list)
@@ -98,6 +164,8 @@ class Request:
     """Tokens whose keys and values are in the cache."""
     num_in_flight: int = 0
     """Steps submitted and not yet collected that hold a slice of this request."""
+    slot: int = 0
+    """Place among the running requests, while it is one."""
     num_skips: int = 0
     """Later requests admitted while this one waited for blocks."""
     finish_reason: FinishReason | None = None
@@ -140,6 +208,16 @@ class Request:
             self.output_ids[max(0, start - self.prompt_len):stop - self.prompt_len]
 
 
+def finish_reason(
+    params: SamplingParams, eos_token_ids: frozenset[int], token: int, num_outputs: int,
+) -> FinishReason | None:
+    """Whether a completion of ``num_outputs`` tokens ends with ``token``. Stop strings are not
+    seen here: they need text."""
+    if token in params.stop_token_ids or token in eos_token_ids and not params.ignore_eos:
+        return "stop"
+    return "length" if num_outputs >= params.max_tokens else None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
     """How far the prefill of one request is; the first one comes before any computing."""
@@ -152,6 +230,21 @@ class Progress:
     """Of the prefilled tokens, those that the prefix cache already held."""
     elapsed_s: float
     """Since the request arrived."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenLogprob:
+    """Log-probability of one token, natural logarithm, by the model's own distribution: before
+    penalties, bias, grammar, temperature and filters."""
+
+    token_id: int
+    text: str
+    """The token alone, U+FFFD for incomplete characters."""
+    data: bytes
+    """The token's bytes."""
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+    """The ``params.logprobs`` most probable tokens at this place, best first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,6 +270,8 @@ class RequestOutput:
     density: float | None
     """Attention pairs computed over causal pairs, in the steps that prefilled this prompt;
     1 is dense, None when nothing was measured."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """For each token of the text, if ``params.logprobs`` is not None."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,11 +287,38 @@ class TokenEvent:
     num_cached_tokens: int
     output: RequestOutput | None = None
     """The whole result, on the last event only."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """For the tokens of ``text``, if ``params.logprobs`` is not None. Held back together with
+    their text; without those that ended the completion."""
 
 
 def _require(condition: bool, name: str, value: object, wanted: str) -> None:
     if not condition:
         raise InvalidRequestError(f"{name} is {value!r}; it must be {wanted}")
+
+
+def _as_pairs(
+    bias: Mapping[int, float] | Iterable[tuple[int, float]]
+) -> tuple[tuple[int, float], ...]:
+    try:
+        return tuple(dict(bias).items())
+    except (TypeError, ValueError):
+        raise InvalidRequestError(
+            "logit_bias must map token ids to numbers, for example {13: -100}") from None
+
+
+def _as_json(schema: object) -> str | None:
+    """Text of the schema. Raises `InvalidRequestError` for what is no JSON, or too long."""
+    if schema is None:
+        return None
+    try:
+        text = schema if isinstance(schema, str) else json.dumps(schema, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequestError(f"json_schema is no JSON: {error}") from None
+    if len(text) > MAX_SCHEMA_CHARS:
+        raise InvalidRequestError(
+            f"json_schema has {len(text)} characters; at most {MAX_SCHEMA_CHARS}")
+    return text
 
 
 def _is_number(value: object) -> bool:

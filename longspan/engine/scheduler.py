@@ -13,22 +13,38 @@ Policy, in the order of the functions below:
   minutes.
 - *apply*: results come back in order and change lengths, the prefix cache and the states.
 
-Several steps may be in flight: `schedule` only looks at ``scheduled_len``, and a request whose next
-token is still being sampled is left out.
+Several steps may be in flight: `schedule` only looks at ``scheduled_len``. A request whose next
+token is still being sampled goes on all the same: its slice says so, and the runner, which has the
+token, feeds it in. Only a stop token comes as a surprise: slices that are in flight by then are
+computed for nothing, their tokens are dropped here, and blocks come back with the last of them.
+Steps run in the order of their submission, so a block that is given away after an interrupt is
+written by its new owner after the old one's last step.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from heapq import heappop, heappush
+from itertools import zip_longest
 
 from longspan.config import dense_tail_start
 from longspan.engine.blocks import BlockPool, extend_hashes
-from longspan.engine.chunking import cacheable_len, next_chunk_len, tail_chunk_start
+from longspan.engine.chunking import cacheable_len, next_chunk_len
 from longspan.engine.prompts import check_fits
 from longspan.engine.request import FinishReason, Request
-from longspan.engine.step import RowSampling, ScheduledBatch, ScheduledSlice, StepResult, Update
+from longspan.engine.step import (
+    RowLogprobs,
+    RowSampling,
+    SamplingExtras,
+    ScheduledBatch,
+    ScheduledSlice,
+    StepResult,
+    Update,
+)
 
 LOOKAHEAD = 16
+NO_TOKEN = -1
+"""In a `StepResult`: the request's grammar cannot go on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +89,10 @@ class Scheduler:
         self._running: dict[str, Request] = {}
         self._in_flight: list[tuple[ScheduledBatch, list[Request]]] = []
         self._updates: list[Update] = []
+        self._free_slots = list(range(config.max_num_requests))
         self._num_steps = 0
+        self.epoch = 0
+        """Number of times that `drop_in_flight` was called."""
 
     @property
     def is_idle(self) -> bool:
@@ -120,7 +139,7 @@ class Scheduler:
             assert self._in_flight or not self._waiting, "an empty engine admits any request"
             return None
         slices = tuple(_slice(request, query_len) for request, query_len in chosen)
-        batch = ScheduledBatch(step_id=self._num_steps, slices=slices)
+        batch = ScheduledBatch(step_id=self._num_steps, epoch=self.epoch, slices=slices)
         for request, query_len in chosen:
             request.scheduled_len += query_len
             request.num_in_flight += 1
@@ -129,18 +148,25 @@ class Scheduler:
         return batch
 
     def apply(self, result: StepResult) -> list[Update]:
-        """Take the result of the oldest step in flight. Returns what changed, aborts included."""
+        """Take the result of the oldest step in flight. Returns what changed, aborts included.
+
+        A result of an earlier epoch changes nothing.
+        """
+        if result.epoch != self.epoch:
+            return self.take_updates()
         batch, requests = self._in_flight.pop(0)
         assert result.step_id == batch.step_id, "results are applied in the order of their steps"
-        tokens = iter(result.token_ids)
+        sampled = iter(zip_longest(result.token_ids, result.logprobs))
         for item, request in zip(batch.slices, requests, strict=True):
-            token = next(tokens) if item.sampling is not None else None
-            self._advance(request, item, token)
-        assert next(tokens, None) is None, "more tokens than slices that sample"
+            token, logprobs = next(sampled) if item.sampling is not None else (None, None)
+            self._advance(request, item, token, logprobs)
+        assert next(sampled, None) is None, "more tokens than slices that sample"
         return self.take_updates()
 
     def drop_in_flight(self) -> None:
-        """Forget steps whose results will never come (an interrupt); their requests are aborted."""
+        """Forget the steps in flight (an interrupt): their requests are aborted, and results that
+        still come belong to an earlier epoch."""
+        self.epoch += 1
         for _, requests in self._in_flight:
             for request in requests:
                 request.num_in_flight = 0
@@ -162,6 +188,8 @@ class Scheduler:
         held = {block for request in self._running.values() for block in request.block_ids}
         assert len(held) == self.pool.num_blocks - self.pool.num_available, "blocks leaked"
         assert not any(request.block_ids for request in self._waiting)
+        slots = [*self._free_slots, *(request.slot for request in self._running.values())]
+        assert sorted(slots) == list(range(self.config.max_num_requests)), "slots leaked"
 
     # -- admit ---------------------------------------------------------------------------------
 
@@ -173,6 +201,7 @@ class Scheduler:
             request = self._waiting[position]
             if self._allocate(request):
                 del self._waiting[position]
+                request.slot = heappop(self._free_slots)
                 self._running[request.request_id] = request
                 for passed in self._waiting[:position]:
                     passed.num_skips += 1
@@ -223,8 +252,7 @@ class Scheduler:
                     if not prefills:
                         budget = max(budget, chunk // 2)
                     prefills.append((request, query_len))
-        decodes = [(request, 1) for request in running
-                   if not request.is_prefill and not request.awaits_token]
+        decodes = [(request, 1) for request in running if _can_decode(request)]
         return prefills + decodes
 
     def _chunk_len(self, request: Request, budget: int) -> int:
@@ -235,19 +263,25 @@ class Scheduler:
 
     # -- apply ---------------------------------------------------------------------------------
 
-    def _advance(self, request: Request, item: ScheduledSlice, token: int | None) -> None:
+    def _advance(
+        self, request: Request, item: ScheduledSlice, token: int | None,
+        logprobs: RowLogprobs | None,
+    ) -> None:
         request.num_in_flight -= 1
-        if request.is_finished:  # aborted while the step was in flight
+        if request.is_finished:  # stopped or aborted while the step was in flight
             self._release(request)
             return
         request.computed_len = item.context_len
+        if token == NO_TOKEN:
+            token = None
+            self._finish(request, "abort")
         if token is not None:
             request.output_ids.append(token)
         self._register(request)
         reason = None if token is None else _finish_reason(request, token)
         if reason is not None:
             self._finish(request, reason)
-        self._updates.append(_update(request, token))
+        self._updates.append(_update(request, token, logprobs))
 
     def _register(self, request: Request) -> None:
         """Tell the prefix cache about the blocks that are complete now."""
@@ -267,12 +301,19 @@ class Scheduler:
             dense_tail_len=self.config.dense_tail_len)
 
     def _salts(self, request: Request) -> dict[int, bytes]:
+        """What blocks not yet hashed depend on besides the tokens up to their end: see `blocks`."""
         if not request.sparse:
             return {0: b"dense"}
-        config, tail_len = self.config, self.config.dense_tail_len
-        start = tail_chunk_start(request.prompt_len, tail_len, config.prefill_chunk_len)
-        tail = b"tail%d" % dense_tail_start(request.prompt_len, tail_len)
-        return {0: b"sparse"} | {start // config.block_size: b"sparse" + tail}
+        config = self.config
+        tail_start = dense_tail_start(request.prompt_len, config.dense_tail_len)
+        salts, chunk = dict[int, bytes](), config.prefill_chunk_len
+        first = len(request.block_hashes) * config.block_size // chunk * chunk
+        for start in range(first, tail_start + 1, chunk):
+            stop = start + chunk
+            tail = b"" if stop <= tail_start else b"tail%d" % tail_start
+            tokens = request.prompt_ids[start:min(stop, tail_start)].tobytes()
+            salts[start // config.block_size] = b"sparse" + tail + tokens
+        return salts
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         request.finish_reason = reason
@@ -282,6 +323,7 @@ class Scheduler:
         """Give the blocks of a finished request back, once no step in flight writes them."""
         if request.num_in_flight == 0 and request.request_id in self._running:
             del self._running[request.request_id]
+            heappush(self._free_slots, request.slot)
             self.pool.release(request.block_ids)
             request.block_ids = []
 
@@ -299,16 +341,27 @@ def _slice(request: Request, query_len: int) -> ScheduledSlice:
         temperature=params.temperature, top_k=params.top_k, top_p=params.top_p,
         min_p=params.min_p, seed=request.seed) if is_last else None
     return ScheduledSlice(
-        request_id=request.request_id, token_ids=request.tokens(start, stop), cached_len=start,
-        prompt_len=request.prompt_len, block_ids=request.block_ids, sparse=request.sparse,
-        sampling=sampling)
+        request_id=request.request_id, slot=request.slot, token_ids=request.tokens(start, stop),
+        cached_len=start, prompt_len=request.prompt_len, block_ids=request.block_ids,
+        sparse=request.sparse, sampling=sampling,
+        extras=SamplingExtras.of(request) if stop == request.prompt_len else None)
 
 
-def _update(request: Request, token: int | None) -> Update:
+def _can_decode(request: Request) -> bool:
+    """The next token can be computed: its input is known, or will be known to the runner, and a
+    completion of ``max_tokens`` is not full with what is in flight."""
+    if request.is_prefill or request.scheduled_len >= request.reserved_len - 1:
+        return False
+    return not (request.awaits_token and request.params.needs_grammar)
+
+
+def _update(
+    request: Request, token: int | None, logprobs: RowLogprobs | None = None,
+) -> Update:
     return Update(
         request_id=request.request_id, computed_len=request.computed_len,
         num_cached_tokens=request.num_cached_tokens, token_id=token,
-        finish_reason=request.finish_reason)
+        finish_reason=request.finish_reason, logprobs=logprobs)
 
 
 def _finish_reason(request: Request, token: int) -> FinishReason | None:

@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from longspan.engine.request import FinishReason
+from longspan.engine.request import FinishReason, Request, TokenIds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,13 +26,15 @@ class RowSampling:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingExtras:
     """What only some requests ask of their sampling. The runner is told once, with the slice that
-    samples first, and remembers it (and counts the tokens that follow) until the request is in
-    `ScheduledBatch.released`."""
+    samples first, and remembers it, and counts the tokens that follow, until another request
+    samples first in the same slot.
+
+    Rows with a ``json_schema`` are never run ahead: the grammar is told each token by the host."""
 
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    prompt_ids: array[int] = field(default_factory=lambda: array("i"))
+    prompt_ids: TokenIds = field(default_factory=lambda: array("i"))
     """The whole prompt for a repetition penalty, cached tokens included; empty otherwise."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     min_tokens: int = 0
@@ -41,6 +43,21 @@ class SamplingExtras:
     logprobs: int | None = None
     """Log-probabilities of the token and of this many most probable ones; None: none at all."""
     json_schema: str | None = None
+
+    @classmethod
+    def of(cls, request: Request) -> SamplingExtras | None:
+        """What a request asks for; None: nothing."""
+        params = request.params
+        ends = params.stop_token_ids
+        if not params.ignore_eos:
+            ends += tuple(sorted(request.eos_token_ids))
+        extras = cls(
+            presence_penalty=params.presence_penalty, frequency_penalty=params.frequency_penalty,
+            repetition_penalty=params.repetition_penalty, logit_bias=params.logit_bias,
+            prompt_ids=request.prompt_ids if params.repetition_penalty != 1 else array("i"),
+            min_tokens=params.min_tokens, end_ids=ends if params.min_tokens else (),
+            logprobs=params.logprobs, json_schema=params.json_schema)
+        return None if extras == cls() else extras
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +70,30 @@ class RowLogprobs:
     top_logprobs: tuple[float, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """Part of a sparse prefill chunk's work (`longspan.engine.chunking` says what a piece is)."""
+
+    first: int
+    """0: the chunk begins; else the runner goes on where the chunk was paused."""
+    stop: int
+    total: int
+    """Where ``stop`` equals it, the chunk is complete."""
+
+    @property
+    def is_last(self) -> bool:
+        """The chunk is complete afterwards."""
+        return self.stop == self.total
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduledSlice:
     """Consecutive tokens of one request that a step computes."""
 
     request_id: str
-    token_ids: array[int]
-    """[query_len]"""
+    token_ids: TokenIds
+    """[query_len]; empty: the one token that this request's latest slice samples, which the host
+    does not know yet."""
     cached_len: int
     prompt_len: int
     block_ids: Sequence[int]
@@ -69,19 +103,29 @@ class ScheduledSlice:
     """None: a prefill chunk that is not the prompt's last; no token is sampled."""
     extras: SamplingExtras | None = None
     """With the slice that ends the prompt, where the request asks for any."""
-    needs_host_token: bool = False
-    """The host must know the token sampled after this slice before the next one is scheduled: a
-    grammar follows it there."""
+    slot: int = 0
+    """The request's place among those running, from 0 to max_num_requests - 1, for what the runner
+    keeps of it (the token sampled last). The next owner's first step comes after the last one of
+    this request."""
+    pieces: Pieces | None = None
+    """Of a sparse prefill chunk, which is computed apart from all other slices and may be paused
+    after any piece. At most one chunk is paused at a time; one that begins replaces it. None:
+    the whole slice, packed with the others."""
+
+    @property
+    def is_run_ahead(self) -> bool:
+        """The input token is still on the device."""
+        return not self.token_ids
 
     @property
     def query_len(self) -> int:
         """Tokens computed."""
-        return len(self.token_ids)
+        return len(self.token_ids) or 1
 
     @property
     def context_len(self) -> int:
         """Tokens that the last of them may attend to."""
-        return self.cached_len + len(self.token_ids)
+        return self.cached_len + self.query_len
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,10 +133,17 @@ class ScheduledBatch:
     """One step: prefill slices first, then decodes of one token each."""
 
     step_id: int
-    """0, 1, 2, ... in the order of submission."""
+    """0, 1, 2, ... in the order of submission, whatever the epoch."""
     slices: tuple[ScheduledSlice, ...]
-    released: tuple[str, ...] = ()
-    """Requests of which no slice comes any more, and none is in flight."""
+    epoch: int = 0
+    """Counts the times that everything in flight was given up (`Scheduler.drop_in_flight`)."""
+    expected_s: float = 0.0
+    """Predicted time on the runner, seconds: what a watchdog may compare with."""
+
+    @property
+    def prefills(self) -> bool:
+        """Some slice computes prompt tokens."""
+        return bool(self.slices) and self.slices[0].cached_len < self.slices[0].prompt_len
 
     @property
     def num_tokens(self) -> int:
@@ -105,6 +156,8 @@ class StepResult:
     """What a step sampled, in the order of its slices that sample."""
 
     step_id: int
+    epoch: int = 0
+    """As in the batch; the result of an earlier epoch is thrown away."""
     token_ids: tuple[int, ...]
     """-1: the request's grammar cannot go on; it must be aborted."""
     logprobs: tuple[RowLogprobs | None, ...] = ()
@@ -113,6 +166,9 @@ class StepResult:
     """Attention pairs that prefill computed, over all layers and heads."""
     causal_pairs: float = 0.0
     """Pairs that dense causal attention would have computed."""
+    elapsed_s: float = 0.0
+    """Time that the step took on the runner, waiting for earlier steps not counted; 0: not
+    measured. The latency model learns from it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +177,7 @@ class Update:
 
     request_id: str
     computed_len: int
-    """Tokens in the KV cache now."""
+    """Tokens in the KV cache now; a paused prefill chunk counts in proportion."""
     num_cached_tokens: int
     """Of those, tokens that came from the prefix cache."""
     token_id: int | None
