@@ -18,12 +18,14 @@ from longspan.attention.rope import build_rotary
 from longspan.attention.sparsity import SparsityPlan
 from longspan.config import DcaConfig, EngineConfig, ModelConfig
 from longspan.engine.batch import DeviceBatch, build_batch
+from longspan.engine.grammar import Grammars
 from longspan.engine.host_memory import keep_buffers_in_heap
 from longspan.engine.memory import MemoryPlan
-from longspan.engine.step import ScheduledBatch, StepResult
+from longspan.engine.sampling import Sampler
+from longspan.engine.step import RowLogprobs, ScheduledBatch, StepResult
+from longspan.engine.tokenizer import Tokenizer
 from longspan.model import CausalLM, build_model
 from longspan.model.weights import load_weights
-from longspan.ops.sample import sample
 from longspan.ops.types import PagedKV
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -41,10 +43,10 @@ class Runner:
     """Executes scheduled steps one after the other."""
 
     def __init__(
-        self, stages: Sequence[PipelineStage], *, head_dim: int, dca: DcaConfig | None,
-        device: str,
+        self, stages: Sequence[PipelineStage], sampler: Sampler, *, head_dim: int,
+        dca: DcaConfig | None, device: str,
     ) -> None:
-        self._stages = tuple(stages)
+        self._stages, self._sampler = tuple(stages), sampler
         self._block_size = stages[0].caches[0].k.shape[1]
         self._head_dim, self._dca, self._device = head_dim, dca, device
 
@@ -77,7 +79,9 @@ class Runner:
             stages.append(PipelineStage(model=part, caches=caches))
         if config.device == "cpu":
             keep_buffers_in_heap()  # after the caches, which go back to the system when freed
-        return cls(stages, head_dim=model.head_dim, dca=dca, device=config.device)
+        sampler = Sampler(vocab_size=model.vocab_size, device=config.device,
+                          grammars=lambda: Grammars(Tokenizer(path), model.vocab_size))
+        return cls(stages, sampler, head_dim=model.head_dim, dca=dca, device=config.device)
 
     def execute(self, batch: ScheduledBatch) -> StepResult:
         """Compute a step: write its keys and values, sample where a slice asks for it."""
@@ -86,12 +90,13 @@ class Runner:
                 batch, block_size=self._block_size, head_dim=self._head_dim, dca=self._dca,
                 device=self._device)
             logits = self.forward(inputs)
-            tokens = () if logits is None else self._sample(logits, inputs)
+            tokens, logprobs = ((), ()) if logits is None else self._sample(logits, batch, inputs)
         # Reading the pair counts waits for the device, so it is done where that happens anyway.
         ends_prefill = bool(tokens) and bool(inputs.metadata.prefills)
         kept, causal = self._take_attention_stats() if ends_prefill else (0.0, 0.0)
         return StepResult(
-            step_id=batch.step_id, token_ids=tokens, kept_pairs=kept, causal_pairs=causal)
+            step_id=batch.step_id, token_ids=tokens, logprobs=logprobs, kept_pairs=kept,
+            causal_pairs=causal)
 
     def forward(self, inputs: DeviceBatch) -> Tensor | None:
         """All stages in turn. Returns [n, V] fp32 logits of the rows that sample, None without."""
@@ -112,9 +117,13 @@ class Runner:
         if self._device.startswith("cuda"):
             torch.cuda.empty_cache()
 
-    def _sample(self, logits: Tensor, inputs: DeviceBatch) -> tuple[int, ...]:
-        tokens = sample(logits, inputs.sampling, all_greedy=inputs.all_greedy)
-        return tuple(tokens.tolist())
+    def _sample(
+        self, logits: Tensor, batch: ScheduledBatch, inputs: DeviceBatch
+    ) -> tuple[tuple[int, ...], tuple[RowLogprobs | None, ...]]:
+        items = [item for item in batch.slices if item.sampling is not None]
+        sampled = self._sampler.sample(
+            logits, items, inputs.sampling, all_greedy=inputs.all_greedy)
+        return sampled.as_tuples()
 
     def _take_attention_stats(self) -> tuple[float, float]:
         pairs = [stage.model.attention_stats() for stage in self._stages]
