@@ -56,3 +56,5 @@ class Selection(NamedTuple):
     tile_len: int
     aligned: bool
     """Query tiles lie at absolute multiples of tile_len (``tile`` mode)."""
+    max_columns: tuple[int, ...] | None = None
+    """Most columns of each head, known to the host without a sync; None: V for every head."""
