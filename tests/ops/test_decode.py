@@ -1,0 +1,183 @@
+"""Split-KV decode against the specification: lengths, zones, groups, poisoned slots, mixed batches.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from longspan.ops import decode, reference
+from longspan.ops.types import PagedKV, QueryRotary
+from tests.conftest import assert_close
+from tests.ops import oracle
+from tests.ops.oracle import Positions
+
+DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")]
+LENGTHS = [1, 63, 111, 127, 128, 129]
+# chunk_size, local_size: one zone only; borders on blocks; borders inside blocks; clamp reached
+POSITIONS = [Positions(8192, 1024), Positions(96, 32), Positions(100, 37), Positions(300, 299)]
+
+
+def run(
+    cases: list[oracle.Case], impl: object = decode,
+) -> tuple[Tensor, Tensor]:
+    """The last token of each case, all in one cache and one batch."""
+    first = cases[0]
+    caches, tables, base = [], [], 0
+    width = max(len(case.block_table) for case in cases)
+    for case in cases:
+        caches.append(case.cache)
+        table = torch.full((width,), base, device=first.q.device)
+        table[: len(case.block_table)] = case.block_table + base
+        tables.append(table)
+        base += case.cache.k.shape[0]
+    cache = PagedKV(*(torch.cat([item[part] for item in caches]) for part in range(2)))
+    lens = torch.tensor([len(case.q) for case in cases], device=first.q.device)
+    scales = torch.tensor([case.scale * (1 + 0.1 * row) for row, case in enumerate(cases)],
+                          device=first.q.device)
+    rotary = max((case.rotary for case in cases), key=lambda tables: tables.cos.shape[0])
+    q = torch.stack([case.q[-1] for case in cases])
+    return impl.decode_attention(q, cache, torch.stack(tables), lens, rotary, scales)
+
+
+def check(cases: list[oracle.Case]) -> None:
+    out, lse = run(cases)
+    expected, expected_lse = run(cases, reference)
+    assert out.dtype == expected.dtype and lse.dtype == torch.float32
+    assert_close(out, expected, "out")
+    assert_close(lse, expected_lse, "lse", cases[0].q.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("positions", POSITIONS, ids=str)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_every_length_and_zone(
+    length: int, positions: Positions, dtype: torch.dtype, kernel_device: str
+) -> None:
+    """One request, NaN in every slot it does not own."""
+    check([oracle.make_case(length, positions, num_heads=4, num_kv_heads=2, dtype=dtype,
+                            device=kernel_device)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_long_context(dtype: torch.dtype, kernel_device: str) -> None:
+    check([oracle.make_case(4097, Positions(300, 299), num_heads=4, num_kv_heads=2, head_dim=32,
+                            block_size=128, dtype=dtype, device=kernel_device)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(2, 2), (4, 1), (7, 1), (20, 1)])
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+def test_groups_and_head_dims(
+    head_dim: int, num_heads: int, num_kv_heads: int, dtype: torch.dtype, kernel_device: str
+) -> None:
+    """GQA 1:1 to 20:1, which is more than the smallest tile has rows."""
+    check([oracle.make_case(
+        70, Positions(64, 16), num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
+        block_size=32, dtype=dtype, device=kernel_device)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", [(5, 400, 1), (16, 17, 15, 33, 64)], ids=str)
+def test_mixed_batches(lengths: tuple[int, ...], dtype: torch.dtype, kernel_device: str) -> None:
+    """Each request keeps its own table, length and scale."""
+    check([oracle.make_case(length, Positions(128, 40), num_heads=4, num_kv_heads=2, dtype=dtype,
+                            device=kernel_device) for length in lengths])
+
+
+def test_against_the_independent_oracle(kernel_device: str) -> None:
+    positions = Positions(64, 16)
+    case = oracle.make_case(257, positions, head_dim=32, device=kernel_device)
+    out, lse = run([case])
+    expected, expected_lse = oracle.dense(case, positions, 256)
+    assert_close(out, expected, "out")
+    assert_close(lse, expected_lse, "lse")
+
+
+@pytest.mark.parametrize("capacity", [1, 3, 64])
+def test_any_number_of_items(
+    capacity: int, kernel_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One item for all keys, a few, one for each tile."""
+    monkeypatch.setattr(decode, "num_programs", lambda device: capacity)
+    monkeypatch.setattr(decode, "MIN_TILES", 1)
+    check([oracle.make_case(length, Positions(100, 37), num_heads=2, num_kv_heads=1,
+                            device=kernel_device) for length in (200, 3, 90)])
+
+
+def test_an_empty_request_is_harmless(kernel_device: str) -> None:
+    case = oracle.make_case(40, Positions(64, 16), device=kernel_device)
+    lens = torch.tensor([0, 40], device=kernel_device)
+    out, lse = decode.decode_attention(
+        case.q[-1:].expand(2, -1, -1), case.cache, case.block_table.expand(2, -1), lens,
+        case.rotary, torch.full((2,), case.scale, device=kernel_device))
+    assert out[0].eq(0).all() and lse[0].eq(-math.inf).all()
+    assert out[1].isfinite().all() and lse[1].isfinite().all()
+
+
+def test_strided_queries_and_wide_tables(kernel_device: str) -> None:
+    """Queries are a slice of the merged projection; tables may be wider than any request."""
+    case = oracle.make_case(100, Positions(64, 16), num_heads=4, num_kv_heads=2,
+                            device=kernel_device)
+    wide = torch.full((1, 50), 10**6, device=kernel_device)
+    wide[0, : len(case.block_table)] = case.block_table
+    merged = torch.full((1, 8, 16), math.nan, device=kernel_device)
+    merged[:, :4] = case.q[-1:]
+    args = (case.rotary, torch.tensor([case.scale], device=kernel_device))
+    lens = torch.tensor([100], device=kernel_device)
+    out, _ = decode.decode_attention(merged[:, :4], case.cache, wide, lens, *args)
+    expected, _ = reference.decode_attention(
+        case.q[-1:], case.cache, case.block_table[None], lens, *args)
+    assert_close(out, expected)
+
+
+def test_what_the_kernel_does_not_take() -> None:
+    def cache(block_size: int, head_dim: int) -> PagedKV:
+        return PagedKV(*(torch.zeros(2, block_size, 2, head_dim) for _ in range(2)))
+
+    assert decode.supports(cache(128, 64), 6)
+    for unsupported in (cache(128, 80), cache(7, 64), cache(8, 64), cache(128, 8)):
+        assert not decode.supports(unsupported, 6)
+    assert not decode.supports(cache(128, 64), 5)
+
+
+@pytest.mark.gpu
+def test_past_two_to_the_31_elements(kernel_device: str) -> None:
+    """A block whose elements lie beyond what 32 bits can index."""
+    num_blocks, shape = 2**31 // (128 * 2 * 128) + 70, (128, 2, 128)
+    k, v = (torch.empty(num_blocks, *shape, dtype=torch.bfloat16, device=kernel_device)
+            for _ in range(2))
+    small = PagedKV(*(torch.randn(2, *shape, device=kernel_device).bfloat16() for _ in range(2)))
+    k[-2:], v[-2:] = small.k, small.v
+    rotary = oracle.tables(128, Positions(4096, 64), 256)
+    rotary = QueryRotary(*(x.to(kernel_device) for x in rotary[:3]), *rotary[3:])
+    q = torch.randn(1, 14, 128, device=kernel_device).bfloat16()
+    rest = (torch.tensor([200], device=kernel_device), rotary,
+            torch.tensor([0.09], device=kernel_device))
+    table = torch.tensor([[num_blocks - 2, num_blocks - 1]], device=kernel_device)
+    out, _ = decode.decode_attention(q, PagedKV(k, v), table, *rest)
+    expected, _ = reference.decode_attention(q, small, table - num_blocks + 2, *rest)
+    assert_close(out, expected)
+
+
+@pytest.mark.gpu
+def test_replayed_from_a_cuda_graph(kernel_device: str) -> None:
+    """Lengths, tables and scales may change between replays."""
+    case = oracle.make_case(700, Positions(128, 40), num_heads=14, num_kv_heads=2, head_dim=64,
+                            dtype=torch.bfloat16, device=kernel_device)
+    q, lens = case.q[-2:].clone(), torch.tensor([700, 1], device=kernel_device)
+    args = (q, case.cache, case.block_table.expand(2, -1), lens, case.rotary,
+            torch.tensor([0.1, 0.2], device=kernel_device))
+    decode.decode_attention(*args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = decode.decode_attention(*args)
+    for pair in ((700, 1), (17, 650), (128, 129)):
+        lens.copy_(torch.tensor(pair))
+        graph.replay()
+        expected, expected_lse = reference.decode_attention(*args)
+        assert_close(out, expected)
+        assert_close(lse, expected_lse, "lse", torch.bfloat16)
