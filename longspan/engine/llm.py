@@ -12,6 +12,7 @@ from typing import Any, Self, cast
 from longspan.config import EngineConfig
 from longspan.engine.blueprint import Blueprint
 from longspan.engine.desk import deliver, load_tokenizer
+from longspan.engine.grammar import Grammars
 from longspan.engine.loop import LocalTransport, Loop, StepReport
 from longspan.engine.prompts import Prompt, as_prompts
 from longspan.engine.request import Progress, Request, RequestOutput, SamplingParams, TokenEvent
@@ -57,6 +58,7 @@ class LLM:
         self.config, self.model_config = blueprint.config, blueprint.model
         self.memory, self.sparsity_plan = blueprint.memory, blueprint.plan
         self.tokenizer = load_tokenizer(blueprint.path, blueprint.model.vocab_size)
+        self._grammars = Grammars(self.tokenizer, blueprint.model.vocab_size)
         self._intake = blueprint.intake()
         self._runner = blueprint.load_runner()
         self._loop = Loop(Scheduler(blueprint.scheduler_config()), LocalTransport(self._runner))
@@ -204,6 +206,8 @@ class LLM:
             self._totals = [a + b for a, b in zip(self._totals, added, strict=True)]
 
     def _make_request(self, prompt: Prompt, params: SamplingParams) -> Request:
+        if params.json_schema is not None:
+            self._grammars.check(params.json_schema)
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         return self._intake.make(
             str(next(self._ids)), token_ids, params, self.tokenizer.eos_token_ids)

@@ -16,12 +16,9 @@ import torch
 from torch import Tensor
 
 from longspan.engine.grammar import Grammar, Grammars
-from longspan.engine.step import RowLogprobs, SamplingExtras, ScheduledSlice
+from longspan.engine.step import NO_TOKEN, RowLogprobs, SamplingExtras, ScheduledSlice
 from longspan.ops.logits import Penalties, keep_allowed, penalize, top_logprobs
 from longspan.ops.sample import SamplingRows, sample
-
-FAILED = -1
-"""Token of a row whose grammar cannot go on."""
 
 
 class LogprobRows(NamedTuple):
@@ -43,7 +40,7 @@ class SampledTokens(NamedTuple):
     """What a step sampled, on the device until `cpu`."""
 
     token_ids: Tensor
-    """[n] int64; `FAILED` where a grammar cannot go on."""
+    """[n] int64; `NO_TOKEN` where a grammar cannot go on."""
     logprobs: LogprobRows | None
 
     def cpu(self, *, non_blocking: bool = False) -> SampledTokens:
@@ -139,7 +136,7 @@ class Sampler:
             places, slots = self._places(penalized)
             self._history.count(slots, token_ids[places])
         if failed:
-            token_ids[self._indices(failed)] = FAILED
+            token_ids[self._indices(failed)] = NO_TOKEN
         return SampledTokens(
             token_ids, None if found is None else _choose(wanted, found, token_ids))
 
@@ -272,7 +269,7 @@ def _choose(
     """Log-probabilities of the sampled tokens out of those of all tokens."""
     logprobs, top_ids, top = found
     places = torch.tensor([row.index for row in wanted]).to(token_ids.device)
-    sampled = token_ids[places].clamp_min(0)  # FAILED has none
+    sampled = token_ids[places].clamp_min(0)  # NO_TOKEN has none
     return LogprobRows(
         rows=tuple(row.index for row in wanted),
         num_top=tuple(row.state.extras.logprobs or 0 for row in wanted),
