@@ -31,8 +31,9 @@ from longspan.config import dense_tail_start
 from longspan.engine.blocks import BlockPool, extend_hashes
 from longspan.engine.chunking import cacheable_len, next_chunk_len
 from longspan.engine.prompts import check_fits
-from longspan.engine.request import FinishReason, Request
+from longspan.engine.request import FinishReason, Request, finish_reason
 from longspan.engine.step import (
+    NO_TOKEN,
     RowLogprobs,
     RowSampling,
     SamplingExtras,
@@ -43,8 +44,6 @@ from longspan.engine.step import (
 )
 
 LOOKAHEAD = 16
-NO_TOKEN = -1
-"""In a `StepResult`: the request's grammar cannot go on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -278,7 +277,8 @@ class Scheduler:
         if token is not None:
             request.output_ids.append(token)
         self._register(request)
-        reason = None if token is None else _finish_reason(request, token)
+        reason = None if token is None else finish_reason(
+            request.params, request.eos_token_ids, token, len(request.output_ids))
         if reason is not None:
             self._finish(request, reason)
         self._updates.append(_update(request, token, logprobs))
@@ -362,12 +362,3 @@ def _update(
         request_id=request.request_id, computed_len=request.computed_len,
         num_cached_tokens=request.num_cached_tokens, token_id=token,
         finish_reason=request.finish_reason, logprobs=logprobs)
-
-
-def _finish_reason(request: Request, token: int) -> FinishReason | None:
-    params = request.params
-    if token in params.stop_token_ids:
-        return "stop"
-    if token in request.eos_token_ids and not params.ignore_eos:
-        return "stop"
-    return "length" if len(request.output_ids) >= params.max_tokens else None

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 
 from longspan.engine.request import FinishReason, Request, TokenIds
 
+NO_TOKEN = -1
+"""In `StepResult.token_ids`: the request's grammar cannot go on."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowSampling:
@@ -127,6 +130,13 @@ class ScheduledSlice:
         """Tokens that the last of them may attend to."""
         return self.cached_len + self.query_len
 
+    @property
+    def done_len(self) -> int:
+        """Tokens in the KV cache afterwards; a paused prefill chunk counts in proportion."""
+        if self.pieces is None:
+            return self.context_len
+        return self.cached_len + self.query_len * self.pieces.stop // self.pieces.total
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduledBatch:
@@ -159,7 +169,7 @@ class StepResult:
     epoch: int = 0
     """As in the batch; the result of an earlier epoch is thrown away."""
     token_ids: tuple[int, ...]
-    """-1: the request's grammar cannot go on; it must be aborted."""
+    """`NO_TOKEN`: the request must be aborted."""
     logprobs: tuple[RowLogprobs | None, ...] = ()
     """For each of ``token_ids``, None where not asked for; empty when nobody asked."""
     kept_pairs: float = 0.0
