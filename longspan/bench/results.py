@@ -24,8 +24,9 @@ from longspan.errors import LongspanError
 KEY_FIELDS: dict[str, tuple[str, ...]] = {
     "cpu": ("model", "impl", "num_tokens", "threads"),
     "ops": ("op", "impl", "params"),
-    "ttft": ("shape", "num_tokens", "attention", "gpus"),
-    "decode": ("shape", "context_len", "batch_size"),
+    "ttft": ("shape", "num_tokens", "attention", "plan", "layers", "gpus"),
+    "decode": ("shape", "context_len", "batch_size", "layers"),
+    "quality": ("model", "num_tokens", "num_questions", "attention"),
     "serve": ("scenario", "metric"),
     "pipeline": ("shape", "num_tokens", "attention", "pp", "tp", "plan"),
     "eval": ("model", "task", "num_tokens", "depth", "attention"),
@@ -38,21 +39,20 @@ GIB = 1024**3
 
 def write_rows(
     directory: Path, bench: str, rows: Sequence[Mapping[str, Any]], device: str = "cpu",
-    summary: Mapping[str, Any] | None = None,
+    summary: Mapping[str, Any] | None = None, about: Mapping[str, Any] | None = None,
 ) -> Path:
     """Merge rows into the bench's file for this device. Returns the file.
 
     Args:
         device: ``cpu`` or ``cuda``: what the rows were measured on.
         summary: figures derived from several rows, merged by name.
+        about: of `describe_run`, for those who write often: asking git and the driver takes time.
     """
-    about = describe_device(device)
-    file = directory / f"{bench}.{_slug(about['name'])}.json"
+    about = about or describe_run(device)
+    file = directory / f"{bench}.{_slug(about['device']['name'])}.json"
     old = read_file(file) if file.is_file() else {}
     content = {
-        "bench": bench, "command": shlex.join(["longspan", *sys.argv[1:]]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit(),
-        "device": about, "versions": versions(),
+        "bench": bench, **about,
         "rows": merge_rows(old.get("rows", []), rows, KEY_FIELDS[bench]),
     }
     if summary or old.get("summary"):
@@ -63,6 +63,19 @@ def write_rows(
     part.write_text(_dump(content), encoding="utf-8")
     os.replace(part, file)
     return file
+
+
+def describe_run(device: str, commit_id: str | None = None) -> dict[str, Any]:
+    """What a result file says about its run: command, date, commit, device, versions.
+
+    Args:
+        commit_id: where the source is a copy without git; default: asked of git.
+    """
+    return {
+        "command": shlex.join(["longspan", *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit_id or commit(), "device": describe_device(device), "versions": versions(),
+    }
 
 
 def read_file(file: Path) -> dict[str, Any]:

@@ -1,0 +1,129 @@
+"""Models known by their shape: real sizes with random weights, and the budgets they run with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from typing import Any
+
+from longspan.attention.sparsity import SparsityPlan
+from longspan.config import ModelConfig
+from longspan.errors import LongspanError
+from longspan.model.weights import BUNDLED_MODEL, resolve_checkpoint
+
+_QWEN = {
+    "architectures": ["Qwen2ForCausalLM"], "vocab_size": 152_064, "rms_norm_eps": 1e-5,
+    "rope_theta": 1e7, "max_position_embeddings": 1_010_000, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "dual_chunk_attention_config": {
+        "chunk_size": 262_144, "local_size": 8192, "original_max_position_embeddings": 262_144},
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen2.5-7b": {
+        **_QWEN, "hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4},
+    "qwen2.5-14b": {
+        **_QWEN, "hidden_size": 5120, "intermediate_size": 13_824, "num_hidden_layers": 48,
+        "num_attention_heads": 40, "num_key_value_heads": 8},
+}
+"""config.json of Qwen2.5-7B-Instruct-1M and Qwen2.5-14B-Instruct-1M, what matters here."""
+BUDGET_FILES = {"qwen2.5-7b": "qwen2.5-7b-instruct-1m.sparsity.json",
+                "qwen2.5-14b": "qwen2.5-14b-instruct-1m.sparsity.json"}
+SHAPES = (*CONFIGS, BUNDLED_MODEL)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanOptions:
+    """Changes to a shape's own budgets and policy; None leaves them."""
+
+    vertical: int | None = None
+    """The same columns for every head."""
+    slash: int | None = None
+    """The same diagonals for every head, tokens."""
+    mode: str = "tile"
+    correction: bool | None = None
+    probe_strided: int | None = None
+    dense_tail: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """One model's sizes and how it prefills sparsely."""
+
+    name: str
+    model: ModelConfig
+    plan: SparsityPlan
+    plan_label: str
+    """Of the plan, as result rows name it."""
+
+    @classmethod
+    def make(cls, name: str, options: PlanOptions | None = None) -> Shape:
+        """Raises `LongspanError` for a shape that is not known or options out of range."""
+        model = _model(name)
+        options = options or PlanOptions()
+        plan, source = _plan(name, model, options)
+        return cls(name=name, model=model, plan=plan, plan_label=label_plan(plan, source))
+
+    def cut(self, num_layers: int | None) -> Shape:
+        """The first layers only; None: all. Raises `LongspanError` when there are not so many."""
+        total = self.model.num_layers
+        if num_layers is None or num_layers == total:
+            return self
+        if not 1 <= num_layers <= total:
+            raise LongspanError(f"--layers {num_layers}: {self.name} has {total} layers")
+        plan = replace(self.plan, vertical=self.plan.vertical[:num_layers],
+                       slash=self.plan.slash[:num_layers])
+        model = replace(self.model, num_layers=num_layers, sparse_budgets=None)
+        return replace(self, model=model, plan=plan)
+
+
+def label_plan(plan: SparsityPlan, source: str) -> str:
+    """Budgets and policy in one word, such as ``released-tile-correction-strided64-tail2048``."""
+    parts = [source, plan.mode]
+    if plan.mean_correction:
+        parts.append("correction")
+    if plan.probe_strided:
+        parts.append(f"strided{plan.probe_strided}")
+    if plan.dense_tail_len:
+        parts.append(f"tail{plan.dense_tail_len}")
+    return "-".join(parts)
+
+
+def _model(name: str) -> ModelConfig:
+    if name == BUNDLED_MODEL:
+        return ModelConfig.from_dir(resolve_checkpoint(name))
+    if name not in CONFIGS:
+        raise LongspanError(f"--shape {name!r} is not known; there are {', '.join(SHAPES)}")
+    return ModelConfig.from_hf(CONFIGS[name], source=name)
+
+
+def _plan(name: str, model: ModelConfig, options: PlanOptions) -> tuple[SparsityPlan, str]:
+    if (options.vertical is None) != (options.slash is None):
+        raise LongspanError("--vertical and --slash: give both or neither")
+    if options.vertical is not None and options.slash is not None:
+        plan = SparsityPlan.default(
+            model.num_layers, model.num_heads, options.vertical, options.slash)
+        source = f"v{options.vertical}-s{options.slash}"
+    elif name in BUDGET_FILES:
+        plan, source = SparsityPlan.from_released(released_budgets(name)), "released"
+    else:
+        plan = SparsityPlan.load(resolve_checkpoint(name) / "sparsity_plan.json")
+        source = "bundled"
+    plan.check_fits(model.num_layers, model.num_heads)
+    if options.mode == "paper":
+        return plan.paper(), source
+    if options.mode != "tile":
+        raise LongspanError(f"--mode {options.mode!r} is not tile or paper")
+    changes: Mapping[str, Any] = {
+        "mean_correction": options.correction, "probe_strided": options.probe_strided,
+        "dense_tail_len": options.dense_tail}
+    changed = {field: value for field, value in changes.items() if value is not None}
+    return replace(plan, **changed), source
+
+
+def released_budgets(name: str) -> list[dict[str, Any]]:
+    """The budgets released for a shape: one {head: [type, vertical, slash, score]} a layer."""
+    file = files("longspan.bench") / "data" / BUDGET_FILES[name]
+    budgets: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+    return budgets

@@ -1,0 +1,43 @@
+"""How much a selection costs, counted from the selection itself."""
+
+from __future__ import annotations
+
+import torch
+
+from longspan.ops.types import Selection
+
+
+def count_tiles(selection: Selection, start: int, num_queries: int, *, correction: bool) -> float:
+    """Tiles of P queries by P keys that sparse attention computes, over all heads.
+
+    For each query tile: its windows that exist, the diagonal one whole; its columns up to its last
+    query, in tiles of P, rounded up; with ``correction`` the means of the tiles before it, rounded
+    up as well. Tiles that a kernel splits at DCA borders are not counted twice.
+    """
+    tile_len = selection.tile_len
+    device = selection.columns.device
+    base = 0 if selection.aligned else start
+    first = (start - base) // tile_len
+    tiles = torch.arange(first, -(-(start + num_queries - base) // tile_len), device=device)
+    ends = base + (tiles + 1) * tile_len
+    count = torch.zeros((), dtype=torch.float64, device=device)
+    for columns, offsets in zip(selection.columns, selection.offsets, strict=True):
+        used = offsets[offsets < tile_len]
+        # a window exists as soon as its last key does
+        count += (used[:, None] + ends > 0).sum()
+        visible = torch.searchsorted(columns[columns >= 0], ends)
+        count += -(-visible // tile_len).sum()
+    if correction:
+        count += (-(-tiles // tile_len)).sum() * selection.columns.shape[0]
+    return float(count)
+
+
+def tile_flops(num_tiles: float, tile_len: int, head_dim: int) -> float:
+    """Two products of P x P x D for each tile."""
+    return 4.0 * num_tiles * tile_len * tile_len * head_dim
+
+
+def causal_flops(num_queries: int, history: int, num_heads: int, head_dim: int) -> float:
+    """Of dense causal attention: only visible pairs count."""
+    pairs = num_queries * (history + (num_queries + 1) / 2)
+    return 4.0 * pairs * num_heads * head_dim

@@ -1,0 +1,168 @@
+"""Time on the device: CUDA events, or the clock on CPUs; medians with their range."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Run = Callable[[], object]
+FLUSH_BYTES = 256 * 1024**2
+"""Written before a timed call that must not find its data in the L2 cache: several caches full."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timing:
+    """Repeated runs of one thing, ms."""
+
+    median_ms: float
+    low_ms: float
+    """Fastest run."""
+    high_ms: float
+    """Slowest run."""
+    n: int
+
+    def fields(self) -> dict[str, Any]:
+        """As result rows hold it."""
+        return {"time_ms": round(self.median_ms, 4), "low_ms": round(self.low_ms, 4),
+                "high_ms": round(self.high_ms, 4), "n": self.n}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Repeats:
+    """How often something is run."""
+
+    max_s: float = 1.5
+    """Repeats end with the run after which this would be exceeded; there is always one."""
+    most: int = 20
+
+
+def measure(
+    run: Run, device: str, repeats: Repeats | None = None, *, flush_cache: bool = False,
+) -> Timing:
+    """One warm-up, then timed runs."""
+    return measure_together([run], device, repeats, flush_cache=flush_cache)[0]
+
+
+def measure_together(
+    runs: Sequence[Run], device: str, repeats: Repeats | None = None, *, flush_cache: bool = False,
+) -> list[Timing]:
+    """Several things run in turn, so that drift of clocks and power meets all of them alike."""
+    repeats = repeats or Repeats()
+    warm_ms = max(_time(device, run)() for run in runs)
+    fitting = int(1000 * repeats.max_s / max(warm_ms * len(runs), 1e-3))
+    flush = _flush(device) if flush_cache else None
+    found: list[list[Callable[[], float]]] = [[] for _ in runs]
+    for _ in range(max(1, min(repeats.most, fitting))):
+        for index, run in enumerate(runs):
+            if flush is not None:
+                flush()
+            found[index].append(_time(device, run))
+    return [_timing([read() for read in reads]) for reads in found]
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+class Regions:
+    """Device time by name: wraps functions so that each call is timed and the calls add up.
+
+    Reading waits for the device; recording does not. Calls inside a timed call are not counted.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._reads: defaultdict[str, list[Callable[[], float]]] = defaultdict(list)
+        self._is_inside = False
+
+    def wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, with its time added to ``name``."""
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if self._is_inside:
+                return function(*args, **kwargs)
+            self._is_inside = True
+            try:
+                stop = _start(self._device)
+                result = function(*args, **kwargs)
+                self._reads[name].append(stop())
+            finally:
+                self._is_inside = False
+            return result
+        return timed
+
+    @contextmanager
+    def watch(self, targets: Sequence[tuple[Any, str, str]]) -> Iterator[None]:
+        """Time attributes (owner, attribute, name) while the context lasts."""
+        with ExitStack() as stack:
+            for owner, attribute, name in targets:
+                stack.enter_context(
+                    swapped(owner, attribute, self.wrap(name, getattr(owner, attribute))))
+            yield
+
+    def totals_ms(self) -> dict[str, float]:
+        """Sum by name since the last `reset`."""
+        return {name: sum(read() for read in reads) for name, reads in self._reads.items()}
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._reads.clear()
+
+
+@contextmanager
+def swapped(owner: Any, attribute: str, value: Any) -> Iterator[None]:
+    """Put ``value`` in the place of an attribute for a while."""
+    old = getattr(owner, attribute)
+    setattr(owner, attribute, value)
+    try:
+        yield
+    finally:
+        setattr(owner, attribute, old)
+
+
+def _time(device: str, run: Run) -> Callable[[], float]:
+    """Run now; the result reads the milliseconds, after the device has finished."""
+    stop = _start(device)
+    run()
+    return stop()
+
+
+def _start(device: str) -> Callable[[], Callable[[], float]]:
+    """Start a stopwatch; calling the result stops it and gives what reads its milliseconds."""
+    if not device.startswith("cuda"):
+        started = time.perf_counter()
+
+        def stop_clock() -> Callable[[], float]:
+            passed_ms = 1000 * (time.perf_counter() - started)
+            return lambda: passed_ms
+        return stop_clock
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+
+    def stop_events() -> Callable[[], float]:
+        last.record()
+
+        def read() -> float:
+            last.synchronize()
+            return float(first.elapsed_time(last))
+        return read
+    return stop_events
+
+
+def _flush(device: str) -> Run | None:
+    if not device.startswith("cuda"):
+        return None
+    return torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device).zero_
+
+
+def _timing(times_ms: Sequence[float]) -> Timing:
+    return Timing(median_ms=statistics.median(times_ms), low_ms=min(times_ms),
+                  high_ms=max(times_ms), n=len(times_ms))
