@@ -34,6 +34,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * y.to(x.dtype)
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + residual, which replaces ``residual``, and its norm. x, residual: [T, M].
+
+    Returns the norm and ``residual``.
+    """
+    residual += x
+    return rms_norm(residual, weight, eps), residual
+
+
 def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up. gate_up: [T, 2F] with gate first. Returns [T, F]."""
     gate, up = gate_up.chunk(2, dim=-1)
@@ -54,6 +63,31 @@ def write_kv(cache: PagedKV, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None
     touched = torch.unique(slot_mapping // block_size)
     cache.k_mean[touched] = cache.k[touched].float().mean(1).to(cache.k_mean.dtype)
     cache.v_mean[touched] = cache.v[touched].float().mean(1).to(cache.v_mean.dtype)
+
+
+def store_kv(
+    cache: PagedKV, k: Tensor, v: Tensor, positions: Tensor, slot_mapping: Tensor,
+    filled_blocks: Tensor, rotary: QueryRotary,
+) -> None:
+    """Rotate keys at ``position mod stride`` and store them with their values.
+
+    Args:
+        k, v: [T, K, D], not rotated.
+        positions: [T] int64, true ones.
+        slot_mapping: [T] int64 = block_id * P + offset; -1: this row is not stored.
+        filled_blocks: [n] int64, the blocks whose last slot is among them, in any order, -1 for
+            none. Where the cache holds tile means, theirs are computed, over all P slots.
+    """
+    rows = positions % rotary.stride
+    k = rotate(k, rotary.cos[rows], rotary.sin[rows])
+    num_kv_heads, head_dim = cache.k.shape[2:]
+    kept = slot_mapping >= 0
+    for stored, new in ((cache.k, k), (cache.v, v)):
+        stored.view(-1, num_kv_heads, head_dim)[slot_mapping[kept]] = new[kept].to(stored.dtype)
+    filled = filled_blocks[filled_blocks >= 0]
+    for stored, mean in ((cache.k, cache.k_mean), (cache.v, cache.v_mean)):
+        if mean is not None:
+            mean[filled] = stored[filled].float().mean(1).to(mean.dtype)
 
 
 def gather_kv(cache: PagedKV, block_table: Tensor, context_len: int) -> tuple[Tensor, Tensor]:
