@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,11 +30,51 @@ from tests.doubles import make_request
     ("stop", ("",), "one or several strings that are not empty"),
     ("stop", (3,), "one or several strings that are not empty"),
     ("stop_token_ids", (-1,), "token ids"),
+    ("min_tokens", -1, "an integer from 0 to max_tokens, which is 256"),
+    ("min_tokens", 257, "an integer from 0 to max_tokens, which is 256"),
+    ("presence_penalty", 2.5, "between -2 and 2"),
+    ("presence_penalty", "a", "between -2 and 2"),
+    ("frequency_penalty", -2.1, "between -2 and 2"),
+    ("frequency_penalty", float("nan"), "between -2 and 2"),
+    ("repetition_penalty", 0, "a positive number; 1: none"),
+    ("repetition_penalty", float("inf"), "a positive number; 1: none"),
+    ("logprobs", 21, "None or an integer from 0 to 20"),
+    ("logprobs", True, "None or an integer from 0 to 20"),
 ])
 def test_out_of_range_fields_are_refused(field: str, value: Any, wanted: str) -> None:
     with pytest.raises(InvalidRequestError) as error:
         SamplingParams(**{field: value})
     assert str(error.value) == f"{field} is {value!r}; it must be {wanted}"
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"logit_bias": {-1: 1}}, "a key of logit_bias is -1; it must be a token id"),
+    ({"logit_bias": {"7": 1}}, "a key of logit_bias is '7'; it must be a token id"),
+    ({"logit_bias": {7: 101}}, "logit_bias of token 7 is 101; it must be between -100 and 100"),
+    ({"logit_bias": 3}, "logit_bias must map token ids to numbers, for example {13: -100}"),
+    ({"logit_bias": dict.fromkeys(range(1025), 1)},
+     "logit_bias names 1025 tokens; at most 1024"),
+    ({"json_schema": {"a": {1, 2}}}, "json_schema is no JSON: Object of type set is not JSON "
+     "serializable"),
+    ({"json_schema": "x" * 65_537}, "json_schema has 65537 characters; at most 65536"),
+    ({"json_schema": "{}", "ignore_eos": True},
+     "ignore_eos does not go with json_schema: the schema says where the end is"),
+    ({"json_schema": "{}", "min_tokens": 3},
+     "min_tokens does not go with json_schema: the schema says where the end is"),
+])
+def test_fields_that_go_together_badly(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequestError) as error:
+        SamplingParams(**fields)
+    assert str(error.value) == message
+
+
+def test_mappings_are_taken_and_kept_as_plain_values() -> None:
+    params = SamplingParams(
+        logit_bias={3: -1, 5: 2.5}, json_schema={"type": "object"})  # type: ignore[arg-type]
+    assert params.logit_bias == ((3, -1), (5, 2.5))
+    assert params.json_schema == '{"type": "object"}'
+    assert params.needs_grammar and not SamplingParams().needs_grammar
+    assert hash(params) == hash(replace(params))
 
 
 def test_stop_takes_one_string_or_several() -> None:

@@ -10,7 +10,7 @@ import pytest
 from longspan.engine.loop import StepReport
 from longspan.engine.request import Progress, RequestOutput, TokenEvent
 from longspan.engine.session import Session
-from longspan.engine.step import Update
+from longspan.engine.step import RowLogprobs, Update
 from longspan.engine.tokenizer import Tokenizer
 from tests.doubles import make_request, write_tokenizer
 
@@ -100,6 +100,49 @@ def test_held_back_text_comes_at_the_end(tokenizer: Tokenizer) -> None:
     push_text(session, tokenizer, "ax")
     session.push(update(6, tokenizer.encode("y")[0], "length"), REPORT)
     assert result(session).text == "axy"
+
+
+def push_logprobs(session: Session, tokenizer: Tokenizer, text: str, reason: Any = None) -> None:
+    """One token after the other, with its place as log-probability."""
+    tokens = tokenizer.encode(text)
+    for index, token in enumerate(tokens):
+        last = reason if index == len(tokens) - 1 else None
+        session.push(Update(
+            request_id="a", computed_len=4 + index, num_cached_tokens=0, token_id=token,
+            finish_reason=last, logprobs=RowLogprobs(-float(index), (token,), (-0.5,))), REPORT)
+
+
+def pieces(session: Session) -> list[tuple[str, list[str]]]:
+    return [(event.text, [item.text for item in event.logprobs]) for event in session.events
+            if isinstance(event, TokenEvent)]
+
+
+def test_logprobs_come_with_their_text(tokenizer: Tokenizer) -> None:
+    session = make_session(tokenizer, stop=("lo!",))
+    push_logprobs(session, tokenizer, "hellos", "length")
+    assert pieces(session) == [
+        ("h", ["h"]), ("e", ["e"]), ("", []), ("l", ["l"]), ("", []), ("los", ["l", "o", "s"])]
+    assert [item.logprob for item in result(session).logprobs] == [0, -1, -2, -3, -4, -5]
+    assert result(session).logprobs[0].top[0].data == b"h"
+
+
+def test_tokens_of_a_stop_string_have_no_logprobs(tokenizer: Tokenizer) -> None:
+    session = make_session(tokenizer, stop=("llo",))
+    push_logprobs(session, tokenizer, "hello")
+    assert [item.text for item in result(session).logprobs] == ["h", "e"]
+
+
+def test_the_token_that_stops_has_no_logprobs(tokenizer: Tokenizer) -> None:
+    session = make_session(tokenizer)
+    push_logprobs(session, tokenizer, "ab", "stop")
+    assert (result(session).text, [item.text for item in result(session).logprobs]) == ("a", ["a"])
+
+
+def test_parts_of_a_character_have_logprobs_of_their_own(tokenizer: Tokenizer) -> None:
+    session = make_session(tokenizer, stop=("x",))
+    push_logprobs(session, tokenizer, "é!", "length")
+    assert pieces(session) == [("", ["\ufffd"]), ("é", ["\ufffd"]), ("!", ["!"])]
+    assert b"".join(item.data for item in result(session).logprobs).decode() == "é!"
 
 
 def test_the_token_that_stops_is_no_text(tokenizer: Tokenizer) -> None:

@@ -1,0 +1,184 @@
+"""The sampler: extras remembered by slot, counts kept on the device, grammars on the host."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from longspan.engine.grammar import Grammars
+from longspan.engine.sampling import SampledTokens, Sampler
+from longspan.engine.step import NO_TOKEN, RowSampling, SamplingExtras, ScheduledSlice
+from longspan.engine.tokenizer import Tokenizer
+from longspan.ops.sample import SamplingRows
+from tests.doubles import make_request, write_tokenizer
+
+VOCAB, END = 264, 256
+GREEDY = RowSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=1)
+PROMPT = [3, 4, 5, 4]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path: Path = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(path)
+    return Tokenizer(path)
+
+
+@pytest.fixture
+def sampler(tokenizer: Tokenizer) -> Sampler:
+    return Sampler(vocab_size=VOCAB, device="cpu", grammars=lambda: Grammars(tokenizer, VOCAB))
+
+
+def first(slot: int = 0, **params: Any) -> ScheduledSlice:
+    """The slice that ends the prompt."""
+    request = make_request("r", PROMPT, **{"max_tokens": 50, **params})
+    return make_slice(slot, 0, array("i", PROMPT), SamplingExtras.of(request))
+
+
+def later(slot: int, num_outputs: int, *token: int) -> ScheduledSlice:
+    """The slice after so many sampled tokens; without a token it runs ahead."""
+    return make_slice(slot, len(PROMPT) + num_outputs - 1, array("i", token), None)
+
+
+def make_slice(
+    slot: int, cached_len: int, token_ids: array[int], extras: SamplingExtras | None,
+) -> ScheduledSlice:
+    return ScheduledSlice(
+        request_id="r", slot=slot, token_ids=token_ids, cached_len=cached_len,
+        prompt_len=len(PROMPT), block_ids=(), sparse=False, sampling=GREEDY, extras=extras)
+
+
+def sample(sampler: Sampler, logits: Tensor, *items: ScheduledSlice) -> SampledTokens:
+    count = len(items)
+    rows = SamplingRows(
+        temperature=torch.zeros(count), top_k=torch.zeros(count, dtype=torch.int64),
+        top_p=torch.ones(count), min_p=torch.zeros(count),
+        seed=torch.zeros(count, dtype=torch.int64), position=torch.arange(count))
+    return sampler.sample(logits.clone(), items, rows, all_greedy=True)
+
+
+def greedy(sampler: Sampler, logits: Tensor, *items: ScheduledSlice) -> list[int]:
+    return list(sample(sampler, logits, *items).as_tuples()[0])
+
+
+def peaks(**heights: float) -> Tensor:
+    """One row with logits of named tokens, ``t7=3.0``, and 0 elsewhere."""
+    logits = torch.zeros(1, VOCAB)
+    for name, height in heights.items():
+        logits[0, int(name[1:])] = height
+    return logits
+
+
+def test_nothing_asked_nothing_kept() -> None:
+    request = make_request("r", PROMPT, temperature=1.0, stop_token_ids=(1,))
+    assert SamplingExtras.of(request) is None
+
+
+def test_frequency_counts_what_was_sampled_without_the_host(sampler: Sampler) -> None:
+    logits = peaks(t7=3.0, t8=2.4, t9=1.9)
+    tokens = greedy(sampler, logits, first(frequency_penalty=0.5))
+    for index in range(1, 6):
+        tokens += greedy(sampler, logits, later(0, index))
+    # 7: 3.0 2.5 2.0 1.5; 8: 2.4 1.9 1.4; 9: 1.9
+    assert tokens == [7, 7, 8, 7, 8, 9]
+
+
+def test_presence_takes_once(sampler: Sampler) -> None:
+    logits = peaks(t7=3.0, t8=2.4)
+    tokens = greedy(sampler, logits, first(presence_penalty=1.0))
+    for index in range(1, 5):
+        tokens += greedy(sampler, logits, later(0, index))
+    assert tokens == [7, 8, 7, 7, 7]
+
+
+def test_the_prompt_counts_for_repetition_alone(sampler: Sampler) -> None:
+    logits = peaks(t4=3.0, t8=2.0)
+    assert greedy(sampler, logits, first(repetition_penalty=2.0)) == [8]
+    assert greedy(sampler, logits, first(presence_penalty=2.0, frequency_penalty=2.0)) == [4]
+
+
+def test_repetition_counts_the_completion(sampler: Sampler) -> None:
+    logits = peaks(t7=3.0, t8=2.0)
+    assert greedy(sampler, logits, first(repetition_penalty=2.0)) == [7]
+    assert greedy(sampler, logits, later(0, 1)) == [8]
+
+
+def test_a_new_owner_of_a_slot_starts_afresh(sampler: Sampler) -> None:
+    logits = peaks(t7=3.0, t8=2.5)
+    assert greedy(sampler, logits, first(presence_penalty=1.0)) == [7]
+    assert greedy(sampler, logits, first(presence_penalty=1.0)) == [7]
+    assert greedy(sampler, logits, later(0, 1)) == [8]
+    assert greedy(sampler, logits, first()) == [7]
+    assert greedy(sampler, logits, later(0, 1)) == [7]
+
+
+def test_neighbours_do_not_matter(sampler: Sampler) -> None:
+    logits = peaks(t7=3.0, t8=2.5).expand(4, -1)
+    items = [first(5, presence_penalty=1.0), first(0), first(2, logit_bias={9: 50}),
+             first(9, repetition_penalty=1.5, logprobs=0)]
+    assert greedy(sampler, logits, *items) == [7, 7, 9, 7]
+    assert greedy(sampler, logits, *(later(item.slot, 1) for item in reversed(items))) == \
+        [8, 9, 7, 8]
+
+
+def test_bias(sampler: Sampler) -> None:
+    logits = peaks(t7=3.0, t8=2.5)
+    assert greedy(sampler, logits, first(logit_bias={7: -1})) == [8]
+    assert greedy(sampler, logits, later(0, 1)) == [8]
+    assert greedy(sampler, logits, first(logit_bias={100: 100.0})) == [100]
+
+
+def test_no_end_before_min_tokens(sampler: Sampler) -> None:
+    logits = peaks(t0=5.0, t6=4.0, t8=1.0)  # 0 is the doubles' end of text
+    item = first(min_tokens=2, stop_token_ids=(6,), logit_bias={0: 5})
+    assert greedy(sampler, logits, item) == [8]
+    assert greedy(sampler, logits, later(0, 1)) == [8]
+    assert greedy(sampler, logits, later(0, 2)) == [0]
+
+
+def test_logprobs_are_of_the_models_own_distribution(sampler: Sampler) -> None:
+    logits = peaks(t7=3.0, t8=2.5).expand(3, -1)
+    token_ids, logprobs = sample(
+        sampler, logits, first(0, logprobs=2, logit_bias={7: -50}), first(1),
+        first(2, logprobs=0)).cpu().as_tuples()
+    raw = logits[0].log_softmax(0)
+    assert token_ids == (8, 7, 7)
+    assert logprobs[1] is None
+    assert logprobs[0] is not None and logprobs[2] is not None
+    assert logprobs[0].logprob == pytest.approx(float(raw[8]))
+    assert logprobs[0].top_ids == (7, 8)
+    assert logprobs[0].top_logprobs == pytest.approx((float(raw[7]), float(raw[8])))
+    assert (logprobs[2].logprob, logprobs[2].top_ids) == (pytest.approx(float(raw[7])), ())
+
+
+def test_nobody_asked_for_logprobs(sampler: Sampler) -> None:
+    assert sample(sampler, peaks(t7=1.0), first(presence_penalty=1.0)).as_tuples() == ((7,), ())
+
+
+def test_a_grammar_leads_to_its_end(sampler: Sampler, tokenizer: Tokenizer) -> None:
+    schema = json.dumps({"type": "object", "properties": {"a": {"enum": ["xy", "z"]}},
+                         "required": ["a"], "additionalProperties": False})
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(1, VOCAB, generator=generator)
+    tokens = greedy(sampler, logits, first(json_schema=schema))
+    while tokens[-1] != END and len(tokens) < 400:
+        logits = torch.randn(1, VOCAB, generator=generator)
+        tokens += greedy(sampler, logits, later(0, len(tokens), tokens[-1]))
+    assert tokens[-1] == END
+    assert json.loads(tokenizer.decode(tokens[:-1]))["a"] in ("xy", "z")
+
+
+def test_a_grammar_that_cannot_go_on_gives_no_token(sampler: Sampler) -> None:
+    logits = peaks(t7=1.0).expand(2, -1)
+    items = first(0, json_schema='{"type": "object"}', logprobs=1), first(1)
+    greedy(sampler, logits, *items)
+    token_ids, logprobs = sample(
+        sampler, logits, later(0, 1, 0), later(1, 1, 7)).as_tuples()  # the first one must be {
+    assert token_ids == (NO_TOKEN, 7)
+    assert logprobs[0] is not None and logprobs[1] is None
