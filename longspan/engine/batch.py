@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from longspan.attention.metadata import AttentionMetadata, SequenceSlice, build_
 from longspan.config import DcaConfig
 from longspan.engine.step import ScheduledBatch, ScheduledSlice
 from longspan.ops.sample import SamplingRows
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,26 +27,65 @@ class DeviceBatch:
     metadata: AttentionMetadata
     sampling: SamplingRows
     """[n] each"""
+    slots: Tensor
+    """[n] int64, of the requests that sample"""
     all_greedy: bool
 
 
 def build_batch(
     batch: ScheduledBatch, *, block_size: int, head_dim: int, dca: DcaConfig | None,
-    device: torch.device | str,
+    device: torch.device | str, last_tokens: Tensor | None = None,
 ) -> DeviceBatch:
-    """Pack the slices' tokens one after the other and describe them."""
+    """Pack the slices' tokens one after the other and describe them. Never waits for the device.
+
+    Args:
+        last_tokens: [num slots] int64 on the device, the token that each slot sampled last: the
+            input of slices that run ahead of the host.
+    """
     metadata = build_metadata(
         [_sequence_slice(item) for item in batch.slices], block_size=block_size,
-        head_dim=head_dim, dca=dca, device=device)
-    packed = array("i")
+        head_dim=head_dim, dca=dca, device="cpu")
+    packed, ahead = array("i"), list[tuple[int, int]]()  # (row, slot)
     for item in batch.slices:
-        packed.extend(item.token_ids)
-    token_ids = torch.frombuffer(packed, dtype=torch.int32).to(torch.int64)
+        if item.is_run_ahead:
+            ahead.append((len(packed), item.slot))
+        packed.extend(item.token_ids or (0,))
     sampled = [item for item in batch.slices if item.sampling is not None]
-    return DeviceBatch(
-        token_ids=token_ids.to(device), metadata=metadata,
-        sampling=_sampling_rows(sampled, device),
+    here = DeviceBatch(
+        token_ids=torch.frombuffer(packed, dtype=torch.int32).to(torch.int64), metadata=metadata,
+        sampling=_sampling_rows(sampled),
+        slots=torch.tensor([item.slot for item in sampled], dtype=torch.int64),
         all_greedy=all(s.sampling is not None and s.sampling.temperature == 0 for s in sampled))
+    there = upload(here, device)
+    if ahead:
+        assert last_tokens is not None
+        rows, slots = upload(torch.tensor(ahead), device).unbind(1)
+        there.token_ids[rows] = last_tokens[slots]
+    return there
+
+
+def upload(value: Value, device: torch.device | str) -> Value:
+    """``value``, its tensors moved to the device; tuples and dataclasses are searched for them.
+
+    A GPU takes them from pinned memory when it gets there: the host does not wait for it, and the
+    allocator keeps such memory until it has been read.
+    """
+    return value if torch.device(device).type == "cpu" else _upload(value, device, {})
+
+
+def _upload(value: Any, device: torch.device | str, done: dict[int, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        if id(value) not in done:
+            done[id(value)] = value.pin_memory().to(device, non_blocking=True)
+        return done[id(value)]
+    if isinstance(value, tuple):
+        items = [_upload(item, device, done) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{
+            field.name: _upload(getattr(value, field.name), device, done)
+            for field in fields(value)})
+    return value
 
 
 def _sequence_slice(item: ScheduledSlice) -> SequenceSlice:
@@ -53,16 +95,12 @@ def _sequence_slice(item: ScheduledSlice) -> SequenceSlice:
         num_outputs=0 if item.sampling is None else 1)
 
 
-def _sampling_rows(items: Sequence[ScheduledSlice], device: torch.device | str) -> SamplingRows:
+def _sampling_rows(items: Sequence[ScheduledSlice]) -> SamplingRows:
     rows = [item.sampling for item in items if item.sampling is not None]
-
-    def column(values: Sequence[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(device)
-
     return SamplingRows(
-        temperature=column([row.temperature for row in rows], torch.float32),
-        top_k=column([row.top_k for row in rows], torch.int64),
-        top_p=column([row.top_p for row in rows], torch.float32),
-        min_p=column([row.min_p for row in rows], torch.float32),
-        seed=column([row.seed for row in rows], torch.int64),
-        position=column([item.context_len for item in items], torch.int64))
+        temperature=torch.tensor([row.temperature for row in rows], dtype=torch.float32),
+        top_k=torch.tensor([row.top_k for row in rows], dtype=torch.int64),
+        top_p=torch.tensor([row.top_p for row in rows], dtype=torch.float32),
+        min_p=torch.tensor([row.min_p for row in rows], dtype=torch.float32),
+        seed=torch.tensor([row.seed for row in rows], dtype=torch.int64),
+        position=torch.tensor([item.context_len for item in items], dtype=torch.int64))

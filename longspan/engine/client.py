@@ -1,9 +1,10 @@
 """`AsyncEngine`: an engine for asyncio programs, such as the HTTP server. No torch.
 
-The engine itself (`longspan.engine.worker`) runs elsewhere, today on a thread of this process;
-only the messages of `longspan.engine.wire` pass between. Here, on the event loop: who is waiting
-for what, and text made of tokens, which takes some 20 microseconds for each. Whatever takes longer
-(tokenising, templates, checks of a million ids) is done on a few helper threads.
+The engine itself runs elsewhere: a scheduler and a runner, each a process of its own
+(`longspan.engine.launch`). Only the messages of `longspan.engine.wire` pass between, and sampled
+tokens come straight from the runner. Here, on the event loop: who is waiting for what, and text
+made of tokens, which takes some 20 microseconds for each. Whatever takes longer (tokenising,
+templates, checks of a million ids) is done on a few helper threads.
 """
 
 from __future__ import annotations
@@ -11,39 +12,44 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from longspan.config import EngineConfig
-from longspan.engine.desk import default_sampling, deliver, load_tokenizer
+from longspan.engine.desk import Tracker, default_sampling, deliver, load_tokenizer
+from longspan.engine.grammar import Grammars
+from longspan.engine.grammar import Grammars
+from longspan.engine.launch import in_processes
+from longspan.engine.loop import StepReport
 from longspan.engine.prompts import Prompt, as_token_ids
 from longspan.engine.request import Request, SamplingParams
 from longspan.engine.scheduler import Load
 from longspan.engine.session import Session
+from longspan.engine.step import Update
 from longspan.engine.stream import Channel, Stream
 from longspan.engine.tokenizer import Tokenizer
 from longspan.engine.wire import (
     Abort,
     Add,
-    Close,
+    Begin,
     FromEngine,
+    LoadChanged,
     Loaded,
     Planned,
     Stepped,
     Submitted,
-    ToEngine,
 )
-from longspan.engine.worker import Loader, Worker, load_engine
+from longspan.engine.worker import Backend, Start
 from longspan.errors import LongspanError
 
 NUM_HELPERS = 4
 CLOSE_TIMEOUT_S = 30.0
-"""Longest wait for the step, or the loading, that a closing engine is in."""
+"""Longest wait for the step, or the loading, that a closing engine on a thread is in."""
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -75,6 +81,8 @@ class EngineStatus:
     state: EngineState
     reason: str = ""
     """Why it is dead, or what is being loaded."""
+    is_mendable: bool = False
+    """It is dead for a reason that a person can do something about: see ``reason``."""
     model: str = ""
     """Name of the model, as clients should write it."""
     max_model_len: int = 0
@@ -104,36 +112,37 @@ class AsyncEngine:
     """One engine and the requests given to it. All methods belong to the event loop of `start`.
 
     Args:
-        load: builds what computes; tests put a double here.
+        start: brings the engine up; default: in processes. Benchmarks put a synchronous one here
+            (`in_processes(max_in_flight=1)`), tests a double.
     """
 
     params_type = SamplingParams
 
-    def __init__(self, config: EngineConfig, load: Loader = load_engine) -> None:
+    def __init__(self, config: EngineConfig, start: Start | None = None) -> None:
         self._status = EngineStatus(
             state="loading", model=_model_name(config.model), reason=f"loading {config.model}")
-        self._config, self._load = config, load
+        self._config, self._start = config, start or in_processes()
         self._planned: Planned | None = None
         self._tokenizer: Tokenizer | None = None
+        self._grammars: Grammars | None = None
+        self._grammars: Grammars | None = None
         self._channels = dict[str, Channel]()
         self._sessions = dict[str, Session]()
+        self._trackers = dict[str, Tracker]()
+        self._epoch = 0
         self._numbers = itertools.count()
         self._idle = asyncio.Event()
         self._idle.set()
         self._helpers = ThreadPoolExecutor(NUM_HELPERS, thread_name_prefix="longspan-text")
-        self._thread: threading.Thread | None = None
+        self._backend: Backend | None = None
 
     # -- life ----------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Begin loading and return at once; `status` tells when it is ready or has failed."""
-        assert self._thread is None, "an engine starts once"
+        assert self._backend is None, "an engine starts once"
         self._loop = asyncio.get_running_loop()
-        worker = Worker(self._config, self._load, self._post)
-        self._send: Callable[[ToEngine], None] = worker.inbox.put
-        # A daemon, so that a program without `close` ends too.
-        self._thread = threading.Thread(target=worker.run, name="longspan-engine", daemon=True)
-        self._thread.start()
+        self._backend = self._start(self._config, self._post)
 
     def status(self) -> EngineStatus:
         """The present state; never waits."""
@@ -146,10 +155,10 @@ class AsyncEngine:
         await self._idle.wait()
 
     async def close(self) -> None:
-        """Abort everything and end the engine, at the latest after the step it is in."""
+        """Abort everything and end the engine: processes at once, a thread after its step."""
         self._die("it was shut down")
-        if self._thread is not None:
-            await asyncio.to_thread(self._thread.join, CLOSE_TIMEOUT_S)
+        if self._backend is not None:
+            await asyncio.to_thread(self._backend.join, CLOSE_TIMEOUT_S)
 
     # -- requests ------------------------------------------------------------------------------
 
@@ -161,7 +170,8 @@ class AsyncEngine:
         stream, losing it, or cancelling this call aborts the request.
 
         Raises:
-            InvalidRequestError: the prompt is empty, or a token id is not in the vocabulary.
+            InvalidRequestError: the prompt is empty, a token id is not in the vocabulary, or the
+                JSON schema cannot be followed.
             PromptTooLongError: prompt and completion do not fit.
             EngineUnavailableError: loading, draining or dead. The stream raises it too, when the
                 engine dies.
@@ -190,7 +200,9 @@ class AsyncEngine:
 
     def _make(self, request: GenerateRequest, tokenizer: Tokenizer) -> Request:
         """On a helper thread."""
-        assert self._planned is not None
+        assert self._planned is not None and self._grammars is not None
+        if request.params.json_schema is not None:
+            self._grammars.check(request.params.json_schema)
         prompt = request.prompt
         token_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         return self._planned.intake.make(
@@ -201,8 +213,10 @@ class AsyncEngine:
         engine_id = f"{made.request_id}/{next(self._numbers)}"
         channel = self._channels[engine_id] = Channel(session)
         self._sessions[engine_id] = session
+        request = replace(made, request_id=engine_id, prompt_ids=made.prompt_ids[:])
+        self._trackers[engine_id] = Tracker(request)
         self._idle.clear()
-        self._send(Add(replace(made, request_id=engine_id, prompt_ids=made.prompt_ids[:])))
+        self._send(Add(request))
         return Stream(channel, partial(self._cancel, engine_id), self._loop)
 
     def _cancel(self, engine_id: str) -> None:
@@ -213,6 +227,7 @@ class AsyncEngine:
     def _forget(self, engine_id: str) -> None:
         self._channels.pop(engine_id, None)
         self._sessions.pop(engine_id, None)
+        self._trackers.pop(engine_id, None)
         if not self._channels:
             self._idle.set()
 
@@ -238,33 +253,41 @@ class AsyncEngine:
     # -- messages of the engine ----------------------------------------------------------------
 
     def _post(self, message: FromEngine) -> None:
-        """Called by the engine."""
+        """Called by the engine, on a thread of its own."""
         try:
             self._loop.call_soon_threadsafe(self._receive, message)
         except RuntimeError:  # the event loop has ended without `close`: nobody listens
-            self._send(Close())
+            if self._backend is not None:
+                self._backend.stop()
+
+    def _send(self, message: Begin | Add | Abort) -> None:
+        assert self._backend is not None
+        self._backend.send(message)
 
     def _receive(self, message: FromEngine) -> None:
         if self._status.state == "dead":
             return
         if isinstance(message, Stepped):
-            self._note_load(message.load)
             self._deliver(message)
-        elif isinstance(message, Submitted):
+        elif isinstance(message, LoadChanged):
             self._note_load(message.load)
+        elif isinstance(message, Submitted):
             self._admit(message)
         elif isinstance(message, Planned):
             self._plan(message)
         elif isinstance(message, Loaded):
             self._text_loaded.add_done_callback(self._become_ready)
         else:
-            self._die(message.reason)
+            self._die(message.reason, is_mendable=message.is_mendable)
 
     def _plan(self, planned: Planned) -> None:
         self._planned = planned
+        self._send(Begin(planned.scheduler))
+        config = planned.scheduler
         self._status = replace(
             self._status, max_model_len=planned.intake.max_model_len,
-            capacity_tokens=planned.capacity_tokens, prefill_chunk_len=planned.prefill_chunk_len,
+            capacity_tokens=config.num_blocks * config.block_size,
+            prefill_chunk_len=config.prefill_chunk_len,
             memory_bytes=planned.memory_bytes)
         # While the engine reads the weights.
         self._text_loaded = asyncio.ensure_future(
@@ -276,10 +299,14 @@ class AsyncEngine:
             return
         error = loaded.exception()
         if error is None:
+            assert self._planned is not None
             self._tokenizer, advice = loaded.result()
+            assert self._planned is not None
+            self._grammars = Grammars(self._tokenizer, self._planned.intake.vocab_size)
+            self._grammars = Grammars(self._tokenizer, self._planned.intake.vocab_size)
             self._status = replace(self._status, default_sampling=advice)
         elif isinstance(error, LongspanError):
-            self._die(" ".join(str(error).split()))
+            self._die(" ".join(str(error).split()), is_mendable=True)
         else:
             logger.error("the tokenizer cannot be loaded", exc_info=error)
             self._die(f"the tokenizer cannot be loaded ({type(error).__name__}: {error})")
@@ -300,37 +327,50 @@ class AsyncEngine:
                 self._channels[engine_id].wake()
 
     def _deliver(self, message: Stepped) -> None:
-        for update in message.report.updates:
-            engine_id = update.request_id
-            channel = self._channels.get(engine_id)
-            if channel is None:
-                continue
-            try:
-                deliver(self._sessions, update, message.report, self._abort)
-            except Exception as error:  # of one request's text: no reason to stop the others
-                channel.fail(error)
-                self._cancel(engine_id)
-                continue
-            channel.wake()
-            if channel.is_over:
-                self._forget(engine_id)
+        result = message.result
+        if result.epoch < self._epoch:
+            return
+        self._epoch = result.epoch
+        report = StepReport(
+            submitted_s=message.started_s, finished_s=message.finished_s,
+            kept_pairs=result.kept_pairs, causal_pairs=result.causal_pairs)
+        sampled = zip_longest(result.token_ids, result.logprobs)
+        for row in message.rows:
+            token, logprobs = next(sampled, (None, None)) if row.samples else (None, None)
+            tracker = self._trackers.get(row.request_id)
+            if tracker is not None:  # else it has ended: what was computed past its end
+                self._push(
+                    tracker.update(row.cached_len, row.computed_len, token, logprobs), report)
+
+    def _push(self, update: Update, report: StepReport) -> None:
+        engine_id = update.request_id
+        channel = self._channels[engine_id]
+        try:
+            deliver(self._sessions, update, report, self._abort)
+        except Exception as error:  # of one request's text: no reason to stop the others
+            channel.fail(error)
+            self._cancel(engine_id)
+            return
+        channel.wake()
+        if channel.is_over:
+            self._forget(engine_id)
 
     def _abort(self, engine_id: str) -> None:
         self._send(Abort(engine_id))
 
-    def _die(self, reason: str) -> None:
+    def _die(self, reason: str, *, is_mendable: bool = False) -> None:
         if self._status.state == "dead":
             return
         self._note_load(Load())
-        self._status = replace(self._status, state="dead", reason=reason)
+        self._status = replace(self._status, state="dead", reason=reason, is_mendable=is_mendable)
         for channel in self._channels.values():
             channel.fail(EngineUnavailableError(_last_words(reason)))
-        self._channels.clear()
-        self._sessions.clear()
+        for held in (self._channels, self._sessions, self._trackers):
+            held.clear()
         self._idle.set()
         self._helpers.shutdown(wait=False)
-        if self._thread is not None:
-            self._send(Close())  # where it is we who give up
+        if self._backend is not None:
+            self._backend.stop()
 
 
 def _load_text(path: Path, vocab_size: int) -> tuple[Tokenizer, dict[str, float]]:

@@ -14,10 +14,16 @@ from pathlib import Path
 from longspan.config import AttentionMode, read_json
 from longspan.engine.loop import StepReport
 from longspan.engine.prompts import as_token_ids, check_fits
-from longspan.engine.request import MAX_SEED, Request, SamplingParams
+from longspan.engine.request import (
+    MAX_SEED,
+    FinishReason,
+    Request,
+    SamplingParams,
+    finish_reason,
+)
 from longspan.engine.resolve import resolve_attention
 from longspan.engine.session import Session
-from longspan.engine.step import Update
+from longspan.engine.step import NO_TOKEN, RowLogprobs, Update
 from longspan.engine.tokenizer import Tokenizer
 from longspan.errors import CheckpointError, InvalidRequestError
 
@@ -45,9 +51,14 @@ class Intake:
     ) -> Request:
         """A request that can be computed.
 
-        Raises `InvalidRequestError` for a prompt that is empty or holds what is no token,
-        `PromptTooLongError` when it does not fit.
+        Raises `InvalidRequestError` for a prompt that is empty or holds what is no token, and for a
+        bias on what is no token, `PromptTooLongError` when it does not fit.
         """
+        for token, _ in params.logit_bias:
+            if token >= self.vocab_size:
+                raise InvalidRequestError(
+                    f"logit_bias names token {token}; token ids of this model are integers from 0 "
+                    f"to {self.vocab_size - 1}")
         token_ids = as_token_ids(prompt_ids, self.vocab_size)
         check_fits(len(token_ids), params.max_tokens, self.max_model_len)
         return Request(
@@ -86,6 +97,38 @@ def default_sampling(path: Path) -> dict[str, float]:
     except InvalidRequestError as error:
         raise CheckpointError(f"{file}: {error}") from None
     return values
+
+
+class Tracker:
+    """Follows one request by the runner's results alone, to the scheduler's conclusions: the
+    caller's side need not wait for them. What a step in flight computes past the end never gets
+    here, for nobody follows a finished request."""
+
+    def __init__(self, request: Request) -> None:
+        self._request_id, self._params = request.request_id, request.params
+        self._eos_token_ids = request.eos_token_ids
+        self._num_cached_tokens: int | None = None
+        self._num_outputs = 0
+
+    def update(
+        self, cached_len: int, computed_len: int, token: int | None, logprobs: RowLogprobs | None,
+    ) -> Update:
+        """What a step changed that computed tokens ``cached_len`` to ``computed_len - 1``.
+
+        Args:
+            token: the one sampled; None: none was. `NO_TOKEN`: the request cannot go on.
+        """
+        if self._num_cached_tokens is None:  # the first step begins where the cache ends
+            self._num_cached_tokens = cached_len
+        reason: FinishReason | None = None
+        if token == NO_TOKEN:
+            token, reason = None, "abort"
+        elif token is not None:
+            self._num_outputs += 1
+            reason = finish_reason(self._params, self._eos_token_ids, token, self._num_outputs)
+        return Update(
+            request_id=self._request_id, computed_len=computed_len, token_id=token,
+            num_cached_tokens=self._num_cached_tokens, finish_reason=reason, logprobs=logprobs)
 
 
 def deliver(

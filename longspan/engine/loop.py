@@ -1,8 +1,10 @@
 """One loop, four verbs: receive, schedule, run, process. No torch.
 
 The loop knows a runner only as a `Transport`: batches go in, results come out in the same order.
-In one process the transport computes when its result is asked for and holds one step; a later one
-hands batches to other processes and holds several. Nothing here changes with that.
+In one process the transport computes when its result is asked for and holds one step; the one of a
+server (`longspan.engine.transport`) hands batches to another process and holds several, so that the
+next step is scheduled and sent before the last one's tokens are back. Nothing here changes with
+that.
 """
 
 from __future__ import annotations
@@ -27,11 +29,12 @@ class Transport(Protocol):
     def submit(self, batch: ScheduledBatch) -> None:
         """Hand over a step; returns at once."""
 
-    def collect(self) -> StepResult:
-        """Wait for the oldest step's result."""
+    def collect(self) -> StepResult | None:
+        """Wait for the oldest step's result. None: there is news for the scheduler first."""
 
     def discard(self) -> None:
-        """Drop what is in flight, after an interrupt."""
+        """Drop what is in flight, after an interrupt. Results that come nevertheless are of an
+        earlier epoch."""
 
 
 class Executor(Protocol):
@@ -76,12 +79,21 @@ class StepReport:
 
 
 class Loop:
-    """Drives a scheduler and a transport. Commands wait in a mailbox until the next turn."""
+    """Drives a scheduler and a transport. Commands wait in a mailbox until the next turn.
 
-    def __init__(self, scheduler: Scheduler, transport: Transport) -> None:
+    Args:
+        queues_prefill: submit further steps while one that prefills is in flight. It keeps a
+            pipeline full; without one it only makes a request that arrives meanwhile wait for two
+            long steps instead of one.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, transport: Transport, *, queues_prefill: bool = True,
+    ) -> None:
         self._scheduler, self._transport = scheduler, transport
+        self._queues_prefill = queues_prefill
         self._mailbox: deque[Request | str] = deque()
-        self._submitted_s: deque[float] = deque()
+        self._in_flight: deque[_Submission] = deque()
 
     @property
     def is_idle(self) -> bool:
@@ -106,7 +118,7 @@ class Loop:
         """After an exception in `turn`: abort the steps in flight, keep the engine usable."""
         self._transport.discard()
         self._scheduler.drop_in_flight()
-        self._submitted_s.clear()
+        self._in_flight.clear()
         return tuple(self._scheduler.take_updates())
 
     def _receive(self) -> None:
@@ -118,21 +130,38 @@ class Loop:
                 self._scheduler.add(command)
 
     def _schedule_and_run(self) -> None:
-        while len(self._submitted_s) < self._transport.max_in_flight:
+        while self._may_submit():
             batch = self._scheduler.schedule()
             if batch is None:
                 return
-            self._submitted_s.append(time.monotonic())
+            self._in_flight.append(_Submission(time.monotonic(), _prefills(batch)))
             self._transport.submit(batch)
 
+    def _may_submit(self) -> bool:
+        if len(self._in_flight) >= self._transport.max_in_flight:
+            return False
+        return self._queues_prefill or not any(step.prefills for step in self._in_flight)
+
     def _process(self) -> StepReport:
-        if not self._submitted_s:
+        if not self._in_flight:
             if self._scheduler.num_requests == 0:
                 self._scheduler.check()  # idle: the moment to notice a leak
             return StepReport(updates=tuple(self._scheduler.take_updates()))
         result = self._transport.collect()
+        if result is None or result.epoch != self._scheduler.epoch:
+            return StepReport(updates=tuple(self._scheduler.take_updates()))
         updates = self._scheduler.apply(result)
         return StepReport(
-            updates=tuple(updates), submitted_s=self._submitted_s.popleft(),
+            updates=tuple(updates), submitted_s=self._in_flight.popleft().time_s,
             finished_s=time.monotonic(), kept_pairs=result.kept_pairs,
             causal_pairs=result.causal_pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Submission:
+    time_s: float
+    prefills: bool
+
+
+def _prefills(batch: ScheduledBatch) -> bool:
+    return any(item.cached_len < item.prompt_len for item in batch.slices)

@@ -20,9 +20,10 @@ from longspan.config import DcaConfig, EngineConfig, ModelConfig
 from longspan.engine.batch import DeviceBatch, build_batch
 from longspan.engine.grammar import Grammars
 from longspan.engine.host_memory import keep_buffers_in_heap
+from longspan.engine.launched import LaunchedStep, Stopwatch
 from longspan.engine.memory import MemoryPlan
-from longspan.engine.sampling import Sampler
-from longspan.engine.step import RowLogprobs, ScheduledBatch, StepResult
+from longspan.engine.sampling import SampledTokens, Sampler
+from longspan.engine.step import ScheduledBatch, StepResult
 from longspan.engine.tokenizer import Tokenizer
 from longspan.model import CausalLM, build_model
 from longspan.model.weights import load_weights
@@ -49,6 +50,8 @@ class Runner:
         self._stages, self._sampler = tuple(stages), sampler
         self._block_size = stages[0].caches[0].k.shape[1]
         self._head_dim, self._dca, self._device = head_dim, dca, device
+        self._last_tokens = torch.zeros(0, dtype=torch.int64, device=device)  # [slots]
+        self._copies = torch.cuda.Stream(device) if device.startswith("cuda") else None
 
     @classmethod
     def load(
@@ -84,19 +87,27 @@ class Runner:
         return cls(stages, sampler, head_dim=model.head_dim, dca=dca, device=config.device)
 
     def execute(self, batch: ScheduledBatch) -> StepResult:
-        """Compute a step: write its keys and values, sample where a slice asks for it."""
+        """Compute a step and wait for its result."""
+        return self.launch(batch).wait()
+
+    def launch(self, batch: ScheduledBatch) -> LaunchedStep:
+        """Compute a step: write its keys and values, sample where a slice asks for it.
+
+        On a GPU it returns when the work is queued behind earlier steps; slices that run ahead take
+        their input from those on the device. One thread only.
+        """
+        watch = Stopwatch(self._device)
         with torch.inference_mode():
             inputs = build_batch(
                 batch, block_size=self._block_size, head_dim=self._head_dim, dca=self._dca,
-                device=self._device)
+                device=self._device, last_tokens=self._last_tokens)
             logits = self.forward(inputs)
-            tokens, logprobs = ((), ()) if logits is None else self._sample(logits, batch, inputs)
-        # Reading the pair counts waits for the device, so it is done where that happens anyway.
-        ends_prefill = bool(tokens) and bool(inputs.metadata.prefills)
-        kept, causal = self._take_attention_stats() if ends_prefill else (0.0, 0.0)
-        return StepResult(
-            step_id=batch.step_id, token_ids=tokens, logprobs=logprobs, kept_pairs=kept,
-            causal_pairs=causal)
+            sampled = None if logits is None else self._sample(logits, batch, inputs)
+        # Reading the pair counts waits for the device. Behind a prefill nothing is launched ahead.
+        ends_prefill = sampled is not None and bool(inputs.metadata.prefills)
+        return LaunchedStep(
+            batch, sampled, self._take_attention_stats() if ends_prefill else (0.0, 0.0), watch,
+            self._copies)
 
     def forward(self, inputs: DeviceBatch) -> Tensor | None:
         """All stages in turn. Returns [n, V] fp32 logits of the rows that sample, None without."""
@@ -119,11 +130,16 @@ class Runner:
 
     def _sample(
         self, logits: Tensor, batch: ScheduledBatch, inputs: DeviceBatch
-    ) -> tuple[tuple[int, ...], tuple[RowLogprobs | None, ...]]:
+    ) -> SampledTokens:
         items = [item for item in batch.slices if item.sampling is not None]
         sampled = self._sampler.sample(
             logits, items, inputs.sampling, all_greedy=inputs.all_greedy)
-        return sampled.as_tuples()
+        missing = 1 + max(item.slot for item in items) - len(self._last_tokens)
+        if missing > 0:
+            self._last_tokens = torch.cat((
+                self._last_tokens, self._last_tokens.new_zeros(missing)))
+        self._last_tokens[inputs.slots] = sampled.token_ids
+        return sampled
 
     def _take_attention_stats(self) -> tuple[float, float]:
         pairs = [stage.model.attention_stats() for stage in self._stages]

@@ -1,34 +1,34 @@
-"""The engine's side of the wire: receives commands, turns the loop, reports. No torch at import.
+"""The whole engine on one thread of the caller's process: for tests, whose doubles cannot travel,
+and for programs that want no processes. No torch at import.
 
-Runs on a thread of its own, which alone touches scheduler, loop and runner. `inbox` is its only
-entrance, ``send`` its only exit; a process would have sockets there.
+`inbox` is its only entrance, ``send`` its only exit; the messages are those that travel between
+processes (`longspan.engine.launch`), only not encoded.
 """
 
 from __future__ import annotations
 
-import logging
+import threading
+import time
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
 from longspan.config import EngineConfig
-from longspan.engine.loop import Executor, LocalTransport, Loop
+from longspan.engine.conductor import Conductor, Send
+from longspan.engine.loop import Executor, LocalTransport
 from longspan.engine.scheduler import Scheduler, SchedulerConfig
-from longspan.engine.step import ScheduledBatch
+from longspan.engine.step import ScheduledBatch, StepResult
 from longspan.engine.wire import (
-    Abort,
-    Add,
+    Begin,
+    Close,
+    Command,
     Died,
-    FromEngine,
     Loaded,
     Planned,
+    Row,
     Stepped,
-    Submitted,
-    ToEngine,
+    last_words,
 )
-from longspan.errors import LongspanError
-
-logger = logging.getLogger("longspan.engine")
 
 
 class Engine(Executor, Protocol):
@@ -38,9 +38,26 @@ class Engine(Executor, Protocol):
         """Free weights and caches."""
 
 
-Send = Callable[[FromEngine], None]
 Loader = Callable[[EngineConfig, Send], tuple[SchedulerConfig, Engine]]
 """Sends `Planned`, then reads the weights."""
+
+
+class Backend(Protocol):
+    """An engine that was started, as the front end sees it; its messages go to the front end's
+    ``post``."""
+
+    def send(self, message: Begin | Command) -> None:
+        """Hand a command over; returns at once. One thread only."""
+
+    def stop(self) -> None:
+        """Ask for the end; returns at once. Any thread, any number of times."""
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for the end after `stop`, at most so long where waiting is all that can be done."""
+
+
+Start = Callable[[EngineConfig, Send], Backend]
+"""Starts an engine, and returns before it is loaded."""
 
 
 def load_engine(config: EngineConfig, send: Send) -> tuple[SchedulerConfig, Engine]:
@@ -50,72 +67,79 @@ def load_engine(config: EngineConfig, send: Send) -> tuple[SchedulerConfig, Engi
     blueprint = Blueprint.resolve(config)
     scheduler, memory = blueprint.scheduler_config(), blueprint.memory
     send(Planned(
-        path=blueprint.path, intake=blueprint.intake(),
-        capacity_tokens=scheduler.num_blocks * scheduler.block_size,
-        prefill_chunk_len=scheduler.prefill_chunk_len,
+        path=blueprint.path, intake=blueprint.intake(), scheduler=scheduler,
         memory_bytes={"weights": memory.weights_bytes, "workspace": memory.workspace_bytes,
                       "KV cache": memory.kv_bytes}))
     return scheduler, blueprint.load_runner()
 
 
+def on_a_thread(load: Loader = load_engine) -> Start:
+    """Engines on threads of this process."""
+    return lambda config, send: Worker(config, load, send)
+
+
 class Worker:
-    """One engine, from loading to its end."""
+    """One engine on its thread, from loading to its end: the last message says why it ended."""
 
     def __init__(self, config: EngineConfig, load: Loader, send: Send) -> None:
-        self.inbox: SimpleQueue[ToEngine] = SimpleQueue()
+        self._inbox: SimpleQueue[Begin | Command] = SimpleQueue()
         self._config, self._load, self._send = config, load, send
+        # A daemon, so that a program that does not stop it ends too.
+        self._thread = threading.Thread(target=self._run, name="longspan-engine", daemon=True)
+        self._thread.start()
 
-    def run(self) -> None:
-        """Load, serve until `Close`. Never raises: the last message says why it ended."""
+    def send(self, message: Begin | Command) -> None:
+        """Hand a command over."""
+        self._inbox.put(message)
+
+    def stop(self) -> None:
+        """End after the step that is being computed."""
+        self._inbox.put(Close())
+
+    def join(self, timeout_s: float) -> None:
+        """Wait."""
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
         try:
             scheduler, engine = self._load(self._config, self._send)
             try:
-                self._serve(Scheduler(scheduler), engine)
+                self._send(Loaded())
+                Conductor(Scheduler(scheduler), _TellingTransport(engine, self._send), self._take,
+                          self._send).run()
             finally:
                 engine.close()
             self._send(Died("it was shut down"))
-        except LongspanError as error:
-            self._send(Died(" ".join(str(error).split())))
         except BaseException as error:
-            logger.exception("the engine failed")
-            first_line = (str(error).strip() or "no message").splitlines()[0]
-            self._send(Died(f"{type(error).__name__}: {first_line}"))
+            self._send(last_words(error))
 
-    def _serve(self, scheduler: Scheduler, engine: Engine) -> None:
-        loop = Loop(scheduler, _ReportingTransport(engine, scheduler, self._send))
-        self._send(Loaded())
-        while self._receive(loop):
-            self._send(Stepped(report=loop.turn(), load=scheduler.load))
-
-    def _receive(self, loop: Loop) -> bool:
-        """Take all commands that wait, or wait for one if there is nothing to compute. False: end.
-        """
-        must_wait = loop.is_idle
+    def _take(self, must_wait: bool) -> Command | None:
         while True:
             try:
-                message = self.inbox.get(block=must_wait)
+                message = self._inbox.get(block=must_wait)
             except Empty:
-                return True
-            must_wait = False
-            if isinstance(message, Add):
-                loop.add(message.request)
-            elif isinstance(message, Abort):
-                loop.abort(message.request_id)
-            else:
-                return False
+                return None
+            if not isinstance(message, Begin):  # it knows
+                return message
 
 
-class _ReportingTransport(LocalTransport):
-    """Tells when a step with prefills begins: it may take seconds, and its callers can learn
-    already now what the prefix cache supplied."""
+class _TellingTransport(LocalTransport):
+    """Tells the front end what each step brought, as a runner process does."""
 
-    def __init__(self, engine: Engine, scheduler: Scheduler, send: Send) -> None:
+    def __init__(self, engine: Engine, send: Send) -> None:
         super().__init__(engine)
-        self._scheduler, self._send = scheduler, send
+        self._send = send
+        self._rows: tuple[Row, ...] = ()
 
     def submit(self, batch: ScheduledBatch) -> None:
         super().submit(batch)
-        prefills = tuple((item.request_id, item.cached_len) for item in batch.slices
-                         if item.cached_len < item.prompt_len)
-        if prefills:
-            self._send(Submitted(prefills=prefills, load=self._scheduler.load))
+        self._rows = tuple(map(Row.of, batch.slices))
+
+    def collect(self) -> StepResult:
+        started_s = time.monotonic()
+        result = super().collect()
+        self._send(Stepped(rows=self._rows, result=result, started_s=started_s,
+                           finished_s=time.monotonic()))
+        return result
+
+

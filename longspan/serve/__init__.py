@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from longspan.errors import MissingDependencyError
 
 NEEDED = {"fastapi": "fastapi", "uvicorn": "uvicorn", "pydantic": "pydantic",
-          "prometheus_client": "prometheus-client"}
+          "prometheus_client": "prometheus-client", "zmq": "pyzmq", "msgspec": "msgspec"}
 """Distributions by module."""
 
 

@@ -1,0 +1,34 @@
+"""The scheduler's process. No torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import zmq
+
+from longspan.engine.conductor import Conductor
+from longspan.engine.launch import Orders
+from longspan.engine.scheduler import Scheduler
+from longspan.engine.transport import Inbox, Outbox, RunnerTransport
+from longspan.engine.wire import Begin, ToScheduler, last_words
+
+
+def run(orders: Orders) -> int:
+    """Wait for `Begin`, then schedule until the parent lets go. Returns the exit status."""
+    context: zmq.Context[Any] = zmq.Context()
+    inbox = Inbox(context, orders.address("scheduler"), ToScheduler)
+    front = Outbox(context, orders.address("front"))
+    runner = Outbox(context, orders.address("runner"))
+    try:
+        while not isinstance(begin := inbox.get(), Begin):
+            pass
+        transport = RunnerTransport(inbox, runner, orders.max_in_flight)
+        Conductor(Scheduler(begin.config), transport, transport.command, front.put).run()
+        return 0
+    except BaseException as error:
+        front.put(last_words(error))
+        return 1
+    finally:
+        for socket in (inbox, front, runner):
+            socket.close()
+        context.term()

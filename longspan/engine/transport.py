@@ -1,0 +1,174 @@
+"""Inboxes and outboxes of processes (ZeroMQ on unix sockets), and the scheduler's way to the
+runner. No torch.
+
+The sockets lie in a directory that only their owner may enter. A frame that is no message is
+logged and dropped: whoever sends it harms nobody.
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections import deque
+from dataclasses import replace
+from typing import Any
+
+import zmq
+
+from longspan.engine.step import ScheduledBatch, StepResult
+from longspan.engine.wire import (
+    BadFrameError,
+    Begin,
+    Codec,
+    Command,
+    Computed,
+    Message,
+    Step,
+    ToScheduler,
+    encode,
+)
+
+MAX_FRAME_BYTES = 256 * 1024**2
+"""A prompt of a million tokens takes 4 MB, and some schemas and biases with it."""
+LINGER_MS = 2000
+"""How long last words may take to leave a process."""
+logger = logging.getLogger("longspan.engine")
+
+
+class Inbox:
+    """Where messages to this process arrive, from whomever.
+
+    Args:
+        address: of the socket, bound here.
+        kind: the messages taken, a union of those in `longspan.engine.wire`.
+    """
+
+    def __init__(self, context: zmq.Context[Any], address: str, kind: Any) -> None:
+        self._codec = Codec(kind)
+        self._socket = context.socket(zmq.PULL)
+        self._socket.set(zmq.RCVHWM, 0)
+        self._socket.set(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        self._socket.set(zmq.LINGER, 0)
+        self._socket.bind(address)
+
+    def get(self, timeout_s: float | None = None) -> Any:
+        """The next message; None when none comes within the time (None: however long)."""
+        timeout_ms = None if timeout_s is None else round(1e3 * timeout_s)
+        while self._socket.poll(timeout_ms):
+            try:
+                return self._codec.decode(self._socket.recv())
+            except BadFrameError as error:
+                logger.warning("a frame was dropped: %s", error)
+        return None
+
+    def close(self) -> None:
+        """Drop what is unread."""
+        self._socket.close()
+
+
+class Outbox:
+    """To the inbox of one process. Never waits: messages queue up here until they are taken."""
+
+    def __init__(self, context: zmq.Context[Any], address: str) -> None:
+        self._socket = context.socket(zmq.PUSH)
+        self._socket.set(zmq.SNDHWM, 0)
+        self._socket.set(zmq.LINGER, LINGER_MS)
+        self._socket.connect(address)
+
+    def put(self, message: Message) -> None:
+        """Send. Only one thread may do so."""
+        self._socket.send(encode(message), zmq.NOBLOCK)
+
+    def close(self) -> None:
+        """What is unsent still goes out."""
+        self._socket.close()
+
+
+class RunnerTransport:
+    """Steps to the runner process and results back. Also takes the scheduler's commands, which come
+    to the same inbox, so that one wait serves both.
+
+    Args:
+        inbox: of the scheduler.
+        max_in_flight: 2 runs ahead; 1 is the synchronous baseline of benchmarks.
+    """
+
+    def __init__(self, inbox: Inbox, runner: Outbox, max_in_flight: int) -> None:
+        self.max_in_flight = max_in_flight
+        self._inbox, self._runner = inbox, runner
+        self._tables = Tables()
+        self._commands: deque[Command] = deque()
+        self._results: deque[StepResult] = deque()
+        self._expected: deque[tuple[int, int]] = deque()  # epoch and id of steps in flight
+
+    def submit(self, batch: ScheduledBatch) -> None:
+        """Send a step."""
+        self._expected.append((batch.epoch, batch.step_id))
+        self._runner.put(self._tables.strip(batch))
+
+    def collect(self) -> StepResult | None:
+        """Wait for the oldest step's result; None when a command comes first."""
+        while not self._results:
+            self._sort(self._inbox.get())
+            if self._commands:
+                return None
+        return self._results.popleft()
+
+    def discard(self) -> None:
+        """Nothing to do: results of an earlier epoch are dropped when they come."""
+
+    def command(self, must_wait: bool) -> Command | None:
+        """The next command; None when there is none and nobody must wait."""
+        while not self._commands:
+            message = self._inbox.get(None if must_wait else 0.0)
+            if message is None:
+                return None
+            self._sort(message)
+        return self._commands.popleft()
+
+    def _sort(self, message: ToScheduler) -> None:
+        if isinstance(message, Computed):
+            result = message.result
+            if self._expected and self._expected[0] == (result.epoch, result.step_id):
+                self._expected.popleft()
+                self._results.append(result)
+            else:
+                logger.warning("a result was dropped: nobody waits for step %d of epoch %d",
+                               result.step_id, result.epoch)
+        elif isinstance(message, Begin):
+            logger.warning("a second Begin was dropped")
+        else:
+            self._commands.append(message)
+
+
+class Tables:
+    """Block tables of the requests in each slot, on both sides of the wire: a table of a million
+    tokens travels once, not with each token."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[str, array[int]]] = {}
+
+    def strip(self, batch: ScheduledBatch) -> Step:
+        """The sender's side: leave out what the other side has."""
+        tables: dict[str, bytes] = {}
+        for item in batch.slices:
+            known = self._known.get(item.slot)
+            if known is None or known[0] != item.request_id or len(known[1]) != len(item.block_ids):
+                table = array("i", item.block_ids)
+                self._known[item.slot] = item.request_id, table
+                tables[item.request_id] = table.tobytes()
+        slices = tuple(replace(item, block_ids=()) for item in batch.slices)
+        return Step(replace(batch, slices=slices), tables)
+
+    def restore(self, step: Step) -> ScheduledBatch:
+        """The receiver's side."""
+        slices = []
+        for item in step.batch.slices:
+            if item.request_id in step.tables:
+                table = array("i")
+                table.frombytes(step.tables[item.request_id])
+                self._known[item.slot] = item.request_id, table
+            owner, table = self._known[item.slot]
+            assert owner == item.request_id, "a slot's table is sent with its owner's first slice"
+            slices.append(replace(item, block_ids=table))
+        return replace(step.batch, slices=tuple(slices))
