@@ -23,7 +23,6 @@ from typing import Any, Literal, ParamSpec, TypeVar
 from longspan.config import EngineConfig
 from longspan.engine.desk import Tracker, default_sampling, deliver, load_tokenizer
 from longspan.engine.grammar import Grammars
-from longspan.engine.grammar import Grammars
 from longspan.engine.launch import in_processes
 from longspan.engine.loop import StepReport
 from longspan.engine.prompts import Prompt, as_token_ids
@@ -116,15 +115,12 @@ class AsyncEngine:
             (`in_processes(max_in_flight=1)`), tests a double.
     """
 
-    params_type = SamplingParams
-
     def __init__(self, config: EngineConfig, start: Start | None = None) -> None:
         self._status = EngineStatus(
             state="loading", model=_model_name(config.model), reason=f"loading {config.model}")
         self._config, self._start = config, start or in_processes()
         self._planned: Planned | None = None
         self._tokenizer: Tokenizer | None = None
-        self._grammars: Grammars | None = None
         self._grammars: Grammars | None = None
         self._channels = dict[str, Channel]()
         self._sessions = dict[str, Session]()
@@ -302,7 +298,6 @@ class AsyncEngine:
             assert self._planned is not None
             self._tokenizer, advice = loaded.result()
             assert self._planned is not None
-            self._grammars = Grammars(self._tokenizer, self._planned.intake.vocab_size)
             self._grammars = Grammars(self._tokenizer, self._planned.intake.vocab_size)
             self._status = replace(self._status, default_sampling=advice)
         elif isinstance(error, LongspanError):

@@ -10,30 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from longspan.engine.client import EngineStatus, GenerateRequest
-from longspan.engine.request import Progress, SamplingParams, TokenEvent
+from longspan.engine.request import Progress, TokenEvent
 
 Event = Progress | TokenEvent
-
-
-class TokenLogprob(Protocol):
-    """Log-probability of one token. `TokenEvent.logprobs` holds one for each token of its text
-    (the token that ended the completion is left out) when ``params.logprobs`` is not None."""
-
-    @property
-    def text(self) -> str:
-        """The token alone, U+FFFD for incomplete characters."""
-
-    @property
-    def data(self) -> bytes:
-        """The token's bytes."""
-
-    @property
-    def logprob(self) -> float:
-        """Natural logarithm of its probability, before temperature and filters."""
-
-    @property
-    def top(self) -> Sequence[TokenLogprob]:
-        """The ``params.logprobs`` most probable tokens at this place, best first."""
 
 
 class EventStream(Protocol):
@@ -49,11 +28,6 @@ class EventStream(Protocol):
 
 class AsyncEngine(Protocol):
     """An engine in other processes."""
-
-    @property
-    def params_type(self) -> type[SamplingParams]:
-        """The dataclass to build. A sampling option that is not among its fields is refused by
-        name, so an engine gains an option by gaining the field."""
 
     async def start(self) -> None:
         """Begin loading and return at once; `status` tells when it is ready or has failed."""

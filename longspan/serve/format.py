@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from longspan.engine.request import TokenEvent
-from longspan.serve.engine import TokenLogprob
+from longspan.engine.request import TokenEvent, TokenLogprob
 from longspan.serve.generation import Usage
 
 Json = dict[str, Any]
@@ -26,7 +26,7 @@ class Delta:
     def add(self, event: TokenEvent) -> None:
         """Append an event; a slow reader gets several in one chunk."""
         self.text += event.text
-        self.logprobs.extend(getattr(event, "logprobs", None) or ())
+        self.logprobs.extend(event.logprobs)
         self.finish_reason = event.finish_reason or self.finish_reason
 
 
@@ -98,7 +98,7 @@ class CompletionFormat:
 
     def __init__(self, request_id: str, model: str, *, with_logprobs: bool) -> None:
         self._with_logprobs = with_logprobs
-        self._offsets = dict[int, int]()
+        self._places = dict[int, _TextPlace]()
         self._head = {"id": f"cmpl-{request_id}", "object": "text_completion",
                       "created": int(time.time()), "model": model}
 
@@ -126,16 +126,38 @@ class CompletionFormat:
     def _logprobs(self, delta: Delta) -> Json | None:
         if not self._with_logprobs:
             return None
-        offset, offsets = self._offsets.get(delta.index, 0), list[int]()
-        for item in delta.logprobs:
-            offsets.append(offset)
-            offset += len(item.text)
-        self._offsets[delta.index] = offset
-        return {"tokens": [item.text for item in delta.logprobs],
+        place = self._places.setdefault(delta.index, _TextPlace())
+        return {"tokens": [_name(item) for item in delta.logprobs],
                 "token_logprobs": [_finite(item.logprob) for item in delta.logprobs],
-                "top_logprobs": [{other.text: _finite(other.logprob) for other in item.top}
-                                 for item in delta.logprobs],
-                "text_offset": offsets}
+                "top_logprobs": [_by_name([*item.top, item]) for item in delta.logprobs],
+                "text_offset": [place.advance(item.data) for item in delta.logprobs]}
+
+
+class _TextPlace:
+    """Counts the characters of a completion, token by token."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._num_chars = 0
+
+    def advance(self, data: bytes) -> int:
+        """Where the token begins: at its character, if it is a part of one."""
+        start = self._num_chars
+        self._num_chars += len(self._decoder.decode(data))
+        return start
+
+
+def _name(item: TokenLogprob) -> str:
+    """A token as a key: parts of characters would all be U+FFFD, so OpenAI writes their bytes."""
+    try:
+        return item.data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in item.data)
+
+
+def _by_name(items: Sequence[TokenLogprob]) -> dict[str, float]:
+    """The chosen token is always among them."""
+    return {_name(item): _finite(item.logprob) for item in items}
 
 
 def _chat_logprob(item: TokenLogprob) -> Json:

@@ -20,10 +20,13 @@ from pydantic import (
     WithJsonSchema,
 )
 
+from longspan.engine.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_NUM_BIASES
+
 MAX_PROMPTS = 64
 MAX_STOPS = 16
-MAX_TOP_LOGPROBS = 20
 MAX_INT = 2**31 - 1
+BiasKey = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,9})$")]
+Bias = Annotated[float, Field(ge=-MAX_LOGIT_BIAS, le=MAX_LOGIT_BIAS)]
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
 Stop = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -102,6 +105,8 @@ class SamplingFields(Strict):
     """Taken from a token's logit for each time that the completion already has it."""
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     """Divides positive logits of tokens in prompt or completion (and multiplies negative ones)."""
+    logit_bias: Annotated[dict[BiasKey, Bias], Field(max_length=MAX_NUM_BIASES)] | None = None
+    """Added to the logits of tokens, by token id."""
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     """Same seed, same request, same answer."""
     stop: Stop | Annotated[list[Stop], Field(fail_fast=True, max_length=MAX_STOPS)] | None = None
@@ -110,6 +115,8 @@ class SamplingFields(Strict):
     """Tokens that end the completion."""
     ignore_eos: bool | None = None
     """Go on past the end-of-text token (for benchmarks)."""
+    min_tokens: Annotated[int, Field(ge=0, le=MAX_INT)] | None = None
+    """Shortest completion, tokens: no end-of-text and no stop token before."""
     n: Annotated[int, Field(ge=1, le=64)] | None = None
     """Completions for each prompt; they share its prefill."""
     stream: bool | None = None
@@ -122,7 +129,6 @@ class SamplingFields(Strict):
     user: Annotated[str, Field(max_length=512)] | None = None
     """Taken and not used."""
 
-    logit_bias: None = None
     service_tier: None = None
     prompt_cache_key: None = None
     safety_identifier: None = None
@@ -202,7 +208,7 @@ class ChatRequest(SamplingFields):
     """Newer name of max_tokens."""
     logprobs: bool | None = None
     """Return the log-probability of each token."""
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     """With logprobs: also of this many alternatives."""
     response_format: ResponseFormat | None = None
     """Constrain the answer to JSON."""
@@ -227,7 +233,7 @@ class CompletionRequest(SamplingFields):
 
     prompt: Prompts
     """Text or token ids, or a list of either; here always a list."""
-    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     """Return log-probabilities of each token and of this many alternatives."""
     add_special_tokens: bool = True
     """Put the checkpoint's beginning-of-text token in front, if it has one."""

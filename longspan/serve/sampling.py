@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from longspan.engine.request import MAX_SEED, SamplingParams
@@ -14,34 +13,19 @@ from longspan.serve.protocol import ChatRequest, CompletionRequest, JsonSchemaFo
 DEFAULT_TEMPERATURE = 1.0
 """OpenAI's, where the checkpoint gives no advice."""
 PLAIN_FIELDS = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
-                "repetition_penalty", "ignore_eos")
-NEUTRAL: Mapping[str, object] = {
-    "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1, "ignore_eos": False,
-    "top_k": 0, "min_p": 0, "stop": (), "stop_token_ids": ()}
-"""Values that ask for nothing, which every engine can serve."""
+                "repetition_penalty", "ignore_eos", "min_tokens")
 ANY_OBJECT = '{"type": "object"}'
 
 
 def sampling_params(
-    kind: type[SamplingParams], request: ChatRequest | CompletionRequest,
-    defaults: Mapping[str, float], default_max_tokens: int,
+    request: ChatRequest | CompletionRequest, defaults: Mapping[str, float],
+    default_max_tokens: int,
 ) -> SamplingParams:
-    """The engine's parameters. Raises 400 naming an option that the engine does not have."""
-    known = {field.name for field in fields(kind)}
-    values: dict[str, Any] = {name: value for name, value in defaults.items()
-                              if name in known and name in PLAIN_FIELDS}
+    """The engine's parameters. Raises 400 for fields that contradict each other."""
+    values: dict[str, Any] = {
+        name: value for name, value in defaults.items() if name in PLAIN_FIELDS}
     values.setdefault("temperature", DEFAULT_TEMPERATURE)
-    for name, value in _asked(request).items():
-        if name in known:
-            values[name] = value
-        elif value != NEUTRAL.get(name):
-            wire_name = _WIRE_NAMES.get(name, name)
-            raise ApiError(400, f"{wire_name} is not supported by this engine; leave it out.",
-                           param=wire_name)
-    return kind(**{"max_tokens": default_max_tokens, **values})
-
-
-_WIRE_NAMES = {"json_schema": "response_format"}
+    return SamplingParams(**{"max_tokens": default_max_tokens, **values, **_asked(request)})
 
 
 def _asked(request: ChatRequest | CompletionRequest) -> dict[str, Any]:
@@ -52,6 +36,8 @@ def _asked(request: ChatRequest | CompletionRequest) -> dict[str, Any]:
     values["stop"] = (request.stop,) if isinstance(request.stop, str) else request.stop
     values["stop_token_ids"] = request.stop_token_ids
     values["max_tokens"] = asked_max_tokens(request)
+    values["logit_bias"] = None if request.logit_bias is None else tuple(
+        (int(token), bias) for token, bias in request.logit_bias.items())
     values["logprobs"] = _num_logprobs(request)
     values["json_schema"] = _json_schema(request)
     return {name: tuple(value) if isinstance(value, list) else value

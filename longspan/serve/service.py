@@ -131,8 +131,8 @@ class Service:
         if num_prompts * (body.n or 1) > self.config.max_choices:
             raise ApiError(400, f"{num_prompts * (body.n or 1)} completions in one request; at "
                            f"most {self.config.max_choices}.", param="n")
-        return sampling_params(self.engine.params_type, body, self.engine.status().default_sampling,
-                               self.config.default_max_tokens)
+        return sampling_params(
+            body, self.engine.status().default_sampling, self.config.default_max_tokens)
 
     def _fit(self, params: SamplingParams, prompt_len: int, asked: int | None) -> SamplingParams:
         """Parameters of one prompt: a length that nobody asked for takes the room there is."""

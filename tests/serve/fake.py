@@ -15,41 +15,13 @@ from typing import Any
 import uvicorn
 
 from longspan.engine.client import EngineStatus, GenerateRequest
-from longspan.engine.request import Progress, SamplingParams, TokenEvent
+from longspan.engine.request import Progress, TokenEvent, TokenLogprob
 from longspan.errors import InvalidRequestError, LongspanError
 from longspan.serve.app import create_app
 from longspan.serve.config import ServeConfig
 
 MODEL = "fake"
 ANSWER = "The quick brown fox jumps over the lazy dog. "
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FakeParams(SamplingParams):
-    """Every option that the server knows."""
-
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logprobs: int | None = None
-    json_schema: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FakeLogprob:
-    """One token's."""
-
-    text: str
-    data: bytes
-    logprob: float
-    top: tuple[FakeLogprob, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FakeTokenEvent(TokenEvent):
-    """With log-probabilities."""
-
-    logprobs: tuple[FakeLogprob, ...] = ()
 
 
 class DeadEngineError(LongspanError):
@@ -68,7 +40,6 @@ class FakeEngine:
         self.chunk_s: float = options.pop("chunk_s", 0.0)
         self.token_s: float = options.pop("token_s", 0.0)
         self.tokenize_s: float = options.pop("tokenize_s", 0.0)
-        self.params_type: type[SamplingParams] = options.pop("params_type", FakeParams)
         self.load_s: float = options.pop("load_s", 0.0)
         self._status = EngineStatus(**{
             "state": "ready", "model": MODEL, "max_model_len": 4096, "capacity_tokens": 8192,
@@ -163,11 +134,11 @@ class FakeEngine:
             text += char
             is_stop = any(text.endswith(stop) for stop in params.stop)
             reason = "stop" if is_stop else "length" if index + 1 == params.max_tokens else None
-            yield FakeTokenEvent(
+            yield TokenEvent(
                 request_id=request.request_id, text="" if is_stop else char,
                 token_ids=(ord(char),), finish_reason=reason,
                 num_prompt_tokens=len(request.prompt), num_cached_tokens=cached,
-                logprobs=_logprobs(char, getattr(params, "logprobs", None)))
+                logprobs=_logprobs(char, params.logprobs))
             if reason:
                 return
 
@@ -193,12 +164,17 @@ class FakeEngine:
             num_prompt_tokens=len(request.prompt), num_cached_tokens=cached, elapsed_s=0.0)
 
 
-def _logprobs(char: str, count: int | None) -> tuple[FakeLogprob, ...]:
+def _logprobs(char: str, count: int | None) -> tuple[TokenLogprob, ...]:
     if count is None:
         return ()
-    top = tuple(FakeLogprob(text=other, data=other.encode(), logprob=value) for other, value in
+    top = tuple(_logprob(other, value) for other, value in
                 ((char, -0.5), ("?", -1.5), ("!", -math.inf))[:count])
-    return (FakeLogprob(text=char, data=char.encode(), logprob=-0.5, top=top),)
+    return (_logprob(char, -0.5, top),)
+
+
+def _logprob(char: str, value: float, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+    return TokenLogprob(
+        token_id=ord(char), text=char, data=char.encode(), logprob=value, top=top)
 
 
 @dataclass(slots=True)

@@ -12,7 +12,6 @@ from typing import Any
 import httpx
 import pytest
 
-from longspan.engine.request import SamplingParams
 from tests.serve.fake import ANSWER, FakeEngine, Running, running, wait_for
 
 CHAT = "/v1/chat/completions"
@@ -67,7 +66,13 @@ def assert_alive(server: Running) -> None:
 
 @pytest.mark.parametrize(("path", "change", "param"), [
     (CHAT, {"tools": [{"type": "function"}]}, "tools"),
-    (CHAT, {"logit_bias": {"5": 1}}, "logit_bias"),
+    (CHAT, {"logit_bias": {"5": 101}}, "logit_bias.5"),
+    (CHAT, {"logit_bias": {"-5": 1}}, "logit_bias.-5"),
+    (CHAT, {"logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias"),
+    (CHAT, {"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
+    (COMPLETE, {"prompt": "a", "logprobs": 21}, "logprobs"),
+    (COMPLETE, {"prompt": "a", "presence_penalty": 2.1}, "presence_penalty"),
+    (COMPLETE, {"prompt": "a", "repetition_penalty": 0}, "repetition_penalty"),
     (CHAT, {"response_format": {"type": "xml"}}, "response_format"),
     (CHAT, {"messages": []}, "messages"),
     (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
@@ -117,16 +122,19 @@ def test_null_asks_for_nothing(server):
     assert reply.json()["choices"][0]["message"]["content"] == ANSWER[:3]
 
 
-@pytest.mark.parametrize(("change", "param"), [
-    ({"logprobs": 1}, "logprobs"), ({"presence_penalty": 0.5}, "presence_penalty"),
-    ({"repetition_penalty": 1.5}, "repetition_penalty")])
-def test_an_engine_without_an_option_refuses_it(change, param):
-    with running(FakeEngine(params_type=SamplingParams)) as server:
-        refused = post(server, COMPLETE, {"prompt": "x", "max_tokens": 1, **change})
-        neutral = post(server, COMPLETE, {"prompt": "x", "max_tokens": 1, "presence_penalty": 0,
-                                          "frequency_penalty": 0.0, "repetition_penalty": 1.0})
-    assert refused.status_code == 400 and error_of(refused)["param"] == param
-    assert neutral.status_code == 200
+@pytest.mark.parametrize(("change", "message"), [
+    ({"min_tokens": 9}, "min_tokens is 9; it must be an integer from 0 to max_tokens, which is 5"),
+    ({"response_format": {"type": "json_object"}, "ignore_eos": True},
+     "ignore_eos does not go with json_schema: the schema says where the end is"),
+    ({"response_format": {"type": "json_schema", "json_schema": {
+        "name": "x", "schema": {"description": "x" * 70_000}}}},
+     "json_schema has 70019 characters; at most 65536"),
+])
+def test_options_that_go_together_badly(server, change, message):
+    reply = post(server, CHAT, {
+        "messages": [{"role": "user", "content": "x"}], "max_tokens": 5, **change})
+    assert reply.status_code == 400
+    assert error_of(reply)["message"] == message
 
 
 @pytest.mark.parametrize("body", [

@@ -140,13 +140,22 @@ def test_options_reach_the_engine(client, server):
         presence_penalty=0.5, frequency_penalty=-0.5, stop=["a", "b"],
         response_format={"type": "json_schema", "json_schema": {
             "name": "thing", "schema": {"type": "object"}, "strict": True}},
-        extra_body={"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "ignore_eos": True})
+        logit_bias={"17": -3, "18": 100},
+        extra_body={"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1})
     params = server.engine.requests[-1].params
     assert (params.temperature, params.top_p, params.seed) == (0.5, 0.9, 2**63 - 1)
     assert (params.presence_penalty, params.frequency_penalty) == (0.5, -0.5)
     assert (params.top_k, params.min_p, params.repetition_penalty) == (5, 0.1, 1.1)
-    assert params.stop == ("a", "b") and params.ignore_eos
+    assert params.stop == ("a", "b")
     assert params.json_schema == '{"type": "object"}'
+    assert params.logit_bias == ((17, -3.0), (18, 100.0))
+
+
+def test_lengths_reach_the_engine(client, server):
+    client.completions.create(model=MODEL, prompt="x", max_tokens=7, extra_body={
+        "ignore_eos": True, "min_tokens": 3})
+    params = server.engine.requests[-1].params
+    assert (params.max_tokens, params.min_tokens, params.ignore_eos) == (7, 3, True)
 
 
 def test_the_longest_default_completion_is_what_is_left(client, server):
