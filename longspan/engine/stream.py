@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 
+from longspan.engine.request import Progress, TokenEvent
 from longspan.engine.session import Event, Session
+
+MAX_UNREAD = 64
+"""Events that wait for a slow reader; more are joined to fewer and longer ones."""
 
 
 class Channel:
@@ -26,6 +32,8 @@ class Channel:
 
     def wake(self) -> None:
         """There is news for the reader."""
+        if len(self.session.events) > MAX_UNREAD:
+            _join_pairs(self.session.events)
         self._news.set()
 
     def fail(self, error: Exception) -> None:
@@ -86,3 +94,28 @@ class Stream:
         if not self._channel.is_over:
             with suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._cancel)
+
+
+def _join_pairs(events: deque[Event]) -> None:
+    """Join each event with the next one where both are of a kind: half as many, all text in them.
+
+    Pairs, not all at once: a text is copied once for each doubling, however slow its reader.
+    """
+    before = list(events)
+    events.clear()
+    while before:
+        event = before.pop()
+        if before and (joined := _joined(before[-1], event)) is not None:
+            before.pop()
+            event = joined
+        events.appendleft(event)
+
+
+def _joined(first: Event, second: Event) -> Event | None:
+    if isinstance(first, Progress) and isinstance(second, Progress):
+        return second
+    if isinstance(first, TokenEvent) and isinstance(second, TokenEvent):
+        return replace(
+            second, text=first.text + second.text, token_ids=first.token_ids + second.token_ids,
+            logprobs=first.logprobs + second.logprobs)
+    return None

@@ -103,10 +103,15 @@ async def _run(engine: AsyncEngine, config: ServeConfig, sock: socket.socket) ->
 
 
 async def _supervise(server: Server, engine: AsyncEngine, gate: Gate, config: ServeConfig) -> int:
-    """Watches state and signals; ends the server. Returns the exit status."""
+    """Watches state and signals; ends the server. Returns the exit status.
+
+    Raises `LongspanError` when loading fails for a reason that a person can mend.
+    """
     try:
         while engine.status().state == "loading" and not server.is_stopping:
             await asyncio.sleep(POLL_S)
+        if engine.status().state == "dead" and engine.status().is_mendable:
+            raise LongspanError(engine.status().reason)
         if engine.status().state == "ready":
             _note(start_up_report(engine.status()))
         while engine.status().state != "dead" and not server.is_stopping:
