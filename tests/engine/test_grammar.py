@@ -87,8 +87,11 @@ def test_the_end_comes_exactly_where_the_text_is_whole(
 
 
 def test_white_space_is_bounded(grammars: Grammars) -> None:
-    assert not _fits(grammars, '{"a":' + " " * 33 + "1}")
-    assert _fits(grammars, '{\n  "a": [1,\t2 ]\n}')
+    assert not _fits(grammars, '{"a":  1}')
+    assert not _fits(grammars, '{\n' + " " * 17 + '"a": 1}')
+    for indent in (None, 2, 4):
+        assert _fits(grammars, json.dumps({"a": [1, {"b": "c"}], "d": {}}, indent=indent))
+    assert _fits(grammars, '{"a":[1,2]}')
 
 
 def _fits(grammars: Grammars, text: str) -> bool:
