@@ -72,7 +72,7 @@ def _rotate_kernel(
     dims = tl.arange(0, HALF)
     source = q + (position - cached_len).to(tl.int64)[:, None] * q_row_stride + dims
     local = position % stride
-    first_head = tl.program_id(1) * HEADS
+    cosines, sines = (), ()
     for zone in tl.static_range(ZONES):
         if zone == 0:
             turn = local
@@ -82,14 +82,17 @@ def _rotate_kernel(
             turn = tl.zeros_like(local) + tl.minimum(2 * stride - 1, clamp)
         # a zone that a row does not need may lie beyond the tables
         angle = tl.minimum(turn, table_rows - 1).to(tl.int64)[:, None] * HALF + dims
-        c = tl.load(cos + angle) * factor
-        s = tl.load(sin + angle) * factor
-        for head in range(first_head, tl.minimum(first_head + HEADS, num_heads)):
-            x = tl.load(source + head * q_head_stride, mask=exists[:, None], other=0.0)
-            y = tl.load(source + head * q_head_stride + HALF, mask=exists[:, None], other=0.0)
-            x, y = x.to(tl.float32), y.to(tl.float32)
+        cosines = cosines + (tl.load(cos + angle) * factor,)
+        sines = sines + (tl.load(sin + angle) * factor,)
+    first_head = tl.program_id(1) * HEADS
+    inside = (rows < num_rows)[:, None]
+    for head in range(first_head, tl.minimum(first_head + HEADS, num_heads)):
+        x = tl.load(source + head * q_head_stride, mask=exists[:, None], other=0.0)
+        y = tl.load(source + head * q_head_stride + HALF, mask=exists[:, None], other=0.0)
+        x, y = x.to(tl.float32), y.to(tl.float32)
+        for zone in tl.static_range(ZONES):
+            c, s = cosines[zone], sines[zone]
             base = (zone * num_heads + head).to(tl.int64) * num_rows
             target = out + (base + rows)[:, None] * (2 * HALF) + dims
-            inside = (rows < num_rows)[:, None]
             tl.store(target, (x * c - y * s).to(out.dtype.element_ty), mask=inside)
             tl.store(target + HALF, (y * c + x * s).to(out.dtype.element_ty), mask=inside)
