@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from longspan import ops
-from longspan.attention.metadata import AttentionMetadata, PrefillSlice
+from longspan.attention.metadata import AttentionMetadata, DecodeGroup, PrefillSlice
 from longspan.attention.sparsity import SparsityPlan
 from longspan.config import dense_tail_start
 from longspan.ops.geometry import segments
@@ -53,18 +53,22 @@ class DualChunkAttention:
         self, q: Tensor, k: Tensor, v: Tensor, cache: PagedKV, metadata: AttentionMetadata
     ) -> Tensor:
         """q: [T, H, D], k, v: [T, K, D], none rotated. Returns [T, H, D]."""
-        rows = metadata.positions % self.rotary.stride
-        ops.write_kv(cache, ops.rotate(k, self.rotary.cos[rows], self.rotary.sin[rows]), v,
-                     metadata.slot_mapping)
+        ops.store_kv(cache, k, v, metadata.positions, metadata.slot_mapping,
+                     metadata.filled_blocks, self.rotary)
+        if metadata.decode is not None and not metadata.prefills:
+            return self._decode(q, cache, metadata.decode)
         out = torch.empty_like(q)
         for item in metadata.prefills:
             part = slice(item.start, item.start + item.query_len)
             out[part] = self._prefill(q[part], cache, item)
         if metadata.decode is not None:
-            group = metadata.decode
-            out[group.start :], _ = ops.decode_attention(
-                q[group.start :], cache, group.block_tables, group.context_lens, self.rotary,
-                group.scales)
+            start = metadata.decode.start
+            out[start:] = self._decode(q[start:], cache, metadata.decode)
+        return out
+
+    def _decode(self, q: Tensor, cache: PagedKV, group: DecodeGroup) -> Tensor:
+        out, _ = ops.decode_attention(
+            q, cache, group.block_tables, group.context_lens, self.rotary, group.scales)
         return out
 
     def _prefill(self, q: Tensor, cache: PagedKV, item: PrefillSlice) -> Tensor:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from longspan.attention.rope import yarn_temperature
+from longspan.attention.upload import upload
 from longspan.config import DcaConfig
 
 
@@ -57,6 +59,8 @@ class AttentionMetadata:
     """[T] int64 true positions."""
     slot_mapping: Tensor
     """[T] int64: block_id * P + offset, the place of each new token in the KV cache."""
+    filled_blocks: Tensor
+    """[n] int64, KV blocks whose last slot is among them; their tile means are due."""
     prefills: tuple[PrefillSlice, ...]
     decode: DecodeGroup | None
     output_rows: Tensor | None = None
@@ -93,7 +97,7 @@ def build_metadata(
     dca: DcaConfig | None,
     device: torch.device | str,
 ) -> AttentionMetadata:
-    """Turn lengths and block ids into tensors.
+    """Turn lengths and block ids into tensors, sent to the device by one copy without waiting.
 
     Args:
         slices: prefill slices first, then decodes (asserted).
@@ -102,24 +106,39 @@ def build_metadata(
     The temperature of a request is that of its longest length so far, ``max(prompt_len,
     context_len)``: every prefill chunk of a prompt shares it (paper section 5, report eq. 1).
     """
-    positions, slots = [], []
+    tokens = _tokens(slices, block_size)
+    args = (block_size, head_dim, dca)
+    if all(item.num_outputs is None for item in slices):
+        return upload(_metadata(tokens, slices, *args), device)
+    rows, narrow = _output_rows(slices)
+    return upload(replace(_metadata(tokens, slices, *args), output_rows=rows,
+                          output=_metadata(tokens, narrow, *args)), device)
+
+
+class _Tokens(NamedTuple):
+    """Where the step's tokens go; see `AttentionMetadata`. On the host."""
+
+    positions: Tensor
+    slot_mapping: Tensor
+    filled_blocks: Tensor
+
+
+def _tokens(slices: Sequence[SequenceSlice], block_size: int) -> _Tokens:
+    positions, slots, filled = [], [], list[int]()
     for item in slices:
-        row = torch.arange(item.cached_len, item.cached_len + item.query_len)
+        context_len = item.cached_len + item.query_len
+        row = torch.arange(item.cached_len, context_len)
         table = torch.tensor(item.block_ids, dtype=torch.int64)
         positions.append(row)
         slots.append(table[row // block_size] * block_size + row % block_size)
-    tokens = torch.cat(positions).to(device), torch.cat(slots).to(device)
-    args = (block_size, head_dim, dca, device)
-    if all(item.num_outputs is None for item in slices):
-        return _metadata(tokens, slices, *args)
-    rows, narrow = _output_rows(slices)
-    return replace(_metadata(tokens, slices, *args), output_rows=rows.to(device),
-                   output=_metadata(tokens, narrow, *args))
+        filled += item.block_ids[item.cached_len // block_size : context_len // block_size]
+    return _Tokens(
+        torch.cat(positions), torch.cat(slots), torch.tensor(filled, dtype=torch.int64))
 
 
 def _metadata(
-    tokens: tuple[Tensor, Tensor], slices: Sequence[SequenceSlice], block_size: int,
-    head_dim: int, dca: DcaConfig | None, device: torch.device | str,
+    tokens: _Tokens, slices: Sequence[SequenceSlice], block_size: int, head_dim: int,
+    dca: DcaConfig | None,
 ) -> AttentionMetadata:
     prefills: list[PrefillSlice] = []
     decodes: list[SequenceSlice] = []
@@ -133,14 +152,14 @@ def _metadata(
             table = torch.tensor(item.block_ids[: -(-context_len // block_size)], dtype=torch.int64)
             prefills.append(PrefillSlice(
                 start=start, query_len=item.query_len, cached_len=item.cached_len,
-                prompt_len=item.prompt_len, block_table=table.to(device),
+                prompt_len=item.prompt_len, block_table=table,
                 scale=softmax_scale(head_dim, max(context_len, item.prompt_len), dca),
                 sparse=item.sparse,
             ))
         start += item.query_len
     return AttentionMetadata(
-        positions=tokens[0], slot_mapping=tokens[1], prefills=tuple(prefills),
-        decode=_decode_group(decodes, start - len(decodes), block_size, head_dim, dca, device))
+        **tokens._asdict(), prefills=tuple(prefills),
+        decode=_decode_group(decodes, start - len(decodes), block_size, head_dim, dca))
 
 
 def _output_rows(slices: Sequence[SequenceSlice]) -> tuple[Tensor, list[SequenceSlice]]:
@@ -165,7 +184,7 @@ def softmax_scale(head_dim: int, length: int, dca: DcaConfig | None) -> float:
 
 def _decode_group(
     decodes: Sequence[SequenceSlice], start: int, block_size: int, head_dim: int,
-    dca: DcaConfig | None, device: torch.device | str,
+    dca: DcaConfig | None,
 ) -> DecodeGroup | None:
     if not decodes:
         return None
@@ -177,7 +196,6 @@ def _decode_group(
     scales = [softmax_scale(head_dim, max(n, item.prompt_len), dca)
               for n, item in zip(lens, decodes, strict=True)]
     return DecodeGroup(
-        start=start, block_tables=tables.to(device),
-        context_lens=torch.tensor(lens, dtype=torch.int64).to(device),
-        scales=torch.tensor(scales, dtype=torch.float32).to(device),
+        start=start, block_tables=tables, context_lens=torch.tensor(lens, dtype=torch.int64),
+        scales=torch.tensor(scales, dtype=torch.float32),
     )

@@ -42,6 +42,7 @@ def test_slots_and_positions_of_a_mixed_step() -> None:
     assert metadata.decode is not None and metadata.decode.start == 7
     assert metadata.decode.block_tables.tolist() == [[1, 0, 5], [3, 0, 0]]
     assert metadata.decode.context_lens.tolist() == [9, 4]
+    assert metadata.filled_blocks.tolist() == [7, 2, 3]
     assert metadata.output_rows is None and metadata.output is None
 
 

@@ -96,6 +96,35 @@ def test_write_kv_means_of_a_bf16_cache_are_summed_in_fp32() -> None:
     assert torch.equal(cache.k_mean[0], cache.k[0].float().mean(0).bfloat16())
 
 
+def test_store_kv_rotates_and_keeps_the_means_of_filled_blocks() -> None:
+    """Two blocks of 4, in two writes; row 1 of the second is padding."""
+    positions = Positions(32, 8)
+    rotary = oracle.tables(8, positions, 64)
+    cache = PagedKV(*(torch.full((3, 4, 2, 8), math.nan) for _ in range(2)),
+                    *(torch.full((3, 2, 8), math.nan) for _ in range(2)))
+    k, v = torch.randn(2, 6, 2, 8)
+    at = torch.tensor([22, 23, 24, 25, 26, 27])
+    for rows, slots, filled in (([0, 1], [8, 9], []), ([2, 3, 4, 5], [10, -1, 11, 0], [2, -1])):
+        reference.store_kv(cache, k[rows], v[rows], at[rows], torch.tensor(slots),
+                           torch.tensor(filled, dtype=torch.int64), rotary)
+    turned = oracle.rotate_pair(k, torch.outer((at % 24).double(), rotary.inv_freq.double()))
+    assert_close(cache.k[2], turned[[0, 1, 2, 4]])
+    assert torch.equal(cache.v[2], v[[0, 1, 2, 4]])
+    assert torch.equal(cache.v[0, 0], v[5]) and cache.v[0, 1:].isnan().all()
+    assert cache.k_mean is not None and cache.v_mean is not None
+    assert_close(cache.k_mean[2], turned[[0, 1, 2, 4]].mean(0))
+    assert_close(cache.v_mean[2], v[[0, 1, 2, 4]].double().mean(0))
+    assert cache.k_mean[:2].isnan().all()
+
+
+def test_add_rms_norm_is_the_norm_of_the_sum() -> None:
+    x, residual, weight = torch.randn(5, 12), torch.randn(5, 12), torch.randn(12)
+    total = x + residual
+    out, same = reference.add_rms_norm(x, residual, weight, 1e-6)
+    assert same is residual and torch.equal(residual, total)
+    assert_close(out, reference.rms_norm(total, weight, 1e-6))
+
+
 def test_gather_kv_follows_the_block_table() -> None:
     case = oracle.make_case(63, Positions(256, 32), num_heads=2, num_kv_heads=2)
     _, v = reference.gather_kv(case.cache, case.block_table, 50)
