@@ -51,7 +51,7 @@ class SparseWork(NamedTuple):
     head_order: Tensor
     """[H] int32 heads, the one with most windows and column tiles first."""
     kept: Tensor
-    """[] fp64 kept (query, key) pairs of all heads; tile mode only."""
+    """[] fp64 kept (query, key) pairs of all heads; 0 in paper mode, whose kernel adds them."""
     k_means: Tensor
     """[mean_parts[3] * P, K, D] mean keys of all tiles before the last query tile, part by part,
     padded with 0. Row r of part p is tile ``(0, *borders)[p] + r - mean_parts[p] * P``. Empty
@@ -78,6 +78,8 @@ def prepare(
     chunk_start = start // stride * stride
     borders = max(chunk_start - stride, 0) // tile_len, chunk_start // tile_len
     own_pairs = num_heads * (_own_pairs(stop, tile_len) - _own_pairs(start, tile_len))
+    if not selection.aligned:
+        own_pairs = 0
     ints = cache.k.new_empty(0, dtype=torch.int32)
     k_cols, v_cols = _column_rows(selection, cache, min(start // stride, INTER) + 1)
     mean_parts = _mean_parts((*borders, num_tiles - 1), tile_len) if correction else (0, 0, 0, 0)
