@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from longspan.config import dense_tail_start
+from longspan.engine.chunking import sparse_stop
 from longspan.engine.request import Request, SamplingParams
 from longspan.engine.step import ScheduledBatch, ScheduledSlice, StepResult
 
@@ -61,7 +62,9 @@ class FakeRunner:
 
     Dense: the tokens up to the slot. Sparse: the tokens up to the prefill chunk's end or the dense
     tail's start; in the tail, the tokens up to the slot and where the tail starts. A wrong block,
-    a block reused too early or a cache hit on something impure fails an assertion.
+    a block reused too early or a cache hit on something impure fails an assertion. Of a sparse
+    chunk in pieces the slots hold nothing of use before the last piece; pieces must follow one
+    another, and no other chunk may begin in between.
     """
 
     def __init__(
@@ -71,6 +74,8 @@ class FakeRunner:
         self.slots: list[object] = [None] * (num_blocks * block_size)
         self.tokens: list[int] = [-1] * (num_blocks * block_size)
         self.num_computed = 0
+        self.paused: tuple[str, int, int] | None = None
+        """Request, first token and pieces done of the sparse chunk that is paused."""
         self.latest: dict[int, int] = {}
         """Token sampled last, by slot: what slices without an input token go on from."""
         self.batches: list[ScheduledBatch] = []
@@ -80,16 +85,43 @@ class FakeRunner:
         self.batches.append(batch)
         kinds = [item.context_len > item.prompt_len for item in batch.slices]
         assert kinds == sorted(kinds), "prefill slices come before decodes"
-        tokens = [self._run(item) for item in batch.slices]
+        tokens = [self._run(item) if self._resume(item) else None for item in batch.slices]
         self.num_computed += batch.num_tokens
         return StepResult(
             step_id=batch.step_id, epoch=batch.epoch,
             token_ids=tuple(token for token in tokens if token is not None),
+            elapsed_s=self.elapsed_s(batch),
             kept_pairs=1.0, causal_pairs=4.0)
 
+    def elapsed_s(self, batch: ScheduledBatch) -> float:
+        """What the runner claims to have needed: a millisecond, a token, a hundred pairs each;
+        a piece is its share of the chunk."""
+        total_s = 0.001
+        for item in batch.slices:
+            share = (item.pieces.stop - item.pieces.first) / item.pieces.total \
+                if item.pieces else 1.0
+            total_s += share * item.query_len * (1e-3 + 1e-5 * item.context_len)
+        return total_s
+
+    def _resume(self, item: ScheduledSlice) -> bool:
+        """Go on with a chunk; whether all of the slice is computed afterwards."""
+        if item.pieces is None:
+            return True
+        if item.pieces.first:
+            assert self.paused == (item.request_id, item.cached_len, item.pieces.first), self.paused
+        assert item.pieces.first < item.pieces.stop <= item.pieces.total
+        self.paused = None if item.pieces.is_last else (
+            item.request_id, item.cached_len, item.pieces.stop)
+        for slot in self._slots(item)[item.cached_len:]:
+            self.slots[slot] = ("in the making", item.request_id)
+        return item.pieces.is_last
+
+    def _slots(self, item: ScheduledSlice) -> list[int]:
+        return [item.block_ids[p // self.block_size] * self.block_size + p % self.block_size
+                for p in range(item.context_len)]
+
     def _run(self, item: ScheduledSlice) -> int | None:
-        slots = [item.block_ids[p // self.block_size] * self.block_size + p % self.block_size
-                 for p in range(item.context_len)]
+        slots = self._slots(item)
         inputs = item.token_ids or [self.latest[item.slot]]
         for slot, token in zip(slots[item.cached_len:], inputs, strict=True):
             self.tokens[slot] = token
@@ -117,9 +149,10 @@ class FakeRunner:
         tail_start = dense_tail_start(item.prompt_len, self.tail)
         if not item.sparse:
             return hash(tuple(context[: position + 1]))
-        if position >= tail_start:
+        stop = sparse_stop(item.prompt_len, self.tail, self.block_size)
+        if position >= stop:
             return hash((*context[: position + 1], "tail", tail_start))
-        return hash((*context[: min(chunk_end, tail_start)], "chunk"))
+        return hash((*context[: min(chunk_end, stop)], "chunk"))
 
 
 class DeepTransport:

@@ -87,6 +87,10 @@ class BlockPool:
             found.append(block)
         return found
 
+    def knows(self, value: bytes) -> bool:
+        """Some block holds the content with this hash."""
+        return value in self._block_of
+
     def acquire(self, block_ids: Sequence[int]) -> None:
         """Hold known blocks (from `match`) once more; cached ones become used."""
         for block in block_ids:

@@ -1,30 +1,60 @@
-"""The length of the next prefill chunk: numbers in, a number out. No torch.
+"""How a prompt is cut: numbers in, numbers out. No torch.
 
-Cuts lie at absolute multiples of ``prefill_chunk_len``, counted from the prompt's first token.
-Sparse attention selects keys once per prefill chunk, so its result depends on the cuts; with
-absolute ones a chunk is the same whether the tokens before it were computed or cached. Dense
-attention does not depend on the cuts, so a dense chunk may be shortened to fit a busy step. A
-latency model that varies the cuts belongs here, and would have to plan them by position too.
+**Prefill chunks** end at absolute multiples of ``prefill_chunk_len``, counted from the prompt's
+first token, and at the start of a sparse prompt's dense tail. Sparse attention selects keys once
+per prefill chunk, so its result depends on the cuts; with absolute ones a chunk is the same whether
+the tokens before it were computed or cached.
+
+**Slices** are what one step computes of a chunk, and may be as short as the step's time asks for:
+
+- dense tokens (a dense prompt, or a sparse prompt's tail) do not depend on the cuts: a slice is
+  some of the chunk's tokens, in whole KV blocks;
+- a sparse chunk cannot be cut by tokens, so it is cut by work: in every layer one piece for
+  projections, keys and the selection, then one for each `row_cuts` range of its rows (attention and
+  MLP), and one for the model's last layer. The rows are computed in these ranges whether the chunk
+  pauses between them or not, and apart from all other requests, so the numbers are the same
+  whatever the slices were.
 """
 
 from __future__ import annotations
 
 from longspan.config import dense_tail_start
 
+PIECE_ROWS_CPU = 4_096
+"""Rows of one piece on CPUs: a tenth of a second to half of one for a small model. On GPUs one
+piece holds all rows of a chunk: a layer takes a few dozen milliseconds there."""
 
-def next_chunk_len(
-    *, cached_len: int, prompt_len: int, prefill_chunk_len: int, budget: int,
-    block_size: int, sparse: bool,
-) -> int:
-    """Prompt tokens to compute now, from ``cached_len`` on; 0 when none fit ``budget``."""
+
+def piece_rows(device_type: str, prefill_chunk_len: int) -> int:
+    """Rows of one piece on ``cpu`` or ``cuda``."""
+    return min(PIECE_ROWS_CPU, prefill_chunk_len) if device_type == "cpu" else prefill_chunk_len
+
+
+def row_cuts(start: int, stop: int, rows: int) -> list[int]:
+    """Positions that part a chunk's rows: its ends, and the multiples of ``rows`` in between."""
+    return [start, *range((start // rows + 1) * rows, stop, rows), stop]
+
+
+def num_pieces(start: int, stop: int, *, num_layers: int, rows: int) -> int:
+    """Pieces of a sparse prefill chunk; all take about the same time."""
+    return (num_layers - 1) * len(row_cuts(start, stop, rows)) + 1
+
+
+def sparse_stop(prompt_len: int, dense_tail_len: int, block_size: int) -> int:
+    """End of a sparse prompt's last sparse chunk: the dense tail's start, in whole blocks."""
+    start = dense_tail_start(prompt_len, dense_tail_len)
+    return start if start == prompt_len else start // block_size * block_size
+
+
+def chunk_stop(cached_len: int, prompt_len: int, prefill_chunk_len: int, num_sparse: int) -> int:
+    """End of the prefill chunk that holds position ``cached_len``.
+
+    Args:
+        num_sparse: leading tokens that are computed sparsely (`sparse_stop`), 0 for dense prompts.
+    """
     assert 0 <= cached_len < prompt_len
-    cut = (cached_len // prefill_chunk_len + 1) * prefill_chunk_len
-    wanted = min(cut, prompt_len) - cached_len
-    if wanted <= budget:
-        return wanted
-    if sparse:
-        return 0
-    return max(0, (cached_len + budget) // block_size * block_size - cached_len)
+    stop = min((cached_len // prefill_chunk_len + 1) * prefill_chunk_len, prompt_len)
+    return min(stop, num_sparse) if cached_len < num_sparse else stop
 
 
 def cacheable_len(

@@ -164,6 +164,10 @@ class Request:
     """Tokens whose keys and values are in the cache."""
     num_in_flight: int = 0
     """Steps submitted and not yet collected that hold a slice of this request."""
+    num_pieces: int = 0
+    """Pieces scheduled of the sparse prefill chunk that is paused; 0: none is."""
+    awaited_hash: bytes = b""
+    """While it waits for a prefix that another request computes: the last block's."""
     slot: int = 0
     """Place among the running requests, while it is one."""
     num_skips: int = 0
@@ -199,6 +203,14 @@ class Request:
     def awaits_token(self) -> bool:
         """The next token to compute is still being sampled by a step in flight."""
         return self.scheduled_len >= self.total_len
+
+    @property
+    def can_decode(self) -> bool:
+        """The next token can be computed: its input is known, or will be known to the runner, and
+        what is in flight does not fill the completion."""
+        if self.is_prefill or self.scheduled_len >= self.reserved_len - 1:
+            return False
+        return not (self.awaits_token and self.params.needs_grammar)
 
     def tokens(self, start: int, stop: int) -> array[int]:
         """Token ids ``start`` to ``stop - 1`` of prompt and completion together."""

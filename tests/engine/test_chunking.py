@@ -4,29 +4,48 @@ from __future__ import annotations
 
 import pytest
 
-from longspan.engine.chunking import cacheable_len, next_chunk_len
+from longspan.engine.chunking import (
+    cacheable_len,
+    chunk_stop,
+    num_pieces,
+    piece_rows,
+    row_cuts,
+    sparse_stop,
+)
 
 
-@pytest.mark.parametrize(("cached_len", "prompt_len", "budget", "sparse", "expected"), [
-    (0, 100, 32, False, 32),
-    (0, 20, 32, False, 20),
-    (32, 100, 32, True, 32),
-    (96, 100, 32, True, 4),
-    (40, 100, 32, False, 24),  # from inside a chunk, only to its end
-    (0, 100, 16, False, 16),  # a busy step: dense is shortened to whole blocks
-    (0, 100, 19, False, 16),
-    (0, 100, 7, False, 0),
-    (4, 100, 13, False, 12),
-    (0, 100, 31, True, 0),  # sparse waits
-    (96, 100, 4, True, 4),
-    (0, 100, 0, False, 0),
+@pytest.mark.parametrize(("cached_len", "prompt_len", "num_sparse", "expected"), [
+    (0, 100, 0, 32),
+    (0, 20, 0, 20),
+    (40, 100, 0, 64),  # from inside a chunk, only to its end
+    (96, 100, 0, 100),
+    (64, 100, 88, 88),  # the sparse part ends where the dense tail begins
+    (88, 100, 88, 96),  # from there on at the multiples again
+    (32, 100, 88, 64),
+    (96, 100, 100, 100),  # no tail
 ])
-def test_next_chunk_len(
-    cached_len: int, prompt_len: int, budget: int, sparse: bool, expected: int,
-) -> None:
-    assert next_chunk_len(
-        cached_len=cached_len, prompt_len=prompt_len, prefill_chunk_len=32, budget=budget,
-        block_size=8, sparse=sparse) == expected
+def test_chunk_stop(cached_len: int, prompt_len: int, num_sparse: int, expected: int) -> None:
+    assert chunk_stop(cached_len, prompt_len, 32, num_sparse) == expected
+
+
+def test_the_sparse_part_ends_at_a_block() -> None:
+    assert sparse_stop(100, 10, 8) == 88  # the tail starts at 90
+    assert sparse_stop(101, 0, 8) == 101  # no tail: everything
+
+
+def test_rows_are_cut_at_absolute_multiples() -> None:
+    assert row_cuts(32, 64, 16) == [32, 48, 64]
+    assert row_cuts(32, 60, 16) == [32, 48, 60]
+    assert row_cuts(32, 64, 1 << 30) == [32, 64]
+    assert row_cuts(40, 44, 16) == [40, 44]
+
+
+def test_pieces_of_a_chunk() -> None:
+    assert num_pieces(32, 64, num_layers=6, rows=16) == 5 * 3 + 1
+    assert num_pieces(32, 60, num_layers=6, rows=64) == 5 * 2 + 1
+    assert num_pieces(32, 64, num_layers=1, rows=16) == 1
+    assert (piece_rows("cpu", 16_384), piece_rows("cuda", 32_768)) == (4_096, 32_768)
+    assert piece_rows("cpu", 256) == 256
 
 
 @pytest.mark.parametrize(("num_tokens", "prompt_len", "sparse", "expected"), [

@@ -88,8 +88,10 @@ def test_decodes_go_on_during_a_prefill() -> None:
     assert [(i.request_id, i.query_len) for i in runner.batches[1].slices] == [("b", 8), ("a", 1)]
 
 
-def test_dense_joiner_is_cut_at_a_block_and_sparse_joiner_waits() -> None:
-    for sparse, lens in ((False, [("a", 8), ("b", 4)]), (True, [("a", 8)])):
+def test_joiners_fit_the_workspace() -> None:
+    """A chunk and a half: a dense joiner is cut at a block; a sparse one's chunk stays whole, and
+    the head is cut."""
+    for sparse, lens in ((False, [("a", 8), ("b", 4)]), (True, [("a", 4), ("b", 8)])):
         loop, _, runner = make_engine()
         loop.add(make_request("a", range(1, 21), max_tokens=1))
         loop.add(make_request("b", range(21, 41), max_tokens=1, sparse=sparse))
@@ -99,7 +101,7 @@ def test_dense_joiner_is_cut_at_a_block_and_sparse_joiner_waits() -> None:
 
 def test_a_waiting_request_is_passed_only_so_often() -> None:
     loop, scheduler, runner = make_engine()
-    loop.add(make_request("running", range(1, 31), max_tokens=10, ignore_eos=True))
+    loop.add(make_request("running", range(19, 49), max_tokens=10, ignore_eos=True))
     loop.turn()
     loop.add(make_request("big", range(1, 50), max_tokens=10))
     for index in range(3 * LOOKAHEAD):

@@ -1,0 +1,270 @@
+"""How long steps take: one model, fitted while serving. Pure numbers, no torch.
+
+Three kinds of work, three terms each, seconds:
+
+- dense prefill of x tokens after L: ``c + b x + a x (2 L + x)``, linear layers and attention;
+- a sparse prefill chunk: ``c + b x + a x L``, linear layers and kept keys, tile means and probes
+  (the history term that published forms write as gamma L: prefill chunks have one length);
+- decode of n requests with S tokens in their caches: ``c + b n + a S``.
+
+Recursive least squares in relative error. What the observations leave open is taken from a prior,
+counted in floating-point operations and scaled as a whole to the machine's speed: a short prompt
+teaches something about long ones. Coefficients that would become negative are held at zero. A
+step of several kinds teaches the kind that took most of it; a stray time counts for little, and a
+row of them means that the machine has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Literal
+
+Terms = tuple[float, float, float]
+Kind = Literal["dense", "sparse", "decode"]
+PULL = 0.01
+"""Towards the scaled prior, as a share of the information that there is on each term."""
+FORGET = 0.97
+"""Weight of what is known after each observation; half is gone after 23 of them."""
+SURPRISE = 2.5
+"""A time that is off by this factor is a surprise ..."""
+MAX_SURPRISES = 4
+"""... and so many in a row mean that the machine has changed."""
+NUM_TERMS = 3
+DECODE_FITS = 16
+"""Decode steps are many and alike: coefficients follow them once in so many."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Costs:
+    """Coefficients (c, b, a) of each kind of work, seconds."""
+
+    dense: Terms = (5e-3, 1e-4, 1e-9)
+    sparse: Terms = (5e-3, 3e-4, 1e-9)
+    decode: Terms = (5e-3, 1e-3, 1e-6)
+
+    def dense_s(self, cached_len: int, query_len: float) -> float:
+        """Time of dense prefill after ``cached_len`` tokens, the fixed cost of a step included."""
+        return _dot(self.dense, dense_terms(cached_len, query_len))
+
+    def sparse_s(self, cached_len: int, query_len: float) -> float:
+        """Time of one sparse prefill chunk, the fixed cost of a step included."""
+        return _dot(self.sparse, sparse_terms(cached_len, query_len))
+
+    def decode_s(self, num_requests: int, context_len: int) -> float:
+        """Time of one token for each request, ``context_len`` tokens in their caches together."""
+        return _dot(self.decode, (1.0, float(num_requests), float(context_len)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """What one step computes, in the terms of `Costs`; a kind that is absent is all zeros."""
+
+    dense: Terms = (0.0, 0.0, 0.0)
+    sparse: Terms = (0.0, 0.0, 0.0)
+    decode: Terms = (0.0, 0.0, 0.0)
+
+    def seconds(self, costs: Costs) -> float:
+        """Predicted time."""
+        return (_dot(costs.dense, self.dense) + _dot(costs.sparse, self.sparse)
+                + _dot(costs.decode, self.decode))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forecast:
+    """What an engine expects of itself: costs, and what prompts of some length become."""
+
+    costs: Costs
+    prefill_chunk_len: int
+    sparse_above: int | None = None
+    """Longer prompts prefill sparsely; None: none do."""
+    dense_tail_len: int = 0
+    """Last tokens of a sparse prompt that are computed densely."""
+    num_observations: int = 0
+    """Steps that it rests on; 0: a guess."""
+
+    def prefill_s(self, start: int, stop: int) -> float:
+        """Time to prefill tokens ``start`` to ``stop - 1`` of a prompt of ``stop`` tokens while
+        nothing else runs, seconds."""
+        if stop <= start:
+            return 0.0
+        if self.sparse_above is None or stop <= self.sparse_above:
+            return _in_chunks(self.costs.dense, start, stop, self.prefill_chunk_len, 2.0, 1.0)
+        tail = max(start, stop - self.dense_tail_len)
+        chunks_s = _in_chunks(self.costs.sparse, start, tail, self.prefill_chunk_len, 1.0, 0.0)
+        return chunks_s + (self.costs.dense_s(tail, stop - tail) if tail < stop else 0.0)
+
+
+def dense_terms(cached_len: int, query_len: float) -> Terms:
+    """Of one dense prefill slice."""
+    return 1.0, query_len, query_len * (2 * cached_len + query_len)
+
+
+def sparse_terms(cached_len: int, query_len: float) -> Terms:
+    """Of one sparse prefill chunk; a part of it has that share of each."""
+    return 1.0, query_len, query_len * cached_len
+
+
+def add_terms(left: Terms, right: Terms, share: float = 1.0) -> Terms:
+    """Sum, with the fixed cost counted once."""
+    return (1.0, left[1] + share * right[1], left[2] + share * right[2])
+
+
+class LatencyModel:
+    """Predicts how long a step takes; learns from every step seen."""
+
+    def __init__(self, prior: Costs | None = None) -> None:
+        prior = prior or Costs()
+        self.num_observations = 0
+        self._kinds: dict[Kind, _Fit] = {
+            "dense": _Fit(prior.dense), "sparse": _Fit(prior.sparse), "decode": _Fit(prior.decode)}
+        self._costs = prior
+
+    @property
+    def costs(self) -> Costs:
+        """The coefficients now."""
+        return self._costs
+
+    def observe(self, work: Work, seconds: float) -> None:
+        """A step took this long."""
+        if not 0 < seconds < 1e6:
+            return
+        parts: dict[Kind, float] = {
+            "dense": _dot(self._costs.dense, work.dense),
+            "sparse": _dot(self._costs.sparse, work.sparse),
+            "decode": _dot(self._costs.decode, work.decode)}
+        kind = max(parts, key=lambda name: parts[name])
+        if not parts[kind]:
+            return
+        others_s = sum(parts.values()) - parts[kind]
+        own_s = max(seconds - others_s, 0.1 * seconds)
+        self._kinds[kind].observe(getattr(work, kind), own_s, is_rare=kind != "decode")
+        self.num_observations += 1
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Kinds that were never seen run at the speed of those that were, against the prior."""
+        seen = [fit for fit in self._kinds.values() if fit.num_observations]
+        speed = sum(fit.speed for fit in seen) / len(seen)
+        found = {name: fit.coefficients if fit.num_observations else fit.scaled(speed)
+                 for name, fit in self._kinds.items()}
+        self._costs = Costs(dense=found["dense"], sparse=found["sparse"], decode=found["decode"])
+
+
+class _Fit:
+    """Least squares of one kind, with a pull towards the prior times the machine's speed."""
+
+    def __init__(self, prior: Terms) -> None:
+        self.coefficients = self._prior = prior
+        self.num_observations = 0
+        self.speed = 1.0
+        """Seconds measured over seconds of the prior."""
+        self._num_surprises = 0
+        self._forget_all()
+
+    def scaled(self, speed: float) -> Terms:
+        """The prior at some speed."""
+        c, b, a = self._prior
+        return c * speed, b * speed, a * speed
+
+    def observe(self, row: Terms, seconds: float, *, is_rare: bool) -> None:
+        """Work of these terms took this long."""
+        expected_s = _dot(self.coefficients, row) if self.num_observations else seconds
+        is_surprise = not 1 / SURPRISE < seconds / max(expected_s, 1e-9) < SURPRISE
+        self._num_surprises = self._num_surprises + 1 if is_surprise else 0
+        has_changed = self._num_surprises >= MAX_SURPRISES
+        if has_changed:
+            self._forget_all()
+            expected_s = seconds
+        # Relative error, of whichever is longer: a stray time counts for little.
+        self._add(row, seconds, 1 / max(seconds, expected_s) ** 2)
+        self.num_observations += 1
+        if is_rare or has_changed or self.num_observations % DECODE_FITS == 1:
+            self._solve()
+
+    def _forget_all(self) -> None:
+        """Start again: at first, and when the machine has changed."""
+        self._num_surprises = 0
+        self._gram = [[0.0] * NUM_TERMS for _ in range(NUM_TERMS)]
+        self._moments = [0.0] * NUM_TERMS
+
+    def _add(self, row: Sequence[float], seconds: float, weight: float) -> None:
+        for i in range(NUM_TERMS):
+            self._moments[i] = FORGET * self._moments[i] + weight * row[i] * seconds
+            for j in range(NUM_TERMS):
+                self._gram[i][j] = FORGET * self._gram[i][j] + weight * row[i] * row[j]
+
+    def _solve(self) -> None:
+        gram, prior = self._gram, self._prior
+        self.speed = _dot(prior, self._moments) / _dot(prior, [_dot(row, prior) for row in gram])
+        scaled = list(self.scaled(self.speed))
+        known = [i for i in range(NUM_TERMS) if gram[i][i] > 0]
+        matrix = [[gram[i][j] * (1 + PULL * (i == j)) for j in known] for i in known]
+        right = [self._moments[i] + PULL * gram[i][i] * scaled[i] for i in known]
+        for i, value in zip(known, _solve_non_negative(matrix, right), strict=True):
+            scaled[i] = value
+        self.coefficients = scaled[0], scaled[1], scaled[2]
+
+
+def _in_chunks(
+    terms: Terms, start: int, stop: int, chunk_len: int, history: float, own: float,
+) -> float:
+    """Sum over chunks of c + b x + a x (history L + own x), in closed form, seconds."""
+    c, b, a = terms
+    length = stop - start
+    if length <= 0:
+        return 0.0
+    count = -(-length // chunk_len)
+    pairs = (stop * stop - start * start) / 2  # sum of x L + x^2 / 2
+    squares = (length // chunk_len) * chunk_len**2 + (length % chunk_len) ** 2
+    return c * count + b * length + a * (history * (pairs - squares / 2) + own * squares)
+
+
+def _dot(left: Sequence[float], right: Sequence[float]) -> float:
+    return sum(x * y for x, y in zip(left, right, strict=True))
+
+
+def _solve_non_negative(matrix: list[list[float]], right: list[float]) -> list[float]:
+    """The best solution that is not negative: tries every set of terms (there are 7)."""
+    count = len(right)
+    best, best_gain = [0.0] * count, 0.0
+    for size in range(count, 0, -1):
+        for terms in combinations(range(count), size):
+            found = _solve([[matrix[i][j] for j in terms] for i in terms],
+                           [right[i] for i in terms])
+            if found is None or min(found) < 0:
+                continue
+            gain = sum(x * right[i] for x, i in zip(found, terms, strict=True))
+            if gain > best_gain:
+                best_gain, best = gain, [0.0] * count
+                for x, i in zip(found, terms, strict=True):
+                    best[i] = x
+    return best
+
+
+def _solve(matrix: list[list[float]], right: list[float]) -> list[float] | None:
+    """Cholesky with unit diagonal, since the terms differ by twelve powers of ten; None when
+    singular."""
+    size = len(right)
+    scale = [matrix[i][i] ** 0.5 for i in range(size)]
+    if not all(scale):
+        return None
+    lower = [[0.0] * size for _ in range(size)]
+    for i in range(size):
+        for j in range(i + 1):
+            rest = matrix[i][j] / (scale[i] * scale[j]) - _dot(lower[i][:j], lower[j][:j])
+            if i != j:
+                lower[i][j] = rest / lower[j][j]
+            elif rest <= 1e-12:
+                return None
+            else:
+                lower[i][i] = rest**0.5
+    half = list[float]()
+    for i in range(size):
+        half.append((right[i] / scale[i] - _dot(lower[i][:i], half)) / lower[i][i])
+    result = [0.0] * size
+    for i in reversed(range(size)):
+        done = sum(lower[k][i] * result[k] for k in range(i + 1, size))
+        result[i] = (half[i] - done) / lower[i][i]
+    return [x / s for x, s in zip(result, scale, strict=True)]
