@@ -116,7 +116,7 @@ def _library() -> Any:
         import llguidance
     except ImportError:
         raise MissingDependencyError(
-            "llguidance, which follows JSON schemas, is not installed: pip install llguidance"
+            "llguidance, which follows JSON schemas, is not installed: pip install 'longspan[json]'"
         ) from None
     return llguidance
 
