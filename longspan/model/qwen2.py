@@ -22,7 +22,7 @@ from longspan.attention.layer import DualChunkAttention
 from longspan.attention.metadata import AttentionMetadata
 from longspan.attention.sparsity import SparsityPlan
 from longspan.config import ModelConfig
-from longspan.ops import rms_norm, silu_mul
+from longspan.ops import add_rms_norm, rms_norm, silu_mul
 from longspan.ops.types import PagedKV, QueryRotary
 
 MLP_ROWS, MLP_ROWS_CPU = 8_192, 2_048
@@ -63,6 +63,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] to the same shape and type."""
         return rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """The norm of x + residual, which replaces ``residual``. [T, dim]."""
+        return add_rms_norm(x, residual, self.weight, self.eps)[0]
 
 
 class Attention(nn.Module):
@@ -146,13 +150,14 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config, dtype=dtype, device=device)
 
     def forward(self, hidden: Tensor, metadata: AttentionMetadata, cache: PagedKV) -> Tensor:
-        """hidden: [T, M] residual stream; returns a new one, of the output rows where narrowed."""
+        """hidden: [T, M] residual stream, changed in place and returned; where the output is
+        narrowed, its rows in a new tensor."""
         attended = self.self_attn(self.input_layernorm(hidden), metadata, cache)
-        rows = metadata.output_rows
-        hidden = (hidden if rows is None else hidden[rows]) + attended
+        hidden = hidden if metadata.output_rows is None else hidden[metadata.output_rows]
+        size = mlp_rows(hidden.device.type)
         # pieces are views: each is added in place
-        for piece in hidden.split(mlp_rows(hidden.device.type)):
-            piece += self.mlp(self.post_attention_layernorm(piece))
+        for piece, update in zip(hidden.split(size), attended.split(size), strict=True):
+            piece += self.mlp(self.post_attention_layernorm.add(update, piece))
         return hidden
 
 
@@ -188,7 +193,8 @@ class CausalLM(nn.Module):
         """Compute one step of this stage.
 
         Args:
-            hidden_or_ids: [T] int64 token ids on the first stage, else [T, M] hidden states.
+            hidden_or_ids: [T] int64 token ids on the first stage, else [T, M] hidden states,
+                which may be changed in place.
             caches: one KV cache for each layer of this stage; written in place.
 
         Returns [T, M] hidden states; on the last stage after the final norm, and [n, M] where
