@@ -151,8 +151,9 @@ def _spawn(orders: Orders) -> subprocess.Popen[bytes]:
     """Runs `main` in a fresh interpreter that finds modules where this one does."""
     code = (f"import sys; sys.path[:] = {sys.path!r}; "
             "from longspan.engine.launch import main; main()")
-    child = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, start_new_session=True)
+    child = subprocess.Popen(  # the last argument is for people who list processes
+        [sys.executable, "-c", code, f"longspan-{orders.role}"], stdin=subprocess.PIPE,
+        start_new_session=True)
     assert child.stdin is not None
     child.stdin.write(msgspec.json.encode(orders) + b"\n")
     child.stdin.flush()

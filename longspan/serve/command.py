@@ -77,6 +77,8 @@ class Server(uvicorn.Server):
         """Called for SIGINT and SIGTERM."""
         if self.is_stopping:
             self.should_exit = self.force_exit = True
+            # What uvicorn leaves unfinished by that is no error to report.
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         self.is_stopping = True
 
 
