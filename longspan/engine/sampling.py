@@ -3,7 +3,8 @@
 State is kept by the scheduler's slots: a request's extras come with its first sampling slice and
 stay until the next request begins in its slot. Counts of sampled tokens live on the device and are
 brought up to date by the sampling itself, so that steps may run ahead of the host; only rows that
-follow a grammar wait for it, since the grammar is stepped on the host.
+follow a grammar wait for it, since the grammar is stepped on the host. Nothing here waits for the
+device.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from longspan.engine.batch import upload
 from longspan.engine.grammar import Grammar, Grammars
 from longspan.engine.step import NO_TOKEN, RowLogprobs, SamplingExtras, ScheduledSlice
 from longspan.ops.logits import Penalties, keep_allowed, penalize, top_logprobs
@@ -137,8 +139,8 @@ class Sampler:
             self._history.count(slots, token_ids[places])
         if failed:
             token_ids[self._indices(failed)] = NO_TOKEN
-        return SampledTokens(
-            token_ids, None if found is None else _choose(wanted, found, token_ids))
+        return SampledTokens(token_ids, None if found is None else _choose(
+            wanted, found, token_ids[self._indices(wanted)]))
 
     # -- state ---------------------------------------------------------------------------------
 
@@ -180,8 +182,9 @@ class Sampler:
             tokens += changes.keys()
             values += changes.values()
         if places:
-            cells = torch.tensor([places, tokens]).to(self._device)
-            shift = torch.tensor(values, dtype=torch.float32).to(self._device)
+            cells, shift = upload(
+                (torch.tensor([places, tokens]), torch.tensor(values, dtype=torch.float32)),
+                self._device)
             logits[cells[0], cells[1]] += shift  # no cell comes twice
 
     def _constrain(self, logits: Tensor, guided: Sequence[_Row]) -> list[_Row]:
@@ -189,8 +192,9 @@ class Sampler:
         masks = [_advance(row) for row in guided]
         kept = [(row, mask) for row, mask in zip(guided, masks, strict=True) if mask is not None]
         if kept:
-            bits = torch.frombuffer(bytearray(b"".join(mask for _, mask in kept)),
-                                    dtype=torch.int32).view(len(kept), -1).to(self._device)
+            packed = bytearray(b"".join(mask for _, mask in kept))
+            words = torch.frombuffer(packed, dtype=torch.int32).view(len(kept), -1)
+            bits = upload(words, self._device)
             places = self._indices([row for row, _ in kept])
             logits[places] = keep_allowed(logits[places], bits)
         return [row for row, mask in zip(guided, masks, strict=True) if mask is None]
@@ -202,12 +206,12 @@ class Sampler:
         return top_logprobs(logits[self._indices(wanted)], num_top)
 
     def _indices(self, rows: Sequence[_Row]) -> Tensor:
-        return torch.tensor([row.index for row in rows]).to(self._device)
+        return upload(torch.tensor([row.index for row in rows]), self._device)
 
     def _places(self, rows: Sequence[_Row]) -> tuple[Tensor, Tensor]:
         """Places in the step, and slots. [2, p] on the device."""
         both = torch.tensor([[row.index for row in rows], [row.item.slot for row in rows]])
-        places, slots = both.to(self._device)
+        places, slots = upload(both, self._device)
         return places, slots
 
 
@@ -226,11 +230,11 @@ class _History:
         self._counts[slot] = 0
         self._in_prompt[slot] = False
         if extras.prompt_ids:
-            prompt = torch.frombuffer(extras.prompt_ids, dtype=torch.int32).to(self._device)
-            self._in_prompt[slot, prompt.long()] = True
-        self._penalties[slot] = torch.tensor([
+            prompt = torch.frombuffer(extras.prompt_ids, dtype=torch.int32)
+            self._in_prompt[slot, upload(prompt, self._device).long()] = True
+        self._penalties[slot] = upload(torch.tensor([
             extras.presence_penalty, extras.frequency_penalty, extras.repetition_penalty,
-        ]).to(self._device)
+        ]), self._device)
 
     def penalize(self, logits: Tensor, slots: Tensor) -> Tensor:
         """[p, V] logits of the requests in these slots, penalised."""
@@ -266,10 +270,9 @@ def _advance(row: _Row) -> bytes | None:
 def _choose(
     wanted: Sequence[_Row], found: tuple[Tensor, Tensor, Tensor], token_ids: Tensor
 ) -> LogprobRows:
-    """Log-probabilities of the sampled tokens out of those of all tokens."""
+    """Log-probabilities of the sampled tokens, [m], out of those of all tokens."""
     logprobs, top_ids, top = found
-    places = torch.tensor([row.index for row in wanted]).to(token_ids.device)
-    sampled = token_ids[places].clamp_min(0)  # NO_TOKEN has none
+    sampled = token_ids.clamp_min(0)  # NO_TOKEN has none
     return LogprobRows(
         rows=tuple(row.index for row in wanted),
         num_top=tuple(row.state.extras.logprobs or 0 for row in wanted),
