@@ -180,6 +180,9 @@ class EngineConfig:
     """JSON file of budgets; default: the plan beside the checkpoint, else the built-in policy."""
     prefill_chunk_len: int | None = None
     """Prompt tokens of one request computed in one step; default 32,768 on GPUs, 16,384 on CPUs."""
+    step_budget_s: float | None = None
+    """Longest step while prompts are computed, seconds: how long decoding may pause, and half of
+    what a short prompt may wait. None: prefill chunks are computed whole."""
     max_num_requests: int = 64
     """Requests computed together at the most."""
     block_size: int = 128
@@ -191,7 +194,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "prefill_chunk_len", "max_num_requests", "block_size",
-                     "num_threads", "memory_gib"):
+                     "num_threads", "memory_gib", "step_budget_s"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise LongspanError(f"{name} must be positive, not {value}")

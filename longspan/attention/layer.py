@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,7 +13,7 @@ from longspan.attention.metadata import AttentionMetadata, DecodeGroup, PrefillS
 from longspan.attention.sparsity import SparsityPlan
 from longspan.config import dense_tail_start
 from longspan.ops.geometry import segments
-from longspan.ops.types import PagedKV, QueryRotary
+from longspan.ops.types import PagedKV, QueryRotary, Selection
 
 
 def allocate_cache(
@@ -25,6 +28,15 @@ def allocate_cache(
     means = (torch.empty(num_blocks, num_kv_heads, head_dim, dtype=dtype, device=device)
              for _ in range(2))
     return PagedKV(k, v, *means)
+
+
+class PrefillPart(NamedTuple):
+    """Positions start ... stop - 1 of one prefill slice, whose queries attend alike."""
+
+    start: int
+    stop: int
+    selection: Selection | None
+    """None: to everything."""
 
 
 class DualChunkAttention:
@@ -53,8 +65,7 @@ class DualChunkAttention:
         self, q: Tensor, k: Tensor, v: Tensor, cache: PagedKV, metadata: AttentionMetadata
     ) -> Tensor:
         """q: [T, H, D], k, v: [T, K, D], none rotated. Returns [T, H, D]."""
-        ops.store_kv(cache, k, v, metadata.positions, metadata.slot_mapping,
-                     metadata.filled_blocks, self.rotary)
+        self.store(k, v, cache, metadata)
         if metadata.decode is not None and not metadata.prefills:
             return self._decode(q, cache, metadata.decode)
         out = torch.empty_like(q)
@@ -66,21 +77,47 @@ class DualChunkAttention:
             out[start:] = self._decode(q[start:], cache, metadata.decode)
         return out
 
+    def store(self, k: Tensor, v: Tensor, cache: PagedKV, metadata: AttentionMetadata) -> None:
+        """Rotate the step's keys and write them and the values. k, v: [T, K, D]."""
+        ops.store_kv(cache, k, v, metadata.positions, metadata.slot_mapping,
+                     metadata.filled_blocks, self.rotary)
+
+    def prepare(self, q: Tensor, cache: PagedKV, item: PrefillSlice) -> list[PrefillPart]:
+        """Select keys for one slice, whose own are stored. q: [T, H, D], all of its queries."""
+        first, stop = self._sparse_range(item, cache.k.shape[1])
+        if first >= stop:
+            return [PrefillPart(item.cached_len, item.context_len, None)]
+        sparse = [PrefillPart(start, end, self._select(q, cache, item, start, end))
+                  for start, end in segments(first, stop, self.rotary.stride)]
+        parts = [PrefillPart(item.cached_len, first, None), *sparse,
+                 PrefillPart(stop, item.context_len, None)]
+        return [part for part in parts if part.start < part.stop]
+
+    def attend(
+        self, q: Tensor, cache: PagedKV, item: PrefillSlice, parts: Sequence[PrefillPart],
+        start: int,
+    ) -> Tensor:
+        """Attention of some rows of a prepared slice.
+
+        q: [n, H, D], queries at positions start ... start + n - 1; in tile mode ``start`` and, but
+        at the part's end, n are multiples of the tile length. Returns [n, H, D].
+        """
+        stop, outs = start + q.shape[0], []
+        for part in parts:
+            first, last = max(start, part.start), min(stop, part.stop)
+            if first < last:
+                rows = q[first - start : last - start]
+                outs.append(self._dense(rows, cache, item, first) if part.selection is None
+                            else self._sparse(rows, cache, item, first, part.selection))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
     def _decode(self, q: Tensor, cache: PagedKV, group: DecodeGroup) -> Tensor:
         out, _ = ops.decode_attention(
             q, cache, group.block_tables, group.context_lens, self.rotary, group.scales)
         return out
 
     def _prefill(self, q: Tensor, cache: PagedKV, item: PrefillSlice) -> Tensor:
-        first, stop = self._sparse_range(item, cache.k.shape[1])
-        if first >= stop:
-            return self._dense(q, cache, item, item.cached_len)
-        parts = [self._dense(q[: first - item.cached_len], cache, item, item.cached_len)]
-        for start, end in segments(first, stop, self.rotary.stride):
-            rows = q[start - item.cached_len : end - item.cached_len]
-            parts.append(self._sparse(rows, cache, item, start))
-        parts.append(self._dense(q[stop - item.cached_len :], cache, item, stop))
-        return torch.cat(parts)
+        return self.attend(q, cache, item, self.prepare(q, cache, item), item.cached_len)
 
     def _sparse_range(self, item: PrefillSlice, block_size: int) -> tuple[int, int]:
         """Positions [first, stop) computed sparsely: in tile mode whole tiles, and never the
@@ -94,16 +131,22 @@ class DualChunkAttention:
         return -(-first // block_size) * block_size, stop // block_size * block_size
 
     def _dense(self, q: Tensor, cache: PagedKV, item: PrefillSlice, start: int) -> Tensor:
-        if q.shape[0] == 0:
-            return q
         self._count(q, start, None)
         out, _ = ops.prefill_attention(q, cache, item.block_table, start, self.rotary, item.scale)
         return out
 
-    def _sparse(self, q: Tensor, cache: PagedKV, item: PrefillSlice, start: int) -> Tensor:
-        assert self.plan is not None and self.budget is not None
-        selection = ops.select_vertical_slash(
-            q, cache, item.block_table, start, self.rotary, item.scale, self.budget)
+    def _select(
+        self, q: Tensor, cache: PagedKV, item: PrefillSlice, start: int, stop: int,
+    ) -> Selection:
+        assert self.budget is not None
+        rows = q[start - item.cached_len : stop - item.cached_len]
+        return ops.select_vertical_slash(
+            rows, cache, item.block_table, start, self.rotary, item.scale, self.budget)
+
+    def _sparse(
+        self, q: Tensor, cache: PagedKV, item: PrefillSlice, start: int, selection: Selection,
+    ) -> Tensor:
+        assert self.plan is not None
         out, _, kept = ops.sparse_prefill_attention(
             q, cache, item.block_table, start, self.rotary, item.scale, selection,
             self.plan.mean_correction)

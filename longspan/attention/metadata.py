@@ -124,7 +124,8 @@ class _Tokens(NamedTuple):
 
 
 def _tokens(slices: Sequence[SequenceSlice], block_size: int) -> _Tokens:
-    positions, slots, filled = [], [], list[int]()
+    none = torch.empty(0, dtype=torch.int64)
+    positions, slots, filled = [none], [none], list[int]()
     for item in slices:
         context_len = item.cached_len + item.query_len
         row = torch.arange(item.cached_len, context_len)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from longspan.attention.metadata import AttentionMetadata, SequenceSlice, build_metadata
+from longspan.attention.upload import upload
 from longspan.config import DcaConfig
+from longspan.engine.request import TokenIds
 from longspan.engine.step import ScheduledBatch, ScheduledSlice
 from longspan.ops.sample import SamplingRows
-
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,8 +22,9 @@ class DeviceBatch:
     """One step on the device; n of its slices sample a token."""
 
     token_ids: Tensor
-    """[T] int64"""
+    """[T] int64, of the slices that are packed together"""
     metadata: AttentionMetadata
+    """Of those."""
     sampling: SamplingRows
     """[n] each"""
     slots: Tensor
@@ -37,22 +37,24 @@ def build_batch(
     device: torch.device | str, last_tokens: Tensor | None = None,
 ) -> DeviceBatch:
     """Pack the slices' tokens one after the other and describe them. Never waits for the device.
+    A slice in pieces is computed apart: only its sampling is in here.
 
     Args:
         last_tokens: [num slots] int64 on the device, the token that each slot sampled last: the
             input of slices that run ahead of the host.
     """
+    together = [item for item in batch.slices if item.pieces is None]
     metadata = build_metadata(
-        [_sequence_slice(item) for item in batch.slices], block_size=block_size,
+        [_sequence_slice(item) for item in together], block_size=block_size,
         head_dim=head_dim, dca=dca, device="cpu")
     packed, ahead = array("i"), list[tuple[int, int]]()  # (row, slot)
-    for item in batch.slices:
+    for item in together:
         if item.is_run_ahead:
             ahead.append((len(packed), item.slot))
         packed.extend(item.token_ids or (0,))
     sampled = [item for item in batch.slices if item.sampling is not None]
     here = DeviceBatch(
-        token_ids=torch.frombuffer(packed, dtype=torch.int32).to(torch.int64), metadata=metadata,
+        token_ids=_as_tensor(packed), metadata=metadata,
         sampling=_sampling_rows(sampled),
         slots=torch.tensor([item.slot for item in sampled], dtype=torch.int64),
         all_greedy=all(s.sampling is not None and s.sampling.temperature == 0 for s in sampled))
@@ -64,28 +66,10 @@ def build_batch(
     return there
 
 
-def upload(value: Value, device: torch.device | str) -> Value:
-    """``value``, its tensors moved to the device; tuples and dataclasses are searched for them.
-
-    A GPU takes them from pinned memory when it gets there: the host does not wait for it, and the
-    allocator keeps such memory until it has been read.
-    """
-    return value if torch.device(device).type == "cpu" else _upload(value, device, {})
-
-
-def _upload(value: Any, device: torch.device | str, done: dict[int, Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        if id(value) not in done:
-            done[id(value)] = value.pin_memory().to(device, non_blocking=True)
-        return done[id(value)]
-    if isinstance(value, tuple):
-        items = [_upload(item, device, done) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{
-            field.name: _upload(getattr(value, field.name), device, done)
-            for field in fields(value)})
-    return value
+def _as_tensor(token_ids: TokenIds) -> Tensor:
+    if not token_ids:
+        return torch.empty(0, dtype=torch.int64)
+    return torch.frombuffer(token_ids, dtype=torch.int32).to(torch.int64)
 
 
 def _sequence_slice(item: ScheduledSlice) -> SequenceSlice:

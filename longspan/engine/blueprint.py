@@ -10,6 +10,7 @@ import torch
 
 from longspan.attention.sparsity import SparsityPlan
 from longspan.config import DcaConfig, EngineConfig, ModelConfig
+from longspan.engine.chunking import piece_rows
 from longspan.engine.desk import Intake
 from longspan.engine.memory import MemoryPlan, plan_memory
 from longspan.engine.resolve import (
@@ -76,13 +77,24 @@ class Blueprint:
 
     def scheduler_config(self) -> SchedulerConfig:
         """For a scheduler of this engine."""
-        assert self.config.prefill_chunk_len is not None
+        assert self.config.prefill_chunk_len is not None and self.config.device is not None
+        device_type = self.config.device.split(":")[0]
         return SchedulerConfig(
             num_blocks=self.memory.num_blocks, block_size=self.config.block_size,
             max_model_len=self.memory.max_model_len,
             prefill_chunk_len=self.config.prefill_chunk_len,
             max_num_requests=self.config.max_num_requests,
-            dense_tail_len=self.plan.dense_tail_len if self.plan else 0)
+            dense_tail_len=self.plan.dense_tail_len if self.plan else 0,
+            num_layers=self.model.num_layers, step_budget_s=self.config.step_budget_s,
+            piece_rows=piece_rows(device_type, self.config.prefill_chunk_len),
+            sparse_above=self._sparse_above)
+
+    @property
+    def _sparse_above(self) -> int | None:
+        """Longest prompt that is dense, tokens; None: all are."""
+        if self.plan is None:
+            return None
+        return 0 if self.config.attention == "sparse" else self.model.sparse_threshold
 
 
 def _plan_in_effect(

@@ -72,7 +72,7 @@ class Plan:
     """One step to be."""
 
     choices: tuple[Choice, ...]
-    """Prefills, then decodes."""
+    """Prefills, a sparse chunk in pieces first of all, then decodes."""
     work: Work
     expected_s: float
 
@@ -188,6 +188,7 @@ class _Step:
 
     def finish(self) -> Plan | None:
         """The plan; None if nothing was taken."""
+        self._prefills.sort(key=lambda choice: choice.pieces is None)
         choices = [*self._prefills, *(Choice(request=r, query_len=1) for r in self._decodes)]
         if not choices:
             return None

@@ -7,21 +7,25 @@ stage. Here all stages live in one process and hand hidden states on directly.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from longspan.attention.layer import allocate_cache
+from longspan.attention.metadata import AttentionMetadata
 from longspan.attention.rope import build_rotary
 from longspan.attention.sparsity import SparsityPlan
 from longspan.config import DcaConfig, EngineConfig, ModelConfig
 from longspan.engine.batch import DeviceBatch, build_batch
+from longspan.engine.chunking import piece_rows
 from longspan.engine.grammar import Grammars
+from longspan.engine.graphs import DecodeGraphs
 from longspan.engine.host_memory import keep_buffers_in_heap
 from longspan.engine.launched import LaunchedStep, Stopwatch
 from longspan.engine.memory import MemoryPlan
+from longspan.engine.paused import PausableChunk
 from longspan.engine.sampling import SampledTokens, Sampler
 from longspan.engine.step import ScheduledBatch, StepResult
 from longspan.engine.tokenizer import Tokenizer
@@ -45,13 +49,16 @@ class Runner:
 
     def __init__(
         self, stages: Sequence[PipelineStage], sampler: Sampler, *, head_dim: int,
-        dca: DcaConfig | None, device: str,
+        dca: DcaConfig | None, device: str, num_slots: int, piece_rows: int,
     ) -> None:
         self._stages, self._sampler = tuple(stages), sampler
         self._block_size = stages[0].caches[0].k.shape[1]
         self._head_dim, self._dca, self._device = head_dim, dca, device
-        self._last_tokens = torch.zeros(0, dtype=torch.int64, device=device)  # [slots]
+        self._chunk = PausableChunk(stages, piece_rows)
+        # Sampled last by each slot's request: the input of steps that run ahead of the host.
+        self._last_tokens = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self._copies = torch.cuda.Stream(device) if device.startswith("cuda") else None
+        self._graphs: DecodeGraphs | None = None
 
     @classmethod
     def load(
@@ -67,6 +74,7 @@ class Runner:
         Raises `CheckpointError` when the weights cannot be read.
         """
         assert config.device is not None and config.dtype is not None
+        assert config.prefill_chunk_len is not None
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         dtype = TORCH_DTYPES[config.dtype]
@@ -84,7 +92,19 @@ class Runner:
             keep_buffers_in_heap()  # after the caches, which go back to the system when freed
         sampler = Sampler(vocab_size=model.vocab_size, device=config.device,
                           grammars=lambda: Grammars(Tokenizer(path), model.vocab_size))
-        return cls(stages, sampler, head_dim=model.head_dim, dca=dca, device=config.device)
+        runner = cls(
+            stages, sampler, head_dim=model.head_dim, dca=dca, device=config.device,
+            num_slots=config.max_num_requests,
+            piece_rows=piece_rows(config.device.split(":")[0], config.prefill_chunk_len))
+        runner.use_graphs(model.num_heads, memory.max_model_len)
+        return runner
+
+    def use_graphs(self, num_heads: int, max_model_len: int) -> None:
+        """Replay decode steps from CUDA graphs, where the device and the kernels can."""
+        if DecodeGraphs.is_possible(self._stages[0].caches[0], num_heads):
+            self._graphs = DecodeGraphs(
+                self._decode, max_blocks=-(-max_model_len // self._block_size),
+                device=self._device)
 
     def execute(self, batch: ScheduledBatch) -> StepResult:
         """Compute a step and wait for its result."""
@@ -98,23 +118,44 @@ class Runner:
         """
         watch = Stopwatch(self._device)
         with torch.inference_mode():
-            inputs = build_batch(
-                batch, block_size=self._block_size, head_dim=self._head_dim, dca=self._dca,
-                device=self._device, last_tokens=self._last_tokens)
-            logits = self.forward(inputs)
-            sampled = None if logits is None else self._sample(logits, batch, inputs)
+            apart = self._advance(batch)
+            inputs = self._build(batch)
+            sampled = self._compute(batch, inputs, apart)
         # Reading the pair counts waits for the device. Behind a prefill nothing is launched ahead.
-        ends_prefill = sampled is not None and bool(inputs.metadata.prefills)
+        ends_prefill = sampled is not None and batch.prefills
         return LaunchedStep(
             batch, sampled, self._take_attention_stats() if ends_prefill else (0.0, 0.0), watch,
             self._copies)
 
-    def forward(self, inputs: DeviceBatch) -> Tensor | None:
-        """All stages in turn. Returns [n, V] fp32 logits of the rows that sample, None without."""
-        hidden = inputs.token_ids
-        for stage in self._stages:
-            hidden = stage.model(hidden, inputs.metadata, stage.caches)
-        return self._stages[-1].model.logits(hidden) if hidden.shape[0] else None
+    def forward(self, inputs: DeviceBatch, apart: Tensor | None = None) -> Tensor | None:
+        """All stages in turn. Returns [n, V] fp32 logits of the rows that sample, None without.
+
+        Args:
+            apart: [m, M] hidden states of rows that were computed apart; they come first.
+        """
+        rows = [] if apart is None else [apart]
+        if inputs.token_ids.shape[0]:
+            hidden = inputs.token_ids
+            for stage in self._stages:
+                hidden = stage.model(hidden, inputs.metadata, stage.caches)
+            rows.append(hidden)
+        sampled = torch.cat(rows) if len(rows) > 1 else rows[0] if rows else None
+        if sampled is None or not sampled.shape[0]:
+            return None
+        return self._stages[-1].model.logits(sampled)
+
+    def _build(self, batch: ScheduledBatch) -> DeviceBatch:
+        return build_batch(
+            batch, block_size=self._block_size, head_dim=self._head_dim, dca=self._dca,
+            device=self._device, last_tokens=self._last_tokens)
+
+    def _advance(self, batch: ScheduledBatch) -> Tensor | None:
+        """Compute the pieces of a sparse chunk, if the step has any."""
+        item = next((item for item in batch.slices if item.pieces is not None), None)
+        if item is None:
+            return None
+        return self._chunk.advance(
+            item, lambda: self._build(replace(batch, slices=(replace(item, pieces=None),))))
 
     def peak_memory_bytes(self) -> int:
         """Highest use so far: of the process on CPUs, of torch's allocator on GPUs."""
@@ -124,22 +165,39 @@ class Runner:
 
     def close(self) -> None:
         """Free weights and caches."""
-        self._stages = ()
+        self._stages, self._graphs = (), None
+        self._chunk = PausableChunk((), 1)
         if self._device.startswith("cuda"):
             torch.cuda.empty_cache()
 
-    def _sample(
-        self, logits: Tensor, batch: ScheduledBatch, inputs: DeviceBatch
-    ) -> SampledTokens:
+    def _compute(
+        self, batch: ScheduledBatch, inputs: DeviceBatch, apart: Tensor | None
+    ) -> SampledTokens | None:
+        """The packed slices, and the tokens that the step samples."""
         items = [item for item in batch.slices if item.sampling is not None]
-        sampled = self._sampler.sample(
-            logits, items, inputs.sampling, all_greedy=inputs.all_greedy)
-        missing = 1 + max(item.slot for item in items) - len(self._last_tokens)
-        if missing > 0:
-            self._last_tokens = torch.cat((
-                self._last_tokens, self._last_tokens.new_zeros(missing)))
+        logits: Tensor | None
+        if self._graphs is not None and not batch.prefills and self._graphs.takes(inputs):
+            token_ids, logits = self._graphs.run(inputs)
+            if not self._sampler.asks(items):
+                return self._remember(inputs, SampledTokens(token_ids, None))
+        else:
+            logits = self.forward(inputs, apart)
+        if logits is None:
+            return None
+        return self._remember(inputs, self._sampler.sample(
+            logits, items, inputs.sampling, all_greedy=inputs.all_greedy))
+
+    def _remember(self, inputs: DeviceBatch, sampled: SampledTokens) -> SampledTokens:
+        """For steps that run ahead of the host."""
         self._last_tokens[inputs.slots] = sampled.token_ids
         return sampled
+
+    def _decode(self, token_ids: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """What a decode graph holds: token ids [B] to logits [B, V] fp32."""
+        hidden = token_ids
+        for stage in self._stages:
+            hidden = stage.model(hidden, metadata, stage.caches)
+        return self._stages[-1].model.logits(hidden)
 
     def _take_attention_stats(self) -> tuple[float, float]:
         pairs = [stage.model.attention_stats() for stage in self._stages]

@@ -99,13 +99,17 @@ class Attention(nn.Module):
 
         Returns [T, M], or [n, M] for the n rows that ``metadata.output_rows`` names.
         """
-        q, k, v = self._project(x, metadata.output_rows)
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self.project(x, metadata.output_rows)
         return self.o_proj(
             self.core(q, k, v, cache, metadata.output or metadata).flatten(1))
 
-    def _project(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x: [T, M]. Returns q: [T, H, D], or [n, H, D] of n rows, and k, v: [T, K, D], not
+        rotated."""
+        q, k, v = self._merged(x, rows)
+        return (self.q_norm(q), self.k_norm(k), v) if self.qk_norm else (q, k, v)
+
+    def _merged(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """q: [T or n, H, D]; k, v: [T, K, D]."""
         heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
         if rows is None:
@@ -154,11 +158,15 @@ class DecoderLayer(nn.Module):
         narrowed, its rows in a new tensor."""
         attended = self.self_attn(self.input_layernorm(hidden), metadata, cache)
         hidden = hidden if metadata.output_rows is None else hidden[metadata.output_rows]
+        self.finish(hidden, attended)
+        return hidden
+
+    def finish(self, hidden: Tensor, attended: Tensor) -> None:
+        """What follows attention. hidden: [T, M], changed in place; attended: [T, M]."""
         size = mlp_rows(hidden.device.type)
         # pieces are views: each is added in place
         for piece, update in zip(hidden.split(size), attended.split(size), strict=True):
             piece += self.mlp(self.post_attention_layernorm.add(update, piece))
-        return hidden
 
 
 class CausalLM(nn.Module):
@@ -200,14 +208,18 @@ class CausalLM(nn.Module):
         Returns [T, M] hidden states; on the last stage after the final norm, and [n, M] where
         ``metadata.output_rows`` names n rows: the last layer computes no others.
         """
-        hidden = hidden_or_ids
-        if self.is_first:
-            hidden = F.embedding(hidden_or_ids, self.embed_tokens.weight)
+        hidden = self.embed(hidden_or_ids)
         wide = replace(metadata, output_rows=None, output=None)
         last = self.layer_range.stop - 1 if self.is_last else None
         for idx, layer, cache in zip(self.layer_range, self.layers, caches, strict=True):
             hidden = layer(hidden, metadata if idx == last else wide, cache)
         return self.norm(hidden) if self.is_last else hidden
+
+    def embed(self, hidden_or_ids: Tensor) -> Tensor:
+        """[T] token ids to [T, M] on the first stage; hidden states as they are on others."""
+        if not self.is_first:
+            return hidden_or_ids
+        return F.embedding(hidden_or_ids, self.embed_tokens.weight)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the vocabulary, last stage only. hidden: [n, M]; returns [n, V] fp32."""
