@@ -118,7 +118,8 @@ class _Segment:
                 self.v[:, kv_head].unflatten(0, (-1, self.tile_len)))
 
     def _diagonal(self, head: int, kv_head: int) -> Partial:
-        k, v = (x[self.first_tile :, None] for x in self._key_tiles(kv_head))
+        own = slice(self.first_tile, self.first_tile + self.num_tiles)
+        k, v = (x[own, None] for x in self._key_tiles(kv_head))
         return attend(self._query(head, INTRA), k, v, self.scale, causal=True)
 
     def _band(self, head: int, kv_head: int, band: int) -> list[Partial]:
