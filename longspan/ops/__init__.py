@@ -1,19 +1,26 @@
 """Pure tensor functions. `reference` is the specification; what is exported here is the fastest
-path that fits the device, with the same signatures and results.
+path that fits device, dtype and shape, with the same signatures and results.
 
-Today both CPUs and GPUs take the eager paths over PyTorch's fused attention.
+On CUDA: Gluon kernels on Hopper (`hopper`, `hopper_sparse`), Triton kernels from Ampere on
+(`prefill`, `vertical_slash`, `sparse_index`, `decode`, `pointwise`). Everywhere else, and for
+shapes that no kernel takes, PyTorch programs over its fused attention (`eager_*`, `select`).
+Kernels are imported when the first CUDA tensor arrives: Triton need not be there before.
 """
 
-from longspan.ops.eager_dense import decode_attention, prefill_attention
-from longspan.ops.eager_sparse import sparse_prefill_attention
-from longspan.ops.reference import rms_norm, rotate, silu_mul, write_kv
-from longspan.ops.select import select_vertical_slash
+from __future__ import annotations
+
+from torch import Tensor
+
+from longspan.ops import eager_dense, eager_sparse, reference, select
+from longspan.ops.reference import rotate, write_kv
+from longspan.ops.select import Budget
 from longspan.ops.types import PagedKV, QueryRotary, Selection
 
 __all__ = [
     "PagedKV",
     "QueryRotary",
     "Selection",
+    "add_rms_norm",
     "decode_attention",
     "prefill_attention",
     "rms_norm",
@@ -21,5 +28,111 @@ __all__ = [
     "select_vertical_slash",
     "silu_mul",
     "sparse_prefill_attention",
+    "store_kv",
     "write_kv",
 ]
+
+
+def prefill_attention(
+    q: Tensor, cache: PagedKV, block_table: Tensor, cached_len: int, rotary: QueryRotary,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """See `reference.prefill_attention`."""
+    args = (q, cache, block_table, cached_len, rotary, scale)
+    if q.is_cuda:
+        from longspan.ops import hopper, hopper_tile, prefill
+
+        context_len = cached_len + q.shape[0]
+        if hopper_tile.supports(q, cache, rotary, context_len):
+            return hopper.prefill_attention(*args)
+        if prefill.supports(q, cache, rotary, context_len):
+            return prefill.prefill_attention(*args)
+    return eager_dense.prefill_attention(*args)
+
+
+def sparse_prefill_attention(
+    q: Tensor, cache: PagedKV, block_table: Tensor, cached_len: int, rotary: QueryRotary,
+    scale: float, selection: Selection, correction: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.sparse_prefill_attention`."""
+    args = (q, cache, block_table, cached_len, rotary, scale, selection, correction)
+    if q.is_cuda:
+        from longspan.ops import hopper_sparse, hopper_tile, prefill, vertical_slash
+
+        context_len = cached_len + q.shape[0]
+        whole_tiles = cached_len % cache.k.shape[1] == 0 == q.shape[0] % cache.k.shape[1]
+        if (selection.aligned and whole_tiles
+                and hopper_tile.supports(q, cache, rotary, context_len)):
+            return hopper_sparse.sparse_prefill_attention(*args)
+        if prefill.supports(q, cache, rotary, context_len):
+            return vertical_slash.sparse_prefill_attention(*args)
+    return eager_sparse.sparse_prefill_attention(*args)
+
+
+def select_vertical_slash(
+    q: Tensor, cache: PagedKV, block_table: Tensor, cached_len: int, rotary: QueryRotary,
+    scale: float, budget: Budget,
+) -> Selection:
+    """See `select.select_vertical_slash`."""
+    args = (q, cache, block_table, cached_len, rotary, scale, budget)
+    if q.is_cuda:
+        from longspan.ops import sparse_index
+
+        if sparse_index.supports(q, cache, rotary, cached_len, budget):
+            return sparse_index.select_vertical_slash(*args)
+    return select.select_vertical_slash(*args)
+
+
+def decode_attention(
+    q: Tensor, cache: PagedKV, block_tables: Tensor, context_lens: Tensor, rotary: QueryRotary,
+    scales: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """See `reference.decode_attention`."""
+    args = (q, cache, block_tables, context_lens, rotary, scales)
+    if q.is_cuda:
+        from longspan.ops import decode
+
+        if decode.supports(cache, q.shape[1]):
+            return decode.decode_attention(*args)
+    return eager_dense.decode_attention(*args)
+
+
+def store_kv(
+    cache: PagedKV, k: Tensor, v: Tensor, positions: Tensor, slot_mapping: Tensor,
+    filled_blocks: Tensor, rotary: QueryRotary,
+) -> None:
+    """See `reference.store_kv`."""
+    args = (cache, k, v, positions, slot_mapping, filled_blocks, rotary)
+    if k.is_cuda:
+        from longspan.ops import pointwise
+
+        if pointwise.supports_store(cache):
+            return pointwise.store_kv(*args)
+    return reference.store_kv(*args)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `reference.rms_norm`."""
+    if x.is_cuda:
+        from longspan.ops import pointwise
+
+        return pointwise.rms_norm(x, weight, eps)
+    return reference.rms_norm(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See `reference.add_rms_norm`."""
+    if x.is_cuda:
+        from longspan.ops import pointwise
+
+        return pointwise.add_rms_norm(x, residual, weight, eps)
+    return reference.add_rms_norm(x, residual, weight, eps)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """See `reference.silu_mul`."""
+    if gate_up.is_cuda:
+        from longspan.ops import pointwise
+
+        return pointwise.silu_mul(gate_up)
+    return reference.silu_mul(gate_up)
