@@ -1,0 +1,405 @@
+"""Probe rows against all keys, in Triton: the two passes under vertical-slash selection.
+
+A probe row is one query position in one head. Heads of one KV head lie side by side, each padded
+to RP rows, so that a key tile is loaded once for all of them: ROWS = G * RP rows for each KV head.
+Scores carry scale * log2(e), so weights are powers of two. Each program walks a run of key tiles
+(one KV block each) and changes its query rotation where the run crosses a zone border.
+
+Workspace for each (row, key tile) is one int64. From its low end: the log2 of the row's mass in the
+tile, 32 bits; which parts of it lie on the next and on the previous tile diagonal, 16 bits each.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _position(row, last, last_first, strided_first, step, num_rows):
+    """Position of probe rows: consecutive ones first, then strided ones; -1 for padding."""
+    position = tl.where(row < last, last_first + row, strided_first + (row - last) * step)
+    return tl.where(row < num_rows, position, -1)
+
+
+@triton.jit
+def rotate_probes(
+    q, inv_freq, out, stride_token, stride_head, start, chunk_start, added_succ, added_inter,
+    factor, last, last_first, strided_first, step, num_rows, num_heads,
+    RP: tl.constexpr, HALF: tl.constexpr, ZONES: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:
+    """Gather the probe rows of q [T, H, D] and rotate them for each zone at continuous positions.
+
+    out: [ZONES, H, RP, D], rows of padding 0. Grid (RP / BLOCK, H).
+    """
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    head = tl.program_id(1).to(tl.int64)
+    i = tl.arange(0, HALF)[None, :]
+    position = _position(row, last, last_first, strided_first, step, num_rows)
+    real = (row < num_rows)[:, None]
+    source = q + (position - start).to(tl.int64)[:, None] * stride_token + head * stride_head + i
+    x = tl.load(source, mask=real, other=0.0).to(tl.float32)
+    y = tl.load(source + HALF, mask=real, other=0.0).to(tl.float32)
+    frequency = tl.load(inv_freq + i)
+    for zone in tl.static_range(ZONES):
+        turned = position - chunk_start
+        if zone == 1:
+            turned += added_succ
+        if zone == 2:
+            turned += added_inter
+        angle = turned.to(tl.float32)[:, None] * frequency
+        cos, sin = tl.cos(angle) * factor, tl.sin(angle) * factor
+        target = out + ((zone * num_heads + head) * RP + row)[:, None] * (2 * HALF) + i
+        tl.store(target, (x * cos - y * sin).to(out.dtype.element_ty))
+        tl.store(target + HALF, (y * cos + x * sin).to(out.dtype.element_ty))
+
+
+@triton.jit
+def _load_rows(queries, first_row, row, limit, D: tl.constexpr):
+    """Rows [BM, D] of the rotated probes; 0 beyond ``limit``."""
+    d = tl.arange(0, D)
+    source = queries + (first_row + row)[:, None].to(tl.int64) * D + d[None, :]
+    return tl.load(source, mask=(row < limit)[:, None], other=0.0)
+
+
+@triton.jit
+def _load_keys(keys, table, tile, stride_block, stride_token, P: tl.constexpr, D: tl.constexpr):
+    """One KV block of one KV head, [P, D], and its number."""
+    token, d = tl.arange(0, P), tl.arange(0, D)
+    block = tl.load(table + tile).to(tl.int64)
+    return tl.load(keys + block * stride_block + token[:, None] * stride_token + d[None, :]), block
+
+
+@triton.jit
+def _four(a, b, c, d):
+    """[n, 2, 2] in row-major order."""
+    return tl.join(tl.join(a, c), tl.join(b, d))
+
+
+@triton.jit
+def _stack(parts, N: tl.constexpr, NUM: tl.constexpr):
+    """A tuple of 1, 2, 4 or 8 tensors [N] as [N, NUM].
+
+    Stored at once, so that the warps of a program, which otherwise drift apart and let one's
+    matrix products overlap with another's exponentials, meet once for each key tile.
+    """
+    if NUM == 1:
+        stacked = parts[0]
+    elif NUM == 2:
+        stacked = tl.join(parts[0], parts[1])
+    elif NUM == 4:
+        stacked = _four(parts[0], parts[1], parts[2], parts[3])
+    else:
+        stacked = tl.join(_four(parts[0], parts[2], parts[4], parts[6]),
+                          _four(parts[1], parts[3], parts[5], parts[7]))
+    return tl.reshape(stacked, (N, NUM))
+
+
+@triton.jit
+def _zone_of_tile(tile, inter_end, succ_end):
+    return tl.where(tile < inter_end, 2, tl.where(tile < succ_end, 1, 0))
+
+
+@triton.jit
+def _masked_tile(index, lo, num_sink, tail):
+    """The tiles of a run that need masks: its sink tiles, then those that probe rows lie in."""
+    return tl.where(index < num_sink, lo + index, tail + index - num_sink)
+
+
+@triton.jit
+def _row_masses(scores, position, offset, tile, sink, P: tl.constexpr, MASKED: tl.constexpr):
+    """Statistics of one tile for each row: max, sum, and of the part beyond the sinks the sum and
+    the sums on the next and on the previous diagonal.
+
+    A row at ``offset`` b of its tile finds key j with weight 1 - |b - j| / P on the diagonal of its
+    tile, with (b - j) / P on the next if b > j, and with (j - b) / P on the one before if j > b.
+    """
+    j = tl.arange(0, P)
+    if MASKED:
+        key = tile * P + j
+        scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
+    top = tl.max(scores, 1)
+    if MASKED:
+        top = tl.maximum(top, -1e30)  # a row before the tile sees none of it
+    mass = tl.exp2(scores - top[:, None])
+    total = tl.sum(mass, 1)
+    beyond = total
+    if MASKED:
+        mass = tl.where(key[None, :] >= sink, mass, 0.0)
+        beyond = tl.sum(mass, 1)
+    moment = mass * (offset[:, None] - j.to(tl.float32)[None, :])
+    ahead = tl.sum(tl.maximum(moment, 0.0), 1)
+    behind = ahead - tl.sum(moment, 1)
+    return top, total, beyond, ahead, behind
+
+
+@triton.jit
+def _fraction(part, whole):
+    """part / whole as 16 bits."""
+    scaled = part / tl.maximum(whole, 1e-30) * 65535.0 + 0.5
+    return tl.minimum(tl.maximum(scaled, 0.0), 65535.0).to(tl.int64)
+
+
+@triton.jit
+def _add_tile(
+    state, queries, k, block_id, position, tile, sink, masses, map_row, row, limit,
+    P: tl.constexpr, BM: tl.constexpr, QN: tl.constexpr, PRECISION: tl.constexpr,
+    WITH_MAP: tl.constexpr, MASKED: tl.constexpr,
+):
+    """One key tile against all query blocks: store its masses, carry (max, sum) of each row."""
+    tops, sums = state
+    # Block numbers are never negative; the compiler, not knowing it, recomputes the weights of a
+    # tile's 128 x 128 places instead of keeping them in registers, of which there are too few.
+    offset = (position % P + tl.minimum(block_id, 0).to(tl.int32)).to(tl.float32)
+    new_tops: tl.tuple = ()
+    new_sums: tl.tuple = ()
+    packed: tl.tuple = ()
+    for block in tl.static_range(QN):
+        scores = tl.dot(queries[block], tl.trans(k), input_precision=PRECISION)
+        top, total, beyond, ahead, behind = _row_masses(
+            scores, position, offset, tile, sink, P, MASKED)
+        if WITH_MAP:
+            log = (top + tl.log2(beyond)).to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+            packed = packed + (log | (_fraction(ahead, beyond * P) << 32)
+                               | (_fraction(behind, beyond * P) << 48),)
+        running = tl.maximum(tops[block], top)
+        new_sums = new_sums + (sums[block] * tl.exp2(tops[block] - running)
+                               + total * tl.exp2(top - running),)
+        new_tops = new_tops + (running,)
+    if WITH_MAP:
+        here = tl.arange(0, QN)[None, :] * BM + row[:, None]
+        tl.store(masses + map_row + here, _stack(packed, BM, QN), mask=here < limit)
+    return new_tops, new_sums
+
+
+@triton.jit
+def tile_masses(
+    queries, keys, table, masses, partial, stride_block, stride_token, stride_head,
+    first_kv_head, num_heads, num_tiles, tiles_per_program, inter_end, succ_end, sink_tiles,
+    mask_from, sink, last, last_first, strided_first, step, num_rows,
+    ROWS: tl.constexpr, RP: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
+    QN: tl.constexpr, PRECISION: tl.constexpr, WITH_MAP: tl.constexpr,
+) -> None:
+    """Pass 1: mass of each probe row in each key tile, and its log-sum over this program's tiles.
+
+    queries: [zones, H, RP, D]; masses: [KV heads here, tiles, ROWS] int64; partial: [programs,
+    KV heads here, ROWS]. Grid (programs, row groups, KV heads here).
+    """
+    program, first_block, kv = tl.program_id(0), tl.program_id(1) * QN, tl.program_id(2)
+    first = program * tiles_per_program
+    stop = tl.minimum(first + tiles_per_program, num_tiles)
+    keys += (first_kv_head + kv).to(tl.int64) * stride_head
+    row = tl.arange(0, BM)
+    position = _position(row % RP, last, last_first, strided_first, step, num_rows)
+    limit = ROWS - first_block * BM
+    map_base = kv.to(tl.int64) * num_tiles * ROWS + first_block * BM
+    tops: tl.tuple = ()
+    sums: tl.tuple = ()
+    for _ in tl.static_range(QN):
+        tops = tops + (tl.full([BM], -1e30, tl.float32),)
+        sums = sums + (tl.zeros([BM], tl.float32),)
+    zone_stop = _zone_of_tile(first, inter_end, succ_end) + 1
+    for zone in range(_zone_of_tile(stop - 1, inter_end, succ_end), zone_stop):
+        lo = tl.maximum(first, tl.where(zone == 0, succ_end, tl.where(zone == 1, inter_end, 0)))
+        hi = tl.minimum(stop, tl.where(zone == 0, num_tiles, tl.where(zone == 1, succ_end,
+                                                                      inter_end)))
+        blocks: tl.tuple = ()
+        first_row = (zone * num_heads + (first_kv_head + kv) * (ROWS // RP)) * RP
+        for block in tl.static_range(QN):
+            here = (first_block + block) * BM + row
+            blocks = blocks + (_load_rows(queries, first_row, here, ROWS, D),)
+        clear = tl.minimum(tl.maximum(lo, sink_tiles), hi)
+        tail = tl.minimum(tl.maximum(clear, mask_from), hi)
+        for tile in range(clear, tail):
+            k, block_id = _load_keys(keys, table, tile, stride_block, stride_token, P, D)
+            tops, sums = _add_tile(
+                (tops, sums), blocks, k, block_id, position, tile, sink, masses,
+                map_base + tile * ROWS, row, limit, P, BM, QN, PRECISION, WITH_MAP, False)
+        for index in range(0, clear - lo + hi - tail):
+            tile = _masked_tile(index, lo, clear - lo, tail)
+            k, block_id = _load_keys(keys, table, tile, stride_block, stride_token, P, D)
+            tops, sums = _add_tile(
+                (tops, sums), blocks, k, block_id, position, tile, sink, masses,
+                map_base + tile * ROWS, row, limit, P, BM, QN, PRECISION, WITH_MAP, True)
+    target = partial + (program * tl.num_programs(2) + kv) * ROWS + first_block * BM + row
+    for block in tl.static_range(QN):
+        log_sum = tops[block] + tl.log2(sums[block])
+        tl.store(target + block * BM, log_sum, mask=block * BM + row < limit)
+
+
+@triton.jit
+def combine_logs(
+    partial, lse, num_programs, size, num_rows, RP: tl.constexpr, NP: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """log2 of each row's whole mass; +inf for rows of padding, whose weights are then 0.
+
+    partial: [programs, size]; lse: [size]. Grid (size / BLOCK).
+    """
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    program = tl.arange(0, NP)
+    logs = tl.load(partial + program[:, None] * size + i[None, :],
+                   mask=(program < num_programs)[:, None] & (i < size)[None, :],
+                   other=float("-inf"))
+    real = i % RP < num_rows
+    top = tl.where(real, tl.max(logs, 0), 0.0)
+    total = tl.sum(tl.exp2(logs - top[None, :]), 0)
+    tl.store(lse + i, tl.where(real, top + tl.log2(total), float("inf")), mask=i < size)
+
+
+@triton.jit
+def diagonal_masses(
+    masses, lse, sums, num_tiles, forced,
+    last, last_first, strided_first, step, num_rows,
+    ROWS: tl.constexpr, RP: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:
+    """Mass of each tile diagonal, summed over the probe rows of a head; forced ones rank first.
+
+    sums: [heads here, tiles]. Grid (tiles / BLOCK, heads here).
+    """
+    head = tl.program_id(1)
+    gap = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.arange(0, RP)
+    position = _position(row, last, last_first, strided_first, step, num_rows)
+    row_tile = tl.where(position < 0, -1, position // P)
+    group = ROWS // RP
+    base = (head // group).to(tl.int64) * num_tiles * ROWS + head % group * RP + row
+    row_lse = tl.load(lse + head * RP + row)
+    total = tl.zeros([BLOCK], tl.float32)
+    for shift in tl.static_range(-1, 2):
+        tile = row_tile[None, :] - gap[:, None] + shift
+        valid = (tile >= 0) & (tile <= row_tile[None, :])
+        place = base[None, :] + tile.to(tl.int64) * ROWS
+        packed = tl.load(masses + place, mask=valid, other=0)
+        log = packed.to(tl.int32).to(tl.float32, bitcast=True)
+        ahead = ((packed >> 32) & 0xFFFF).to(tl.float32) / 65535.0
+        behind = ((packed >> 48) & 0xFFFF).to(tl.float32) / 65535.0
+        weight = behind if shift == -1 else (ahead if shift == 1 else 1.0 - ahead - behind)
+        part = tl.where(valid, tl.exp2(log - row_lse[None, :]) * weight, 0.0)
+        total += tl.sum(part, 1)
+    total = tl.where(gap < forced, 2e6 - gap.to(tl.float32), tl.maximum(total, 0.0))
+    tl.store(sums + head.to(tl.int64) * num_tiles + gap, total, mask=gap < num_tiles)
+
+
+@triton.jit
+def row_masks(
+    is_window, masks, num_tiles, last, last_first, strided_first, step, num_rows,
+    RP: tl.constexpr, P: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:
+    """Which probe rows see each key tile through a window: bit r % 64 of word r // 64.
+
+    is_window: [heads here, tiles] int8 by tile gap; masks: [heads here, tiles, WORDS] int64.
+    Grid (tiles / BLOCK, heads here).
+    """
+    head = tl.program_id(1).to(tl.int64)
+    tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.arange(0, RP)
+    position = _position(row, last, last_first, strided_first, step, num_rows)
+    gap = tl.where(position < 0, -1, position // P)[None, :] - tile[:, None]
+    seen = tl.load(is_window + head * num_tiles + gap, mask=gap >= 0, other=0).to(tl.int64)
+    for word in tl.static_range(WORDS):
+        mine = (row // 64 == word)[None, :]
+        bits = tl.where(mine, seen << (row % 64).to(tl.int64)[None, :], 0)
+        tl.store(masks + (head * num_tiles + tile) * WORDS + word, tl.sum(bits, 1),
+                 mask=tile < num_tiles)
+
+
+@triton.jit
+def _row_is_masked(masks, place, row, WORDS: tl.constexpr):
+    bits = tl.load(masks + place * WORDS)
+    if WORDS == 1:
+        return (bits >> row.to(tl.int64)) & 1 != 0
+    high = tl.load(masks + place * WORDS + 1)
+    return (tl.where(row < 64, bits, high) >> (row % 64).to(tl.int64)) & 1 != 0
+
+
+@triton.jit
+def _add_diagonals(mass, diagonals, base, tile, context_len, row, num_rows, P: tl.constexpr,
+                   RP: tl.constexpr):
+    """Token diagonals of one tile [P, RP] of consecutive rows. Entry i holds the distance
+    context_len - 1 - i, so key and row together name entry key - row + num_rows - 1."""
+    key, low = tl.arange(0, P), tl.arange(0, RP)
+    source = key[:, None] + row[None, :]
+    shifted = tl.gather(mass, tl.minimum(source, P - 1), 0)
+    entry = tile * P + key + num_rows - 1
+    tl.atomic_add(diagonals + base + entry, tl.sum(tl.where(source < P, shifted, 0.0), 1),
+                  mask=entry < context_len, sem="relaxed")
+    source = low[:, None] - RP + row[None, :]
+    inside = (source >= 0) & (source < P)
+    shifted = tl.gather(mass, tl.minimum(tl.maximum(source, 0), P - 1), 0)
+    entry = tile * P + low - RP + num_rows - 1
+    tl.atomic_add(diagonals + base + entry, tl.sum(tl.where(inside, shifted, 0.0), 1),
+                  mask=(entry >= 0) & (entry < context_len), sem="relaxed")
+
+
+@triton.jit
+def _sum_tile(
+    queries, lse, k, position, tile, context_len, masks, columns, diagonals, head, num_tiles, row,
+    num_rows, GROUP, P: tl.constexpr, RP: tl.constexpr, QG: tl.constexpr, STACK: tl.constexpr,
+    WORDS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):
+    """Column sums of one key tile for QG heads; WORDS 0: token diagonals too, nothing excluded."""
+    key = tile * P + tl.arange(0, P)
+    sums: tl.tuple = ()
+    for g in tl.static_range(QG):
+        log_sum = tl.load(lse + (head + tl.minimum(g, GROUP - 1)) * RP + row)
+        scores = tl.dot(k, tl.trans(queries[g]), input_precision=PRECISION)
+        if WORDS > 0:
+            place = (head + tl.minimum(g, GROUP - 1)).to(tl.int64) * num_tiles + tile
+            log_sum = tl.where(_row_is_masked(masks, place, row, WORDS), float("inf"), log_sum)
+        mass = tl.exp2(scores - log_sum[None, :])
+        if MASKED:
+            mass = tl.where(key[:, None] <= position[None, :], mass, 0.0)
+        sums = sums + (tl.sum(mass, 1),)
+        if WORDS == 0:  # noqa: SIM102 - known at compile time, the next is not
+            if g < GROUP:
+                base = (head + g).to(tl.int64) * context_len
+                _add_diagonals(mass, diagonals, base, tile, context_len, row, num_rows, P, RP)
+    for _ in tl.static_range(STACK - QG):
+        sums = sums + (sums[0],)
+    g = tl.arange(0, STACK)[None, :]
+    place = (head + g).to(tl.int64) * context_len + key[:, None]
+    mask = (key < context_len)[:, None] & (g < GROUP) & (g < QG)
+    tl.store(columns + place, _stack(sums, P, STACK), mask=mask)
+
+
+@triton.jit
+def column_masses(
+    queries, keys, table, lse, masks, columns, diagonals, stride_block, stride_token, stride_head,
+    first_kv_head, num_heads, num_tiles, tiles_per_program, inter_end, succ_end, mask_from,
+    context_len, last, last_first, strided_first, step, num_rows,
+    GROUP: tl.constexpr, RP: tl.constexpr, P: tl.constexpr, D: tl.constexpr, QG: tl.constexpr,
+    STACK: tl.constexpr, WORDS: tl.constexpr, PRECISION: tl.constexpr,
+) -> None:
+    """Pass 2: weights summed over the probe rows of each head, for each key.
+
+    Keys stand in rows of the score tile here, so that the sum over probe rows stays in a warp.
+    lse: [heads here * RP]; columns, diagonals: [heads here, S]. Grid (programs, head groups, KV
+    heads here).
+    """
+    program, first_head, kv = tl.program_id(0), tl.program_id(1) * QG, tl.program_id(2)
+    first = program * tiles_per_program
+    stop = tl.minimum(first + tiles_per_program, num_tiles)
+    keys += (first_kv_head + kv).to(tl.int64) * stride_head
+    row = tl.arange(0, RP)
+    position = _position(row, last, last_first, strided_first, step, num_rows)
+    head = kv * GROUP + first_head
+    left = GROUP - first_head
+    zone_stop = _zone_of_tile(first, inter_end, succ_end) + 1
+    for zone in range(_zone_of_tile(stop - 1, inter_end, succ_end), zone_stop):
+        lo = tl.maximum(first, tl.where(zone == 0, succ_end, tl.where(zone == 1, inter_end, 0)))
+        hi = tl.minimum(stop, tl.where(zone == 0, num_tiles, tl.where(zone == 1, succ_end,
+                                                                      inter_end)))
+        rows: tl.tuple = ()
+        first_row = (zone * num_heads + (first_kv_head + kv) * GROUP + first_head) * RP
+        for g in tl.static_range(QG):
+            rows = rows + (_load_rows(queries, first_row, g * RP + row, left * RP, D),)
+        tail = tl.minimum(tl.maximum(lo, mask_from), hi)
+        for tile in range(lo, tail):
+            k, _ = _load_keys(keys, table, tile, stride_block, stride_token, P, D)
+            _sum_tile(rows, lse, k, position, tile, context_len, masks, columns, diagonals, head,
+                      num_tiles, row, num_rows, left, P, RP, QG, STACK, WORDS, PRECISION, False)
+        for tile in range(tail, hi):
+            k, _ = _load_keys(keys, table, tile, stride_block, stride_token, P, D)
+            _sum_tile(rows, lse, k, position, tile, context_len, masks, columns, diagonals, head,
+                      num_tiles, row, num_rows, left, P, RP, QG, STACK, WORDS, PRECISION, True)

@@ -1,0 +1,348 @@
+"""Vertical-slash selection on the device: `select.select_vertical_slash` in Triton.
+
+Same rules and results as `select`, which is the specification. The host only launches: shapes come
+from the budget and from lengths it knows, so nothing waits for the device. Two passes of the probe
+rows over the keys, and no score map: pass 1 gives each row's softmax sum and its mass in each key
+tile, hence the windows; pass 2 gives column sums without what windows cover; radix selection and
+prefix sums turn sums into indices.
+
+KV heads are taken as many at a time as the workspace allows, so that it stays within 64 MiB for
+28 query heads, 4 KV heads and 1,048,576 keys with 128 probe rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from longspan.ops import probe as kernels
+from longspan.ops import threshold
+from longspan.ops.select import PAPER_TILE_LEN, Budget
+from longspan.ops.types import PagedKV, QueryRotary, Selection
+
+WORKSPACE_BYTES = 60 << 20
+"""For masses of key tiles, then for sums; what else there is stays below 4 MiB."""
+ROW_BLOCK = 128
+"""Probe rows in one matrix product of pass 1."""
+ROWS_AT_ONCE = 512
+"""Probe rows that a program keeps in shared memory (D = 128, bf16: 128 KiB)."""
+DIAGONAL_HEADS = 2
+"""Heads that a program of pass 2 takes at a time in paper mode: token diagonals need registers."""
+MAX_ROWS = 128
+"""Probe rows of one head."""
+SELECT_BLOCK = 8192
+INTERPRETED_PROGRAMS = 3
+
+
+class _Probes(NamedTuple):
+    """Probe rows of one head, as the kernels take them."""
+
+    last: int
+    last_first: int
+    strided_first: int
+    step: int
+    num_rows: int
+
+
+class _Call(NamedTuple):
+    """What all KV heads of one selection share."""
+
+    queries: Tensor
+    """[zones, H, RP, D] rotated probe rows, scale * log2(e) in them"""
+    cache: PagedKV
+    block_table: Tensor
+    budget: Budget
+    probes: _Probes
+    context_len: int
+    inter_end: int
+    """Key tiles [0, inter_end) are of the inter zone, those up to succ_end of the succ zone."""
+    succ_end: int
+
+    @property
+    def padded_rows(self) -> int:
+        return self.queries.shape[2]
+
+    @property
+    def tile_len(self) -> int:
+        return self.cache.k.shape[1]
+
+    @property
+    def num_tiles(self) -> int:
+        return -(-self.context_len // self.tile_len)
+
+    @property
+    def num_heads(self) -> int:
+        return self.queries.shape[1]
+
+    @property
+    def group(self) -> int:
+        return self.num_heads // self.cache.k.shape[2]
+
+    @property
+    def mask_from(self) -> int:
+        """The first key tile that is not wholly before every probe row."""
+        first = self.probes.last_first
+        if self.probes.num_rows > self.probes.last:
+            first = min(first, self.probes.strided_first)
+        return first // self.tile_len
+
+    @property
+    def zone_args(self) -> tuple[int, int]:
+        return self.inter_end, self.succ_end
+
+
+class _Heads(NamedTuple):
+    """Consecutive KV heads that are worked on together."""
+
+    first: int
+    number: int
+
+
+def supports(q: Tensor, cache: PagedKV, rotary: QueryRotary, cached_len: int,
+             budget: Budget) -> bool:
+    """Whether the kernels take these inputs; otherwise `select` does.
+
+    q: [T, H, D]. Tiles must be powers of two and lie in one zone each.
+    """
+    tile_len, num_kv_heads, head_dim = cache.k.shape[1:]
+    dtypes = (torch.bfloat16, torch.float16) if q.is_cuda else (torch.float32, torch.bfloat16)
+    num_rows = budget.probe_last + (budget.probe_strided if budget.mode == "tile" else 0)
+    return (q.dtype == cache.k.dtype and q.dtype in dtypes and q.stride(-1) == 1
+            and cache.k.stride(-1) == 1 and head_dim in (16, 32, 64, 128)
+            and tile_len in (16, 32, 64, 128) and q.shape[1] % num_kv_heads == 0
+            and 0 < num_rows <= MAX_ROWS
+            and (rotary.stride % tile_len == 0 or cached_len + q.shape[0] <= rotary.stride))
+
+
+def select_vertical_slash(
+    q: Tensor, cache: PagedKV, block_table: Tensor, cached_len: int, rotary: QueryRotary,
+    scale: float, budget: Budget,
+) -> Selection:
+    """See `select.select_vertical_slash`. Equal sums at a budget's edge go to the lower index.
+
+    q: [T, H, D] not rotated, all in one DCA chunk. Inputs are those that `supports` accepts.
+    """
+    call = _prepare(q, cache, block_table, cached_len, rotary, scale, budget)
+    columns = torch.full((call.num_heads, min(max(budget.vertical), call.context_len)), -1,
+                         dtype=torch.int64, device=q.device)
+    choose, bytes_per_head = ((_choose_tiles, _tile_bytes(call)) if budget.mode == "tile"
+                              else (_choose_paper, 8 * call.context_len))
+    num_kv_heads = cache.k.shape[2]
+    at_once = max(1, min(num_kv_heads, WORKSPACE_BYTES // (bytes_per_head * call.group)))
+    offsets = torch.empty(call.num_heads, _num_windows(call), dtype=torch.int64, device=q.device)
+    for first in range(0, num_kv_heads, at_once):
+        choose(call, _Heads(first, min(at_once, num_kv_heads - first)), columns, offsets)
+    if budget.mode == "tile":
+        return Selection(columns, offsets, call.tile_len, aligned=True)
+    return Selection(columns, offsets, PAPER_TILE_LEN, aligned=False)
+
+
+def _prepare(
+    q: Tensor, cache: PagedKV, block_table: Tensor, cached_len: int, rotary: QueryRotary,
+    scale: float, budget: Budget,
+) -> _Call:
+    """Place the probe rows and rotate them for every zone."""
+    num_queries, num_heads, head_dim = q.shape
+    probes = _place_probes(cached_len, num_queries, budget)
+    padded = max(16, triton.next_power_of_2(probes.num_rows))
+    chunk_start = cached_len // rotary.stride * rotary.stride
+    zones = min(3, 1 + chunk_start // rotary.stride)
+    queries = torch.empty(zones, num_heads, padded, head_dim, dtype=q.dtype, device=q.device)
+    kernels.rotate_probes[(padded // 16, num_heads)](
+        q, rotary.inv_freq, queries, q.stride(0), q.stride(1), cached_len, chunk_start,
+        rotary.stride if zones > 1 else 0, rotary.clamp if zones > 2 else 0,
+        scale * math.log2(math.e), *probes, num_heads, RP=padded, HALF=head_dim // 2, ZONES=zones,
+        BLOCK=16)
+    tile_len = cache.k.shape[1]
+    return _Call(queries, cache, block_table, budget, probes, cached_len + num_queries,
+                 max(0, chunk_start - rotary.stride) // tile_len, chunk_start // tile_len)
+
+
+def _place_probes(start: int, num_queries: int, budget: Budget) -> _Probes:
+    last = min(budget.probe_last, num_queries)
+    strided = min(budget.probe_strided, num_queries - last) if budget.mode == "tile" else 0
+    step = (num_queries - last) // strided if strided > 0 else 1
+    return _Probes(last, start + num_queries - last, start + step // 2, step,
+                   last + max(0, strided))
+
+
+def _num_windows(call: _Call) -> int:
+    """Width of the offsets: known from the budget alone, so some of it may be padding."""
+    if call.budget.mode == "tile":
+        wanted = -(-max(call.budget.slash) // call.tile_len)
+        return min(call.num_tiles, max(_forced_tiles(call), wanted))
+    most = min(max(1, *call.budget.slash), call.context_len)
+    return min(most, call.context_len // PAPER_TILE_LEN + 2)  # windows never overlap
+
+
+def _forced_tiles(call: _Call) -> int:
+    return 1 + -(-call.budget.local // call.tile_len)
+
+
+def _tile_bytes(call: _Call) -> int:
+    """Workspace of one query head: masses of rows in tiles, or sums of columns after them."""
+    return max(8 * call.num_tiles * call.padded_rows, 4 * call.context_len)
+
+
+# -- tile mode --------------------------------------------------------------------------------
+
+
+def _choose_tiles(call: _Call, heads: _Heads, columns: Tensor, offsets: Tensor) -> None:
+    """Fill the rows of these heads. columns: [H, V]; offsets: [H, W]."""
+    device, num_tiles = call.queries.device, call.num_tiles
+    num_heads, rows = heads.number * call.group, call.padded_rows
+    own = slice(heads.first * call.group, heads.first * call.group + num_heads)
+    words = -(-rows // 64)
+    masses = torch.empty(num_heads * num_tiles * rows, dtype=torch.int64, device=device)
+    lse = _pass_one(call, heads, masses)
+    sums = torch.empty(num_heads, num_tiles, dtype=torch.float32, device=device)
+    block = 32
+    kernels.diagonal_masses[(triton.cdiv(num_tiles, block), num_heads)](
+        masses, lse, sums, num_tiles, _forced_tiles(call),
+        *call.probes, ROWS=call.group * rows, RP=rows, P=call.tile_len, BLOCK=block)
+    del masses
+    is_window = torch.empty(num_heads, num_tiles, dtype=torch.int8, device=device)
+    threshold.choose_windows[(num_heads,)](
+        sums, _window_budgets(call)[own], offsets[own], is_window, offsets.shape[1], num_tiles,
+        _forced_tiles(call), P=call.tile_len, BLOCK=triton.next_power_of_2(num_tiles), num_warps=8)
+    masks = torch.empty(num_heads, num_tiles, words, dtype=torch.int64, device=device)
+    kernels.row_masks[(triton.cdiv(num_tiles, block), num_heads)](
+        is_window, masks, num_tiles, *call.probes, RP=rows, P=call.tile_len, WORDS=words,
+        BLOCK=block)
+    column_sums = torch.empty(num_heads, call.context_len, dtype=torch.float32, device=device)
+    _pass_two(call, heads, lse, masks, column_sums, column_sums, words)
+    _select_largest(column_sums, _budgets(call.budget.vertical, device)[own], columns[own],
+                    call.budget.sink, floor=0, backwards=False)
+
+
+def _window_budgets(call: _Call) -> Tensor:
+    tiles = tuple(-(-tokens // call.tile_len) for tokens in call.budget.slash)
+    return _budgets(tiles, call.queries.device)
+
+
+# -- paper mode -------------------------------------------------------------------------------
+
+
+def _choose_paper(call: _Call, heads: _Heads, columns: Tensor, offsets: Tensor) -> None:
+    """Fill the rows of these heads. columns: [H, V]; offsets: [H, W]."""
+    device, size, budget = call.queries.device, call.context_len, call.budget
+    num_heads = heads.number * call.group
+    own = slice(heads.first * call.group, heads.first * call.group + num_heads)
+    slash = _budgets(budget.slash, device)[own]
+    lse = _pass_one(call, heads, None)
+    column_sums = torch.empty(num_heads, size, dtype=torch.float32, device=device)
+    diagonals = torch.zeros(num_heads, size, dtype=torch.float32, device=device)
+    _pass_two(call, heads, lse, lse, column_sums, diagonals, 0)
+    _select_largest(column_sums, _budgets(budget.vertical, device)[own], columns[own], budget.sink,
+                    floor=0, backwards=False)
+    width = min(max(1, *budget.slash), size)
+    distances = torch.empty(num_heads, width, dtype=torch.int32, device=device)
+    _select_largest(diagonals, slash, distances, budget.local, floor=1, backwards=True)
+    starts = torch.empty_like(distances)
+    num_starts = torch.empty(num_heads, dtype=torch.int32, device=device)
+    threshold.coalesce[(num_heads,)](
+        distances, slash, starts, num_starts, width, size, 1, P=PAPER_TILE_LEN, num_warps=1)
+    threshold.reverse_windows[(triton.cdiv(offsets.shape[1], 1024), num_heads)](
+        starts, num_starts, offsets[own], width, offsets.shape[1], P=PAPER_TILE_LEN, BLOCK=1024)
+
+
+# -- the passes -------------------------------------------------------------------------------
+
+
+def _pass_one(call: _Call, heads: _Heads, masses: Tensor | None) -> Tensor:
+    """log2 of each probe row's whole mass, [heads here * RP]; fills ``masses`` if given."""
+    k, rows = call.cache.k, call.group * call.padded_rows
+    num_blocks = triton.cdiv(rows, ROW_BLOCK)
+    groups = triton.cdiv(num_blocks, ROWS_AT_ONCE // ROW_BLOCK)
+    programs, tiles = _split(call, heads, groups)
+    size = heads.number * rows
+    partial = torch.empty(programs, size, dtype=torch.float32, device=k.device)
+    lse = torch.empty(size, dtype=torch.float32, device=k.device)
+    sink_tiles = -(-min(call.budget.sink, call.context_len) // call.tile_len)
+    blocks = triton.next_power_of_2(triton.cdiv(num_blocks, groups))
+    kernels.tile_masses[(programs, groups, heads.number)](
+        call.queries, k, call.block_table, partial if masses is None else masses, partial,
+        *k.stride()[:3], heads.first, call.num_heads, call.num_tiles, tiles, *call.zone_args,
+        0 if masses is None else sink_tiles, call.mask_from, call.budget.sink, *call.probes,
+        ROWS=rows, QN=blocks, BM=ROW_BLOCK, WITH_MAP=masses is not None, **_constants(call))
+    kernels.combine_logs[(triton.cdiv(size, 32),)](
+        partial, lse, programs, size, call.probes.num_rows, RP=call.padded_rows,
+        NP=triton.next_power_of_2(programs), BLOCK=32)
+    return lse
+
+
+def _pass_two(
+    call: _Call, heads: _Heads, lse: Tensor, masks: Tensor, columns: Tensor, diagonals: Tensor,
+    words: int,
+) -> None:
+    """Column sums [heads here, S]; with no words of masks, diagonal sums too."""
+    k = call.cache.k
+    most = min(8, ROWS_AT_ONCE // call.padded_rows) if words > 0 else DIAGONAL_HEADS
+    groups = triton.cdiv(call.group, most)
+    programs, tiles = _split(call, heads, groups)
+    at_once = triton.cdiv(call.group, groups)
+    kernels.column_masses[(programs, groups, heads.number)](
+        call.queries, k, call.block_table, lse, masks, columns, diagonals, *k.stride()[:3],
+        heads.first, call.num_heads, call.num_tiles, tiles, *call.zone_args, call.mask_from,
+        call.context_len, *call.probes, GROUP=call.group, QG=at_once,
+        STACK=triton.next_power_of_2(at_once), WORDS=words, **_constants(call))
+
+
+def _split(call: _Call, heads: _Heads, groups: int) -> tuple[int, int]:
+    """Programs along the keys, and key tiles of each: one wave over the whole device."""
+    programs = max(1, _device_programs(call.cache.k.device) // (heads.number * groups))
+    tiles = -(-call.num_tiles // programs)
+    return -(-call.num_tiles // tiles), tiles
+
+
+def _constants(call: _Call) -> dict[str, Any]:
+    """fp32, which only tests take, is multiplied exactly."""
+    return {"RP": call.padded_rows, "P": call.tile_len, "D": call.cache.k.shape[3], "num_stages": 3,
+            "PRECISION": "ieee" if call.cache.k.dtype == torch.float32 else "tf32",
+            "num_warps": 8}
+
+
+def _select_largest(
+    values: Tensor, budgets: Tensor, out: Tensor, forced: int, floor: int, backwards: bool
+) -> None:
+    """Indices of each head's largest values, ascending; backwards: as distances from the end.
+
+    values: [heads, S] >= 0; budgets: [heads], raised to ``floor`` and cut at S; out: [heads, >= k].
+    """
+    num_heads, size = values.shape
+    if out.shape[1] == 0:
+        return
+    blocks = triton.cdiv(size, SELECT_BLOCK)
+    counts = torch.zeros(num_heads, threshold.BINS, dtype=torch.int32, device=values.device)
+    block_counts = torch.empty(num_heads, 2, blocks, dtype=torch.int32, device=values.device)
+    shared: dict[str, Any] = {"BINS": threshold.BINS, "REVERSED": backwards, "BLOCK": SELECT_BLOCK,
+                              "num_warps": 8}
+    grid = blocks, num_heads
+    for level in range(threshold.LEVELS):
+        threshold.count_digits[grid](
+            values, counts, budgets, size, forced, floor, LEVEL=level, **shared)
+    threshold.count_selected[grid](
+        values, counts, budgets, block_counts, size, forced, floor, **shared)
+    threshold.write_selected[grid](
+        values, counts, budgets, block_counts, out, out.stride(0), size, forced, floor,
+        NB=triton.next_power_of_2(blocks), **shared)
+
+
+@functools.lru_cache(maxsize=1024)
+def _budgets(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """[H] int32, kept for each layer. From pinned memory, so that the host does not wait."""
+    tensor = torch.tensor(values, dtype=torch.int32)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+@functools.cache
+def _device_programs(device: torch.device) -> int:
+    """Programs that run at once: one on each multiprocessor."""
+    if device.type != "cuda":
+        return INTERPRETED_PROGRAMS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
