@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longspan.engine.batch import upload
+from longspan.attention.upload import upload
 from longspan.engine.grammar import Grammar, Grammars
 from longspan.engine.step import NO_TOKEN, RowLogprobs, SamplingExtras, ScheduledSlice
 from longspan.ops.logits import Penalties, keep_allowed, penalize, top_logprobs
@@ -141,6 +141,10 @@ class Sampler:
             token_ids[self._indices(failed)] = NO_TOKEN
         return SampledTokens(token_ids, None if found is None else _choose(
             wanted, found, token_ids[self._indices(wanted)]))
+
+    def asks(self, items: Sequence[ScheduledSlice]) -> bool:
+        """Whether any of these decode slices needs more than `longspan.ops.sample`."""
+        return any(item.slot in self._states for item in items)
 
     # -- state ---------------------------------------------------------------------------------
 

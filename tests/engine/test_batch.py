@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from array import array
 
+import torch
+
 from longspan.engine.batch import build_batch
 from longspan.engine.step import RowSampling, ScheduledBatch, ScheduledSlice
 
@@ -39,3 +41,14 @@ def test_a_step_may_sample_nothing() -> None:
     batch = build_batch(step, block_size=4, head_dim=8, dca=None, device="cpu")
     rows = batch.metadata.output_rows
     assert rows is not None and rows.numel() == 0 and batch.all_greedy
+
+
+def test_slices_that_run_ahead_take_their_input_from_the_device() -> None:
+    ahead = ScheduledSlice(
+        request_id="b", slot=2, token_ids=array("i"), cached_len=6, prompt_len=6,
+        block_ids=[3, 5], sparse=False, sampling=GREEDY)
+    step = ScheduledBatch(step_id=0, slices=(make_slice([5, 6], 4, None), ahead))
+    batch = build_batch(step, block_size=4, head_dim=8, dca=None, device="cpu",
+                        last_tokens=torch.tensor([10, 11, 12, 13]))
+    assert batch.token_ids.tolist() == [5, 6, 12]
+    assert batch.slots.tolist() == [2] and batch.sampling.position.tolist() == [7]

@@ -53,6 +53,51 @@ def test_prefill_chunks_of_one_prompt_fill_the_pipeline() -> None:
     assert list(request.output_ids) == complete(request.prompt_ids, request.params)
 
 
+def test_a_prefill_is_not_queued_behind_another_one() -> None:
+    """A request that arrives during a long step waits for that one only; decodes do run ahead."""
+    transport = DeepTransport(make_runner(), max_in_flight=2)
+    loop = Loop(Scheduler(CONFIG), transport, queues_prefill=False)
+    loop.add(make_request("a", range(1, 25), max_tokens=4, ignore_eos=True))
+    for _ in range(3):
+        loop.turn()
+        assert not transport.results
+    loop.turn()
+    assert len(transport.results) == 1
+    while not loop.is_idle:
+        loop.turn()
+    ahead = [[item.is_run_ahead for item in batch.slices]
+             for batch in transport.executor.batches]
+    assert ahead == [[False], [False], [False], [False], [True], [True]]
+
+
+class Interrupting(DeepTransport):
+    """Has news before every other result, and forgets nothing when told to."""
+
+    has_news = False
+
+    def collect(self) -> StepResult | None:
+        """Every other time the result."""
+        self.has_news = not self.has_news
+        return None if self.has_news else super().collect()
+
+    def discard(self) -> None:
+        """Results of an earlier epoch still come."""
+
+
+def test_news_come_between_steps_and_stale_results_change_nothing() -> None:
+    scheduler = Scheduler(CONFIG)
+    loop = Loop(scheduler, Interrupting(make_runner(), max_in_flight=2))
+    loop.add(make_request("a", range(1, 30), max_tokens=4))
+    assert [len(loop.turn().updates) for _ in range(3)] == [0, 1, 0]
+    assert [update.finish_reason for update in loop.interrupt()] == ["abort"]
+    request = make_request("b", range(2, 30), max_tokens=3, ignore_eos=True)
+    loop.add(request)
+    while not loop.is_idle:
+        loop.turn()
+        scheduler.check()
+    assert list(request.output_ids) == complete(request.prompt_ids, request.params)
+
+
 def test_an_abort_before_the_first_turn_is_reported_once() -> None:
     runner = make_runner()
     loop = Loop(Scheduler(CONFIG), LocalTransport(runner))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from array import array
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +154,34 @@ def test_plan_sources(tmp_path: Path) -> None:
 
 def test_no_plan(path: Path) -> None:
     assert resolve_plan(path, ModelConfig.from_dir(path), EngineConfig(model="m")) is None
+
+
+def test_steps_run_ahead_of_their_tokens(path: Path) -> None:
+    """Launched before the results of the steps before are looked at: the same tokens."""
+    runner, prompts = load(path), [prompt_of(20), prompt_of(33)]
+
+    def row(slot: int, step: int, token: int | None) -> ScheduledSlice:
+        prompt, blocks = prompts[slot], list(range(8 * slot, 8 * slot + 8))
+        if step == 0:
+            return replace(make_slice(prompt, 0, len(prompt), blocks), slot=slot)
+        return ScheduledSlice(
+            request_id="ab"[slot], slot=slot, cached_len=len(prompt) + step - 1,
+            token_ids=array("i", [] if token is None else [token]), prompt_len=len(prompt),
+            block_ids=blocks, sparse=False, sampling=GREEDY)
+
+    def answers(ahead: bool) -> list[tuple[int, ...]]:
+        launched, order, known = [], (0, 1), dict[int, int]()
+        for step in range(6):
+            batch = ScheduledBatch(step_id=step, epoch=3, slices=tuple(
+                row(slot, step, known.get(slot)) for slot in order))
+            launched.append(runner.launch(batch))
+            if not ahead:
+                known = dict(zip(order, launched[-1].wait().token_ids, strict=True))
+            order = order[::-1]  # places in the step change, slots do not
+        results = [step.wait() for step in launched]
+        assert [(r.step_id, r.epoch) for r in results] == [(step, 3) for step in range(6)]
+        assert all(result.elapsed_s > 0 for result in results)
+        return [result.token_ids for result in results]
+
+    found = answers(ahead=True)
+    assert found == answers(ahead=False) and len(set(found)) > 1
