@@ -21,9 +21,10 @@ PROGRAMS_PER_SM = 6
 MIN_TILES = 2
 """Fewer key tiles than this are not worth an item of their own."""
 TILE_BYTES = 16_384
-"""Keys of one tile. With as many values, in `STAGES` stages, a program takes 72 KB of shared memory:
-three of them fit an SM of Hopper, one fits the smallest of Ampere."""
+"""Keys of one tile."""
 STAGES = 3
+"""With these a program takes 72 KB of shared memory: three of them fit an SM of Hopper, one fits
+the smallest of Ampere."""
 MIN_ROWS = 16
 """Smallest row count of `tl.dot`; the query heads of a KV head are padded to it."""
 
