@@ -76,7 +76,7 @@ def _sequence_slice(item: ScheduledSlice) -> SequenceSlice:
     return SequenceSlice(
         query_len=item.query_len, cached_len=item.cached_len, prompt_len=item.prompt_len,
         block_ids=item.block_ids, sparse=item.sparse,
-        num_outputs=0 if item.sampling is None else 1)
+        num_outputs=int(item.context_len >= item.prompt_len))
 
 
 def _sampling_rows(items: Sequence[ScheduledSlice]) -> SamplingRows:
