@@ -46,7 +46,8 @@ ALLOWED_OTHERS: dict[str, tuple[str, ...]] = {
     "longspan.ops": ("torch", "triton", "numpy"),
 }
 CONTROL_PLANE = (
-    "request", "blocks", "chunking", "scheduler", "loop", "wire", "tokenizer", "client")
+    "request", "blocks", "chunking", "scheduler", "loop", "wire", "tokenizer", "client",
+    "transport", "conductor", "launch", "scheduler_process")
 ENVIRONMENT = ("environ", "environb", "getenv", "putenv")
 MAX_FILE_LINES = 420
 MAX_FUNCTION_LINES = 80

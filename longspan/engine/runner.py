@@ -135,10 +135,7 @@ class Runner:
         """
         rows = [] if apart is None else [apart]
         if inputs.token_ids.shape[0]:
-            hidden = inputs.token_ids
-            for stage in self._stages:
-                hidden = stage.model(hidden, inputs.metadata, stage.caches)
-            rows.append(hidden)
+            rows.append(self._hidden(inputs.token_ids, inputs.metadata))
         sampled = torch.cat(rows) if len(rows) > 1 else rows[0] if rows else None
         if sampled is None or not sampled.shape[0]:
             return None
@@ -192,12 +189,16 @@ class Runner:
         self._last_tokens[inputs.slots] = sampled.token_ids
         return sampled
 
-    def _decode(self, token_ids: Tensor, metadata: AttentionMetadata) -> Tensor:
-        """What a decode graph holds: token ids [B] to logits [B, V] fp32."""
+    def _hidden(self, token_ids: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """Token ids [T] to the hidden states of the wanted rows, [n, M]."""
         hidden = token_ids
         for stage in self._stages:
             hidden = stage.model(hidden, metadata, stage.caches)
-        return self._stages[-1].model.logits(hidden)
+        return hidden
+
+    def _decode(self, token_ids: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """What a decode graph holds: token ids [B] to logits [B, V] fp32."""
+        return self._stages[-1].model.logits(self._hidden(token_ids, metadata))
 
     def _take_attention_stats(self) -> tuple[float, float]:
         pairs = [stage.model.attention_stats() for stage in self._stages]

@@ -10,12 +10,13 @@ from __future__ import annotations
 import logging
 from array import array
 from collections import deque
-from dataclasses import replace
+from dataclasses import fields, replace
+from operator import attrgetter
 from typing import Any
 
 import zmq
 
-from longspan.engine.step import ScheduledBatch, StepResult
+from longspan.engine.step import ScheduledBatch, ScheduledSlice, StepResult
 from longspan.engine.wire import (
     BadFrameError,
     Begin,
@@ -157,12 +158,10 @@ class Tables:
                 table = array("i", item.block_ids)
                 self._known[item.slot] = item.request_id, table
                 tables[item.request_id] = table.tobytes()
-        slices = tuple(replace(item, block_ids=()) for item in batch.slices)
-        return Step(replace(batch, slices=slices), tables)
+        return Step(replace(batch, slices=tuple(map(_without_table, batch.slices))), tables)
 
     def restore(self, step: Step) -> ScheduledBatch:
         """The receiver's side."""
-        slices = []
         for item in step.batch.slices:
             if item.request_id in step.tables:
                 table = array("i")
@@ -170,5 +169,17 @@ class Tables:
                 self._known[item.slot] = item.request_id, table
             owner, table = self._known[item.slot]
             assert owner == item.request_id, "a slot's table is sent with its owner's first slice"
-            slices.append(replace(item, block_ids=table))
-        return replace(step.batch, slices=tuple(slices))
+            # Just decoded: nobody else has seen it. A copy of each slice in each step would cost
+            # more than all the rest of the way.
+            object.__setattr__(item, "block_ids", table)
+        return step.batch
+
+
+_OTHER_FIELDS = tuple(
+    field.name for field in fields(ScheduledSlice) if field.name != "block_ids")
+_values_of = attrgetter(*_OTHER_FIELDS)
+
+
+def _without_table(item: ScheduledSlice) -> ScheduledSlice:
+    """`dataclasses.replace`, in half the time."""
+    return ScheduledSlice(**dict(zip(_OTHER_FIELDS, _values_of(item), strict=True)), block_ids=())
