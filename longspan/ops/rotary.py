@@ -82,8 +82,8 @@ def _rotate_kernel(
             turn = tl.zeros_like(local) + tl.minimum(2 * stride - 1, clamp)
         # a zone that a row does not need may lie beyond the tables
         angle = tl.minimum(turn, table_rows - 1).to(tl.int64)[:, None] * HALF + dims
-        cosines = cosines + (tl.load(cos + angle) * factor,)
-        sines = sines + (tl.load(sin + angle) * factor,)
+        cosines = cosines + (tl.load(cos + angle) * factor,)  # type: ignore[assignment]
+        sines = sines + (tl.load(sin + angle) * factor,)  # type: ignore[assignment]
     first_head = tl.program_id(1) * HEADS
     inside = (rows < num_rows)[:, None]
     for head in range(first_head, tl.minimum(first_head + HEADS, num_heads)):
@@ -91,7 +91,7 @@ def _rotate_kernel(
         y = tl.load(source + head * q_head_stride + HALF, mask=exists[:, None], other=0.0)
         x, y = x.to(tl.float32), y.to(tl.float32)
         for zone in tl.static_range(ZONES):
-            c, s = cosines[zone], sines[zone]
+            c, s = cosines[zone], sines[zone]  # type: ignore[var-annotated]
             base = (zone * num_heads + head).to(tl.int64) * num_rows
             target = out + (base + rows)[:, None] * (2 * HALF) + dims
             tl.store(target, (x * c - y * s).to(out.dtype.element_ty), mask=inside)
