@@ -31,6 +31,18 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads; default: all cor
 Model = Annotated[str, typer.Argument(help="Directory, hub id, or nano (bundled).")]
 ModelOption = Annotated[str, typer.Option(help="Directory, hub id, or nano (bundled).")]
 Results = Annotated[Path, typer.Option(help="Folder of result files.")]
+ShapeName = Annotated[str, typer.Option(
+    "--shape", help="qwen2.5-7b, qwen2.5-14b or nano; random weights.")]
+Vertical = Annotated[int | None, typer.Option(help="Columns of each head; default: released.")]
+Slash = Annotated[int | None, typer.Option(help="Diagonals of each head; default: released.")]
+SelectionMode = Annotated[str, typer.Option("--mode", help="Selection: tile or paper.")]
+Correction = Annotated[bool | None, typer.Option(
+    "--correction/--no-correction", help="Dropped tiles take part as their means.")]
+ProbeStrided = Annotated[int | None, typer.Option(help="Probe queries spread over a chunk.")]
+DenseTail = Annotated[int | None, typer.Option(help="Last tokens that attend to everything.")]
+Layers = Annotated[int | None, typer.Option(help="Only the first layers; default: all.")]
+Commit = Annotated[str | None, typer.Option(help="Where the source is a copy without git.")]
+BudgetS = Annotated[float | None, typer.Option(help="Start nothing new after these seconds.")]
 
 app = typer.Typer(
     help="Read a million tokens: long-context inference, measured.", add_completion=False,
@@ -190,6 +202,117 @@ def cpu(
 
 
 @bench_app.command()
+def ops(
+    shape: ShapeName = "qwen2.5-7b",
+    lengths: Annotated[str, typer.Option(help="Context lengths.")] =
+        "32768,131072,262144,524288,1048576",
+    square: Annotated[str, typer.Option(help="Whole dense prompts in one call.")] = "32768,131072",
+    baselines: Annotated[str, typer.Option(help="cudnn, fa2, flex.")] = "cudnn,fa2,flex",
+    flex_max: Annotated[int, typer.Option(help="Longest prompt for flex.")] = 32_768,
+    chunk_len: Annotated[int, typer.Option(help="Tokens of a prefill chunk.")] = 32_768,
+    layers: Annotated[int, typer.Option(help="Layers of whole prefills, evenly spaced.")] = 4,
+    only: Annotated[str | None, typer.Option(help="Sections, with commas between.")] = None,
+    contents: Annotated[str, typer.Option(help="random, local, scattered.")] =
+        "random,local,scattered",
+    max_s: Annotated[float, typer.Option(help="Seconds for the repeats of one figure.")] = 1.0,
+    vertical: Vertical = None, slash: Slash = None, mode: SelectionMode = "tile",
+    correction: Correction = None, probe_strided: ProbeStrided = None,
+    dense_tail: DenseTail = None, device: Device = None, commit: Commit = None,
+    budget_s: BudgetS = None, out: Results = Path("bench/results"),
+) -> None:
+    """Compare attention ops with PyTorch's on one layer of a real shape; checks come first."""
+    from longspan.bench.ops import SECTIONS, OpsOptions, run
+    from longspan.bench.session import BenchOptions, BenchSession
+    from longspan.bench.shapes import PlanOptions, Shape
+    from longspan.bench.timing import Repeats
+
+    plan = PlanOptions(vertical=vertical, slash=slash, mode=mode, correction=correction,
+                       probe_strided=probe_strided, dense_tail=dense_tail)
+    options = OpsOptions(
+        lengths=parse_list(lengths, int, "--lengths"), square=parse_list(square, int, "--square"),
+        baselines=parse_list(baselines, str, "--baselines"), flex_max=flex_max,
+        chunk_len=chunk_len, layers=layers, contents=parse_list(contents, str, "--contents"),
+        sections=SECTIONS if only is None else parse_list(only, str, "--only"),
+        repeats=Repeats(max_s=max_s))
+    session = BenchSession("ops", BenchOptions.make(device, out, commit, budget_s))
+    _exit(run(session, Shape.make(shape, plan), options))
+
+
+@bench_app.command()
+def ttft(
+    shape: ShapeName = "qwen2.5-7b",
+    lengths: Annotated[str, typer.Option(help="Prompt tokens.")] = "131072,262144,524288,1000000",
+    attention: Annotated[str, typer.Option(help="dense, sparse, or both.")] = "sparse,dense",
+    layers: Layers = None, chunk_len: Annotated[
+        int | None, typer.Option(help="Tokens of a prefill chunk.")] = None,
+    vertical: Vertical = None, slash: Slash = None, mode: SelectionMode = "tile",
+    correction: Correction = None, probe_strided: ProbeStrided = None,
+    dense_tail: DenseTail = None, memory_gib: Memory = None, device: Device = None,
+    commit: Commit = None, budget_s: BudgetS = None, out: Results = Path("bench/results"),
+) -> None:
+    """Time to the first token of a real shape with random weights, through the engine."""
+    from longspan.bench.session import BenchOptions, BenchSession
+    from longspan.bench.shapes import PlanOptions, Shape
+    from longspan.bench.ttft import TtftOptions, run
+
+    plan = PlanOptions(vertical=vertical, slash=slash, mode=mode, correction=correction,
+                       probe_strided=probe_strided, dense_tail=dense_tail)
+    options = TtftOptions(
+        lengths=parse_list(lengths, int, "--lengths"), layers=layers, chunk_len=chunk_len,
+        attention=parse_list(attention, str, "--attention"), memory_gib=memory_gib)
+    session = BenchSession("ttft", BenchOptions.make(device, out, commit, budget_s))
+    _exit(run(session, Shape.make(shape, plan), options))
+
+
+@bench_app.command()
+def decode(
+    shape: ShapeName = "qwen2.5-7b",
+    contexts: Annotated[str, typer.Option(help="Tokens of each request.")] = "1000,131072,1000000",
+    batch: Annotated[str, typer.Option(help="Requests decoded together.")] = "1,16,64",
+    layers: Layers = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps timed.")] = 50,
+    memory_gib: Memory = None, device: Device = None, commit: Commit = None,
+    budget_s: BudgetS = None, out: Results = Path("bench/results"),
+) -> None:
+    """Time of a decode step of a real shape behind long contexts, against its bytes."""
+    from longspan.bench.decode import DecodeOptions, run
+    from longspan.bench.session import BenchOptions, BenchSession
+    from longspan.bench.shapes import Shape
+
+    options = DecodeOptions(
+        contexts=parse_list(contexts, int, "--contexts"), steps=steps, layers=layers,
+        batches=parse_list(batch, int, "--batch"), memory_gib=memory_gib)
+    session = BenchSession("decode", BenchOptions.make(device, out, commit, budget_s))
+    _exit(run(session, Shape.make(shape), options))
+
+
+@bench_app.command()
+def quality(
+    model: ModelOption = "nano",
+    lengths: Annotated[str, typer.Option(help="Prompt tokens.")] = "131072,524288,1000000",
+    attention: Annotated[str, typer.Option(help="dense, tile, paper.")] = "dense,tile,paper",
+    single: Annotated[int, typer.Option(min=1, help="Prompts with one question.")] = 8,
+    many: Annotated[int, typer.Option(min=1, help="Questions of the other prompt.")] = 32,
+    seed: Annotated[int, typer.Option(help="Same seed, same prompts.")] = 0,
+    text_root: Annotated[list[Path] | None,
+                         typer.Option(help="Folder of texts; default: Python's library.")] = None,
+    chunk_len: Annotated[int | None, typer.Option(help="Tokens of a prefill chunk.")] = None,
+    device: Device = None, commit: Commit = None, budget_s: BudgetS = None,
+    out: Results = Path("bench/results"),
+) -> None:
+    """What sparse prefill answers and keeps of attention, beside dense, at equal cost."""
+    from longspan.bench.quality import QualityOptions, run
+    from longspan.bench.session import BenchOptions, BenchSession
+
+    options = QualityOptions(
+        model=model, lengths=parse_list(lengths, int, "--lengths"), num_single=single,
+        settings=parse_list(attention, str, "--attention"), num_many=many, seed=seed,
+        text_roots=tuple(text_root or ()), chunk_len=chunk_len)
+    session = BenchSession("quality", BenchOptions.make(device, out, commit, budget_s))
+    _exit(run(session, options))
+
+
+@bench_app.command()
 def report(
     readme: Annotated[Path, typer.Option(help="File with the markers.")] = Path("README.md"),
     results: Results = Path("bench/results"),
@@ -198,6 +321,12 @@ def report(
     from longspan.bench.report import run
 
     run(readme, results)
+
+
+def _exit(status: int) -> None:
+    """End a command with a status other than 0."""
+    if status:
+        raise typer.Exit(status)
 
 
 def parse_list(text: str, convert: Callable[[str], Item], option: str) -> tuple[Item, ...]:

@@ -106,6 +106,37 @@ def check_sparse(shape: Shape, device: str, budget: Budget, correction: bool) ->
     return max(ratios)
 
 
+def check_pointwise(shape: Shape, device: str) -> float:
+    """Norms, activation and the KV write on 333 rows. Returns the worst ratio."""
+    item, model, count = small_input(shape, device), shape.model, 333
+    dtype = item.k.dtype
+    x, residual = (torch.randn(count, model.hidden_size, device=device, dtype=dtype)
+                   for _ in range(2))
+    weight = torch.rand(model.hidden_size, device=device, dtype=dtype) + 0.5
+    gate_up = torch.randn(count, 2 * model.intermediate_size, device=device, dtype=dtype)
+    ratios = [
+        require_close("rms_norm", ops.rms_norm(x, weight, model.rms_norm_eps),
+                      reference.rms_norm(x, weight, model.rms_norm_eps), dtype),
+        require_close("silu_mul", ops.silu_mul(gate_up), reference.silu_mul(gate_up), dtype)]
+    sums = [function(x.clone(), residual.clone(), weight, model.rms_norm_eps)
+            for function in (ops.add_rms_norm, reference.add_rms_norm)]
+    ratios += [require_close("add_rms_norm", one, other, dtype)
+               for one, other in zip(*sums, strict=True)]
+    positions = torch.arange(900, 900 + count, device=device)
+    slots = item.block_table[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+    filled = item.block_table[900 // BLOCK_SIZE : (900 + count) // BLOCK_SIZE]
+    k, v = (torch.randn(count, *item.k.shape[1:], device=device, dtype=dtype) for _ in range(2))
+    caches = [PagedKV(*(part.clone() for part in item.cache if part is not None))
+              for _ in range(2)]
+    for function, cache in zip((ops.store_kv, reference.store_kv), caches, strict=True):
+        function(cache, k, v, positions, slots, filled, item.rotary)
+    ratios += [require_close("store_kv", one[item.block_table[:9]], other[item.block_table[:9]],
+                             dtype)
+               for one, other in zip(*caches, strict=True)
+               if one is not None and other is not None]
+    return max(ratios)
+
+
 def checked_selection(q: Tensor, item: LayerInput, start: int, budget: Budget) -> Selection:
     """Our selection on the small case, which must be sound and as good as the specification's."""
     args = (item.cache, item.block_table, start, item.rotary, item.scale)

@@ -50,15 +50,18 @@ class DecodeOptions:
     layers: int | None
     steps: int
     memory_gib: float | None
-    copy_bytes: int = GIB
+    copy_bytes: int | None = None
+    """Of the copy whose bandwidth makes the floor; default by device."""
 
 
 def run(session: BenchSession, shape: Shape, options: DecodeOptions) -> int:
     """Measure, write rows, print the table. Returns the exit status."""
     cut, total = shape.cut(options.layers), shape.model.num_layers
+    is_cuda = session.device.startswith("cuda")
+    num_bytes = options.copy_bytes or (GIB if is_cuda else GIB // 64)
     copied = session.attempt(
         {"shape": "copy", "context_len": 0, "batch_size": 0, "layers": 0},
-        partial(copy_row, session.device, options.copy_bytes, Repeats()))
+        partial(copy_row, session.device, num_bytes, Repeats()))
     if copied is None:
         return session.finish()
     pairs = sorted({(context, batch) for context in options.contexts for batch in options.batches},

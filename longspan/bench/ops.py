@@ -49,8 +49,9 @@ class OpsOptions:
     sections: tuple[str, ...]
     contents: tuple[str, ...]
     repeats: Repeats
-    gemm_size: int = 8192
-    copy_bytes: int = GIB
+    gemm_size: int | None = None
+    """Rows of the square matrices; default by device."""
+    copy_bytes: int | None = None
 
     def __post_init__(self) -> None:
         for name, values, known in (("--only", self.sections, SECTIONS),
@@ -132,7 +133,9 @@ class LayerBench:
 
     def ceilings(self) -> None:
         """What copies and matrix products reach here."""
-        size, num_bytes = self.options.gemm_size, self.options.copy_bytes
+        is_cuda = self.device.startswith("cuda")
+        size = self.options.gemm_size or (8192 if is_cuda else 512)
+        num_bytes = self.options.copy_bytes or (GIB if is_cuda else GIB // 64)
         self.session.attempt(
             {"op": "copy", "impl": "torch", "params": {"bytes": num_bytes}},
             lambda: copy_row(self.device, num_bytes, self.options.repeats))
@@ -251,35 +254,36 @@ class LayerBench:
 
     def pointwise(self) -> None:
         """Norm, activation and the KV write of one prefill chunk; rates over bytes moved once."""
-        rows, model = self.options.chunk_len, self.model
-        hidden = torch.randn(rows, model.hidden_size, device=self.device, dtype=self.dtype)
-        weight = torch.ones(model.hidden_size, device=self.device, dtype=self.dtype)
+        rows, model, device = self.options.chunk_len, self.model, self.device
+        hidden, residual = (torch.randn(rows, model.hidden_size, device=device, dtype=self.dtype)
+                            for _ in range(2))
+        weight = torch.ones(model.hidden_size, device=device, dtype=self.dtype)
         gate_up = torch.randn(
-            rows // 4, 2 * model.intermediate_size, device=self.device, dtype=self.dtype)
+            rows // 4, 2 * model.intermediate_size, device=device, dtype=self.dtype)
         item = self.input()
-        positions = torch.arange(rows, device=self.device)
+        places = torch.arange(rows, device=device)
+        blocks = torch.arange(rows // BLOCK_SIZE, device=device)
         k, v = item.k[:rows], item.v[:rows]
-
-        def write() -> None:
-            rotated = positions % item.rotary.stride
-            ops.write_kv(
-                item.cache, ops.rotate(k, item.rotary.cos[rotated], item.rotary.sin[rotated]), v,
-                positions)
-        kv_bytes = 4 * k.numel() * k.element_size()
         works: tuple[tuple[str, Callable[[], object], int], ...] = (
             ("rms_norm", lambda: ops.rms_norm(hidden, weight, model.rms_norm_eps),
-             2 * hidden.numel() * hidden.element_size()),
-            ("silu_mul", lambda: ops.silu_mul(gate_up),
-             3 * gate_up.numel() // 2 * gate_up.element_size()),
-            ("rotate_write_kv", write, kv_bytes))
-        for op, work, num_bytes in works:
+             2 * hidden.numel()),
+            ("add_rms_norm",
+             lambda: ops.add_rms_norm(hidden, residual, weight, model.rms_norm_eps),
+             4 * hidden.numel()),
+            ("silu_mul", lambda: ops.silu_mul(gate_up), 3 * gate_up.numel() // 2),
+            ("store_kv", lambda: ops.store_kv(item.cache, k, v, places, places, blocks,
+                                              item.rotary), 4 * k.numel()))
+        for op, work, num_elements in works:
             self.session.attempt(
                 {"op": op, "impl": "ours", "params": self.params(num_queries=rows)},
-                partial(self._bytes_row, work, num_bytes))
+                partial(self._bytes_row, work, num_elements * hidden.element_size()))
 
     def _bytes_row(self, work: Callable[[], object], num_bytes: int) -> dict[str, Any]:
+        error = self.require(
+            "pointwise", lambda: checks.check_pointwise(self.shape, self.device))
         timing = self.measure(work, flush_cache=True)
-        return {**timing.fields(), "tb_per_s": rate(float(num_bytes), timing)}
+        return {**timing.fields(), "tb_per_s": rate(float(num_bytes), timing),
+                "rel_error": rounded(error)}
 
 
 def copy_row(device: str, num_bytes: int, repeats: Repeats) -> dict[str, Any]:

@@ -1,22 +1,30 @@
 """`longspan bench report`: the README's tables, rebuilt from the result files.
 
 A table stands between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``; the text around the
-markers is left alone.
+markers is left alone. Sections of benchmarks that need a GPU bring their headings along and are
+empty as long as there are no result files.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from longspan.bench.results import read_bench
+from longspan.bench.tables import (
+    Content,
+    caption,
+    decode_section,
+    markdown,
+    ops_section,
+    quality_section,
+    ttft_section,
+)
 from longspan.console import note
 from longspan.errors import LongspanError
 
 MARKED = re.compile(r"(<!-- bench:(\w+) -->\n)(.*?)(<!-- /bench:\2 -->)", re.DOTALL)
-Content = Mapping[str, Any]
 
 
 def run(readme: Path, results: Path) -> None:
@@ -36,9 +44,12 @@ def run(readme: Path, results: Path) -> None:
 
 def build_table(name: str, results: Path) -> str:
     """The markdown of one table, with a line end at its end."""
-    if name not in TABLES:
-        raise LongspanError(f"no table is called {name!r}; there are {', '.join(sorted(TABLES))}")
+    known = sorted([*TABLES, *SECTIONS])
+    if name not in known:
+        raise LongspanError(f"no table is called {name!r}; there are {', '.join(known)}")
     contents = read_bench(results, name)
+    if name in SECTIONS:
+        return SECTIONS[name](contents) if contents else ""
     if not contents:
         raise LongspanError(f"{results}: no results of bench {name!r} there; run it first")
     return "\n".join(TABLES[name](content) for content in contents)
@@ -54,8 +65,8 @@ def eval_table(content: Content) -> str:
         cells = {(row["num_tokens"], row["attention"]): row for row in chosen}
         body = [[f"{length:,}", *(_score(cells.get((length, label))) for label in labels)]
                 for length in sorted({row["num_tokens"] for row in chosen})]
-        parts.append(_caption(content, f"{task}, {model}: share right, 95 % interval, questions")
-                     + _markdown(["tokens", *labels], body))
+        parts.append(caption(content, f"{task}, {model}: share right, 95 % interval, questions")
+                     + markdown(["tokens", *labels], body))
     return "\n".join(parts)
 
 
@@ -64,7 +75,7 @@ def cpu_table(content: Content) -> str:
     body = [[row["impl"], f"{row['num_tokens']:,}", f"{row['prefill_s']:.1f} s",
              "" if row["density"] is None else f"{100 * row['density']:.1f} %",
              f"{row['peak_memory_gib']:.2f} GiB", str(row["threads"])] for row in content["rows"]]
-    table = _markdown(["", "tokens", "prefill", "density", "peak memory", "threads"], body)
+    table = markdown(["", "tokens", "prefill", "density", "peak memory", "threads"], body)
     summary = content.get("summary")
     if summary:
         table += (
@@ -72,10 +83,13 @@ def cpu_table(content: Content) -> str:
             f"at {summary['demo_length']:,} tokens (dense: {summary['dense_extrapolated_s']:.0f} s,"
             f" extrapolated), and {summary['sparse_over_transformers']:.1f} times as fast as "
             f"transformers at {summary['transformers_length']:,}.\n")
-    return _caption(content, "prefill, fp32") + table
+    return caption(content, "prefill, fp32") + table
 
 
 TABLES: dict[str, Callable[[Content], str]] = {"eval": eval_table, "cpu": cpu_table}
+SECTIONS: dict[str, Callable[[Sequence[Content]], str]] = {
+    "ttft": ttft_section, "decode": decode_section, "ops": ops_section,
+    "quality": quality_section}
 
 
 def _score(row: Content | None) -> str:
@@ -83,14 +97,3 @@ def _score(row: Content | None) -> str:
         return "not run"
     return (f"{100 * row['score']:.0f} % ({100 * row['ci_low']:.0f}-{100 * row['ci_high']:.0f}; "
             f"{row['n']})")
-
-
-def _caption(content: Content, what: str) -> str:
-    device = content["device"]
-    count = f"{device['count']} x " if device["count"] > 1 else ""
-    return f"{what} ({count}{device['name']}, {content['date'][:10]})\n\n"
-
-
-def _markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

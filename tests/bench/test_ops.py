@@ -61,7 +61,7 @@ def test_every_section_has_rows(measured: list[dict[str, Any]]) -> None:
         ("sparse_chunk", "ours"), ("decode", "ours"), ("decode", "math"),
         ("dense_chunk_dca_over_rope", "ours"), ("sparse_chunk_dca_over_rope", "ours"),
         ("whole_dense", "ours"), ("whole_dense", "math"), ("whole_sparse", "ours"),
-        ("rms_norm", "ours"), ("silu_mul", "ours"), ("rotate_write_kv", "ours")}
+        ("rms_norm", "ours"), ("add_rms_norm", "ours"), ("silu_mul", "ours"), ("store_kv", "ours")}
     assert all(row["time_ms"] > 0 and row["n"] >= 1 for row in measured
                if "error" not in row and row["op"] != "whole_dense")
     assert {row["error"] for row in measured if "error" in row} == {

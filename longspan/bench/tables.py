@@ -1,0 +1,220 @@
+"""Markdown of the GPU benchmarks' result files, for `longspan bench report`.
+
+Each function gives the body of one README section, heading included: the section is there once
+there is something to show. Rows that hold an error are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Content = Mapping[str, Any]
+Row = Mapping[str, Any]
+IMPLS = ("ours", "cudnn", "fa2", "flex")
+TITLES = {"ours": "longspan", "cudnn": "cuDNN", "fa2": "FlashAttention-2",
+          "flex": "FlexAttention"}
+
+
+def caption(content: Content, what: str) -> str:
+    """What was measured, on what, when."""
+    device = content["device"]
+    count = f"{device['count']} x " if device["count"] > 1 else ""
+    return f"{what} ({count}{device['name']}, {content['date'][:10]})\n\n"
+
+
+def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A table; numbers to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def ttft_section(contents: Sequence[Content]) -> str:
+    """Time to first token: dense beside sparse."""
+    text = "### A million tokens: time to the first token\n\n`longspan bench ttft`: real shapes, " \
+           "random weights, DCA on, the whole engine.\n\n"
+    return text + "\n".join(_ttft_table(content) for content in contents)
+
+
+def _ttft_table(content: Content) -> str:
+    rows = _measured(content)
+    body = []
+    for row in sorted((row for row in rows if row["attention"] == "sparse"), key=_ttft_order):
+        dense = _dense_of(row, rows)
+        share = row["share"]
+        body.append([
+            row["shape"], f"{row['num_tokens']:,}", _duration(dense), _duration(row),
+            "" if dense is None else f"{dense['ttft_scaled_s'] / row['ttft_scaled_s']:.1f}x",
+            f"{100 * row['density']:.1f} %", f"{row['peak_memory_gib']:.1f} GiB",
+            " / ".join(f"{100 * share[name]:.0f}" for name in
+                       ("linear", "selection", "attention", "rest")), row["plan"]])
+    note = ""
+    if any(row["layers"] < row["total_layers"] for row in rows):
+        note = "\n* measured on the first layers only (in brackets) and scaled to all.\n"
+    return caption(content, "seconds to the first token") + markdown(
+        ["shape", "tokens", "dense", "sparse", "ratio", "density", "peak memory",
+         "linear / selection / attention / rest, %", "budgets"], body) + note
+
+
+def _ttft_order(row: Row) -> tuple[str, int, str]:
+    return row["shape"], row["num_tokens"], row["plan"]
+
+
+def _dense_of(row: Row, rows: Sequence[Row]) -> Row | None:
+    """The dense row of the same prompt, the one with most layers."""
+    found = [other for other in rows if other["attention"] == "dense"
+             and (other["shape"], other["num_tokens"]) == (row["shape"], row["num_tokens"])]
+    return max(found, key=lambda other: other["layers"], default=None)
+
+
+def _duration(row: Row | None) -> str:
+    if row is None:
+        return "not run"
+    text = f"{row['ttft_scaled_s']:.1f} s"
+    is_part = row["layers"] < row["total_layers"]
+    return text + (f" * ({row['ttft_s']:.1f} s, {row['layers']} of {row['total_layers']})"
+                   if is_part else "")
+
+
+def decode_section(contents: Sequence[Content]) -> str:
+    """Decode steps against their bytes."""
+    text = "### Decoding behind a million tokens\n\n`longspan bench decode`: one step of the " \
+           "whole model; the floor is its bytes (weights, keys and values) over the bandwidth of " \
+           "a large copy.\n\n"
+    head = ["shape", "context", "requests", "layers", "step", "floor", "step / floor",
+            "KV read at", "tokens/s"]
+    parts = []
+    for content in contents:
+        rows = sorted((row for row in _measured(content) if "step_ms" in row),
+                      key=lambda row: (row["shape"], row["context_len"], row["batch_size"]))
+        parts.append(caption(content, "decode step") + markdown(head, [
+            [row["shape"], f"{row['context_len']:,}", str(row["batch_size"]),
+             f"{row['layers']}/{row['total_layers']}", f"{row['step_ms']:.2f} ms",
+             f"{row['floor_ms']:.2f} ms", f"{row['over_floor']:.2f}",
+             f"{row['kv_tb_per_s']:.2f} TB/s", f"{row['tokens_per_s']:,.0f}"] for row in rows]))
+    return text + "\n".join(parts)
+
+
+def quality_section(contents: Sequence[Content]) -> str:
+    """Answers and recall at equal cost."""
+    text = "### What sparse prefill keeps\n\n`longspan bench quality`: the same prompts for all; " \
+           "cost is density plus the tile means; recall is the attention mass kept, by head.\n\n"
+    head = ["tokens", "questions", "attention", "right", "density", "cost", "recall, mean",
+            "p5 of heads", "least head"]
+    parts = []
+    for content in contents:
+        rows = _measured(content)
+        for model in dict.fromkeys(row["model"] for row in rows):
+            body = [[
+                f"{row['num_tokens']:,}", str(row["num_questions"]), row["attention"],
+                f"{row['score'] * row['n']:.0f} of {row['n']}", f"{100 * row['density']:.2f} %",
+                f"{100 * row['cost']:.2f} %", *_recall(row)]
+                for row in rows if row["model"] == model]
+            parts.append(caption(content, f"{model}: exact answers and recall")
+                         + markdown(head, body))
+    return text + "\n".join(parts)
+
+
+def _recall(row: Row) -> list[str]:
+    recall = row["recall"] or {}
+    return [f"{100 * recall[name]:.1f} %" if name in recall else ""
+            for name in ("mean", "p5", "min")]
+
+
+def ops_section(contents: Sequence[Content]) -> str:
+    """Attention ops beside PyTorch's."""
+    text = "### Attention, ours beside PyTorch's\n\n`longspan bench ops`: one layer of a real " \
+           "shape, random inputs, medians; nothing is timed that does not agree with the " \
+           "specification. Dense rates count the causal half, sparse rates the tiles really " \
+           "computed.\n\n"
+    return text + "\n".join(_ops_tables(content) for content in contents)
+
+
+def _ops_tables(content: Content) -> str:
+    rows = _measured(content)
+    tables = [
+        ("dense prefill, TFLOP/s", _by_impl(rows, ("dense_causal", "dense_chunk"), "tflops")),
+        ("decode, one request, TB/s of keys and values", _by_impl(rows, ("decode",), "tb_per_s")),
+        ("sparse prefill, one chunk", _sparse_chunks(rows)),
+        ("attention of a whole prompt, selection included, one layer", _whole(rows)),
+        ("Dual Chunk Attention against plain RoPE, and ceilings", _others(rows))]
+    return "\n".join(caption(content, title) + table for title, table in tables if table)
+
+
+def _by_impl(rows: Sequence[Row], op_names: Sequence[str], figure: str) -> str:
+    chosen = [row for row in rows if row["op"] in op_names]
+    impls = [impl for impl in IMPLS if any(row["impl"] == impl for row in chosen)]
+    body = []
+    for op in op_names:
+        sizes = dict.fromkeys(
+            (row["params"]["shape"], row["params"].get("num_queries", 1),
+             row["params"]["context_len"]) for row in chosen if row["op"] == op)
+        for shape, queries, context in sorted(sizes):
+            cells = {row["impl"]: row[figure] for row in chosen if row["op"] == op and (
+                row["params"]["shape"], row["params"].get("num_queries", 1),
+                row["params"]["context_len"]) == (shape, queries, context)}
+            best = max(cells.values())
+            body.append([shape, f"{queries:,}", f"{context:,}",
+                         *(_bold(cells.get(impl), best) for impl in impls)])
+    head = ["shape", "queries", "keys", *(TITLES[impl] for impl in impls)]
+    return markdown(head, body) if body else ""
+
+
+def _bold(value: float | None, best: float) -> str:
+    if value is None:
+        return ""
+    text = f"{value:.2f}" if best < 10 else f"{value:.0f}"
+    return f"**{text}**" if value == best else text
+
+
+def _sparse_chunks(rows: Sequence[Row]) -> str:
+    body = []
+    for row in rows:
+        if row["op"] == "sparse_chunk":
+            params = row["params"]
+            select = next((other for other in rows if other["op"] == "select"
+                           and other["params"] == params), {})
+            body.append([
+                params["shape"], f"{params['num_queries']:,}", f"{params['context_len']:,}",
+                params["content"], f"{100 * row['density']:.2f} %",
+                f"{select['time_ms']:.2f} ms" if select else "",
+                f"{select['workspace_mib']:.0f} MiB" if select.get("workspace_mib") else "",
+                f"{row['time_ms']:.2f} ms", f"{row['tflops']:.0f}", params["plan"]])
+    body.sort(key=lambda line: (line[0], line[3], int(line[2].replace(",", "")), line[-1]))
+    return markdown(["shape", "queries", "keys", "content", "density", "selection", "workspace",
+                     "attention", "TFLOP/s", "budgets"], body) if body else ""
+
+
+def _whole(rows: Sequence[Row]) -> str:
+    body = []
+    for row in rows:
+        if row["op"] == "whole_sparse":
+            params = row["params"]
+            body.append([
+                params["shape"], f"{params['num_tokens']:,}", params["content"],
+                f"{row['time_ms']:,.0f} ms", f"{100 * row['selection_ms'] / row['time_ms']:.0f} %",
+                f"{row['dense_ms']:,.0f} ms ({TITLES.get(row['dense_impl'], row['dense_impl'])})"
+                if "dense_ms" in row else "", f"{row['ratio']:.1f}x" if "ratio" in row else "",
+                params["plan"]])
+    body.sort(key=lambda line: (line[0], line[2], int(line[1].replace(",", "")), line[-1]))
+    return markdown(["shape", "tokens", "content", "sparse", "of it selection", "best dense",
+                     "ratio", "budgets"], body) if body else ""
+
+
+def _others(rows: Sequence[Row]) -> str:
+    body = []
+    for row in rows:
+        if row["op"].endswith("_dca_over_rope"):
+            kind = row["op"].removesuffix("_chunk_dca_over_rope")
+            body.append([f"DCA, {kind}, {row['params']['context_len']:,} keys",
+                         f"{row['slowdown_percent']:+.1f} % time"])
+        elif row["op"] == "gemm":
+            body.append([f"bf16 matrix product, {row['params']['m']:,} cubed",
+                         f"{row['tflops']:.0f} TFLOP/s"])
+        elif row["op"] == "copy":
+            body.append(["copy, read and written", f"{row['tb_per_s']:.2f} TB/s"])
+    return markdown(["", "measured"], body) if body else ""
+
+
+def _measured(content: Content) -> list[Row]:
+    return [row for row in content["rows"] if "error" not in row]
