@@ -124,7 +124,10 @@ class DualChunkAttention:
         prompt's dense tail, nor tiles that the slash budget covers wholly."""
         if not item.sparse or self.plan is None or self.budget is None:
             return 0, 0
-        stop = min(item.context_len, dense_tail_start(item.prompt_len, self.plan.dense_tail_len))
+        tail = dense_tail_start(item.prompt_len, self.plan.dense_tail_len)
+        if tail < item.prompt_len:
+            tail = tail // block_size * block_size
+        stop = min(item.context_len, tail)
         if self.plan.mode == "paper":
             return item.cached_len, stop
         first = max(item.cached_len, min(self.budget.slash))

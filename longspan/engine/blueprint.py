@@ -10,7 +10,7 @@ import torch
 
 from longspan.attention.sparsity import SparsityPlan
 from longspan.config import DcaConfig, EngineConfig, ModelConfig
-from longspan.engine.chunking import piece_rows
+from longspan.engine.chunking import piece_rows, unit_len
 from longspan.engine.desk import Intake
 from longspan.engine.memory import MemoryPlan, plan_memory
 from longspan.engine.resolve import (
@@ -87,6 +87,7 @@ class Blueprint:
             dense_tail_len=self.plan.dense_tail_len if self.plan else 0,
             num_layers=self.model.num_layers, step_budget_s=self.config.step_budget_s,
             piece_rows=piece_rows(device_type, self.config.prefill_chunk_len),
+            unit_len=unit_len(device_type, self.config.block_size),
             sparse_above=self._sparse_above)
 
     @property

@@ -8,7 +8,7 @@ the tokens before it were computed or cached.
 **Slices** are what one step computes of a chunk, and may be as short as the step's time asks for:
 
 - dense tokens (a dense prompt, or a sparse prompt's tail) do not depend on the cuts: a slice is
-  some of the chunk's tokens, in whole KV blocks;
+  some of the chunk's tokens;
 - a sparse chunk cannot be cut by tokens, so it is cut by work: in every layer one piece for
   projections, keys and the selection, then one for each `row_cuts` range of its rows (attention and
   MLP), and one for the model's last layer. The rows are computed in these ranges whether the chunk
@@ -23,6 +23,16 @@ from longspan.config import dense_tail_start
 PIECE_ROWS_CPU = 4_096
 """Rows of one piece on CPUs: a tenth of a second to half of one for a small model. On GPUs one
 piece holds all rows of a chunk: a layer takes a few dozen milliseconds there."""
+
+
+UNIT_LEN_CPU = 16
+"""Dense tokens of the shortest slice on CPUs; on GPUs one KV block, as many queries as a kernel's
+tile has."""
+
+
+def unit_len(device_type: str, block_size: int) -> int:
+    """Dense tokens of the shortest slice worth computing on ``cpu`` or ``cuda``."""
+    return min(UNIT_LEN_CPU, block_size) if device_type == "cpu" else block_size
 
 
 def piece_rows(device_type: str, prefill_chunk_len: int) -> int:

@@ -6,8 +6,8 @@ The rule, for each step:
 2. The *head*, the prompt that was admitted first, is sure of half of the time that is left. The
    other half goes to the other prompts, the one with the shortest predicted rest first; the head
    takes what they leave.
-3. Something is always computed: the head gets one unit (a piece of a sparse chunk, or a KV block of
-   tokens) even where that exceeds the time.
+3. Something is always computed: the head gets one unit (a piece of a sparse chunk, or
+   ``unit_len`` dense tokens) even where that exceeds the time.
 
 So a short prompt waits for the step that runs and is then computed in the next one, if half a
 step suffices. A prompt that is the head takes at most twice its time alone, decodes not counted,
@@ -54,6 +54,8 @@ class PlannerConfig:
     num_layers: int = 1
     piece_rows: int = 1 << 30
     """Rows of one piece of a sparse chunk."""
+    unit_len: int = 1
+    """Dense slices end at multiples of so many tokens: fewer would not take less time."""
     step_budget_s: float | None = None
     """Longest step that prefills, seconds; None: prefill chunks are computed whole."""
 
@@ -220,7 +222,7 @@ class _Step:
             room -= self._num_others if is_head and self.has_chunk else 0
         query_len = self._longest(request, stop, room, room_s)
         if query_len == 0 and must_progress:
-            unit = (start // config.block_size + 1) * config.block_size - start
+            unit = (start // config.unit_len + 1) * config.unit_len - start
             query_len = min(stop - start, unit)
         if query_len == 0:
             return None
@@ -230,8 +232,8 @@ class _Step:
         return Choice(request=request, query_len=query_len)
 
     def _longest(self, request: Request, stop: int, room: int, room_s: float) -> int:
-        """Tokens up to the chunk's end, or else up to a block's, that fit rows and time."""
-        start, size = request.scheduled_len, self._config.block_size
+        """Tokens up to the chunk's end, or else up to a unit's, that fit rows and time."""
+        start, size = request.scheduled_len, self._config.unit_len
 
         def fits(end: int) -> bool:
             return end - start <= room and self._costs.dense_s(start, end - start) <= room_s

@@ -14,6 +14,8 @@ from longspan.engine.latency import LatencyModel
 from longspan.engine.planner import PlannerConfig, prefill_s
 from longspan.engine.request import Request
 
+WORTH_WAITING = 0.25
+"""Share of a step's budget: a prefix that takes less to compute is computed, not waited for."""
 PATIENCE = 2.0
 """A prompt waits for a prefix that another request computes if that takes at most so many times as
 long as this one would need itself."""
@@ -25,6 +27,7 @@ class Prefixes:
     def __init__(self, config: PlannerConfig, pool: BlockPool, latency: LatencyModel) -> None:
         self._config, self._pool, self._latency = config, pool, latency
         self._promises = dict[bytes, Request]()
+        self._worth_waiting_s = WORTH_WAITING * (config.step_budget_s or 0.0)
 
     def known_blocks(self, request: Request) -> list[int]:
         """Known blocks of the prompt."""
@@ -50,7 +53,8 @@ class Prefixes:
             return False
         owner, costs = self._promises[awaited[-1]], self._latency.costs
         owner_s = prefill_s(owner, owner.computed_len, there, self._config, costs)
-        if owner_s > PATIENCE * prefill_s(request, here, there, self._config, costs):
+        own_s = prefill_s(request, here, there, self._config, costs)
+        if owner_s > PATIENCE * own_s or own_s < self._worth_waiting_s:
             return False
         request.awaited_hash = awaited[-1]
         return True
