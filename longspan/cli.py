@@ -208,6 +208,7 @@ def ops(
         "32768,131072,262144,524288,1048576",
     square: Annotated[str, typer.Option(help="Whole dense prompts in one call.")] = "32768,131072",
     baselines: Annotated[str, typer.Option(help="cudnn, fa2, flex.")] = "cudnn,fa2,flex",
+    chunk_baselines: Annotated[str, typer.Option(help="The same, behind histories.")] = "cudnn",
     flex_max: Annotated[int, typer.Option(help="Longest prompt for flex.")] = 32_768,
     chunk_len: Annotated[int, typer.Option(help="Tokens of a prefill chunk.")] = 32_768,
     layers: Annotated[int, typer.Option(help="Layers of whole prefills, evenly spaced.")] = 4,
@@ -231,6 +232,7 @@ def ops(
     options = OpsOptions(
         lengths=parse_list(lengths, int, "--lengths"), square=parse_list(square, int, "--square"),
         baselines=parse_list(baselines, str, "--baselines"), flex_max=flex_max,
+        chunk_baselines=parse_list(chunk_baselines, str, "--chunk-baselines"),
         chunk_len=chunk_len, layers=layers, contents=parse_list(contents, str, "--contents"),
         sections=SECTIONS if only is None else parse_list(only, str, "--only"),
         repeats=Repeats(max_s=max_s))

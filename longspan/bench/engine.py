@@ -33,6 +33,8 @@ from longspan.ops.types import PagedKV
 
 USABLE_SHARE = 0.97
 """Of what is free: a benchmark has the device for itself."""
+WARMUP_LEN = 4096
+"""Queries of a warm-up step: enough for the same kernels, an eighth of a chunk's time."""
 GREEDY = RowSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
 LINEAR, SELECTION, ATTENTION = "linear", "selection", "attention"
 WATCHED = (
@@ -67,6 +69,7 @@ class RandomEngine:
 
 def make_blueprint(shape: Shape, device: str, options: EngineOptions) -> Blueprint:
     """What an engine for this shape decides. Raises `NotEnoughMemoryError`."""
+    free_memory(device)
     free_bytes = device_memory(device).free_bytes
     config = resolve_config(EngineConfig(
         model=shape.name, device=device, attention="sparse", max_model_len=options.max_model_len,
@@ -107,9 +110,13 @@ def open_engine(shape: Shape, device: str, options: EngineOptions) -> Iterator[R
     finally:
         runner.close()
         caches.clear()
-        gc.collect()
-        if device.startswith("cuda"):
-            torch.cuda.empty_cache()
+
+
+def free_memory(device: str) -> None:
+    """Give back what earlier engines held; the allocator keeps it otherwise, as if in use."""
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
 
 
 def random_ids(num_tokens: int, vocab_size: int, seed: int) -> array[int]:
@@ -118,9 +125,9 @@ def random_ids(num_tokens: int, vocab_size: int, seed: int) -> array[int]:
     return array("i", ids.tobytes())
 
 
-def warm_up(engine: RandomEngine, num_tokens: int, *, sparse: bool, query_len: int) -> None:
-    """Compile everything that a prefill of ``num_tokens`` meets, on single steps of it: the first
-    tokens, the first behind each DCA border, the last ones; the cache holds random numbers.
+def warm_up(engine: RandomEngine, num_tokens: int, *, sparse: bool) -> None:
+    """Compile what a prefill of ``num_tokens`` meets, on short steps of it: the first tokens, the
+    first ones behind each DCA border, the last ones. The cache holds random numbers.
 
     Raises `CheckFailed` when logits are not finite.
     """
@@ -139,7 +146,7 @@ def warm_up(engine: RandomEngine, num_tokens: int, *, sparse: bool, query_len: i
 
     with swapped(CausalLM, "logits", keep):
         for step, start in enumerate(sorted(starts)):
-            stop = min(start + min(chunk, query_len), num_tokens)
+            stop = min(start + min(chunk, WARMUP_LEN), num_tokens)
             engine.runner.execute(step_of(engine, step, [(start, stop, num_tokens)], sparse=sparse))
     if not all(part.isfinite().all() for part in logits):
         raise CheckFailed("logits are not finite; not timed")

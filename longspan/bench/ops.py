@@ -40,6 +40,9 @@ class OpsOptions:
     square: tuple[int, ...]
     """Lengths of prompts whose whole dense attention is one call, tokens."""
     baselines: tuple[str, ...]
+    """Beside whole prompts and decode."""
+    chunk_baselines: tuple[str, ...]
+    """Beside prefill chunks behind long histories, where each run takes up to a second."""
     flex_max: int
     """Longest square length that FlexAttention is compiled for, tokens."""
     chunk_len: int
@@ -170,8 +173,9 @@ class LayerBench:
         row = self.session.attempt(
             {"op": op, "impl": "ours", "params": params}, partial(self._ours, start, count))
         self._remember("ours", op, start, row)
-        for name in self.options.baselines:
-            if name == FLEX and (op != "dense_causal" or count > self.options.flex_max):
+        is_square = op == "dense_causal"
+        for name in self.options.baselines if is_square else self.options.chunk_baselines:
+            if name == FLEX and (not is_square or count > self.options.flex_max):
                 continue
             row = self.session.attempt(
                 {"op": op, "impl": name, "params": params},

@@ -35,9 +35,6 @@ from longspan.engine.request import Request, SamplingParams
 from longspan.engine.scheduler import Scheduler
 from longspan.errors import LongspanError
 
-DENSE_WARMUP_LEN = 4096
-"""Queries of a dense warm-up step: enough for the same kernels, an eighth of a chunk's time."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TtftOptions:
@@ -60,30 +57,34 @@ class TtftOptions:
 def run(session: BenchSession, shape: Shape, options: TtftOptions) -> int:
     """Measure, write rows, print the table. Returns the exit status."""
     cut = shape.cut(options.layers)
+    checked: set[str] = set()
     for length in options.lengths:
         for attention in options.attention:
             key = {"shape": shape.name, "num_tokens": length, "attention": attention,
                    "plan": shape.plan_label if attention == "sparse" else None,
                    "layers": cut.model.num_layers, "gpus": 1}
             session.attempt(key, partial(
-                _measure, session, cut, options, length, attention, shape.model.num_layers))
+                _measure, session, cut, options, checked, length, attention,
+                shape.model.num_layers))
     show(session.rows)
     return session.finish()
 
 
 def _measure(
-    session: BenchSession, shape: Shape, options: TtftOptions, length: int, attention: str,
-    total_layers: int,
+    session: BenchSession, shape: Shape, options: TtftOptions, checked: set[str], length: int,
+    attention: str, total_layers: int,
 ) -> dict[str, Any]:
     is_sparse, device = attention == "sparse", session.device
-    _check(shape, device, is_sparse)
+    if attention not in checked:
+        _check(shape, device, is_sparse)
+        checked.add(attention)
     sizes = EngineOptions(max_model_len=length + 1, num_tokens=length + 1,
                           chunk_len=options.chunk_len, memory_gib=options.memory_gib)
     with open_engine(shape, device, sizes) as engine:
         chunk = engine.blueprint.config.prefill_chunk_len
         assert chunk is not None
-        warm_up(engine, length, sparse=is_sparse,
-                query_len=chunk if is_sparse else DENSE_WARMUP_LEN)
+        warm_up(engine, length, sparse=is_sparse)
+        prefill(engine, min(length, chunk + chunk // 2), device, sparse=is_sparse)
         regions = Regions(device)
         with regions.watch(WATCHED):
             ttft_s, density = prefill(engine, length, device, sparse=is_sparse)

@@ -79,7 +79,7 @@ def test_logits_must_be_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = engine.EngineOptions(max_model_len=601, num_tokens=601, chunk_len=512)
     with engine.open_engine(tiny_shape(), "cpu", sizes) as opened, \
             pytest.raises(CheckFailed, match="not finite"):
-        engine.warm_up(opened, 600, sparse=False, query_len=64)
+        engine.warm_up(opened, 600, sparse=False)
 
 
 def test_the_kv_pool_is_no_larger_than_needed() -> None:
