@@ -72,13 +72,18 @@ def _tail(cache: PagedKV, block_table: Tensor, context_len: int) -> tuple[Tensor
 
 
 @gluon.jit
-def _dense_item(num_tiles, first_tile, stride_tiles, num_heads, num_splits):
-    """This program's query tile (late ones first, they have most to do), head, split, key tiles
-    [low, high), and the first tile of the DCA chunk."""
-    pid = gl.program_id(0)
-    head = pid % num_heads
-    split = pid // num_heads % num_splits
-    tile = first_tile + num_tiles - 1 - pid // (num_heads * num_splits)
+def _dense_item(num_tiles, first_tile, stride_tiles, num_heads, num_splits, group):
+    """This program's query tile, head, split, key tiles [low, high), and the first tile of the DCA
+    chunk.
+
+    Programs that run together share one KV head, whose tiles then come from the L2 cache; its late
+    query tiles, which have most to do, go first.
+    """
+    item = gl.program_id(0) // group
+    split = item % num_splits
+    item = item // num_splits
+    head = item // num_tiles * group + gl.program_id(0) % group
+    tile = first_tile + num_tiles - 1 - item % num_tiles
     low = (tile + 1) * split // num_splits
     high = (tile + 1) * (split + 1) // num_splits
     return tile, head, split, low, high, tile // stride_tiles * stride_tiles
@@ -91,7 +96,7 @@ def _dense_producer(
     last_full, num_zones,
 ):
     tile, head, split, low, high, start = _dense_item(
-        num_tiles, first_tile, stride_tiles, num_heads, num_splits)
+        num_tiles, first_tile, stride_tiles, num_heads, num_splits, group)
     zone_rows = num_heads * num_tiles * TILE
     row = (head * num_tiles + tile - first_tile) * TILE
     load_queries(q_desc, q_smem, q_full, row, zone_rows, num_zones)
@@ -122,13 +127,13 @@ def _dense_producer(
 @gluon.jit
 def _dense_consumer(
     out, lse, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty, num_tiles,
-    first_tile, stride_tiles, num_heads, num_splits, first_row, end_row, num_zones,
+    first_tile, stride_tiles, num_heads, num_splits, group, first_row, end_row, num_zones,
     Q_HALF: gl.constexpr,
 ):
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     PROBS: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
     tile, head, split, low, high, start = _dense_item(
-        num_tiles, first_tile, stride_tiles, num_heads, num_splits)
+        num_tiles, first_tile, stride_tiles, num_heads, num_splits, group)
     previous = start - stride_tiles
     last = high - 1
     row = tile * TILE + Q_HALF * HALF
@@ -172,11 +177,11 @@ def _dense_kernel(
     gl.warp_specialize([
         (_dense_consumer, (
             out, lse, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty, num_tiles,
-            first_tile, stride_tiles, num_heads, num_splits, first_row, end_row, num_zones,
+            first_tile, stride_tiles, num_heads, num_splits, group, first_row, end_row, num_zones,
             gl.constexpr(0))),
         (_dense_consumer, (
             out, lse, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty, num_tiles,
-            first_tile, stride_tiles, num_heads, num_splits, first_row, end_row, num_zones,
+            first_tile, stride_tiles, num_heads, num_splits, group, first_row, end_row, num_zones,
             gl.constexpr(1))),
         (_dense_producer, (
             q_desc, k_desc, v_desc, k_tail, v_tail, block_table, q_smem, k_smem, v_smem, q_full,
