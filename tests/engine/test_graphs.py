@@ -132,8 +132,10 @@ def test_steps_run_ahead_of_their_tokens() -> None:
         def forward(token_ids: Tensor, metadata: AttentionMetadata) -> Tensor:
             return model.logits(model(token_ids, metadata, caches))
 
+        first = torch.tensor([3, 5], device="cuda")
+
         def steps(graphs: DecodeGraphs | None) -> list[Tensor]:
-            tokens, found = torch.tensor([3, 5], device="cuda"), list[Tensor]()
+            tokens, found = first, list[Tensor]()
             for length in range(40, 60):
                 inputs = decode_batch([length, length + 100], [GREEDY, GREEDY], "cuda")
                 inputs.token_ids.copy_(tokens)
