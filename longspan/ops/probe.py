@@ -2,8 +2,9 @@
 
 A probe row is one query position in one head. Heads of one KV head lie side by side, each padded
 to RP rows, so that a key tile is loaded once for all of them: ROWS = G * RP rows for each KV head.
-Scores carry scale * log2(e), so weights are powers of two. Each program walks a run of key tiles
-(one KV block each) and changes its query rotation where the run crosses a zone border.
+Scores carry scale * log2(e), so weights are powers of two. Each program walks every n-th key tile
+(one KV block), so that all have the same share of those that need masks, zone after zone, each zone
+with its own rotation of the queries.
 
 Workspace for each (row, key tile) is one int64. From its low end: the log2 of the row's mass in the
 tile, 32 bits; which parts of it lie on the next and on the previous tile diagonal, 16 bits each.
@@ -14,6 +15,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Numbers that change from call to call: a kernel is not compiled anew for those that happen to be 1
+# or multiples of 16.
+_PROBES = ["last", "last_first", "strided_first", "step", "num_rows"]
+_SPANS = ["first_kv_head", "num_zones", "num_tiles", "inter_end", "succ_end", "mask_from"]
+
 
 @triton.jit
 def _position(row, last, last_first, strided_first, step, num_rows):
@@ -22,7 +28,8 @@ def _position(row, last, last_first, strided_first, step, num_rows):
     return tl.where(row < num_rows, position, -1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[
+    *_PROBES, "start", "chunk_start", "added_succ", "added_inter"])
 def rotate_probes(
     q, inv_freq, out, stride_token, stride_head, start, chunk_start, added_succ, added_inter,
     factor, last, last_first, strided_first, step, num_rows, num_heads,
@@ -96,14 +103,18 @@ def _stack(parts, N: tl.constexpr, NUM: tl.constexpr):
 
 
 @triton.jit
-def _zone_of_tile(tile, inter_end, succ_end):
-    return tl.where(tile < inter_end, 2, tl.where(tile < succ_end, 1, 0))
+def _zone_tiles(zone, program, num_programs, num_tiles, inter_end, succ_end):
+    """A program's key tiles of a zone: every ``num_programs``-th one, [first, stop)."""
+    start = tl.where(zone == 0, succ_end, tl.where(zone == 1, inter_end, 0))
+    stop = tl.where(zone == 0, num_tiles, tl.where(zone == 1, succ_end, inter_end))
+    behind = (start - program + num_programs - 1) // num_programs  # of its tiles, before the zone
+    return program + tl.maximum(behind, 0) * num_programs, stop
 
 
 @triton.jit
-def _masked_tile(index, lo, num_sink, tail):
-    """The tiles of a run that need masks: its sink tiles, then those that probe rows lie in."""
-    return tl.where(index < num_sink, lo + index, tail + index - num_sink)
+def _num_before(tile, first, step, most):
+    """How many of first, first + step, ... lie before ``tile``, at most ``most``."""
+    return tl.minimum(tl.maximum((tile - first + step - 1) // step, 0), most)
 
 
 @triton.jit
@@ -172,10 +183,10 @@ def _add_tile(
     return new_tops, new_sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_PROBES, *_SPANS, "sink_tiles", "sink"])
 def tile_masses(
     queries, keys, table, masses, partial, stride_block, stride_token, stride_head,
-    first_kv_head, num_heads, num_tiles, tiles_per_program, inter_end, succ_end, sink_tiles,
+    first_kv_head, num_heads, num_zones, num_tiles, inter_end, succ_end, sink_tiles,
     mask_from, sink, last, last_first, strided_first, step, num_rows,
     ROWS: tl.constexpr, RP: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
     QN: tl.constexpr, PRECISION: tl.constexpr, WITH_MAP: tl.constexpr,
@@ -186,8 +197,7 @@ def tile_masses(
     KV heads here, ROWS]. Grid (programs, row groups, KV heads here).
     """
     program, first_block, kv = tl.program_id(0), tl.program_id(1) * QN, tl.program_id(2)
-    first = program * tiles_per_program
-    stop = tl.minimum(first + tiles_per_program, num_tiles)
+    step_tiles = tl.num_programs(0)
     keys += (first_kv_head + kv).to(tl.int64) * stride_head
     row = tl.arange(0, BM)
     position = _position(row % RP, last, last_first, strided_first, step, num_rows)
@@ -198,25 +208,25 @@ def tile_masses(
     for _ in tl.static_range(QN):
         tops = tops + (tl.full([BM], -1e30, tl.float32),)
         sums = sums + (tl.zeros([BM], tl.float32),)
-    zone_stop = _zone_of_tile(first, inter_end, succ_end) + 1
-    for zone in range(_zone_of_tile(stop - 1, inter_end, succ_end), zone_stop):
-        lo = tl.maximum(first, tl.where(zone == 0, succ_end, tl.where(zone == 1, inter_end, 0)))
-        hi = tl.minimum(stop, tl.where(zone == 0, num_tiles, tl.where(zone == 1, succ_end,
-                                                                      inter_end)))
+    for zone in range(num_zones):
+        first, stop = _zone_tiles(zone, program, step_tiles, num_tiles, inter_end, succ_end)
+        count = _num_before(stop, first, step_tiles, num_tiles)
         blocks: tl.tuple = ()
         first_row = (zone * num_heads + (first_kv_head + kv) * (ROWS // RP)) * RP
         for block in tl.static_range(QN):
             here = (first_block + block) * BM + row
             blocks = blocks + (_load_rows(queries, first_row, here, ROWS, D),)
-        clear = tl.minimum(tl.maximum(lo, sink_tiles), hi)
-        tail = tl.minimum(tl.maximum(clear, mask_from), hi)
-        for tile in range(clear, tail):
+        clear = _num_before(sink_tiles, first, step_tiles, count)
+        tail = tl.maximum(_num_before(mask_from, first, step_tiles, count), clear)
+        for index in range(clear, tail):
+            tile = first + index * step_tiles
             k, block_id = _load_keys(keys, table, tile, stride_block, stride_token, P, D)
             tops, sums = _add_tile(
                 (tops, sums), blocks, k, block_id, position, tile, sink, masses,
                 map_base + tile * ROWS, row, limit, P, BM, QN, PRECISION, WITH_MAP, False)
-        for index in range(0, clear - lo + hi - tail):
-            tile = _masked_tile(index, lo, clear - lo, tail)
+        for masked in range(clear + count - tail):  # sink tiles, and those probe rows lie in
+            index = tl.where(masked < clear, masked, tail + masked - clear)
+            tile = first + index * step_tiles
             k, block_id = _load_keys(keys, table, tile, stride_block, stride_token, P, D)
             tops, sums = _add_tile(
                 (tops, sums), blocks, k, block_id, position, tile, sink, masses,
@@ -227,7 +237,7 @@ def tile_masses(
         tl.store(target + block * BM, log_sum, mask=block * BM + row < limit)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_programs", "size", "num_rows"])
 def combine_logs(
     partial, lse, num_programs, size, num_rows, RP: tl.constexpr, NP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -247,7 +257,7 @@ def combine_logs(
     tl.store(lse + i, tl.where(real, top + tl.log2(total), float("inf")), mask=i < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_PROBES, "num_tiles", "forced"])
 def diagonal_masses(
     masses, lse, sums, num_tiles, forced,
     last, last_first, strided_first, step, num_rows,
@@ -281,7 +291,7 @@ def diagonal_masses(
     tl.store(sums + head.to(tl.int64) * num_tiles + gap, total, mask=gap < num_tiles)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_PROBES, "num_tiles"])
 def row_masks(
     is_window, masks, num_tiles, last, last_first, strided_first, step, num_rows,
     RP: tl.constexpr, P: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
@@ -363,10 +373,10 @@ def _sum_tile(
     tl.store(columns + place, _stack(sums, P, STACK), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_PROBES, *_SPANS, "context_len"])
 def column_masses(
     queries, keys, table, lse, masks, columns, diagonals, stride_block, stride_token, stride_head,
-    first_kv_head, num_heads, num_tiles, tiles_per_program, inter_end, succ_end, mask_from,
+    first_kv_head, num_heads, num_zones, num_tiles, inter_end, succ_end, mask_from,
     context_len, last, last_first, strided_first, step, num_rows,
     GROUP: tl.constexpr, RP: tl.constexpr, P: tl.constexpr, D: tl.constexpr, QG: tl.constexpr,
     STACK: tl.constexpr, WORDS: tl.constexpr, PRECISION: tl.constexpr,
@@ -378,28 +388,27 @@ def column_masses(
     heads here).
     """
     program, first_head, kv = tl.program_id(0), tl.program_id(1) * QG, tl.program_id(2)
-    first = program * tiles_per_program
-    stop = tl.minimum(first + tiles_per_program, num_tiles)
+    step_tiles = tl.num_programs(0)
     keys += (first_kv_head + kv).to(tl.int64) * stride_head
     row = tl.arange(0, RP)
     position = _position(row, last, last_first, strided_first, step, num_rows)
     head = kv * GROUP + first_head
     left = GROUP - first_head
-    zone_stop = _zone_of_tile(first, inter_end, succ_end) + 1
-    for zone in range(_zone_of_tile(stop - 1, inter_end, succ_end), zone_stop):
-        lo = tl.maximum(first, tl.where(zone == 0, succ_end, tl.where(zone == 1, inter_end, 0)))
-        hi = tl.minimum(stop, tl.where(zone == 0, num_tiles, tl.where(zone == 1, succ_end,
-                                                                      inter_end)))
+    for zone in range(num_zones):
+        first, stop = _zone_tiles(zone, program, step_tiles, num_tiles, inter_end, succ_end)
+        count = _num_before(stop, first, step_tiles, num_tiles)
         rows: tl.tuple = ()
         first_row = (zone * num_heads + (first_kv_head + kv) * GROUP + first_head) * RP
         for g in tl.static_range(QG):
             rows = rows + (_load_rows(queries, first_row, g * RP + row, left * RP, D),)
-        tail = tl.minimum(tl.maximum(lo, mask_from), hi)
-        for tile in range(lo, tail):
+        tail = _num_before(mask_from, first, step_tiles, count)
+        for index in range(tail):
+            tile = first + index * step_tiles
             k, _ = _load_keys(keys, table, tile, stride_block, stride_token, P, D)
             _sum_tile(rows, lse, k, position, tile, context_len, masks, columns, diagonals, head,
                       num_tiles, row, num_rows, left, P, RP, QG, STACK, WORDS, PRECISION, False)
-        for tile in range(tail, hi):
+        for index in range(tail, count):
+            tile = first + index * step_tiles
             k, _ = _load_keys(keys, table, tile, stride_block, stride_token, P, D)
             _sum_tile(rows, lse, k, position, tile, context_len, masks, columns, diagonals, head,
                       num_tiles, row, num_rows, left, P, RP, QG, STACK, WORDS, PRECISION, True)

@@ -35,6 +35,8 @@ DIAGONAL_HEADS = 2
 """Heads that a program of pass 2 takes at a time in paper mode: token diagonals need registers."""
 MAX_ROWS = 128
 """Probe rows of one head."""
+SHARED_BYTES = 204_800
+"""Shared memory that a program of the passes takes at D = 128 and P = 128, and a little more."""
 SELECT_BLOCK = 8192
 INTERPRETED_PROGRAMS = 3
 
@@ -92,8 +94,9 @@ class _Call(NamedTuple):
         return first // self.tile_len
 
     @property
-    def zone_args(self) -> tuple[int, int]:
-        return self.inter_end, self.succ_end
+    def zones(self) -> tuple[int, int, int, int]:
+        """How many there are, all key tiles, and where the inter and the succ zone end."""
+        return self.queries.shape[0], self.num_tiles, self.inter_end, self.succ_end
 
 
 class _Heads(NamedTuple):
@@ -107,15 +110,17 @@ def supports(q: Tensor, cache: PagedKV, rotary: QueryRotary, cached_len: int,
              budget: Budget) -> bool:
     """Whether the kernels take these inputs; otherwise `select` does.
 
-    q: [T, H, D]. Tiles must be powers of two and lie in one zone each.
+    q: [T, H, D]. Tiles must be powers of two and lie in one zone each; GPUs need the shared memory
+    of Hopper.
     """
+    if q.is_cuda and _shared_bytes(q.device) < SHARED_BYTES:
+        return False
     tile_len, num_kv_heads, head_dim = cache.k.shape[1:]
     dtypes = (torch.bfloat16, torch.float16) if q.is_cuda else (torch.float32, torch.bfloat16)
-    num_rows = budget.probe_last + (budget.probe_strided if budget.mode == "tile" else 0)
     return (q.dtype == cache.k.dtype and q.dtype in dtypes and q.stride(-1) == 1
             and cache.k.stride(-1) == 1 and head_dim in (16, 32, 64, 128)
             and tile_len in (16, 32, 64, 128) and q.shape[1] % num_kv_heads == 0
-            and 0 < num_rows <= MAX_ROWS
+            and 0 < _most_rows(budget) <= MAX_ROWS
             and (rotary.stride % tile_len == 0 or cached_len + q.shape[0] <= rotary.stride))
 
 
@@ -149,7 +154,7 @@ def _prepare(
     """Place the probe rows and rotate them for every zone."""
     num_queries, num_heads, head_dim = q.shape
     probes = _place_probes(cached_len, num_queries, budget)
-    padded = max(16, triton.next_power_of_2(probes.num_rows))
+    padded = max(16, triton.next_power_of_2(_most_rows(budget)))
     chunk_start = cached_len // rotary.stride * rotary.stride
     zones = min(3, 1 + chunk_start // rotary.stride)
     queries = torch.empty(zones, num_heads, padded, head_dim, dtype=q.dtype, device=q.device)
@@ -169,6 +174,10 @@ def _place_probes(start: int, num_queries: int, budget: Budget) -> _Probes:
     step = (num_queries - last) // strided if strided > 0 else 1
     return _Probes(last, start + num_queries - last, start + step // 2, step,
                    last + max(0, strided))
+
+
+def _most_rows(budget: Budget) -> int:
+    return budget.probe_last + (budget.probe_strided if budget.mode == "tile" else 0)
 
 
 def _num_windows(call: _Call) -> int:
@@ -209,7 +218,8 @@ def _choose_tiles(call: _Call, heads: _Heads, columns: Tensor, offsets: Tensor) 
     is_window = torch.empty(num_heads, num_tiles, dtype=torch.int8, device=device)
     threshold.choose_windows[(num_heads,)](
         sums, _window_budgets(call)[own], offsets[own], is_window, offsets.shape[1], num_tiles,
-        _forced_tiles(call), P=call.tile_len, BLOCK=triton.next_power_of_2(num_tiles), num_warps=8)
+        _forced_tiles(call), P=call.tile_len, BLOCK=max(1024, triton.next_power_of_2(num_tiles)),
+        num_warps=8)
     masks = torch.empty(num_heads, num_tiles, words, dtype=torch.int64, device=device)
     kernels.row_masks[(triton.cdiv(num_tiles, block), num_heads)](
         is_window, masks, num_tiles, *call.probes, RP=rows, P=call.tile_len, WORDS=words,
@@ -259,7 +269,7 @@ def _pass_one(call: _Call, heads: _Heads, masses: Tensor | None) -> Tensor:
     k, rows = call.cache.k, call.group * call.padded_rows
     num_blocks = triton.cdiv(rows, ROW_BLOCK)
     groups = triton.cdiv(num_blocks, ROWS_AT_ONCE // ROW_BLOCK)
-    programs, tiles = _split(call, heads, groups)
+    programs = _programs(call, heads, groups)
     size = heads.number * rows
     partial = torch.empty(programs, size, dtype=torch.float32, device=k.device)
     lse = torch.empty(size, dtype=torch.float32, device=k.device)
@@ -267,7 +277,7 @@ def _pass_one(call: _Call, heads: _Heads, masses: Tensor | None) -> Tensor:
     blocks = triton.next_power_of_2(triton.cdiv(num_blocks, groups))
     kernels.tile_masses[(programs, groups, heads.number)](
         call.queries, k, call.block_table, partial if masses is None else masses, partial,
-        *k.stride()[:3], heads.first, call.num_heads, call.num_tiles, tiles, *call.zone_args,
+        *k.stride()[:3], heads.first, call.num_heads, *call.zones,
         0 if masses is None else sink_tiles, call.mask_from, call.budget.sink, *call.probes,
         ROWS=rows, QN=blocks, BM=ROW_BLOCK, WITH_MAP=masses is not None, **_constants(call))
     kernels.combine_logs[(triton.cdiv(size, 32),)](
@@ -284,20 +294,19 @@ def _pass_two(
     k = call.cache.k
     most = min(8, ROWS_AT_ONCE // call.padded_rows) if words > 0 else DIAGONAL_HEADS
     groups = triton.cdiv(call.group, most)
-    programs, tiles = _split(call, heads, groups)
+    programs = _programs(call, heads, groups)
     at_once = triton.cdiv(call.group, groups)
     kernels.column_masses[(programs, groups, heads.number)](
         call.queries, k, call.block_table, lse, masks, columns, diagonals, *k.stride()[:3],
-        heads.first, call.num_heads, call.num_tiles, tiles, *call.zone_args, call.mask_from,
-        call.context_len, *call.probes, GROUP=call.group, QG=at_once,
-        STACK=triton.next_power_of_2(at_once), WORDS=words, **_constants(call))
+        heads.first, call.num_heads, *call.zones, call.mask_from, call.context_len, *call.probes,
+        GROUP=call.group, QG=at_once, STACK=triton.next_power_of_2(at_once), WORDS=words,
+        **_constants(call))
 
 
-def _split(call: _Call, heads: _Heads, groups: int) -> tuple[int, int]:
-    """Programs along the keys, and key tiles of each: one wave over the whole device."""
-    programs = max(1, _device_programs(call.cache.k.device) // (heads.number * groups))
-    tiles = -(-call.num_tiles // programs)
-    return -(-call.num_tiles // tiles), tiles
+def _programs(call: _Call, heads: _Heads, groups: int) -> int:
+    """Programs along the keys: together one wave over the whole device."""
+    programs = _device_programs(call.cache.k.device) // (heads.number * groups)
+    return min(call.num_tiles, max(1, programs))
 
 
 def _constants(call: _Call) -> dict[str, Any]:
@@ -330,7 +339,7 @@ def _select_largest(
         values, counts, budgets, block_counts, size, forced, floor, **shared)
     threshold.write_selected[grid](
         values, counts, budgets, block_counts, out, out.stride(0), size, forced, floor,
-        NB=triton.next_power_of_2(blocks), **shared)
+        NB=max(128, triton.next_power_of_2(blocks)), **shared)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -338,6 +347,12 @@ def _budgets(values: tuple[int, ...], device: torch.device) -> Tensor:
     """[H] int32, kept for each layer. From pinned memory, so that the host does not wait."""
     tensor = torch.tensor(values, dtype=torch.int32)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+@functools.cache
+def _shared_bytes(device: torch.device) -> int:
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return int(properties["max_shared_mem"])
 
 
 @functools.cache

@@ -11,6 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Numbers that change from call to call, and pointers into the middle of tensors: kernels are not
+# compiled anew for their values.
+_INTS = ["forced", "floor"]
+_SLICES = ["budgets"]
 LEVELS = 3
 """Digits: the 8 exponent bits, then 12 and 11 bits of the mantissa."""
 BINS = 256 + 4096 + 2048
@@ -62,7 +66,7 @@ def _budget(budgets, head, size, floor):
     return tl.minimum(tl.maximum(tl.load(budgets + head), floor), size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_INTS, do_not_specialize_on_alignment=_SLICES)
 def count_digits(
     values, counts, budgets, size, forced, floor, BINS: tl.constexpr, LEVEL: tl.constexpr,
     REVERSED: tl.constexpr, BLOCK: tl.constexpr,
@@ -88,7 +92,7 @@ def count_digits(
         tl.atomic_add(counts + place, 1, mask=(bits > 0) & (shared == prefix), sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_INTS, do_not_specialize_on_alignment=_SLICES)
 def count_selected(
     values, counts, budgets, block_counts, size, forced, floor, BINS: tl.constexpr,
     REVERSED: tl.constexpr, BLOCK: tl.constexpr,
@@ -107,7 +111,8 @@ def count_selected(
     tl.store(target + tl.num_programs(0), tl.sum((bits == threshold).to(tl.int32), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_INTS, "stride_out"],
+            do_not_specialize_on_alignment=[*_SLICES, "out"])
 def write_selected(
     values, counts, budgets, block_counts, out, stride_out, size, forced, floor,
     BINS: tl.constexpr, REVERSED: tl.constexpr, BLOCK: tl.constexpr, NB: tl.constexpr,
@@ -134,7 +139,8 @@ def write_selected(
              mask=chosen)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "num_tiles", "floor"],
+            do_not_specialize_on_alignment=[*_SLICES, "offsets"])
 def choose_windows(
     sums, budgets, offsets, is_window, width, num_tiles, floor, P: tl.constexpr, BLOCK: tl.constexpr
 ) -> None:
@@ -163,7 +169,7 @@ def choose_windows(
     tl.store(is_window + base + i, chosen.to(tl.int8), mask=i < num_tiles)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "size", "floor"], do_not_specialize_on_alignment=_SLICES)
 def coalesce(distances, budgets, starts, num_starts, width, size, floor, P: tl.constexpr) -> None:
     """Windows that cover the diagonals of one head, farthest first (`select.coalesce_windows`).
 
@@ -185,7 +191,7 @@ def coalesce(distances, budgets, starts, num_starts, width, size, floor, P: tl.c
     tl.store(num_starts + head, count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "stride_out"], do_not_specialize_on_alignment=["offsets"])
 def reverse_windows(
     starts, num_starts, offsets, width, stride_out, P: tl.constexpr, BLOCK: tl.constexpr
 ) -> None:

@@ -68,30 +68,123 @@ def check(case: Case, start: int, limits: Budget) -> Selection:
     return actual
 
 
+# positions, start, length, tile length, strided probes
 TILE_CASES = [
-    pytest.param(PLAIN, 0, 63, 16, id="63"), pytest.param(PLAIN, 0, 111, 16, id="111"),
-    pytest.param(PLAIN, 192, 193, 32, id="one-token"), pytest.param(PLAIN, 160, 299, 16, id="299"),
-    pytest.param(ZONED, 96, 192, 32, id="succ"), pytest.param(ZONED, 200, 288, 16, id="inter"),
-    pytest.param(ZONED, 304, 347, 16, id="mid-chunk"),
+    pytest.param(PLAIN, 0, 63, 16, 64, id="63-all-rows-are-probes"),
+    pytest.param(PLAIN, 0, 111, 32, 7, id="111"),
+    pytest.param(PLAIN, 192, 193, 32, 64, id="one-token"),
+    pytest.param(PLAIN, 160, 299, 16, 0, id="299"),
+    pytest.param(PLAIN, 130, 290, 64, 20, id="wide-tiles"),
+    pytest.param(ZONED, 96, 192, 32, 0, id="succ"),
+    pytest.param(ZONED, 200, 288, 16, 24, id="inter"),
+    pytest.param(ZONED, 304, 347, 16, 64, id="mid-chunk"),
 ]
 
 
-@pytest.mark.parametrize("strided", [0, 7, 64], ids=lambda n: f"strided{n}")
-@pytest.mark.parametrize(("positions", "start", "length", "tile"), TILE_CASES)
+@pytest.mark.parametrize(("positions", "start", "length", "tile", "strided"), TILE_CASES)
 def test_tile_mode(
     positions: Positions, start: int, length: int, tile: int, strided: int, kernel_device: str
 ) -> None:
-    """Four heads of one KV head, budgets four times apart."""
+    """Four heads of one KV head, budgets four times apart; NaN in all slots beyond the context."""
     case = oracle.make_case(length, positions, num_heads=4, head_dim=32, block_size=tile, gain=1.2,
                             device=kernel_device)
     check(case, start, budget("tile", [5, 10, 20, 0], [16, 32, 64, 48], probe_strided=strided))
 
 
-@pytest.mark.parametrize("mode", ["tile", "paper"])
-@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(3, 3), (8, 2), (14, 2)])
-def test_head_groups(num_heads: int, num_kv_heads: int, mode: str, kernel_device: str) -> None:
+PAPER_CASES = [
+    pytest.param(PLAIN, 0, 63, id="63"), pytest.param(PLAIN, 190, 299, id="299"),
+    pytest.param(PLAIN, 200, 201, id="one-token"), pytest.param(ZONED, 310, 370, id="inter"),
+]
+
+
+@pytest.mark.parametrize(("positions", "start", "length"), PAPER_CASES)
+def test_paper_mode(positions: Positions, start: int, length: int, kernel_device: str) -> None:
+    """Budgets below the forced entries, above them, and above everything there is."""
+    case = oracle.make_case(length, positions, num_heads=3, head_dim=32, gain=1.2,
+                            device=kernel_device)
+    check(case, start, budget("paper", [7, 60, 999], [50, 160, 999]))
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "mode"), [
+    (2, 2, "tile"), (14, 2, "tile"), (2, 2, "paper"), (10, 2, "paper")])
+def test_head_groups(
+    num_heads: int, num_kv_heads: int, mode: str, kernel_device: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A workspace too small for two KV heads gives the same as one that holds all."""
     case = oracle.make_case(180, PLAIN, num_heads=num_heads, num_kv_heads=num_kv_heads,
                             device=kernel_device)
     vertical, slash = ([10 + 9 * i % 40 for i in range(num_heads)] for _ in range(2))
-    check(case, 100, budget(mode, vertical, [100 + s for s in slash] if mode == "paper" else slash,
-                            probe_last=32))
+    limits = budget(mode, vertical, [100 + s for s in slash] if mode == "paper" else slash,
+                    probe_last=32)
+    whole = check(case, 100, limits)
+    if num_heads == 2:
+        monkeypatch.setattr(sparse_index, "WORKSPACE_BYTES", 1)
+        split = run(case, 100, limits, sparse_index)
+        assert all(torch.equal(a, b) for a, b in zip(whole[:2], split[:2], strict=True))
+
+
+def test_budgets_above_the_history(kernel_device: str) -> None:
+    case = oracle.make_case(80, PLAIN, num_heads=2, device=kernel_device)
+    selection = check(case, 48, budget("tile", [9999, 3], [9999, 9999], probe_last=16))
+    assert entries(selection.columns, -1) == [list(range(80)), [0, 1, 2]]
+    assert selection.offsets.tolist() == [[0, -16, -32, -48, -64]] * 2
+
+
+def test_bf16_keeps_the_mass(kernel_device: str) -> None:
+    """bf16 rounds the paths' queries differently: near ties may fall either way."""
+    case = oracle.make_case(299, ZONED, num_heads=4, head_dim=32, gain=1.2, dtype=torch.bfloat16,
+                            device=kernel_device)
+    limits = budget("tile", [20, 40, 60, 80], [32, 48, 64, 80], probe_strided=20)
+    start = 288
+    keys = case.cache.k[case.block_table].flatten(0, 1)[:299, 0]
+    kept = []
+    for module in (sparse_index, select):
+        selection = run(case, start, limits, module)
+        pairs = reference.kept_pairs(selection, torch.arange(start, 299), 299)
+        kept.append([])
+        for head in range(4):
+            probe = select._Probe(start, 1, 11)
+            mass = select._probe_mass(
+                case.q[start:, head], keys, probe, start, case.rotary, case.scale)
+            kept[-1].append(float((mass[:, -299:] * pairs[head]).sum()))
+    assert torch.tensor(kept[0]) == pytest.approx(torch.tensor(kept[1]), rel=5e-3)
+
+
+# -- the k largest ----------------------------------------------------------------------------
+
+
+def largest(values: Tensor, budgets: list[int], forced: int = 0, backwards: bool = False) -> Tensor:
+    out = torch.full((len(values), max(budgets)), -1, dtype=torch.int64, device=values.device)
+    limits = torch.tensor(budgets, dtype=torch.int32, device=values.device)
+    sparse_index._select_largest(values, limits, out, forced, floor=0, backwards=backwards)
+    return out
+
+
+def sorted_top(row: Tensor, count: int) -> list[int]:
+    """Ties go to the lower index."""
+    return sorted(torch.sort(row, descending=True, stable=True).indices[:count].tolist())
+
+
+@pytest.mark.parametrize("size", [1, 100, 9000, 20_000])
+def test_largest_of_every_magnitude(size: int, kernel_device: str) -> None:
+    values = torch.rand(3, size).pow(40)  # down to denormals and zeros
+    values[1] = (values[1] * 20).round() / 20  # ties everywhere
+    values[2] = torch.where(torch.rand(size) < 0.9, 0.0, values[2])
+    budgets = [min(size, n) for n in (size // 3 + 1, 77, size // 2)]
+    found = largest(values.to(kernel_device), budgets)
+    for head, count in enumerate(budgets):
+        assert entries(found, -1)[head] == sorted_top(values[head], count), f"head {head}"
+
+
+def test_forced_entries_rank_first_from_either_end(kernel_device: str) -> None:
+    values = torch.rand(2, 300, device=kernel_device)
+    assert largest(values, [5, 3], forced=5).tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, -1, -1]]
+    backwards = largest(values, [5, 3], forced=5, backwards=True)
+    assert backwards.tolist() == [[4, 3, 2, 1, 0], [2, 1, 0, -1, -1]]
+
+
+def test_many_entries(kernel_device: str) -> None:
+    values = torch.rand(1, 1 << 17)
+    found = largest(values.to(kernel_device), [4000])
+    assert found.cpu()[0].equal(torch.topk(values[0], 4000).indices.sort().values)
