@@ -66,11 +66,10 @@ def split_prefill_attention(
     num_rows = variants.shape[2]
     # the stride in tiles; where it is no multiple of P, no position reaches it
     dca_tiles = -(-rotary.stride // tile_len)
-    warps = 8 if tile_len == 128 else 4
     _dense_kernel[num_rows // tile_len * num_heads, splits](
         variants, cache.k, cache.v, block_table, out, lse, cached_len, context_len, num_rows,
         num_heads, num_kv_heads, dca_tiles, splits, INTER=INTER, GROUP=num_heads // num_kv_heads,
-        TILE=tile_len, KEYS=tile_len, HEAD_DIM=head_dim, num_warps=warps, num_stages=2)
+        TILE=tile_len, HEAD_DIM=head_dim, **launch_options(q.device, tile_len))
     return (out, lse) if splits == 1 else merge_splits(out, lse, q.dtype)
 
 
@@ -91,6 +90,20 @@ def num_sms(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@memoize
+def launch_options(device: torch.device, tile_len: int) -> dict[str, int]:
+    """Keys that a program takes at once, its warps and pipeline stages.
+
+    Hopper's tensor cores read both operands from shared memory, so a whole key tile of 128 fits the
+    registers (160 KiB shared); elsewhere 64 keys do (64 KiB). The interpreter takes few, so that
+    its small tiles fall into parts.
+    """
+    keys = 16
+    if device.type == "cuda":
+        keys = 128 if torch.cuda.get_device_capability(device)[0] == 9 else 64
+    return {"KEYS": min(keys, tile_len), "num_warps": 8 if tile_len == 128 else 4, "num_stages": 2}
 
 
 def merge_splits(parts: Tensor, lses: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -15,32 +15,26 @@ from torch import Tensor
 
 from longspan.ops.geometry import INTER, segments
 from longspan.ops.paper_slash import launch_paper_segment
-from longspan.ops.prefill import supports as dense_supports
+from longspan.ops.prefill import launch_options
 from longspan.ops.rotary import rotated_query_variants
 from longspan.ops.softmax_tile import add_tile, finish, scores_of
 from longspan.ops.sparse_work import SparseWork, prepare
 from longspan.ops.types import PagedKV, QueryRotary, Selection
 
-
-def supports(
-    q: Tensor, cache: PagedKV, rotary: QueryRotary, context_len: int, selection: Selection
-) -> bool:
-    """Whether the Triton kernels can serve a sparse call: a pure function of dtype and shape."""
-    tile_len = selection.tile_len
-    tiles = tile_len == cache.k.shape[1] if selection.aligned else tile_len in (16, 32, 64, 128)
-    return tiles and dense_supports(q, cache, rotary, context_len)
+_KEYS = 64  # at once: three loops and their biases leave no registers for more
 
 
 def sparse_prefill_attention(
     q: Tensor, cache: PagedKV, block_table: Tensor, cached_len: int, rotary: QueryRotary,
     scale: float, selection: Selection, correction: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.sparse_prefill_attention`. No host sync.
+    """See `reference.sparse_prefill_attention`, for what `prefill.supports`. No host sync.
 
     One launch for the queries, then for each DCA chunk that they touch five to prepare (see
     `sparse_work`) and one to attend.
     """
     assert selection.aligned or not correction, "tile means belong to tile mode"
+    assert not selection.aligned or selection.tile_len == cache.k.shape[1], "windows are KV blocks"
     num_queries, num_heads, _ = q.shape
     context_len = cached_len + num_queries
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
@@ -65,7 +59,8 @@ def _launch_tile_segment(
     _, tile_len, num_kv_heads, _ = cache.k.shape
     num_tiles = work.window_flag.shape[1]
     num_query_tiles = num_tiles - start // tile_len
-    warps = 8 if tile_len == 128 else 4
+    options = launch_options(variants.device, tile_len)
+    options = {**options, "KEYS": min(options["KEYS"], _KEYS)}
     _tile_kernel[(num_query_tiles * num_heads,)](
         variants, cache.k, cache.v, block_table, out, lse, work.windows, work.window_rank,
         work.window_flag, work.column_rank, work.k_cols, work.v_cols, work.col_tile,
@@ -73,7 +68,7 @@ def _launch_tile_segment(
         cached_len, start, stop, num_rows, num_heads, num_kv_heads, work.windows.shape[1],
         num_tiles, num_query_tiles, zones, *work.borders, *work.mean_parts[1:],
         GROUP=num_heads // num_kv_heads, CORRECTION=work.mean_parts[3] > 0, TILE=tile_len,
-        KEYS=tile_len, HEAD_DIM=head_dim, num_warps=warps, num_stages=2)
+        HEAD_DIM=head_dim, **options)
 
 
 @triton.jit

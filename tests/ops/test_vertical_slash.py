@@ -194,16 +194,3 @@ def test_bf16_equals_reference(kind: str, gain: float, kernel_device: str) -> No
     assert_close(lse, expected_lse, "lse", torch.bfloat16)
     if gain < 10:  # bf16 queries hold logits of thousands to 10 absolute
         assert_close(out, expected_out, "out")
-
-
-def test_supports() -> None:
-    case = oracle.make_case(20, ZONED)
-    none = torch.zeros(0, dtype=torch.int64)
-
-    def answer(tile_len: int, aligned: bool, context_len: int = 20) -> bool:
-        selection = pack([none], [torch.tensor([0])], tile_len, aligned, "cpu")
-        return vertical_slash.supports(case.q, case.cache, case.rotary, context_len, selection)
-
-    assert answer(16, True) and answer(64, False)
-    assert not answer(32, True)  # windows are whole KV blocks of 16
-    assert not answer(24, False)
