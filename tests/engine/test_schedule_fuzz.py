@@ -65,12 +65,13 @@ class World:
             self.settle(self.scheduler.take_updates())
         else:
             self.step()
-        self.scheduler.check()
+        self.check()
 
     def arrive(self, max_tokens: int) -> None:
         """A request that continues a known text or diverges from it somewhere."""
         rng = self.rng
-        prompt = rng.choice(self.stems)[: rng.randrange(1, 60)] + [rng.randrange(50)]
+        stem, fork = rng.choice(self.stems), rng.randrange(1, min(60, self.config.longest_len))
+        prompt = [*stem[:fork], rng.randrange(50), *stem[fork + 1 : fork + rng.randrange(1, 30)]]
         schema = "{}" if rng.random() < 0.1 else None
         request = make_request(
             str(self.num_events), prompt, sparse=rng.random() < 0.4, max_tokens=max_tokens,
@@ -93,6 +94,14 @@ class World:
             batch = self.queue.popleft()
             self.num_paused += any(i.pieces and not i.pieces.is_last for i in batch.slices)
             self.settle(self.scheduler.apply(self.runner.execute(batch)))
+
+    def check(self) -> None:
+        """Recount; and blocks that a step in flight writes still belong to its requests."""
+        self.scheduler.check()
+        for batch in self.queue:
+            for item in batch.slices if batch.epoch == self.scheduler.epoch else ():
+                owner = self.scheduler._running[item.request_id]
+                assert owner.block_ids == item.block_ids and owner.slot == item.slot
 
     def settle(self, updates: Iterable[Update]) -> None:
         """Check finished requests and forget them."""

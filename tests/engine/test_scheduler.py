@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -132,6 +133,18 @@ def test_sparse_hits_are_whole_chunks_before_the_tail() -> None:
     for request in (first, again, dense):
         run_all(loop, [request])
     assert (again.num_cached_tokens, dense.num_cached_tokens) == (24, 0)
+
+
+def test_sparse_hits_never_mix_chunks_that_end_differently() -> None:
+    """Keys of a sparse chunk depend on all of its tokens: blocks before a difference too."""
+    config = replace(CONFIG, block_size=2, num_blocks=32, dense_tail_len=0)
+    loop, _, runner = make_engine(config)
+    document = list(range(1, 33))
+    other = [*document[:14], 40, *document[15:]]
+    third = [*document, 41]
+    for name, prompt in (("a", other), ("b", document), ("c", third)):
+        run_all(loop, [make_request(name, prompt, max_tokens=1, sparse=True)])
+    assert runner.num_computed == 32 + 24 + 1  # the runner has checked what "c" found
 
 
 def test_table_of_a_hit_stays_one_ascending_run() -> None:
