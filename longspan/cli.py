@@ -319,7 +319,7 @@ def report(
     readme: Annotated[Path, typer.Option(help="File with the markers.")] = Path("README.md"),
     results: Results = Path("bench/results"),
 ) -> None:
-    """Rebuild the tables of the README from the result files."""
+    """Rebuild the tables and plots of the README from the result files."""
     from longspan.bench.report import run
 
     run(readme, results)

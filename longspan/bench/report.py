@@ -1,4 +1,4 @@
-"""`longspan bench report`: the README's tables, rebuilt from the result files.
+"""`longspan bench report`: the README's tables and plots, rebuilt from the result files.
 
 A table stands between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``; the text around the
 markers is left alone. Sections of benchmarks that need a GPU bring their headings along and are
@@ -7,11 +7,13 @@ empty as long as there are no result files.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from longspan.bench.results import read_bench
+from longspan.bench.plots import draw_ttft
+from longspan.bench.results import read_bench, read_file
 from longspan.bench.tables import (
     Content,
     caption,
@@ -36,7 +38,8 @@ def run(readme: Path, results: Path) -> None:
     if not names:
         raise LongspanError(f"{readme}: no markers such as <!-- bench:eval --> ... "
                             "<!-- /bench:eval -->; add a pair where the table belongs")
-    new = MARKED.sub(lambda match: match[1] + build_table(match[2], results) + match[4], old)
+    new = MARKED.sub(lambda match: match[1] + build_table(match[2], results)
+                     + draw_images(match[2], results, readme) + match[4], old)
     if new != old:
         readme.write_text(new, encoding="utf-8")
     note(f"{readme}: {', '.join(names)} {'rebuilt' if new != old else 'unchanged'}")
@@ -53,6 +56,18 @@ def build_table(name: str, results: Path) -> str:
     if not contents:
         raise LongspanError(f"{results}: no results of bench {name!r} there; run it first")
     return "\n".join(TABLES[name](content) for content in contents)
+
+
+def draw_images(name: str, results: Path, readme: Path) -> str:
+    """Draw the plots of a table beside the folder of results. Returns the markdown that shows
+    them. Raises `LongspanError` without matplotlib."""
+    text = ""
+    for file in sorted(results.glob(f"{name}.*.json")) if name in PLOTS else ():
+        image = (results.parent / "plots" / file.name).with_suffix(".svg")
+        if PLOTS[name](read_file(file), image):
+            place = os.path.relpath(image, readme.parent)
+            text += f"\n![{name}]({Path(place).as_posix()})\n"
+    return text
 
 
 def eval_table(content: Content) -> str:
@@ -87,6 +102,7 @@ def cpu_table(content: Content) -> str:
 
 
 TABLES: dict[str, Callable[[Content], str]] = {"eval": eval_table, "cpu": cpu_table}
+PLOTS: dict[str, Callable[[Content, Path], bool]] = {"ttft": draw_ttft}
 SECTIONS: dict[str, Callable[[Sequence[Content]], str]] = {
     "ttft": ttft_section, "decode": decode_section, "ops": ops_section,
     "quality": quality_section}

@@ -31,7 +31,8 @@ def options(**values: Any) -> OpsOptions:
     defaults: dict[str, Any] = {
         "lengths": (512, 2048), "square": (600,), "baselines": ("math", "cudnn", "flex"),
         "chunk_baselines": ("math", "cudnn"), "flex_max": 512, "chunk_len": 512, "layers": 2,
-        "sections": SECTIONS, "contents": CONTENTS, "repeats": ONCE, "gemm_size": 64, "copy_bytes": 4096}
+        "sections": SECTIONS, "contents": CONTENTS, "repeats": ONCE, "gemm_size": 64,
+        "copy_bytes": 4096}
     return OpsOptions(**{**defaults, **values})
 
 

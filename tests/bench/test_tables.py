@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from longspan.bench import report
+from longspan.bench import plots, report
+from longspan.errors import LongspanError
 
 SHARE = {"linear": 0.6, "selection": 0.05, "attention": 0.3, "rest": 0.05}
 
@@ -42,6 +44,34 @@ def test_ttft(tmp_path: Path) -> None:
             "| 60 / 5 / 30 / 5 | v1-s2 |\n") in text
     assert "| big | 2,000 | not run | 30.0 s |  | 2.2 %" in text
     assert "scaled to all" in text and "(Chip, 2025-01-02)" in text
+
+
+def test_the_plot_is_drawn_and_shown(tmp_path: Path) -> None:
+    folder = tmp_path / "bench" / "results"
+    folder.mkdir(parents=True)
+    write(folder, "ttft", [ttft_row("sparse", 25.0), ttft_row("sparse", 3.0, num_tokens=131_072),
+                           ttft_row("dense", 350.0), {"error": "x"}])
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- bench:ttft -->\n<!-- /bench:ttft -->\n")
+    report.run(readme, folder)
+    assert "\n![ttft](bench/plots/ttft.chip.svg)\n" in readme.read_text()
+    drawn = (tmp_path / "bench" / "plots" / "ttft.chip.svg").read_bytes()
+    report.run(readme, folder)
+    assert (tmp_path / "bench" / "plots" / "ttft.chip.svg").read_bytes() == drawn
+    assert b"<svg" in drawn
+    assert plots.ttft_lines(json.loads((folder / "ttft.chip.json").read_text())) == {
+        ("big", "dense"): [(1_000_000, 350.0)],
+        ("big", "sparse"): [(131_072, 3.0), (1_000_000, 25.0)]}
+    (folder / "ttft.chip.json").unlink()
+    report.run(readme, folder)
+    assert readme.read_text() == "<!-- bench:ttft -->\n<!-- /bench:ttft -->\n"
+
+
+def test_plots_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(LongspanError, match="longspan.plots"):
+        plots.draw_ttft({"rows": [ttft_row("dense", 1.0)]}, tmp_path / "x.svg")
+    assert not plots.draw_ttft({"rows": []}, tmp_path / "x.svg")
 
 
 def test_decode(tmp_path: Path) -> None:
