@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -67,11 +69,23 @@ def listen(config: ServeConfig) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """Asks for an orderly end at the first signal; ends at once at the second."""
+    """Asks for an orderly end at the first signal; ends at once at the second. Signals are its own
+    from before the engine is started until it is closed."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.is_stopping = False
+
+    def watch_signals(self) -> None:
+        """From now on. On the running event loop."""
+        if threading.current_thread() is threading.main_thread():
+            for sig in (signal.SIGINT, signal.SIGTERM):
+                asyncio.get_running_loop().add_signal_handler(sig, self.handle_exit, sig, None)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Nothing: uvicorn would only watch while it serves."""
+        yield
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called for SIGINT and SIGTERM."""
@@ -88,6 +102,7 @@ async def _run(engine: AsyncEngine, config: ServeConfig, sock: socket.socket) ->
         app, log_config=None, access_log=False, http="h11", loop="asyncio", ws="none",
         h11_max_incomplete_event_size=MAX_HEAD_BYTES, timeout_keep_alive=30,
         timeout_graceful_shutdown=int(LAST_WORDS_S), server_header=False))
+    server.watch_signals()
     try:
         await engine.start()
         _announce(config, sock)
