@@ -12,6 +12,7 @@ from collections.abc import Callable
 from longspan.engine.loop import Loop, Transport
 from longspan.engine.scheduler import Load, Scheduler
 from longspan.engine.step import ScheduledBatch, StepResult
+from longspan.engine.warmup import warm_up
 from longspan.engine.wire import Add, Close, Command, FromEngine, LoadChanged, Submitted
 
 Send = Callable[[FromEngine], None]
@@ -25,12 +26,15 @@ class Conductor:
     def __init__(
         self, scheduler: Scheduler, transport: Transport, take: TakeCommand, send: Send,
     ) -> None:
+        self._scheduler = scheduler
         self._news = _News(scheduler, transport, send)
         self._loop = Loop(scheduler, self._news, queues_prefill=False)
         self._take = take
 
     def run(self) -> None:
         """Serve. What the runner or the scheduler raises comes out here."""
+        self._news.tell_load()
+        warm_up(self._scheduler, self._loop)
         while self._receive():
             self._loop.turn()
             self._news.tell_load()
@@ -56,7 +60,7 @@ class _News:
 
     def __init__(self, scheduler: Scheduler, transport: Transport, send: Send) -> None:
         self._scheduler, self._transport, self._send = scheduler, transport, send
-        self._load = Load()
+        self._load: Load | None = None
 
     @property
     def max_in_flight(self) -> int:

@@ -102,7 +102,7 @@ class Submitted(Message, frozen=True):
 
 
 class LoadChanged(Message, frozen=True):
-    """What the scheduler has to do now."""
+    """What the scheduler has to do now. The first one says that it is there."""
 
     load: Load
 
