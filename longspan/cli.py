@@ -131,6 +131,9 @@ def serve(
     max_queued_tokens: Annotated[int | None, typer.Option(
         help="Prompt tokens that may wait; then 429.")] = None,
     drain_timeout_s: Annotated[float, typer.Option(help="Longest wait after SIGTERM.")] = 600.0,
+    step_budget_s: Annotated[float | None, typer.Option(
+        help="Longest pause of running answers while prompts are read; default: 1 on CPUs, 0.1 "
+             "on GPUs.")] = None,
     device: Device = None, dtype: Dtype = None, attention: Attention = "auto",
     positions: Positions = "auto", max_model_len: MaxModelLen = None,
     prefill_chunk_len: ChunkLen = None, sparsity_plan: Plan = None, memory_gib: Memory = None,
@@ -150,7 +153,8 @@ def serve(
     status = run(model, config, {
         "device": device, "dtype": dtype, "attention": attention, "positions": positions,
         "max_model_len": max_model_len, "prefill_chunk_len": prefill_chunk_len,
-        "sparsity_plan": sparsity_plan, "memory_gib": memory_gib, "num_threads": threads})
+        "sparsity_plan": sparsity_plan, "memory_gib": memory_gib, "num_threads": threads,
+        "step_budget_s": step_budget_s})
     if status:
         raise typer.Exit(status)
 

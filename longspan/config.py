@@ -182,7 +182,8 @@ class EngineConfig:
     """Prompt tokens of one request computed in one step; default 32,768 on GPUs, 16,384 on CPUs."""
     step_budget_s: float | None = None
     """Longest step while prompts are computed, seconds: how long decoding may pause, and half of
-    what a short prompt may wait. None: prefill chunks are computed whole."""
+    what a short prompt may wait; default: 0.1 on GPUs, 1 on CPUs, without a limit for `LLM`
+    (``math.inf``: prefill chunks are computed whole)."""
     max_num_requests: int = 64
     """Requests computed together at the most."""
     block_size: int = 128

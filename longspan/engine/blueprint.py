@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -13,6 +14,7 @@ from longspan.config import DcaConfig, EngineConfig, ModelConfig
 from longspan.engine.chunking import piece_rows, unit_len
 from longspan.engine.desk import Intake
 from longspan.engine.memory import MemoryPlan, plan_memory
+from longspan.engine.prior import prior_costs
 from longspan.engine.resolve import (
     check_tiles,
     may_be_sparse,
@@ -22,6 +24,9 @@ from longspan.engine.resolve import (
 from longspan.engine.runner import Runner, resolve_plan
 from longspan.engine.scheduler import SchedulerConfig, max_step_tokens
 from longspan.model.weights import resolve_checkpoint
+
+WARM_UP_LEN = {"cpu": 1_024, "cuda": 8_192}
+"""Tokens of a server's first prompts: less than a second of them on a small model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,10 +90,12 @@ class Blueprint:
             prefill_chunk_len=self.config.prefill_chunk_len,
             max_num_requests=self.config.max_num_requests,
             dense_tail_len=self.plan.dense_tail_len if self.plan else 0,
-            num_layers=self.model.num_layers, step_budget_s=self.config.step_budget_s,
+            num_layers=self.model.num_layers, step_budget_s=_finite(self.config.step_budget_s),
             piece_rows=piece_rows(device_type, self.config.prefill_chunk_len),
             unit_len=unit_len(device_type, self.config.block_size),
-            sparse_above=self._sparse_above)
+            sparse_above=self._sparse_above,
+            prior=prior_costs(self.model, self.config, self.plan),
+            warm_up_len=min(WARM_UP_LEN[device_type], self.memory.max_model_len // 2))
 
     @property
     def _sparse_above(self) -> int | None:
@@ -96,6 +103,10 @@ class Blueprint:
         if self.plan is None:
             return None
         return 0 if self.config.attention == "sparse" else self.model.sparse_threshold
+
+
+def _finite(budget_s: float | None) -> float | None:
+    return budget_s if budget_s is not None and math.isfinite(budget_s) else None
 
 
 def _plan_in_effect(

@@ -23,6 +23,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 from longspan.config import EngineConfig
 from longspan.engine.desk import Tracker, default_sampling, deliver, load_tokenizer
 from longspan.engine.grammar import Grammars
+from longspan.engine.latency import Forecast
 from longspan.engine.launch import in_processes
 from longspan.engine.loop import StepReport
 from longspan.engine.prompts import Prompt, as_token_ids
@@ -98,9 +99,8 @@ class EngineStatus:
     """Prompt tokens of the waiting requests."""
     num_used_tokens: int = 0
     """Tokens of KV in use by running requests."""
-    latency: tuple[float, float, float, float] | None = None
-    """(c, gamma, b, a) of t(L, x) = c + gamma L + b x + a (2 L x + x^2): seconds of a prefill chunk
-    of x tokens after L cached ones. None: this engine does not fit them."""
+    latency: Forecast | None = None
+    """What prompts will take, learned from the steps so far; None: nothing was measured yet."""
     memory_bytes: Mapping[str, int] = field(default_factory=dict)
     """Weights, workspace, KV cache."""
     default_sampling: Mapping[str, float] = field(default_factory=dict)
@@ -126,6 +126,7 @@ class AsyncEngine:
         self._sessions = dict[str, Session]()
         self._trackers = dict[str, Tracker]()
         self._epoch = 0
+        self._missing = {"scheduler", "runner", "text"}
         self._numbers = itertools.count()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -267,12 +268,13 @@ class AsyncEngine:
             self._deliver(message)
         elif isinstance(message, LoadChanged):
             self._note_load(message.load)
+            self._arrive("scheduler")
         elif isinstance(message, Submitted):
             self._admit(message)
         elif isinstance(message, Planned):
             self._plan(message)
         elif isinstance(message, Loaded):
-            self._text_loaded.add_done_callback(self._become_ready)
+            self._arrive("runner")
         else:
             self._die(message.reason, is_mendable=message.is_mendable)
 
@@ -300,20 +302,24 @@ class AsyncEngine:
             assert self._planned is not None
             self._grammars = Grammars(self._tokenizer, self._planned.intake.vocab_size)
             self._status = replace(self._status, default_sampling=advice)
+            self._arrive("text")
         elif isinstance(error, LongspanError):
             self._die(" ".join(str(error).split()), is_mendable=True)
         else:
             logger.error("the tokenizer cannot be loaded", exc_info=error)
             self._die(f"the tokenizer cannot be loaded ({type(error).__name__}: {error})")
 
-    def _become_ready(self, loaded: object) -> None:
-        if self._status.state == "loading":
+    def _arrive(self, part: Literal["scheduler", "runner", "text"]) -> None:
+        """A part of the engine is there; when all are, requests are taken."""
+        self._missing.discard(part)
+        if not self._missing and self._status.state == "loading":
             self._status = replace(self._status, state="ready", reason="")
 
     def _note_load(self, load: Load) -> None:
         self._status = replace(
             self._status, num_waiting=load.num_waiting, num_running=load.num_running,
-            num_waiting_tokens=load.num_waiting_tokens, num_used_tokens=load.num_used_tokens)
+            num_waiting_tokens=load.num_waiting_tokens, num_used_tokens=load.num_used_tokens,
+            latency=load.forecast or self._status.latency)
 
     def _admit(self, message: Submitted) -> None:
         for engine_id, num_cached_tokens in message.prefills:

@@ -81,8 +81,6 @@ class Forecast:
     """Longer prompts prefill sparsely; None: none do."""
     dense_tail_len: int = 0
     """Last tokens of a sparse prompt that are computed densely."""
-    num_observations: int = 0
-    """Steps that it rests on; 0: a guess."""
 
     def prefill_s(self, start: int, stop: int) -> float:
         """Time to prefill tokens ``start`` to ``stop - 1`` of a prompt of ``stop`` tokens while
@@ -115,16 +113,19 @@ class LatencyModel:
     """Predicts how long a step takes; learns from every step seen."""
 
     def __init__(self, prior: Costs | None = None) -> None:
-        prior = prior or Costs()
-        self.num_observations = 0
-        self._kinds: dict[Kind, _Fit] = {
-            "dense": _Fit(prior.dense), "sparse": _Fit(prior.sparse), "decode": _Fit(prior.decode)}
-        self._costs = prior
+        self._prior = prior or Costs()
+        self.reset()
 
     @property
     def costs(self) -> Costs:
         """The coefficients now."""
         return self._costs
+
+    def reset(self) -> None:
+        """Forget what was measured."""
+        prior, self.num_observations, self._costs = self._prior, 0, self._prior
+        self._kinds: dict[Kind, _Fit] = {
+            "dense": _Fit(prior.dense), "sparse": _Fit(prior.sparse), "decode": _Fit(prior.decode)}
 
     def observe(self, work: Work, seconds: float) -> None:
         """A step took this long."""

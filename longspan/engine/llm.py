@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,6 +55,8 @@ class LLM:
     """
 
     def __init__(self, model: str, **options: Any) -> None:
+        # Nobody waits for single tokens here: prefill chunks are computed whole.
+        options = {"step_budget_s": math.inf, **options}
         blueprint = Blueprint.resolve(EngineConfig(model=str(model), **options))
         self.config, self.model_config = blueprint.config, blueprint.model
         self.memory, self.sparsity_plan = blueprint.memory, blueprint.plan

@@ -9,6 +9,7 @@ from longspan.errors import LongspanError
 
 GPU_PREFILL_CHUNK_LEN = 32_768
 CPU_PREFILL_CHUNK_LEN = 16_384
+STEP_BUDGET_S = {"cpu": 1.0, "cuda": 0.1}
 DTYPES = ("float32", "bfloat16")
 
 
@@ -25,7 +26,8 @@ def resolve_config(config: EngineConfig, *, has_cuda: bool) -> EngineConfig:
     chunk = CPU_PREFILL_CHUNK_LEN if device == "cpu" else GPU_PREFILL_CHUNK_LEN
     chunk = max(1, chunk // config.block_size) * config.block_size
     return replace(config, device=device, dtype=dtype,
-                   prefill_chunk_len=config.prefill_chunk_len or chunk)
+                   prefill_chunk_len=config.prefill_chunk_len or chunk,
+                   step_budget_s=config.step_budget_s or STEP_BUDGET_S[device.split(":")[0]])
 
 
 def resolve_positions(mode: PositionMode, model: ModelConfig) -> DcaConfig | None:

@@ -57,6 +57,8 @@ class SchedulerConfig(PlannerConfig):
     """What steps are thought to cost before any was measured."""
     sparse_above: int | None = None
     """Longer prompts prefill sparsely (forecasts only; a request says it itself)."""
+    warm_up_len: int = 0
+    """Tokens of a prompt that a server computes before the first request (`warmup`); 0: none."""
 
     @property
     def longest_len(self) -> int:
@@ -77,7 +79,7 @@ class Load:
     num_used_tokens: int = 0
     """Tokens of KV reserved for running requests, in whole blocks."""
     forecast: Forecast | None = None
-    """What prompts will take, as known now."""
+    """What prompts will take, as known after the latest prefill; None: nothing was measured."""
 
 
 class Scheduler:
@@ -89,9 +91,12 @@ class Scheduler:
         self._waiting: list[Request] = []
         self._running: dict[str, Request] = {}
         self._in_flight: list[_Submission] = []
-        self._latency = LatencyModel(config.prior)
-        self._planner = Planner(config, self._latency)
-        self._prefixes = Prefixes(config, self.pool, self._latency)
+        self.latency = LatencyModel(config.prior)
+        """Fitted by every step whose time is known."""
+        self.forecast: Forecast | None = None
+        """What prompts will take, as known after the latest prefill."""
+        self._planner = Planner(config, self.latency)
+        self._prefixes = Prefixes(config, self.pool, self.latency)
         self._updates: list[Update] = []
         self._free_slots = list(range(config.max_num_requests))
         self._num_steps = 0
@@ -116,15 +121,6 @@ class Scheduler:
             num_waiting=len(self._waiting), num_running=len(self._running),
             num_waiting_tokens=sum(request.prompt_len for request in self._waiting),
             num_used_tokens=num_used * self.config.block_size, forecast=self.forecast)
-
-    @property
-    def forecast(self) -> Forecast:
-        """What prompts will take, from the steps seen so far."""
-        config = self.config
-        return Forecast(
-            costs=self._latency.costs, prefill_chunk_len=config.prefill_chunk_len,
-            sparse_above=config.sparse_above, dense_tail_len=config.dense_tail_len,
-            num_observations=self._latency.num_observations)
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises `PromptTooLongError` if it could never be computed."""
@@ -179,7 +175,7 @@ class Scheduler:
             token, logprobs = next(sampled) if item.sampling is not None else (None, None)
             self._advance(request, item, token, logprobs)
         assert next(sampled, None) is None, "more tokens than slices that sample"
-        self._latency.observe(step.work, result.elapsed_s)
+        self._learn(step, result.elapsed_s)
         return self.take_updates()
 
     def drop_in_flight(self) -> None:
@@ -273,6 +269,14 @@ class Scheduler:
         if reason is not None:
             self._finish(request, reason)
         self._updates.append(_update(request, token, logprobs, item.done_len))
+
+    def _learn(self, step: _Submission, elapsed_s: float) -> None:
+        self.latency.observe(step.work, elapsed_s)
+        if step.batch.prefills and self.latency.num_observations:
+            config = self.config
+            self.forecast = Forecast(
+                costs=self.latency.costs, prefill_chunk_len=config.prefill_chunk_len,
+                sparse_above=config.sparse_above, dense_tail_len=config.dense_tail_len)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         request.finish_reason = reason

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from longspan.engine.client import EngineState, EngineStatus
 from longspan.serve.config import ServeConfig
 from longspan.serve.errors import ApiError
-from longspan.serve.latency import LatencyModel, prefill_s
 
 BYTES_PER_TOKEN = 4.0
 """First guess; then a running mean."""
 MIN_BODY_BYTES = 1 << 20
+UNMEASURED_TOKENS_PER_S = 2_000.0
+"""Prefill of a small machine, for Retry-After of a server that has only just been started."""
 LOADING_RETRY_S = 5.0
 DRAINING_RETRY_S = 30.0
 
@@ -56,14 +57,10 @@ class Ticket:
 class Gate:
     """Admits requests, and predicts from those present how long the next one waits."""
 
-    def __init__(
-        self, config: ServeConfig, status: Callable[[], EngineStatus], latency: LatencyModel,
-    ) -> None:
+    def __init__(self, config: ServeConfig, status: Callable[[], EngineStatus]) -> None:
         self.is_draining = False
-        self._config, self._status, self._latency = config, status, latency
+        self._config, self._status = config, status
         self._tickets: set[Ticket] = set()
-        self.num_entered = 0
-        """Requests so far: whether somebody came in between two moments."""
         self._num_buffered_bytes = 0
         self._bytes_per_token = BYTES_PER_TOKEN
         self._idle = asyncio.Event()
@@ -140,7 +137,6 @@ class Gate:
         self._check_room(num_tokens)
         ticket = Ticket([Part(num_tokens)], num_bytes, time.monotonic())
         self._tickets.add(ticket)
-        self.num_entered += 1
         self._idle.clear()
         try:
             yield ticket
@@ -199,7 +195,8 @@ class Gate:
     # -- prediction ----------------------------------------------------------------------------
 
     def backlog_s(self) -> float:
-        """Time to compute every prompt that waits, seconds."""
+        """Time to compute every prompt that waits, seconds; before anything was measured at
+        `UNMEASURED_TOKENS_PER_S`."""
         return sum(self._left_s(ticket) for ticket in self._tickets)
 
     def predict_ttft_s(self, ticket: Ticket) -> float | None:
@@ -217,13 +214,9 @@ class Gate:
         own_s = self._prefill_s(Part(prompt_len))
         return self._with_others(own_s, self._tickets) if self._is_measured else None
 
-    def observe(self, history: int, chunk: int, seconds: float) -> None:
-        """A chunk after ``history`` tokens took this long while nothing else ran."""
-        self._latency.observe(history, chunk, seconds)
-
     @property
     def _is_measured(self) -> bool:
-        return self._status().latency is not None or self._latency.num_observations > 0
+        return self._status().latency is not None
 
     def _with_others(self, own_s: float, others: Iterator[Ticket] | set[Ticket]) -> float:
         return own_s + sum(min(own_s, self._left_s(other)) for other in others)
@@ -232,6 +225,7 @@ class Gate:
         return sum(self._prefill_s(part) for part in ticket.parts)
 
     def _prefill_s(self, part: Part) -> float:
-        status = self._status()
-        return prefill_s(status.latency or self._latency.coefficients, part.done,
-                         part.prompt_len, max(1, status.prefill_chunk_len))
+        latency = self._status().latency
+        if latency is None:
+            return (part.prompt_len - part.done) / UNMEASURED_TOKENS_PER_S
+        return latency.prefill_s(part.done, part.prompt_len)

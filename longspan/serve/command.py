@@ -25,9 +25,10 @@ from longspan.serve.app import create_app
 from longspan.serve.body import cancel
 from longspan.serve.config import ServeConfig
 from longspan.serve.engine import AsyncEngine
-from longspan.serve.latency import prefill_s
 
 POLL_S = 0.1
+WARM_UP_S = 60.0
+"""Longest wait for the engine's warm-up before the report is printed without predictions."""
 LAST_WORDS_S = 5.0
 """For streams to receive their error after the engine's death, and for cancelled ones to end."""
 REPORT_LENGTHS = (131_072, 262_144, 524_288, 1_048_576)
@@ -129,6 +130,7 @@ async def _supervise(server: Server, engine: AsyncEngine, gate: Gate, config: Se
             await asyncio.sleep(POLL_S)
         if engine.status().state == "dead" and engine.status().is_mendable:
             raise LongspanError(engine.status().reason)
+        await _until_measured(server, engine)
         if engine.status().state == "ready":
             _note(start_up_report(engine.status()))
         while engine.status().state != "dead" and not server.is_stopping:
@@ -138,6 +140,14 @@ async def _supervise(server: Server, engine: AsyncEngine, gate: Gate, config: Se
         return await _drain(server, engine, gate, config)
     finally:
         server.should_exit = True
+
+
+async def _until_measured(server: Server, engine: AsyncEngine) -> None:
+    """Give the engine's first steps, its own or somebody's, time to tell how fast it is."""
+    end_s = asyncio.get_running_loop().time() + WARM_UP_S
+    while engine.status().state == "ready" and engine.status().latency is None and \
+            asyncio.get_running_loop().time() < end_s and not server.is_stopping:
+        await asyncio.sleep(POLL_S)
 
 
 async def _mourn(engine: AsyncEngine, gate: Gate) -> int:
@@ -178,8 +188,7 @@ def start_up_report(status: EngineStatus) -> str:
               for name, size in status.memory_bytes.items()]
     lengths = [length for length in REPORT_LENGTHS if length <= status.max_model_len]
     if status.latency and lengths:
-        times = [prefill_s(status.latency, 0, length, status.prefill_chunk_len)
-                 for length in lengths]
+        times = [status.latency.prefill_s(0, length) for length in lengths]
         lines.append("  first token, predicted     " + ", ".join(
             f"{length // 1024}K: {seconds:,.1f} s"
             for length, seconds in zip(lengths, times, strict=True)))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from longspan.engine.client import GenerateRequest
 from longspan.engine.request import MAX_SEED, Progress, SamplingParams, TokenEvent
-from longspan.serve.admission import Gate, Part, Ticket
+from longspan.serve.admission import Gate, Ticket
 from longspan.serve.body import cancel
 from longspan.serve.engine import AsyncEngine, Event, EventStream
 from longspan.serve.errors import ApiError, as_api_error
@@ -73,15 +73,6 @@ class Usage:
             "ttft_ms": millis(ttft_s), "predicted_ttft_ms": millis(self.predicted_ttft_s)}
 
 
-@dataclass(slots=True)
-class _PartClock:
-    """When a part's prefill last went on, and who else was there."""
-
-    moved_s: float
-    num_entered: int
-    cached_tokens: int = 0
-
-
 class Generation:
     """Runs a `Job`; events come out of `next_events` until `is_finished`.
 
@@ -96,9 +87,8 @@ class Generation:
         self._tasks = list[asyncio.Task[None]]()
         self._unfinished = set[int]()
         self._leaders = list[asyncio.Event]()
-        self._clocks = list[_PartClock]()
+        self._cached_tokens = list[int]()
         self._num_copies = 1
-        self._is_timed = False
 
     @property
     def is_finished(self) -> bool:
@@ -110,7 +100,7 @@ class Generation:
         """Prompt tokens in all, from the cache, and in the KV cache by now."""
         parts = self._ticket.parts
         return (sum(part.prompt_len for part in parts),
-                sum(clock.cached_tokens for clock in self._clocks),
+                sum(self._cached_tokens),
                 sum(part.done for part in parts))
 
     async def start(self, job: Job) -> None:
@@ -119,10 +109,9 @@ class Generation:
         self.usage.prompt_tokens = sum(len(prompt) for prompt in job.prompts)
         self.usage.predicted_ttft_s = self._gate.predict_ttft_s(self._ticket)
         self._num_copies = job.n
-        now_s = time.monotonic()
         for index in range(len(job.prompts)):
             self._leaders.append(asyncio.Event())
-            self._clocks.append(_PartClock(now_s, self._gate.num_entered))
+            self._cached_tokens.append(0)
             self._unfinished.update(range(index * job.n, (index + 1) * job.n))
         for index in range(len(job.prompts)):
             stream = await self._engine.add(self._request(job, index, 0))
@@ -140,8 +129,6 @@ class Generation:
             return []
         while not self._queue.empty():
             items.append(self._queue.get_nowait())
-        # Progress that arrives together tells nothing of the time of each step.
-        self._is_timed = sum(isinstance(item, Progress) for _, item in items) == 1
         return [(index, self._note(index, item)) for index, item in items]
 
     async def close(self) -> None:
@@ -187,23 +174,16 @@ class Generation:
         index, copy = divmod(number, self._num_copies)
         if isinstance(item, Progress):
             if copy == 0:
-                self._note_progress(self._clocks[index], self._ticket.parts[index], item)
+                self._note_progress(index, item)
         else:
             self._note_token(number, index, copy, item)
         return item
 
-    def _note_progress(self, clock: _PartClock, part: Part, event: Progress) -> None:
-        now_s = time.monotonic()
-        if event.num_prefilled_tokens > part.done:
-            history = max(part.done, event.num_cached_tokens)
-            is_alone = self._gate.num_open == 1 and clock.num_entered == self._gate.num_entered
-            if is_alone and self._is_timed:
-                self._gate.observe(
-                    history, event.num_prefilled_tokens - history, now_s - clock.moved_s)
-            part.done = event.num_prefilled_tokens
-            clock.moved_s, clock.num_entered = now_s, self._gate.num_entered
-        if event.num_cached_tokens > clock.cached_tokens:
-            clock.cached_tokens = event.num_cached_tokens
+    def _note_progress(self, index: int, event: Progress) -> None:
+        part = self._ticket.parts[index]
+        part.done = max(part.done, event.num_prefilled_tokens)
+        if event.num_cached_tokens > self._cached_tokens[index]:
+            self._cached_tokens[index] = event.num_cached_tokens
             if part.done == event.num_cached_tokens:  # admitted, and nothing computed yet
                 self.usage.predicted_ttft_s = self._gate.predict_ttft_s(self._ticket)
 
@@ -213,9 +193,9 @@ class Generation:
         part = self._ticket.parts[index]
         part.done = part.prompt_len
         if copy == 0:
-            self._clocks[index].cached_tokens = event.num_cached_tokens
+            self._cached_tokens[index] = event.num_cached_tokens
             self._leaders[index].set()
-        self.usage.cached_tokens = sum(clock.cached_tokens for clock in self._clocks)
+        self.usage.cached_tokens = sum(self._cached_tokens)
         if event.token_ids:
             self.usage.last_s = time.monotonic()
             self.usage.first_s = self.usage.first_s or self.usage.last_s

@@ -27,7 +27,6 @@ from longspan.serve.engine import AsyncEngine
 from longspan.serve.errors import ApiError, ClientGone, too_long
 from longspan.serve.format import ChatFormat, CompletionFormat, Delta, Format
 from longspan.serve.generation import Generation, Job, millis
-from longspan.serve.latency import LatencyModel
 from longspan.serve.metrics import Metrics
 from longspan.serve.protocol import ChatRequest, CompletionRequest, TemplateValues, TokenizeRequest
 from longspan.serve.sampling import asked_max_tokens, check_streaming, sampling_params
@@ -43,7 +42,7 @@ class Service:
 
     def __init__(self, engine: AsyncEngine, config: ServeConfig) -> None:
         self.engine, self.config = engine, config
-        self.gate = Gate(config, engine.status, LatencyModel())
+        self.gate = Gate(config, engine.status)
         self.metrics = Metrics(self.gate, engine.status)
 
     @property

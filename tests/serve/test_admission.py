@@ -8,17 +8,18 @@ from dataclasses import replace
 import pytest
 
 from longspan.engine.client import EngineStatus
+from longspan.engine.latency import Costs, Forecast
 from longspan.serve.admission import Gate
 from longspan.serve.config import ServeConfig
 from longspan.serve.errors import ApiError
-from longspan.serve.latency import LatencyModel
 
-STATUS = EngineStatus(state="ready", max_model_len=1000, prefill_chunk_len=100,
-                      latency=(0.0, 0.0, 0.01, 0.0))
+STATUS = EngineStatus(
+    state="ready", max_model_len=1000, prefill_chunk_len=100,
+    latency=Forecast(costs=Costs(dense=(0.0, 0.01, 0.0)), prefill_chunk_len=100))
 
 
 def gate(**options) -> Gate:
-    return Gate(ServeConfig(**options), lambda: STATUS, LatencyModel())
+    return Gate(ServeConfig(**options), lambda: STATUS)
 
 
 def test_limits_follow_the_engine():
@@ -65,12 +66,12 @@ def test_predictions_share_the_machine():
 
 
 def test_nothing_is_predicted_before_anything_is_measured():
-    status, latency = replace(STATUS, latency=None), LatencyModel()
-    here = Gate(ServeConfig(), lambda: status, latency)
+    status = replace(STATUS, latency=None)
+    here = Gate(ServeConfig(), lambda: status)
     with here.enter(400) as ticket:
         assert here.predict_ttft_s(ticket) is None and here.predict_new_s(5) is None
         assert here.backlog_s() > 0
-        latency.observe(0, 100, 1.0)
+        status = STATUS
         assert here.predict_new_s(100) == pytest.approx(2.0)
         assert here.predict_ttft_s(ticket) is not None
 

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from longspan.engine.latency import Costs, Forecast
 from tests.serve.fake import ANSWER, FakeEngine, Running, running, wait_for
 
 CHAT = "/v1/chat/completions"
@@ -290,7 +291,8 @@ def test_every_route_but_health_wants_the_key():
 
 
 def test_progress_and_pings():
-    engine = FakeEngine(chunk_s=0.12, token_s=0.0, latency=(0.12, 0, 0, 0))
+    engine = FakeEngine(chunk_s=0.12, token_s=0.0, latency=Forecast(
+        costs=Costs(dense=(0.12, 0.0, 0.0)), prefill_chunk_len=64))
     with running(engine, ping_interval_s=0.05) as server:
         body = {"prompt": "x" * 200, "max_tokens": 3, "stream": True, "return_progress": True}
         with httpx.stream("POST", server.url + COMPLETE, headers=JSON, timeout=5,
