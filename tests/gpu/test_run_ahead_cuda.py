@@ -1,0 +1,87 @@
+"""Decode steps launched before the results of earlier ones are looked at: same tokens, and the host
+never waits in between."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from longspan.config import EngineConfig
+from longspan.engine.blueprint import Blueprint
+from longspan.engine.launched import LaunchedStep
+from longspan.engine.runner import Runner
+from longspan.engine.step import RowSampling, ScheduledBatch, ScheduledSlice, StepResult
+from tests.doubles import write_checkpoint
+
+pytestmark = pytest.mark.gpu
+
+BLOCK, NUM_STEPS, ROOM = 16, 24, 8  # ROOM: blocks of each request
+GREEDY = RowSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
+WARM = RowSampling(temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, seed=7)
+PROMPTS = [array("i", [(7 * slot + 3 * place) % 250 for place in range(20 + 9 * slot)])
+           for slot in range(3)]
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+    path: Path = write_checkpoint(
+        tmp_path_factory.mktemp("model"), hidden_size=256, intermediate_size=256)
+    blueprint = Blueprint.resolve(EngineConfig(
+        model=str(path), device="cuda", block_size=BLOCK, prefill_chunk_len=64, memory_gib=2.0,
+        max_model_len=1024))
+    runner = blueprint.load_runner()
+    yield runner
+    runner.close()
+
+
+def row(slot: int, step: int, token: int | None, sampling: RowSampling) -> ScheduledSlice:
+    prompt = PROMPTS[slot]
+    known = [] if token is None else [token]
+    return ScheduledSlice(
+        request_id=str(slot), slot=slot, prompt_len=len(prompt), sparse=False, sampling=sampling,
+        token_ids=prompt if step == 0 else array("i", known),
+        cached_len=0 if step == 0 else len(prompt) + step - 1,
+        block_ids=range(ROOM * slot, ROOM * (slot + 1)))
+
+
+def launch(
+    runner: Runner, step: int, known: dict[int, int], sampling: RowSampling
+) -> tuple[list[int], LaunchedStep]:
+    """Requests change places from step to step; slots they do not."""
+    order = [(slot + step) % 3 for slot in range(3)]
+    batch = ScheduledBatch(step_id=step, slices=tuple(
+        row(slot, step, known.get(slot), sampling) for slot in order))
+    return order, runner.launch(batch)
+
+
+def by_slot(order: list[int], result: StepResult) -> dict[int, int]:
+    return dict(zip(order, result.token_ids, strict=True))
+
+
+def one_by_one(runner: Runner, sampling: RowSampling) -> list[dict[int, int]]:
+    found = list[dict[int, int]]()
+    for step in range(NUM_STEPS):
+        order, launched = launch(runner, step, found[-1] if found else {}, sampling)
+        found.append(by_slot(order, launched.wait()))
+    return found
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "warm"])
+def test_steps_run_ahead(runner: Runner, sampling: RowSampling) -> None:
+    assert runner._graphs is not None
+    wanted = one_by_one(runner, sampling)  # captures and compiles what is needed
+    launched = [launch(runner, 0, {}, sampling)]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        launched += [launch(runner, step, {}, sampling) for step in range(1, NUM_STEPS)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    results = [(order, step.wait()) for order, step in launched]
+    assert [by_slot(order, result) for order, result in results] == wanted
+    assert len({tuple(sorted(tokens.items())) for tokens in wanted}) > 1
+    assert all(0 < result.elapsed_s < 1 for _, result in results)
