@@ -6,7 +6,6 @@ import asyncio
 
 from longspan.config import EngineConfig
 from longspan.engine.client import AsyncEngine, GenerateRequest
-from longspan.engine.launch import in_processes
 from longspan.engine.llm import LLM
 from longspan.engine.request import RequestOutput, SamplingParams, TokenEvent
 from longspan.engine.stream import Stream
@@ -38,9 +37,8 @@ async def last(stream: Stream) -> RequestOutput:
     raise AssertionError("the stream ended early")
 
 
-async def answers(max_in_flight: int) -> list[RequestOutput]:
-    engine = AsyncEngine(
-        EngineConfig(model="nano", **OPTIONS), in_processes(max_in_flight=max_in_flight))
+async def answers() -> list[RequestOutput]:
+    engine = AsyncEngine(EngineConfig(model="nano", **OPTIONS))
     await engine.start()
     try:
         async with asyncio.timeout(TIMEOUT_S):
@@ -57,15 +55,14 @@ async def answers(max_in_flight: int) -> list[RequestOutput]:
         await engine.close()
 
 
-def test_same_answers_in_one_process_and_in_three_with_and_without_run_ahead() -> None:
+def test_same_answers_in_one_process_and_in_three() -> None:
+    """`LLM` waits for each token before the next step; the processes run ahead."""
     with LLM("nano", **OPTIONS) as llm:
         wanted = [llm.generate(prompt, params)[0] for prompt, params in CASES]
     assert {output.finish_reason for output in wanted} == {"stop", "length"}
-    for max_in_flight in (1, 2):
-        found = asyncio.run(answers(max_in_flight))
-        for one, other in zip(found, wanted, strict=True):
-            assert (one.token_ids, one.text, one.finish_reason) == \
-                (other.token_ids, other.text, other.finish_reason)
-            assert len(one.logprobs) == len(other.logprobs)
-            assert one.ttft_s is not None and one.prefill_s is not None
-            assert 0 < one.prefill_s <= one.ttft_s
+    for one, other in zip(asyncio.run(answers()), wanted, strict=True):
+        assert (one.token_ids, one.text, one.finish_reason) == \
+            (other.token_ids, other.text, other.finish_reason)
+        assert len(one.logprobs) == len(other.logprobs)
+        assert one.ttft_s is not None and one.prefill_s is not None
+        assert 0 < one.prefill_s <= one.ttft_s
