@@ -68,6 +68,8 @@ class DualChunkAttention:
         self.store(k, v, cache, metadata)
         if metadata.decode is not None and not metadata.prefills:
             return self._decode(q, cache, metadata.decode)
+        if metadata.decode is None and len(metadata.prefills) == 1:
+            return self._prefill(q, cache, metadata.prefills[0])
         out = torch.empty_like(q)
         for item in metadata.prefills:
             part = slice(item.start, item.start + item.query_len)

@@ -40,10 +40,15 @@ ZONES = gl.constexpr(3)
 _LN_2 = gl.constexpr(0.6931471805599453)
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether tensors of ``device`` are on a Hopper GPU."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def supports(q: Tensor, cache: PagedKV, rotary: QueryRotary, context_len: int) -> bool:
     """Whether these kernels can compute such a call: Hopper, 16-bit, head dim and tiles of 128."""
     return (
-        q.is_cuda and torch.cuda.get_device_capability(q.device) == (9, 0)
+        is_hopper(q.device)
         and q.dtype in (torch.bfloat16, torch.float16) and q.dtype == cache.k.dtype
         and q.shape[2] == TILE_LEN == cache.k.shape[1]
         and (rotary.stride % TILE_LEN == 0 or rotary.stride >= context_len))

@@ -189,9 +189,10 @@ def tile_masses(
     first_kv_head, num_heads, num_zones, num_tiles, inter_end, succ_end, sink_tiles,
     mask_from, sink, last, last_first, strided_first, step, num_rows,
     ROWS: tl.constexpr, RP: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
-    QN: tl.constexpr, PRECISION: tl.constexpr, WITH_MAP: tl.constexpr,
+    QN: tl.constexpr, PRECISION: tl.constexpr, WITH_MAP: tl.constexpr, CLEAR: tl.constexpr,
 ) -> None:
     """Pass 1: mass of each probe row in each key tile, and its log-sum over this program's tiles.
+    Not CLEAR: only tiles that need masks; `hopper_probe` takes the others.
 
     queries: [zones, H, RP, D]; masses: [KV heads here, tiles, ROWS] int64; partial: [programs,
     KV heads here, ROWS]. Grid (programs, row groups, KV heads here).
@@ -218,7 +219,7 @@ def tile_masses(
             blocks = blocks + (_load_rows(queries, first_row, here, ROWS, D),)
         clear = _num_before(sink_tiles, first, step_tiles, count)
         tail = tl.maximum(_num_before(mask_from, first, step_tiles, count), clear)
-        for index in range(clear, tail):
+        for index in range(clear, tail if CLEAR else clear):
             tile = first + index * step_tiles
             k, block_id = _load_keys(keys, table, tile, stride_block, stride_token, P, D)
             tops, sums = _add_tile(
@@ -379,9 +380,10 @@ def column_masses(
     first_kv_head, num_heads, num_zones, num_tiles, inter_end, succ_end, mask_from,
     context_len, last, last_first, strided_first, step, num_rows,
     GROUP: tl.constexpr, RP: tl.constexpr, P: tl.constexpr, D: tl.constexpr, QG: tl.constexpr,
-    STACK: tl.constexpr, WORDS: tl.constexpr, PRECISION: tl.constexpr,
+    STACK: tl.constexpr, WORDS: tl.constexpr, PRECISION: tl.constexpr, CLEAR: tl.constexpr,
 ) -> None:
-    """Pass 2: weights summed over the probe rows of each head, for each key.
+    """Pass 2: weights summed over the probe rows of each head, for each key. Not CLEAR: only tiles
+    that need masks; `hopper_probe` takes the others.
 
     Keys stand in rows of the score tile here, so that the sum over probe rows stays in a warp.
     lse: [heads here * RP]; columns, diagonals: [heads here, S]. Grid (programs, head groups, KV
@@ -402,7 +404,7 @@ def column_masses(
         for g in tl.static_range(QG):
             rows = rows + (_load_rows(queries, first_row, g * RP + row, left * RP, D),)
         tail = _num_before(mask_from, first, step_tiles, count)
-        for index in range(tail):
+        for index in range(tail if CLEAR else 0):
             tile = first + index * step_tiles
             k, _ = _load_keys(keys, table, tile, stride_block, stride_token, P, D)
             _sum_tile(rows, lse, k, position, tile, context_len, masks, columns, diagonals, head,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -271,18 +272,25 @@ def _pass_one(call: _Call, heads: _Heads, masses: Tensor | None) -> Tensor:
     groups = triton.cdiv(num_blocks, ROWS_AT_ONCE // ROW_BLOCK)
     programs = _programs(call, heads, groups)
     size = heads.number * rows
-    partial = torch.empty(programs, size, dtype=torch.float32, device=k.device)
+    sink_tiles = 0 if masses is None else -(
+        -min(call.budget.sink, call.context_len) // call.tile_len)
+    clear = _clear_tiles(call, sink_tiles) if masses is not None else None
+    parts = programs + (0 if clear is None else _hopper().num_parts(call.queries, k, heads.number))
+    partial = torch.empty(parts, size, dtype=torch.float32, device=k.device)
     lse = torch.empty(size, dtype=torch.float32, device=k.device)
-    sink_tiles = -(-min(call.budget.sink, call.context_len) // call.tile_len)
     blocks = triton.next_power_of_2(triton.cdiv(num_blocks, groups))
     kernels.tile_masses[(programs, groups, heads.number)](
         call.queries, k, call.block_table, partial if masses is None else masses, partial,
-        *k.stride()[:3], heads.first, call.num_heads, *call.zones,
-        0 if masses is None else sink_tiles, call.mask_from, call.budget.sink, *call.probes,
-        ROWS=rows, QN=blocks, BM=ROW_BLOCK, WITH_MAP=masses is not None, **_constants(call))
+        *k.stride()[:3], heads.first, call.num_heads, *call.zones, sink_tiles, call.mask_from,
+        call.budget.sink, *call.probes, ROWS=rows, QN=blocks, BM=ROW_BLOCK,
+        WITH_MAP=masses is not None, CLEAR=clear is None, **_constants(call))
+    if clear is not None and masses is not None:
+        _hopper().pass_one(
+            call.queries, k, call.block_table, masses, partial, programs, heads, call.zones, clear,
+            call.probes)
     kernels.combine_logs[(triton.cdiv(size, 32),)](
-        partial, lse, programs, size, call.probes.num_rows, RP=call.padded_rows,
-        NP=triton.next_power_of_2(programs), BLOCK=32)
+        partial, lse, parts, size, call.probes.num_rows, RP=call.padded_rows,
+        NP=triton.next_power_of_2(parts), BLOCK=32)
     return lse
 
 
@@ -296,11 +304,30 @@ def _pass_two(
     groups = triton.cdiv(call.group, most)
     programs = _programs(call, heads, groups)
     at_once = triton.cdiv(call.group, groups)
+    clear = _clear_tiles(call, 0) if words > 0 else None
     kernels.column_masses[(programs, groups, heads.number)](
         call.queries, k, call.block_table, lse, masks, columns, diagonals, *k.stride()[:3],
         heads.first, call.num_heads, *call.zones, call.mask_from, call.context_len, *call.probes,
         GROUP=call.group, QG=at_once, STACK=triton.next_power_of_2(at_once), WORDS=words,
-        **_constants(call))
+        CLEAR=clear is None, **_constants(call))
+    if clear is not None:
+        _hopper().pass_two(
+            call.queries, k, call.block_table, lse, masks, columns, heads, call.zones, clear)
+
+
+def _clear_tiles(call: _Call, first: int) -> tuple[int, int] | None:
+    """Key tiles [low, high) that need no mask, where Hopper's kernels take them; else None."""
+    if not call.queries.is_cuda or first >= call.mask_from:
+        return None
+    can = _hopper().supports(call.queries, call.cache.k, call.padded_rows)
+    return (first, call.mask_from) if can else None
+
+
+def _hopper() -> ModuleType:
+    """Gluon cannot be interpreted: its kernels are imported with the first CUDA tensor."""
+    from longspan.ops import hopper_probe
+
+    return hopper_probe
 
 
 def _programs(call: _Call, heads: _Heads, groups: int) -> int:

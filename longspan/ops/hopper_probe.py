@@ -1,0 +1,388 @@
+"""The two passes of `probe` on Hopper, in Gluon, over key tiles that need no mask.
+
+A program keeps the rotated probe rows of one KV head's query heads in shared memory and walks key
+tiles that a producer copies by TMA. Two consumers take every other tile, so one's exponentials
+overlap with the other's matrix products, and each starts the next product before it reads the last.
+Layouts of all inputs and results are those of `probe`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from longspan.ops.hopper_tile import SHARED, TILE_LEN, is_hopper, key_tiles
+from longspan.ops.prefill import num_sms
+
+HALF_LEN = 64
+MAX_BLOCKS = 7
+"""Blocks of 64 probe rows that fit in shared memory beside three key tiles."""
+
+TILE = gl.constexpr(128)
+HALF = gl.constexpr(64)
+STAGES = gl.constexpr(3)
+
+
+def supports(q: Tensor, k: Tensor, padded_rows: int) -> bool:
+    """Whether these kernels can take the probes. q: [.., D]; k: [N, P, K, D]."""
+    return (is_hopper(q.device) and q.dtype in (torch.bfloat16, torch.float16)
+            and q.shape[-1] == TILE_LEN == k.shape[1] and padded_rows in (64, 128)
+            and k.is_contiguous())
+
+
+def head_groups(group: int, rows: int) -> tuple[int, int]:
+    """Programs that share a KV head's query heads, and heads in each: as many as fit in shared
+    memory with ``rows`` probe rows of each, 64 or 128."""
+    most = MAX_BLOCKS if rows == HALF_LEN else (MAX_BLOCKS + 1) // 2
+    groups = next(n for n in range(-(-group // most), group + 1) if group % n == 0)
+    return groups, group // groups
+
+
+def num_parts(queries: Tensor, k: Tensor, num_kv_heads: int) -> int:
+    """Partial results of `pass_one` for each row: one of each consumer."""
+    group, padded = queries.shape[1] // k.shape[2], queries.shape[2]
+    groups = head_groups(group, HALF_LEN)[0] * (padded // HALF_LEN)
+    return 2 * max(1, num_sms(k.device) // (groups * num_kv_heads))
+
+
+def pass_one(
+    queries: Tensor, k: Tensor, block_table: Tensor, masses: Tensor, partial: Tensor,
+    first_partial: int, heads: tuple[int, int], zones: tuple[int, int, int, int],
+    tiles: tuple[int, int], probes: tuple[int, int, int, int, int],
+) -> None:
+    """Masses of the key ``tiles`` [low, high), as `probe.tile_masses` writes them, and the rows'
+    log-sums over them.
+
+    Args:
+        queries: [zones, H, RP, D] rotated probe rows; k: [N, P, K, D].
+        masses: [KV heads here, all tiles, G * RP] int64.
+        partial: [parts, KV heads here, G * RP]; written from ``first_partial`` to the end.
+        heads: the first KV head here, and how many.
+        zones: how many, all key tiles, where the inter zone ends, where the succ zone does.
+        probes: last, last_first, strided_first, step, num_rows.
+    """
+    padded = queries.shape[2]
+    group = queries.shape[1] // k.shape[2]
+    groups, at_once = head_groups(group, HALF_LEN)
+    groups *= padded // HALF_LEN
+    num_zones, num_tiles, inter_end, succ_end = zones
+    programs = num_parts(queries, k, heads[1]) // 2
+    _mass_kernel[(programs, groups, heads[1])](
+        _rows(queries, HALF_LEN), key_tiles(k), block_table, masses, partial, first_partial,
+        heads[0], queries.shape[1], num_zones, num_tiles, *tiles, inter_end, succ_end,
+        group * padded, *probes, RP=padded, HEADS=at_once, num_warps=4)
+
+
+def pass_two(
+    queries: Tensor, k: Tensor, block_table: Tensor, lse: Tensor, masks: Tensor, columns: Tensor,
+    heads: tuple[int, int], zones: tuple[int, int, int, int], tiles: tuple[int, int],
+) -> None:
+    """Column sums of the key ``tiles`` [low, high), as `probe.column_masses` writes them.
+
+    lse: [heads here * RP]; masks: [heads here, all tiles, RP / 64] int64; columns: [heads here, S].
+    Other arguments as in `pass_one`.
+    """
+    padded = queries.shape[2]
+    group = queries.shape[1] // k.shape[2]
+    groups, at_once = head_groups(group, padded)
+    num_zones, num_tiles, inter_end, succ_end = zones
+    programs = max(1, num_sms(k.device) // (groups * heads[1]))
+    _column_kernel[(programs, groups, heads[1])](
+        _rows(queries, padded), key_tiles(k), block_table, lse, masks, columns, heads[0],
+        queries.shape[1], group, num_zones, num_tiles, *tiles, inter_end, succ_end,
+        columns.shape[1], RP=padded, HEADS=at_once, num_warps=4)
+
+
+def _rows(queries: Tensor, count: int) -> TensorDescriptor:
+    """Boxes of ``count`` probe rows. queries: [zones, H, RP, D]."""
+    flat = queries.flatten(0, 2)
+    return TensorDescriptor(
+        flat, list(flat.shape), list(flat.stride()), [count, TILE_LEN], SHARED)
+
+
+@gluon.jit
+def _span(zone, low, high, inter_end, succ_end):
+    """This program's key tiles of a zone within [low, high): the first, and how many."""
+    step = gl.num_programs(0)
+    start = gl.maximum(low, gl.where(zone == 0, succ_end, gl.where(zone == 1, inter_end, 0)))
+    stop = gl.minimum(high, gl.where(zone == 0, high, gl.where(zone == 1, succ_end, inter_end)))
+    behind = gl.maximum((start - gl.program_id(0) + step - 1) // step, 0)
+    first = gl.program_id(0) + behind * step
+    return first, gl.maximum((stop - first + step - 1) // step, 0)
+
+
+@gluon.jit
+def _producer(
+    q_desc, k_desc, table, q_smem, k_smem, q_full, q_empty, k_full, k_empty, q_row, zone_rows,
+    column, num_zones, low, high, inter_end, succ_end, HEADS: gl.constexpr, RP: gl.constexpr,
+    ROWS: gl.constexpr,
+):
+    """For each zone ROWS probe rows of each head, and the zone's key tiles."""
+    i = num_zones * 0
+    for zone in range(num_zones):
+        first, count = _span(zone, low, high, inter_end, succ_end)
+        mbarrier.wait(q_empty, (zone & 1) ^ 1)
+        mbarrier.expect(q_full, HEADS * ROWS * TILE * 2)
+        for g in gl.static_range(HEADS):
+            tma.async_copy_global_to_shared(
+                q_desc, [zone * zone_rows + q_row + g * RP, 0], q_full, q_smem.index(g))
+        for n in range(count):
+            row = gl.load(table + first + n * gl.num_programs(0)).to(gl.int32) * TILE
+            slot = i % STAGES
+            mbarrier.wait(k_empty.index(slot), (i // STAGES & 1) ^ 1)
+            full = k_full.index(slot)
+            mbarrier.expect(full, TILE * TILE * 2)
+            tma.async_copy_global_to_shared(k_desc, [row, column], full, k_smem.index(slot))
+            i += 1
+
+
+@gluon.jit
+def _zero(table, tile):
+    """0, though the compiler cannot know: KV block numbers are never negative.
+
+    What is computed with it stays in the loop over tiles. Moved out, weights of all places and sums
+    of all rows would be kept in registers, of which there are too few.
+    """
+    return gl.minimum(gl.load(table + tile), 0).to(gl.int32)
+
+
+@gluon.jit
+def _offset(row, last, last_first, strided_first, step, num_rows):
+    """Place of probe rows in their query tiles, fp32."""
+    position = gl.where(row < last, last_first + row, strided_first + (row - last) * step)
+    return (gl.where(row < num_rows, position, 0) % TILE).to(gl.float32)
+
+
+@gluon.jit
+def _fraction(part, whole):
+    scaled = part / gl.maximum(whole, 1e-30) * 65535.0 + 0.5
+    return gl.minimum(gl.maximum(scaled, 0.0), 65535.0).to(gl.int64)
+
+
+@gluon.jit
+def _row_masses(s, offset, SCORES: gl.constexpr):
+    """See `probe._row_masses`: max, sum, and the sums on the next and the previous diagonal."""
+    keys = gl.arange(0, TILE, layout=gl.SliceLayout(0, SCORES)).to(gl.float32)
+    top = gl.max(s, 1)
+    mass = gl.exp2(s - top[:, None])
+    distance = offset[:, None] - keys[None, :]
+    ahead = gl.sum(mass * gl.maximum(distance, 0.0), 1)
+    moment = gl.sum(mass * distance, 1)
+    return top, gl.sum(mass, 1), ahead, ahead - moment
+
+
+@gluon.jit
+def _mass_consumer(
+    table, masses, partial, q_smem, k_smem, q_full, q_empty, k_full, k_empty, map_row,
+    partial_row, rows, first_row, num_zones, low, high, inter_end, succ_end, last, last_first,
+    strided_first, step, num_rows, RP: gl.constexpr, HEADS: gl.constexpr, CONSUMER: gl.constexpr,
+):
+    """Pass 1: masses of every other tile, and the rows' sums over them."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    lane = gl.arange(0, HALF, layout=gl.SliceLayout(1, SCORES))
+    zeros = gl.zeros([HALF, TILE], gl.float32, SCORES)
+    offset = _offset(first_row + lane, last, last_first, strided_first, step, num_rows)
+    tops: gl.tuple = ()
+    sums: gl.tuple = ()
+    for _ in gl.static_range(HEADS):
+        tops = tops + (gl.full([HALF], -1e30, gl.float32, gl.SliceLayout(1, SCORES)),)
+        sums = sums + (gl.zeros([HALF], gl.float32, gl.SliceLayout(1, SCORES)),)
+    base = num_zones * 0
+    for zone in range(num_zones):
+        first, count = _span(zone, low, high, inter_end, succ_end)
+        mbarrier.wait(q_full, zone & 1)
+        for n in range((base + CONSUMER) & 1, count, 2):
+            tile = first + n * gl.num_programs(0)
+            zero = _zero(table, tile).to(gl.float32)
+            slot = (base + n) % STAGES
+            mbarrier.wait(k_full.index(slot), (base + n) // STAGES & 1)
+            keys = k_smem.index(slot).permute((1, 0))
+            place = masses + map_row + tile.to(gl.int64) * rows + lane
+            new_tops: gl.tuple = ()
+            new_sums: gl.tuple = ()
+            for g in gl.static_range(HEADS):
+                scores = warpgroup_mma(
+                    q_smem.index(g), keys, zeros, use_acc=False, is_async=True)
+                scores = warpgroup_mma_wait(0, deps=[scores])
+                if g + 1 == HEADS:
+                    mbarrier.arrive(k_empty.index(slot), count=1)
+                top, total, ahead, behind = _row_masses(scores, offset + zero, SCORES)
+                log = (top + gl.log2(total)).to(gl.int32, bitcast=True).to(gl.int64) & 0xFFFFFFFF
+                packed = log | (_fraction(ahead, total * TILE) << 32) | (
+                    _fraction(behind, total * TILE) << 48)
+                gl.store(place + g * RP, packed)
+                running = gl.maximum(tops[g], top)
+                new_sums = new_sums + (sums[g] * gl.exp2(tops[g] - running)
+                                       + total * gl.exp2(top - running),)
+                new_tops = new_tops + (running,)
+            tops, sums = new_tops, new_sums
+        mbarrier.arrive(q_empty, count=1)
+        base += count
+    place = partial + partial_row + lane
+    for g in gl.static_range(HEADS):
+        gl.store(place + g * RP, tops[g] + gl.log2(sums[g]))
+
+
+@gluon.jit(do_not_specialize=[
+    "first_partial", "first_kv_head", "num_heads", "num_zones", "num_tiles", "low", "high",
+    "inter_end", "succ_end", "rows", "last", "last_first", "strided_first", "step", "num_rows"])
+def _mass_kernel(
+    q_desc, k_desc, table, masses, partial, first_partial, first_kv_head, num_heads, num_zones,
+    num_tiles, low, high, inter_end, succ_end, rows, last, last_first, strided_first, step,
+    num_rows, RP: gl.constexpr, HEADS: gl.constexpr,
+):
+    """Pass 1 over the tiles [low, high). See `probe.tile_masses`.
+
+    partial: two rows for each program (its consumers), from ``first_partial`` on. Grid (programs,
+    head groups x halves of their rows, KV heads here).
+    """
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [HEADS, HALF, TILE], q_desc.layout)
+    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, TILE, TILE], k_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_full, count=1)
+    mbarrier.init(q_empty, count=2)
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(slot), count=1)
+        mbarrier.init(k_empty.index(slot), count=1)
+    fence_async_shared()
+    kv = gl.program_id(2)
+    zone_rows = num_heads * RP
+    half = gl.program_id(1) % (RP // HALF) * HALF  # of each head's rows
+    row = gl.program_id(1) // (RP // HALF) * HEADS * RP + half
+    q_row = (first_kv_head + kv) * rows + row
+    column = (first_kv_head + kv) * TILE
+    map_row = kv.to(gl.int64) * num_tiles * rows + row
+    partial_row = ((first_partial + 2 * gl.program_id(0)) * gl.num_programs(2) + kv) * rows + row
+    gl.warp_specialize([
+        (_mass_consumer, (
+            table, masses, partial, q_smem, k_smem, q_full, q_empty, k_full, k_empty, map_row,
+            partial_row, rows, half, num_zones, low, high, inter_end, succ_end, last, last_first,
+            strided_first, step, num_rows, gl.constexpr(RP), gl.constexpr(HEADS),
+            gl.constexpr(0))),
+        (_mass_consumer, (
+            table, masses, partial, q_smem, k_smem, q_full, q_empty, k_full, k_empty, map_row,
+            partial_row + gl.num_programs(2) * rows, rows, half, num_zones, low, high, inter_end,
+            succ_end, last, last_first, strided_first, step, num_rows, gl.constexpr(RP),
+            gl.constexpr(HEADS), gl.constexpr(1))),
+        (_producer, (
+            q_desc, k_desc, table, q_smem, k_smem, q_full, q_empty, k_full, k_empty, q_row,
+            zone_rows, column, num_zones, low, high, inter_end, succ_end, gl.constexpr(HEADS),
+            gl.constexpr(RP), gl.constexpr(64))),
+    ], [4, 1], [232, 40])
+
+
+@gluon.jit
+def _visible(log_sum, seen, RP: gl.constexpr, SCORES: gl.constexpr):
+    """log_sum [RP], +inf for rows that see the tile through a window: their bits are set."""
+    low = gl.load(seen)
+    high = gl.load(seen + (RP // HALF - 1))
+    if (low | high) != 0:
+        probe = gl.arange(0, RP, layout=gl.SliceLayout(0, SCORES))
+        bits = gl.where(probe < HALF, low, high) >> (probe % HALF).to(gl.int64)
+        log_sum = gl.where((bits & 1) != 0, float("inf"), log_sum)
+    return log_sum
+
+
+@gluon.jit
+def _column_consumer(
+    masks, columns, q_smem, k_smem, lse_smem, q_full, q_empty, k_full, k_empty, head, num_zones,
+    num_tiles, low, high, inter_end, succ_end, context_len, RP: gl.constexpr,
+    HEADS: gl.constexpr, CONSUMER: gl.constexpr,
+):
+    """Pass 2: column sums of every other tile. Keys are rows of the scores, 64 at a time."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, RP, 16])
+    KEYS: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
+    key = gl.arange(0, HALF, layout=gl.SliceLayout(1, SCORES))
+    zeros = gl.zeros([HALF, RP], gl.float32, SCORES)
+    base = num_zones * 0
+    for zone in range(num_zones):
+        first, count = _span(zone, low, high, inter_end, succ_end)
+        mbarrier.wait(q_full, zone & 1)
+        for n in range((base + CONSUMER) & 1, count, 2):
+            tile = first + n * gl.num_programs(0)
+            slot = (base + n) % STAGES
+            mbarrier.wait(k_full.index(slot), (base + n) // STAGES & 1)
+            seen = masks + (head.to(gl.int64) * num_tiles + tile) * (RP // HALF)
+            place = columns + head.to(gl.int64) * context_len + tile * TILE + key
+            for part in gl.static_range(2):
+                keys = k_smem.index(slot).slice(part * HALF, HALF).load(KEYS)
+                if part == 1:
+                    mbarrier.arrive(k_empty.index(slot), count=1)
+                s = warpgroup_mma(keys, q_smem.index(0).permute((1, 0)), zeros, use_acc=False,
+                                  is_async=True)
+                for g in gl.static_range(HEADS):
+                    log_sum = _visible(lse_smem.index(g).load(gl.SliceLayout(0, SCORES)),
+                                       seen + g * num_tiles * (RP // HALF), RP, SCORES)
+                    if g + 1 < HEADS:
+                        following = warpgroup_mma(
+                            keys, q_smem.index(g + 1).permute((1, 0)), zeros, use_acc=False,
+                            is_async=True)
+                        scores = warpgroup_mma_wait(1, deps=[s])
+                        s = following
+                    else:
+                        scores = warpgroup_mma_wait(0, deps=[s])
+                    total = gl.sum(gl.exp2(scores - log_sum[None, :]), 1)
+                    gl.store(place + g * context_len + part * HALF, total)
+        mbarrier.arrive(q_empty, count=1)
+        base += count
+
+
+@gluon.jit(do_not_specialize=[
+    "first_kv_head", "num_heads", "group", "num_zones", "num_tiles", "low", "high", "inter_end",
+    "succ_end", "context_len"])
+def _column_kernel(
+    q_desc, k_desc, table, lse, masks, columns, first_kv_head, num_heads, group, num_zones,
+    num_tiles, low, high, inter_end, succ_end, context_len, RP: gl.constexpr, HEADS: gl.constexpr,
+):
+    """Pass 2 over the tiles [low, high). See `probe.column_masses`. Grid (programs, head groups,
+    KV heads here)."""
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [HEADS, RP, TILE], q_desc.layout)
+    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, TILE, TILE], k_desc.layout)
+    lse_smem = gl.allocate_shared_memory(
+        gl.float32, [HEADS, RP], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_full, count=1)
+    mbarrier.init(q_empty, count=2)
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(slot), count=1)
+        mbarrier.init(k_empty.index(slot), count=1)
+    fence_async_shared()
+    kv = gl.program_id(2)
+    first_head = gl.program_id(1) * HEADS
+    zone_rows = num_heads * RP
+    q_row = ((first_kv_head + kv) * group + first_head) * RP
+    column = (first_kv_head + kv) * TILE
+    head = kv * group + first_head
+    row = gl.arange(0, RP, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    for g in gl.static_range(HEADS):
+        lse_smem.index(g).store(gl.load(lse + (head + g) * RP + row))
+    gl.warp_specialize([
+        (_column_consumer, (
+            masks, columns, q_smem, k_smem, lse_smem, q_full, q_empty, k_full, k_empty, head,
+            num_zones, num_tiles, low, high, inter_end, succ_end, context_len, gl.constexpr(RP),
+            gl.constexpr(HEADS), gl.constexpr(0))),
+        (_column_consumer, (
+            masks, columns, q_smem, k_smem, lse_smem, q_full, q_empty, k_full, k_empty, head,
+            num_zones, num_tiles, low, high, inter_end, succ_end, context_len, gl.constexpr(RP),
+            gl.constexpr(HEADS), gl.constexpr(1))),
+        (_producer, (
+            q_desc, k_desc, table, q_smem, k_smem, q_full, q_empty, k_full, k_empty, q_row,
+            zone_rows, column, num_zones, low, high, inter_end, succ_end, gl.constexpr(HEADS),
+            gl.constexpr(RP), gl.constexpr(RP))),
+    ], [4, 1], [232, 40])
