@@ -318,6 +318,31 @@ def quality(
     _exit(run(session, options))
 
 
+@bench_app.command("serve")
+def bench_serve(
+    model: ModelOption = "nano",
+    scenario: Annotated[str, typer.Option(
+        help="prefill, followup, decode, with commas between.")] = "prefill,followup,decode",
+    length: Annotated[int, typer.Option(min=256, help="Long prompt, tokens.")] = 131_072,
+    budget_s: Annotated[float | None, typer.Option(
+        help="Of a step; default: the server's.")] = None,
+    batches: Annotated[str, typer.Option(help="Requests that decode together.")] = "1,16,64",
+    soak: Annotated[float, typer.Option(
+        help="Seconds of mixed requests and hang-ups instead; fails if anything leaks.")] = 0.0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Threads = None, out: Results = Path("bench/results"),
+) -> None:
+    """Measure what users of a real server feel while a long prompt is read."""
+    from longspan.bench.serve import ServeJob, run
+
+    is_sound = run(ServeJob(
+        model=model, scenarios=parse_list(scenario, str, "--scenario"), length=length,
+        budget_s=budget_s, batches=parse_list(batches, int, "--batches"), soak_s=soak,
+        device=device, threads=threads, out=out))
+    if not is_sound:
+        raise typer.Exit(1)
+
+
 @bench_app.command()
 def report(
     readme: Annotated[Path, typer.Option(help="File with the markers.")] = Path("README.md"),

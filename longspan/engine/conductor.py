@@ -35,6 +35,7 @@ class Conductor:
         """Serve. What the runner or the scheduler raises comes out here."""
         self._news.tell_load()
         warm_up(self._scheduler, self._loop)
+        self._news.tell_load()
         while self._receive():
             self._loop.turn()
             self._news.tell_load()
