@@ -25,6 +25,7 @@ def test_device_decides_the_defaults() -> None:
     gpu = resolve_config(EngineConfig(model="m"), has_cuda=True)
     assert (cpu.device, cpu.dtype, cpu.prefill_chunk_len) == ("cpu", "float32", 16384)
     assert (gpu.device, gpu.dtype, gpu.prefill_chunk_len) == ("cuda", "bfloat16", 32768)
+    assert (cpu.step_budget_s, gpu.step_budget_s) == (1.0, 0.1)
 
 
 def test_choices_are_kept_and_the_chunk_fits_the_blocks() -> None:
