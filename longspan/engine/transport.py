@@ -8,6 +8,8 @@ logged and dropped: whoever sends it harms nobody.
 from __future__ import annotations
 
 import logging
+import math
+import time
 from array import array
 from collections import deque
 from dataclasses import fields, replace
@@ -31,6 +33,9 @@ from longspan.engine.wire import (
 
 MAX_FRAME_BYTES = 256 * 1024**2
 """A prompt of a million tokens takes 4 MB, and some schemas and biases with it."""
+WATCHDOG_S, WATCHDOG_FACTOR = 120.0, 20.0
+"""A step may take so long, and so many times its predicted time, before the runner counts as
+stuck; kernels that are compiled on their first use take a while."""
 LINGER_MS = 2000
 """How long last words may take to leave a process."""
 logger = logging.getLogger("longspan.engine")
@@ -85,6 +90,10 @@ class Outbox:
         self._socket.close()
 
 
+class StuckRunnerError(RuntimeError):
+    """A step takes many times as long as it should: the device hangs, or its driver does."""
+
+
 class RunnerTransport:
     """Steps to the runner process and results back. Also takes the scheduler's commands, which come
     to the same inbox, so that one wait serves both.
@@ -100,17 +109,31 @@ class RunnerTransport:
         self._tables = Tables()
         self._commands: deque[Command] = deque()
         self._results: deque[StepResult] = deque()
-        self._expected: deque[tuple[int, int]] = deque()  # epoch and id of steps in flight
+        self._expected: deque[ScheduledBatch] = deque()  # the steps in flight
+        self._deadline_s = math.inf
+        """When the runner counts as stuck. Loading and the first step take what they take."""
+        self._is_warm = False
 
     def submit(self, batch: ScheduledBatch) -> None:
         """Send a step."""
-        self._expected.append((batch.epoch, batch.step_id))
+        self._expected.append(batch)
+        if len(self._expected) == 1:
+            self._wind_up()
         self._runner.put(self._tables.strip(batch))
 
     def collect(self) -> StepResult | None:
-        """Wait for the oldest step's result; None when a command comes first."""
+        """Wait for the oldest step's result; None when a command comes first.
+
+        Raises `StuckRunnerError` when it takes far longer than predicted.
+        """
         while not self._results:
-            self._sort(self._inbox.get())
+            wait_s = self._deadline_s - time.monotonic()
+            message = self._inbox.get(None if math.isinf(wait_s) else max(0.0, wait_s))
+            if message is None:
+                raise StuckRunnerError(
+                    f"the runner is stuck: a step that should take "
+                    f"{self._expected[0].expected_s:.2g} s has not ended")
+            self._sort(message)
             if self._commands:
                 return None
         return self._results.popleft()
@@ -127,12 +150,21 @@ class RunnerTransport:
             self._sort(message)
         return self._commands.popleft()
 
+    def _wind_up(self) -> None:
+        """Give the runner time for what is in flight."""
+        if self._is_warm:
+            expected_s = sum(batch.expected_s for batch in self._expected)
+            self._deadline_s = time.monotonic() + WATCHDOG_S + WATCHDOG_FACTOR * expected_s
+
     def _sort(self, message: ToScheduler) -> None:
         if isinstance(message, Computed):
             result = message.result
-            if self._expected and self._expected[0] == (result.epoch, result.step_id):
+            if self._expected and (self._expected[0].epoch, self._expected[0].step_id) == (
+                    result.epoch, result.step_id):
                 self._expected.popleft()
                 self._results.append(result)
+                self._is_warm = True
+                self._wind_up()
             else:
                 logger.warning("a result was dropped: nobody waits for step %d of epoch %d",
                                result.step_id, result.epoch)

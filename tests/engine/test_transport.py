@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import zmq
 
+from longspan.engine import transport
 from longspan.engine.step import ScheduledBatch, ScheduledSlice, StepResult
-from longspan.engine.transport import Inbox, Outbox, RunnerTransport, Tables
+from longspan.engine.transport import (
+    Inbox,
+    Outbox,
+    RunnerTransport,
+    StuckRunnerError,
+    Tables,
+)
 from longspan.engine.wire import Abort, Begin, Close, Computed, Step, ToScheduler
 from tests.engine.test_wire import CONFIG
 
@@ -95,6 +104,26 @@ def test_commands_wait_their_turn_behind_results(ends: Ends) -> None:
     ends.anybody.put(Abort("a"))
     assert ends.transport.command(True) == Abort("a")
     assert ends.transport.collect() is not None
+
+
+def test_a_runner_that_takes_far_too_long_is_stuck(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not while it loads, however long that takes; commands do not wind the watch up."""
+    monkeypatch.setattr(transport, "WATCHDOG_S", 0.05)
+    ends.transport.submit(replace(make_batch(0, ("a", 0, [3])), expected_s=1e-3))
+    time.sleep(0.1)
+    ends.anybody.put(result(0))
+    assert ends.transport.collect() is not None
+    ends.transport.submit(replace(make_batch(1, ("a", 0, [3])), expected_s=0.25))
+    ends.anybody.put(Abort("b"))
+    assert ends.transport.collect() is None and ends.transport.command(False) == Abort("b")
+    monkeypatch.setattr(transport, "WATCHDOG_FACTOR", 0.0)
+    ends.transport.submit(replace(make_batch(2, ("a", 0, [3])), expected_s=1e-3))
+    ends.anybody.put(result(1))
+    assert ends.transport.collect() is not None
+    with pytest.raises(StuckRunnerError, match="should take 0.001 s has not ended"):
+        ends.transport.collect()
 
 
 def test_tables_travel_once() -> None:
