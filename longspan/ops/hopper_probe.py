@@ -1,8 +1,8 @@
 """The two passes of `probe` on Hopper, in Gluon, over key tiles that need no mask.
 
 A program keeps the rotated probe rows of one KV head's query heads in shared memory and walks key
-tiles that a producer copies by TMA. Two consumers take every other tile, so one's exponentials
-overlap with the other's matrix products, and each starts the next product before it reads the last.
+tiles that a producer copies by TMA. Two consumers share the work on a tile, so one's exponentials overlap
+with the other's matrix products, and each starts the next product before it reads the last.
 Layouts of all inputs and results are those of `probe`.
 """
 
@@ -34,25 +34,25 @@ STAGES = gl.constexpr(3)
 
 
 def supports(q: Tensor, k: Tensor, padded_rows: int) -> bool:
-    """Whether these kernels can take the probes. q: [.., D]; k: [N, P, K, D]."""
+    """Whether these kernels can take the probes. q: [.., H, RP, D]; k: [N, P, K, D]."""
     return (is_hopper(q.device) and q.dtype in (torch.bfloat16, torch.float16)
             and q.shape[-1] == TILE_LEN == k.shape[1] and padded_rows in (64, 128)
-            and k.is_contiguous())
+            and k.is_contiguous() and q.shape[1] // k.shape[2] > 1)
 
 
 def head_groups(group: int, rows: int) -> tuple[int, int]:
     """Programs that share a KV head's query heads, and heads in each: as many as fit in shared
     memory with ``rows`` probe rows of each, 64 or 128."""
     most = MAX_BLOCKS if rows == HALF_LEN else (MAX_BLOCKS + 1) // 2
-    groups = next(n for n in range(-(-group // most), group + 1) if group % n == 0)
-    return groups, group // groups
+    groups = -(-group // most)
+    return groups, -(-group // groups)
 
 
 def num_parts(queries: Tensor, k: Tensor, num_kv_heads: int) -> int:
-    """Partial results of `pass_one` for each row: one of each consumer."""
+    """Partial results of `pass_one` for each row."""
     group, padded = queries.shape[1] // k.shape[2], queries.shape[2]
     groups = head_groups(group, HALF_LEN)[0] * (padded // HALF_LEN)
-    return 2 * max(1, num_sms(k.device) // (groups * num_kv_heads))
+    return max(1, num_sms(k.device) // (groups * num_kv_heads))
 
 
 def pass_one(
@@ -76,7 +76,7 @@ def pass_one(
     groups, at_once = head_groups(group, HALF_LEN)
     groups *= padded // HALF_LEN
     num_zones, num_tiles, inter_end, succ_end = zones
-    programs = num_parts(queries, k, heads[1]) // 2
+    programs = num_parts(queries, k, heads[1])
     _mass_kernel[(programs, groups, heads[1])](
         _rows(queries, HALF_LEN), key_tiles(k), block_table, masses, partial, first_partial,
         heads[0], queries.shape[1], num_zones, num_tiles, *tiles, inter_end, succ_end,
@@ -183,54 +183,60 @@ def _row_masses(s, offset, SCORES: gl.constexpr):
 
 @gluon.jit
 def _mass_consumer(
-    table, masses, partial, q_smem, k_smem, q_full, q_empty, k_full, k_empty, map_row,
-    partial_row, rows, first_row, num_zones, low, high, inter_end, succ_end, last, last_first,
-    strided_first, step, num_rows, RP: gl.constexpr, HEADS: gl.constexpr, CONSUMER: gl.constexpr,
+    table, masses, partial, q_smem, k_smem, q_full, q_empty, k_full, k_empty, rows, offset_row,
+    left, num_zones, low, high, inter_end, succ_end, last, last_first, strided_first, step, num_rows,
+    RP: gl.constexpr, FIRST: gl.constexpr, STOP: gl.constexpr,
 ):
-    """Pass 1: masses of every other tile, and the rows' sums over them."""
+    """Pass 1: masses of every tile for the heads [FIRST, STOP), and the rows' sums over them.
+
+    masses, partial: where the first of this program's rows stands."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     lane = gl.arange(0, HALF, layout=gl.SliceLayout(1, SCORES))
     zeros = gl.zeros([HALF, TILE], gl.float32, SCORES)
-    offset = _offset(first_row + lane, last, last_first, strided_first, step, num_rows)
+    offset = _offset(offset_row + lane, last, last_first, strided_first, step, num_rows)
     tops: gl.tuple = ()
     sums: gl.tuple = ()
-    for _ in gl.static_range(HEADS):
+    for _ in gl.static_range(FIRST, STOP):
         tops = tops + (gl.full([HALF], -1e30, gl.float32, gl.SliceLayout(1, SCORES)),)
         sums = sums + (gl.zeros([HALF], gl.float32, gl.SliceLayout(1, SCORES)),)
-    base = num_zones * 0
+    i = num_zones * 0
     for zone in range(num_zones):
         first, count = _span(zone, low, high, inter_end, succ_end)
         mbarrier.wait(q_full, zone & 1)
-        for n in range((base + CONSUMER) & 1, count, 2):
+        for n in range(count):
             tile = first + n * gl.num_programs(0)
-            zero = _zero(table, tile).to(gl.float32)
-            slot = (base + n) % STAGES
-            mbarrier.wait(k_full.index(slot), (base + n) // STAGES & 1)
+            here = offset + _zero(table, tile).to(gl.float32)
+            slot = i % STAGES
+            mbarrier.wait(k_full.index(slot), i // STAGES & 1)
             keys = k_smem.index(slot).permute((1, 0))
-            place = masses + map_row + tile.to(gl.int64) * rows + lane
+            place = masses + tile.to(gl.int64) * rows + lane
+            s = warpgroup_mma(q_smem.index(FIRST), keys, zeros, use_acc=False, is_async=True)
             new_tops: gl.tuple = ()
             new_sums: gl.tuple = ()
-            for g in gl.static_range(HEADS):
-                scores = warpgroup_mma(
-                    q_smem.index(g), keys, zeros, use_acc=False, is_async=True)
-                scores = warpgroup_mma_wait(0, deps=[scores])
-                if g + 1 == HEADS:
+            for g in gl.static_range(FIRST, STOP):
+                if g + 1 < STOP:
+                    following = warpgroup_mma(
+                        q_smem.index(g + 1), keys, zeros, use_acc=False, is_async=True)
+                    scores = warpgroup_mma_wait(1, deps=[s])
+                    s = following
+                else:
+                    scores = warpgroup_mma_wait(0, deps=[s])
                     mbarrier.arrive(k_empty.index(slot), count=1)
-                top, total, ahead, behind = _row_masses(scores, offset + zero, SCORES)
+                top, total, ahead, behind = _row_masses(scores, here, SCORES)
                 log = (top + gl.log2(total)).to(gl.int32, bitcast=True).to(gl.int64) & 0xFFFFFFFF
                 packed = log | (_fraction(ahead, total * TILE) << 32) | (
                     _fraction(behind, total * TILE) << 48)
-                gl.store(place + g * RP, packed)
-                running = gl.maximum(tops[g], top)
-                new_sums = new_sums + (sums[g] * gl.exp2(tops[g] - running)
+                gl.store(place + g * RP, packed, lane * 0 + g < left)
+                running = gl.maximum(tops[g - FIRST], top)
+                new_sums = new_sums + (sums[g - FIRST] * gl.exp2(tops[g - FIRST] - running)
                                        + total * gl.exp2(top - running),)
                 new_tops = new_tops + (running,)
             tops, sums = new_tops, new_sums
+            i += 1
         mbarrier.arrive(q_empty, count=1)
-        base += count
-    place = partial + partial_row + lane
-    for g in gl.static_range(HEADS):
-        gl.store(place + g * RP, tops[g] + gl.log2(sums[g]))
+    for g in gl.static_range(FIRST, STOP):
+        gl.store(partial + g * RP + lane, tops[g - FIRST] + gl.log2(sums[g - FIRST]),
+                 lane * 0 + g < left)
 
 
 @gluon.jit(do_not_specialize=[
@@ -243,7 +249,7 @@ def _mass_kernel(
 ):
     """Pass 1 over the tiles [low, high). See `probe.tile_masses`.
 
-    partial: two rows for each program (its consumers), from ``first_partial`` on. Grid (programs,
+    partial: one entry of each program, from ``first_partial`` on. Grid (programs,
     head groups x halves of their rows, KV heads here).
     """
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [HEADS, HALF, TILE], q_desc.layout)
@@ -256,7 +262,7 @@ def _mass_kernel(
     mbarrier.init(q_empty, count=2)
     for slot in gl.static_range(STAGES):
         mbarrier.init(k_full.index(slot), count=1)
-        mbarrier.init(k_empty.index(slot), count=1)
+        mbarrier.init(k_empty.index(slot), count=2)
     fence_async_shared()
     kv = gl.program_id(2)
     zone_rows = num_heads * RP
@@ -264,19 +270,18 @@ def _mass_kernel(
     row = gl.program_id(1) // (RP // HALF) * HEADS * RP + half
     q_row = (first_kv_head + kv) * rows + row
     column = (first_kv_head + kv) * TILE
-    map_row = kv.to(gl.int64) * num_tiles * rows + row
-    partial_row = ((first_partial + 2 * gl.program_id(0)) * gl.num_programs(2) + kv) * rows + row
+    left = (rows - row + RP - 1) // RP  # heads; a last program may have fewer than HEADS
+    masses += kv.to(gl.int64) * num_tiles * rows + row
+    partial += ((first_partial + gl.program_id(0)) * gl.num_programs(2) + kv) * rows + row
     gl.warp_specialize([
         (_mass_consumer, (
-            table, masses, partial, q_smem, k_smem, q_full, q_empty, k_full, k_empty, map_row,
-            partial_row, rows, half, num_zones, low, high, inter_end, succ_end, last, last_first,
-            strided_first, step, num_rows, gl.constexpr(RP), gl.constexpr(HEADS),
-            gl.constexpr(0))),
+            table, masses, partial, q_smem, k_smem, q_full, q_empty, k_full, k_empty, rows, half,
+            left, num_zones, low, high, inter_end, succ_end, last, last_first, strided_first, step,
+            num_rows, gl.constexpr(RP), gl.constexpr(0), gl.constexpr((HEADS + 1) // 2))),
         (_mass_consumer, (
-            table, masses, partial, q_smem, k_smem, q_full, q_empty, k_full, k_empty, map_row,
-            partial_row + gl.num_programs(2) * rows, rows, half, num_zones, low, high, inter_end,
-            succ_end, last, last_first, strided_first, step, num_rows, gl.constexpr(RP),
-            gl.constexpr(HEADS), gl.constexpr(1))),
+            table, masses, partial, q_smem, k_smem, q_full, q_empty, k_full, k_empty, rows, half,
+            left, num_zones, low, high, inter_end, succ_end, last, last_first, strided_first, step,
+            num_rows, gl.constexpr(RP), gl.constexpr((HEADS + 1) // 2), gl.constexpr(HEADS))),
         (_producer, (
             q_desc, k_desc, table, q_smem, k_smem, q_full, q_empty, k_full, k_empty, q_row,
             zone_rows, column, num_zones, low, high, inter_end, succ_end, gl.constexpr(HEADS),
@@ -298,46 +303,45 @@ def _visible(log_sum, seen, RP: gl.constexpr, SCORES: gl.constexpr):
 
 @gluon.jit
 def _column_consumer(
-    masks, columns, q_smem, k_smem, lse_smem, q_full, q_empty, k_full, k_empty, head, num_zones,
-    num_tiles, low, high, inter_end, succ_end, context_len, RP: gl.constexpr,
+    masks, columns, q_smem, k_smem, lse_smem, q_full, q_empty, k_full, k_empty, head, left,
+    num_zones, num_tiles, low, high, inter_end, succ_end, context_len, RP: gl.constexpr,
     HEADS: gl.constexpr, CONSUMER: gl.constexpr,
 ):
-    """Pass 2: column sums of every other tile. Keys are rows of the scores, 64 at a time."""
+    """Pass 2: column sums of one half of every tile. Its keys are the rows of the scores."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, RP, 16])
     KEYS: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
-    key = gl.arange(0, HALF, layout=gl.SliceLayout(1, SCORES))
+    key = CONSUMER * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, SCORES))
     zeros = gl.zeros([HALF, RP], gl.float32, SCORES)
-    base = num_zones * 0
+    i = num_zones * 0
     for zone in range(num_zones):
         first, count = _span(zone, low, high, inter_end, succ_end)
         mbarrier.wait(q_full, zone & 1)
-        for n in range((base + CONSUMER) & 1, count, 2):
+        for n in range(count):
             tile = first + n * gl.num_programs(0)
-            slot = (base + n) % STAGES
-            mbarrier.wait(k_full.index(slot), (base + n) // STAGES & 1)
+            slot = i % STAGES
+            mbarrier.wait(k_full.index(slot), i // STAGES & 1)
+            keys = k_smem.index(slot).slice(CONSUMER * HALF, HALF).load(KEYS)
+            mbarrier.arrive(k_empty.index(slot), count=1)
             seen = masks + (head.to(gl.int64) * num_tiles + tile) * (RP // HALF)
             place = columns + head.to(gl.int64) * context_len + tile * TILE + key
-            for part in gl.static_range(2):
-                keys = k_smem.index(slot).slice(part * HALF, HALF).load(KEYS)
-                if part == 1:
-                    mbarrier.arrive(k_empty.index(slot), count=1)
-                s = warpgroup_mma(keys, q_smem.index(0).permute((1, 0)), zeros, use_acc=False,
-                                  is_async=True)
-                for g in gl.static_range(HEADS):
-                    log_sum = _visible(lse_smem.index(g).load(gl.SliceLayout(0, SCORES)),
-                                       seen + g * num_tiles * (RP // HALF), RP, SCORES)
-                    if g + 1 < HEADS:
-                        following = warpgroup_mma(
-                            keys, q_smem.index(g + 1).permute((1, 0)), zeros, use_acc=False,
-                            is_async=True)
-                        scores = warpgroup_mma_wait(1, deps=[s])
-                        s = following
-                    else:
-                        scores = warpgroup_mma_wait(0, deps=[s])
-                    total = gl.sum(gl.exp2(scores - log_sum[None, :]), 1)
-                    gl.store(place + g * context_len + part * HALF, total)
+            s = warpgroup_mma(keys, q_smem.index(0).permute((1, 0)), zeros, use_acc=False,
+                              is_async=True)
+            for g in gl.static_range(HEADS):
+                log_sum = _visible(lse_smem.index(g).load(gl.SliceLayout(0, SCORES)),
+                                   seen + gl.minimum(g, left - 1) * num_tiles * (RP // HALF),
+                                   RP, SCORES)
+                if g + 1 < HEADS:
+                    following = warpgroup_mma(
+                        keys, q_smem.index(g + 1).permute((1, 0)), zeros, use_acc=False,
+                        is_async=True)
+                    scores = warpgroup_mma_wait(1, deps=[s])
+                    s = following
+                else:
+                    scores = warpgroup_mma_wait(0, deps=[s])
+                total = gl.sum(gl.exp2(scores - log_sum[None, :]), 1)
+                gl.store(place + g * context_len, total, key * 0 + g < left)
+            i += 1
         mbarrier.arrive(q_empty, count=1)
-        base += count
 
 
 @gluon.jit(do_not_specialize=[
@@ -361,7 +365,7 @@ def _column_kernel(
     mbarrier.init(q_empty, count=2)
     for slot in gl.static_range(STAGES):
         mbarrier.init(k_full.index(slot), count=1)
-        mbarrier.init(k_empty.index(slot), count=1)
+        mbarrier.init(k_empty.index(slot), count=2)
     fence_async_shared()
     kv = gl.program_id(2)
     first_head = gl.program_id(1) * HEADS
@@ -370,15 +374,16 @@ def _column_kernel(
     column = (first_kv_head + kv) * TILE
     head = kv * group + first_head
     row = gl.arange(0, RP, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    for g in gl.static_range(HEADS):
-        lse_smem.index(g).store(gl.load(lse + (head + g) * RP + row))
+    left = group - first_head
+    for g in gl.static_range(HEADS):  # a last program may have fewer heads of its own
+        lse_smem.index(g).store(gl.load(lse + (head + gl.minimum(g, left - 1)) * RP + row))
     gl.warp_specialize([
         (_column_consumer, (
-            masks, columns, q_smem, k_smem, lse_smem, q_full, q_empty, k_full, k_empty, head,
+            masks, columns, q_smem, k_smem, lse_smem, q_full, q_empty, k_full, k_empty, head, left,
             num_zones, num_tiles, low, high, inter_end, succ_end, context_len, gl.constexpr(RP),
             gl.constexpr(HEADS), gl.constexpr(0))),
         (_column_consumer, (
-            masks, columns, q_smem, k_smem, lse_smem, q_full, q_empty, k_full, k_empty, head,
+            masks, columns, q_smem, k_smem, lse_smem, q_full, q_empty, k_full, k_empty, head, left,
             num_zones, num_tiles, low, high, inter_end, succ_end, context_len, gl.constexpr(RP),
             gl.constexpr(HEADS), gl.constexpr(1))),
         (_producer, (
