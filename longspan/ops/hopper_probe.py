@@ -1,8 +1,8 @@
 """The two passes of `probe` on Hopper, in Gluon, over key tiles that need no mask.
 
 A program keeps the rotated probe rows of one KV head's query heads in shared memory and walks key
-tiles that a producer copies by TMA. Two consumers share the work on a tile, so one's exponentials overlap
-with the other's matrix products, and each starts the next product before it reads the last.
+tiles that a producer copies by TMA. Two consumers share the work on a tile, so one's exponentials
+overlap with the other's matrix products, and each starts the next product before it reads the last.
 Layouts of all inputs and results are those of `probe`.
 """
 
@@ -170,9 +170,13 @@ def _fraction(part, whole):
 
 
 @gluon.jit
-def _row_masses(s, offset, SCORES: gl.constexpr):
-    """See `probe._row_masses`: max, sum, and the sums on the next and the previous diagonal."""
-    keys = gl.arange(0, TILE, layout=gl.SliceLayout(0, SCORES)).to(gl.float32)
+def _row_masses(s, offset, places, SCORES: gl.constexpr):
+    """See `probe._row_masses`: max, sum, and the sums on the next and the previous diagonal.
+
+    places: 0, 1, ... of the tile's keys, fp32, in shared memory: worked out from the thread's
+    number, which is slow to read, they cost four times all the rest.
+    """
+    keys = places.load(gl.SliceLayout(0, SCORES))
     top = gl.max(s, 1)
     mass = gl.exp2(s - top[:, None])
     distance = offset[:, None] - keys[None, :]
@@ -183,9 +187,9 @@ def _row_masses(s, offset, SCORES: gl.constexpr):
 
 @gluon.jit
 def _mass_consumer(
-    table, masses, partial, q_smem, k_smem, q_full, q_empty, k_full, k_empty, rows, offset_row,
-    left, num_zones, low, high, inter_end, succ_end, last, last_first, strided_first, step, num_rows,
-    RP: gl.constexpr, FIRST: gl.constexpr, STOP: gl.constexpr,
+    table, masses, partial, q_smem, k_smem, places, q_full, q_empty, k_full, k_empty, rows,
+    offset_row, left, num_zones, low, high, inter_end, succ_end, last, last_first, strided_first,
+    step, num_rows, RP: gl.constexpr, FIRST: gl.constexpr, STOP: gl.constexpr,
 ):
     """Pass 1: masses of every tile for the heads [FIRST, STOP), and the rows' sums over them.
 
@@ -222,7 +226,7 @@ def _mass_consumer(
                 else:
                     scores = warpgroup_mma_wait(0, deps=[s])
                     mbarrier.arrive(k_empty.index(slot), count=1)
-                top, total, ahead, behind = _row_masses(scores, here, SCORES)
+                top, total, ahead, behind = _row_masses(scores, here, places, SCORES)
                 log = (top + gl.log2(total)).to(gl.int32, bitcast=True).to(gl.int64) & 0xFFFFFFFF
                 packed = log | (_fraction(ahead, total * TILE) << 32) | (
                     _fraction(behind, total * TILE) << 48)
@@ -254,6 +258,9 @@ def _mass_kernel(
     """
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [HEADS, HALF, TILE], q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, TILE, TILE], k_desc.layout)
+    places = gl.allocate_shared_memory(
+        gl.float32, [TILE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    places.store(gl.arange(0, TILE, layout=gl.BlockedLayout([1], [32], [4], [0])).to(gl.float32))
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -275,13 +282,13 @@ def _mass_kernel(
     partial += ((first_partial + gl.program_id(0)) * gl.num_programs(2) + kv) * rows + row
     gl.warp_specialize([
         (_mass_consumer, (
-            table, masses, partial, q_smem, k_smem, q_full, q_empty, k_full, k_empty, rows, half,
-            left, num_zones, low, high, inter_end, succ_end, last, last_first, strided_first, step,
-            num_rows, gl.constexpr(RP), gl.constexpr(0), gl.constexpr((HEADS + 1) // 2))),
+            table, masses, partial, q_smem, k_smem, places, q_full, q_empty, k_full, k_empty, rows,
+            half, left, num_zones, low, high, inter_end, succ_end, last, last_first, strided_first,
+            step, num_rows, gl.constexpr(RP), gl.constexpr(0), gl.constexpr((HEADS + 1) // 2))),
         (_mass_consumer, (
-            table, masses, partial, q_smem, k_smem, q_full, q_empty, k_full, k_empty, rows, half,
-            left, num_zones, low, high, inter_end, succ_end, last, last_first, strided_first, step,
-            num_rows, gl.constexpr(RP), gl.constexpr((HEADS + 1) // 2), gl.constexpr(HEADS))),
+            table, masses, partial, q_smem, k_smem, places, q_full, q_empty, k_full, k_empty, rows,
+            half, left, num_zones, low, high, inter_end, succ_end, last, last_first, strided_first,
+            step, num_rows, gl.constexpr(RP), gl.constexpr((HEADS + 1) // 2), gl.constexpr(HEADS))),
         (_producer, (
             q_desc, k_desc, table, q_smem, k_smem, q_full, q_empty, k_full, k_empty, q_row,
             zone_rows, column, num_zones, low, high, inter_end, succ_end, gl.constexpr(HEADS),
@@ -290,10 +297,8 @@ def _mass_kernel(
 
 
 @gluon.jit
-def _visible(log_sum, seen, RP: gl.constexpr, SCORES: gl.constexpr):
+def _visible(log_sum, low, high, RP: gl.constexpr, SCORES: gl.constexpr):
     """log_sum [RP], +inf for rows that see the tile through a window: their bits are set."""
-    low = gl.load(seen)
-    high = gl.load(seen + (RP // HALF - 1))
     if (low | high) != 0:
         probe = gl.arange(0, RP, layout=gl.SliceLayout(0, SCORES))
         bits = gl.where(probe < HALF, low, high) >> (probe % HALF).to(gl.int64)
@@ -319,17 +324,22 @@ def _column_consumer(
         for n in range(count):
             tile = first + n * gl.num_programs(0)
             slot = i % STAGES
+            seen = masks + (head.to(gl.int64) * num_tiles + tile) * (RP // HALF)
+            low_bits: gl.tuple = ()
+            high_bits: gl.tuple = ()
+            for g in gl.static_range(HEADS):  # all at once: each takes as long as a product
+                here = seen + gl.minimum(g, left - 1) * num_tiles * (RP // HALF)
+                low_bits = low_bits + (gl.load(here),)
+                high_bits = high_bits + (gl.load(here + (RP // HALF - 1)),)
             mbarrier.wait(k_full.index(slot), i // STAGES & 1)
             keys = k_smem.index(slot).slice(CONSUMER * HALF, HALF).load(KEYS)
             mbarrier.arrive(k_empty.index(slot), count=1)
-            seen = masks + (head.to(gl.int64) * num_tiles + tile) * (RP // HALF)
             place = columns + head.to(gl.int64) * context_len + tile * TILE + key
             s = warpgroup_mma(keys, q_smem.index(0).permute((1, 0)), zeros, use_acc=False,
                               is_async=True)
             for g in gl.static_range(HEADS):
                 log_sum = _visible(lse_smem.index(g).load(gl.SliceLayout(0, SCORES)),
-                                   seen + gl.minimum(g, left - 1) * num_tiles * (RP // HALF),
-                                   RP, SCORES)
+                                   low_bits[g], high_bits[g], RP, SCORES)
                 if g + 1 < HEADS:
                     following = warpgroup_mma(
                         keys, q_smem.index(g + 1).permute((1, 0)), zeros, use_acc=False,
