@@ -258,38 +258,34 @@ def combine_logs(
     tl.store(lse + i, tl.where(real, top + tl.log2(total), float("inf")), mask=i < size)
 
 
-@triton.jit(do_not_specialize=[*_PROBES, "num_tiles", "forced"])
+@triton.jit(do_not_specialize=[*_PROBES, "num_tiles"])
 def diagonal_masses(
-    masses, lse, sums, num_tiles, forced,
-    last, last_first, strided_first, step, num_rows,
+    masses, lse, sums, num_tiles, last, last_first, strided_first, step, num_rows,
     ROWS: tl.constexpr, RP: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:
-    """Mass of each tile diagonal, summed over the probe rows of a head; forced ones rank first.
+    """Mass in the tiles of each tile diagonal, summed over the probe rows of a head: what lies on
+    this diagonal, on the next and on the previous one.
 
-    sums: [heads here, tiles]. Grid (tiles / BLOCK, heads here).
+    Each entry of the map is read once, by what lies in it; `threshold.choose_windows` adds up what
+    belongs together. sums: [heads here, 3, tiles]. Grid (tiles / BLOCK, heads here).
     """
     head = tl.program_id(1)
     gap = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.arange(0, RP)
     position = _position(row, last, last_first, strided_first, step, num_rows)
-    row_tile = tl.where(position < 0, -1, position // P)
+    tile = tl.where(position < 0, -1, position // P)[None, :] - gap[:, None]
     group = ROWS // RP
     base = (head // group).to(tl.int64) * num_tiles * ROWS + head % group * RP + row
-    row_lse = tl.load(lse + head * RP + row)
-    total = tl.zeros([BLOCK], tl.float32)
-    for shift in tl.static_range(-1, 2):
-        tile = row_tile[None, :] - gap[:, None] + shift
-        valid = (tile >= 0) & (tile <= row_tile[None, :])
-        place = base[None, :] + tile.to(tl.int64) * ROWS
-        packed = tl.load(masses + place, mask=valid, other=0)
-        log = packed.to(tl.int32).to(tl.float32, bitcast=True)
-        ahead = ((packed >> 32) & 0xFFFF).to(tl.float32) / 65535.0
-        behind = ((packed >> 48) & 0xFFFF).to(tl.float32) / 65535.0
-        weight = behind if shift == -1 else (ahead if shift == 1 else 1.0 - ahead - behind)
-        part = tl.where(valid, tl.exp2(log - row_lse[None, :]) * weight, 0.0)
-        total += tl.sum(part, 1)
-    total = tl.where(gap < forced, 2e6 - gap.to(tl.float32), tl.maximum(total, 0.0))
-    tl.store(sums + head.to(tl.int64) * num_tiles + gap, total, mask=gap < num_tiles)
+    packed = tl.load(masses + base[None, :] + tile.to(tl.int64) * ROWS, mask=tile >= 0, other=0)
+    log = packed.to(tl.int32).to(tl.float32, bitcast=True)
+    mass = tl.where(tile >= 0, tl.exp2(log - tl.load(lse + head * RP + row)[None, :]), 0.0)
+    parts = (packed >> 32).to(tl.int32)
+    next_one = mass * ((parts & 0xFFFF).to(tl.float32) * (1.0 / 65535.0))
+    previous = mass * (((parts >> 16) & 0xFFFF).to(tl.float32) * (1.0 / 65535.0))
+    target = sums + 3 * head.to(tl.int64) * num_tiles + gap
+    tl.store(target, tl.sum(mass - next_one - previous, 1), mask=gap < num_tiles)
+    tl.store(target + num_tiles, tl.sum(next_one, 1), mask=gap < num_tiles)
+    tl.store(target + 2 * num_tiles, tl.sum(previous, 1), mask=gap < num_tiles)
 
 
 @triton.jit(do_not_specialize=[*_PROBES, "num_tiles"])

@@ -3,8 +3,8 @@
 Same rules and results as `select`, which is the specification. The host only launches: shapes come
 from the budget and from lengths it knows, so nothing waits for the device. Two passes of the probe
 rows over the keys, and no score map: pass 1 gives each row's softmax sum and its mass in each key
-tile, hence the windows; pass 2 gives column sums without what windows cover; radix selection and
-prefix sums turn sums into indices.
+tile, hence the windows; pass 2 gives column sums without what windows cover, and `threshold` the
+largest of them.
 
 KV heads are taken as many at a time as the workspace allows, so that it stays within 64 MiB for
 28 query heads, 4 KV heads and 1,048,576 keys with 128 probe rows.
@@ -27,7 +27,8 @@ from longspan.ops.select import PAPER_TILE_LEN, Budget
 from longspan.ops.types import PagedKV, QueryRotary, Selection
 
 WORKSPACE_BYTES = 60 << 20
-"""For masses of key tiles, then for sums; what else there is stays below 4 MiB."""
+"""For masses of key tiles, then for sums; besides these, lists of the largest sums take up to 36
+bytes for each column."""
 ROW_BLOCK = 128
 """Probe rows in one matrix product of pass 1."""
 ROWS_AT_ONCE = 512
@@ -38,7 +39,6 @@ MAX_ROWS = 128
 """Probe rows of one head."""
 SHARED_BYTES = 204_800
 """Shared memory that a program of the passes takes at D = 128 and P = 128, and a little more."""
-SELECT_BLOCK = 8192
 INTERPRETED_PROGRAMS = 3
 
 
@@ -210,25 +210,26 @@ def _choose_tiles(call: _Call, heads: _Heads, columns: Tensor, offsets: Tensor) 
     words = -(-rows // 64)
     masses = torch.empty(num_heads * num_tiles * rows, dtype=torch.int64, device=device)
     lse = _pass_one(call, heads, masses)
-    sums = torch.empty(num_heads, num_tiles, dtype=torch.float32, device=device)
-    block = 32
-    kernels.diagonal_masses[(triton.cdiv(num_tiles, block), num_heads)](
-        masses, lse, sums, num_tiles, _forced_tiles(call),
-        *call.probes, ROWS=call.group * rows, RP=rows, P=call.tile_len, BLOCK=block)
+    sums = torch.empty(num_heads, 3, num_tiles, dtype=torch.float32, device=device)
+    kernels.diagonal_masses[(triton.cdiv(num_tiles, 64), num_heads)](
+        masses, lse, sums, num_tiles, *call.probes, ROWS=call.group * rows, RP=rows,
+        P=call.tile_len, BLOCK=64, num_warps=rows // 8)
     del masses
     is_window = torch.empty(num_heads, num_tiles, dtype=torch.int8, device=device)
     threshold.choose_windows[(num_heads,)](
         sums, _window_budgets(call)[own], offsets[own], is_window, offsets.shape[1], num_tiles,
         _forced_tiles(call), P=call.tile_len, BLOCK=max(1024, triton.next_power_of_2(num_tiles)),
-        num_warps=8)
+        num_warps=16)
     masks = torch.empty(num_heads, num_tiles, words, dtype=torch.int64, device=device)
-    kernels.row_masks[(triton.cdiv(num_tiles, block), num_heads)](
-        is_window, masks, num_tiles, *call.probes, RP=rows, P=call.tile_len, WORDS=words,
-        BLOCK=block)
+    kernels.row_masks[(triton.cdiv(num_tiles, 32), num_heads)](
+        is_window, masks, num_tiles, *call.probes, RP=rows, P=call.tile_len, WORDS=words, BLOCK=32)
+    del sums, is_window
     column_sums = torch.empty(num_heads, call.context_len, dtype=torch.float32, device=device)
     _pass_two(call, heads, lse, masks, column_sums, column_sums, words)
-    _select_largest(column_sums, _budgets(call.budget.vertical, device)[own], columns[own],
-                    call.budget.sink, floor=0, backwards=False)
+    del masks
+    threshold.select_largest(
+        column_sums, _budgets(call.budget.vertical, device)[own], columns[own], call.budget.sink,
+        floor=0, backwards=False)
 
 
 def _window_budgets(call: _Call) -> Tensor:
@@ -249,11 +250,12 @@ def _choose_paper(call: _Call, heads: _Heads, columns: Tensor, offsets: Tensor) 
     column_sums = torch.empty(num_heads, size, dtype=torch.float32, device=device)
     diagonals = torch.zeros(num_heads, size, dtype=torch.float32, device=device)
     _pass_two(call, heads, lse, lse, column_sums, diagonals, 0)
-    _select_largest(column_sums, _budgets(budget.vertical, device)[own], columns[own], budget.sink,
-                    floor=0, backwards=False)
+    threshold.select_largest(
+        column_sums, _budgets(budget.vertical, device)[own], columns[own], budget.sink, floor=0,
+        backwards=False)
     width = min(max(1, *budget.slash), size)
     distances = torch.empty(num_heads, width, dtype=torch.int32, device=device)
-    _select_largest(diagonals, slash, distances, budget.local, floor=1, backwards=True)
+    threshold.select_largest(diagonals, slash, distances, budget.local, floor=1, backwards=True)
     starts = torch.empty_like(distances)
     num_starts = torch.empty(num_heads, dtype=torch.int32, device=device)
     threshold.coalesce[(num_heads,)](
@@ -341,32 +343,6 @@ def _constants(call: _Call) -> dict[str, Any]:
     return {"RP": call.padded_rows, "P": call.tile_len, "D": call.cache.k.shape[3], "num_stages": 3,
             "PRECISION": "ieee" if call.cache.k.dtype == torch.float32 else "tf32",
             "num_warps": 8}
-
-
-def _select_largest(
-    values: Tensor, budgets: Tensor, out: Tensor, forced: int, floor: int, backwards: bool
-) -> None:
-    """Indices of each head's largest values, ascending; backwards: as distances from the end.
-
-    values: [heads, S] >= 0; budgets: [heads], raised to ``floor`` and cut at S; out: [heads, >= k].
-    """
-    num_heads, size = values.shape
-    if out.shape[1] == 0:
-        return
-    blocks = triton.cdiv(size, SELECT_BLOCK)
-    counts = torch.zeros(num_heads, threshold.BINS, dtype=torch.int32, device=values.device)
-    block_counts = torch.empty(num_heads, 2, blocks, dtype=torch.int32, device=values.device)
-    shared: dict[str, Any] = {"BINS": threshold.BINS, "REVERSED": backwards, "BLOCK": SELECT_BLOCK,
-                              "num_warps": 8}
-    grid = blocks, num_heads
-    for level in range(threshold.LEVELS):
-        threshold.count_digits[grid](
-            values, counts, budgets, size, forced, floor, LEVEL=level, **shared)
-    threshold.count_selected[grid](
-        values, counts, budgets, block_counts, size, forced, floor, **shared)
-    threshold.write_selected[grid](
-        values, counts, budgets, block_counts, out, out.stride(0), size, forced, floor,
-        NB=max(128, triton.next_power_of_2(blocks)), **shared)
 
 
 @functools.lru_cache(maxsize=1024)

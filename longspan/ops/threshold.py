@@ -1,64 +1,40 @@
 """The k largest of many non-negative numbers for each head, in ascending order of index, in Triton.
 
-No sort: bits of non-negative fp32 numbers are ordered like the numbers, so the k-th largest is
-found digit by digit (radix selection), and what lies above is compacted by prefix sums. Among equal
-numbers at the threshold the first ones are taken. Zeros are never counted one by one: where fewer
-than k numbers are above zero, the threshold is zero.
+No sort. Bits of non-negative fp32 numbers are ordered like the numbers, so a k-th largest is found
+bit by bit, by counting what reaches a candidate. One program does that for up to some 10,000
+numbers at once. Of a million they are first made few:
+
+1. Deal the numbers into groups and take the largest of each. The k-th largest of those is a lower
+   bound of the k-th largest of all.
+2. List what lies above the bound, and of what equals it only as much as is then missing, in order
+   of index: hardly more than k numbers, also where all are equal.
+3. Take the k largest of the list.
+
+Should most of what is above the bound lie in few groups, there may be more than the list can hold.
+It is then not used: one program walks all numbers of the head, slowly. Among equal numbers at the
+threshold the first ones are taken.
 """
 
 from __future__ import annotations
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 # Numbers that change from call to call, and pointers into the middle of tensors: kernels are not
 # compiled anew for their values.
-_INTS = ["forced", "floor"]
 _SLICES = ["budgets"]
-LEVELS = 3
-"""Digits: the 8 exponent bits, then 12 and 11 bits of the mantissa."""
-BINS = 256 + 4096 + 2048
-"""Counters of all three levels, for each head."""
-
-
-@triton.jit
-def _load_ranked(values, head, i, size, forced, REVERSED: tl.constexpr):
-    """Bits of the numbers at i; the first ``forced`` (last ones, if reversed) rank above all."""
-    rank = size - 1 - i if REVERSED else i
-    x = tl.load(values + head.to(tl.int64) * size + i, mask=i < size, other=0.0)
-    x = tl.where(rank < forced, 2e6 - rank.to(tl.float32), x)
-    return tl.where(i < size, x.to(tl.int32, bitcast=True), -1)
-
-
-@triton.jit
-def _digit(counts, k, NUM: tl.constexpr):
-    """The bin that holds the k-th largest, and how many of that bin are wanted.
-
-    Without k entries in all bins: -1, and how many are missing.
-    """
-    digit = tl.arange(0, NUM)
-    count = tl.load(counts + digit)
-    total = tl.sum(count, 0)
-    at_least = total - tl.cumsum(count, 0) + count
-    found = tl.max(tl.where(at_least >= k, digit, -1), 0)
-    above = tl.where(found < 0, total, tl.sum(tl.where(digit > found, count, 0), 0))
-    return found, k - above
-
-
-@triton.jit
-def _prefix(counts, k, DIGITS: tl.constexpr):
-    """Leading digits of the k-th largest number (-1: it is zero), and how many are wanted of the
-    numbers that share them."""
-    prefix, k = _digit(counts, k, 256)
-    if DIGITS > 1:
-        digit, inner = _digit(counts + 256, k, 4096)
-        k = tl.where(prefix < 0, k, inner)
-        prefix = tl.where(prefix < 0, prefix, (prefix << 12) | digit)
-    if DIGITS > 2:
-        digit, inner = _digit(counts + 256 + 4096, k, 2048)
-        k = tl.where(prefix < 0, k, inner)
-        prefix = tl.where(prefix < 0, prefix, (prefix << 11) | digit)
-    return prefix, k
+MOST_MAXIMA, MOST_LISTED = 32_768, 16_384
+"""Numbers that a program keeps in registers; further ones it reads once for each bit."""
+BLOCK = 4096
+"""Numbers that a program counts or lists at once."""
+LEAST_GROUPS = 1024
+SHIFT = tl.constexpr(404)
+"""Places by which each row of numbers is turned before its columns make groups: else numbers that
+repeat with a power of two would all meet in few groups. A multiple of 4: loads stay 16 bytes."""
 
 
 @triton.jit
@@ -66,106 +42,242 @@ def _budget(budgets, head, size, floor):
     return tl.minimum(tl.maximum(tl.load(budgets + head), floor), size)
 
 
-@triton.jit(do_not_specialize=_INTS, do_not_specialize_on_alignment=_SLICES)
-def count_digits(
-    values, counts, budgets, size, forced, floor, BINS: tl.constexpr, LEVEL: tl.constexpr,
-    REVERSED: tl.constexpr, BLOCK: tl.constexpr,
-) -> None:
-    """Histogram of digit ``LEVEL`` of the numbers that share the digits before it.
+@triton.jit
+def _count_above(bits, source, length, limit, CHUNK: tl.constexpr):
+    """How many of the numbers are above ``limit``: CHUNK ones in registers, the rest in memory."""
+    i = tl.arange(0, CHUNK)
+    count = tl.sum((bits > limit).to(tl.int32), 0)
+    if source is not None:
+        for start in range(CHUNK, length, CHUNK):
+            more = tl.load(source + start + i, mask=start + i < length, other=-1)
+            count += tl.sum((more > limit).to(tl.int32), 0)
+    return count
 
-    values: [heads, size]; counts: [heads, BINS], zero before level 0. Grid (size / BLOCK, heads).
+
+@triton.jit
+def _threshold(bits, source, length, k, most, CHUNK: tl.constexpr):
+    """A number that at least k of ``length`` numbers reach, and at most ``most`` or it is the k-th.
+
+    bits: the first CHUNK of them, -1 for padding; source: all, None if those are all.
     """
-    head = tl.program_id(1)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    bits = _load_ranked(values, head, i, size, forced, REVERSED)
-    counts += head * BINS
-    if LEVEL == 0:
-        digit = tl.arange(0, 256)
-        found = tl.histogram(tl.maximum(bits, 0) >> 23, 256, mask=bits > 0)
-        tl.atomic_add(counts + digit, found, mask=found > 0, sem="relaxed")
-    else:
-        prefix, _ = _prefix(counts, _budget(budgets, head, size, floor), LEVEL)
-        if LEVEL == 1:
-            place, shared = 256 + ((bits >> 11) & 0xFFF), bits >> 23
-        else:
-            place, shared = 256 + 4096 + (bits & 0x7FF), bits >> 11
-        tl.atomic_add(counts + place, 1, mask=(bits > 0) & (shared == prefix), sem="relaxed")
+    threshold, reached, bit = 0, length, 30
+    while (bit >= 0) & (reached > most):
+        raised = threshold | (1 << bit)
+        count = _count_above(bits, source, length, raised - 1, CHUNK)
+        threshold = tl.where(count >= k, raised, threshold)
+        reached = tl.where(count >= k, count, reached)
+        bit -= 1
+    return threshold
 
 
-@triton.jit(do_not_specialize=_INTS, do_not_specialize_on_alignment=_SLICES)
-def count_selected(
-    values, counts, budgets, block_counts, size, forced, floor, BINS: tl.constexpr,
-    REVERSED: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def _chosen(bits, threshold, wanted):
+    """What is above the threshold, and the first ``wanted`` numbers equal to it; and how many of
+    those there are up to each number. One scan: of two counts, 16 bits each."""
+    is_above, is_equal = bits > threshold, bits == threshold
+    counts = tl.cumsum(is_above.to(tl.int32) + (is_equal.to(tl.int32) << 16), 0)
+    equal = counts >> 16
+    place = (counts & 0xFFFF) + tl.minimum(equal, tl.maximum(wanted, 0))
+    return is_above | (is_equal & (equal <= wanted)), place
+
+
+@triton.jit(do_not_specialize=["groups"])
+def group_maxima(
+    values, maxima, size, groups, stride_maxima, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ) -> None:
-    """How many numbers of each block lie above the threshold and at it.
+    """The largest of each group: of each column of the numbers laid out in rows of ``groups``.
+
+    values: [heads, size] bits; maxima: [heads, groups], a power of two. Grid (groups / BLOCK,
+    heads).
+    """
+    head = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    best = tl.full([BLOCK], -1, tl.int32)
+    for first in range(0, size, groups * ROWS):
+        row = tl.arange(0, ROWS)[:, None] + first // groups
+        i = row * groups + ((column[None, :] + row * SHIFT) & (groups - 1))
+        i = tl.max_contiguous(tl.multiple_of(i, (1, 4)), (1, 4))
+        bits = tl.load(values + head * size + i, mask=i < size, other=-1)
+        best = tl.maximum(best, tl.max(bits, 0))
+    tl.store(maxima + head * stride_maxima + column, best)
+
+
+@triton.jit(do_not_specialize=["groups", "floor"], do_not_specialize_on_alignment=_SLICES)
+def lower_bounds(
+    maxima, bounds, budgets, groups, stride_maxima, size, floor, CHUNK: tl.constexpr
+) -> None:
+    """What k groups of each head reach, and hardly more than k. bounds: [heads]. Grid (heads)."""
+    head = tl.program_id(0)
+    k = _budget(budgets, head, size, floor)
+    i = tl.arange(0, CHUNK)
+    source = maxima + head.to(tl.int64) * stride_maxima
+    bits = tl.load(source + i, mask=i < groups, other=-1)
+    tl.store(bounds + head, _threshold(bits, source, groups, k, k + k // 16, CHUNK))
+
+
+@triton.jit
+def count_reached(values, bounds, block_counts, size, BLOCK: tl.constexpr) -> None:
+    """How many numbers of each block are above the bound, and equal to it.
 
     block_counts: [heads, 2, blocks]. Grid (blocks, heads).
     """
-    head, block = tl.program_id(1), tl.program_id(0)
+    head = tl.num_programs(1) - 1 - tl.program_id(1)  # what was read last may still be in L2
+    block = tl.program_id(0)
     i = block * BLOCK + tl.arange(0, BLOCK)
-    bits = _load_ranked(values, head, i, size, forced, REVERSED)
-    threshold, _ = _prefix(counts + head * BINS, _budget(budgets, head, size, floor), 3)
-    threshold = tl.maximum(threshold, 0)
+    bits = tl.load(values + head.to(tl.int64) * size + i, mask=i < size, other=-1)
+    bound = tl.load(bounds + head)
     target = block_counts + head * 2 * tl.num_programs(0) + block
-    tl.store(target, tl.sum((bits > threshold).to(tl.int32), 0))
-    tl.store(target + tl.num_programs(0), tl.sum((bits == threshold).to(tl.int32), 0))
+    tl.store(target, tl.sum((bits > bound).to(tl.int32), 0))
+    tl.store(target + tl.num_programs(0), tl.sum((bits == bound).to(tl.int32), 0))
 
 
-@triton.jit(do_not_specialize=[*_INTS, "stride_out"],
-            do_not_specialize_on_alignment=[*_SLICES, "out"])
-def write_selected(
-    values, counts, budgets, block_counts, out, stride_out, size, forced, floor,
-    BINS: tl.constexpr, REVERSED: tl.constexpr, BLOCK: tl.constexpr, NB: tl.constexpr,
+@triton.jit
+def _totals(block_counts, head, block, num_blocks, k, NB: tl.constexpr):
+    """Numbers above the bound before ``block`` and in all, and the same for those equal to it;
+    and how many of the latter are wanted."""
+    i = tl.arange(0, NB)
+    source = block_counts + head * 2 * num_blocks + i
+    above = tl.load(source, mask=i < num_blocks, other=0)
+    equal = tl.load(source + num_blocks, mask=i < num_blocks, other=0)
+    all_above = tl.sum(above, 0)
+    return (tl.sum(tl.where(i < block, above, 0), 0), all_above,
+            tl.sum(tl.where(i < block, equal, 0), 0), tl.sum(equal, 0),
+            tl.maximum(k - all_above, 0))
+
+
+@triton.jit(do_not_specialize=["floor"], do_not_specialize_on_alignment=_SLICES)
+def list_reached(
+    values, bounds, block_counts, budgets, found, capacity, size, floor,
+    BLOCK: tl.constexpr, NB: tl.constexpr,
 ) -> None:
-    """Indices of the selected numbers, ascending; if reversed, ``size - 1 - index``, descending.
+    """Numbers above the bound and the wanted ones equal to it, ascending by index.
 
-    out: [heads, >= k], its padding left alone. Grid (blocks, heads).
+    found: [heads, 2, capacity] bits and indices; what goes beyond is dropped. Grid (blocks, heads).
     """
     head, block, num_blocks = tl.program_id(1), tl.program_id(0), tl.num_programs(0)
-    i = block * BLOCK + tl.arange(0, BLOCK)
-    bits = _load_ranked(values, head, i, size, forced, REVERSED)
-    threshold, wanted = _prefix(counts + head * BINS, _budget(budgets, head, size, floor), 3)
-    threshold = tl.maximum(threshold, 0)
-    other = tl.arange(0, NB)
-    source = block_counts + head * 2 * num_blocks + other
-    above = tl.sum(tl.load(source, mask=other < block, other=0), 0)
-    equal = tl.sum(tl.load(source + num_blocks, mask=other < block, other=0), 0)
-    is_equal = bits == threshold
-    rank = equal + tl.cumsum(is_equal.to(tl.int32), 0)
-    chosen = (bits > threshold) | (is_equal & (rank <= wanted))
-    place = above + tl.minimum(equal, wanted) + tl.cumsum(chosen.to(tl.int32), 0) - 1
-    index = size - 1 - i if REVERSED else i
-    tl.store(out + head.to(tl.int64) * stride_out + place, index.to(out.dtype.element_ty),
-             mask=chosen)
+    k = _budget(budgets, head, size, floor)
+    above, _, equal, _, wanted = _totals(block_counts, head, block, num_blocks, k, NB)
+    here = block_counts + head * 2 * num_blocks + block
+    if (tl.load(here) > 0) | ((tl.load(here + num_blocks) > 0) & (equal < wanted)):
+        i = block * BLOCK + tl.arange(0, BLOCK)
+        bits = tl.load(values + head.to(tl.int64) * size + i, mask=i < size, other=-1)
+        chosen, place = _chosen(bits, tl.load(bounds + head), wanted - equal)
+        place += above + tl.minimum(equal, wanted) - 1
+        target = found + head.to(tl.int64) * 2 * capacity + place
+        tl.store(target, bits, mask=chosen & (place < capacity))
+        tl.store(target + capacity, i, mask=chosen & (place < capacity))
 
 
-@triton.jit(do_not_specialize=["width", "num_tiles", "floor"],
+@triton.jit(do_not_specialize=["stride_out", "num_blocks", "floor"],
+            do_not_specialize_on_alignment=[*_SLICES, "out"])
+def write_largest(
+    values, found, block_counts, budgets, out, stride_out, num_blocks, capacity, size, floor,
+    REVERSED: tl.constexpr, NB: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:
+    """Indices of the k largest, ascending; if reversed, ``size - 1 - index``, descending.
+
+    Of the list if it holds all that was found, otherwise of all numbers. out: [heads, >= k], its
+    padding left alone. Grid (heads).
+    """
+    head = tl.program_id(0)
+    k = _budget(budgets, head, size, floor)
+    _, above, _, equal, wanted = _totals(block_counts, head, 0, num_blocks, k, NB)
+    count = above + tl.minimum(equal, wanted)
+    is_listed = (num_blocks > 0) & (count <= capacity)
+    source, length = values + head.to(tl.int64) * size, size
+    if is_listed:
+        source, length = found + head.to(tl.int64) * 2 * capacity, count
+    i = tl.arange(0, CHUNK)
+    bits = tl.load(source + i, mask=i < length, other=-1)
+    threshold = _threshold(bits, source, length, k, k, CHUNK)
+    wanted = k - _count_above(bits, source, length, threshold, CHUNK)
+    target = out + head.to(tl.int64) * stride_out
+    for start in range(0, length, BLOCK):
+        entry = start + tl.arange(0, BLOCK)
+        some = tl.load(source + entry, mask=entry < length, other=-1)
+        chosen, place = _chosen(some, threshold, wanted)
+        index = tl.load(source + capacity + entry, mask=chosen & is_listed, other=0)
+        index = tl.where(is_listed, index, entry)
+        index = size - 1 - index if REVERSED else index
+        tl.store(target + place - 1, index.to(out.dtype.element_ty), mask=chosen)
+        target += tl.max(place, 0)
+        wanted -= tl.sum((some == threshold).to(tl.int32), 0)
+
+
+def select_largest(
+    values: Tensor, budgets: Tensor, out: Tensor, forced: int, floor: int, backwards: bool
+) -> None:
+    """Indices of each head's largest values, ascending; backwards: as distances from the end.
+
+    The first ``forced`` ones, or the last, rank above all others; ``values`` are changed so.
+    values: [heads, S] fp32 >= 0, contiguous; budgets: [heads] int32 on the device, raised to
+    ``floor`` and cut at S; out: [heads, >= k]. Nothing waits for the device. Workspace: 18 to 36
+    bytes for each entry of ``out``.
+    """
+    (num_heads, size), width = values.shape, out.shape[1]
+    if width == 0:
+        return
+    if forced > 0:
+        ranks = _forced_ranks(min(forced, size), backwards, values.device)
+        values[:, size - len(ranks) if backwards else 0 :][:, : len(ranks)] = ranks
+    bits = values.view(torch.int32)
+    groups = max(LEAST_GROUPS, triton.next_power_of_2(width + width // 2))
+    capacity, blocks = groups // 2 * 3, triton.cdiv(size, BLOCK)
+    if 2 * groups > size:  # one program for each head takes all of them
+        capacity, blocks = 0, 0
+    found = torch.empty(num_heads, 2, capacity, dtype=torch.int32, device=values.device)
+    counts = torch.empty(num_heads, 2, blocks, dtype=torch.int32, device=values.device)
+    num_counts = max(256, triton.next_power_of_2(blocks))
+    if blocks > 0:
+        bounds = torch.empty(num_heads, dtype=torch.int32, device=values.device)
+        # Maxima are done with before the list that takes their place is written.
+        group_maxima[(groups // 512, num_heads)](
+            bits, found, size, groups, 2 * capacity, ROWS=16, BLOCK=512, num_warps=8)
+        lower_bounds[(num_heads,)](found, bounds, budgets, groups, 2 * capacity, size, floor,
+                                   CHUNK=min(MOST_MAXIMA, groups), num_warps=32)
+        count_reached[(blocks, num_heads)](bits, bounds, counts, size, BLOCK=BLOCK, num_warps=8)
+        list_reached[(blocks, num_heads)](
+            bits, bounds, counts, budgets, found, capacity, size, floor, BLOCK=BLOCK,
+            NB=num_counts, num_warps=8, maxnreg=64)
+    write_largest[(num_heads,)](
+        bits, found, counts, budgets, out, out.stride(0), blocks, capacity, size, floor,
+        REVERSED=backwards, NB=num_counts, CHUNK=MOST_LISTED, BLOCK=2 * BLOCK, num_warps=32)
+
+
+@functools.lru_cache(maxsize=64)
+def _forced_ranks(count: int, backwards: bool, device: torch.device) -> Tensor:
+    """What ranks above all sums, [count]: see `select`. Kept for each layer."""
+    ranks = 2e6 - torch.arange(count, dtype=torch.float32, device=device)
+    return ranks.flip(0) if backwards else ranks
+
+
+@triton.jit(do_not_specialize=["width", "num_tiles", "forced"],
             do_not_specialize_on_alignment=[*_SLICES, "offsets"])
 def choose_windows(
-    sums, budgets, offsets, is_window, width, num_tiles, floor, P: tl.constexpr, BLOCK: tl.constexpr
+    sums, budgets, offsets, is_window, width, num_tiles, forced, P: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> None:
-    """The heaviest tile diagonals of each head, as window offsets; one program for each head.
+    """The heaviest tile diagonals of each head, as window offsets; the first ``forced`` ones lead.
 
-    sums: [heads here, tiles], all of them in registers; offsets: [heads here, width], padded with
-    P; is_window: [heads here, tiles] int8. Grid (heads here).
+    sums: [heads here, 3, tiles] from `probe.diagonal_masses`, all of them in registers; offsets:
+    [heads here, width], padded with P; is_window: [heads here, tiles] int8. Grid (heads here).
     """
     head = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     base = head.to(tl.int64) * num_tiles
-    bits = tl.load(sums + base + i, mask=i < num_tiles, other=0.0).to(tl.int32, bitcast=True)
-    bits = tl.where(i < num_tiles, bits, -1)
-    k = _budget(budgets, head, num_tiles, floor)
-    threshold = 0
-    for bit in range(0, 31):
-        raised = threshold | (1 << (30 - bit))
-        threshold = tl.where(tl.sum((bits >= raised).to(tl.int32), 0) >= k, raised, threshold)
-    is_equal = bits == threshold
-    wanted = k - tl.sum((bits > threshold).to(tl.int32), 0)
-    chosen = (bits > threshold) | (is_equal & (tl.cumsum(is_equal.to(tl.int32), 0) <= wanted))
-    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    own = sums + 3 * base + i
+    total = tl.load(own, mask=i < num_tiles, other=0.0)
+    total += tl.load(own + num_tiles - 1, mask=(i > 0) & (i < num_tiles), other=0.0)
+    total += tl.load(own + 2 * num_tiles + 1, mask=i < num_tiles - 1, other=0.0)
+    total = tl.where(i < forced, 2e6 - i.to(tl.float32), tl.maximum(total, 0.0))
+    bits = tl.where(i < num_tiles, total.to(tl.int32, bitcast=True), -1)
+    k = _budget(budgets, head, num_tiles, forced)
+    threshold = _threshold(bits, None, num_tiles, k, k, BLOCK)
+    wanted = k - _count_above(bits, None, num_tiles, threshold, BLOCK)
+    chosen, place = _chosen(bits, threshold, wanted)
     target = offsets + head.to(tl.int64) * width
     tl.store(target + i, P + tl.zeros_like(i).to(tl.int64), mask=(i >= k) & (i < width))
-    tl.store(target + place, -(i.to(tl.int64) * P), mask=chosen)
+    tl.store(target + place - 1, -(i.to(tl.int64) * P), mask=chosen)
     tl.store(is_window + base + i, chosen.to(tl.int8), mask=i < num_tiles)
 
 

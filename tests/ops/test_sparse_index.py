@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longspan.ops import reference, select, sparse_index
+from longspan.ops import reference, select, sparse_index, threshold
 from longspan.ops.select import Budget
 from longspan.ops.types import Selection
 from tests.ops import oracle
@@ -157,7 +157,7 @@ def test_bf16_keeps_the_mass(kernel_device: str) -> None:
 def largest(values: Tensor, budgets: list[int], forced: int = 0, backwards: bool = False) -> Tensor:
     out = torch.full((len(values), max(budgets)), -1, dtype=torch.int64, device=values.device)
     limits = torch.tensor(budgets, dtype=torch.int32, device=values.device)
-    sparse_index._select_largest(values, limits, out, forced, floor=0, backwards=backwards)
+    threshold.select_largest(values.clone(), limits, out, forced, floor=0, backwards=backwards)
     return out
 
 
@@ -166,25 +166,67 @@ def sorted_top(row: Tensor, count: int) -> list[int]:
     return sorted(torch.sort(row, descending=True, stable=True).indices[:count].tolist())
 
 
+def check_largest(values: Tensor, budgets: list[int], device: str) -> None:
+    found = entries(largest(values.to(device), budgets), -1)
+    for head, count in enumerate(budgets):
+        assert found[head] == sorted_top(values[head], min(count, values.shape[1])), f"head {head}"
+
+
 @pytest.mark.parametrize("size", [1, 100, 9000, 20_000])
 def test_largest_of_every_magnitude(size: int, kernel_device: str) -> None:
-    values = torch.rand(3, size).pow(40)  # down to denormals and zeros
+    """As many as one program takes: up to all of them."""
+    values = torch.rand(4, size).pow(40)  # down to denormals and zeros
     values[1] = (values[1] * 20).round() / 20  # ties everywhere
     values[2] = torch.where(torch.rand(size) < 0.9, 0.0, values[2])
-    budgets = [min(size, n) for n in (size // 3 + 1, 77, size // 2)]
-    found = largest(values.to(kernel_device), budgets)
-    for head, count in enumerate(budgets):
-        assert entries(found, -1)[head] == sorted_top(values[head], count), f"head {head}"
+    check_largest(values, [size // 3 + 1, 77, size // 2, size + 5], kernel_device)
 
 
-def test_forced_entries_rank_first_from_either_end(kernel_device: str) -> None:
-    values = torch.rand(2, 300, device=kernel_device)
+def few_large(size: int) -> Tensor:
+    """Nearly all of them tiny, in part denormal; the large ones in clusters."""
+    values = torch.rand(size) * 1e-37
+    for start in range(500, size, 4096):
+        values[start : start + 90] = torch.rand(len(values[start : start + 90]))
+    return values
+
+
+CONTENTS = {
+    "uniform": torch.rand,
+    "exponential": lambda size: torch.empty(size).exponential_(),
+    "magnitudes": lambda size: torch.rand(size).pow(40),
+    "few-large": few_large,
+    "descending": lambda size: torch.linspace(1, 0, size),
+    "steps": lambda size: (torch.rand(size) * 20).floor() / 20,
+    "equal": lambda size: torch.full((size,), 3e-7),
+    "zeros": torch.zeros,
+    "few-above-zero": lambda size: torch.where(torch.rand(size) < 0.01, torch.rand(size), 0.0),
+}
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+def test_largest_by_way_of_a_list(content: str, kernel_device: str) -> None:
+    size = 24_001  # not whole blocks, nor whole rows of groups
+    values = torch.stack([CONTENTS[content](size) for _ in range(4)])
+    check_largest(values, [650, 77, 1, 0], kernel_device)
+
+
+def test_largest_where_the_list_overflows(kernel_device: str) -> None:
+    """600 groups are far heavier than the rest, and 650 numbers are wanted: the bound is low."""
+    groups, size = threshold.LEAST_GROUPS, 20_480
+    row, column = torch.arange(size) // groups, torch.arange(size) % groups
+    group = (column - row * threshold.SHIFT.value) % groups
+    values = torch.rand(2, size) * 1e-3
+    values[:, group < 600] += 1
+    assert (group < 600).sum() > 1.5 * groups
+    check_largest(values, [650, 500], kernel_device)
+
+
+@pytest.mark.parametrize("size", [300, 20_000])
+def test_forced_entries_rank_first_from_either_end(size: int, kernel_device: str) -> None:
+    values = torch.rand(2, size, device=kernel_device)
     assert largest(values, [5, 3], forced=5).tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, -1, -1]]
     backwards = largest(values, [5, 3], forced=5, backwards=True)
     assert backwards.tolist() == [[4, 3, 2, 1, 0], [2, 1, 0, -1, -1]]
 
 
 def test_many_entries(kernel_device: str) -> None:
-    values = torch.rand(1, 1 << 17)
-    found = largest(values.to(kernel_device), [4000])
-    assert found.cpu()[0].equal(torch.topk(values[0], 4000).indices.sort().values)
+    check_largest(torch.rand(1, 1 << 17), [4000], kernel_device)
