@@ -243,7 +243,7 @@ def test_no_ambient_state(file):
 def test_public_functions_are_annotated_and_documented(file):
     found = []
     for node in public_functions(parse(file)):
-        if node.returns is None:
+        if node.returns is None and not is_kernel(node):  # kernels are not typed
             found.append(f"{node.name} (line {node.lineno}): no return annotation")
         if ast.get_docstring(node) is None and not is_overload(node):
             found.append(f"{node.name} (line {node.lineno}): no docstring")

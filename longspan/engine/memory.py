@@ -109,8 +109,10 @@ def workspace_bytes(model: ModelConfig, config: EngineConfig, num_tokens: int) -
     assert config.device is not None and config.dtype is not None
     element = ELEMENT_BYTES[config.dtype]
     heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    # Residual stream, its norm and the sum: 3 M; q, k, v and their rotated copies, the output.
-    per_token = (3 * model.hidden_size + 2 * heads) * element
+    # Residual stream, its norm and the sum: 3 M; q, k, v and their rotated copies, the output. GPU
+    # kernels read the queries rotated for each of three zones.
+    zones = 2 * model.num_heads * model.head_dim if config.device.startswith("cuda") else 0
+    per_token = (3 * model.hidden_size + 2 * heads + zones) * element
     num_mlp_rows = min(num_tokens, mlp_rows(config.device.split(":")[0]))
     mlp = num_mlp_rows * (3 * model.intermediate_size * element + 2 * model.hidden_size * 4)
     # Logits in both types, sorted values, order (8 bytes), probabilities, their fp64 sum.
