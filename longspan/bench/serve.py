@@ -40,6 +40,8 @@ SHORT_PERIOD_S = 2.0
 ROOM = 4_096
 """Tokens of the longest context beyond the long prompt."""
 NUM_FOLLOW_UPS = 2
+SOAK_LEN_CPU = 2_048
+"""Longest prompts of a soak on CPUs: the pool is written once before growth counts, in seconds."""
 
 Row = dict[str, Any]
 
@@ -79,9 +81,9 @@ def run(job: ServeJob) -> bool:
     return not any(row["metric"] == "leaks" and row["value"] for row in found)
 
 
-def server_options(job: ServeJob) -> list[str]:
-    """Of `longspan serve`."""
-    options = ["--device", job.device, "--max-model-len", str(job.length + ROOM),
+def server_options(job: ServeJob, length: int | None = None) -> list[str]:
+    """Of `longspan serve`, for prompts of this length."""
+    options = ["--device", job.device, "--max-model-len", str((length or job.length) + ROOM),
                "--step-budget-s", str(budget_s(job))]
     return options if job.threads is None else [*options, "--threads", str(job.threads)]
 
@@ -198,8 +200,9 @@ def _decode(job: ServeJob) -> list[Row]:
 
 
 def _soak(job: ServeJob) -> list[Row]:
-    with running(job.model, server_options(job)) as server:
-        return [_row(job, *row) for row in soak(server, job.soak_s, job.length)]
+    length = min(job.length, SOAK_LEN_CPU) if job.device == "cpu" else job.length
+    with running(job.model, server_options(job, length)) as server:
+        return [_row(job, *row) for row in soak(server, job.soak_s, length)]
 
 
 def _row(job: ServeJob, metric: str, value: float, unit: str) -> Row:

@@ -3,8 +3,8 @@
 Three kinds of work, three terms each, seconds:
 
 - dense prefill of x tokens after L: ``c + b x + a x (2 L + x)``, linear layers and attention;
-- a sparse prefill chunk: ``c + b x + a x L``, linear layers and kept keys, tile means and probes
-  (the history term that published forms write as gamma L: prefill chunks have one length);
+- a sparse prefill chunk: ``c + b x + a (x + S) L``, linear layers and kept keys, tile means and the
+  selection, which costs as much as the means of S = `SELECTION_ROWS` rows;
 - decode of n requests with S tokens in their caches: ``c + b n + a S``.
 
 Recursive least squares in relative error. What the observations leave open is taken from a prior,
@@ -32,6 +32,8 @@ SURPRISE = 2.5
 MAX_SURPRISES = 4
 """... and so many in a row mean that the machine has changed."""
 NUM_TERMS = 3
+SELECTION_ROWS = 8_192
+"""Measured on a CPU; for chunks of one length it makes no difference."""
 DECODE_FITS = 16
 """Decode steps are many and alike: coefficients follow them once in so many."""
 
@@ -88,9 +90,12 @@ class Forecast:
         if stop <= start:
             return 0.0
         if self.sparse_above is None or stop <= self.sparse_above:
-            return _in_chunks(self.costs.dense, start, stop, self.prefill_chunk_len, 2.0, 1.0)
+            chunks = range(start, stop, self.prefill_chunk_len)
+            return sum(self.costs.dense_s(first, min(self.prefill_chunk_len, stop - first))
+                       for first in chunks)
         tail = max(start, stop - self.dense_tail_len)
-        chunks_s = _in_chunks(self.costs.sparse, start, tail, self.prefill_chunk_len, 1.0, 0.0)
+        chunks_s = sum(self.costs.sparse_s(first, min(self.prefill_chunk_len, tail - first))
+                       for first in range(start, tail, self.prefill_chunk_len))
         return chunks_s + (self.costs.dense_s(tail, stop - tail) if tail < stop else 0.0)
 
 
@@ -101,7 +106,7 @@ def dense_terms(cached_len: int, query_len: float) -> Terms:
 
 def sparse_terms(cached_len: int, query_len: float) -> Terms:
     """Of one sparse prefill chunk; a part of it has that share of each."""
-    return 1.0, query_len, query_len * cached_len
+    return 1.0, query_len, (query_len + SELECTION_ROWS) * cached_len
 
 
 def add_terms(left: Terms, right: Terms, share: float = 1.0) -> Terms:
@@ -121,9 +126,15 @@ class LatencyModel:
         """The coefficients now."""
         return self._costs
 
+    def has_seen(self, kind: Kind) -> bool:
+        """Work of this kind was measured."""
+        return self._kinds[kind].num_observations > 0
+
     def reset(self) -> None:
         """Forget what was measured."""
         prior, self.num_observations, self._costs = self._prior, 0, self._prior
+        self.dense_reach = 0.0
+        """Largest 2 L + x of the dense steps seen: beyond a few times that, costs are a guess."""
         self._kinds: dict[Kind, _Fit] = {
             "dense": _Fit(prior.dense), "sparse": _Fit(prior.sparse), "decode": _Fit(prior.decode)}
 
@@ -139,7 +150,11 @@ class LatencyModel:
         if not parts[kind]:
             return
         others_s = sum(parts.values()) - parts[kind]
-        own_s = max(seconds - others_s, 0.1 * seconds)
+        own_s = seconds * parts[kind] / (parts[kind] + others_s)  # its share, as far as known
+        if all(self.has_seen(name) for name, part_s in parts.items() if part_s):
+            own_s = max(seconds - others_s, own_s / 2)
+        if kind == "dense":
+            self.dense_reach = max(self.dense_reach, work.dense[2] / work.dense[1])
         self._kinds[kind].observe(getattr(work, kind), own_s, is_rare=kind != "decode")
         self.num_observations += 1
         self._refresh()
@@ -206,20 +221,6 @@ class _Fit:
         for i, value in zip(known, _solve_non_negative(matrix, right), strict=True):
             scaled[i] = value
         self.coefficients = scaled[0], scaled[1], scaled[2]
-
-
-def _in_chunks(
-    terms: Terms, start: int, stop: int, chunk_len: int, history: float, own: float,
-) -> float:
-    """Sum over chunks of c + b x + a x (history L + own x), in closed form, seconds."""
-    c, b, a = terms
-    length = stop - start
-    if length <= 0:
-        return 0.0
-    count = -(-length // chunk_len)
-    pairs = (stop * stop - start * start) / 2  # sum of x L + x^2 / 2
-    squares = (length // chunk_len) * chunk_len**2 + (length % chunk_len) ** 2
-    return c * count + b * length + a * (history * (pairs - squares / 2) + own * squares)
 
 
 def _dot(left: Sequence[float], right: Sequence[float]) -> float:

@@ -41,6 +41,8 @@ from longspan.engine.step import Pieces
 SLACK = 0.3
 """Share of the budget that predictions may err by."""
 UNLIMITED_S = 1e9
+FAR = 4
+"""Times the history of anything measured, beyond which dense slices begin with half the time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,6 +152,8 @@ class _Step:
         self, config: PlannerConfig, latency: LatencyModel, decodes: Sequence[Request],
     ) -> None:
         self._config, self._costs = config, latency.costs
+        self._known_reach = FAR * latency.dense_reach
+        self._knows_sparse = latency.has_seen("sparse") or config.step_budget_s is None
         self._decodes = decodes
         self._prefills: list[Choice] = []
         self._dense: Terms = (0.0, 0.0, 0.0)
@@ -205,6 +209,8 @@ class _Step:
         fixed_s = self._costs.sparse[0]
         piece_s = (self._costs.sparse_s(start, stop - start) - fixed_s) / total
         count = int(max(0.0, min(total, (room_s - fixed_s) / max(piece_s, 1e-12))))
+        if not self._knows_sparse:
+            count = min(count, 1)  # the first one tells how long pieces are
         count = min(total - first, max(count, int(must_progress)))
         if count == 0:
             return None
@@ -220,6 +226,8 @@ class _Step:
         if self.has_chunk or not is_head:
             room = config.prefill_chunk_len // 2 - (0 if is_head else self._num_others)
             room -= self._num_others if is_head and self.has_chunk else 0
+        if 2 * start > self._known_reach:
+            room_s /= 2  # costs this far in are a guess
         query_len = self._longest(request, stop, room, room_s)
         if query_len == 0 and must_progress:
             unit = (start // config.unit_len + 1) * config.unit_len - start

@@ -15,8 +15,6 @@ FLOPS = {"cpu": 5e10, "cuda": 1e14}
 BYTES_PER_S = {"cpu": 2e9, "cuda": 1e12}
 """Of weights and cache in decode; the CPU's attention of one row is slow."""
 STEP_S = {"cpu": 2e-3, "cuda": 2e-3}
-SELECTION_FACTOR = 4
-"""Sums and sorting of the probes' scores, against their matrix products."""
 
 
 def prior_costs(model: ModelConfig, config: EngineConfig, plan: SparsityPlan | None) -> Costs:
@@ -33,9 +31,7 @@ def prior_costs(model: ModelConfig, config: EngineConfig, plan: SparsityPlan | N
     if plan is not None:
         budgets = [value for rows in (plan.vertical, plan.slash) for row in rows for value in row]
         kept = 2 * sum(budgets) / len(budgets) + config.block_size
-        probes = plan.probe_last + (plan.probe_strided if plan.mode == "tile" else 0)
-        mean = SELECTION_FACTOR * probes / config.prefill_chunk_len
-        mean += 1 / config.block_size if plan.mean_correction else 0.0
+        mean = 1 / config.block_size  # and, through SELECTION_ROWS, the selection
     sparse = (step_s, (linear + pair * kept) / FLOPS[device], pair * mean / FLOPS[device])
     weights_s = element * model.num_parameters / BYTES_PER_S[device]
     decode = (step_s + weights_s, linear / FLOPS[device],

@@ -16,22 +16,25 @@ NUM_TOKENS = 8
 
 
 def warm_up(scheduler: Scheduler, loop: Loop) -> None:
-    """Compute a short prompt, and one of ``warm_up_len`` tokens in each way that prompts can take.
+    """Compute prompts of up to ``warm_up_len`` tokens; a sparse one too, where there are any.
+
+    The time of the sparse one is forgotten: in a chunk as short as this, most rows are dense. The
+    planner measures the first real chunk a piece at a time.
     """
-    length = min(scheduler.config.warm_up_len, scheduler.config.longest_len - NUM_TOKENS)
+    config = scheduler.config
+    room = config.longest_len - NUM_TOKENS
+    length = min(config.warm_up_len, room)
     if length < 1:
         return
-    kinds = (False,) if scheduler.config.sparse_above is None else (False, True)
-    for number, sparse in enumerate(kinds):
-        _compute(loop, number, min(COLD_LEN, length), sparse)
-        _compute(loop, number + 2, length, sparse)
+    _compute(loop, 0, min(COLD_LEN, length), sparse=False)
+    if config.sparse_above is not None:
+        _compute(loop, 1, min(room, 2 * config.dense_tail_len + length), sparse=True)
     scheduler.latency.reset()
-    for number, sparse in enumerate(kinds):
-        _compute(loop, number + 4, -(-length // 2), sparse)
-        _compute(loop, number + 6, length, sparse)
+    _compute(loop, 2, -(-length // 2), sparse=False)
+    _compute(loop, 3, length, sparse=False)
 
 
-def _compute(loop: Loop, number: int, prompt_len: int, sparse: bool) -> None:
+def _compute(loop: Loop, number: int, prompt_len: int, *, sparse: bool) -> None:
     """A prompt that begins as no other one, the warm-up's included: nothing of it is cached."""
     request = Request(
         request_id=f"warm-up {number}", prompt_ids=array("i", [number, *[0] * (prompt_len - 1)]),

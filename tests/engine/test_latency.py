@@ -35,7 +35,7 @@ def random_work(rng: random.Random) -> Work:
 
 def test_terms_are_those_of_the_formulas() -> None:
     assert TRUE.dense_s(100, 10) == pytest.approx(8e-3 + 2.4e-3 + 4.5e-8 * 10 * 210)
-    assert TRUE.sparse_s(100, 10) == pytest.approx(8e-3 + 5e-3 + 1e-9 * 1000)
+    assert TRUE.sparse_s(100, 10) == pytest.approx(8e-3 + 5e-3 + 1e-9 * 100 * (10 + 8192))
     assert TRUE.decode_s(3, 1000) == pytest.approx(9e-3 + 3e-3 + 2e-3)
     both = Work(dense=dense_terms(100, 10), decode=(1.0, 3.0, 1000.0))
     assert both.seconds(TRUE) == pytest.approx(TRUE.dense_s(100, 10) + TRUE.decode_s(3, 1000))

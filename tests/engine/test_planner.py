@@ -126,6 +126,18 @@ def test_the_budget_holds_before_anything_was_measured() -> None:
         assert max(machine.lengths_s) <= BUDGET_S
 
 
+def test_an_unknown_kind_begins_with_a_single_piece() -> None:
+    """The prior may think that a whole chunk fits."""
+    config = SchedulerConfig(**{
+        **{name: getattr(CONFIG, name) for name in CONFIG.__dataclass_fields__},
+        "prior": Costs(dense=COSTS.dense, sparse=(0.0, 1e-9, 0.0), decode=COSTS.decode)})
+    machine = Machine(config=config)
+    machine.add("long", 131_072)
+    machine.run()
+    pieces = [item.pieces for batch in machine.steps for item in batch.slices if item.pieces]
+    assert pieces[0].stop == 1 and max(machine.lengths_s) <= BUDGET_S
+
+
 def test_a_stream_of_shorts_cannot_starve_the_long_prompt() -> None:
     """It gets half of the time at least, so it takes twice its time alone, and a little for the
     fixed costs of more steps."""
