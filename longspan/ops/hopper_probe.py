@@ -177,12 +177,27 @@ def _row_masses(s, offset, places, SCORES: gl.constexpr):
     number, which is slow to read, they cost four times all the rest.
     """
     keys = places.load(gl.SliceLayout(0, SCORES))
-    top = gl.max(s, 1)
+    top = gl.max(_folded_max(s), 1)
+    top = gl.convert_layout(top, gl.SliceLayout(1, SCORES))
     mass = gl.exp2(s - top[:, None])
     distance = offset[:, None] - keys[None, :]
-    ahead = gl.sum(mass * gl.maximum(distance, 0.0), 1)
-    moment = gl.sum(mass * distance, 1)
-    return top, gl.sum(mass, 1), ahead, ahead - moment
+    total = _row_sum(mass, SCORES)
+    ahead = _row_sum(mass * gl.maximum(distance, 0.0), SCORES)
+    moment = _row_sum(mass * distance, SCORES)
+    return top, total, ahead, ahead - moment
+
+
+@gluon.jit
+def _folded_max(x):
+    """[64, 128] to [64, 32]: many short chains of operations in place of one long one."""
+    return gl.max(gl.reshape(x, (HALF, 4, 32)), 1)
+
+
+@gluon.jit
+def _row_sum(x, SCORES: gl.constexpr):
+    """Sum of each row of x [64, 128], folded first, see `_folded_max`."""
+    folded = gl.sum(gl.reshape(x, (HALF, 4, 32)), 1)
+    return gl.convert_layout(gl.sum(folded, 1), gl.SliceLayout(1, SCORES))
 
 
 @gluon.jit
@@ -338,16 +353,13 @@ def _column_consumer(
             s = warpgroup_mma(keys, q_smem.index(0).permute((1, 0)), zeros, use_acc=False,
                               is_async=True)
             for g in gl.static_range(HEADS):
+                scores = warpgroup_mma_wait(0, deps=[s])
+                # its branch may not lie between a product's start and its end
                 log_sum = _visible(lse_smem.index(g).load(gl.SliceLayout(0, SCORES)),
                                    low_bits[g], high_bits[g], RP, SCORES)
                 if g + 1 < HEADS:
-                    following = warpgroup_mma(
-                        keys, q_smem.index(g + 1).permute((1, 0)), zeros, use_acc=False,
-                        is_async=True)
-                    scores = warpgroup_mma_wait(1, deps=[s])
-                    s = following
-                else:
-                    scores = warpgroup_mma_wait(0, deps=[s])
+                    s = warpgroup_mma(keys, q_smem.index(g + 1).permute((1, 0)), zeros,
+                                      use_acc=False, is_async=True)
                 total = gl.sum(gl.exp2(scores - log_sum[None, :]), 1)
                 gl.store(place + g * context_len, total, key * 0 + g < left)
             i += 1

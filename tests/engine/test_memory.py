@@ -75,7 +75,7 @@ def test_what_does_not_fit_is_refused(free: float, fields: dict[str, Any], remed
 
 def test_workspace_grows_with_the_step() -> None:
     config = EngineConfig(model="m", device="cuda", dtype="bfloat16")
-    assert workspace_bytes(BIG, config, 1000) < workspace_bytes(BIG, config, 32_768) < 4 * GIB
+    assert workspace_bytes(BIG, config, 1000) < workspace_bytes(BIG, config, 32_768) < 5 * GIB
     assert workspace_bytes(BIG, replace(config, dtype="float32"), 1000) > \
         workspace_bytes(BIG, config, 1000)
 
