@@ -10,13 +10,15 @@ the tokens before it were computed or cached.
 - dense tokens (a dense prompt, or a sparse prompt's tail) do not depend on the cuts: a slice is
   some of the chunk's tokens;
 - a sparse chunk cannot be cut by tokens, so it is cut by work: in every layer one piece for
-  projections, keys and the selection, then one for each `row_cuts` range of its rows (attention and
-  MLP), and one for the model's last layer. The rows are computed in these ranges whether the chunk
-  pauses between them or not, and apart from all other requests, so the numbers are the same
-  whatever the slices were.
+  projections and keys, one for the selection, then one for each `row_cuts` range of its rows
+  (attention and MLP), and one for the model's last layer. The rows are computed in these ranges
+  whether the chunk pauses between them or not, and apart from all other requests, so the numbers
+  are the same whatever the slices were.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 from longspan.config import dense_tail_start
 
@@ -25,6 +27,8 @@ PIECE_ROWS_CPU = 4_096
 piece holds all rows of a chunk: a layer takes a few dozen milliseconds there."""
 
 
+PROJECTION, SELECTION = 0.18, 0.15
+"""Time of these pieces over that of all rows' attention and MLP in one layer, measured on a CPU."""
 UNIT_LEN_CPU = 16
 """Dense tokens of the shortest slice on CPUs; on GPUs one KV block, as many queries as a kernel's
 tile has."""
@@ -45,9 +49,13 @@ def row_cuts(start: int, stop: int, rows: int) -> list[int]:
     return [start, *range((start // rows + 1) * rows, stop, rows), stop]
 
 
-def num_pieces(start: int, stop: int, *, num_layers: int, rows: int) -> int:
-    """Pieces of a sparse prefill chunk; all take about the same time."""
-    return (num_layers - 1) * len(row_cuts(start, stop, rows)) + 1
+def piece_shares(start: int, stop: int, *, num_layers: int, rows: int) -> list[float]:
+    """About what each piece of a sparse prefill chunk takes of its time, in order; the sum is 1."""
+    cuts = row_cuts(start, stop, rows)
+    attention = [(end - begin) / (stop - start) for begin, end in pairwise(cuts)]
+    shares = (num_layers - 1) * [PROJECTION, SELECTION, *attention] + [PROJECTION]
+    total = sum(shares)
+    return [share / total for share in shares]
 
 
 def sparse_stop(prompt_len: int, dense_tail_len: int, block_size: int) -> int:

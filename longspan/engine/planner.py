@@ -5,7 +5,7 @@ The rule, for each step:
 1. Every decoding request gets its token.
 2. The *head*, the prompt that was admitted first, is sure of half of the time that is left. The
    other half goes to the other prompts, the one with the shortest predicted rest first; the head
-   takes what they leave.
+   takes what they leave. What units keep it from taking is owed to it in the next steps.
 3. Something is always computed: the head gets one unit (a piece of a sparse chunk, or
    ``unit_len`` dense tokens) even where that exceeds the time.
 
@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from longspan.engine.chunking import chunk_stop, num_pieces, sparse_stop
+from longspan.engine.chunking import chunk_stop, piece_shares, sparse_stop
 from longspan.engine.latency import (
     Costs,
     LatencyModel,
@@ -90,6 +90,8 @@ class Planner:
         self._target_s = UNLIMITED_S if budget_s is None else (1 - SLACK) * budget_s
         self._last_owner = ""
         """Id of the request whose sparse chunk began last."""
+        self._debt = ("", 0.0)
+        """The head and what it is owed, seconds."""
 
     def plan(self, running: Sequence[Request], in_flight_s: float) -> Plan | None:
         """The next step; None when there is nothing to compute now.
@@ -114,17 +116,23 @@ class Planner:
         head, others = able[0], able[1:]
         begins = owner is not None and owner.num_pieces == 0
         step.has_chunk = owner is not None
-        reserve_s = 0.0
+        reserve_s, before_s = 0.0, step.expected_s
         if others:
             others.sort(key=self._rest_s)
-            reserve_s = min(room_s / 2, self._rest_s(head))
-        before_s = step.expected_s
+            reserve_s = min(room_s / 2 + self._owed(head), self._rest_s(head))
         for request in others:
             step.take(request, room_s - reserve_s - (step.expected_s - before_s))
-        step.take(head, room_s - (step.expected_s - before_s), is_head=True,
-                  must_progress=must_progress)
+        others_s = step.expected_s - before_s
+        step.take(head, room_s - others_s, is_head=True, must_progress=must_progress)
+        head_s = step.expected_s - before_s - others_s
+        owed_s = self._owed(head) + (others_s - head_s) / 2
+        self._debt = head.request_id, max(0.0, min(room_s / 2, owed_s))
         if begins and owner is not None and step.holds(owner):
             self._last_owner = owner.request_id
+
+    def _owed(self, head: Request) -> float:
+        """Time by which the head is behind its half: units do not fit every step exactly."""
+        return self._debt[1] if self._debt[0] == head.request_id else 0.0
 
     def _owner(self, prefills: Sequence[Request]) -> Request | None:
         """Whose sparse chunk may be worked on in this step."""
@@ -204,19 +212,21 @@ class _Step:
         self, request: Request, stop: int, room_s: float, must_progress: bool,
     ) -> Choice | None:
         config, start, first = self._config, request.scheduled_len, request.num_pieces
-        total = num_pieces(start, stop, num_layers=config.num_layers, rows=config.piece_rows)
-        whole = sparse_terms(start, stop - start)
+        shares = piece_shares(start, stop, num_layers=config.num_layers, rows=config.piece_rows)
         fixed_s = self._costs.sparse[0]
-        piece_s = (self._costs.sparse_s(start, stop - start) - fixed_s) / total
-        count = int(max(0.0, min(total, (room_s - fixed_s) / max(piece_s, 1e-12))))
-        if not self._knows_sparse:
-            count = min(count, 1)  # the first one tells how long pieces are
-        count = min(total - first, max(count, int(must_progress)))
-        if count == 0:
-            return None
-        self._sparse = add_terms(self._sparse, whole, count / total)
+        chunk_s = self._costs.sparse_s(start, stop - start) - fixed_s
+        last, share = first, 0.0
+        while last < len(shares) and fixed_s + chunk_s * (share + shares[last]) <= room_s:
+            share, last = share + shares[last], last + 1
+            if not self._knows_sparse:
+                break  # the first one tells how long pieces are
+        if last == first:
+            if not must_progress:
+                return None
+            share, last = shares[first], first + 1
+        self._sparse = add_terms(self._sparse, sparse_terms(start, stop - start), share)
         return Choice(request=request, query_len=stop - start,
-                      pieces=Pieces(first, first + count, total))
+                      pieces=Pieces(first, last, len(shares)))
 
     def _tokens(
         self, request: Request, stop: int, room_s: float, is_head: bool, must_progress: bool,

@@ -52,6 +52,7 @@ def _layer_in_pieces(
     q, k, v = attention.project(layer.input_layernorm(hidden), None)
     attention.core.store(k, v, cache, metadata)
     del k, v  # a pause keeps what it needs
+    yield
     parts = attention.core.prepare(q, cache, item)
     yield
     for start, stop in pairwise(cuts):

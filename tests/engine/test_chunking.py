@@ -7,8 +7,8 @@ import pytest
 from longspan.engine.chunking import (
     cacheable_len,
     chunk_stop,
-    num_pieces,
     piece_rows,
+    piece_shares,
     row_cuts,
     sparse_stop,
 )
@@ -41,9 +41,15 @@ def test_rows_are_cut_at_absolute_multiples() -> None:
 
 
 def test_pieces_of_a_chunk() -> None:
-    assert num_pieces(32, 64, num_layers=6, rows=16) == 5 * 3 + 1
-    assert num_pieces(32, 60, num_layers=6, rows=64) == 5 * 2 + 1
-    assert num_pieces(32, 64, num_layers=1, rows=16) == 1
+    def shares(stop: int, **sizes: int) -> list[float]:
+        return piece_shares(32, stop, **sizes)
+
+    assert len(shares(64, num_layers=6, rows=16)) == 5 * (2 + 2) + 1
+    assert len(shares(60, num_layers=6, rows=64)) == 5 * (2 + 1) + 1
+    assert shares(64, num_layers=1, rows=16) == [1.0]
+    found = shares(60, num_layers=3, rows=16)  # rows 32-47 and 48-59
+    assert sum(found) == pytest.approx(1) and found[:4] == found[4:8]
+    assert found[3] / found[2] == pytest.approx(12 / 16)
     assert (piece_rows("cpu", 16_384), piece_rows("cuda", 32_768)) == (4_096, 32_768)
     assert piece_rows("cpu", 256) == 256
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longspan.attention.sparsity import SparsityPlan
 from longspan.config import EngineConfig, ModelConfig
-from longspan.engine.chunking import chunk_stop, num_pieces, sparse_stop
+from longspan.engine.chunking import chunk_stop, piece_shares, sparse_stop
 from longspan.engine.loop import LocalTransport, Loop
 from longspan.engine.memory import DeviceMemory, plan_memory
 from longspan.engine.request import Request, SamplingParams
@@ -73,7 +73,7 @@ def slices_of(prompt: array[int], tail: int, stops: Iterable[int]) -> list[Sched
         base = ScheduledSlice(
             request_id="a", token_ids=prompt[start:stop], cached_len=start, sparse=True,
             prompt_len=len(prompt), block_ids=blocks, sampling=None)
-        total = num_pieces(start, stop, num_layers=LAYERS, rows=ROWS)
+        total = len(piece_shares(start, stop, num_layers=LAYERS, rows=ROWS))
         first = 0
         while start < num_sparse and first < total:
             last = min(total, first + next(pauses))
@@ -92,7 +92,7 @@ def logits_of(runner: Runner, slices: list[ScheduledSlice]) -> Tensor:
     for index, item in enumerate(slices):
         neighbour = ScheduledSlice(
             request_id="b", token_ids=array("i", [index]), cached_len=index, prompt_len=1,
-            block_ids=[64, 65, 66, 67, 68, 69, 70, 71], sparse=False, sampling=GREEDY, slot=1)
+            block_ids=list(range(64, 96)), sparse=False, sampling=GREEDY, slot=1)
         batch = ScheduledBatch(step_id=index, slices=(item, neighbour) if index % 2 else (item,))
         with torch.inference_mode():
             apart = runner._advance(batch)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from longspan.engine.chunking import piece_shares
 from longspan.engine.latency import Costs
 from longspan.engine.planner import SLACK
 from longspan.engine.request import Request, SamplingParams
@@ -16,7 +17,7 @@ from longspan.engine.step import ScheduledBatch, StepResult
 
 BUDGET_S = 1.0
 COSTS = Costs(dense=(8e-3, 2.4e-4, 4.5e-8), sparse=(8e-3, 5e-4, 4e-10), decode=(9e-3, 1e-3, 2e-6))
-"""A small model on two CPU cores: 9 s for a sparse chunk, 26 pieces."""
+"""A small model on two CPU cores: 9 s for a sparse chunk, 31 pieces."""
 CONFIG = SchedulerConfig(
     num_blocks=40_000, block_size=128, max_model_len=1 << 20, prefill_chunk_len=16_384,
     max_num_requests=64, dense_tail_len=1024, num_layers=6, piece_rows=4096, unit_len=16,
@@ -80,7 +81,8 @@ class Machine:
         total_s, decodes = 0.0, [i for i in batch.slices if i.cached_len >= i.prompt_len]
         for item in batch.slices:
             if item.pieces is not None:
-                share = (item.pieces.stop - item.pieces.first) / item.pieces.total
+                shares = piece_shares(item.cached_len, item.context_len, num_layers=6, rows=4096)
+                share = sum(shares[item.pieces.first:item.pieces.stop])
                 total_s += share * self.costs.sparse_s(item.cached_len, item.query_len)
             elif item.cached_len < item.prompt_len:
                 total_s += self.costs.dense_s(item.cached_len, item.query_len)
