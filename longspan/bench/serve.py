@@ -39,6 +39,9 @@ SHORT_PERIOD_S = 2.0
 """Longest time between two short requests, or two budgets where that is more."""
 ROOM = 4_096
 """Tokens of the longest context beyond the long prompt."""
+STREAM_PROMPT = "The quick brown fox jumps over the lazy dog. " * 12
+"""Goes on in plain words: a token that is part of a character has no event of its own, and would
+look like a pause."""
 NUM_FOLLOW_UPS = 2
 SOAK_LEN_CPU = 2_048
 """Longest prompts of a soak on CPUs: the pool is written once before growth counts, in seconds."""
@@ -136,7 +139,7 @@ def _beside_a_long_prompt(server: Server, job: ServeJob) -> tuple[Answer, Answer
         has_begun.set()
 
     stream = threading.Thread(target=ask, args=(
-        "stream", prompt_of(SHORT_LEN, 1), ROOM - 2 * SHORT_LEN, watch))
+        "stream", STREAM_PROMPT, ROOM - 2 * SHORT_LEN, watch))
     long = threading.Thread(target=ask, args=("long", prompt_of(job.length, 2), 1))
     stream.start()
     has_begun.wait()
