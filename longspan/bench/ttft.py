@@ -52,6 +52,9 @@ class TtftOptions:
         for name in self.attention:
             if name not in ("dense", "sparse"):
                 raise LongspanError(f"--attention: {name!r} is not one of dense, sparse")
+        if self.layers == 1:
+            raise LongspanError("--layers 1 leaves only the last layer, which attends for the "
+                                "sampled row alone; take 2 or more")
 
 
 def run(session: BenchSession, shape: Shape, options: TtftOptions) -> int:
@@ -89,11 +92,25 @@ def _measure(
         with regions.watch(WATCHED):
             ttft_s, density = prefill(engine, length, device, sparse=is_sparse)
         peak_bytes = engine.runner.peak_memory_bytes()
-    scaled_s = ttft_s * total_layers / shape.model.num_layers
+    share = shares(regions.totals_ms(), ttft_s)
+    scaled_s = scaled(ttft_s, share, shape.model.num_layers, total_layers)
     return {"ttft_s": rounded(ttft_s, 5), "ttft_scaled_s": rounded(scaled_s, 5),
             "total_layers": total_layers, "density": rounded(density, 4),
             "peak_memory_gib": rounded(peak_bytes / GIB, 5), "chunk_len": chunk, "n": 1,
-            "share": shares(regions.totals_ms(), ttft_s)}
+            "share": share}
+
+
+def scaled(ttft_s: float, share: Mapping[str, float], layers: int, total_layers: int) -> float:
+    """What all layers would take, from a run of the first ``layers`` (at least 2), seconds.
+
+    The last layer attends for the sampled row only, so attention is that of ``layers - 1``. All
+    else is scaled by layers, which errs low: the last layer has fewer projections, too.
+    """
+    if layers == total_layers:
+        return ttft_s
+    attention_s = (share["attention"] + share["selection"]) * ttft_s
+    return (attention_s * (total_layers - 1) / (layers - 1)
+            + (ttft_s - attention_s) * total_layers / layers)
 
 
 def _check(shape: Shape, device: str, is_sparse: bool) -> None:

@@ -57,7 +57,15 @@ def test_some_layers_only(tmp_path: Path) -> None:
     assert ttft.run(session("ttft", tmp_path), tiny_shape(), options) == 0
     (row,) = rows_of(tmp_path, "ttft")
     assert (row["layers"], row["total_layers"]) == (2, 3)
-    assert row["ttft_scaled_s"] == pytest.approx(1.5 * row["ttft_s"], rel=1e-3)
+    share = row["share"]["attention"] + row["share"]["selection"]
+    # attention of one whole layer for two, everything else of two for three
+    expected = row["ttft_s"] * (2 * share + 1.5 * (1 - share))
+    assert row["ttft_scaled_s"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_one_layer_measures_nothing() -> None:
+    with pytest.raises(LongspanError, match="--layers 1"):
+        ttft_options(layers=1)
 
 
 def test_what_is_wrong_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
