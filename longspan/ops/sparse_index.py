@@ -143,9 +143,10 @@ def select_vertical_slash(
     offsets = torch.empty(call.num_heads, _num_windows(call), dtype=torch.int64, device=q.device)
     for first in range(0, num_kv_heads, at_once):
         choose(call, _Heads(first, min(at_once, num_kv_heads - first)), columns, offsets)
+    most = tuple(min(count, call.context_len) for count in budget.vertical)
     if budget.mode == "tile":
-        return Selection(columns, offsets, call.tile_len, aligned=True)
-    return Selection(columns, offsets, PAPER_TILE_LEN, aligned=False)
+        return Selection(columns, offsets, call.tile_len, aligned=True, max_columns=most)
+    return Selection(columns, offsets, PAPER_TILE_LEN, aligned=False, max_columns=most)
 
 
 def _prepare(

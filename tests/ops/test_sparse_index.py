@@ -59,6 +59,8 @@ def check(case: Case, start: int, limits: Budget) -> Selection:
     offsets = [entries(s.offsets, s.tile_len) for s in (actual, expected)]
     assert offsets[0] == offsets[1]
     columns = [entries(s.columns, -1) for s in (actual, expected)]
+    assert actual.max_columns is not None  # the bound that scratch memory is taken for
+    assert all(len(row) <= most for row, most in zip(columns[0], actual.max_columns, strict=True))
     alike = massless(actual, start, len(case.q), limits)
     for head, (ours, theirs) in enumerate(zip(*columns, strict=True)):
         assert ours == sorted(set(ours)) and len(ours) == len(theirs), f"head {head}"
