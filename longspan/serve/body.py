@@ -16,6 +16,8 @@ Result = TypeVar("Result")
 NULL_ERROR = "none_required"
 MAX_MESSAGE_LEN = 300
 LONG_BODY_BYTES = 1 << 18
+SLOWEST_BYTES_PER_S = 4096
+"""A client that keeps sending more slowly than this holds its place for nothing."""
 
 
 def announced_bytes(request: Request) -> int:
@@ -37,20 +39,25 @@ def check_media_type(request: Request) -> None:
 async def read_body(request: Request, take: Callable[[int], None], timeout_s: float) -> bytes:
     """The whole body. ``take`` counts each piece and raises when it is too much.
 
-    Raises 408 for a silence of ``timeout_s``, `ClientGone` if the sender hangs up.
+    Raises 408 for a silence of ``timeout_s``, or for drops that keep the body coming for longer
+    than that; `ClientGone` if the sender hangs up.
     """
     pieces = list[bytes]()
+    clock = asyncio.get_running_loop().time
+    end_s = clock() + timeout_s
     while True:
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout_at(min(clock() + timeout_s, end_s)):
                 message = await request.receive()
         except TimeoutError:
-            raise ApiError(408, f"The request body did not arrive: nothing came for "
-                           f"{timeout_s:g} s.", headers={"Connection": "close"}) from None
+            raise ApiError(408, f"The request body did not arrive: nothing for {timeout_s:g} s, or "
+                           f"less than {SLOWEST_BYTES_PER_S} bytes a second for as long.",
+                           headers={"Connection": "close"}) from None
         if message["type"] == "http.disconnect":
             raise ClientGone
         piece = message.get("body", b"")
         take(len(piece))
+        end_s += len(piece) / SLOWEST_BYTES_PER_S
         pieces.append(piece)
         if not message.get("more_body", False):
             return b"".join(pieces)

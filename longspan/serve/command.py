@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -24,6 +25,7 @@ from longspan.serve.admission import Gate
 from longspan.serve.app import create_app
 from longspan.serve.body import cancel
 from longspan.serve.config import ServeConfig
+from longspan.serve.connection import MAX_HEAD_BYTES, Connection
 from longspan.serve.engine import AsyncEngine
 
 POLL_S = 0.1
@@ -32,7 +34,6 @@ WARM_UP_S = 60.0
 LAST_WORDS_S = 5.0
 """For streams to receive their error after the engine's death, and for cancelled ones to end."""
 REPORT_LENGTHS = (131_072, 262_144, 524_288, 1_048_576)
-MAX_HEAD_BYTES = 65_536
 GIB = 1024**3
 
 
@@ -42,7 +43,8 @@ def serve(model: str, config: ServeConfig, engine_options: Mapping[str, Any]) ->
     Args:
         engine_options: the other fields of `EngineConfig`.
 
-    Raises `LongspanError` when the port is taken or the model cannot be loaded.
+    Raises `LongspanError` when the port is taken, the engine's sockets cannot be made, or the
+    model cannot be loaded.
     """
     return run(client.AsyncEngine(EngineConfig(model=model, **engine_options)), config)
 
@@ -100,12 +102,13 @@ class Server(uvicorn.Server):
 async def _run(engine: AsyncEngine, config: ServeConfig, sock: socket.socket) -> int:
     app = create_app(engine, config)
     server = Server(uvicorn.Config(
-        app, log_config=None, access_log=False, http="h11", loop="asyncio", ws="none",
+        app, log_config=None, access_log=False, loop="asyncio", ws="none",
+        http=partial(Connection, head_timeout_s=config.head_timeout_s),  # type: ignore[arg-type]
         h11_max_incomplete_event_size=MAX_HEAD_BYTES, timeout_keep_alive=30,
         timeout_graceful_shutdown=int(LAST_WORDS_S), server_header=False))
     server.watch_signals()
     try:
-        await engine.start()
+        await _start(engine)
         _announce(config, sock)
         supervisor = asyncio.create_task(
             _supervise(server, engine, app.state.service.gate, config))
@@ -118,6 +121,17 @@ async def _run(engine: AsyncEngine, config: ServeConfig, sock: socket.socket) ->
             await cancel(supervisor)
     finally:
         await engine.close()
+
+
+async def _start(engine: AsyncEngine) -> None:
+    """Raises `LongspanError` when there is no room for the engine's sockets, all that a server
+    writes to a disk."""
+    try:
+        await engine.start()
+    except OSError as error:
+        raise LongspanError(f"cannot start the engine: {error.strerror or error}; its sockets need "
+                            "a directory that can be written: free some space, or name one in "
+                            "TMPDIR") from None
 
 
 async def _supervise(server: Server, engine: AsyncEngine, gate: Gate, config: ServeConfig) -> int:

@@ -38,8 +38,11 @@ class ServeConfig:
     header_grace_s: float = 1.0
     """Headers of a stream go out after this, even while the prompt is still being tokenised; until
     then a refusal gets its own status."""
+    head_timeout_s: float = 20.0
+    """Longest wait for the head of a request, from its first byte or the connection's start."""
     body_timeout_s: float = 30.0
-    """Longest silence of a client that is sending its request."""
+    """Longest silence of a client that is sending a body; and longest time for a body that comes
+    more slowly than `body.SLOWEST_BYTES_PER_S`."""
     send_timeout_s: float = 120.0
     """Longest time for which a client may not read; its request is then cancelled."""
     drain_timeout_s: float = 600.0
@@ -50,7 +53,7 @@ class ServeConfig:
             raise LongspanError(f"port {self.port} is not between 0 and 65535")
         for name in ("max_body_bytes", "max_buffered_bytes", "max_queued_tokens",
                      "max_queued_requests", "max_choices", "default_max_tokens", "ping_interval_s",
-                     "body_timeout_s", "send_timeout_s"):
+                     "head_timeout_s", "body_timeout_s", "send_timeout_s"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise LongspanError(f"{name} must be positive, not {value}")

@@ -1,0 +1,81 @@
+"""One connection below ASGI: time limit on a request's head, refusals in the API's shape."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from longspan.serve.errors import ApiError
+
+MAX_HEAD_BYTES = 65_536
+REFUSAL = f"This is not a valid HTTP/1.1 request, or its head is above {MAX_HEAD_BYTES} bytes."
+
+
+class Connection(H11Protocol):
+    """uvicorn's, which would wait forever for the rest of a head that has begun.
+
+    Args:
+        head_timeout_s: longest time without a request being served, from the connection's
+            beginning or from the next request's first byte until its head is whole.
+    """
+
+    def __init__(self, *args: Any, head_timeout_s: float, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._head_timeout_s = head_timeout_s
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Called by the event loop."""
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Called by the event loop."""
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called by the event loop."""
+        super().connection_lost(exc)
+        self._stop_watching()
+
+    def send_400_response(self, msg: str) -> None:
+        """uvicorn's refusal of what is no request, in the shape of every other error."""
+        self._refuse(ApiError(400, REFUSAL))
+
+    def _watch(self) -> None:
+        is_serving = self.cycle is not None and not self.cycle.response_complete
+        if is_serving or self.transport.is_closing():
+            self._stop_watching()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(self._head_timeout_s, self._give_up)
+
+    def _stop_watching(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _give_up(self) -> None:
+        has_begun = self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0])
+        if has_begun:
+            self._refuse(ApiError(408, "The request's head did not arrive within "
+                                  f"{self._head_timeout_s:g} s."))
+        else:
+            self.transport.close()
+
+    def _refuse(self, error: ApiError) -> None:
+        """The last words on this connection, where the protocol still allows any; whoever works
+        for it sees that its client is gone."""
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            reply = error.response()
+            reply.headers["connection"] = "close"
+            for event in (h11.Response(status_code=error.status, headers=reply.raw_headers),
+                          h11.Data(data=bytes(reply.body)), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
