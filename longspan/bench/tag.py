@@ -11,6 +11,7 @@ import asyncio
 from array import array
 from collections.abc import Sequence
 
+from longspan.bench.inputs import BLOCK_SIZE
 from longspan.config import EngineConfig
 from longspan.engine.client import AsyncEngine, GenerateRequest
 from longspan.engine.conductor import Send
@@ -38,7 +39,8 @@ def measure_decode(
     """Tokens a second and the device's idle share between steps, for each batch size and mode."""
     config = EngineConfig(
         model=model, device=device, num_threads=threads, max_num_requests=max(batches),
-        max_model_len=PROMPT_LEN + num_tokens + 1)
+        # the KV pool holds a few requests of full length: here all of them, in whole blocks
+        max_model_len=max(batches) * (PROMPT_LEN + num_tokens + BLOCK_SIZE))
     rates = dict[tuple[str, int], float]()
     figures = list[Figure]()
     for mode, in_flight in MODES.items():
