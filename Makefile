@@ -19,11 +19,12 @@ INSTALLED_DEV := $(VENV)/installed-dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu check bench clean
+.PHONY: help demo test test-gpu test-browser check bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "check: linters and types | test-gpu: tests that need a CUDA GPU | bench: CPU figures"
+	@echo "check: linters and types | test-gpu: tests that need a CUDA GPU"
+	@echo "test-browser: the playground in headless Chromium | bench: CPU figures"
 
 demo: $(INSTALLED)
 	$(BIN)/longspan demo
@@ -38,6 +39,10 @@ test: check
 
 test-gpu: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest -q -m gpu
+
+# Needs chromium and chromedriver.
+test-browser: $(INSTALLED_DEV)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser tests/serve/test_playground.py
 
 bench: $(INSTALLED_DEV)
 	$(BIN)/longspan bench cpu
