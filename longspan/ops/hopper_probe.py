@@ -19,9 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from longspan.ops.hopper_tile import SHARED, TILE_LEN, is_hopper, key_tiles
+from longspan.ops.hopper_tile import TILE_LEN, is_hopper, key_tiles, query_halves
 from longspan.ops.prefill import num_sms
 
 HALF_LEN = 64
@@ -44,18 +43,16 @@ def supports(q: Tensor, k: Tensor, padded_rows: int) -> bool:
             and k.is_contiguous() and q.shape[1] // k.shape[2] > 1)
 
 
-def head_groups(group: int, rows: int) -> tuple[int, int]:
+def head_groups(group: int) -> tuple[int, int]:
     """Programs that share a KV head's query heads, and heads in each: as many as fit in shared
-    memory with ``rows`` probe rows of each, 64 or 128."""
-    most = MAX_BLOCKS if rows == HALF_LEN else (MAX_BLOCKS + 1) // 2
-    groups = -(-group // most)
+    memory."""
+    groups = -(-group // MAX_BLOCKS)
     return groups, -(-group // groups)
 
 
 def num_parts(queries: Tensor, k: Tensor, num_kv_heads: int) -> int:
-    """Partial results of `pass_one` for each row."""
-    group, padded = queries.shape[1] // k.shape[2], queries.shape[2]
-    groups = head_groups(group, HALF_LEN)[0] * (padded // HALF_LEN)
+    """Programs along the keys: together one wave. Each leaves one partial result of `pass_one`."""
+    groups, _ = head_groups(queries.shape[1] // k.shape[2])
     return max(1, num_sms(k.device) // (groups * num_kv_heads))
 
 
@@ -68,23 +65,20 @@ def pass_one(
     log-sums over them.
 
     Args:
-        queries: [zones, H, RP, D] rotated probe rows; k: [N, P, K, D].
-        masses: [KV heads here, all tiles, G * RP] int64.
-        partial: [parts, KV heads here, G * RP]; written from ``first_partial`` to the end.
+        queries: [zones, H, 64, D] rotated probe rows; k: [N, P, K, D].
+        masses: [KV heads here, all tiles, G * 64] int64.
+        partial: [parts, KV heads here, G * 64]; written from ``first_partial`` to the end.
         heads: the first KV head here, and how many.
         zones: how many, all key tiles, where the inter zone ends, where the succ zone does.
         probes: last, last_first, strided_first, step, num_rows.
     """
-    padded = queries.shape[2]
     group = queries.shape[1] // k.shape[2]
-    groups, at_once = head_groups(group, HALF_LEN)
-    groups *= padded // HALF_LEN
+    groups, at_once = head_groups(group)
     num_zones, num_tiles, inter_end, succ_end = zones
-    programs = num_parts(queries, k, heads[1])
-    _mass_kernel[(programs, groups, heads[1])](
-        _rows(queries, HALF_LEN), key_tiles(k), block_table, masses, partial, first_partial,
+    _mass_kernel[(num_parts(queries, k, heads[1]), groups, heads[1])](
+        query_halves(queries), key_tiles(k), block_table, masses, partial, first_partial,
         heads[0], queries.shape[1], num_zones, num_tiles, *tiles, inter_end, succ_end,
-        group * padded, *probes, RP=padded, HEADS=at_once, num_warps=4)
+        group * HALF_LEN, *probes, HEADS=at_once, num_warps=4)
 
 
 def pass_two(
@@ -93,25 +87,32 @@ def pass_two(
 ) -> None:
     """Column sums of the key ``tiles`` [low, high), as `probe.column_masses` writes them.
 
-    lse: [heads here * RP]; masks: [heads here, all tiles, RP / 64] int64; columns: [heads here, S].
+    lse: [heads here * 64]; masks: [heads here, all tiles] int64; columns: [heads here, S].
     Other arguments as in `pass_one`.
     """
-    padded = queries.shape[2]
     group = queries.shape[1] // k.shape[2]
-    groups, at_once = head_groups(group, padded)
+    groups, at_once = head_groups(group)
     num_zones, num_tiles, inter_end, succ_end = zones
-    programs = max(1, num_sms(k.device) // (groups * heads[1]))
-    _column_kernel[(programs, groups, heads[1])](
-        _rows(queries, padded), key_tiles(k), block_table, lse, masks, columns, heads[0],
+    _column_kernel[(num_parts(queries, k, heads[1]), groups, heads[1])](
+        query_halves(queries), key_tiles(k), block_table, lse, masks, columns, heads[0],
         queries.shape[1], group, num_zones, num_tiles, *tiles, inter_end, succ_end,
-        columns.shape[1], RP=padded, HEADS=at_once, num_warps=4)
+        columns.shape[1], HEADS=at_once, num_warps=4)
 
 
-def _rows(queries: Tensor, count: int) -> TensorDescriptor:
-    """Boxes of ``count`` probe rows. queries: [zones, H, RP, D]."""
-    flat = queries.flatten(0, 2)
-    return TensorDescriptor(
-        flat, list(flat.shape), list(flat.stride()), [count, TILE_LEN], SHARED)
+@gluon.jit
+def _barriers():
+    """What the producer has filled and both consumers have done with: queries, ring of keys."""
+    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_full, count=1)
+    mbarrier.init(q_empty, count=2)
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(slot), count=1)
+        mbarrier.init(k_empty.index(slot), count=2)
+    fence_async_shared()
+    return q_full, q_empty, k_full, k_empty
 
 
 @gluon.jit
@@ -128,18 +129,17 @@ def _span(zone, low, high, inter_end, succ_end):
 @gluon.jit
 def _producer(
     q_desc, k_desc, table, q_smem, k_smem, q_full, q_empty, k_full, k_empty, q_row, zone_rows,
-    column, num_zones, low, high, inter_end, succ_end, HEADS: gl.constexpr, RP: gl.constexpr,
-    ROWS: gl.constexpr,
+    column, num_zones, low, high, inter_end, succ_end, HEADS: gl.constexpr,
 ):
-    """For each zone ROWS probe rows of each head, and the zone's key tiles."""
+    """For each zone the probe rows of each head, and the zone's key tiles."""
     i = num_zones * 0
     for zone in range(num_zones):
         first, count = _span(zone, low, high, inter_end, succ_end)
         mbarrier.wait(q_empty, (zone & 1) ^ 1)
-        mbarrier.expect(q_full, HEADS * ROWS * TILE * 2)
+        mbarrier.expect(q_full, HEADS * HALF * TILE * 2)
         for g in gl.static_range(HEADS):
             tma.async_copy_global_to_shared(
-                q_desc, [zone * zone_rows + q_row + g * RP, 0], q_full, q_smem.index(g))
+                q_desc, [zone * zone_rows + q_row + g * HALF, 0], q_full, q_smem.index(g))
         for n in range(count):
             row = gl.load(table + first + n * gl.num_programs(0)).to(gl.int32) * TILE
             slot = i % STAGES
@@ -207,8 +207,8 @@ def _row_sum(x, SCORES: gl.constexpr):
 @gluon.jit
 def _mass_consumer(
     table, masses, partial, q_smem, k_smem, places, q_full, q_empty, k_full, k_empty, rows,
-    offset_row, left, num_zones, low, high, inter_end, succ_end, last, last_first, strided_first,
-    step, num_rows, RP: gl.constexpr, FIRST: gl.constexpr, STOP: gl.constexpr,
+    left, num_zones, low, high, inter_end, succ_end, last, last_first, strided_first, step,
+    num_rows, FIRST: gl.constexpr, STOP: gl.constexpr,
 ):
     """Pass 1: masses of every tile for the heads [FIRST, STOP), and the rows' sums over them.
 
@@ -216,7 +216,7 @@ def _mass_consumer(
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     lane = gl.arange(0, HALF, layout=gl.SliceLayout(1, SCORES))
     zeros = gl.zeros([HALF, TILE], gl.float32, SCORES)
-    offset = _offset(offset_row + lane, last, last_first, strided_first, step, num_rows)
+    offset = _offset(lane, last, last_first, strided_first, step, num_rows)
     tops: gl.tuple = ()
     sums: gl.tuple = ()
     for _ in gl.static_range(FIRST, STOP):
@@ -249,7 +249,7 @@ def _mass_consumer(
                 log = (top + gl.log2(total)).to(gl.int32, bitcast=True).to(gl.int64) & 0xFFFFFFFF
                 packed = log | (_fraction(ahead, total * TILE) << 32) | (
                     _fraction(behind, total * TILE) << 48)
-                gl.store(place + g * RP, packed, lane * 0 + g < left)
+                gl.store(place + g * HALF, packed, lane * 0 + g < left)
                 running = gl.maximum(tops[g - FIRST], top)
                 new_sums = new_sums + (sums[g - FIRST] * gl.exp2(tops[g - FIRST] - running)
                                        + total * gl.exp2(top - running),)
@@ -258,7 +258,7 @@ def _mass_consumer(
             i += 1
         mbarrier.arrive(q_empty, count=1)
     for g in gl.static_range(FIRST, STOP):
-        gl.store(partial + g * RP + lane, tops[g - FIRST] + gl.log2(sums[g - FIRST]),
+        gl.store(partial + g * HALF + lane, tops[g - FIRST] + gl.log2(sums[g - FIRST]),
                  lane * 0 + g < left)
 
 
@@ -268,74 +268,62 @@ def _mass_consumer(
 def _mass_kernel(
     q_desc, k_desc, table, masses, partial, first_partial, first_kv_head, num_heads, num_zones,
     num_tiles, low, high, inter_end, succ_end, rows, last, last_first, strided_first, step,
-    num_rows, RP: gl.constexpr, HEADS: gl.constexpr,
+    num_rows, HEADS: gl.constexpr,
 ):
     """Pass 1 over the tiles [low, high). See `probe.tile_masses`.
 
-    partial: one entry of each program, from ``first_partial`` on. Grid (programs,
-    head groups x halves of their rows, KV heads here).
+    partial: one entry of each program, from ``first_partial`` on. Grid (programs, head groups, KV
+    heads here).
     """
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [HEADS, HALF, TILE], q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, TILE, TILE], k_desc.layout)
     places = gl.allocate_shared_memory(
         gl.float32, [TILE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     places.store(gl.arange(0, TILE, layout=gl.BlockedLayout([1], [32], [4], [0])).to(gl.float32))
-    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_full, count=1)
-    mbarrier.init(q_empty, count=2)
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(slot), count=1)
-        mbarrier.init(k_empty.index(slot), count=2)
-    fence_async_shared()
+    q_full, q_empty, k_full, k_empty = _barriers()
     kv = gl.program_id(2)
-    zone_rows = num_heads * RP
-    half = gl.program_id(1) % (RP // HALF) * HALF  # of each head's rows
-    row = gl.program_id(1) // (RP // HALF) * HEADS * RP + half
+    zone_rows = num_heads * HALF
+    row = gl.program_id(1) * HEADS * HALF
     q_row = (first_kv_head + kv) * rows + row
     column = (first_kv_head + kv) * TILE
-    left = (rows - row + RP - 1) // RP  # heads; a last program may have fewer than HEADS
+    left = (rows - row) // HALF  # heads; a last program may have fewer than HEADS
     masses += kv.to(gl.int64) * num_tiles * rows + row
     partial += ((first_partial + gl.program_id(0)) * gl.num_programs(2) + kv) * rows + row
     gl.warp_specialize([
         (_mass_consumer, (
             table, masses, partial, q_smem, k_smem, places, q_full, q_empty, k_full, k_empty, rows,
-            half, left, num_zones, low, high, inter_end, succ_end, last, last_first, strided_first,
-            step, num_rows, gl.constexpr(RP), gl.constexpr(0), gl.constexpr((HEADS + 1) // 2))),
+            left, num_zones, low, high, inter_end, succ_end, last, last_first, strided_first, step,
+            num_rows, gl.constexpr(0), gl.constexpr((HEADS + 1) // 2))),
         (_mass_consumer, (
             table, masses, partial, q_smem, k_smem, places, q_full, q_empty, k_full, k_empty, rows,
-            half, left, num_zones, low, high, inter_end, succ_end, last, last_first, strided_first,
-            step, num_rows, gl.constexpr(RP), gl.constexpr((HEADS + 1) // 2), gl.constexpr(HEADS))),
+            left, num_zones, low, high, inter_end, succ_end, last, last_first, strided_first, step,
+            num_rows, gl.constexpr((HEADS + 1) // 2), gl.constexpr(HEADS))),
         (_producer, (
             q_desc, k_desc, table, q_smem, k_smem, q_full, q_empty, k_full, k_empty, q_row,
-            zone_rows, column, num_zones, low, high, inter_end, succ_end, gl.constexpr(HEADS),
-            gl.constexpr(RP), gl.constexpr(64))),
+            zone_rows, column, num_zones, low, high, inter_end, succ_end, gl.constexpr(HEADS))),
     ], [4, 1], [232, 40])
 
 
 @gluon.jit
-def _visible(log_sum, low, high, RP: gl.constexpr, SCORES: gl.constexpr):
-    """log_sum [RP], +inf for rows that see the tile through a window: their bits are set."""
-    if (low | high) != 0:
-        probe = gl.arange(0, RP, layout=gl.SliceLayout(0, SCORES))
-        bits = gl.where(probe < HALF, low, high) >> (probe % HALF).to(gl.int64)
-        log_sum = gl.where((bits & 1) != 0, float("inf"), log_sum)
+def _visible(log_sum, bits, SCORES: gl.constexpr):
+    """log_sum [64], +inf for rows that see the tile through a window: their bits are set."""
+    if bits != 0:
+        probe = gl.arange(0, HALF, layout=gl.SliceLayout(0, SCORES))
+        log_sum = gl.where((bits >> probe.to(gl.int64)) & 1 != 0, float("inf"), log_sum)
     return log_sum
 
 
 @gluon.jit
 def _column_consumer(
     masks, columns, q_smem, k_smem, lse_smem, q_full, q_empty, k_full, k_empty, head, left,
-    num_zones, num_tiles, low, high, inter_end, succ_end, context_len, RP: gl.constexpr,
-    HEADS: gl.constexpr, CONSUMER: gl.constexpr,
+    num_zones, num_tiles, low, high, inter_end, succ_end, context_len, HEADS: gl.constexpr,
+    CONSUMER: gl.constexpr,
 ):
     """Pass 2: column sums of one half of every tile. Its keys are the rows of the scores."""
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, RP, 16])
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     KEYS: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
     key = CONSUMER * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, SCORES))
-    zeros = gl.zeros([HALF, RP], gl.float32, SCORES)
+    zeros = gl.zeros([HALF, HALF], gl.float32, SCORES)
     i = num_zones * 0
     for zone in range(num_zones):
         first, count = _span(zone, low, high, inter_end, succ_end)
@@ -343,13 +331,10 @@ def _column_consumer(
         for n in range(count):
             tile = first + n * gl.num_programs(0)
             slot = i % STAGES
-            seen = masks + (head.to(gl.int64) * num_tiles + tile) * (RP // HALF)
-            low_bits: gl.tuple = ()
-            high_bits: gl.tuple = ()
+            seen = masks + head.to(gl.int64) * num_tiles + tile
+            bits: gl.tuple = ()
             for g in gl.static_range(HEADS):  # all at once: each takes as long as a product
-                here = seen + gl.minimum(g, left - 1) * num_tiles * (RP // HALF)
-                low_bits = low_bits + (gl.load(here),)
-                high_bits = high_bits + (gl.load(here + (RP // HALF - 1)),)
+                bits = bits + (gl.load(seen + gl.minimum(g, left - 1) * num_tiles),)
             mbarrier.wait(k_full.index(slot), i // STAGES & 1)
             keys = k_smem.index(slot).slice(CONSUMER * HALF, HALF).load(KEYS)
             mbarrier.arrive(k_empty.index(slot), count=1)
@@ -360,7 +345,7 @@ def _column_consumer(
                 scores = warpgroup_mma_wait(0, deps=[s])
                 # its branch may not lie between a product's start and its end
                 log_sum = _visible(lse_smem.index(g).load(gl.SliceLayout(0, SCORES)),
-                                   low_bits[g], high_bits[g], RP, SCORES)
+                                   bits[g], SCORES)
                 if g + 1 < HEADS:
                     s = warpgroup_mma(keys, q_smem.index(g + 1).permute((1, 0)), zeros,
                                       use_acc=False, is_async=True)
@@ -375,45 +360,35 @@ def _column_consumer(
     "succ_end", "context_len"])
 def _column_kernel(
     q_desc, k_desc, table, lse, masks, columns, first_kv_head, num_heads, group, num_zones,
-    num_tiles, low, high, inter_end, succ_end, context_len, RP: gl.constexpr, HEADS: gl.constexpr,
+    num_tiles, low, high, inter_end, succ_end, context_len, HEADS: gl.constexpr,
 ):
     """Pass 2 over the tiles [low, high). See `probe.column_masses`. Grid (programs, head groups,
     KV heads here)."""
-    q_smem = gl.allocate_shared_memory(q_desc.dtype, [HEADS, RP, TILE], q_desc.layout)
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [HEADS, HALF, TILE], q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, TILE, TILE], k_desc.layout)
     lse_smem = gl.allocate_shared_memory(
-        gl.float32, [HEADS, RP], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_full, count=1)
-    mbarrier.init(q_empty, count=2)
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(slot), count=1)
-        mbarrier.init(k_empty.index(slot), count=2)
-    fence_async_shared()
+        gl.float32, [HEADS, HALF], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    q_full, q_empty, k_full, k_empty = _barriers()
     kv = gl.program_id(2)
     first_head = gl.program_id(1) * HEADS
-    zone_rows = num_heads * RP
-    q_row = ((first_kv_head + kv) * group + first_head) * RP
+    zone_rows = num_heads * HALF
+    q_row = ((first_kv_head + kv) * group + first_head) * HALF
     column = (first_kv_head + kv) * TILE
     head = kv * group + first_head
-    row = gl.arange(0, RP, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    row = gl.arange(0, HALF, layout=gl.BlockedLayout([1], [32], [4], [0]))
     left = group - first_head
     for g in gl.static_range(HEADS):  # a last program may have fewer heads of its own
-        lse_smem.index(g).store(gl.load(lse + (head + gl.minimum(g, left - 1)) * RP + row))
+        lse_smem.index(g).store(gl.load(lse + (head + gl.minimum(g, left - 1)) * HALF + row))
     gl.warp_specialize([
         (_column_consumer, (
             masks, columns, q_smem, k_smem, lse_smem, q_full, q_empty, k_full, k_empty, head, left,
-            num_zones, num_tiles, low, high, inter_end, succ_end, context_len, gl.constexpr(RP),
-            gl.constexpr(HEADS), gl.constexpr(0))),
+            num_zones, num_tiles, low, high, inter_end, succ_end, context_len, gl.constexpr(HEADS),
+            gl.constexpr(0))),
         (_column_consumer, (
             masks, columns, q_smem, k_smem, lse_smem, q_full, q_empty, k_full, k_empty, head, left,
-            num_zones, num_tiles, low, high, inter_end, succ_end, context_len, gl.constexpr(RP),
-            gl.constexpr(HEADS), gl.constexpr(1))),
+            num_zones, num_tiles, low, high, inter_end, succ_end, context_len, gl.constexpr(HEADS),
+            gl.constexpr(1))),
         (_producer, (
             q_desc, k_desc, table, q_smem, k_smem, q_full, q_empty, k_full, k_empty, q_row,
-            zone_rows, column, num_zones, low, high, inter_end, succ_end, gl.constexpr(HEADS),
-            gl.constexpr(RP), gl.constexpr(RP))),
+            zone_rows, column, num_zones, low, high, inter_end, succ_end, gl.constexpr(HEADS))),
     ], [4, 1], [232, 40])
