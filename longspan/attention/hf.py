@@ -112,8 +112,8 @@ class _HfAttention:
         )
         slots = torch.arange(k.shape[0], device=k.device)
         if len(slots):
-            rows = slots % rotary.stride
-            ops.write_kv(cache, ops.rotate(k, rotary.cos[rows], rotary.sin[rows]), v, slots)
+            whole = torch.arange(len(slots) // BLOCK_SIZE, device=k.device)
+            ops.store_kv(cache, k, v, slots, slots, whole, rotary)
         return cache
 
     def _layer(

@@ -66,18 +66,11 @@ class DualChunkAttention:
     ) -> Tensor:
         """q: [T, H, D], k, v: [T, K, D], none rotated. Returns [T, H, D]."""
         self.store(k, v, cache, metadata)
-        if metadata.decode is not None and not metadata.prefills:
-            return self._decode(q, cache, metadata.decode)
-        if metadata.decode is None and len(metadata.prefills) == 1:
-            return self._prefill(q, cache, metadata.prefills[0])
-        out = torch.empty_like(q)
-        for item in metadata.prefills:
-            part = slice(item.start, item.start + item.query_len)
-            out[part] = self._prefill(q[part], cache, item)
+        outs = [self._prefill(q[item.start : item.start + item.query_len], cache, item)
+                for item in metadata.prefills]
         if metadata.decode is not None:
-            start = metadata.decode.start
-            out[start:] = self._decode(q[start:], cache, metadata.decode)
-        return out
+            outs.append(self._decode(q[metadata.decode.start :], cache, metadata.decode))
+        return _joined(outs) if outs else q
 
     def store(self, k: Tensor, v: Tensor, cache: PagedKV, metadata: AttentionMetadata) -> None:
         """Rotate the step's keys and write them and the values. k, v: [T, K, D]."""
@@ -111,7 +104,7 @@ class DualChunkAttention:
                 rows = q[first - start : last - start]
                 outs.append(self._dense(rows, cache, item, first) if part.selection is None
                             else self._sparse(rows, cache, item, first, part.selection))
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+        return _joined(outs)
 
     def _decode(self, q: Tensor, cache: PagedKV, group: DecodeGroup) -> Tensor:
         out, _ = ops.decode_attention(
@@ -163,3 +156,8 @@ class DualChunkAttention:
         pairs = self.num_heads * num_queries * (start + (num_queries + 1) / 2)
         self.causal_pairs += pairs
         self.kept_pairs = self.kept_pairs + (pairs if kept is None else kept)
+
+
+def _joined(outs: list[Tensor]) -> Tensor:
+    """Rows one after the other; a copy only where there are several parts."""
+    return outs[0] if len(outs) == 1 else torch.cat(outs)

@@ -56,11 +56,11 @@ class LayerInput:
         for start in range(0, self.num_tokens, WRITE_ROWS):
             stop = min(start + WRITE_ROWS, self.num_tokens)
             positions = torch.arange(start, stop, device=self.k.device)
-            rows = positions % self.rotary.stride
-            keys = ops.rotate(self.k[start:stop], self.rotary.cos[rows], self.rotary.sin[rows])
             block_size = self.cache.k.shape[1]
             slots = self.block_table[positions // block_size] * block_size + positions % block_size
-            ops.write_kv(self.cache, keys, self.v[start:stop], slots)
+            whole = self.block_table[start // block_size : stop // block_size]
+            ops.store_kv(self.cache, self.k[start:stop], self.v[start:stop], positions, slots,
+                         whole, self.rotary)
 
 
 def make_rotary(shape: Shape, num_tokens: int, device: str, dca: DcaConfig | None) -> QueryRotary:

@@ -179,7 +179,7 @@ def _to_plain(value: object) -> object:
         return value.tobytes()
     if isinstance(value, Path):
         return str(value)
-    raise NotImplementedError(type(value).__name__)
+    raise NotImplementedError(type(value).__name__)  # msgspec's word for a type without a hook
 
 
 def _from_plain(kind: type, value: Any) -> object:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from longspan.ops import eager_dense, eager_sparse, reference, select
-from longspan.ops.reference import rotate, write_kv
+from longspan.ops.reference import rotate
 from longspan.ops.select import Budget
 from longspan.ops.types import PagedKV, QueryRotary, Selection
 
@@ -29,7 +29,6 @@ __all__ = [
     "silu_mul",
     "sparse_prefill_attention",
     "store_kv",
-    "write_kv",
 ]
 
 

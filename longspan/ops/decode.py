@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longspan.ops.prefill import num_sms
 from longspan.ops.types import PagedKV, QueryRotary
 
 PROGRAMS_PER_SM = 6
@@ -79,7 +80,7 @@ def num_programs(device: torch.device) -> int:
     """Work items that a launch is cut into, of all KV heads. A few for the interpreter."""
     if device.type == "cpu":
         return 4
-    return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+    return PROGRAMS_PER_SM * num_sms(device)
 
 
 def _num_rows(group: int) -> int:

@@ -10,7 +10,6 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from longspan.ops.hopper_tile import (
     HALF,
-    NO_BORDER,
     STAGES,
     TILE,
     TILE_LEN,
@@ -49,13 +48,9 @@ def prefill_attention(
     _dense_kernel[(num_tiles * num_heads * splits,)](
         query_halves(variants), key_tiles(cache.k), key_tiles(cache.v), key_tiles(tail_k),
         key_tiles(tail_v), block_table, out, lse, num_tiles, first_tile,
-        _in_tiles(rotary.stride, context_len), num_heads, splits, num_heads // cache.k.shape[2],
+        -(-rotary.stride // TILE_LEN), num_heads, splits, num_heads // cache.k.shape[2],
         last_full, cached_len, context_len, variants.shape[0], num_warps=4)
     return (out[0], lse[0]) if splits == 1 else merge_splits(out, lse, q.dtype)
-
-
-def _in_tiles(stride: int, context_len: int) -> int:
-    return NO_BORDER if stride >= context_len else stride // TILE_LEN
 
 
 def _tail(cache: PagedKV, block_table: Tensor, context_len: int) -> tuple[Tensor, Tensor]:

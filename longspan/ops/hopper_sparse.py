@@ -15,7 +15,6 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from longspan.ops.hopper_tile import (
     HALF,
-    NO_BORDER,
     STAGES,
     TILE,
     TILE_LEN,
@@ -42,8 +41,8 @@ def sparse_prefill_attention(
     num_queries, num_heads, _ = q.shape
     context_len = cached_len + num_queries
     assert selection.aligned and cached_len % TILE_LEN == 0 == context_len % TILE_LEN
-    stride = rotary.stride if rotary.stride < context_len else NO_BORDER * TILE_LEN
-    work = prepare(selection, cache, block_table, cached_len, context_len, stride, correction)
+    work = prepare(
+        selection, cache, block_table, cached_len, context_len, rotary.stride, correction)
     variants = rotated_query_variants(q, cached_len, rotary, scale, TILE_LEN)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(num_queries, num_heads, dtype=torch.float32, device=q.device)

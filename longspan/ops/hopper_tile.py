@@ -26,11 +26,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from longspan.ops import prefill
 from longspan.ops.types import PagedKV, QueryRotary
 
 TILE_LEN = 128
-NO_BORDER = 1 << 20
-"""Tiles, past every context: the DCA chunk length where there is but one chunk."""
 SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
 TILE = gl.constexpr(128)
@@ -46,12 +45,10 @@ def is_hopper(device: torch.device) -> bool:
 
 
 def supports(q: Tensor, cache: PagedKV, rotary: QueryRotary, context_len: int) -> bool:
-    """Whether these kernels can compute such a call: Hopper, 16-bit, head dim and tiles of 128."""
-    return (
-        is_hopper(q.device)
-        and q.dtype in (torch.bfloat16, torch.float16) and q.dtype == cache.k.dtype
-        and q.shape[2] == TILE_LEN == cache.k.shape[1]
-        and (rotary.stride % TILE_LEN == 0 or rotary.stride >= context_len))
+    """Whether these kernels can compute such a call: what the portable ones can, on Hopper, with
+    head dim and tiles of 128."""
+    return (is_hopper(q.device) and q.shape[2] == TILE_LEN == cache.k.shape[1]
+            and prefill.supports(q, cache, rotary, context_len))
 
 
 def key_tiles(x: Tensor) -> TensorDescriptor:

@@ -55,14 +55,7 @@ def write_kv(cache: PagedKV, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None
     Where the cache holds tile means, those of every touched block are computed anew over its P
     slots (meaningful once the block is full, and never read before).
     """
-    num_blocks, block_size, num_kv_heads, head_dim = cache.k.shape
-    cache.k.view(-1, num_kv_heads, head_dim)[slot_mapping] = k.to(cache.k.dtype)
-    cache.v.view(-1, num_kv_heads, head_dim)[slot_mapping] = v.to(cache.v.dtype)
-    if cache.k_mean is None or cache.v_mean is None:
-        return
-    touched = torch.unique(slot_mapping // block_size)
-    cache.k_mean[touched] = cache.k[touched].float().mean(1).to(cache.k_mean.dtype)
-    cache.v_mean[touched] = cache.v[touched].float().mean(1).to(cache.v_mean.dtype)
+    _fill(cache, k, v, slot_mapping, torch.unique(slot_mapping // cache.k.shape[1]))
 
 
 def store_kv(
@@ -80,14 +73,17 @@ def store_kv(
     """
     rows = positions % rotary.stride
     k = rotate(k, rotary.cos[rows], rotary.sin[rows])
-    num_kv_heads, head_dim = cache.k.shape[2:]
     kept = slot_mapping >= 0
-    for stored, new in ((cache.k, k), (cache.v, v)):
-        stored.view(-1, num_kv_heads, head_dim)[slot_mapping[kept]] = new[kept].to(stored.dtype)
-    filled = filled_blocks[filled_blocks >= 0]
-    for stored, mean in ((cache.k, cache.k_mean), (cache.v, cache.v_mean)):
+    _fill(cache, k[kept], v[kept], slot_mapping[kept], filled_blocks[filled_blocks >= 0])
+
+
+def _fill(cache: PagedKV, k: Tensor, v: Tensor, slots: Tensor, due: Tensor) -> None:
+    """Store rows, then compute the means of the blocks ``due`` where the cache holds means."""
+    num_kv_heads, head_dim = cache.k.shape[2:]
+    for stored, new, mean in ((cache.k, k, cache.k_mean), (cache.v, v, cache.v_mean)):
+        stored.view(-1, num_kv_heads, head_dim)[slots] = new.to(stored.dtype)
         if mean is not None:
-            mean[filled] = stored[filled].float().mean(1).to(mean.dtype)
+            mean[due] = stored[due].float().mean(1).to(mean.dtype)
 
 
 def gather_kv(cache: PagedKV, block_table: Tensor, context_len: int) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from longspan.ops import probe as kernels
 from longspan.ops import threshold
+from longspan.ops.prefill import num_sms
 from longspan.ops.select import PAPER_TILE_LEN, Budget
 from longspan.ops.types import PagedKV, QueryRotary, Selection
 
@@ -364,4 +365,4 @@ def _device_programs(device: torch.device) -> int:
     """Programs that run at once: one on each multiprocessor."""
     if device.type != "cuda":
         return INTERPRETED_PROGRAMS
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return num_sms(device)
