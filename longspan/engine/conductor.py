@@ -38,7 +38,8 @@ class Conductor:
         self._news.tell_load()
         while self._receive():
             self._loop.turn()
-            self._news.tell_load()
+            if self._loop.is_idle:
+                self._news.tell_load()
 
     def _receive(self) -> bool:
         """Take all commands that wait, or wait for one if there is nothing to compute. False: end.
@@ -78,7 +79,9 @@ class _News:
             self._send(Submitted(prefills))
 
     def collect(self) -> StepResult | None:
-        """The oldest result."""
+        """The oldest result. Before the wait for it, what commands and results have changed is
+        told: a step may take seconds, and who asks meanwhile must not be told what was."""
+        self.tell_load()
         return self._transport.collect()
 
     def discard(self) -> None:
