@@ -7,11 +7,13 @@ Three kinds of work, three terms each, seconds:
   selection, which costs as much as the means of S = `SELECTION_ROWS` rows;
 - decode of n requests with S tokens in their caches: ``c + b n + a S``.
 
-Recursive least squares in relative error. What the observations leave open is taken from a prior,
-counted in floating-point operations and scaled as a whole to the machine's speed: a short prompt
-teaches something about long ones. Coefficients that would become negative are held at zero. A
-step of several kinds teaches the kind that took most of it; a stray time counts for little, and a
-row of them means that the machine has changed.
+Recursive least squares in relative error, against a prior that is counted in floating-point
+operations and scaled as a whole to the machine's speed. The prior counts like a measurement of each
+term (`DOUBT`): a term that is a small part of the steps seen, or that moves with another one in all
+of them, stays near it, since what such steps tell of it is their noise. So a short prompt teaches
+something about long ones, and nothing absurd. Coefficients that would become negative are held at
+zero. A step of several kinds teaches the kind that took most of it; a stray time counts for little,
+and a row of them means that the machine has changed.
 """
 
 from __future__ import annotations
@@ -23,8 +25,10 @@ from typing import Literal
 
 Terms = tuple[float, float, float]
 Kind = Literal["dense", "sparse", "decode"]
-PULL = 0.01
-"""Towards the scaled prior, as a share of the information that there is on each term."""
+NOISE = 0.15
+"""Relative error of one step's time."""
+DOUBT = (10.0, 0.5, 0.5)
+"""Relative error of the scaled prior's terms; what a step costs as such is hardly known."""
 FORGET = 0.97
 """Weight of what is known after each observation; half is gone after 23 of them."""
 SURPRISE = 2.5
@@ -169,7 +173,7 @@ class LatencyModel:
 
 
 class _Fit:
-    """Least squares of one kind, with a pull towards the prior times the machine's speed."""
+    """Least squares of one kind, and of the prior times the machine's speed."""
 
     def __init__(self, prior: Terms) -> None:
         self.coefficients = self._prior = prior
@@ -214,13 +218,15 @@ class _Fit:
     def _solve(self) -> None:
         gram, prior = self._gram, self._prior
         self.speed = _dot(prior, self._moments) / _dot(prior, [_dot(row, prior) for row in gram])
-        scaled = list(self.scaled(self.speed))
-        known = [i for i in range(NUM_TERMS) if gram[i][i] > 0]
-        matrix = [[gram[i][j] * (1 + PULL * (i == j)) for j in known] for i in known]
-        right = [self._moments[i] + PULL * gram[i][i] * scaled[i] for i in known]
-        for i, value in zip(known, _solve_non_negative(matrix, right), strict=True):
-            scaled[i] = value
-        self.coefficients = scaled[0], scaled[1], scaled[2]
+        scaled = self.scaled(self.speed)
+        # In units of the scaled prior: all terms are about 1.
+        pull = [(NOISE / doubt) ** 2 for doubt in DOUBT]
+        matrix = [[gram[i][j] * scaled[i] * scaled[j] + pull[i] * (i == j)
+                   for j in range(NUM_TERMS)] for i in range(NUM_TERMS)]
+        right = [self._moments[i] * scaled[i] + pull[i] for i in range(NUM_TERMS)]
+        c, b, a = (value * unit for value, unit in zip(
+            _solve_non_negative(matrix, right), scaled, strict=True))
+        self.coefficients = c, b, a
 
 
 def _dot(left: Sequence[float], right: Sequence[float]) -> float:

@@ -62,6 +62,31 @@ def test_one_kind_teaches_the_speed_of_the_others() -> None:
         10 * TRUE.sparse_s(65_536, 16_384), rel=0.01)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_short_steps_say_nothing_absurd_about_long_ones(seed: int) -> None:
+    """Hundreds of short prompts, alike and noisy, after a long one that is forgotten by then: their
+    noise must not pass for what attention costs."""
+    rng = random.Random(seed)
+    model = LatencyModel(TRUE)
+    for start in range(0, 131_072, 8192):
+        work = Work(dense=dense_terms(start, 128))
+        model.observe(work, 0.5 * work.seconds(TRUE) * rng.uniform(0.8, 1.2))
+    for _ in range(300):
+        work = Work(dense=dense_terms(0, rng.randrange(100, 108)))
+        model.observe(work, 0.5 * work.seconds(TRUE) * rng.uniform(0.7, 1.6))
+    far = Work(dense=dense_terms(131_072, 1024))
+    assert far.seconds(model.costs) == pytest.approx(0.5 * far.seconds(TRUE), rel=0.6)
+
+
+def test_two_pieces_that_contradict_each_other() -> None:
+    """As measured once: the first piece of a chunk takes longer than one twice its size. It does not
+    follow that pieces take no time."""
+    model = LatencyModel(TRUE)
+    for tokens, seconds in ((432.0, 0.243), (960.0, 0.182)):
+        model.observe(Work(sparse=(1.0, tokens, 0.0)), seconds)
+    assert Work(sparse=(1.0, 15_000.0, 0.0)).seconds(model.costs) > 2.0
+
+
 def test_a_stray_time_counts_for_little() -> None:
     model = LatencyModel(TRUE)
     work = Work(dense=dense_terms(1000, 1000))

@@ -116,6 +116,19 @@ def test_running_decodes_never_pause_longer_than_a_budget() -> None:
     assert max(machine.lengths_s) <= BUDGET_S
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_noisy_machine_keeps_its_budget_after_many_short_prompts(seed: int) -> None:
+    """What was learned from the first long prompt is forgotten when the second one comes."""
+    machine = Machine(noise=0.25, rng=random.Random(seed))
+    for name in ("first", "second"):
+        for index in range(150):
+            machine.add(f"{name}{index}", machine.rng.randrange(100, 108))
+            machine.run()
+        machine.add(name, 131_072)
+        machine.run()
+    assert max(machine.lengths_s) <= 1.5 * BUDGET_S
+
+
 def test_the_budget_holds_before_anything_was_measured() -> None:
     """The default prior is pessimistic enough for a machine ten times slower or faster."""
     for factor in (0.1, 1.0):
