@@ -7,12 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from longspan.attention.rope import yarn_temperature
 from longspan.attention.upload import upload
 from longspan.config import DcaConfig
+
+_NO_BLOCKS = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,7 +112,7 @@ def build_metadata(
     """
     tokens = _tokens(slices, block_size)
     args = (block_size, head_dim, dca)
-    if all(item.num_outputs is None for item in slices):
+    if all(item.num_outputs in (None, item.query_len) for item in slices):
         return upload(_metadata(tokens, slices, *args), device)
     rows, narrow = _output_rows(slices)
     return upload(replace(_metadata(tokens, slices, *args), output_rows=rows,
@@ -124,17 +128,23 @@ class _Tokens(NamedTuple):
 
 
 def _tokens(slices: Sequence[SequenceSlice], block_size: int) -> _Tokens:
-    none = torch.empty(0, dtype=torch.int64)
-    positions, slots, filled = [none], [none], list[int]()
+    """All rows at once: a step of many decodes is short, and so must be what is done for it here.
+    """
+    lens = np.array([item.query_len for item in slices], dtype=np.int64)
+    cached = np.array([item.cached_len for item in slices], dtype=np.int64)
+    positions = np.arange(lens.sum()) + np.repeat(cached - np.cumsum(lens) + lens, lens)
+    blocks, filled = list[NDArray[np.int64]](), list[int]()
     for item in slices:
         context_len = item.cached_len + item.query_len
-        row = torch.arange(item.cached_len, context_len)
-        table = torch.tensor(item.block_ids, dtype=torch.int64)
-        positions.append(row)
-        slots.append(table[row // block_size] * block_size + row % block_size)
-        filled += item.block_ids[item.cached_len // block_size : context_len // block_size]
+        first, stop = item.cached_len // block_size, -(-context_len // block_size)
+        taken = np.asarray(item.block_ids[first:stop], dtype=np.int64)
+        blocks.append(taken)
+        filled += taken[:context_len // block_size - first].tolist()
+    begin = np.cumsum([0, *map(len, blocks)])[:-1] - cached // block_size
+    block = np.concatenate([*blocks, _NO_BLOCKS])[positions // block_size + np.repeat(begin, lens)]
     return _Tokens(
-        torch.cat(positions), torch.cat(slots), torch.tensor(filled, dtype=torch.int64))
+        torch.from_numpy(positions), torch.from_numpy(block * block_size + positions % block_size),
+        torch.tensor(filled, dtype=torch.int64))
 
 
 def _metadata(
@@ -145,15 +155,15 @@ def _metadata(
     decodes: list[SequenceSlice] = []
     start = 0
     for item in slices:
-        context_len = item.cached_len + item.query_len
         if item.is_decode:
             decodes.append(item)
         else:
             assert not decodes, "prefill slices come before decodes"
-            table = torch.tensor(item.block_ids[: -(-context_len // block_size)], dtype=torch.int64)
+            context_len = item.cached_len + item.query_len
             prefills.append(PrefillSlice(
                 start=start, query_len=item.query_len, cached_len=item.cached_len,
-                prompt_len=item.prompt_len, block_table=table,
+                prompt_len=item.prompt_len,
+                block_table=torch.from_numpy(_table(item, context_len, block_size)),
                 scale=softmax_scale(head_dim, max(context_len, item.prompt_len), dca),
                 sparse=item.sparse,
             ))
@@ -163,17 +173,23 @@ def _metadata(
         decode=_decode_group(decodes, start - len(decodes), block_size, head_dim, dca))
 
 
+def _table(item: SequenceSlice, context_len: int, block_size: int) -> NDArray[np.int64]:
+    return np.array(item.block_ids[: -(-context_len // block_size)], dtype=np.int64)
+
+
 def _output_rows(slices: Sequence[SequenceSlice]) -> tuple[Tensor, list[SequenceSlice]]:
     """Packed rows [n] of the wanted outputs, and the slices cut down to them."""
-    rows, narrow, stop = [torch.empty(0, dtype=torch.int64)], [], 0
+    rows, narrow, stop = list[int](), [], 0
     for item in slices:
         stop += item.query_len
         count = item.query_len if item.num_outputs is None else item.num_outputs
-        rows.append(torch.arange(stop - count, stop))
-        if count:
+        rows += range(stop - count, stop)
+        if count == item.query_len:
+            narrow.append(item)
+        elif count:
             cached_len = item.cached_len + item.query_len - count
             narrow.append(replace(item, query_len=count, cached_len=cached_len, num_outputs=None))
-    return torch.cat(rows), narrow
+    return torch.tensor(rows, dtype=torch.int64), narrow
 
 
 def softmax_scale(head_dim: int, length: int, dca: DcaConfig | None) -> float:
@@ -190,13 +206,13 @@ def _decode_group(
     if not decodes:
         return None
     lens = [item.cached_len + 1 for item in decodes]
-    tables = torch.zeros(len(decodes), -(-max(lens) // block_size), dtype=torch.int64)
-    for row, (item, length) in enumerate(zip(decodes, lens, strict=True)):
+    tables = np.zeros((len(decodes), -(-max(lens) // block_size)), dtype=np.int64)
+    for row, item, length in zip(tables, decodes, lens, strict=True):
         num_blocks = -(-length // block_size)
-        tables[row, :num_blocks] = torch.tensor(item.block_ids[:num_blocks], dtype=torch.int64)
-    scales = [softmax_scale(head_dim, max(n, item.prompt_len), dca)
-              for n, item in zip(lens, decodes, strict=True)]
+        row[:num_blocks] = item.block_ids[:num_blocks]
+    scales = [softmax_scale(head_dim, max(length, item.prompt_len), dca)
+              for length, item in zip(lens, decodes, strict=True)]
     return DecodeGroup(
-        start=start, block_tables=tables, context_lens=torch.tensor(lens, dtype=torch.int64),
-        scales=torch.tensor(scales, dtype=torch.float32),
-    )
+        start=start, block_tables=torch.from_numpy(tables),
+        context_lens=torch.tensor(lens, dtype=torch.int64),
+        scales=torch.tensor(scales, dtype=torch.float32))

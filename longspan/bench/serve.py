@@ -86,7 +86,8 @@ def run(job: ServeJob) -> bool:
 
 def server_options(job: ServeJob, length: int | None = None) -> list[str]:
     """Of `longspan serve`, for prompts of this length."""
-    options = ["--device", job.device, "--max-model-len", str((length or job.length) + ROOM),
+    longest = max(length or job.length, len(STREAM_PROMPT))  # a token is a character or more
+    options = ["--device", job.device, "--max-model-len", str(longest + ROOM),
                "--step-budget-s", str(budget_s(job))]
     return options if job.threads is None else [*options, "--threads", str(job.threads)]
 
@@ -156,6 +157,9 @@ def _beside_a_long_prompt(server: Server, job: ServeJob) -> tuple[Answer, Answer
         stream.join()
     _require(answers["stream"], "the running stream")
     _require(answers["long"], "the long request")
+    if not shorts:
+        raise LongspanError(f"{job.length:,} tokens were read before a short request could be sent; "
+                            "use a longer --length")
     return answers["stream"], answers["long"], shorts
 
 

@@ -16,8 +16,9 @@ from longspan.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     TokenIds = array[int]
-else:
-    TokenIds = array  # until Python 3.12 it takes no parameter, and `wire` evaluates annotations
+    BlockIds = array[int]
+else:  # until Python 3.12 array takes no parameter, and `wire` evaluates annotations
+    TokenIds = BlockIds = array
 FinishReason = Literal["stop", "length", "abort"]
 MAX_SEED = 2**63 - 1
 MAX_LOGPROBS = 20
@@ -150,7 +151,7 @@ class Request:
     sparse: bool = False
     """Prefill with sparse attention."""
     output_ids: TokenIds = field(default_factory=lambda: array("i"))
-    block_ids: list[int] = field(default_factory=list)
+    block_ids: BlockIds = field(default_factory=lambda: array("i"))
     """KV blocks in order, for all of ``reserved_len``; empty until admitted."""
     block_hashes: list[bytes] = field(default_factory=list)
     """Chain hash of each full block of tokens, as far as known."""

@@ -22,6 +22,7 @@ written by its new owner after the old one's last step.
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import zip_longest
@@ -239,7 +240,7 @@ class Scheduler:
         if new is None:
             self.pool.release(cached)
             return False
-        request.block_ids = cached + new
+        request.block_ids = array("i", cached + new)
         request.num_registered = len(cached)
         cached_len = len(cached) * self.config.block_size
         request.num_cached_tokens = request.scheduled_len = request.computed_len = cached_len
@@ -289,7 +290,7 @@ class Scheduler:
             del self._running[request.request_id]
             heappush(self._free_slots, request.slot)
             self.pool.release(request.block_ids)
-            request.block_ids = []
+            request.block_ids = array("i")
 
 
 def max_step_tokens(prefill_chunk_len: int, max_num_requests: int) -> int:

@@ -7,6 +7,7 @@ when the argmax is right at every one of its tokens, which is what greedy decodi
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +54,9 @@ class DocumentCache:
     def __init__(self) -> None:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any,
+    ) -> tuple[Tensor, Tensor]:
         """The document's keys and values followed by the new ones, each [B, K, S, D]."""
         if layer_idx not in self.layers:
             self.layers[layer_idx] = (key, value)
@@ -66,10 +69,11 @@ def _forward(model: Qwen2ForCausalLM, ids: Tensor, start: int, cache: DocumentCa
     """Hidden states [1, T, M] of ids [1, T] at positions from `start` behind the cache."""
     hidden = model.model.embed_tokens(ids)
     cos, sin = rope_tables(model, start, start + ids.shape[1])
+    # transformers up to 5.23 calls it by another name
+    names = inspect.signature(type(model.model.layers[0]).forward).parameters
+    held = {"cache" if "cache" in names else "past_key_values": cache}
     for layer in model.model.layers:
-        out = layer(
-            hidden, attention_mask=None, position_embeddings=(cos, sin), past_key_values=cache
-        )
+        out = layer(hidden, attention_mask=None, position_embeddings=(cos, sin), **held)
         hidden = (out[0] if isinstance(out, tuple) else out).to(hidden.dtype)
     return model.model.norm(hidden)
 

@@ -3,6 +3,7 @@ to a pair-by-pair computation above it."""
 
 from __future__ import annotations
 
+import inspect
 import sys
 from dataclasses import replace
 
@@ -67,9 +68,11 @@ def logits_of(model, ids: Tensor, lens: list[int] | None = None) -> Tensor:
 
     if lens is None:
         return model(ids).logits
-    cache = DynamicCache(config=model.config)
+    names = inspect.signature(type(model).forward).parameters
+    # transformers up to 5.23 calls it by another name
+    cache = {"cache" if "cache" in names else "past_key_values": DynamicCache(config=model.config)}
     return torch.cat([
-        model(piece, past_key_values=cache, use_cache=True).logits
+        model(piece, **cache, use_cache=True).logits
         for piece in ids.split(lens, dim=1)], 1)
 
 

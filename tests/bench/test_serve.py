@@ -39,16 +39,22 @@ def rows_of(out: Path) -> dict[str, dict[str, float]]:
 
 
 def test_prefill_and_follow_up(model: Path, tmp_path: Path) -> None:
-    assert run(job_of(model, tmp_path, length=8000, scenarios=("prefill", "followup")))
+    assert run(job_of(
+        model, tmp_path, length=15_000, budget_s=0.05, scenarios=("prefill", "followup")))
     found = rows_of(tmp_path)
     prefill, follow = found["prefill"], found["followup"]
     assert prefill["short_requests"] >= 1 and prefill["long_ttft"] > 0
     assert prefill["short_ttft_median"] <= prefill["short_ttft_max"]
     assert prefill["short_ttft_max_budgets"] == pytest.approx(
-        prefill["short_ttft_max"] / 0.2, rel=1e-3)
+        prefill["short_ttft_max"] / 0.05, rel=1e-3)
     assert prefill["decode_pause_max"] > 0 and prefill["health_p99"] > 0
-    assert follow["followup_1_cached_tokens"] == follow["followup_2_cached_tokens"] == 7936
+    assert follow["followup_1_cached_tokens"] == follow["followup_2_cached_tokens"] == 14_976
     assert follow["followup_2_share"] < 100
+
+
+def test_a_prompt_that_is_read_at_once_measures_nothing(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(LongspanError, match="256 tokens were read before .* use a longer --length"):
+        run(job_of(model, tmp_path, length=256, budget_s=5.0))
 
 
 def test_decode_with_and_without_run_ahead(model: Path, tmp_path: Path) -> None:

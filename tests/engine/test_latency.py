@@ -79,8 +79,8 @@ def test_short_steps_say_nothing_absurd_about_long_ones(seed: int) -> None:
 
 
 def test_two_pieces_that_contradict_each_other() -> None:
-    """As measured once: the first piece of a chunk takes longer than one twice its size. It does not
-    follow that pieces take no time."""
+    """As measured once: the first piece of a chunk takes longer than one of twice its size. It does
+    not follow that pieces take no time."""
     model = LatencyModel(TRUE)
     for tokens, seconds in ((432.0, 0.243), (960.0, 0.182)):
         model.observe(Work(sparse=(1.0, tokens, 0.0)), seconds)
