@@ -158,8 +158,8 @@ def _beside_a_long_prompt(server: Server, job: ServeJob) -> tuple[Answer, Answer
     _require(answers["stream"], "the running stream")
     _require(answers["long"], "the long request")
     if not shorts:
-        raise LongspanError(f"{job.length:,} tokens were read before a short request could be sent; "
-                            "use a longer --length")
+        raise LongspanError(f"{job.length:,} tokens were read before a short request could be sent;"
+                            " use a longer --length")
     return answers["stream"], answers["long"], shorts
 
 
