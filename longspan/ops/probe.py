@@ -6,8 +6,8 @@ Scores carry scale * log2(e), so weights are powers of two. Each program walks e
 (one KV block), so that all have the same share of those that need masks, zone after zone, each zone
 with its own rotation of the queries.
 
-Workspace for each (row, key tile) is one int64. From its low end: the log2 of the row's mass in the
-tile, 32 bits; which parts of it lie on the next and on the previous tile diagonal, 16 bits each.
+Workspace for each (row, key tile) is one fp32 number: the log2 of the row's mass in the tile,
+sinks left out.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ import triton.language as tl
 
 # Numbers that change from call to call: a kernel is not compiled anew for those that happen to be 1
 # or multiples of 16.
-_PROBES = ["last", "last_first", "strided_first", "step", "num_rows"]
+_PROBES = ["last", "last_first", "last_step", "strided_first", "step", "num_rows"]
 _SPANS = ["first_kv_head", "num_zones", "num_tiles", "inter_end", "succ_end", "mask_from"]
 
 
 @triton.jit
-def _position(row, last, last_first, strided_first, step, num_rows):
-    """Position of probe rows: consecutive ones first, then strided ones; -1 for padding."""
-    position = tl.where(row < last, last_first + row, strided_first + (row - last) * step)
+def _position(row, last, last_first, last_step, strided_first, step, num_rows):
+    """Position of probe rows: those at the end first, then strided ones; -1 for padding."""
+    position = tl.where(row < last, last_first + row * last_step,
+                        strided_first + (row - last) * step)
     return tl.where(row < num_rows, position, -1)
 
 
@@ -32,7 +33,7 @@ def _position(row, last, last_first, strided_first, step, num_rows):
     *_PROBES, "start", "chunk_start", "added_succ", "added_inter"])
 def rotate_probes(
     q, inv_freq, out, stride_token, stride_head, start, chunk_start, added_succ, added_inter,
-    factor, last, last_first, strided_first, step, num_rows, num_heads,
+    factor, last, last_first, last_step, strided_first, step, num_rows, num_heads,
     RP: tl.constexpr, HALF: tl.constexpr, ZONES: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:
     """Gather the probe rows of q [T, H, D] and rotate them for each zone at continuous positions.
@@ -42,7 +43,7 @@ def rotate_probes(
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     head = tl.program_id(1).to(tl.int64)
     i = tl.arange(0, HALF)[None, :]
-    position = _position(row, last, last_first, strided_first, step, num_rows)
+    position = _position(row, last, last_first, last_step, strided_first, step, num_rows)
     real = (row < num_rows)[:, None]
     source = q + (position - start).to(tl.int64)[:, None] * stride_token + head * stride_head + i
     x = tl.load(source, mask=real, other=0.0).to(tl.float32)
@@ -71,10 +72,10 @@ def _load_rows(queries, first_row, row, limit, D: tl.constexpr):
 
 @triton.jit
 def _load_keys(keys, table, tile, stride_block, stride_token, P: tl.constexpr, D: tl.constexpr):
-    """One KV block of one KV head, [P, D], and its number."""
+    """One KV block of one KV head, [P, D]."""
     token, d = tl.arange(0, P), tl.arange(0, D)
     block = tl.load(table + tile).to(tl.int64)
-    return tl.load(keys + block * stride_block + token[:, None] * stride_token + d[None, :]), block
+    return tl.load(keys + block * stride_block + token[:, None] * stride_token + d[None, :])
 
 
 @triton.jit
@@ -118,16 +119,10 @@ def _num_before(tile, first, step, most):
 
 
 @triton.jit
-def _row_masses(scores, position, offset, tile, sink, P: tl.constexpr, MASKED: tl.constexpr):
-    """Statistics of one tile for each row: max, sum, and of the part beyond the sinks the sum and
-    the sums on the next and on the previous diagonal.
-
-    A row at ``offset`` b of its tile finds key j with weight 1 - |b - j| / P on the diagonal of its
-    tile, with (b - j) / P on the next if b > j, and with (j - b) / P on the one before if j > b.
-    """
-    j = tl.arange(0, P)
+def _row_masses(scores, position, tile, sink, P: tl.constexpr, MASKED: tl.constexpr):
+    """Statistics of one tile for each row: max, sum, and the sum without the sinks."""
     if MASKED:
-        key = tile * P + j
+        key = tile * P + tl.arange(0, P)
         scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
     top = tl.max(scores, 1)
     if MASKED:
@@ -136,50 +131,33 @@ def _row_masses(scores, position, offset, tile, sink, P: tl.constexpr, MASKED: t
     total = tl.sum(mass, 1)
     beyond = total
     if MASKED:
-        mass = tl.where(key[None, :] >= sink, mass, 0.0)
-        beyond = tl.sum(mass, 1)
-    moment = mass * (offset[:, None] - j.to(tl.float32)[None, :])
-    ahead = tl.sum(tl.maximum(moment, 0.0), 1)
-    behind = ahead - tl.sum(moment, 1)
-    return top, total, beyond, ahead, behind
-
-
-@triton.jit
-def _fraction(part, whole):
-    """part / whole as 16 bits."""
-    scaled = part / tl.maximum(whole, 1e-30) * 65535.0 + 0.5
-    return tl.minimum(tl.maximum(scaled, 0.0), 65535.0).to(tl.int64)
+        beyond = tl.sum(tl.where(key[None, :] >= sink, mass, 0.0), 1)
+    return top, total, beyond
 
 
 @triton.jit
 def _add_tile(
-    state, queries, k, block_id, position, tile, sink, masses, map_row, row, limit,
+    state, queries, k, position, tile, sink, masses, map_row, row, limit,
     P: tl.constexpr, BM: tl.constexpr, QN: tl.constexpr, PRECISION: tl.constexpr,
     WITH_MAP: tl.constexpr, MASKED: tl.constexpr,
 ):
     """One key tile against all query blocks: store its masses, carry (max, sum) of each row."""
     tops, sums = state
-    # Block numbers are never negative; the compiler, not knowing it, recomputes the weights of a
-    # tile's 128 x 128 places instead of keeping them in registers, of which there are too few.
-    offset = (position % P + tl.minimum(block_id, 0).to(tl.int32)).to(tl.float32)
     new_tops: tl.tuple = ()
     new_sums: tl.tuple = ()
-    packed: tl.tuple = ()
+    logs: tl.tuple = ()
     for block in tl.static_range(QN):
         scores = tl.dot(queries[block], tl.trans(k), input_precision=PRECISION)
-        top, total, beyond, ahead, behind = _row_masses(
-            scores, position, offset, tile, sink, P, MASKED)
+        top, total, beyond = _row_masses(scores, position, tile, sink, P, MASKED)
         if WITH_MAP:
-            log = (top + tl.log2(beyond)).to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-            packed = packed + (log | (_fraction(ahead, beyond * P) << 32)
-                               | (_fraction(behind, beyond * P) << 48),)
+            logs = logs + (top + tl.log2(beyond),)
         running = tl.maximum(tops[block], top)
         new_sums = new_sums + (sums[block] * tl.exp2(tops[block] - running)
                                + total * tl.exp2(top - running),)
         new_tops = new_tops + (running,)
     if WITH_MAP:
         here = tl.arange(0, QN)[None, :] * BM + row[:, None]
-        tl.store(masses + map_row + here, _stack(packed, BM, QN), mask=here < limit)
+        tl.store(masses + map_row + here, _stack(logs, BM, QN), mask=here < limit)
     return new_tops, new_sums
 
 
@@ -187,21 +165,21 @@ def _add_tile(
 def tile_masses(
     queries, keys, table, masses, partial, stride_block, stride_token, stride_head,
     first_kv_head, num_heads, num_zones, num_tiles, inter_end, succ_end, sink_tiles,
-    mask_from, sink, last, last_first, strided_first, step, num_rows,
+    mask_from, sink, last, last_first, last_step, strided_first, step, num_rows,
     ROWS: tl.constexpr, RP: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
     QN: tl.constexpr, PRECISION: tl.constexpr, WITH_MAP: tl.constexpr, CLEAR: tl.constexpr,
 ) -> None:
     """Pass 1: mass of each probe row in each key tile, and its log-sum over this program's tiles.
     Not CLEAR: only tiles that need masks; `hopper_probe` takes the others.
 
-    queries: [zones, H, RP, D]; masses: [KV heads here, tiles, ROWS] int64; partial: [programs,
+    queries: [zones, H, RP, D]; masses: [KV heads here, tiles, ROWS] fp32; partial: [programs,
     KV heads here, ROWS]. Grid (programs, row groups, KV heads here).
     """
     program, first_block, kv = tl.program_id(0), tl.program_id(1) * QN, tl.program_id(2)
     step_tiles = tl.num_programs(0)
     keys += (first_kv_head + kv).to(tl.int64) * stride_head
     row = tl.arange(0, BM)
-    position = _position(row % RP, last, last_first, strided_first, step, num_rows)
+    position = _position(row % RP, last, last_first, last_step, strided_first, step, num_rows)
     limit = ROWS - first_block * BM
     map_base = kv.to(tl.int64) * num_tiles * ROWS + first_block * BM
     tops: tl.tuple = ()
@@ -221,16 +199,16 @@ def tile_masses(
         tail = tl.maximum(_num_before(mask_from, first, step_tiles, count), clear)
         for index in range(clear, tail if CLEAR else clear):
             tile = first + index * step_tiles
-            k, block_id = _load_keys(keys, table, tile, stride_block, stride_token, P, D)
+            k = _load_keys(keys, table, tile, stride_block, stride_token, P, D)
             tops, sums = _add_tile(
-                (tops, sums), blocks, k, block_id, position, tile, sink, masses,
+                (tops, sums), blocks, k, position, tile, sink, masses,
                 map_base + tile * ROWS, row, limit, P, BM, QN, PRECISION, WITH_MAP, False)
         for masked in range(clear + count - tail):  # sink tiles, and those probe rows lie in
             index = tl.where(masked < clear, masked, tail + masked - clear)
             tile = first + index * step_tiles
-            k, block_id = _load_keys(keys, table, tile, stride_block, stride_token, P, D)
+            k = _load_keys(keys, table, tile, stride_block, stride_token, P, D)
             tops, sums = _add_tile(
-                (tops, sums), blocks, k, block_id, position, tile, sink, masses,
+                (tops, sums), blocks, k, position, tile, sink, masses,
                 map_base + tile * ROWS, row, limit, P, BM, QN, PRECISION, WITH_MAP, True)
     target = partial + (program * tl.num_programs(2) + kv) * ROWS + first_block * BM + row
     for block in tl.static_range(QN):
@@ -260,64 +238,52 @@ def combine_logs(
 
 @triton.jit(do_not_specialize=[*_PROBES, "num_tiles"])
 def diagonal_masses(
-    masses, lse, sums, num_tiles, last, last_first, strided_first, step, num_rows,
+    masses, lse, sums, num_tiles, last, last_first, last_step, strided_first, step, num_rows,
     ROWS: tl.constexpr, RP: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:
-    """Mass in the tiles of each tile diagonal, summed over the probe rows of a head: what lies on
-    this diagonal, on the next and on the previous one.
-
-    Each entry of the map is read once, by what lies in it; `threshold.choose_windows` adds up what
-    belongs together. sums: [heads here, 3, tiles]. Grid (tiles / BLOCK, heads here).
-    """
+    """Mass on each tile diagonal, summed over the probe rows of a head. sums: [heads here, tiles].
+    Grid (tiles / BLOCK, heads here)."""
     head = tl.program_id(1)
     gap = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.arange(0, RP)
-    position = _position(row, last, last_first, strided_first, step, num_rows)
+    position = _position(row, last, last_first, last_step, strided_first, step, num_rows)
     tile = tl.where(position < 0, -1, position // P)[None, :] - gap[:, None]
-    group = ROWS // RP
-    base = (head // group).to(tl.int64) * num_tiles * ROWS + head % group * RP + row
-    packed = tl.load(masses + base[None, :] + tile.to(tl.int64) * ROWS, mask=tile >= 0, other=0)
-    log = packed.to(tl.int32).to(tl.float32, bitcast=True)
-    mass = tl.where(tile >= 0, tl.exp2(log - tl.load(lse + head * RP + row)[None, :]), 0.0)
-    parts = (packed >> 32).to(tl.int32)
-    next_one = mass * ((parts & 0xFFFF).to(tl.float32) * (1.0 / 65535.0))
-    previous = mass * (((parts >> 16) & 0xFFFF).to(tl.float32) * (1.0 / 65535.0))
-    target = sums + 3 * head.to(tl.int64) * num_tiles + gap
-    tl.store(target, tl.sum(mass - next_one - previous, 1), mask=gap < num_tiles)
-    tl.store(target + num_tiles, tl.sum(next_one, 1), mask=gap < num_tiles)
-    tl.store(target + 2 * num_tiles, tl.sum(previous, 1), mask=gap < num_tiles)
-
-
-@triton.jit(do_not_specialize=[*_PROBES, "num_tiles"])
-def row_masks(
-    is_window, masks, num_tiles, last, last_first, strided_first, step, num_rows,
-    RP: tl.constexpr, P: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
-) -> None:
-    """Which probe rows see each key tile through a window: bit r % 64 of word r // 64.
-
-    is_window: [heads here, tiles] int8 by tile gap; masks: [heads here, tiles, WORDS] int64.
-    Grid (tiles / BLOCK, heads here).
-    """
-    head = tl.program_id(1).to(tl.int64)
-    tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.arange(0, RP)
-    position = _position(row, last, last_first, strided_first, step, num_rows)
-    gap = tl.where(position < 0, -1, position // P)[None, :] - tile[:, None]
-    seen = tl.load(is_window + head * num_tiles + gap, mask=gap >= 0, other=0).to(tl.int64)
-    for word in tl.static_range(WORDS):
-        mine = (row // 64 == word)[None, :]
-        bits = tl.where(mine, seen << (row % 64).to(tl.int64)[None, :], 0)
-        tl.store(masks + (head * num_tiles + tile) * WORDS + word, tl.sum(bits, 1),
-                 mask=tile < num_tiles)
+    mass = _masses(masses, lse, tile, head, row, num_tiles, ROWS, RP)
+    tl.store(sums + head.to(tl.int64) * num_tiles + gap, tl.sum(mass, 1), mask=gap < num_tiles)
 
 
 @triton.jit
-def _row_is_masked(masks, place, row, WORDS: tl.constexpr):
-    bits = tl.load(masks + place * WORDS)
-    if WORDS == 1:
-        return (bits >> row.to(tl.int64)) & 1 != 0
-    high = tl.load(masks + place * WORDS + 1)
-    return (tl.where(row < 64, bits, high) >> (row % 64).to(tl.int64)) & 1 != 0
+def _masses(masses, lse, tile, head, row, num_tiles, ROWS: tl.constexpr, RP: tl.constexpr):
+    """Weights of a head's probe rows in key tiles, 0 where ``tile`` is negative. tile: [n, RP]."""
+    group = ROWS // RP
+    base = (head // group).to(tl.int64) * num_tiles * ROWS + head % group * RP + row
+    exists = tile >= 0
+    log = tl.load(masses + base[None, :] + tile.to(tl.int64) * ROWS, mask=exists,
+                  other=float("-inf"))
+    return tl.exp2(log - tl.load(lse + head * RP + row)[None, :])
+
+
+@triton.jit(do_not_specialize=[*_PROBES, "num_tiles"])
+def free_masses(
+    masses, lse, is_window, weights, num_tiles, last, last_first, last_step, strided_first, step,
+    num_rows, ROWS: tl.constexpr, RP: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:
+    """Mass in each key tile that no window covers, summed over the probe rows of a head.
+
+    is_window: [heads here, tiles] int8 by tile gap; weights: [heads here, tiles]. Grid (tiles /
+    BLOCK, heads here).
+    """
+    head = tl.program_id(1)
+    tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.arange(0, RP)
+    position = _position(row, last, last_first, last_step, strided_first, step, num_rows)
+    gap = tl.where(position < 0, -1, position // P)[None, :] - tile[:, None]
+    windows = is_window + head.to(tl.int64) * num_tiles
+    free = tl.load(windows + gap, mask=gap >= 0, other=1) == 0
+    here = tl.where(free & (tile < num_tiles)[:, None], tile[:, None], -1)
+    mass = _masses(masses, lse, here, head, row, num_tiles, ROWS, RP)
+    tl.store(weights + head.to(tl.int64) * num_tiles + tile, tl.sum(mass, 1),
+             mask=tile < num_tiles)
 
 
 @triton.jit
@@ -340,73 +306,96 @@ def _add_diagonals(mass, diagonals, base, tile, context_len, row, num_rows, P: t
 
 
 @triton.jit
-def _sum_tile(
-    queries, lse, k, position, tile, context_len, masks, columns, diagonals, head, num_tiles, row,
-    num_rows, GROUP, P: tl.constexpr, RP: tl.constexpr, QG: tl.constexpr, STACK: tl.constexpr,
-    WORDS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
-):
-    """Column sums of one key tile for QG heads; WORDS 0: token diagonals too, nothing excluded."""
+def _column_mass(queries, log_sum, k, position, tile, P: tl.constexpr, PRECISION: tl.constexpr):
+    """Weights [P, RP] of a head's probe rows on the keys of one tile. Keys stand in rows, so that
+    sums over probe rows stay in a warp."""
+    scores = tl.dot(k, tl.trans(queries), input_precision=PRECISION)
     key = tile * P + tl.arange(0, P)
-    sums: tl.tuple = ()
-    for g in tl.static_range(QG):
-        log_sum = tl.load(lse + (head + tl.minimum(g, GROUP - 1)) * RP + row)
-        scores = tl.dot(k, tl.trans(queries[g]), input_precision=PRECISION)
-        if WORDS > 0:
-            place = (head + tl.minimum(g, GROUP - 1)).to(tl.int64) * num_tiles + tile
-            log_sum = tl.where(_row_is_masked(masks, place, row, WORDS), float("inf"), log_sum)
-        mass = tl.exp2(scores - log_sum[None, :])
-        if MASKED:
-            mass = tl.where(key[:, None] <= position[None, :], mass, 0.0)
-        sums = sums + (tl.sum(mass, 1),)
-        if WORDS == 0:  # noqa: SIM102 - known at compile time, the next is not
-            if g < GROUP:
-                base = (head + g).to(tl.int64) * context_len
-                _add_diagonals(mass, diagonals, base, tile, context_len, row, num_rows, P, RP)
-    for _ in tl.static_range(STACK - QG):
-        sums = sums + (sums[0],)
-    g = tl.arange(0, STACK)[None, :]
-    place = (head + g).to(tl.int64) * context_len + key[:, None]
-    mask = (key < context_len)[:, None] & (g < GROUP) & (g < QG)
-    tl.store(columns + place, _stack(sums, P, STACK), mask=mask)
+    mass = tl.exp2(scores - log_sum[None, :])
+    return tl.where(key[:, None] <= position[None, :], mass, 0.0)
+
+
+@triton.jit(do_not_specialize=[
+    *_PROBES, "first_kv_head", "num_zones", "num_tiles", "inter_end", "succ_end", "width",
+    "context_len"])
+def tile_columns(
+    queries, keys, table, lse, is_window, tiles, budgets, columns, stride_block, stride_token,
+    stride_head, first_kv_head, num_heads, num_zones, num_tiles, inter_end, succ_end, width,
+    context_len, last, last_first, last_step, strided_first, step, num_rows,
+    GROUP: tl.constexpr, RP: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
+    WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+) -> None:
+    """Pass 2, tile mode: weights that no window covers, summed over the probe rows of a head, for
+    each key of some tiles. -1 for keys behind the context, and behind the end of the list.
+
+    tiles: [heads here, width] int32 ascending, as many as ``budgets`` [heads here] says; columns:
+    [heads here, width * P]. Grid (programs, heads here).
+    """
+    program, step_tiles = tl.program_id(0), tl.num_programs(0)
+    head = tl.program_id(1).to(tl.int64)
+    own = first_kv_head * GROUP + head
+    keys += own // GROUP * stride_head
+    tiles += head * width
+    is_window += head * num_tiles
+    columns += head * width * P
+    row, key = tl.arange(0, RP), tl.arange(0, P)
+    position = _position(row, last, last_first, last_step, strided_first, step, num_rows)
+    log_sum = tl.load(lse + head * RP + row)
+    count = tl.minimum(tl.load(budgets + head), num_tiles)
+    i = tl.arange(0, WIDTH)
+    listed = tl.load(tiles + i, mask=i < count, other=1 << 30)
+    num_inter = tl.sum((listed < inter_end).to(tl.int32), 0)
+    num_far = tl.sum((listed < succ_end).to(tl.int32), 0)
+    for zone in range(num_zones):
+        first = tl.where(zone == 0, num_far, tl.where(zone == 1, num_inter, 0))
+        stop = tl.where(zone == 0, count, tl.where(zone == 1, num_far, num_inter))
+        q = _load_rows(queries, (zone * num_heads + own) * RP, row, RP, D)
+        for index in range(first + program, stop, step_tiles):
+            tile = tl.load(tiles + index)
+            k = _load_keys(keys, table, tile, stride_block, stride_token, P, D)
+            gap = tl.where(position < 0, -1, position // P - tile)
+            seen = tl.load(is_window + gap, mask=gap >= 0, other=1) != 0
+            mass = _column_mass(q, tl.where(seen, float("inf"), log_sum), k, position, tile, P,
+                                PRECISION)
+            sums = tl.where(tile * P + key < context_len, tl.sum(mass, 1), -1.0)
+            tl.store(columns + index * P + key, sums)
+    for index in range(count + program, width, step_tiles):
+        tl.store(columns + index * P + key, tl.full([P], -1.0, tl.float32))
 
 
 @triton.jit(do_not_specialize=[*_PROBES, *_SPANS, "context_len"])
-def column_masses(
-    queries, keys, table, lse, masks, columns, diagonals, stride_block, stride_token, stride_head,
+def key_masses(
+    queries, keys, table, lse, columns, diagonals, stride_block, stride_token, stride_head,
     first_kv_head, num_heads, num_zones, num_tiles, inter_end, succ_end, mask_from,
-    context_len, last, last_first, strided_first, step, num_rows,
+    context_len, last, last_first, last_step, strided_first, step, num_rows,
     GROUP: tl.constexpr, RP: tl.constexpr, P: tl.constexpr, D: tl.constexpr, QG: tl.constexpr,
-    STACK: tl.constexpr, WORDS: tl.constexpr, PRECISION: tl.constexpr, CLEAR: tl.constexpr,
+    PRECISION: tl.constexpr,
 ) -> None:
-    """Pass 2: weights summed over the probe rows of each head, for each key. Not CLEAR: only tiles
-    that need masks; `hopper_probe` takes the others.
+    """Pass 2, paper mode: weights summed over the probe rows of each head, for each key and for
+    each token diagonal, which is consecutive rows' alone.
 
-    Keys stand in rows of the score tile here, so that the sum over probe rows stays in a warp.
-    lse: [heads here * RP]; columns, diagonals: [heads here, S]. Grid (programs, head groups, KV
-    heads here).
+    lse: [heads here * RP]; columns, diagonals: [heads here, S], the latter 0 before. Grid
+    (programs, head groups, KV heads here).
     """
     program, first_head, kv = tl.program_id(0), tl.program_id(1) * QG, tl.program_id(2)
-    step_tiles = tl.num_programs(0)
     keys += (first_kv_head + kv).to(tl.int64) * stride_head
-    row = tl.arange(0, RP)
-    position = _position(row, last, last_first, strided_first, step, num_rows)
-    head = kv * GROUP + first_head
-    left = GROUP - first_head
+    row, key = tl.arange(0, RP), tl.arange(0, P)
+    position = _position(row, last, last_first, last_step, strided_first, step, num_rows)
     for zone in range(num_zones):
-        first, stop = _zone_tiles(zone, program, step_tiles, num_tiles, inter_end, succ_end)
-        count = _num_before(stop, first, step_tiles, num_tiles)
+        first, stop = _zone_tiles(zone, program, tl.num_programs(0), num_tiles, inter_end, succ_end)
         rows: tl.tuple = ()
         first_row = (zone * num_heads + (first_kv_head + kv) * GROUP + first_head) * RP
         for g in tl.static_range(QG):
-            rows = rows + (_load_rows(queries, first_row, g * RP + row, left * RP, D),)
-        tail = _num_before(mask_from, first, step_tiles, count)
-        for index in range(tail if CLEAR else 0):
-            tile = first + index * step_tiles
-            k, _ = _load_keys(keys, table, tile, stride_block, stride_token, P, D)
-            _sum_tile(rows, lse, k, position, tile, context_len, masks, columns, diagonals, head,
-                      num_tiles, row, num_rows, left, P, RP, QG, STACK, WORDS, PRECISION, False)
-        for index in range(tail, count):
-            tile = first + index * step_tiles
-            k, _ = _load_keys(keys, table, tile, stride_block, stride_token, P, D)
-            _sum_tile(rows, lse, k, position, tile, context_len, masks, columns, diagonals, head,
-                      num_tiles, row, num_rows, left, P, RP, QG, STACK, WORDS, PRECISION, True)
+            rows = rows + (_load_rows(queries, first_row, g * RP + row, (GROUP - first_head) * RP,
+                                      D),)
+        for tile in range(first, stop, tl.num_programs(0)):
+            k = _load_keys(keys, table, tile, stride_block, stride_token, P, D)
+            for g in tl.static_range(QG):
+                if first_head + g < GROUP:
+                    head = kv * GROUP + first_head + g
+                    base = head.to(tl.int64) * context_len
+                    log_sum = tl.load(lse + head * RP + row)
+                    mass = _column_mass(rows[g], log_sum, k, position, tile, P, PRECISION)
+                    tl.store(columns + base + tile * P + key, tl.sum(mass, 1),
+                             mask=tile * P + key < context_len)
+                    _add_diagonals(mass, diagonals, base, tile, context_len, row, num_rows, P, RP)

@@ -7,10 +7,13 @@ over the whole row; report sections 5.1 and 5.4):
   columns and the last ``local`` diagonals are forced; top-k of column and of diagonal sums, each
   diagonal buying a 64-key window for each 64-row tile, windows coalesced as the public index
   kernel does.
-* ``tile``: diagonals are bought as whole tiles by triangular-weighted probe mass, so cost is what
-  is bought; probes are the last rows and rows strided over the segment; forced sink columns do
-  not count as diagonal mass, and mass inside a bought window does not count as column mass
-  (spec: selection findings).
+* ``tile``: whole tiles are the unit of everything but the columns. Probes are rows of the last tile
+  and rows strided over the segment, spread evenly over the places of a tile: so the probe mass on
+  each tile diagonal is what its queries would keep of it, wherever in its tile a diagonal runs.
+  Diagonals are bought as tiles, and cost what is bought. Columns are looked for in the tiles that
+  hold most of what no window covers, as many tiles as columns: what is missed stands in no heavier
+  a tile. Forced sink columns do not count as diagonal mass, and mass inside a bought window does
+  not count as column mass (spec: selection findings).
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ class Budget(NamedTuple):
     mode: str
     """``paper`` or ``tile``."""
     probe_last: int
-    """Probe queries at the end of the segment."""
+    """Probe queries at the end of the segment; in tile mode spread over its last tile."""
     probe_strided: int
     """Probe queries spread over the segment (tile mode)."""
     sink: int
@@ -49,7 +52,7 @@ class Budget(NamedTuple):
     """Most recent diagonals, always kept, tokens."""
 
 
-class _Probe(NamedTuple):
+class Probe(NamedTuple):
     """Rows at positions first, first + step, ...: their place in a segment."""
 
     first: int
@@ -58,7 +61,12 @@ class _Probe(NamedTuple):
 
     @property
     def last(self) -> int:
+        """The last row's position."""
         return self.first + self.step * (self.num_rows - 1)
+
+    def positions(self, device: torch.device) -> Tensor:
+        """[rows] int64"""
+        return self.first + self.step * torch.arange(self.num_rows, device=device)
 
 
 def select_vertical_slash(
@@ -72,12 +80,12 @@ def select_vertical_slash(
     num_queries, num_heads, _ = q.shape
     context_len = cached_len + num_queries
     k, _ = ordered_kv(cache, block_table, context_len)
-    probes = _probes(cached_len, num_queries, budget)
-    columns, offsets = [], []
     tile_len = cache.k.shape[1] if budget.mode == "tile" else PAPER_TILE_LEN
+    probes = place_probes(cached_len, num_queries, tile_len, budget)
+    columns, offsets = [], []
     for head in range(num_heads):
         keys = k[:, head // (num_heads // k.shape[1])]
-        rows = [_probe_mass(q[:, head], keys, probe, cached_len, rotary, scale) for probe in probes]
+        rows = [probe_mass(q[:, head], keys, probe, cached_len, rotary, scale) for probe in probes]
         choose = _choose_tiles if budget.mode == "tile" else _choose_paper
         head_columns, head_offsets = choose(
             rows, probes, context_len, budget, head, tile_len)
@@ -89,30 +97,30 @@ def select_vertical_slash(
                      aligned=budget.mode == "tile")
 
 
-def _probes(start: int, num_queries: int, budget: Budget) -> list[_Probe]:
-    last = min(budget.probe_last, num_queries)
-    probes = [_Probe(start + num_queries - last, 1, last)]
-    strided = min(budget.probe_strided, num_queries - last) if budget.mode == "tile" else 0
+def place_probes(start: int, num_queries: int, tile_len: int, budget: Budget) -> list[Probe]:
+    """The last rows and, in tile mode, the strided ones. Both are spread over the places of a tile
+    as evenly as their number and the segment allow."""
+    last, step = min(budget.probe_last, num_queries), 1
+    if budget.mode == "tile" and last * (tile_len // last) <= num_queries:
+        step = max(1, tile_len // last)
+    rest = num_queries - 1 - step * (last - 1)
+    probes = [Probe(start + rest, step, last)]
+    strided = min(budget.probe_strided, rest) if budget.mode == "tile" else 0
     if strided > 0:
-        step = (num_queries - last) // strided
-        probes.append(_Probe(start + step // 2, step, strided))
+        step, apart = rest // strided, max(1, tile_len // strided)
+        if step > tile_len:  # else neighbouring rows would often stand at the same place
+            step -= (step + apart) % tile_len
+        probes.append(Probe(start + (rest - step * (strided - 1)) // 2, step, strided))
     return probes
 
 
-def _probe_mass(
-    q: Tensor, k: Tensor, probe: _Probe, start: int, rotary: QueryRotary, scale: float
+def probe_mass(
+    q: Tensor, k: Tensor, probe: Probe, start: int, rotary: QueryRotary, scale: float
 ) -> Tensor:
-    """Attention weights of the probe rows, [rows, left + S] fp32 with left = last - first.
-
-    q: [T, D] of one head; k: [S, D]. The left padding is zero: it lets a strided view line rows up
-    by distance (see `_diagonal_sums`).
-    """
-    positions = probe.first + probe.step * torch.arange(probe.num_rows, device=q.device)
+    """Attention weights of the probe rows, [rows, S] fp32. q: [T, D] of one head; k: [S, D]."""
+    positions = probe.positions(q.device)
     rows = q[positions - start]
-    left = probe.last - probe.first
-    mass = torch.empty(probe.num_rows, left + k.shape[0], device=q.device)
-    mass[:, :left] = 0
-    scores = mass[:, left:]
+    scores = torch.empty(probe.num_rows, k.shape[0], device=q.device)
     for span in spans(start, start + q.shape[0], rotary.stride):
         continuous = continuous_query_position(positions, span.zone, rotary.stride, rotary.clamp)
         angles = continuous.float()[:, None] * rotary.inv_freq
@@ -120,8 +128,7 @@ def _probe_mass(
         _scores_into(scores[:, span.start : span.stop], rotated, k[span.start : span.stop])
     future = torch.arange(probe.first, k.shape[0], device=q.device) > positions[:, None]
     scores[:, probe.first :].masked_fill_(future, -math.inf)
-    torch.softmax(scores, -1, out=scores)
-    return mass
+    return torch.softmax(scores, -1, out=scores)
 
 
 def _scores_into(out: Tensor, q: Tensor, k: Tensor) -> None:
@@ -132,79 +139,64 @@ def _scores_into(out: Tensor, q: Tensor, k: Tensor) -> None:
         out.copy_(scores_fp32(q[None], k[None])[0])
 
 
-def _diagonal_sums(mass: Tensor, probe: _Probe) -> Tensor:
-    """Mass by distance: entry o is the sum over rows of the weight on the key o before the row.
-
-    Row r starts ``last - position(r)`` entries further left in a view whose row stride is one row
-    plus ``step``, so that equal distances share a column. Returns [last + 1] fp32.
-    """
-    width = mass.shape[1]
-    aligned = mass.as_strided((probe.num_rows, probe.last + 1), (width + probe.step, 1))
-    return aligned.sum(0).flip(0)
-
-
 def _choose_tiles(
-    rows: list[Tensor], probes: list[_Probe], context_len: int, budget: Budget, head: int,
+    rows: list[Tensor], probes: list[Probe], context_len: int, budget: Budget, head: int,
     tile_len: int,
 ) -> tuple[Tensor, Tensor]:
     """Columns [V] ascending and window offsets [W] descending, tile mode."""
-    num_tiles = -(-context_len // tile_len)
-    sums = rows[0].new_zeros(num_tiles + 2)
-    column_sums = rows[0].new_zeros(context_len)
+    num_tiles, device = -(-context_len // tile_len), rows[0].device
     sink = min(budget.sink, context_len)
-    for mass, probe in zip(rows, probes, strict=True):
-        mass[:, : mass.shape[1] - context_len + sink] = 0  # sinks are columns, never diagonals
-        sums += _tile_sums(_diagonal_sums(mass, probe), tile_len, len(sums))
+    mass = torch.cat(rows)
+    gaps = (torch.cat([probe.positions(device) for probe in probes]) // tile_len)[:, None] - (
+        torch.arange(num_tiles, device=device))
+    mass[:, :sink] = 0  # sinks are columns, never diagonals
+    mass = torch.nn.functional.pad(mass, (0, -context_len % tile_len)).unflatten(1, (-1, tile_len))
+    by_tile = mass.sum(2)
+    sums = by_tile.new_zeros(num_tiles)
+    sums.scatter_add_(0, gaps.clamp(min=0).flatten(), by_tile.flatten())  # none lies ahead
     forced = 1 + -(-budget.local // tile_len)
     _force(sums, forced)
     count = min(num_tiles, max(forced, -(-budget.slash[head] // tile_len)))
-    windows = torch.topk(sums[:num_tiles], count).indices.sort().values
-    for mass, probe in zip(rows, probes, strict=True):
-        column_sums += _mass_outside(mass, probe, windows, context_len, tile_len)
+    windows = torch.topk(sums, count).indices.sort().values
+    is_window = torch.zeros(num_tiles, dtype=torch.bool, device=device)
+    is_window[windows] = True
+    is_free = ~is_window[gaps.clamp(min=0)]
+    weights = (by_tile * is_free).sum(0)
+    _force(weights, -(-sink // tile_len))
+    tiles = _largest(weights, budget.vertical[head])
+    column_sums = torch.einsum("rt,rtk->tk", is_free[:, tiles].float(), mass[:, tiles]).flatten()
     _force(column_sums, sink)
-    return _top_columns(column_sums, budget.vertical[head]), -windows * tile_len
+    places = (tiles[:, None] * tile_len + torch.arange(tile_len, device=device)).flatten()
+    inside = places < context_len
+    chosen = _largest(column_sums[inside], budget.vertical[head])
+    return places[inside][chosen], -windows * tile_len
 
 
-def _tile_sums(by_distance: Tensor, tile_len: int, num_tiles: int) -> Tensor:
-    """Distance sums to tile diagonals. A query at a random row of its tile finds a key at distance
-    o on diagonal o // P with weight 1 - f, on the next with weight f = (o % P) / P."""
-    padded = torch.nn.functional.pad(by_distance, (0, -len(by_distance) % tile_len))
-    tiles = padded.unflatten(0, (-1, tile_len))
-    fraction = torch.arange(tile_len, device=tiles.device) / tile_len
-    sums = by_distance.new_zeros(num_tiles)
-    sums[: len(tiles)] += tiles @ (1 - fraction)
-    sums[1 : len(tiles) + 1] += tiles @ fraction
-    return sums
+def _diagonal_sums(mass: Tensor) -> Tensor:
+    """Mass of consecutive rows by distance: entry o is the sum over rows of the weight on the key
+    o before the row. mass: [rows, S], the last row at position S - 1. Returns [S] fp32.
 
-
-def _mass_outside(
-    mass: Tensor, probe: _Probe, windows: Tensor, context_len: int, tile_len: int
-) -> Tensor:
-    """Column sums [S] of the mass that no window covers. Changes ``mass`` in place."""
-    positions = probe.first + probe.step * torch.arange(probe.num_rows, device=mass.device)
-    tiles = (positions // tile_len)[:, None] - windows
-    start = mass.shape[1] - context_len
-    scores = mass[:, start:]
-    keys = (tiles[..., None] * tile_len + torch.arange(tile_len, device=mass.device)).flatten(1)
-    index = keys.clamp(0, context_len - 1)
-    index = torch.where(keys == index, index, positions[:, None])  # the row's own tile: a window
-    scores.scatter_(1, index, 0.0)
-    return scores.sum(0)
+    Each row starts one entry further left in a view whose row stride is one more than a row, so
+    that equal distances share a column.
+    """
+    num_rows, size = mass.shape
+    padded = torch.nn.functional.pad(mass, (num_rows - 1, 0))
+    return padded.as_strided((num_rows, size), (padded.shape[1] + 1, 1)).sum(0).flip(0)
 
 
 def _choose_paper(
-    rows: list[Tensor], probes: list[_Probe], context_len: int, budget: Budget, head: int,
+    rows: list[Tensor], probes: list[Probe], context_len: int, budget: Budget, head: int,
     tile_len: int,
 ) -> tuple[Tensor, Tensor]:
     """Columns [V] ascending and window offsets [W] descending, MInference's rules."""
-    mass, probe = rows[0], probes[0]
-    diagonals = _diagonal_sums(mass, probe)
+    (mass,) = rows
+    diagonals = _diagonal_sums(mass)
     _force(diagonals, budget.local)
     count = min(max(1, budget.slash[head]), len(diagonals))
     distances = torch.topk(diagonals, count).indices
-    column_sums = mass[:, mass.shape[1] - context_len :].sum(0)
+    column_sums = mass.sum(0)
     _force(column_sums, budget.sink)
-    return (_top_columns(column_sums, budget.vertical[head]),
+    return (_largest(column_sums, budget.vertical[head]),
             coalesce_windows(distances, tile_len).to(mass.device))
 
 
@@ -234,5 +226,5 @@ def _force(sums: Tensor, count: int) -> None:
     sums[:count] = 2e6 - torch.arange(count, device=sums.device)
 
 
-def _top_columns(sums: Tensor, count: int) -> Tensor:
+def _largest(sums: Tensor, count: int) -> Tensor:
     return torch.topk(sums, min(count, len(sums))).indices.sort().values

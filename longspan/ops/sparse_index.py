@@ -3,8 +3,8 @@
 Same rules and results as `select`, which is the specification. The host only launches: shapes come
 from the budget and from lengths it knows, so nothing waits for the device. Two passes of the probe
 rows over the keys, and no score map: pass 1 gives each row's softmax sum and its mass in each key
-tile, hence the windows; pass 2 gives column sums without what windows cover, and `threshold` the
-largest of them.
+tile, hence the windows and the tiles worth a look; pass 2 looks for columns in those, and
+`threshold` takes the largest.
 
 KV heads are taken as many at a time as the workspace allows, so that it stays within 64 MiB for
 28 query heads, 4 KV heads and 1,048,576 keys with 128 probe rows.
@@ -24,7 +24,7 @@ from torch import Tensor
 from longspan.ops import probe as kernels
 from longspan.ops import threshold
 from longspan.ops.prefill import num_sms
-from longspan.ops.select import PAPER_TILE_LEN, Budget
+from longspan.ops.select import PAPER_TILE_LEN, Budget, Probe, place_probes
 from longspan.ops.types import PagedKV, QueryRotary, Selection
 
 WORKSPACE_BYTES = 60 << 20
@@ -40,6 +40,8 @@ MAX_ROWS = 128
 """Probe rows of one head."""
 SHARED_BYTES = 204_800
 """Shared memory that a program of the passes takes at D = 128 and P = 128, and a little more."""
+COLUMN_TILES = 32
+"""Key tiles of one program of pass 2 in tile mode: few, since heads differ in their number."""
 INTERPRETED_PROGRAMS = 3
 
 
@@ -48,6 +50,7 @@ class _Probes(NamedTuple):
 
     last: int
     last_first: int
+    last_step: int
     strided_first: int
     step: int
     num_rows: int
@@ -156,7 +159,8 @@ def _prepare(
 ) -> _Call:
     """Place the probe rows and rotate them for every zone."""
     num_queries, num_heads, head_dim = q.shape
-    probes = _place_probes(cached_len, num_queries, budget)
+    tile_len = cache.k.shape[1]
+    probes = _place_probes(cached_len, num_queries, tile_len, budget)
     padded = max(16, triton.next_power_of_2(_most_rows(budget)))
     chunk_start = cached_len // rotary.stride * rotary.stride
     zones = min(3, 1 + chunk_start // rotary.stride)
@@ -166,17 +170,15 @@ def _prepare(
         rotary.stride if zones > 1 else 0, rotary.clamp if zones > 2 else 0,
         scale * math.log2(math.e), *probes, num_heads, RP=padded, HALF=head_dim // 2, ZONES=zones,
         BLOCK=16)
-    tile_len = cache.k.shape[1]
     return _Call(queries, cache, block_table, budget, probes, cached_len + num_queries,
                  max(0, chunk_start - rotary.stride) // tile_len, chunk_start // tile_len)
 
 
-def _place_probes(start: int, num_queries: int, budget: Budget) -> _Probes:
-    last = min(budget.probe_last, num_queries)
-    strided = min(budget.probe_strided, num_queries - last) if budget.mode == "tile" else 0
-    step = (num_queries - last) // strided if strided > 0 else 1
-    return _Probes(last, start + num_queries - last, start + step // 2, step,
-                   last + max(0, strided))
+def _place_probes(start: int, num_queries: int, tile_len: int, budget: Budget) -> _Probes:
+    last, *more = place_probes(start, num_queries, tile_len, budget)
+    strided = more[0] if more else Probe(start, 1, 0)
+    return _Probes(last.num_rows, last.first, last.step, strided.first, strided.step,
+                   last.num_rows + strided.num_rows)
 
 
 def _most_rows(budget: Budget) -> int:
@@ -198,7 +200,12 @@ def _forced_tiles(call: _Call) -> int:
 
 def _tile_bytes(call: _Call) -> int:
     """Workspace of one query head: masses of rows in tiles, or sums of columns after them."""
-    return max(8 * call.num_tiles * call.padded_rows, 4 * call.context_len)
+    return 4 * max(call.num_tiles * call.padded_rows, _column_tiles(call) * call.tile_len)
+
+
+def _column_tiles(call: _Call) -> int:
+    """Most tiles that columns of one head are looked for in."""
+    return min(call.num_tiles, max(call.budget.vertical))
 
 
 # -- tile mode --------------------------------------------------------------------------------
@@ -206,32 +213,50 @@ def _tile_bytes(call: _Call) -> int:
 
 def _choose_tiles(call: _Call, heads: _Heads, columns: Tensor, offsets: Tensor) -> None:
     """Fill the rows of these heads. columns: [H, V]; offsets: [H, W]."""
-    device, num_tiles = call.queries.device, call.num_tiles
-    num_heads, rows = heads.number * call.group, call.padded_rows
+    device, num_tiles, rows = call.queries.device, call.num_tiles, call.padded_rows
+    num_heads = heads.number * call.group
     own = slice(heads.first * call.group, heads.first * call.group + num_heads)
-    words = -(-rows // 64)
-    masses = torch.empty(num_heads * num_tiles * rows, dtype=torch.int64, device=device)
+    probes = {"ROWS": call.group * rows, "RP": rows, "P": call.tile_len, "BLOCK": 64,
+              "num_warps": max(1, rows // 8)}
+    grid = triton.cdiv(num_tiles, 64), num_heads
+    masses = torch.empty(num_heads * num_tiles * rows, dtype=torch.float32, device=device)
     lse = _pass_one(call, heads, masses)
-    sums = torch.empty(num_heads, 3, num_tiles, dtype=torch.float32, device=device)
-    kernels.diagonal_masses[(triton.cdiv(num_tiles, 64), num_heads)](
-        masses, lse, sums, num_tiles, *call.probes, ROWS=call.group * rows, RP=rows,
-        P=call.tile_len, BLOCK=64, num_warps=rows // 8)
-    del masses
+    sums = torch.empty(num_heads, num_tiles, dtype=torch.float32, device=device)
+    kernels.diagonal_masses[grid](masses, lse, sums, num_tiles, *call.probes, **probes)
     is_window = torch.empty(num_heads, num_tiles, dtype=torch.int8, device=device)
     threshold.choose_windows[(num_heads,)](
         sums, _window_budgets(call)[own], offsets[own], is_window, offsets.shape[1], num_tiles,
         _forced_tiles(call), P=call.tile_len, BLOCK=max(1024, triton.next_power_of_2(num_tiles)),
         num_warps=16)
-    masks = torch.empty(num_heads, num_tiles, words, dtype=torch.int64, device=device)
-    kernels.row_masks[(triton.cdiv(num_tiles, 32), num_heads)](
-        is_window, masks, num_tiles, *call.probes, RP=rows, P=call.tile_len, WORDS=words, BLOCK=32)
-    del sums, is_window
-    column_sums = torch.empty(num_heads, call.context_len, dtype=torch.float32, device=device)
-    _pass_two(call, heads, lse, masks, column_sums, column_sums, words)
-    del masks
+    if not columns.shape[1]:
+        return
+    kernels.free_masses[grid](masses, lse, is_window, sums, num_tiles, *call.probes, **probes)
+    del masses
+    _choose_columns(call, heads, lse, is_window, sums, columns[own])
+
+
+def _choose_columns(
+    call: _Call, heads: _Heads, lse: Tensor, is_window: Tensor, weights: Tensor, columns: Tensor,
+) -> None:
+    """The heaviest keys of the heaviest tiles. weights: [heads here, tiles], changed; columns:
+    [heads here, V]."""
+    num_heads, device, width = len(columns), columns.device, _column_tiles(call)
+    first_head = heads.first * call.group
+    budgets = _budgets(tuple(min(count, call.context_len) for count in call.budget.vertical),
+                       device)[first_head : first_head + num_heads]
+    sink = min(call.budget.sink, call.context_len)
+    tiles = torch.empty(num_heads, width, dtype=torch.int32, device=device)
     threshold.select_largest(
-        column_sums, _budgets(call.budget.vertical, device)[own], columns[own], call.budget.sink,
-        floor=0, backwards=False)
+        weights, budgets, tiles, -(-sink // call.tile_len), floor=0, backwards=False)
+    sums = torch.empty(num_heads, width * call.tile_len, dtype=torch.float32, device=device)
+    k = call.cache.k
+    kernels.tile_columns[(triton.cdiv(width, COLUMN_TILES), num_heads)](
+        call.queries, k, call.block_table, lse, is_window, tiles, budgets, sums, *k.stride()[:3],
+        heads.first, call.num_heads, *call.zones, width, call.context_len, *call.probes,
+        GROUP=call.group, WIDTH=triton.next_power_of_2(width), **_constants(call))
+    threshold.select_largest(sums, budgets, columns, sink, floor=0, backwards=False)
+    threshold.place_columns[(triton.cdiv(columns.shape[1], 1024), num_heads)](
+        columns, tiles, columns.shape[1], width, P=call.tile_len, BLOCK=1024)
 
 
 def _window_budgets(call: _Call) -> Tensor:
@@ -251,7 +276,12 @@ def _choose_paper(call: _Call, heads: _Heads, columns: Tensor, offsets: Tensor) 
     lse = _pass_one(call, heads, None)
     column_sums = torch.empty(num_heads, size, dtype=torch.float32, device=device)
     diagonals = torch.zeros(num_heads, size, dtype=torch.float32, device=device)
-    _pass_two(call, heads, lse, lse, column_sums, diagonals, 0)
+    groups = triton.cdiv(call.group, DIAGONAL_HEADS)
+    k = call.cache.k
+    kernels.key_masses[(_programs(call, heads, groups), groups, heads.number)](
+        call.queries, k, call.block_table, lse, column_sums, diagonals, *k.stride()[:3],
+        heads.first, call.num_heads, *call.zones, call.mask_from, size, *call.probes,
+        GROUP=call.group, QG=min(call.group, DIAGONAL_HEADS), **_constants(call))
     threshold.select_largest(
         column_sums, _budgets(budget.vertical, device)[own], columns[own], budget.sink, floor=0,
         backwards=False)
@@ -266,7 +296,7 @@ def _choose_paper(call: _Call, heads: _Heads, columns: Tensor, offsets: Tensor) 
         starts, num_starts, offsets[own], width, offsets.shape[1], P=PAPER_TILE_LEN, BLOCK=1024)
 
 
-# -- the passes -------------------------------------------------------------------------------
+# -- pass 1 -----------------------------------------------------------------------------------
 
 
 def _pass_one(call: _Call, heads: _Heads, masses: Tensor | None) -> Tensor:
@@ -290,33 +320,11 @@ def _pass_one(call: _Call, heads: _Heads, masses: Tensor | None) -> Tensor:
         WITH_MAP=masses is not None, CLEAR=clear is None, **_constants(call))
     if clear is not None and masses is not None:
         _hopper().pass_one(
-            call.queries, k, call.block_table, masses, partial, programs, heads, call.zones, clear,
-            call.probes)
+            call.queries, k, call.block_table, masses, partial, programs, heads, call.zones, clear)
     kernels.combine_logs[(triton.cdiv(size, 32),)](
         partial, lse, parts, size, call.probes.num_rows, RP=call.padded_rows,
         NP=triton.next_power_of_2(parts), BLOCK=32)
     return lse
-
-
-def _pass_two(
-    call: _Call, heads: _Heads, lse: Tensor, masks: Tensor, columns: Tensor, diagonals: Tensor,
-    words: int,
-) -> None:
-    """Column sums [heads here, S]; with no words of masks, diagonal sums too."""
-    k = call.cache.k
-    most = min(8, ROWS_AT_ONCE // call.padded_rows) if words > 0 else DIAGONAL_HEADS
-    groups = triton.cdiv(call.group, most)
-    programs = _programs(call, heads, groups)
-    at_once = triton.cdiv(call.group, groups)
-    clear = _clear_tiles(call, 0) if words > 0 else None
-    kernels.column_masses[(programs, groups, heads.number)](
-        call.queries, k, call.block_table, lse, masks, columns, diagonals, *k.stride()[:3],
-        heads.first, call.num_heads, *call.zones, call.mask_from, call.context_len, *call.probes,
-        GROUP=call.group, QG=at_once, STACK=triton.next_power_of_2(at_once), WORDS=words,
-        CLEAR=clear is None, **_constants(call))
-    if clear is not None:
-        _hopper().pass_two(
-            call.queries, k, call.block_table, lse, masks, columns, heads, call.zones, clear)
 
 
 def _clear_tiles(call: _Call, first: int) -> tuple[int, int] | None:

@@ -259,17 +259,14 @@ def choose_windows(
 ) -> None:
     """The heaviest tile diagonals of each head, as window offsets; the first ``forced`` ones lead.
 
-    sums: [heads here, 3, tiles] from `probe.diagonal_masses`, all of them in registers; offsets:
+    sums: [heads here, tiles] from `probe.diagonal_masses`, all of them in registers; offsets:
     [heads here, width], padded with P; is_window: [heads here, tiles] int8. Grid (heads here).
     """
     head = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     base = head.to(tl.int64) * num_tiles
-    own = sums + 3 * base + i
-    total = tl.load(own, mask=i < num_tiles, other=0.0)
-    total += tl.load(own + num_tiles - 1, mask=(i > 0) & (i < num_tiles), other=0.0)
-    total += tl.load(own + 2 * num_tiles + 1, mask=i < num_tiles - 1, other=0.0)
-    total = tl.where(i < forced, 2e6 - i.to(tl.float32), tl.maximum(total, 0.0))
+    total = tl.load(sums + base + i, mask=i < num_tiles, other=0.0)
+    total = tl.where(i < forced, 2e6 - i.to(tl.float32), total)
     bits = tl.where(i < num_tiles, total.to(tl.int32, bitcast=True), -1)
     k = _budget(budgets, head, num_tiles, forced)
     threshold = _threshold(bits, None, num_tiles, k, k, BLOCK)
@@ -313,3 +310,19 @@ def reverse_windows(
     count = tl.load(num_starts + head)
     start = tl.load(starts + head.to(tl.int64) * width + count - 1 - i, mask=i < count, other=P)
     tl.store(offsets + head.to(tl.int64) * stride_out + i, start.to(tl.int64), mask=i < stride_out)
+
+
+@triton.jit(do_not_specialize=["width", "num_tiles"], do_not_specialize_on_alignment=["columns"])
+def place_columns(
+    columns, tiles, width, num_tiles, P: tl.constexpr, BLOCK: tl.constexpr
+) -> None:
+    """Indices of keys in listed tiles to key positions, in place.
+
+    columns: [heads here, width] int64, padded with -1; tiles: [heads here, num_tiles] int32. Grid
+    (width / BLOCK, heads here).
+    """
+    head = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    index = tl.load(columns + head * width + i, mask=i < width, other=-1)
+    tile = tl.load(tiles + head * num_tiles + index // P, mask=index >= 0, other=0)
+    tl.store(columns + head * width + i, tile.to(tl.int64) * P + index % P, mask=index >= 0)

@@ -87,7 +87,7 @@ def test_keeps_as_much_mass_as_the_specification(
     args = q, cache, table, start, rotary, SCALE, limits
     ours, theirs = select_on_device(*args), select.select_vertical_slash(*args)
     assert ours.columns.shape == theirs.columns.shape and ours.tile_len == theirs.tile_len
-    probes = select._probes(start, new, limits)
+    probes = select.place_probes(start, new, BLOCK, limits)
     for head in (0, 6, 7, 27):
         columns = ours.columns[head]
         columns = columns[columns >= 0]
@@ -96,9 +96,8 @@ def test_keeps_as_much_mass_as_the_specification(
             assert len(ours.offsets[head].unique()) == len(theirs.offsets[head].unique())
         keys = cache.k[table].flatten(0, 1)[:LENGTH, head // (HEADS // KV_HEADS)]
         for probe in probes:
-            mass = select._probe_mass(q[:, head], keys, probe, start, rotary, SCALE)
-            rows = probe.first + probe.step * torch.arange(probe.num_rows, device=DEVICE)
-            mass = mass[:, -LENGTH:]
+            mass = select.probe_mass(q[:, head], keys, probe, start, rotary, SCALE)
+            rows = probe.positions(q.device)
             kept, expected = (covered_mass(mass, rows, s, head) for s in (ours, theirs))
             assert kept > 0.995 * expected, f"head {head}: {kept} of {expected}"
 

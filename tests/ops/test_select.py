@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longspan.ops.select import PAPER_TILE_LEN, Budget, coalesce_windows, select_vertical_slash
+from longspan.ops.select import (
+    PAPER_TILE_LEN,
+    Budget,
+    coalesce_windows,
+    place_probes,
+    select_vertical_slash,
+)
 from longspan.ops.types import Selection
 from tests.ops import oracle
 from tests.ops.oracle import Case, Positions
@@ -184,12 +190,20 @@ def test_coalesced_windows_equal_the_serial_sweep(
 
 
 def tile_probes(start: int, length: int, last: int, strided: int) -> list[int]:
-    """The last rows, and rows in the middle of equal strides over the rest."""
+    """Rows spread over the last tile, and over all before it so that they stand at as many places
+    of a tile as possible."""
     count = length - start
     last = min(last, count)
-    strided = min(strided, count - last)
-    step = (count - last) // strided if strided else 1
-    return [start + step // 2 + step * i for i in range(strided)] + [*range(length - last, length)]
+    apart = TILE // last if last < TILE and last * (TILE // last) <= count else 1
+    at_end = [length - 1 - apart * i for i in range(last)]
+    rest = min(at_end) - start
+    strided = min(strided, rest)
+    step = rest // strided if strided else 1
+    if step > TILE:
+        while (step + max(1, TILE // strided)) % TILE:
+            step -= 1
+    first = start + (rest - step * (strided - 1)) // 2
+    return at_end[::-1] + [first + step * i for i in range(strided)]
 
 
 def tile_choice(
@@ -200,20 +214,36 @@ def tile_choice(
     rows = tile_probes(start, length, limits.probe_last, limits.probe_strided)
     mass = probe_mass(case, positions, head, rows).tolist()
     num_tiles = -(-length // TILE)
-    sums = [0.0] * (num_tiles + 1)
+    sums = [0.0] * num_tiles
     for weights, row in zip(mass, rows, strict=True):
         for key in range(limits.sink, row + 1):  # sinks never count as diagonals
-            near, fraction = (row - key) // TILE, (row - key) % TILE / TILE
-            sums[near] += weights[key] * (1 - fraction)
-            sums[near + 1] += weights[key] * fraction
+            sums[row // TILE - key // TILE] += weights[key]
     forced = 1 + -(-limits.local // TILE)
-    windows = top(sums[:num_tiles], max(forced, -(-limits.slash[head] // TILE)), forced)
-    column_sums = [0.0] * length
+    windows = top(sums, max(forced, -(-limits.slash[head] // TILE)), forced)
+    by_tile, column_sums = [0.0] * num_tiles, [0.0] * length
     for weights, row in zip(mass, rows, strict=True):
-        for key in range(row + 1):
+        for key in range(limits.sink, row + 1):
             if row // TILE - key // TILE not in windows:
                 column_sums[key] += weights[key]
-    return top(column_sums, limits.vertical[head], limits.sink), windows
+                by_tile[key // TILE] += weights[key]
+    tiles = top(by_tile, limits.vertical[head], -(-limits.sink // TILE))
+    # keys of other tiles rank last
+    ranked = [total if key // TILE in tiles else -1.0 for key, total in enumerate(column_sums)]
+    return top(ranked, limits.vertical[head], limits.sink), windows
+
+
+def test_probes_stand_at_all_places_of_a_tile() -> None:
+    """At real sizes: every second place twice over, every place for one probe more."""
+    for num_queries in (32_768, 16_384, 9_000, 30_720):
+        for counts in ((64, 64), (64, 0), (32, 32), (128, 0)):
+            limits = Budget((1,), (1,), "tile", *counts, 4, 100)
+            for probe in place_probes(777, num_queries, 128, limits):
+                places = probe.positions(torch.device("cpu")) % 128
+                assert len(places.unique()) == probe.num_rows
+                assert (places.sort().values.diff() == 128 // probe.num_rows).all()
+                assert 777 <= probe.first <= probe.last < 777 + num_queries
+            spread = probe.last - probe.first
+            assert counts[1] == 0 or spread > 0.7 * num_queries
 
 
 TILE_CASES = [

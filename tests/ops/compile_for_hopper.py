@@ -1,0 +1,114 @@
+"""Compiles every GPU kernel that the ops launch, for Hopper, on a machine without a GPU.
+
+A process of its own runs the ops' own host code over CPU tensors that pass for CUDA ones: each
+launch compiles its kernel down to machine code and runs nothing. What the interpreter cannot tell,
+this does: types that only a compiler checks, Gluon, shared memory and registers.
+`tests/ops/test_compiles.py` starts it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from longspan.attention.layer import allocate_cache
+from longspan.attention.rope import build_rotary
+from longspan.config import DcaConfig
+from longspan.ops import decode, prefill, sparse_index, threshold
+from longspan.ops.select import Budget
+
+SHARED_BYTES, NUM_SMS = 232_448, 132
+HEADS, KV_HEADS, DIM, BLOCK = 14, 2, 128, 128
+CACHED, NEW, STRIDE = 2_560, 512, 1_024
+
+
+class Driver:
+    """What Triton asks in order to compile."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return device
+
+
+def compile_only(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Instead of a launch: compile, and say what came out."""
+    def compiled(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        begin_s = time.monotonic()
+        built = launch(kernel, *args, grid=grid, warmup=True, **options)
+        name, shared = kernel.fn.__name__, built.metadata.shared
+        assert shared <= SHARED_BYTES, f"{name} takes {shared} bytes of shared memory"
+        assert built.asm["cubin"]
+        print(f"{name} {shared} {time.monotonic() - begin_s:.2f}", flush=True)
+        return built
+
+    return compiled
+
+
+def pretend() -> None:
+    """From here on launches compile, and the choices are those for a Hopper GPU."""
+    from longspan.ops import hopper, hopper_probe, hopper_tile
+
+    driver.set_active(Driver())  # type: ignore[arg-type]
+    JITFunction.run = compile_only(JITFunction.run)  # type: ignore[method-assign]
+    for module in (decode, prefill, hopper, hopper_probe, sparse_index):
+        module.num_sms = lambda device: NUM_SMS  # type: ignore[attr-defined]
+    for module in (hopper_probe, hopper_tile):
+        module.is_hopper = lambda device: True  # type: ignore[attr-defined]
+    prefill.launch_options = lambda device, tile_len: {
+        "KEYS": 128, "num_warps": 8, "num_stages": 2}
+    sparse_index._clear_tiles = lambda call, first: (
+        (first, call.mask_from) if call.padded_rows >= 64 else None)
+    sparse_index._device_programs = lambda device: NUM_SMS  # type: ignore[assignment]
+
+
+def main() -> None:
+    """Every GPU path of `ops`, at the shapes of a 7B model."""
+    from longspan.ops import hopper, hopper_sparse, pointwise, vertical_slash
+
+    pretend()
+    rotary = build_rotary(head_dim=DIM, rope_theta=1e6, max_model_len=8_192,
+                          dca=DcaConfig(chunk_size=1_280, local_size=256))
+    cache = allocate_cache(num_blocks=40, block_size=BLOCK, num_kv_heads=KV_HEADS, head_dim=DIM,
+                           dtype=torch.bfloat16, device="cpu", sparse=True)
+    table, scale = torch.arange(40), DIM**-0.5
+    q = torch.zeros(NEW, HEADS, DIM, dtype=torch.bfloat16)
+    args = q, cache, table, CACHED, rotary, scale
+    hopper.prefill_attention(*args)
+    prefill.prefill_attention(*args)
+    prefill.split_prefill_attention(*args, 2)
+    for mode, strided in (("tile", 0), ("tile", 64), ("paper", 0)):
+        budget = Budget((900,) * HEADS, (700,) * HEADS, mode, 64, strided, 4, 100)
+        selection = sparse_index.select_vertical_slash(*args, budget)
+        vertical_slash.sparse_prefill_attention(*args, selection, False)
+        if mode == "tile":
+            vertical_slash.sparse_prefill_attention(*args, selection, True)
+            for correction in (False, True):
+                hopper_sparse.sparse_prefill_attention(*args, selection, correction)
+    counts = torch.full((2,), 900, dtype=torch.int32)
+    threshold.select_largest(  # of so many that they are made few first
+        torch.zeros(2, 1 << 17), counts, torch.zeros(2, 900, dtype=torch.int64), 4, floor=0,
+        backwards=False)
+    decode.decode_attention(
+        q[:2], cache, torch.zeros(2, 20, dtype=torch.int64), torch.tensor([900, 2_000]), rotary,
+        torch.full((2,), scale))
+    x, weight = torch.zeros(9, 3_584, dtype=torch.bfloat16), torch.ones(3_584, dtype=torch.bfloat16)
+    pointwise.rms_norm(x, weight, 1e-6)
+    pointwise.add_rms_norm(x, x.clone(), weight, 1e-6)
+    pointwise.silu_mul(x)
+    rows, positions = torch.zeros(9, KV_HEADS, DIM, dtype=torch.bfloat16), torch.arange(9)
+    pointwise.store_kv(cache, rows, rows, positions, positions, table[:1], rotary)
+
+
+if __name__ == "__main__":
+    main()
