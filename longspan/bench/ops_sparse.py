@@ -26,6 +26,9 @@ SELECT, ATTEND, DENSE = "selection", "attention", "dense"
 WATCHED = ((ops, "select_vertical_slash", SELECT), (ops, "sparse_prefill_attention", ATTEND),
            (ops, "prefill_attention", DENSE))
 """What the attention layer calls during prefill."""
+KERNEL = "launch"
+PARTS = ("rotated_query_variants", "prepare", KERNEL)
+"""What sparse prefill consists of on Hopper."""
 
 
 class Segment(NamedTuple):
@@ -118,8 +121,28 @@ class SparseBench:
                 self.plan.mean_correction))
         del out, lse
         timing = self.layer.measure(lambda: self._run(segment, selection))
-        return {**timing.fields(), **self._cost(selection, start, count, float(kept), timing),
+        cost = self._cost(selection, start, count, float(kept), timing)
+        return {**timing.fields(), **cost, **self._parts(segment, selection, timing.n),
                 "rel_error": rounded(error)}
+
+    def _parts(self, segment: Segment, selection: Selection, repeats: int) -> dict[str, Any]:
+        """Where the time goes, and the kernel's own rate over the tiles that it computes."""
+        if not self.device.startswith("cuda"):
+            return {}
+        from longspan.ops import hopper_sparse
+
+        regions = Regions(self.device)
+        with regions.watch([(hopper_sparse, name, name) for name in PARTS]):
+            for _ in range(repeats):
+                self._run(segment, selection)
+        parts = {name: total / repeats for name, total in regions.totals_ms().items()}
+        if KERNEL not in parts:  # another path
+            return {}
+        tiles = count_tiles(selection, segment.start, segment.q.shape[0],
+                            correction=self.plan.mean_correction)
+        flops = tile_flops(tiles, selection.tile_len, self.model.head_dim)
+        return {"parts_ms": {name: rounded(value, 4) for name, value in parts.items()},
+                "kernel_tflops": rounded(flops / parts[KERNEL] / 1e9, 4)}
 
     def _cost(
         self, selection: Selection, start: int, count: int, kept: float, timing: Timing

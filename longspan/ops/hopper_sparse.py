@@ -46,17 +46,26 @@ def sparse_prefill_attention(
     variants = rotated_query_variants(q, cached_len, rotary, scale, TILE_LEN)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(num_queries, num_heads, dtype=torch.float32, device=q.device)
+    launch(variants, cache, block_table, work, out, lse, cached_len)
+    return out, lse, work.kept
+
+
+def launch(
+    variants: Tensor, cache: PagedKV, block_table: Tensor, work: SparseWork, out: Tensor,
+    lse: Tensor, cached_len: int,
+) -> None:
+    """The attention itself. variants: [Z, H, T, D]; out: [T, H, D]; lse: [T, H]."""
+    num_queries, num_heads, _ = out.shape
     k_cols, v_cols, k_means, v_means = _scratch(work, cache)
     _sparse_kernel[(num_queries // TILE_LEN * num_heads,)](
         query_halves(variants), key_tiles(cache.k), key_tiles(cache.v), key_tiles(k_cols),
         key_tiles(v_cols), key_tiles(k_means), key_tiles(v_means), block_table, work.windows,
         work.window_flag, work.window_rank, work.column_rank, work.column_tiles, work.col_tile,
         work.mean_bias, work.head_order, out, lse, num_queries // TILE_LEN, cached_len // TILE_LEN,
-        context_len // TILE_LEN, work.borders[1], work.borders[0], num_heads,
+        (cached_len + num_queries) // TILE_LEN, work.borders[1], work.borders[0], num_heads,
         num_heads // cache.k.shape[2], work.windows.shape[1], work.mean_bias.shape[1],
-        work.mean_parts[1], work.mean_parts[2], variants.shape[0], CORRECTED=correction,
-        num_warps=4)
-    return out, lse, work.kept
+        work.mean_parts[1], work.mean_parts[2], variants.shape[0],
+        CORRECTED=work.mean_parts[3] > 0, num_warps=4)
 
 
 def _scratch(work: SparseWork, cache: PagedKV) -> tuple[Tensor, Tensor, Tensor, Tensor]:

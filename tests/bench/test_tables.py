@@ -112,7 +112,7 @@ def test_ops(tmp_path: Path) -> None:
                                                     "context_len": 1000}, "tb_per_s": 3.9},
         {"op": "select", "impl": "ours", "params": chunk, "time_ms": 1.5, "workspace_mib": 40.2},
         {"op": "sparse_chunk", "impl": "ours", "params": chunk, "time_ms": 9.25, "tflops": 590.0,
-         "density": 0.0219},
+         "kernel_tflops": 621.4, "density": 0.0219},
         {"op": "whole_sparse", "impl": "ours", "params": whole, "time_ms": 300.0,
          "selection_ms": 30.0, "dense_ms": 12_000.0, "dense_impl": "cudnn", "ratio": 40.0},
         {"op": "dense_chunk_dca_over_rope", "impl": "ours", "params": chunk,
@@ -121,7 +121,7 @@ def test_ops(tmp_path: Path) -> None:
     for line in (
         "| shape | queries | keys | longspan | cuDNN |\n",
         "| big | 32,768 | 32,768 | 640 | **651** |\n", "| big | 1 | 1,000 | **3.90** |\n",
-        "| big | 32,768 | 1,048,576 | random | 2.19 % | 1.50 ms | 40 MiB | 9.25 ms | 590 | v1-s2",
+        "| big | 32,768 | 1,048,576 | random | 2.19 % | 1.50 ms | 40 MiB | 9.25 ms | 590 | 621 |",
         "| big | 1,048,576 | local | 300 ms | 10 % | 12,000 ms (cuDNN) | 40.0x | v1-s2 |\n",
         "| DCA, dense, 1,048,576 keys | +1.3 % time |\n",
         "| copy, read and written | 4.26 TB/s |\n",
