@@ -64,7 +64,7 @@ class AttentionMetadata:
     slot_mapping: Tensor
     """[T] int64: block_id * P + offset, the place of each new token in the KV cache."""
     filled_blocks: Tensor
-    """[n] int64, KV blocks whose last slot is among them; their tile means are due."""
+    """[n] int64, KV blocks whose last slot is among them; their tile means are due. -1: none."""
     prefills: tuple[PrefillSlice, ...]
     decode: DecodeGroup | None
     output_rows: Tensor | None = None
@@ -197,6 +197,42 @@ def softmax_scale(head_dim: int, length: int, dca: DcaConfig | None) -> float:
     the request's length (DESIGN decision 2)."""
     trained = dca.original_max_position_embeddings if dca else 0
     return yarn_temperature(length, trained) ** 2 / math.sqrt(head_dim)
+
+
+def softmax_scales(lengths: Tensor, head_dim: int, dca: DcaConfig | None) -> Tensor:
+    """`softmax_scale` of each of [B] lengths, on their device. In fp64, so that the fp32 result is
+    the host's. [B] int64 to [B] fp32."""
+    temperature = torch.ones_like(lengths, dtype=torch.float64)
+    if dca is not None and dca.original_max_position_embeddings > 0:
+        trained = dca.original_max_position_embeddings
+        grown = 0.1 * torch.log(lengths.double() / trained) + 1.0
+        temperature = grown.masked_fill(lengths <= trained, 1.0)
+    return (temperature**2 / math.sqrt(head_dim)).float()
+
+
+def decode_metadata(
+    block_tables: Tensor, context_lens: Tensor, prompt_lens: Tensor, *, block_size: int,
+    head_dim: int, dca: DcaConfig | None,
+) -> AttentionMetadata:
+    """What `build_metadata` makes of B decodes, from numbers on the device and without the host.
+
+    Args:
+        block_tables: [B, max blocks] int64; may go on beyond the lengths.
+        context_lens: [B] int64, the new token included; 0: a row that has no key, writes none, and
+            fills no block (slot and block -1).
+        prompt_lens: [B] int64
+    """
+    is_padding = context_lens == 0
+    positions = (context_lens - 1).clamp_min(0)
+    offsets = positions % block_size
+    blocks = block_tables.gather(1, (positions // block_size)[:, None])[:, 0]
+    return AttentionMetadata(
+        positions=positions, prefills=(),
+        slot_mapping=(blocks * block_size + offsets).masked_fill(is_padding, -1),
+        filled_blocks=blocks.masked_fill(is_padding | (offsets != block_size - 1), -1),
+        decode=DecodeGroup(
+            start=0, block_tables=block_tables, context_lens=context_lens,
+            scales=softmax_scales(torch.maximum(context_lens, prompt_lens), head_dim, dca)))
 
 
 def _decode_group(

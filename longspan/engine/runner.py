@@ -21,7 +21,7 @@ from longspan.config import DcaConfig, EngineConfig, ModelConfig
 from longspan.engine.batch import DeviceBatch, build_batch
 from longspan.engine.chunking import piece_rows
 from longspan.engine.grammar import Grammars
-from longspan.engine.graphs import DecodeGraphs
+from longspan.engine.graphs import CudaRecorder, DecodeGraphs, DecodeState, is_greedy
 from longspan.engine.host_memory import keep_buffers_in_heap
 from longspan.engine.launched import LaunchedStep, Stopwatch
 from longspan.engine.memory import MemoryPlan
@@ -55,8 +55,9 @@ class Runner:
         self._block_size = stages[0].caches[0].k.shape[1]
         self._head_dim, self._dca, self._device = head_dim, dca, device
         self._chunk = PausableChunk(stages, piece_rows)
-        # Sampled last by each slot's request: the input of steps that run ahead of the host.
-        self._last_tokens = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        # Sampled last by each slot's request: the input of steps that run ahead of the host. One
+        # more for the padding of decode graphs.
+        self._last_tokens = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
         self._copies = torch.cuda.Stream(device) if device.startswith("cuda") else None
         self._graphs: DecodeGraphs | None = None
 
@@ -102,9 +103,16 @@ class Runner:
     def use_graphs(self, num_heads: int, max_model_len: int) -> None:
         """Replay decode steps from CUDA graphs, where the device and the kernels can."""
         if DecodeGraphs.is_possible(self._stages[0].caches[0], num_heads):
-            self._graphs = DecodeGraphs(
-                self._decode, max_blocks=-(-max_model_len // self._block_size),
-                device=self._device)
+            state = DecodeState(
+                self._last_tokens, max_blocks=-(-max_model_len // self._block_size),
+                block_size=self._block_size, head_dim=self._head_dim, dca=self._dca)
+            self._graphs = DecodeGraphs(self._decode, state, CudaRecorder())
+
+    def record_graphs(self) -> None:
+        """Record all decode graphs now, where there are any: a server has no time for it later."""
+        if self._graphs is not None:
+            with torch.inference_mode():
+                self._graphs.record_all(len(self._last_tokens) - 1)
 
     def execute(self, batch: ScheduledBatch) -> StepResult:
         """Compute a step and wait for its result."""
@@ -118,9 +126,7 @@ class Runner:
         """
         watch = Stopwatch(self._device)
         with torch.inference_mode():
-            apart = self._advance(batch)
-            inputs = self._build(batch)
-            sampled = self._compute(batch, inputs, apart)
+            sampled = self._replay(batch) if self._has_graph(batch) else self._compute(batch)
         # Reading the pair counts waits for the device. Behind a prefill nothing is launched ahead.
         ends_prefill = sampled is not None and batch.prefills
         return LaunchedStep(
@@ -167,26 +173,31 @@ class Runner:
         if self._device.startswith("cuda"):
             torch.cuda.empty_cache()
 
-    def _compute(
-        self, batch: ScheduledBatch, inputs: DeviceBatch, apart: Tensor | None
-    ) -> SampledTokens | None:
-        """The packed slices, and the tokens that the step samples."""
-        items = [item for item in batch.slices if item.sampling is not None]
-        logits: Tensor | None
-        if self._graphs is not None and not batch.prefills and self._graphs.takes(inputs):
-            token_ids, logits = self._graphs.run(inputs)
-            if not self._sampler.asks(items):
-                return self._remember(inputs, SampledTokens(token_ids, None))
-        else:
-            logits = self.forward(inputs, apart)
+    def _has_graph(self, batch: ScheduledBatch) -> bool:
+        return self._graphs is not None and self._graphs.takes(batch)
+
+    def _compute(self, batch: ScheduledBatch) -> SampledTokens | None:
+        """Any step, kernel by kernel."""
+        apart = self._advance(batch)
+        inputs = self._build(batch)
+        logits = self.forward(inputs, apart)
         if logits is None:
             return None
-        return self._remember(inputs, self._sampler.sample(
-            logits, items, inputs.sampling, all_greedy=inputs.all_greedy))
-
-    def _remember(self, inputs: DeviceBatch, sampled: SampledTokens) -> SampledTokens:
-        """For steps that run ahead of the host."""
+        items = [item for item in batch.slices if item.sampling is not None]
+        sampled = self._sampler.sample(
+            logits, items, inputs.sampling, all_greedy=inputs.all_greedy)
         self._last_tokens[inputs.slots] = sampled.token_ids
+        return sampled
+
+    def _replay(self, batch: ScheduledBatch) -> SampledTokens:
+        """A step of decodes."""
+        assert self._graphs is not None
+        output = self._graphs.run(batch.slices)
+        if not self._sampler.asks(batch.slices):
+            return SampledTokens(output.token_ids.clone(), None)
+        sampled = self._sampler.sample(
+            output.logits, batch.slices, output.rows, all_greedy=is_greedy(batch.slices))
+        self._last_tokens[output.slots] = sampled.token_ids
         return sampled
 
     def _hidden(self, token_ids: Tensor, metadata: AttentionMetadata) -> Tensor:

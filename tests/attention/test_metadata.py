@@ -12,6 +12,7 @@ from longspan.attention.metadata import (
     SequenceSlice,
     build_metadata,
     softmax_scale,
+    softmax_scales,
 )
 from longspan.config import DcaConfig
 from longspan.ops import prefill_attention
@@ -74,6 +75,18 @@ def test_output_view_keeps_the_wanted_rows() -> None:
     assert prefill.prompt_len == 6
     assert view.decode is not None and view.decode.start == 2
     assert view.decode.context_lens.tolist() == [9]
+
+
+@pytest.mark.parametrize("trained", [0, 64, 262_144])
+def test_scales_made_on_the_device_are_the_hosts(trained: int) -> None:
+    """To the last bit of fp32."""
+    dca = DcaConfig(chunk_size=64, local_size=16, original_max_position_embeddings=trained)
+    lengths = torch.cat((torch.arange(200), torch.randint(200, 10**7, (5000,)),
+                         torch.tensor([trained, trained + 1])))
+    wanted = [softmax_scale(80, length, dca) for length in lengths.tolist()]
+    assert torch.equal(softmax_scales(lengths, 80, dca), torch.tensor(wanted))
+    assert torch.equal(softmax_scales(lengths, 80, None),
+                       torch.full((len(lengths),), softmax_scale(80, 1, None)))
 
 
 def test_scale_of_a_request_follows_its_longest_length() -> None:

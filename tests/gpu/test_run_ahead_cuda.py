@@ -12,6 +12,7 @@ import torch
 
 from longspan.config import EngineConfig
 from longspan.engine.blueprint import Blueprint
+from longspan.engine.graphs import BATCH_SIZES
 from longspan.engine.launched import LaunchedStep
 from longspan.engine.runner import Runner
 from longspan.engine.step import RowSampling, ScheduledBatch, ScheduledSlice, StepResult
@@ -34,6 +35,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
         model=str(path), device="cuda", block_size=BLOCK, prefill_chunk_len=64, memory_gib=2.0,
         max_model_len=1024))
     runner = blueprint.load_runner()
+    runner.record_graphs()
     yield runner
     runner.close()
 
@@ -49,10 +51,11 @@ def row(slot: int, step: int, token: int | None, sampling: RowSampling) -> Sched
 
 
 def launch(
-    runner: Runner, step: int, known: dict[int, int], sampling: RowSampling
+    runner: Runner, step: int, known: dict[int, int], sampling: RowSampling, moves: bool
 ) -> tuple[list[int], LaunchedStep]:
-    """Requests change places from step to step; slots they do not."""
-    order = [(slot + step) % 3 for slot in range(3)]
+    """Requests change places from step to step, so that each step is loaded from the host, or they
+    keep them, so that the device goes on by itself; slots do not change."""
+    order = [(slot + step) % 3 for slot in range(3)] if moves else [0, 1, 2]
     batch = ScheduledBatch(step_id=step, slices=tuple(
         row(slot, step, known.get(slot), sampling) for slot in order))
     return order, runner.launch(batch)
@@ -65,23 +68,34 @@ def by_slot(order: list[int], result: StepResult) -> dict[int, int]:
 def one_by_one(runner: Runner, sampling: RowSampling) -> list[dict[int, int]]:
     found = list[dict[int, int]]()
     for step in range(NUM_STEPS):
-        order, launched = launch(runner, step, found[-1] if found else {}, sampling)
+        order, launched = launch(runner, step, found[-1] if found else {}, sampling, moves=True)
         found.append(by_slot(order, launched.wait()))
     return found
 
 
+@pytest.mark.parametrize("moves", [True, False], ids=["loaded", "continued"])
 @pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "warm"])
-def test_steps_run_ahead(runner: Runner, sampling: RowSampling) -> None:
+def test_steps_run_ahead(runner: Runner, sampling: RowSampling, moves: bool) -> None:
     assert runner._graphs is not None
-    wanted = one_by_one(runner, sampling)  # captures and compiles what is needed
-    launched = [launch(runner, 0, {}, sampling)]
+    wanted = one_by_one(runner, sampling)  # compiles what is needed; graphs are there
+    launched = [launch(runner, 0, {}, sampling, moves)]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        launched += [launch(runner, step, {}, sampling) for step in range(1, NUM_STEPS)]
+        launched += [launch(runner, step, {}, sampling, moves) for step in range(1, NUM_STEPS)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     results = [(order, step.wait()) for order, step in launched]
     assert [by_slot(order, result) for order, result in results] == wanted
     assert len({tuple(sorted(tokens.items())) for tokens in wanted}) > 1
     assert all(0 < result.elapsed_s < 1 for _, result in results)
+
+
+def test_a_server_records_nothing_later(runner: Runner) -> None:
+    """All sizes, greedy and mixed, are there before the first step."""
+    assert runner._graphs is not None
+    before = dict(runner._graphs._graphs)
+    assert len(before) == 2 * len(BATCH_SIZES)
+    one_by_one(runner, GREEDY)
+    one_by_one(runner, WARM)
+    assert runner._graphs._graphs == before
