@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from longspan.config import EngineConfig, ModelConfig
+from longspan.engine.graphs import BATCH_SIZES
 from longspan.errors import NotEnoughMemoryError
 from longspan.model.qwen2 import mlp_rows
 
@@ -119,7 +120,15 @@ def workspace_bytes(model: ModelConfig, config: EngineConfig, num_tokens: int) -
     logits = config.max_num_requests * model.vocab_size * (element + 4 + 4 + 8 + 4 + 8)
     rotary = 4 * model.head_dim * min(
         model.max_position_embeddings, model.dca.chunk_size + 1 if model.dca else 2**63)
-    return num_tokens * per_token + mlp + logits + rotary + ATTENTION_SCRATCH_BYTES
+    graphs = _graph_bytes(model, config) if config.device.startswith("cuda") else 0
+    return num_tokens * per_token + mlp + logits + rotary + graphs + ATTENTION_SCRATCH_BYTES
+
+
+def _graph_bytes(model: ModelConfig, config: EngineConfig) -> int:
+    """What decode graphs keep (`longspan.engine.graphs`): each its logits, all of them together
+    what the largest one samples with, as in `workspace_bytes`."""
+    rows = [size for size in BATCH_SIZES if size < 2 * config.max_num_requests]
+    return model.vocab_size * (2 * 4 * sum(rows) + 32 * max(rows))
 
 
 def device_memory(device: str) -> DeviceMemory:

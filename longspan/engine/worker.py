@@ -70,7 +70,9 @@ def load_engine(config: EngineConfig, send: Send) -> tuple[SchedulerConfig, Engi
         path=blueprint.path, intake=blueprint.intake(), scheduler=scheduler,
         memory_bytes={"weights": memory.weights_bytes, "workspace": memory.workspace_bytes,
                       "KV cache": memory.kv_bytes}))
-    return scheduler, blueprint.load_runner()
+    runner = blueprint.load_runner()
+    runner.record_graphs()
+    return scheduler, runner
 
 
 def on_a_thread(load: Loader = load_engine) -> Start:
