@@ -25,6 +25,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from longspan.engine.chunking import chunk_stop, piece_shares, sparse_stop
 from longspan.engine.latency import (
     Costs,
@@ -62,8 +64,7 @@ class PlannerConfig:
     """Longest step that prefills, seconds; None: prefill chunks are computed whole."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Choice:
+class Choice(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One slice to be."""
 
     request: Request

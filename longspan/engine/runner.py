@@ -7,10 +7,11 @@ stage. Here all stages live in one process and hand hidden states on directly.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from longspan.attention.layer import allocate_cache

@@ -1,13 +1,15 @@
 """What travels between scheduler and runner: one step's work and its result. No torch.
 
-Plain data, so that a later transport may send it between processes.
+Plain data, sent between processes as lists of fields. Structs, because a step of many decodes is
+short, and some hundred of these are made for it: one costs a quarter of a frozen dataclass.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+
+import msgspec
 
 from longspan.engine.request import FinishReason, Request, TokenIds
 
@@ -15,8 +17,11 @@ NO_TOKEN = -1
 """In `StepResult.token_ids`: the request's grammar cannot go on."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RowSampling:
+class Data(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
+    """Unchanging and without cycles, so that the garbage collector need not look at it."""
+
+
+class RowSampling(Data, frozen=True, kw_only=True):
     """How the token after one slice is chosen."""
 
     temperature: float
@@ -26,8 +31,7 @@ class RowSampling:
     seed: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SamplingExtras:
+class SamplingExtras(Data, frozen=True, kw_only=True):
     """What only some requests ask of their sampling. The runner is told once, with the slice that
     samples first, and remembers it, and counts the tokens that follow, until another request
     samples first in the same slot.
@@ -37,7 +41,7 @@ class SamplingExtras:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    prompt_ids: TokenIds = field(default_factory=lambda: array("i"))
+    prompt_ids: TokenIds = msgspec.field(default_factory=lambda: array("i"))
     """The whole prompt for a repetition penalty, cached tokens included; empty otherwise."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     min_tokens: int = 0
@@ -63,8 +67,7 @@ class SamplingExtras:
         return None if extras == cls() else extras
 
 
-@dataclass(frozen=True, slots=True)
-class RowLogprobs:
+class RowLogprobs(Data, frozen=True):
     """Of one sampled token: natural logarithms, before penalties, temperature and filters."""
 
     logprob: float
@@ -73,8 +76,7 @@ class RowLogprobs:
     top_logprobs: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Pieces:
+class Pieces(Data, frozen=True):
     """Part of a sparse prefill chunk's work (`longspan.engine.chunking` says what a piece is)."""
 
     first: int
@@ -89,8 +91,7 @@ class Pieces:
         return self.stop == self.total
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ScheduledSlice:
+class ScheduledSlice(Data, frozen=True, kw_only=True):
     """Consecutive tokens of one request that a step computes."""
 
     request_id: str
@@ -138,8 +139,7 @@ class ScheduledSlice:
         return self.cached_len + self.query_len * self.pieces.stop // self.pieces.total
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ScheduledBatch:
+class ScheduledBatch(Data, frozen=True, kw_only=True):
     """One step: prefill slices first, then decodes of one token each."""
 
     step_id: int
@@ -161,8 +161,7 @@ class ScheduledBatch:
         return sum(item.query_len for item in self.slices)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepResult:
+class StepResult(Data, frozen=True, kw_only=True):
     """What a step sampled, in the order of its slices that sample."""
 
     step_id: int
@@ -181,8 +180,7 @@ class StepResult:
     measured. The latency model learns from it."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Update:
+class Update(Data, frozen=True, kw_only=True):
     """What one step changed for one request."""
 
     request_id: str

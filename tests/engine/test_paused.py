@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 from torch import Tensor
 
 from longspan.attention.sparsity import SparsityPlan
@@ -77,12 +78,12 @@ def slices_of(prompt: array[int], tail: int, stops: Iterable[int]) -> list[Sched
         first = 0
         while start < num_sparse and first < total:
             last = min(total, first + next(pauses))
-            slices.append(replace(base, pieces=Pieces(first, last, total)))
+            slices.append(structs.replace(base, pieces=Pieces(first, last, total)))
             first = last
         if start >= num_sparse:
             slices.append(base)
         start = stop
-    slices[-1] = replace(slices[-1], sampling=GREEDY)
+    slices[-1] = structs.replace(slices[-1], sampling=GREEDY)
     return slices
 
 
@@ -127,7 +128,7 @@ def caches_of(runner: Runner) -> list[Tensor]:
 def test_row_pieces_agree_with_the_whole_forward(path: Path) -> None:
     """Packed, as transformers' adapter and dense neighbours run: no pieces at all."""
     plan, prompt = make_plan(), prompt_of(211)
-    packed = [replace(item, pieces=None) for item in slices_of(prompt, TAIL, [10**6])]
+    packed = [structs.replace(item, pieces=None) for item in slices_of(prompt, TAIL, [10**6])]
     wanted = logits_of(load(path, plan), packed)
     logits = logits_of(load(path, plan), slices_of(prompt, TAIL, [1]))
     torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
@@ -135,7 +136,7 @@ def test_row_pieces_agree_with_the_whole_forward(path: Path) -> None:
 
 def test_a_chunk_that_begins_replaces_the_paused_one(path: Path) -> None:
     runner, plan_slices = load(path, make_plan()), slices_of(prompt_of(211), TAIL, [3])
-    other = [replace(item, request_id="c") for item in plan_slices]
+    other = [structs.replace(item, request_id="c") for item in plan_slices]
     with torch.inference_mode():
         runner._advance(ScheduledBatch(step_id=0, slices=(plan_slices[0],)))
         runner._advance(ScheduledBatch(step_id=1, slices=(other[0],)))
@@ -154,7 +155,7 @@ class _Clock:
     def execute(self, batch: ScheduledBatch) -> StepResult:
         """Compute."""
         self.lens.append(tuple(item.query_len for item in batch.slices))
-        return replace(self._runner.execute(batch), elapsed_s=self._rng.uniform(0.01, 0.2))
+        return structs.replace(self._runner.execute(batch), elapsed_s=self._rng.uniform(0.01, 0.2))
 
 
 @pytest.mark.parametrize("seed", range(2))

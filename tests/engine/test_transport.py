@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import zmq
+from msgspec.structs import replace
 
 from longspan.engine import transport
 from longspan.engine.step import ScheduledBatch, ScheduledSlice, StepResult
