@@ -68,6 +68,8 @@ class Prefixes:
     def register(self, request: Request) -> None:
         """Tell the prefix cache about the blocks that are complete now."""
         size = self._config.block_size
+        if request.computed_len // size <= request.num_registered:
+            return  # none has filled: so it is after nearly every decode
         num_blocks = self._cacheable_len(request, request.computed_len) // size
         if num_blocks > len(request.block_hashes):
             tokens = request.tokens(0, request.computed_len)

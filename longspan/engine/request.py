@@ -209,16 +209,19 @@ class Request:
     def can_decode(self) -> bool:
         """The next token can be computed: its input is known, or will be known to the runner, and
         what is in flight does not fill the completion."""
-        if self.is_prefill or self.scheduled_len >= self.reserved_len - 1:
+        prompt_len, params = len(self.prompt_ids), self.params
+        if not prompt_len <= self.scheduled_len < prompt_len + params.max_tokens - 1:
             return False
-        return not (self.awaits_token and self.params.needs_grammar)
+        return params.json_schema is None or not self.awaits_token
 
     def tokens(self, start: int, stop: int) -> array[int]:
         """Token ids ``start`` to ``stop - 1`` of prompt and completion together."""
-        if stop <= self.prompt_len:
+        prompt_len = len(self.prompt_ids)
+        if stop <= prompt_len:
             return self.prompt_ids[start:stop]
-        return (self.prompt_ids[start:] if start < self.prompt_len else array("i")) + \
-            self.output_ids[max(0, start - self.prompt_len):stop - self.prompt_len]
+        if start >= prompt_len:
+            return self.output_ids[start - prompt_len : stop - prompt_len]
+        return self.prompt_ids[start:] + self.output_ids[:stop - prompt_len]
 
 
 def finish_reason(

@@ -257,8 +257,9 @@ class Scheduler:
         if request.is_finished:  # stopped or aborted while the step was in flight
             self._release(request)
             return
+        done_len = item.done_len
         if item.pieces is None or item.pieces.is_last:
-            request.computed_len = item.context_len
+            request.computed_len = done_len
         if token == NO_TOKEN:
             token = None
             self._finish(request, "abort")
@@ -269,7 +270,7 @@ class Scheduler:
             request.params, request.eos_token_ids, token, len(request.output_ids))
         if reason is not None:
             self._finish(request, reason)
-        self._updates.append(_update(request, token, logprobs, item.done_len))
+        self._updates.append(_update(request, token, logprobs, done_len))
 
     def _learn(self, step: _Submission, elapsed_s: float) -> None:
         self.latency.observe(step.work, elapsed_s)
@@ -310,18 +311,18 @@ class _Submission:
 
 
 def _slice(choice: Choice) -> ScheduledSlice:
-    request, pieces = choice.request, choice.pieces
+    request, pieces, params = choice.request, choice.pieces, choice.request.params
     start, stop = request.scheduled_len, request.scheduled_len + choice.query_len
-    params = request.params
-    is_last = stop >= request.prompt_len and (pieces is None or pieces.is_last)
+    prompt_len = request.prompt_len
+    is_last = stop >= prompt_len and (pieces is None or pieces.is_last)
     sampling = RowSampling(
         temperature=params.temperature, top_k=params.top_k, top_p=params.top_p,
         min_p=params.min_p, seed=request.seed) if is_last else None
     return ScheduledSlice(
         request_id=request.request_id, slot=request.slot, token_ids=request.tokens(start, stop),
-        cached_len=start, prompt_len=request.prompt_len, block_ids=request.block_ids,
+        cached_len=start, prompt_len=prompt_len, block_ids=request.block_ids,
         sparse=request.sparse, sampling=sampling, pieces=pieces,
-        extras=SamplingExtras.of(request) if is_last and start < request.prompt_len else None)
+        extras=SamplingExtras.of(request) if is_last and start < prompt_len else None)
 
 
 def _advance_schedule(choice: Choice) -> None:

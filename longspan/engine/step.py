@@ -135,7 +135,7 @@ class ScheduledSlice(Data, frozen=True, kw_only=True):
     def done_len(self) -> int:
         """Tokens in the KV cache afterwards; a paused prefill chunk counts in proportion."""
         if self.pieces is None:
-            return self.context_len
+            return self.cached_len + (len(self.token_ids) or 1)
         return self.cached_len + self.query_len * self.pieces.stop // self.pieces.total
 
 

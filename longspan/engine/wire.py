@@ -183,7 +183,7 @@ def _to_plain(value: object) -> object:
 
 
 def _from_plain(kind: type, value: Any) -> object:
-    if (get_origin(kind) or kind) is array:
+    if kind is array or get_origin(kind) is array:
         items: array[int] = array("i")
         items.frombytes(value)
         return items
