@@ -1,8 +1,8 @@
 """Decode throughput of the asynchronous engine, with steps run ahead and without.
 
 Both run the same processes and the same loop; the synchronous baseline lets one step be in flight
-instead of two, so that each step waits until the last one's tokens are back (report section 5.3:
-what its Totally Asynchronous Generator removes).
+instead of two or more, so that each step waits until the last one's tokens are back (report section
+5.3: what its Totally Asynchronous Generator removes).
 """
 
 from __future__ import annotations

@@ -15,6 +15,9 @@ from longspan.engine.step import ScheduledBatch, StepResult
 from longspan.engine.warmup import warm_up
 from longspan.engine.wire import Add, Close, Command, FromEngine, LoadChanged, Submitted
 
+AHEAD_S = 5e-3
+"""Decode steps are queued for so long: several times what news and a step need from process to
+process, and nothing beside what a request that arrives meanwhile waits for."""
 Send = Callable[[FromEngine], None]
 TakeCommand = Callable[[bool], Command | None]
 """The next command; waits for one if the argument says so, else None where there is none."""
@@ -28,7 +31,7 @@ class Conductor:
     ) -> None:
         self._scheduler = scheduler
         self._news = _News(scheduler, transport, send)
-        self._loop = Loop(scheduler, self._news, queues_prefill=False)
+        self._loop = Loop(scheduler, self._news, queues_prefill=False, ahead_s=AHEAD_S)
         self._take = take
 
     def run(self) -> None:

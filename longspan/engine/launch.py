@@ -34,7 +34,8 @@ Role = Literal["scheduler", "runner"]
 ROLES: tuple[Role, ...] = ("scheduler", "runner")
 LOADER = "longspan.engine.worker:load_engine"
 MAX_IN_FLIGHT = 2
-"""Steps: one that is computed, and the next one, so that the runner never waits."""
+"""Steps: one that is computed, and the next one, so that the runner never waits. Short ones are
+more (`longspan.engine.loop`)."""
 POLL_S = 0.1
 LAST_WORDS_S = 1.0
 """From a child's end until its own explanation, if there is any, must have arrived."""
@@ -64,7 +65,7 @@ def in_processes(*, max_in_flight: int = MAX_IN_FLIGHT, loader: str = LOADER) ->
     """Engines in processes of their own.
 
     Args:
-        max_in_flight: 1 waits for each step's result before the next one is scheduled: the
+        max_in_flight: steps; 1 waits for each step's result before the next one is scheduled: the
             synchronous baseline that benchmarks compare with.
         loader: as ``module:function`` a `longspan.engine.worker.Loader`; tests name doubles.
     """

@@ -18,13 +18,16 @@ from longspan.engine.request import Request
 from longspan.engine.scheduler import Scheduler
 from longspan.engine.step import ScheduledBatch, StepResult, Update
 
+MAX_SHORT_STEPS = 8
+"""Steps in flight, however short they are: so many are computed for nothing after a stop token."""
+
 
 class Transport(Protocol):
     """Carries steps to a runner and back, first in, first out."""
 
     @property
     def max_in_flight(self) -> int:
-        """Steps that may be submitted and not yet collected."""
+        """Steps that may be submitted and not yet collected; see `Loop` for short ones."""
 
     def submit(self, batch: ScheduledBatch) -> None:
         """Hand over a step; returns at once."""
@@ -85,13 +88,17 @@ class Loop:
         queues_prefill: submit further steps while one that prefills is in flight. It keeps a
             pipeline full; without one it only makes a request that arrives meanwhile wait for two
             long steps instead of one.
+        ahead_s: a transport that may hold several steps is given more of them, up to
+            `MAX_SHORT_STEPS`, while those in flight only decode and are predicted to take less time
+            than this. Else a device whose steps are shorter than the way there and back would wait.
     """
 
     def __init__(
         self, scheduler: Scheduler, transport: Transport, *, queues_prefill: bool = True,
+        ahead_s: float = 0.0,
     ) -> None:
         self._scheduler, self._transport = scheduler, transport
-        self._queues_prefill = queues_prefill
+        self._queues_prefill, self._ahead_s = queues_prefill, ahead_s
         self._mailbox: deque[Request | str] = deque()
         self._in_flight: deque[_Submission] = deque()
 
@@ -134,13 +141,21 @@ class Loop:
             batch = self._scheduler.schedule()
             if batch is None:
                 return
-            self._in_flight.append(_Submission(time.monotonic(), _prefills(batch)))
+            self._in_flight.append(
+                _Submission(time.monotonic(), batch.expected_s, _prefills(batch)))
             self._transport.submit(batch)
 
     def _may_submit(self) -> bool:
-        if len(self._in_flight) >= self._transport.max_in_flight:
+        if len(self._in_flight) >= self._transport.max_in_flight and not self._are_short():
             return False
         return self._queues_prefill or not any(step.prefills for step in self._in_flight)
+
+    def _are_short(self) -> bool:
+        """The steps in flight end so soon that the runner might wait for the next one."""
+        if self._transport.max_in_flight == 1 or len(self._in_flight) >= MAX_SHORT_STEPS:
+            return False
+        expected_s = sum(step.expected_s for step in self._in_flight)
+        return expected_s < self._ahead_s and not any(step.prefills for step in self._in_flight)
 
     def _process(self) -> StepReport:
         if not self._in_flight:
@@ -160,6 +175,7 @@ class Loop:
 @dataclass(frozen=True, slots=True)
 class _Submission:
     time_s: float
+    expected_s: float
     prefills: bool
 
 

@@ -99,7 +99,7 @@ class RunnerTransport:
 
     Args:
         inbox: of the scheduler.
-        max_in_flight: 2 runs ahead; 1 is the synchronous baseline of benchmarks.
+        max_in_flight: 2 or more runs ahead; 1 is the synchronous baseline of benchmarks.
     """
 
     def __init__(self, inbox: Inbox, runner: Outbox, max_in_flight: int) -> None:

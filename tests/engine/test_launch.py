@@ -25,6 +25,7 @@ import zmq
 from longspan.config import EngineConfig
 from longspan.engine.client import AsyncEngine, EngineUnavailableError, GenerateRequest
 from longspan.engine.launch import Processes, in_processes, private_directory
+from longspan.engine.loop import MAX_SHORT_STEPS
 from longspan.engine.request import Progress, SamplingParams, TokenEvent
 from longspan.engine.step import StepResult
 from longspan.engine.stream import MAX_UNREAD, Stream
@@ -136,7 +137,8 @@ def test_overrun_is_bounded_and_never_seen(tmp_path: Path) -> None:
             await until(lambda: engine.status().num_used_tokens == 0)
 
     run(work())
-    assert [step[0][1] for step in steps(tmp_path)] in ([2, 1, 1, 1, 1], [2, 1, 1, 1, 1, 1])
+    found = [step[0][1] for step in steps(tmp_path)]
+    assert found[:5] == [2, 1, 1, 1, 1] and len(found) < 5 + MAX_SHORT_STEPS
 
 
 def test_progress_comes_before_the_first_step_ends(tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from longspan.engine.latency import Costs
 from longspan.engine.loop import LocalTransport, Loop
 from longspan.engine.scheduler import Scheduler, SchedulerConfig
 from longspan.engine.step import ScheduledBatch, StepResult
@@ -68,6 +71,46 @@ def test_a_prefill_is_not_queued_behind_another_one() -> None:
     ahead = [[item.is_run_ahead for item in batch.slices]
              for batch in transport.executor.batches]
     assert ahead == [[False], [False], [False], [False], [True], [True]]
+
+
+class TimedRunner(FakeRunner):
+    """Says that every step takes this long."""
+
+    step_s = 0.0
+
+    def elapsed_s(self, batch: ScheduledBatch) -> float:
+        """That."""
+        return self.step_s
+
+
+@pytest.mark.parametrize(("step_s", "max_in_flight", "depth"), [
+    (1e-2, 2, 2), (3e-3, 2, 2), (2e-3, 2, 3), (1.1e-3, 2, 5), (1e-4, 2, 8), (1e-2, 3, 3),
+    (1e-4, 1, 1)])
+def test_short_decode_steps_are_queued_by_their_time(
+    step_s: float, max_in_flight: int, depth: int,
+) -> None:
+    """Once their time is known, and never behind a prefill, nor a prefill among them."""
+    runner = make_runner(TimedRunner)
+    assert isinstance(runner, TimedRunner)
+    runner.step_s = step_s
+    transport = DeepTransport(runner, max_in_flight)
+    each = (step_s, 0.0, 0.0)
+    loop = Loop(Scheduler(replace(CONFIG, prior=Costs(dense=each, decode=each))), transport,
+                queues_prefill=False, ahead_s=5e-3)
+    requests = [make_request(name, [1, 2, len(name)], max_tokens=40, ignore_eos=True)
+                for name in ("a", "bb")]
+    depths = list[int]()
+    for request in requests:
+        loop.add(request)
+        for _ in range(12):
+            loop.turn()
+            depths.append(len(transport.results))
+    while not loop.is_idle:
+        loop.turn()
+    assert max(depths) == depth - 1 and depths[5:12] == [depth - 1] * 7
+    assert depths[12 + depth - 1] == 0, "nothing is behind the prefill when it is waited for"
+    for request in requests:
+        assert list(request.output_ids) == complete(request.prompt_ids, request.params)
 
 
 class Interrupting(DeepTransport):

@@ -1,7 +1,7 @@
 """Seeded schedule fuzz: 10,800 random events on a fake model that checks every key it reads.
 
 Arrivals, aborts in every state, requests that never fit, tiny KV pools (so that cached blocks are
-evicted all the time), time budgets, sparse chunks in pieces, shared prefixes, one to three steps in
+evicted all the time), time budgets, sparse chunks in pieces, shared prefixes, one to eight steps in
 flight, and interrupts after which steps of the earlier epoch are still computed and their results
 come late. After every event blocks, slots and promises are recounted; every answer is compared
 with the one that the request gets alone.
@@ -15,6 +15,7 @@ from collections.abc import Iterable
 
 import pytest
 
+from longspan.engine.loop import MAX_SHORT_STEPS
 from longspan.engine.request import Request
 from longspan.engine.scheduler import Scheduler, SchedulerConfig
 from longspan.engine.step import ScheduledBatch, Update
@@ -43,7 +44,7 @@ class World:
         self.runner = FakeRunner(
             num_blocks=config.num_blocks, block_size=block_size,
             prefill_chunk_len=config.prefill_chunk_len, dense_tail_len=config.dense_tail_len)
-        self.depth = rng.choice([1, 2, 3])
+        self.depth = rng.choice([1, 2, 3, MAX_SHORT_STEPS])
         self.queue = deque[ScheduledBatch]()
         self.alive = dict[str, Request]()
         self.stems = [[rng.randrange(50) for _ in range(60)] for _ in range(3)]
