@@ -32,7 +32,8 @@ Forward = Callable[[Tensor, AttentionMetadata], Tensor]
 
 
 class DecodeOutput(NamedTuple):
-    """What a step of n rows computed, on the device. Valid until the next `DecodeGraphs.run`."""
+    """What a step of n rows, padding included, computed on the device. Valid until the next
+    `DecodeGraphs.run`."""
 
     token_ids: Tensor
     """[n] int64"""
@@ -44,7 +45,7 @@ class DecodeOutput(NamedTuple):
     """[n] int64, of the requests."""
 
     def head(self, count: int) -> DecodeOutput:
-        """The first rows."""
+        """Without padding."""
         return DecodeOutput(
             self.token_ids[:count], self.logits[:count],
             SamplingRows(*(part[:count] for part in self.rows)), self.slots[:count])
@@ -107,7 +108,7 @@ class DecodeGraphs:
                 self._graph(size, all_greedy)
 
     def run(self, items: Sequence[ScheduledSlice]) -> DecodeOutput:
-        """Queue a step. Records its graph first if there is none."""
+        """Queue a step. Records its graph first if there is none. Returns padding too."""
         rows = [(item.request_id, item.slot, item.cached_len - self._num_steps) for item in items]
         if rows != self._rows:
             self._load(items)
@@ -115,7 +116,7 @@ class DecodeGraphs:
         assert self._replay is not None
         output = self._replay()
         self._num_steps += 1
-        return output.head(len(items))
+        return output
 
     def _load(self, items: Sequence[ScheduledSlice]) -> None:
         """Other requests than in the last step, or elsewhere: the host says where they stand."""

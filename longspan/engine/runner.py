@@ -193,9 +193,10 @@ class Runner:
     def _replay(self, batch: ScheduledBatch) -> SampledTokens:
         """A step of decodes."""
         assert self._graphs is not None
-        output = self._graphs.run(batch.slices)
+        output, count = self._graphs.run(batch.slices), len(batch.slices)
         if not self._sampler.asks(batch.slices):
-            return SampledTokens(output.token_ids.clone(), None)
+            return SampledTokens(output.token_ids[:count].clone(), None)
+        output = output.head(count)
         sampled = self._sampler.sample(
             output.logits, batch.slices, output.rows, all_greedy=is_greedy(batch.slices))
         self._last_tokens[output.slots] = sampled.token_ids
