@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import statistics
 import time
+from array import array
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 
 from longspan import ops
 from longspan.attention.rope import build_rotary
@@ -112,16 +114,18 @@ def _measure(
 def time_steps(
     engine: RandomEngine, step: ScheduledBatch, device: str, count: int, *, in_flight: int
 ) -> list[float]:
-    """Wall times between the results of steps, ms; ``in_flight`` are launched at a time."""
+    """Wall times between the results of steps that end with ``step``, each a token further, ms;
+    ``in_flight`` are launched at a time."""
     launched: deque[Any] = deque()
+    steps = steps_before(step, WARMUP_STEPS + in_flight - 1 + count)
     for _ in range(WARMUP_STEPS):
-        engine.runner.launch(step).wait()
+        engine.runner.launch(next(steps)).wait()
     synchronize(device)
     for _ in range(in_flight - 1):
-        launched.append(engine.runner.launch(step))
+        launched.append(engine.runner.launch(next(steps)))
     times, before_s = [], time.perf_counter()
     for _ in range(count):
-        launched.append(engine.runner.launch(step))
+        launched.append(engine.runner.launch(next(steps)))
         launched.popleft().wait()
         now_s = time.perf_counter()
         times.append(1000 * (now_s - before_s))
@@ -129,6 +133,15 @@ def time_steps(
     while launched:
         launched.popleft().wait()
     return times[1:] if in_flight > 1 and len(times) > 1 else times
+
+
+def steps_before(step: ScheduledBatch, count: int) -> Iterator[ScheduledBatch]:
+    """Decode steps of the same requests, run ahead, the last one where ``step`` stands; a context
+    that is shorter than that begins with its first token several times."""
+    for back in reversed(range(count)):
+        yield replace(step, slices=tuple(
+            replace(item, token_ids=array("i"), prompt_len=1,
+                    cached_len=max(1, item.cached_len - back)) for item in step.slices))
 
 
 def _attention(

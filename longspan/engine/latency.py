@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from operator import mul
 from typing import Literal
 
 Terms = tuple[float, float, float]
@@ -230,7 +231,7 @@ class _Fit:
 
 
 def _dot(left: Sequence[float], right: Sequence[float]) -> float:
-    return sum(x * y for x, y in zip(left, right, strict=True))
+    return sum(map(mul, left, right))
 
 
 def _solve_non_negative(matrix: list[list[float]], right: list[float]) -> list[float]:

@@ -103,10 +103,11 @@ class Planner:
         """
         decodes = [request for request in running if request.can_decode]
         step = _Step(self._config, self._latency, decodes)
-        room_s = self._target_s - in_flight_s - step.expected_s
         prefills = [request for request in running if request.is_prefill]
-        if prefills and (room_s > 0 or not in_flight_s):
-            self._fill(step, prefills, room_s, must_progress=not in_flight_s)
+        if prefills:
+            room_s = self._target_s - in_flight_s - step.expected_s
+            if room_s > 0 or not in_flight_s:
+                self._fill(step, prefills, room_s, must_progress=not in_flight_s)
         return step.finish()
 
     def _fill(

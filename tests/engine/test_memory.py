@@ -80,6 +80,20 @@ def test_workspace_grows_with_the_step() -> None:
         workspace_bytes(BIG, config, 1000)
 
 
+def test_decode_graphs_are_planned_for_on_gpus() -> None:
+    """Logits of every graph, and what the largest one samples with."""
+    def more(max_num_requests: int) -> int:
+        config = EngineConfig(model="m", device="cuda", dtype="bfloat16", prefill_chunk_len=32_768,
+                              max_num_requests=max_num_requests)
+        on_gpu = workspace_bytes(BIG, config, 1)
+        zones = 2 * 28 * 128 * 2
+        graphs = on_gpu - workspace_bytes(BIG, replace(config, device="cpu"), 1) - zones
+        return graphs // BIG.vocab_size
+
+    assert [more(count) for count in (1, 5, 64, 500)] == [
+        8 + 32, 8 * 15 + 32 * 8, 8 * 127 + 32 * 64, 8 * 127 + 32 * 64]
+
+
 def test_rotation_tables_are_as_long_as_the_context_without_dca() -> None:
     config = EngineConfig(model="m", device="cuda", dtype="bfloat16")
     dca = replace(BIG, dca=DcaConfig(chunk_size=262_144, local_size=8192))
