@@ -32,8 +32,8 @@ Forward = Callable[[Tensor, AttentionMetadata], Tensor]
 
 
 class DecodeOutput(NamedTuple):
-    """What a step of n rows, padding included, computed on the device. Valid until the next
-    `DecodeGraphs.run`."""
+    """What a step of n rows, padding included, computed on the device. Valid until the next step.
+    """
 
     token_ids: Tensor
     """[n] int64"""
@@ -62,8 +62,9 @@ class DecodeGraphs:
     Use, in the runner, under ``torch.inference_mode()`` and on one stream::
 
         graphs = DecodeGraphs(forward, DecodeState(last_tokens, ...), CudaRecorder())
-        if graphs.takes(batch):                   # decodes only, not too many
-            output = graphs.run(batch.slices)     # returns when the work is queued
+        if graphs.takes(batch):              # decodes only, not too many
+            graphs.prepare(batch.slices)     # most often there is nothing to do
+            output = graphs.run()            # returns when the work is queued
 
     Input tokens are those of ``last_tokens`` unless a slice brings its own, and sampled ones go
     there: steps can be run ahead of the host. Rows that need penalties, masks or log-probabilities
@@ -107,16 +108,19 @@ class DecodeGraphs:
             for all_greedy in (False, True):
                 self._graph(size, all_greedy)
 
-    def run(self, items: Sequence[ScheduledSlice]) -> DecodeOutput:
-        """Queue a step. Records its graph first if there is none. Returns padding too."""
+    def prepare(self, items: Sequence[ScheduledSlice]) -> None:
+        """Bring the buffers to where these slices stand, unless they are there. Records the step's
+        graph if there is none."""
         rows = [(item.request_id, item.slot, item.cached_len - self._num_steps) for item in items]
         if rows != self._rows:
             self._load(items)
         self._state.feed(items)
+
+    def run(self) -> DecodeOutput:
+        """Queue the step that was prepared. Returns padding too."""
         assert self._replay is not None
-        output = self._replay()
         self._num_steps += 1
-        return output
+        return self._replay()
 
     def _load(self, items: Sequence[ScheduledSlice]) -> None:
         """Other requests than in the last step, or elsewhere: the host says where they stand."""

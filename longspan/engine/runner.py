@@ -125,9 +125,12 @@ class Runner:
         On a GPU it returns when the work is queued behind earlier steps; slices that run ahead take
         their input from those on the device. One thread only.
         """
-        watch = Stopwatch(self._device)
         with torch.inference_mode():
-            sampled = self._replay(batch) if self._has_graph(batch) else self._compute(batch)
+            graphs = self._graphs if DecodeGraphs.takes(batch) else None
+            if graphs is not None:
+                graphs.prepare(batch.slices)  # unmeasured: the device may be waiting for it
+            watch = Stopwatch(self._device)
+            sampled = self._compute(batch) if graphs is None else self._replay(graphs, batch)
         # Reading the pair counts waits for the device. Behind a prefill nothing is launched ahead.
         ends_prefill = sampled is not None and batch.prefills
         return LaunchedStep(
@@ -174,9 +177,6 @@ class Runner:
         if self._device.startswith("cuda"):
             torch.cuda.empty_cache()
 
-    def _has_graph(self, batch: ScheduledBatch) -> bool:
-        return self._graphs is not None and self._graphs.takes(batch)
-
     def _compute(self, batch: ScheduledBatch) -> SampledTokens | None:
         """Any step, kernel by kernel."""
         apart = self._advance(batch)
@@ -190,10 +190,9 @@ class Runner:
         self._last_tokens[inputs.slots] = sampled.token_ids
         return sampled
 
-    def _replay(self, batch: ScheduledBatch) -> SampledTokens:
-        """A step of decodes."""
-        assert self._graphs is not None
-        output, count = self._graphs.run(batch.slices), len(batch.slices)
+    def _replay(self, graphs: DecodeGraphs, batch: ScheduledBatch) -> SampledTokens:
+        """The step of decodes that the graphs are prepared for."""
+        output, count = graphs.run(), len(batch.slices)
         if not self._sampler.asks(batch.slices):
             return SampledTokens(output.token_ids[:count].clone(), None)
         output = output.head(count)

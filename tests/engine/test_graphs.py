@@ -171,7 +171,8 @@ def recorded() -> tuple[DecodeGraphs, CountingState, Tensor, list[tuple[int, lis
 
 def run(graphs: DecodeGraphs, *items: ScheduledSlice) -> list[int]:
     """A step's tokens."""
-    return graphs.run(items).head(len(items)).token_ids.tolist()
+    graphs.prepare(items)
+    return graphs.run().head(len(items)).token_ids.tolist()
 
 
 def test_a_step_further_is_no_load() -> None:
@@ -222,9 +223,9 @@ def test_all_graphs_are_recorded_before_the_first_step() -> None:
     assert len(made) == 2 * 4  # 1, 2, 4, 8; greedy and mixed
     requests = decodings([9, 20, 7, 8, 9], [GREEDY, WARM, GREEDY, GREEDY, GREEDY])
     for count in (5, 3, 1, 2, 2):
-        graphs.run([request.slice(1) for request in requests[:count]])
+        run(graphs, *(request.slice(1) for request in requests[:count]))
     assert len(made) == 8
-    graphs.run([requests[1].slice(1)])
+    run(graphs, requests[1].slice(1))
     assert len(made) == 8
     graphs.record_all(1000)
     assert len(made) == 2 * len(BATCH_SIZES)
@@ -294,7 +295,8 @@ def test_replay_equals_eager(kind: list[RowSampling]) -> None:
                          for request in requests]
                 inputs = on_the_host(items, last_tokens)
                 expected = model.logits(model(inputs.token_ids, inputs.metadata, eager_caches))
-                output = graphs.run(items).head(count)
+                graphs.prepare(items)
+                output = graphs.run().head(count)
                 torch.testing.assert_close(output.logits, expected, atol=0.05, rtol=0.05)
                 chosen = sample(output.logits, inputs.sampling, all_greedy=inputs.all_greedy)
                 assert torch.equal(output.token_ids, chosen)
@@ -327,7 +329,8 @@ def test_steps_run_ahead_of_their_tokens() -> None:
                     requests = decodings([40 + step, 140 + step], [GREEDY, GREEDY])
                     if changes:  # a new name: loaded from the host
                         requests[0].request_id += f" of step {step}"
-                    found.append(graphs.run([r.slice() for r in requests]).token_ids.clone())
+                    graphs.prepare([r.slice() for r in requests])
+                    found.append(graphs.run().token_ids.clone())
             finally:
                 torch.cuda.set_sync_debug_mode("default")
             check_inputs(graphs._state, [Decoding(
