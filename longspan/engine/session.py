@@ -82,7 +82,7 @@ class Session:
             text += self._stream.flush()
         self._text.append(text)
         self._num_chars += len(text)
-        logprobs = self._take_logprobs()
+        logprobs = self._take_logprobs() if self._held_logprobs else ()
         if reason is not None:
             self.output = self._result(reason)
         if reason is not None or update.token_id is not None:

@@ -65,10 +65,11 @@ def by_slot(order: list[int], result: StepResult) -> dict[int, int]:
     return dict(zip(order, result.token_ids, strict=True))
 
 
-def one_by_one(runner: Runner, sampling: RowSampling) -> list[dict[int, int]]:
+def one_by_one(runner: Runner, sampling: RowSampling, moves: bool) -> list[dict[int, int]]:
+    """Each step is told the tokens of the last one."""
     found = list[dict[int, int]]()
     for step in range(NUM_STEPS):
-        order, launched = launch(runner, step, found[-1] if found else {}, sampling, moves=True)
+        order, launched = launch(runner, step, found[-1] if found else {}, sampling, moves)
         found.append(by_slot(order, launched.wait()))
     return found
 
@@ -77,7 +78,7 @@ def one_by_one(runner: Runner, sampling: RowSampling) -> list[dict[int, int]]:
 @pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "warm"])
 def test_steps_run_ahead(runner: Runner, sampling: RowSampling, moves: bool) -> None:
     assert runner._graphs is not None
-    wanted = one_by_one(runner, sampling)  # compiles what is needed; graphs are there
+    wanted = one_by_one(runner, sampling, moves)  # compiles what is needed; graphs are there
     launched = [launch(runner, 0, {}, sampling, moves)]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -96,6 +97,6 @@ def test_a_server_records_nothing_later(runner: Runner) -> None:
     assert runner._graphs is not None
     before = dict(runner._graphs._graphs)
     assert len(before) == 2 * len(BATCH_SIZES)
-    one_by_one(runner, GREEDY)
-    one_by_one(runner, WARM)
+    one_by_one(runner, GREEDY, moves=True)
+    one_by_one(runner, WARM, moves=False)
     assert runner._graphs._graphs == before
