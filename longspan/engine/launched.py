@@ -30,6 +30,10 @@ class Stopwatch:
         if self.is_cuda:
             self._stop.record()
 
+    def hold(self, stream: torch.cuda.Stream) -> None:
+        """After `stop`: what ``stream`` is given from now on waits for what was timed."""
+        stream.wait_event(self._stop)
+
     def wait(self) -> float:
         """Until the device is done. Returns seconds."""
         if not self.is_cuda:
@@ -72,7 +76,7 @@ class LaunchedStep:
 
     def _fetch(self, sampled: SampledTokens, copies: torch.cuda.Stream) -> SampledTokens:
         self._on_device = sampled  # its memory is not used again before the copy is done
-        copies.wait_stream(torch.cuda.current_stream(copies.device))
+        self._watch.hold(copies)
         with torch.cuda.stream(copies):
             found = sampled.cpu(non_blocking=True)  # to pinned memory
         self._copied = torch.cuda.Event(blocking=True)
