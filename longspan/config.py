@@ -189,7 +189,8 @@ class EngineConfig:
     block_size: int = 128
     """Tokens in one KV block."""
     memory_gib: float | None = None
-    """Memory that weights, KV cache and workspace may use; default: 90 % of what is free."""
+    """Memory that weights, KV cache and workspace may use; default: 90 % of what is free. GPUs use
+    all of it: the KV cache takes what the others leave."""
     num_threads: int | None = None
     """CPU threads for the tensor library; default: all cores the process may use."""
 

@@ -26,7 +26,8 @@ MAX_SEED = 1_000_000
 def run(model: str, length: int, seed: int | None, num_facts: int, options: dict[str, Any]) -> bool:
     """Run the demonstration. True if every answer was right."""
     seed = secrets.randbelow(MAX_SEED) if seed is None else seed
-    with LLM(model, max_model_len=length + MAX_ANSWER_TOKENS, **options) as llm:
+    with LLM(model, max_model_len=length + MAX_ANSWER_TOKENS, max_num_requests=1,
+             **options) as llm:
         examples = build(llm.tokenizer, length, seed, num_facts)
         _say(f"longspan demo: {model} on {llm.config.device}, seed {seed} (repeat with --seed)")
         _say(f"document: {length:,} tokens of Python's own library with {num_facts} numbers hidden "

@@ -40,7 +40,7 @@ def run(
 ) -> None:
     """Answer one prompt."""
     text = source.read()
-    with LLM(model, **options) as llm:
+    with LLM(model, max_num_requests=1, **options) as llm:
         prompt = text if source.raw else llm.tokenizer.render_chat(
             [{"role": "user", "content": text}])
         events = llm.stream(prompt, params)

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,6 +61,23 @@ def test_json_holds_the_whole_result(capsys: Capture, model: str, prompt: str) -
     assert result["ttft_s"] > 0 and result["peak_memory_bytes"] > 0 and result["density"] == 1
     assert cli.run_command([*arguments, "--raw"]) == 0
     assert json.loads(capsys.readouterr().out)["num_prompt_tokens"] == 32
+
+
+def test_the_engine_is_sized_for_one_request(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, model: str, prompt: str
+) -> None:
+    """A GPU's KV pool has room for all that may run together."""
+    sizes: list[int] = []
+
+    class Sized(generate.LLM):
+        def __init__(self, model: str, **options: Any) -> None:
+            sizes.append(options["max_num_requests"])
+            super().__init__(model, **options)
+
+    monkeypatch.setattr(generate, "LLM", Sized)
+    assert cli.run_command(["generate", model, "--prompt-file", prompt, "--device", "cpu",
+                            "--max-tokens", "1"]) == 0
+    assert sizes == [1]
 
 
 def test_reads_standard_input(

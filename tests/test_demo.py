@@ -38,7 +38,7 @@ class ReadingModel:
     def __init__(self, model: str, **options: Any) -> None:
         self.tokenizer = Tokenizer(Path(model))
         self.config = SimpleNamespace(device="cpu")
-        self.options = options
+        assert options["max_num_requests"] == 1, "a GPU's KV pool is sized by it"
 
     def __enter__(self) -> ReadingModel:
         return self

@@ -28,7 +28,7 @@ from longspan.bench.server import (
     quantile,
     running,
 )
-from longspan.bench.soak import soak
+from longspan.bench.soak import soak, write_pool
 from longspan.bench.tag import measure_decode
 from longspan.console import note, show_table
 from longspan.engine.resolve import STEP_BUDGET_S
@@ -209,6 +209,8 @@ def _decode(job: ServeJob) -> list[Row]:
 def _soak(job: ServeJob) -> list[Row]:
     length = min(job.length, SOAK_LEN_CPU) if job.device == "cpu" else job.length
     with running(job.model, server_options(job, length)) as server:
+        if job.device == "cpu":
+            write_pool(server, length)
         return [_row(job, *row) for row in soak(server, job.soak_s, length)]
 
 

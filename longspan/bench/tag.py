@@ -39,7 +39,7 @@ def measure_decode(
     """Tokens a second and the device's idle share between steps, for each batch size and mode."""
     config = EngineConfig(
         model=model, device=device, num_threads=threads, max_num_requests=max(batches),
-        # the KV pool holds a few requests of full length: here all of them, in whole blocks
+        # on CPUs the KV pool holds a few requests of full length: here the whole batch, in blocks
         max_model_len=max(batches) * (PROMPT_LEN + num_tokens + BLOCK_SIZE))
     rates = dict[tuple[str, int], float]()
     figures = list[Figure]()

@@ -14,8 +14,11 @@ from longspan.model.qwen2 import mlp_rows
 
 GIB = 1024**3
 USABLE_SHARE = 0.9
-POOL_REQUESTS = 4
-"""Requests of full length that the KV pool is sized for, where memory allows."""
+CPU_POOL_REQUESTS = 4
+"""Requests of full length that the KV pool holds on CPUs, where memory allows."""
+GPU_POOL_SHARES = 2
+"""How often the KV pool of a GPU holds all that can run together, where memory allows: once for
+the running requests, once for the prefix cache."""
 ATTENTION_SCRATCH_BYTES = 512 * 1024**2
 """Score tiles, gathered keys and selection of one layer, beyond what grows with a step's tokens."""
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
@@ -43,7 +46,7 @@ class MemoryPlan:
     kv_bytes_per_token: int
     """Keys and values of one token over all layers, block means included."""
     num_blocks: int
-    """KV blocks of the pool. On CPUs a block takes memory only once it is written."""
+    """KV blocks of the pool, see `pool_blocks`."""
     block_size: int
     max_model_len: int
     """Longest prompt plus completion that the engine accepts, tokens."""
@@ -98,8 +101,22 @@ def plan_memory(
     return MemoryPlan(
         device=device, budget_bytes=budget, weights_bytes=weights, workspace_bytes=workspace,
         kv_bytes_per_token=per_token, block_size=size, max_model_len=max_model_len,
-        num_blocks=min(fitting_len // size, POOL_REQUESTS * -(-max_model_len // size)),
+        num_blocks=pool_blocks(config, fitting_len=fitting_len, max_model_len=max_model_len),
         fitting_len=fitting_len)
+
+
+def pool_blocks(config: EngineConfig, *, fitting_len: int, max_model_len: int) -> int:
+    """KV blocks of the pool.
+
+    A GPU is the engine's own: all that the budget leaves, as long as there is any use for it.
+    A CPU's memory is not. A block takes it once it is written, and the prefix cache writes all of
+    them in time, so the pool holds a few requests of full length.
+    """
+    assert config.device is not None
+    is_gpu = config.device.startswith("cuda")
+    num_requests = GPU_POOL_SHARES * config.max_num_requests if is_gpu else CPU_POOL_REQUESTS
+    return min(fitting_len // config.block_size,
+               num_requests * -(-max_model_len // config.block_size))
 
 
 def workspace_bytes(model: ModelConfig, config: EngineConfig, num_tokens: int) -> int:

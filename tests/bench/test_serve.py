@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from longspan.bench import soak
+from longspan.bench import serve, soak
 from longspan.bench.serve import ServeJob, longest_pause_s, run
 from longspan.bench.server import Server, Usage, lag_quantile_s, quantile, running
 from longspan.bench.tag import PROMPT_LEN, rate_and_idle
@@ -73,6 +74,19 @@ def test_soak(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     found = rows_of(tmp_path)["soak"]
     assert found["finished"] > 3 and found["failed"] == 0
     assert found["fds_last_third"] > 0 and found["threads_last_third"] > 0
+
+
+@pytest.mark.parametrize(("device", "lengths"), [("cpu", [1000]), ("cuda", [])])
+def test_a_pool_that_takes_its_memory_at_once_is_not_written_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, lengths: list[int],
+) -> None:
+    """A GPU's pool may hold so much that writing it takes longer than the soak."""
+    written: list[int] = []
+    monkeypatch.setattr(serve, "running", lambda model, options: nullcontext())
+    monkeypatch.setattr(serve, "write_pool", lambda server, length: written.append(length))
+    monkeypatch.setattr(serve, "soak", lambda server, seconds, length: [("leaks", 0.0, "")])
+    assert len(serve._soak(job_of(tmp_path, tmp_path, device=device, length=1000))) == 1
+    assert written == lengths
 
 
 def test_growth_is_a_leak() -> None:

@@ -50,9 +50,23 @@ def test_the_length_shrinks_to_what_fits() -> None:
     assert result.max_model_len % result.block_size == 0
 
 
-def test_the_pool_is_sized_by_need() -> None:
+def test_the_pool_of_a_cpu_is_sized_by_need() -> None:
     result = plan(139, max_model_len=1000)
     assert result.num_blocks == 4 * 8 and result.fitting_len > 500_000
+
+
+def test_the_pool_of_a_gpu_takes_the_whole_budget() -> None:
+    result = plan(139, device="cuda", max_model_len=131_072)
+    assert result.num_blocks == result.fitting_len // 128 > 4 * 1024
+    used = result.weights_bytes + result.workspace_bytes + result.kv_bytes
+    assert 0 <= result.budget_bytes - used < 128 * result.kv_bytes_per_token
+
+
+def test_the_pool_of_a_gpu_holds_no_more_than_can_be_used() -> None:
+    """All requests of full length, and as much again for the prefix cache."""
+    result = plan(139, device="cuda:0", max_model_len=1000)
+    assert result.num_blocks == 2 * 8 * 8
+    assert plan(139, device="cuda", max_model_len=1000, max_num_requests=1).num_blocks == 2 * 8
 
 
 def test_memory_gib_is_the_budget() -> None:
