@@ -9,6 +9,7 @@ import torch
 
 from longspan.config import EngineConfig, ModelConfig
 from longspan.engine.graphs import BATCH_SIZES
+from longspan.engine.sampling import history_bytes
 from longspan.errors import NotEnoughMemoryError
 from longspan.model.qwen2 import mlp_rows
 
@@ -21,6 +22,11 @@ GPU_POOL_SHARES = 2
 the running requests, once for the prefix cache."""
 ATTENTION_SCRATCH_BYTES = 512 * 1024**2
 """Score tiles, gathered keys and selection of one layer, beyond what grows with a step's tokens."""
+SAMPLING_BYTES = 49
+"""For each row and token of the vocabulary: logits and log-probabilities, 4 each, and beside them
+sorted values, their order, probabilities and sums in fp64, 41 at once."""
+RANK_BYTES = 8
+"""Of sampling for each token of the vocabulary, however many rows there are."""
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -42,7 +48,7 @@ class MemoryPlan:
     """What the engine allows itself to use."""
     weights_bytes: int
     workspace_bytes: int
-    """Activations of the largest step, logits, rotation tables."""
+    """Activations of the largest step, sampling, rotation tables."""
     kv_bytes_per_token: int
     """Keys and values of one token over all layers, block means included."""
     num_blocks: int
@@ -133,19 +139,20 @@ def workspace_bytes(model: ModelConfig, config: EngineConfig, num_tokens: int) -
     per_token = (3 * model.hidden_size + 2 * heads + zones) * element
     num_mlp_rows = min(num_tokens, mlp_rows(config.device.split(":")[0]))
     mlp = num_mlp_rows * (3 * model.intermediate_size * element + 2 * model.hidden_size * 4)
-    # Logits in both types, sorted values, order (8 bytes), probabilities, their fp64 sum.
-    logits = config.max_num_requests * model.vocab_size * (element + 4 + 4 + 8 + 4 + 8)
+    # Of every row, each with all that a request may ask for.
+    sampling = (model.vocab_size * (config.max_num_requests * SAMPLING_BYTES + RANK_BYTES)
+                + history_bytes(model.vocab_size, config.max_num_requests))
     rotary = 4 * model.head_dim * min(
         model.max_position_embeddings, model.dca.chunk_size + 1 if model.dca else 2**63)
     graphs = _graph_bytes(model, config) if config.device.startswith("cuda") else 0
-    return num_tokens * per_token + mlp + logits + rotary + graphs + ATTENTION_SCRATCH_BYTES
+    return num_tokens * per_token + mlp + sampling + rotary + graphs + ATTENTION_SCRATCH_BYTES
 
 
 def _graph_bytes(model: ModelConfig, config: EngineConfig) -> int:
     """What decode graphs keep (`longspan.engine.graphs`): each its logits, all of them together
-    what the largest one samples with, as in `workspace_bytes`."""
+    what the largest one samples with."""
     rows = [size for size in BATCH_SIZES if size < 2 * config.max_num_requests]
-    return model.vocab_size * (2 * 4 * sum(rows) + 32 * max(rows))
+    return model.vocab_size * (2 * 4 * sum(rows) + SAMPLING_BYTES * max(rows))
 
 
 def device_memory(device: str) -> DeviceMemory:

@@ -22,6 +22,9 @@ from longspan.engine.step import NO_TOKEN, RowLogprobs, SamplingExtras, Schedule
 from longspan.ops.logits import Penalties, keep_allowed, penalize, top_logprobs
 from longspan.ops.sample import SamplingRows, sample
 
+HISTORY_STEP = 16
+"""Slots by which the tables of penalised requests grow."""
+
 
 class LogprobRows(NamedTuple):
     """Log-probabilities of the m rows that asked for them, each with K alternatives."""
@@ -250,16 +253,26 @@ class _History:
         self._counts[slots, token_ids] += 1
 
     def _grow(self, num_slots: int) -> None:
-        missing = num_slots - len(self._counts)
-        if missing > 0:
-            missing = max(missing, len(self._counts))  # doubling: few copies
-            self._counts = _extended(self._counts, missing)
-            self._in_prompt = _extended(self._in_prompt, missing)
-            self._penalties = _extended(self._penalties, missing)
+        if num_slots > len(self._counts):
+            num_rows = _history_rows(num_slots)
+            self._counts = _extended(self._counts, num_rows)
+            self._in_prompt = _extended(self._in_prompt, num_rows)
+            self._penalties = _extended(self._penalties, num_rows)
+
+
+def history_bytes(vocab_size: int, num_slots: int) -> int:
+    """Of the tables on the device, once a penalised request has been in every slot."""
+    return _history_rows(num_slots) * (vocab_size * (4 + 1) + 3 * 4)
+
+
+def _history_rows(num_slots: int) -> int:
+    return -(-num_slots // HISTORY_STEP) * HISTORY_STEP
 
 
 def _extended(table: Tensor, num_rows: int) -> Tensor:
-    return torch.cat((table, table.new_zeros(num_rows, table.shape[1])))
+    longer = table.new_zeros(num_rows, table.shape[1])
+    longer[:len(table)] = table
+    return longer
 
 
 def _advance(row: _Row) -> bytes | None:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 from array import array
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
+from longspan.config import EngineConfig, ModelConfig
 from longspan.engine.grammar import Grammars
-from longspan.engine.sampling import SampledTokens, Sampler
+from longspan.engine.memory import workspace_bytes
+from longspan.engine.sampling import SampledTokens, Sampler, history_bytes
 from longspan.engine.step import NO_TOKEN, RowSampling, SamplingExtras, ScheduledSlice
 from longspan.engine.tokenizer import Tokenizer
 from longspan.ops.sample import SamplingRows
-from tests.doubles import make_request, write_tokenizer
+from tests.doubles import MODEL, make_request, write_tokenizer
 
 VOCAB, END = 264, 256
 GREEDY = RowSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=1)
@@ -182,3 +187,52 @@ def test_a_grammar_that_cannot_go_on_gives_no_token(sampler: Sampler) -> None:
         sampler, logits, later(0, 1, 0), later(1, 1, 7)).as_tuples()  # the first one must be {
     assert token_ids == (NO_TOKEN, 7)
     assert logprobs[0] is not None and logprobs[1] is None
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Most memory that torch held at once for this, beyond what it held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        work()
+    held = peak = 0
+    for event in trace.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("num_rows", [1, 8, 20])
+def test_whatever_requests_ask_for_is_in_the_memory_plan(num_rows: int) -> None:
+    """All rows at once: penalties, their tables, log-probabilities, and every filter."""
+    vocab_size = 50_000
+    config = EngineConfig(model="m", device="cpu", dtype="float32", max_num_requests=num_rows)
+    model = ModelConfig(**{**MODEL, "vocab_size": vocab_size})
+    planned = (workspace_bytes(model, config, num_rows)
+               - workspace_bytes(replace(model, vocab_size=1), config, num_rows))
+    sampler = Sampler(vocab_size=vocab_size, device="cpu", grammars=lambda: pytest.fail())
+    ask = {"presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.1,
+           "logprobs": 20, "logit_bias": {3: 1.0}}
+    rows = SamplingRows(
+        temperature=torch.ones(num_rows), top_k=torch.full((num_rows,), 20),
+        top_p=torch.full((num_rows,), 0.9), min_p=torch.full((num_rows,), 0.1),
+        seed=torch.zeros(num_rows, dtype=torch.int64), position=torch.arange(num_rows))
+
+    def work() -> None:
+        for items in ([first(slot, **ask) for slot in range(num_rows)],
+                      [later(slot, 1) for slot in range(num_rows)]):
+            sampler.sample(torch.randn(num_rows, vocab_size), items, rows, all_greedy=False)
+
+    small = 8192  # places, slots, parameters
+    assert planned / 2 < peak_bytes(work) <= planned + small
+
+
+@pytest.mark.parametrize("slots", [range(20), (19, *range(19)), (0, 17, 19), (19,)])
+def test_penalty_tables_grow_no_further_than_planned(slots: Any) -> None:
+    sampler = Sampler(vocab_size=VOCAB, device="cpu", grammars=lambda: pytest.fail())
+    for slot in slots:
+        greedy(sampler, peaks(t7=1.0), first(slot, repetition_penalty=1.1))
+    tables = (sampler._history._counts, sampler._history._in_prompt, sampler._history._penalties)
+    assert sum(table.nbytes for table in tables) <= history_bytes(VOCAB, 20)
