@@ -26,9 +26,10 @@ import zmq
 
 from longspan.config import EngineConfig
 from longspan.engine.conductor import Send
-from longspan.engine.transport import Inbox, Outbox
+from longspan.engine.transport import SOCKET_REMEDY, Inbox, Outbox
 from longspan.engine.wire import Begin, Command, Died, FromEngine
 from longspan.engine.worker import Start
+from longspan.errors import LongspanError
 
 Role = Literal["scheduler", "runner"]
 ROLES: tuple[Role, ...] = ("scheduler", "runner")
@@ -73,7 +74,10 @@ def in_processes(*, max_in_flight: int = MAX_IN_FLIGHT, loader: str = LOADER) ->
 
 
 class Processes:
-    """Scheduler and runner of one engine. ``send`` is called on threads of this object."""
+    """Scheduler and runner of one engine. ``send`` is called on threads of this object.
+
+    Raises `LongspanError` when there is no place for the sockets; nothing is left then.
+    """
 
     def __init__(
         self, config: EngineConfig, send: Send, max_in_flight: int, loader: str,
@@ -82,7 +86,12 @@ class Processes:
         self._directory = private_directory()
         self._is_stopping = threading.Event()
         self._context: zmq.Context[Any] = zmq.Context()
-        self._inbox = Inbox(self._context, _address(self._directory, "front"), FromEngine)
+        try:
+            self._inbox = Inbox(self._context, _address(self._directory, "front"), FromEngine)
+        except LongspanError:
+            self._context.term()
+            shutil.rmtree(self._directory, ignore_errors=True)
+            raise
         self._scheduler = Outbox(self._context, _address(self._directory, "scheduler"))
         self.children = {role: _spawn(Orders(
             role=role, directory=self._directory, config=config, max_in_flight=max_in_flight,
@@ -136,11 +145,19 @@ class Processes:
 
 
 def private_directory() -> str:
-    """A new directory that only this user may enter, with a path short enough for sockets."""
-    path = tempfile.mkdtemp(prefix="longspan-")
-    if len(path) > MAX_SOCKET_PATH - len("/scheduler"):
-        os.rmdir(path)
-        path = tempfile.mkdtemp(prefix="longspan-", dir="/tmp")
+    """A new directory that only this user may enter, with a path short enough for sockets.
+
+    Raises `LongspanError` when there can be none.
+    """
+    try:
+        path = tempfile.mkdtemp(prefix="longspan-")
+        if len(path) > MAX_SOCKET_PATH - len("/scheduler"):
+            os.rmdir(path)
+            path = tempfile.mkdtemp(prefix="longspan-", dir="/tmp")
+    except OSError as error:
+        place = f" ({os.path.dirname(error.filename)})" if error.filename else ""
+        raise LongspanError(f"cannot make a directory for the engine's sockets: {error.strerror}"
+                            f"{place}; {SOCKET_REMEDY}") from None
     return path
 
 

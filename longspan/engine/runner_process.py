@@ -54,9 +54,9 @@ def run(orders: Orders) -> int:
     """
     sys.setswitchinterval(SWITCH_S)
     incoming: zmq.Context[Any] = zmq.Context()
-    inbox = Inbox(incoming, orders.address("runner"), Step)
     results = Results(orders)
     try:
+        inbox = Inbox(incoming, orders.address("runner"), Step)
         _, engine = _loader(orders.loader)(orders.config, results.front.put)
         results.front.put(Loaded())
     except BaseException as error:

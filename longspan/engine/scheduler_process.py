@@ -16,10 +16,10 @@ from longspan.engine.wire import Begin, ToScheduler, last_words
 def run(orders: Orders) -> int:
     """Wait for `Begin`, then schedule until the parent lets go. Returns the exit status."""
     context: zmq.Context[Any] = zmq.Context()
-    inbox = Inbox(context, orders.address("scheduler"), ToScheduler)
     front = Outbox(context, orders.address("front"))
     runner = Outbox(context, orders.address("runner"))
     try:
+        inbox = Inbox(context, orders.address("scheduler"), ToScheduler)
         while not isinstance(begin := inbox.get(), Begin):
             pass
         transport = RunnerTransport(inbox, runner, orders.max_in_flight)
@@ -29,6 +29,4 @@ def run(orders: Orders) -> int:
         front.put(last_words(error))
         return 1
     finally:
-        for socket in (inbox, front, runner):
-            socket.close()
-        context.term()
+        context.destroy()  # once what is said has left

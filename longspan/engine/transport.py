@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from array import array
 from collections import deque
@@ -29,12 +30,14 @@ from longspan.engine.wire import (
     ToScheduler,
     encode,
 )
+from longspan.errors import LongspanError
 
 MAX_FRAME_BYTES = 256 * 1024**2
 """A prompt of a million tokens takes 4 MB, and some schemas and biases with it."""
 WATCHDOG_S, WATCHDOG_FACTOR = 120.0, 20.0
 """A step may take so long, and so many times its predicted time, before the runner counts as
 stuck; kernels that are compiled on their first use take a while."""
+SOCKET_REMEDY = "free some space, or name a directory that takes sockets in TMPDIR"
 LINGER_MS = 2000
 """How long last words may take to leave a process."""
 logger = logging.getLogger("longspan.engine")
@@ -46,6 +49,8 @@ class Inbox:
     Args:
         address: of the socket, bound here.
         kind: the messages taken, a union of those in `longspan.engine.wire`.
+
+    Raises `LongspanError` when the address cannot be bound.
     """
 
     def __init__(self, context: zmq.Context[Any], address: str, kind: Any) -> None:
@@ -54,7 +59,13 @@ class Inbox:
         self._socket.set(zmq.RCVHWM, 0)
         self._socket.set(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         self._socket.set(zmq.LINGER, 0)
-        self._socket.bind(address)
+        try:
+            self._socket.bind(address)
+        except zmq.ZMQError as error:
+            self._socket.close()
+            raise LongspanError(
+                f"cannot make the engine's socket {address.removeprefix('ipc://')}: "
+                f"{os.strerror(error.errno or 0)}; {SOCKET_REMEDY}") from None
 
     def get(self, timeout_s: float | None = None) -> Any:
         """The next message; None when none comes within the time (None: however long)."""

@@ -124,14 +124,12 @@ async def _run(engine: AsyncEngine, config: ServeConfig, sock: socket.socket) ->
 
 
 async def _start(engine: AsyncEngine) -> None:
-    """Raises `LongspanError` when there is no room for the engine's sockets, all that a server
-    writes to a disk."""
+    """Raises `LongspanError` when there can be no more processes, or no sockets for them."""
     try:
         await engine.start()
     except OSError as error:
-        raise LongspanError(f"cannot start the engine: {error.strerror or error}; its sockets need "
-                            "a directory that can be written: free some space, or name one in "
-                            "TMPDIR") from None
+        raise LongspanError(f"cannot start the engine's processes: {error.strerror or error}; free "
+                            "some memory, or raise the limits of this user (ulimit -a)") from None
 
 
 async def _supervise(server: Server, engine: AsyncEngine, gate: Gate, config: ServeConfig) -> int:

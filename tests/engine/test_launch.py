@@ -7,13 +7,15 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from longspan.engine.request import Progress, SamplingParams, TokenEvent
 from longspan.engine.step import StepResult
 from longspan.engine.stream import MAX_UNREAD, Stream
 from longspan.engine.wire import Computed, Loaded, Stepped, encode
+from longspan.errors import LongspanError
 from tests.doubles import EOS, complete
 from tests.engine.far_runner import CHUNK, LOADER, steps, write_model
 
@@ -340,6 +343,64 @@ def is_alive(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def obstruct(monkeypatch: pytest.MonkeyPatch, directory: Path, socket_name: str) -> None:
+    """Sockets go into this directory, where one of them finds its place taken by a folder."""
+    directory.mkdir()
+    make = tempfile.mkdtemp
+
+    def obstructed(**options: Any) -> str:
+        path = make(**{**options, "dir": str(directory)})
+        os.mkdir(f"{path}/{socket_name}")
+        return path
+
+    monkeypatch.setattr("tempfile.mkdtemp", obstructed)
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """Sockets fit in."""
+    path = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
+    yield path
+    shutil.rmtree(path)
+
+
+def test_a_socket_that_cannot_be_bound(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    obstruct(monkeypatch, short_path / "sockets", "front")
+    children = psutil.Process().children()
+
+    async def work() -> None:
+        engine = AsyncEngine(EngineConfig(model=str(short_path)), in_processes(loader=LOADER))
+        with pytest.raises(LongspanError, match="front: Address already in use; free .* TMPDIR"):
+            await engine.start()
+        await engine.close()
+
+    run(work())
+    assert not list((short_path / "sockets").iterdir()) and psutil.Process().children() == children
+
+
+@pytest.mark.parametrize("role", ["scheduler", "runner"])
+def test_a_childs_socket_that_cannot_be_bound(
+    short_path: Path, monkeypatch: pytest.MonkeyPatch, role: str,
+) -> None:
+    obstruct(monkeypatch, short_path / "sockets", role)
+    (short_path / "model").mkdir()
+
+    async def work() -> None:
+        async with far(write_model(short_path / "model")) as engine:
+            status = engine.status()
+            assert status.state == "dead" and status.is_mendable, status
+            assert f"{role}: Address already in use; free" in status.reason
+
+    run(work())
+
+
+def test_no_directory_for_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    with pytest.raises(LongspanError, match=rf"No such file or directory \({tmp_path}/gone\); "
+                                            "free some space, or name a directory .* TMPDIR"):
+        private_directory()
 
 
 def test_a_long_name_of_the_temporary_directory(

@@ -6,14 +6,17 @@ else. Kills of the scheduler are in test_processes.py.
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from pathlib import Path
 
 import httpx
 import psutil
@@ -212,6 +215,34 @@ def test_no_disk_to_start_on() -> None:
     done = command(0, file_bytes=0)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "No usable temporary directory" in done.stderr and "TMPDIR" in done.stderr
+
+
+OBSTRUCTED = """
+import os, sys, tempfile
+from longspan.cli import main
+make = tempfile.mkdtemp
+name = sys.argv[-1]
+def obstructed(**options):
+    path = make(**options)
+    os.mkdir(path + "/" + name)
+    return path
+tempfile.mkdtemp = obstructed
+sys.argv = ["longspan", "serve", "nano", "--port", "0", "--device", "cpu"]
+main()
+"""
+
+
+@pytest.mark.parametrize("name", ["front", "runner"])
+def test_a_socket_that_cannot_be_made(name: str) -> None:
+    """In the server's own process, and in one of the engine's."""
+    directory = Path(tempfile.mkdtemp(prefix="nano-"))  # a short path
+    done = subprocess.run(
+        [sys.executable, "-c", OBSTRUCTED, name], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        timeout=TIMEOUT_S, check=False, env={**os.environ, "TMPDIR": str(directory)})
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("listening on")]
+    assert done.returncode == 2 and len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: cannot make the engine's socket") and "TMPDIR" in lines[0]
+    directory.rmdir()  # nothing is left in it
 
 
 def test_a_disk_that_fills_up_while_serving(server: NanoServer) -> None:
