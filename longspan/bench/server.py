@@ -67,11 +67,12 @@ class Server:
         self, prompt: str | Sequence[int], max_tokens: int,
         goes_on: Callable[[Answer], bool] = lambda answer: True,
     ) -> Answer:
-        """Stream a completion of exactly ``max_tokens``; hangs up once ``goes_on`` says no, which
-        is asked at every event."""
+        """Stream a completion of exactly ``max_tokens``, greedy and without penalties whatever the
+        checkpoint advises; hangs up once ``goes_on`` says no, which is asked at every event."""
         body = json.dumps({
             "prompt": prompt if isinstance(prompt, str) else list(prompt),
-            "max_tokens": max_tokens, "ignore_eos": True, "stream": True,
+            "max_tokens": max_tokens, "ignore_eos": True, "temperature": 0,
+            "repetition_penalty": 1, "stream": True,
             "return_progress": True, "stream_options": {"include_usage": True}})
         answer = Answer(started_s=time.monotonic())
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=REQUEST_TIMEOUT_S)

@@ -27,7 +27,8 @@ from longspan.engine.step import NO_TOKEN, RowLogprobs, Update
 from longspan.engine.tokenizer import Tokenizer
 from longspan.errors import CheckpointError, InvalidRequestError
 
-ADVISED_FIELDS = ("temperature", "top_k", "top_p", "min_p")
+ADVISED_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+"""Fields of `SamplingParams` that generation_config.json has under the same name and meaning."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,9 +90,11 @@ def default_sampling(path: Path) -> dict[str, float]:
     raw = read_json(file) if file.is_file() else {}
     if not isinstance(raw, dict):
         raise CheckpointError(f"{file}: not a JSON object; fetch the file again")
-    if raw.get("do_sample") is False:
-        return {"temperature": 0.0}
-    values = {name: raw[name] for name in ADVISED_FIELDS if raw.get(name) is not None}
+    is_greedy = raw.get("do_sample") is False  # what else is said of sampling is void then
+    names = ("repetition_penalty",) if is_greedy else ADVISED_FIELDS
+    values = {name: raw[name] for name in names if raw.get(name) is not None}
+    if is_greedy:
+        values["temperature"] = 0.0
     try:
         SamplingParams(**values)
     except InvalidRequestError as error:

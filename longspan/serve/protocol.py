@@ -104,7 +104,8 @@ class SamplingFields(Strict):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     """Taken from a token's logit for each time that the completion already has it."""
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
-    """Divides positive logits of tokens in prompt or completion (and multiplies negative ones)."""
+    """Divides positive logits of tokens in prompt or completion (and multiplies negative ones);
+    1: none; null: the checkpoint's advice, else 1."""
     logit_bias: Annotated[dict[BiasKey, Bias], Field(max_length=MAX_NUM_BIASES)] | None = None
     """Added to the logits of tokens, by token id."""
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -17,6 +17,8 @@ from longspan.engine.step import StepResult
 from longspan.engine.wire import Row, Stepped
 from longspan.errors import LongspanError
 from tests.doubles import write_checkpoint
+from tests.serve.fake import FakeEngine
+from tests.serve.fake import running as serving
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +89,15 @@ def test_a_pool_that_takes_its_memory_at_once_is_not_written_first(
     monkeypatch.setattr(serve, "soak", lambda server, seconds, length: [("leaks", 0.0, "")])
     assert len(serve._soak(job_of(tmp_path, tmp_path, device=device, length=1000))) == 1
     assert written == lengths
+
+
+def test_what_is_measured_does_not_depend_on_the_checkpoints_advice() -> None:
+    engine = FakeEngine(default_sampling={"temperature": 0.7, "repetition_penalty": 1.05})
+    with serving(engine) as server:
+        answer = Server(cast(Any, None), server.port).complete("x" * 20, 3)
+    assert len(answer.token_s) == 3 and not answer.error
+    (request,) = engine.requests
+    assert (request.params.temperature, request.params.repetition_penalty) == (0, 1)
 
 
 def test_growth_is_a_leak() -> None:

@@ -470,6 +470,11 @@ def test_a_program_that_forgets_to_close(model: Model) -> None:
 
 @pytest.mark.parametrize(("text", "wanted"), [
     ('{"do_sample": false, "temperature": 0.7}', {"temperature": 0.0}),
+    ('{"do_sample": false, "top_k": 20, "repetition_penalty": 1.05}',
+     {"temperature": 0.0, "repetition_penalty": 1.05}),
+    ('{"do_sample": true, "repetition_penalty": 1.05, "temperature": 0.7, "top_p": 0.8}',
+     {"temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.05}),
+    ('{"repetition_penalty": -1}', "generation_config.json: repetition_penalty is -1"),
     ('{"do_sample": true, "temperature": 0.7, "top_k": 20, "top_p": null, "x": 1}',
      {"temperature": 0.7, "top_k": 20}),
     ("{}", {}), (None, {}),

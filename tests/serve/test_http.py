@@ -148,13 +148,17 @@ def test_garbage_bodies(server, body):
 
 
 def test_checkpoint_advice_fills_in(server):
-    engine = FakeEngine(default_sampling={"temperature": 0.7, "top_k": 20, "unknown": 1.0})
+    engine = FakeEngine(default_sampling={
+        "temperature": 0.7, "top_k": 20, "repetition_penalty": 1.05, "unknown": 1.0})
     with running(engine) as advised:
         post(advised, COMPLETE, {"prompt": "x", "max_tokens": 1})
-        post(advised, COMPLETE, {"prompt": "x", "max_tokens": 1, "temperature": 0, "top_k": -1})
-    assert [(r.params.temperature, r.params.top_k) for r in engine.requests] == [(0.7, 20), (0, 0)]
+        post(advised, COMPLETE, {"prompt": "x", "max_tokens": 1, "temperature": 0, "top_k": -1,
+                                 "repetition_penalty": 1})
+    assert [(r.params.temperature, r.params.top_k, r.params.repetition_penalty)
+            for r in engine.requests] == [(0.7, 20, 1.05), (0, 0, 1)]
     post(server, COMPLETE, {"prompt": "x", "max_tokens": 1})
-    assert server.engine.requests[-1].params.temperature == 1.0
+    params = server.engine.requests[-1].params
+    assert (params.temperature, params.repetition_penalty) == (1.0, 1.0)
 
 
 # -- limits ------------------------------------------------------------------------------------
