@@ -361,15 +361,16 @@ def _exit(status: int) -> None:
 
 
 def parse_list(text: str, convert: Callable[[str], Item], option: str) -> tuple[Item, ...]:
-    """The items of a list with commas; raises `LongspanError` naming the wrong one."""
+    """The items of a list with commas; raises `LongspanError` for what is none. Numbers are counts
+    and lengths: positive."""
     items = []
     for part in text.split(","):
         try:
             items.append(convert(part.strip().replace("_", "")))
         except ValueError:
             raise LongspanError(f"{option}: {part.strip()!r} is not a number") from None
-    if not all(items):
-        raise LongspanError(f"{option}: {text!r} has an empty or zero item")
+    if not all(items) or any(isinstance(item, int) and item < 0 for item in items):
+        raise LongspanError(f"{option}: {text!r} has an item that is empty or not positive")
     return tuple(items)
 
 

@@ -7,16 +7,19 @@ Model facts come from the checkpoint's ``config.json`` (`ModelConfig.from_hf`), 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from longspan.errors import CheckpointError, LongspanError
 
 AttentionMode = Literal["auto", "dense", "sparse"]
 PositionMode = Literal["auto", "rope", "dca", "dca+yarn"]
 
+MAX_THREADS = 1024
+"""Of the tensor library, which breaks down when it cannot have as many as it was promised."""
 SUPPORTED_ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
@@ -198,8 +201,18 @@ class EngineConfig:
         for name in ("max_model_len", "prefill_chunk_len", "max_num_requests", "block_size",
                      "num_threads", "memory_gib", "step_budget_s"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not value > 0:  # nan too
                 raise LongspanError(f"{name} must be positive, not {value}")
+        if self.num_threads is not None and self.num_threads > MAX_THREADS:
+            raise LongspanError(f"num_threads is {self.num_threads}, at most {MAX_THREADS}; leave "
+                                "it out for all cores")
+        if self.memory_gib == math.inf:
+            raise LongspanError("memory_gib must be finite; leave it out for what is free")
+        for name, modes in (("attention", AttentionMode), ("positions", PositionMode)):
+            value = getattr(self, name)
+            if value not in get_args(modes):
+                raise LongspanError(
+                    f"{name} {value!r} is not one of {', '.join(get_args(modes))}")
         if self.prefill_chunk_len is not None and self.prefill_chunk_len % self.block_size:
             raise LongspanError(
                 f"prefill_chunk_len {self.prefill_chunk_len} must be a multiple of block_size "

@@ -75,6 +75,9 @@ def show(
 
 def read_text(file: str) -> str:
     """A UTF-8 file, or standard input for ``-``."""
+    if not file:
+        raise InvalidRequestError("the file's name is empty; name a text file, or - for standard "
+                                  "input")
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     except FileNotFoundError:

@@ -112,6 +112,7 @@ def test_prompt_files_that_cannot_be_read(capsys: Capture, model: str, tmp_path:
     assert "is a directory" in failure(capsys, "generate", model, "--prompt-file", str(tmp_path))
     odd = str(tmp_path / ("x" * 300))
     assert "too long" in failure(capsys, "generate", model, "--prompt-file", odd)
+    assert "name is empty" in failure(capsys, "generate", model, "--prompt-file", "")
 
 
 def test_a_prompt_over_the_limit_names_both_numbers(
@@ -134,8 +135,10 @@ def test_unfit_checkpoints(capsys: Capture, prompt: str, tmp_path: Path, model: 
     write_tokenizer(bare, chat_template=None)
     (bare / "model.safetensors").write_bytes((Path(model) / "model.safetensors").read_bytes())
     assert "no chat template" in failure(capsys, "generate", str(bare), "--prompt-file", prompt)
-    missing = str(tmp_path / "missing")
-    assert missing in failure(capsys, "generate", missing, "--prompt-file", prompt)
+    for missing in (str(tmp_path / "missing"), "m" * 5000, "~nobody/m", "m\0"):
+        assert f"{missing}: no such directory" in failure(
+            capsys, "generate", missing, "--prompt-file", prompt)
+    assert "no name: no such directory" in failure(capsys, "info", "")
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -147,12 +150,46 @@ def test_unfit_checkpoints(capsys: Capture, prompt: str, tmp_path: Path, model: 
     (["--threads", "0"], "num_threads must be positive"),
     (["--prefill-chunk-len", "100"], "multiple of block_size"),
     (["--memory-gib", "0.0001"], "GiB"), (["--sparsity-plan", "no.json"], "no.json"),
-    (["--top-k", "many"], "Invalid value for '--top-k'"),
+    (["--top-k", "many"], "Invalid value for '--top-k'"), (["--memory-gib", "nan"], "memory_gib"),
+    (["--temperature", "nan"], "temperature is nan"), (["--stop", ""], "stop is ('',)"),
+    (["--max-model-len", "0"], "max_model_len must be positive, not 0"),
+    (["--max-model-len", "9" * 12], "lower max_model_len to"),
 ])
 def test_wrong_options(
     capsys: Capture, model: str, prompt: str, arguments: list[str], message: str
 ) -> None:
     assert message in failure(capsys, "generate", model, "--prompt-file", prompt, *arguments)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--port", "70000"], "port 70000 is not between"), (["--port", "x"], "value for '--port'"),
+    (["--host", ""], "host is empty"), (["--api-key", ""], "API key must be printable"),
+    (["--step-budget-s", "0"], "step_budget_s must be positive, not 0.0"),
+    (["--step-budget-s", "nan"], "step_budget_s must be positive, not nan"),
+    (["--step-budget-s", "inf"], "step_budget_s must be finite"),
+    (["--threads", "0"], "num_threads must be positive"), (["--model-name", ""], "model_name is"),
+    (["--attention", "lazy"], "attention 'lazy' is not one of"),
+    (["--drain-timeout-s", "-1"], "drain_timeout_s must be 0 or more, not -1.0"),
+])
+def test_wrong_options_of_a_server(
+    capsys: Capture, model: str, arguments: list[str], message: str
+) -> None:
+    assert message in failure(capsys, "serve", model, *arguments)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--soak", "-1"], "--soak must be 0 or a number of seconds, not -1.0"),
+    (["--soak", "nan"], "--soak must be"), (["--budget-s", "0"], "--budget-s must be positive"),
+    (["--batches", "0,-1,abc"], "--batches: 'abc' is not a number"),
+    (["--batches", "4,-1"], "--batches: '4,-1' has an item that is empty or not positive"),
+    (["--device", "tpu"], "device 'tpu' is not supported"), (["--length", "0"], "'--length'"),
+    (["--scenario", "rest"], "--scenario: 'rest' is not one of"),
+    (["--out", "/dev/null/x"], "/dev/null/x: no folder for results (Not a directory)"),
+])
+def test_wrong_options_of_a_server_benchmark(
+    capsys: Capture, model: str, arguments: list[str], message: str
+) -> None:
+    assert message in failure(capsys, "bench", "serve", "--model", model, *arguments)
 
 
 @pytest.mark.parametrize("arguments", [
@@ -240,7 +277,7 @@ def test_a_closed_pipe_is_quiet(model: str, prompt: str) -> None:
 def test_lists() -> None:
     assert cli.parse_list("4096, 1_000", int, "--lengths") == (4096, 1000)
     assert cli.parse_list("dense,sparse", str, "--attention") == ("dense", "sparse")
-    for text in ("4k", "1,,2", "0", ""):
+    for text in ("4k", "1,,2", "0", "", "1,-2"):
         with pytest.raises(LongspanError, match="--lengths"):
             cli.parse_list(text, int, "--lengths")
 

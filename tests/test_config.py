@@ -238,10 +238,22 @@ def test_corrupt_json(tmp_path):
 
 @pytest.mark.parametrize(("field", "value"), [
     ("max_model_len", 0), ("block_size", -1), ("memory_gib", 0.0), ("num_threads", 0),
-    ("max_num_requests", 0),
+    ("max_num_requests", 0), ("memory_gib", float("nan")), ("step_budget_s", float("nan")),
 ])
 def test_engine_config_refuses_what_is_not_positive(field, value):
     with pytest.raises(LongspanError, match=f"{field} must be positive, not {value}"):
+        EngineConfig(model="nano", **{field: value})
+
+
+@pytest.mark.parametrize(("field", "value", "text"), [
+    ("attention", "flash", "attention 'flash' is not one of auto, dense, sparse"),
+    ("positions", "alibi", "positions 'alibi' is not one of auto, rope, dca, dca\\+yarn"),
+    ("memory_gib", float("inf"), "memory_gib must be finite"),
+    ("num_threads", 10**8, "num_threads is 100000000, at most 1024; leave it out"),
+])
+def test_engine_config_refuses_what_there_is_not(field, value, text):
+    """Before anything is started: a server's engine is told its configuration by a message."""
+    with pytest.raises(LongspanError, match=text):
         EngineConfig(model="nano", **{field: value})
 
 

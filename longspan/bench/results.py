@@ -57,7 +57,7 @@ def write_rows(
     }
     if summary or old.get("summary"):
         content["summary"] = {**old.get("summary", {}), **(summary or {})}
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     # Renaming is atomic: a run that is cut off leaves the old file or the new one.
     part = file.with_suffix(".part")
     part.write_text(_dump(content), encoding="utf-8")
@@ -76,6 +76,16 @@ def describe_run(device: str, commit_id: str | None = None) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit_id or commit(), "device": describe_device(device), "versions": versions(),
     }
+
+
+def make_folder(directory: Path) -> None:
+    """For result files. Raises `LongspanError` where there can be none."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LongspanError(
+            f"{directory}: no folder for results ({error.strerror}); choose another with --out"
+        ) from None
 
 
 def read_file(file: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -18,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longspan.bench.results import describe_run, write_rows
+import torch
+
+from longspan.bench.results import describe_run, make_folder, write_rows
 from longspan.bench.server import (
     Answer,
     HealthProbe,
@@ -31,7 +34,7 @@ from longspan.bench.server import (
 from longspan.bench.soak import soak, write_pool
 from longspan.bench.tag import measure_decode
 from longspan.console import note, show_table
-from longspan.engine.resolve import STEP_BUDGET_S
+from longspan.engine.resolve import STEP_BUDGET_S, resolve_device
 from longspan.errors import LongspanError
 
 SHORT_LEN = 100
@@ -63,6 +66,12 @@ class ServeJob:
     threads: int | None
     out: Path
 
+    def __post_init__(self) -> None:
+        if self.budget_s is not None and not 0 < self.budget_s < math.inf:
+            raise LongspanError(f"--budget-s must be positive and finite, not {self.budget_s}")
+        if not 0 <= self.soak_s < math.inf:
+            raise LongspanError(f"--soak must be 0 or a number of seconds, not {self.soak_s}")
+
 
 def run(job: ServeJob) -> bool:
     """Measure, print, and write rows after each scenario. False: a soak has found a leak."""
@@ -70,6 +79,8 @@ def run(job: ServeJob) -> bool:
     if unknown:
         raise LongspanError(f"--scenario: {sorted(unknown)[0]!r} is not one of "
                             f"{', '.join(SCENARIOS)}")
+    resolve_device(job.device, has_cuda=torch.cuda.is_available())
+    make_folder(job.out)
     about, found, file = describe_run(job.device), list[Row](), None
     wanted = list(job.scenarios) if not job.soak_s else ["soak"]
     for scenario in wanted:
@@ -185,8 +196,8 @@ def _require(answer: Answer, what: str) -> None:
 
 
 def _follow_up(job: ServeJob) -> list[Row]:
-    document = prompt_of(job.length, 4)
-    with running(job.model, server_options(job)) as server:
+    with running(job.model, server_options(job)) as server:  # which knows whether it can be so long
+        document = prompt_of(job.length, 4)
         first = server.complete([*document, *prompt_of(SHORT_LEN, 5)], 1)
         others = [server.complete([*document, *prompt_of(SHORT_LEN + 7 * index, 6 + index)], 1)
                   for index in range(NUM_FOLLOW_UPS)]

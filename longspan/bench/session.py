@@ -13,6 +13,7 @@ import torch
 
 from longspan.bench.results import describe_run, write_rows
 from longspan.console import note
+from longspan.engine.resolve import resolve_device
 from longspan.errors import LongspanError
 
 
@@ -41,13 +42,8 @@ class BenchOptions:
     def make(cls, device: str | None, out: Path, commit: str | None,
              budget_s: float | None) -> BenchOptions:
         """With the device decided. Raises `LongspanError` for one that is not there."""
-        has_cuda = torch.cuda.is_available()
-        device = device or ("cuda" if has_cuda else "cpu")
-        if device.split(":")[0] not in ("cpu", "cuda"):
-            raise LongspanError(f"device {device!r} is not supported; use cpu or cuda")
-        if device.startswith("cuda") and not has_cuda:
-            raise LongspanError("device cuda was asked for and torch finds no CUDA GPU; use cpu")
-        if budget_s is not None and budget_s <= 0:
+        device = resolve_device(device, has_cuda=torch.cuda.is_available())
+        if budget_s is not None and not budget_s > 0:  # nan too
             raise LongspanError(f"--budget-s must be positive, not {budget_s}")
         return cls(device=device, out=out, commit=commit, budget_s=budget_s)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -385,8 +386,8 @@ def _decode(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
 
 def _model_name(model: str) -> str:
     """A directory is known by its last part, wherever it lies."""
-    path = Path(model).expanduser()
-    return path.resolve().name if model and path.is_dir() else model
+    path = os.path.expanduser(model)
+    return Path(path).resolve().name if model and os.path.isdir(path) else model
 
 
 def _last_words(reason: str) -> str:

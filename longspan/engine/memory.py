@@ -10,7 +10,7 @@ import torch
 from longspan.config import EngineConfig, ModelConfig
 from longspan.engine.graphs import BATCH_SIZES
 from longspan.engine.sampling import history_bytes
-from longspan.errors import NotEnoughMemoryError
+from longspan.errors import LongspanError, NotEnoughMemoryError
 from longspan.model.qwen2 import mlp_rows
 
 GIB = 1024**3
@@ -156,8 +156,13 @@ def _graph_bytes(model: ModelConfig, config: EngineConfig) -> int:
 
 
 def device_memory(device: str) -> DeviceMemory:
-    """What the device has and what is free on it now."""
+    """What the device has and what is free on it now. Raises `LongspanError` for a GPU that is not
+    there."""
     if device.startswith("cuda"):
+        index, count = torch.device(device).index or 0, torch.cuda.device_count()
+        if index >= count:
+            raise LongspanError(
+                f"device {device} is not there; the last GPU of this machine is cuda:{count - 1}")
         free, total = torch.cuda.mem_get_info(torch.device(device))
         return DeviceMemory(total_bytes=total, free_bytes=free)
     return host_memory()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from longspan.config import AttentionMode, DcaConfig, EngineConfig, ModelConfig, PositionMode
@@ -10,16 +11,13 @@ from longspan.errors import LongspanError
 GPU_PREFILL_CHUNK_LEN = 32_768
 CPU_PREFILL_CHUNK_LEN = 16_384
 STEP_BUDGET_S = {"cpu": 1.0, "cuda": 0.1}
+DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 DTYPES = ("float32", "bfloat16")
 
 
 def resolve_config(config: EngineConfig, *, has_cuda: bool) -> EngineConfig:
     """A new configuration with device, dtype and prefill chunk decided."""
-    device = config.device or ("cuda" if has_cuda else "cpu")
-    if device.split(":")[0] not in ("cpu", "cuda"):
-        raise LongspanError(f"device {device!r} is not supported; use cpu or cuda")
-    if device.startswith("cuda") and not has_cuda:
-        raise LongspanError("device cuda was asked for and torch finds no CUDA GPU; use cpu")
+    device = resolve_device(config.device, has_cuda=has_cuda)
     dtype = config.dtype or ("float32" if device == "cpu" else "bfloat16")
     if dtype not in DTYPES:
         raise LongspanError(f"dtype {dtype!r} is not supported; use {' or '.join(DTYPES)}")
@@ -30,12 +28,21 @@ def resolve_config(config: EngineConfig, *, has_cuda: bool) -> EngineConfig:
                    step_budget_s=config.step_budget_s or STEP_BUDGET_S[device.split(":")[0]])
 
 
+def resolve_device(device: str | None, *, has_cuda: bool) -> str:
+    """The device; None: a GPU if there is one. Raises `LongspanError` for one that cannot be."""
+    device = device or ("cuda" if has_cuda else "cpu")
+    if not DEVICE.fullmatch(device):
+        raise LongspanError(f"device {device!r} is not supported; use cpu or cuda (cuda:1 for the "
+                            "second GPU)")
+    if device.startswith("cuda") and not has_cuda:
+        raise LongspanError("device cuda was asked for and torch finds no CUDA GPU; use cpu")
+    return device
+
+
 def resolve_positions(mode: PositionMode, model: ModelConfig) -> DcaConfig | None:
     """The DCA settings in effect; None is plain RoPE. Raises `LongspanError` if there are none."""
     if mode == "rope" or (mode == "auto" and model.dca is None):
         return None
-    if mode not in ("auto", "dca", "dca+yarn"):
-        raise LongspanError(f"positions {mode!r} is not one of auto, rope, dca, dca+yarn")
     if model.dca is None:
         raise LongspanError(
             f"positions {mode!r} needs a dual_chunk_attention_config in the checkpoint's "
@@ -61,8 +68,6 @@ def check_tiles(dca: DcaConfig | None, *, block_size: int, max_model_len: int) -
 
 def may_be_sparse(mode: AttentionMode, *, has_plan: bool, has_dca: bool) -> bool:
     """Any request of this engine may prefill sparsely: the caches keep block means then."""
-    if mode not in ("auto", "dense", "sparse"):
-        raise LongspanError(f"attention {mode!r} is not one of auto, dense, sparse")
     return mode == "sparse" or (mode == "auto" and (has_plan or has_dca))
 
 

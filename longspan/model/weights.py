@@ -9,6 +9,7 @@ Format: safetensors (8 bytes of header length, a JSON header, then the data).
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,14 +53,14 @@ def resolve_checkpoint(name: str) -> Path:
     """
     if name == BUNDLED_MODEL:
         return _bundled_model()
-    path = Path(name).expanduser()
-    if name and path.is_dir():
+    path = Path(os.path.expanduser(name))
+    if name and os.path.isdir(path):  # not Path's, which raises for names that cannot be paths
         return path
-    if path.is_file():
+    if os.path.isfile(path):
         raise CheckpointError(f"{name} is a file; name the directory that holds config.json")
     if not HUB_ID.fullmatch(name):
         raise CheckpointError(
-            f"{name}: no such directory; name a directory, a hub id such as "
+            f"{name or 'no name'}: no such directory; name a directory, a hub id such as "
             f"Qwen/Qwen2.5-7B-Instruct-1M, or {BUNDLED_MODEL} for the bundled model"
         )
     return _download(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
@@ -46,7 +47,10 @@ def serve(model: str, config: ServeConfig, engine_options: Mapping[str, Any]) ->
     Raises `LongspanError` when the port is taken, the engine's sockets cannot be made, or the
     model cannot be loaded.
     """
-    return run(client.AsyncEngine(EngineConfig(model=model, **engine_options)), config)
+    engine = EngineConfig(model=model, **engine_options)
+    if engine.step_budget_s == math.inf:
+        raise LongspanError("step_budget_s must be finite; 1e6 is long enough for every step")
+    return run(client.AsyncEngine(engine), config)
 
 
 def run(engine: AsyncEngine, config: ServeConfig) -> int:
@@ -61,14 +65,23 @@ def listen(config: ServeConfig) -> socket.socket:
     """The socket, bound before anything is loaded. Raises `LongspanError` when it cannot be."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
+        # asked first: a name that is none leaves create_server with an open socket
+        socket.getaddrinfo(config.host, config.port, family, socket.SOCK_STREAM)
         sock = socket.create_server((config.host, config.port), family=family, backlog=1024)
+    except socket.gaierror as error:
+        raise _no_socket(config, error.strerror or str(error)) from None
+    except UnicodeError:
+        raise _no_socket(config, "that is no name of a host") from None
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise LongspanError(f"cannot listen on {config.host} port {config.port}: {reason}; "
-                            "choose another with --host and --port") from None
+        raise _no_socket(config, os.strerror(error.errno) if error.errno else str(error)) from None
     # asyncio leaves Nagle's algorithm on for sockets it did not make: 40 ms on most replies
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return sock
+
+
+def _no_socket(config: ServeConfig, reason: str) -> LongspanError:
+    return LongspanError(f"cannot listen on {config.host} port {config.port}: {reason}; "
+                         "choose another with --host and --port")
 
 
 class Server(uvicorn.Server):

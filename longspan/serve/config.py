@@ -49,14 +49,21 @@ class ServeConfig:
     """Longest wait for running requests after SIGTERM."""
 
     def __post_init__(self) -> None:
+        if not self.host:
+            raise LongspanError("host is empty; name an address, 127.0.0.1 for this machine alone "
+                                "or 0.0.0.0 for all that reach it")
         if not 0 <= self.port <= 65535:
             raise LongspanError(f"port {self.port} is not between 0 and 65535")
+        if self.model_name == "":
+            raise LongspanError("model_name is empty; leave it out for the model's own")
         for name in ("max_body_bytes", "max_buffered_bytes", "max_queued_tokens",
                      "max_queued_requests", "max_choices", "default_max_tokens", "ping_interval_s",
                      "head_timeout_s", "body_timeout_s", "send_timeout_s"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not value > 0:  # nan too
                 raise LongspanError(f"{name} must be positive, not {value}")
+        if not self.drain_timeout_s >= 0:
+            raise LongspanError(f"drain_timeout_s must be 0 or more, not {self.drain_timeout_s}")
         if not all(key and key.isascii() and key.isprintable() for key in self.api_keys):
             raise LongspanError("an API key must be printable ASCII and not empty")
 

@@ -109,6 +109,12 @@ def test_growth_is_a_leak() -> None:
     assert soak.is_leak("rss", 1000, 1060) and not soak.is_leak("rss", 1000, 1040)
 
 
+def test_a_prompt_that_no_machine_can_hold(model: Path, tmp_path: Path) -> None:
+    """The server refuses before the prompt is made."""
+    with pytest.raises(LongspanError, match="did not start.*needs .* lower max_model_len to"):
+        run(job_of(model, tmp_path, length=10**12, scenarios=("followup",)))
+
+
 def test_a_server_that_does_not_start(tmp_path: Path) -> None:
     with pytest.raises(LongspanError, match="did not start.*no config.json"), \
             running(str(tmp_path), ["--device", "cpu"]):

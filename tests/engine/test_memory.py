@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from longspan.config import DcaConfig, EngineConfig, ModelConfig
 from longspan.engine.memory import (
@@ -18,7 +19,7 @@ from longspan.engine.memory import (
     plan_memory,
     workspace_bytes,
 )
-from longspan.errors import NotEnoughMemoryError
+from longspan.errors import LongspanError, NotEnoughMemoryError
 from tests.doubles import MODEL
 
 BIG = ModelConfig(**{
@@ -118,6 +119,12 @@ def test_rotation_tables_are_as_long_as_the_context_without_dca() -> None:
 def test_this_machine_has_memory() -> None:
     memory = device_memory("cpu")
     assert 0 < memory.free_bytes <= memory.total_bytes
+
+
+def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(LongspanError, match="cuda:2 is not there; the last GPU .* is cuda:1"):
+        device_memory("cuda:2")
 
 
 def test_container_limits_count(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from longspan.engine.client import EngineStatus
 from longspan.engine.latency import Costs, Forecast
 from longspan.errors import LongspanError, MissingDependencyError
 from longspan.serve import check_dependencies
-from longspan.serve.command import listen, start_up_report
+from longspan.serve.command import listen, serve, start_up_report
 from longspan.serve.config import ServeConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,8 +138,24 @@ def test_the_report():
     assert "128K: 1.3 s, 256K: 2.6 s" in text and "512K" not in text
 
 
+@pytest.mark.parametrize(("host", "reason"), [
+    ("no such host!", "Name or service not known"), (":::::", "Name or service not known"),
+    ("\xfc..x", "that is no name of a host"), ("192.0.2.1", "Cannot assign requested address")])
+def test_a_host_that_cannot_be_listened_on(host, reason):
+    with pytest.raises(LongspanError, match=f"cannot listen on .* port 0: {reason}; choose"):
+        listen(ServeConfig(host=host, port=0))
+
+
+def test_a_step_of_a_server_ends():
+    """Nothing is started for that: the engine's processes would take it for the default."""
+    with pytest.raises(LongspanError, match="step_budget_s must be finite"):
+        serve("nano", ServeConfig(port=0), {"step_budget_s": float("inf")})
+
+
 @pytest.mark.parametrize("options", [
-    {"port": 70_000}, {"api_keys": ("",)}, {"api_keys": ("k\n",)}, {"ping_interval_s": 0.0}])
+    {"port": 70_000}, {"api_keys": ("",)}, {"api_keys": ("k\n",)}, {"ping_interval_s": 0.0},
+    {"host": ""}, {"model_name": ""}, {"drain_timeout_s": -1.0}, {"send_timeout_s": float("nan")},
+    {"drain_timeout_s": float("nan")}])
 def test_config_refuses(options):
     with pytest.raises(LongspanError):
         ServeConfig(**options)
