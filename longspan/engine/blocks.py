@@ -38,6 +38,9 @@ from array import array
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 def extend_hashes(
     hashes: list[bytes], tokens: array[int], block_size: int, salts: Mapping[int, bytes],
@@ -62,11 +65,11 @@ class BlockPool:
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self._refs = [0] * num_blocks
+        self._refs = array("i", [0]) * num_blocks
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
         # Release time of cached blocks, 0 for all others: the least valuable is the smallest.
-        self._stamps = [0] * num_blocks
+        self._stamps = array("q", [0]) * num_blocks
         self._clock = 0
         # One byte for each block, 1 where it is free: runs are found at memory speed.
         self._free = bytearray(b"\x01" * num_blocks)
@@ -182,21 +185,23 @@ class BlockPool:
 
     def _cheapest_run(self, count: int) -> int:
         """Start of the run of available blocks whose cached content is least and oldest, or -1."""
-        best_start, best_cost, cost, length = -1, -1, 0, 0
-        for block in range(self.num_blocks):
-            if self._refs[block]:
-                cost = length = 0
-                continue
-            cost += self._stamps[block]
-            length += 1
-            if length > count:
-                cost -= self._stamps[block - count]
-            if length >= count and (best_start < 0 or cost < best_cost):
-                best_start, best_cost = block - count + 1, cost
-        return best_start
+        used, stamps = self._arrays()
+        num_used = np.cumsum(np.concatenate(([0], used)))
+        costs = np.cumsum(np.concatenate(([0], stamps)))
+        is_run = num_used[count:] == num_used[:-count]
+        if not is_run.any():
+            return -1
+        most = np.iinfo(costs.dtype).max
+        return int(np.where(is_run, costs[count:] - costs[:-count], most).argmin())
 
     def _scattered(self, count: int) -> list[int]:
         """No run is left: free blocks first, then the cached ones released longest ago."""
-        available = [block for block in range(self.num_blocks) if not self._refs[block]]
-        available.sort(key=lambda block: self._stamps[block])
-        return sorted(available[:count])
+        used, stamps = self._arrays()
+        available = np.flatnonzero(~used)
+        oldest = np.argsort(stamps[available], kind="stable")[:count]
+        return sorted(available[oldest].tolist())
+
+    def _arrays(self) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+        """Which blocks are held, and the release times: searched at memory speed, for pools of a
+        hundred thousand blocks are searched while others decode."""
+        return np.frombuffer(self._refs, np.int32) > 0, np.frombuffer(self._stamps, np.int64)
