@@ -145,9 +145,9 @@ class Subject:
 
     def match(self, quiz: Quiz, start: SparsityPlan | None) -> SparsityPlan:
         """MInference's policy with budgets scaled until it costs what the tile plan does on this
-        prompt, estimated on its last prefill chunk."""
+        prompt, estimated on its last prefill chunk, and the one before if that is short."""
         plan = start or self.plan.paper()
-        last = (quiz.prompt_len - 1) // self.chunk_len * self.chunk_len
+        last = max(0, quiz.prompt_len - self.chunk_len // 2) // self.chunk_len * self.chunk_len
         with torch.inference_mode(), self._using(self.plan):
             self.model.reset_attention_stats()
             self._prefill(quiz, 0, quiz.prompt_len, self.plan)

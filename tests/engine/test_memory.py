@@ -12,6 +12,7 @@ import torch
 from longspan.config import DcaConfig, EngineConfig, ModelConfig
 from longspan.engine.memory import (
     GIB,
+    SAMPLING_BYTES,
     DeviceMemory,
     MemoryPlan,
     device_memory,
@@ -90,7 +91,7 @@ def test_what_does_not_fit_is_refused(free: float, fields: dict[str, Any], remed
 
 def test_workspace_grows_with_the_step() -> None:
     config = EngineConfig(model="m", device="cuda", dtype="bfloat16")
-    assert workspace_bytes(BIG, config, 1000) < workspace_bytes(BIG, config, 32_768) < 5 * GIB
+    assert workspace_bytes(BIG, config, 1000) < workspace_bytes(BIG, config, 32_768) < 6 * GIB
     assert workspace_bytes(BIG, replace(config, dtype="float32"), 1000) > \
         workspace_bytes(BIG, config, 1000)
 
@@ -106,7 +107,8 @@ def test_decode_graphs_are_planned_for_on_gpus() -> None:
         return graphs // BIG.vocab_size
 
     assert [more(count) for count in (1, 5, 64, 500)] == [
-        8 + 32, 8 * 15 + 32 * 8, 8 * 127 + 32 * 64, 8 * 127 + 32 * 64]
+        8 * recorded + SAMPLING_BYTES * largest
+        for recorded, largest in ((1, 1), (15, 8), (127, 64), (127, 64))]
 
 
 def test_rotation_tables_are_as_long_as_the_context_without_dca() -> None:
