@@ -173,7 +173,8 @@ def _spawn(orders: Orders) -> subprocess.Popen[bytes]:
         [sys.executable, "-c", code, f"longspan-{orders.role}"], stdin=subprocess.PIPE,
         start_new_session=True)
     assert child.stdin is not None
-    child.stdin.write(msgspec.json.encode(orders) + b"\n")
+    # In hexadecimal: a line of its own, and unlike JSON it knows an infinite budget.
+    child.stdin.write(msgspec.msgpack.encode(orders).hex().encode() + b"\n")
     child.stdin.flush()
     return child
 
@@ -193,7 +194,7 @@ def main() -> None:
     """A child's life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    orders = msgspec.json.decode(_first_line(), type=Orders)
+    orders = msgspec.msgpack.decode(bytes.fromhex(_first_line().decode()), type=Orders)
     threading.Thread(target=_hang_on, args=(orders.directory,), daemon=True).start()
     if orders.role == "scheduler":
         from longspan.engine.scheduler_process import run

@@ -1,7 +1,8 @@
 """A fake runner for another process: `load` is named to it, files tell it what to do.
 
 In the model's directory: ``fake.json`` with ``step_s`` and ``error``; while ``hold`` exists no step
-ends; ``steps.log`` receives a line for each step, [[request id, tokens, ran ahead], ...].
+ends; ``steps.log`` receives a line for each step, [[request id, tokens, ran ahead], ...];
+``asked.json`` holds what the configuration said when it arrived.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ def load(config: EngineConfig, send: Send) -> tuple[SchedulerConfig, FarRunner]:
     """As `longspan.engine.worker.load_engine`."""
     path = Path(config.model)
     options = json.loads((path / "fake.json").read_text())
+    (path / "asked.json").write_text(json.dumps({"step_budget_s": str(config.step_budget_s)}))
     scheduler = SchedulerConfig(
         num_blocks=NUM_BLOCKS, block_size=BLOCK, max_model_len=MAX_LEN, prefill_chunk_len=CHUNK,
         max_num_requests=4)

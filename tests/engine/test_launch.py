@@ -403,6 +403,21 @@ def test_no_directory_for_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         private_directory()
 
 
+def test_an_infinite_budget_reaches_the_children(tmp_path: Path) -> None:
+    """It means none; what became of it would be the default."""
+    async def work() -> None:
+        config = EngineConfig(model=str(write_model(tmp_path)), step_budget_s=float("inf"))
+        engine = AsyncEngine(config, in_processes(loader=LOADER))
+        await engine.start()
+        try:
+            await until(lambda: engine.status().state != "loading")
+        finally:
+            await engine.close()
+        assert json.loads((tmp_path / "asked.json").read_text())["step_budget_s"] == "inf"
+
+    run(work())
+
+
 def test_a_long_name_of_the_temporary_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
