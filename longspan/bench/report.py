@@ -21,6 +21,7 @@ from longspan.bench.tables import (
     markdown,
     ops_section,
     quality_section,
+    serve_section,
     ttft_section,
 )
 from longspan.console import note
@@ -105,7 +106,7 @@ TABLES: dict[str, Callable[[Content], str]] = {"eval": eval_table, "cpu": cpu_ta
 PLOTS: dict[str, Callable[[Content, Path], bool]] = {"ttft": draw_ttft}
 SECTIONS: dict[str, Callable[[Sequence[Content]], str]] = {
     "ttft": ttft_section, "decode": decode_section, "ops": ops_section,
-    "quality": quality_section}
+    "quality": quality_section, "serve": serve_section}
 
 
 def _score(row: Content | None) -> str:

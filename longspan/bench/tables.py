@@ -95,6 +95,54 @@ def decode_section(contents: Sequence[Content]) -> str:
     return text + "\n".join(parts)
 
 
+SERVED = (
+    ("prefill", "short_ttft_max_budgets", "longest wait of a short request beside a long prompt",
+     "{:.2f} step budgets"),
+    ("prefill", "decode_pause_max_budgets", "longest pause of a running answer meanwhile",
+     "{:.2f} step budgets"),
+    ("prefill", "health_p99", "/health meanwhile, 99 of 100 within", "{:.1f} ms"),
+    ("prefill", "loop_lag_p99_below", "event loop late meanwhile, 99 of 100 below", "{:.1f} ms"),
+    ("prefill", "long_ttft", "first token of the long prompt meanwhile", "{:.1f} s"),
+    ("followup", "followup_1_share", "a second question, of the first one's time", "{:.1f} %"),
+    ("followup", "followup_2_share", "a third question, of the first one's time", "{:.1f} %"),
+    *((("decode", f"tag_over_synchronous_batch_{batch}",
+        f"tokens a second, run ahead over synchronous, {batch} requests", "{:.2f}x"))
+      for batch in (1, 16, 64)),
+    *((("decode", f"tag_idle_share_batch_{batch}",
+        f"device idle between decode steps, {batch} requests", "{:.1f} %"))
+      for batch in (1, 16, 64)),
+    ("soak", "seconds", "mixed requests and hang-ups for", "{:.0f} s"),
+    ("soak", "finished", "requests finished", "{:,.0f}"),
+    ("soak", "aborted", "hung up on", "{:,.0f}"),
+    ("soak", "failed", "failed", "{:,.0f}"),
+    ("soak", "leaks", "leaks of memory, descriptors, threads or blocks", "{:,.0f}"))
+"""Scenario, metric, what it is, how it is written."""
+OF_MACHINE = frozenset({"health_p99", "loop_lag_p99_below", "long_ttft"})
+"""Plain times, shown of GPUs only; shares and ratios say more about a CPU."""
+
+
+def serve_section(contents: Sequence[Content]) -> str:
+    """What a server's users feel."""
+    text = "### A server beside long prompts\n\n`longspan bench serve`: a real server over HTTP. " \
+           "A step budget is the longest step that the server allows itself " \
+           "(`--step-budget-s`).\n\n"
+    models = [(content, model) for content in contents
+              for model in dict.fromkeys(row["model"] for row in _measured(content))]
+    return text + "\n".join(_serve_table(content, model) for content, model in models)
+
+
+def _serve_table(content: Content, model: str) -> str:
+    found = {(row["scenario"], row["metric"]): row for row in _measured(content)
+             if row["model"] == model}
+    is_cpu = content["device"]["name"].startswith("CPU")
+    body = [
+        [what, f"{found[scenario, metric]['length']:,}" if scenario != "decode" else "",
+         text.format(found[scenario, metric]["value"])]
+        for scenario, metric, what, text in SERVED
+        if (scenario, metric) in found and not (is_cpu and metric in OF_MACHINE)]
+    return caption(content, f"serving {model}") + markdown(["", "tokens", "measured"], body)
+
+
 def quality_section(contents: Sequence[Content]) -> str:
     """Answers and recall at equal cost."""
     text = "### What sparse prefill keeps\n\n`longspan bench quality`: the same prompts for all; " \

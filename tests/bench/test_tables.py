@@ -28,7 +28,7 @@ def ttft_row(attention: str, seconds: float, **values: Any) -> dict[str, Any]:
             "peak_memory_gib": 76.54, "share": SHARE, **values}
 
 
-@pytest.mark.parametrize("name", ["ttft", "decode", "ops", "quality"])
+@pytest.mark.parametrize("name", ["ttft", "decode", "ops", "quality", "serve"])
 def test_sections_are_empty_without_results(name: str, tmp_path: Path) -> None:
     assert report.build_table(name, tmp_path) == ""
 
@@ -127,6 +127,26 @@ def test_ops(tmp_path: Path) -> None:
         "| copy, read and written | 4.26 TB/s |\n",
         "| bf16 matrix product, 8,192 cubed | 770 TFLOP/s |\n"):
         assert line in text, line
+
+
+def test_serve(tmp_path: Path) -> None:
+    """Shares and ratios for all devices, plain times for GPUs alone."""
+    rows = [
+        {"scenario": "prefill", "model": "nano", "metric": metric, "value": value, "unit": "",
+         "length": 131_072}
+        for metric, value in (("decode_pause_max_budgets", 0.8318), ("health_p99", 7.537))]
+    rows += [{"scenario": "decode", "model": "nano", "metric": "tag_over_synchronous_batch_16",
+              "value": 1.25, "unit": "x", "length": 131_072}]
+    write(tmp_path, "serve", rows)
+    text = report.build_table("serve", tmp_path)
+    for line in ("### A server beside long prompts", "serving nano (",
+                 "| longest pause of a running answer meanwhile | 131,072 | 0.83 step budgets |\n",
+                 "| /health meanwhile, 99 of 100 within | 131,072 | 7.5 ms |\n",
+                 "| tokens a second, run ahead over synchronous, 16 requests |  | 1.25x |\n"):
+        assert line in text, line
+    (file,) = tmp_path.glob("serve.*.json")
+    file.write_text(file.read_text().replace("Chip", "CPU Chip"))
+    assert "/health" not in report.build_table("serve", tmp_path)
 
 
 def test_the_readme_has_a_place_for_each() -> None:
