@@ -226,7 +226,8 @@ def ops(
     budget_s: BudgetS = None, out: Results = Path("bench/results"),
 ) -> None:
     """Compare attention ops with PyTorch's on one layer of a real shape; checks come first."""
-    from longspan.bench.ops import SECTIONS, OpsOptions, run
+    from longspan.bench.ops import run
+    from longspan.bench.ops_layer import SECTIONS, OpsOptions
     from longspan.bench.session import BenchOptions, BenchSession
     from longspan.bench.shapes import PlanOptions, Shape
     from longspan.bench.timing import Repeats

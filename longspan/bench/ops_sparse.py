@@ -15,9 +15,9 @@ from longspan.attention.layer import DualChunkAttention
 from longspan.attention.metadata import SequenceSlice, build_metadata
 from longspan.bench import checks
 from longspan.bench.inputs import BLOCK_SIZE, LayerInput, last_segment, make_rotary
-from longspan.bench.ops import LayerBench, rate, rounded
+from longspan.bench.ops_layer import LayerBench
 from longspan.bench.tiles import causal_flops, count_tiles, tile_flops
-from longspan.bench.timing import Regions, Timing, measure_together
+from longspan.bench.timing import Regions, Timing, measure_together, rate, rounded
 from longspan.errors import LongspanError
 from longspan.ops.types import PagedKV, QueryRotary, Selection
 

@@ -24,10 +24,9 @@ from longspan.attention.layer import allocate_cache
 from longspan.attention.metadata import SequenceSlice, build_metadata
 from longspan.attention.rope import build_rotary
 from longspan.attention.sparsity import SparsityPlan
-from longspan.bench.ops import rounded
 from longspan.bench.questions import Quiz, common_prefix, many_questions, single_questions
 from longspan.bench.session import BenchSession
-from longspan.bench.timing import swapped
+from longspan.bench.timing import rounded, swapped
 from longspan.config import EngineConfig, dense_tail_start
 from longspan.console import note, percent, show_table
 from longspan.engine.blueprint import Blueprint

@@ -73,6 +73,16 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
+def rounded(value: float | None, digits: int = 3) -> float | None:
+    """To some significant digits, so that files stay readable."""
+    return None if value is None else float(f"{value:.{digits}g}")
+
+
+def rate(amount: float, timing: Timing) -> float:
+    """Amount in units of 1e12 a second."""
+    return float(f"{amount / timing.median_ms / 1e9:.4g}")
+
+
 class Regions:
     """Device time by name: wraps functions so that each call is timed and the calls add up.
 

@@ -25,10 +25,9 @@ from longspan.bench.engine import (
     random_ids,
     warm_up,
 )
-from longspan.bench.ops import rounded
 from longspan.bench.session import BenchSession
 from longspan.bench.shapes import Shape
-from longspan.bench.timing import Regions, synchronize
+from longspan.bench.timing import Regions, rounded, synchronize
 from longspan.console import GIB, percent, seconds, show_table
 from longspan.engine.loop import LocalTransport, Loop
 from longspan.engine.request import Request, SamplingParams

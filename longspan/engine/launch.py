@@ -19,20 +19,19 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import zmq
 
 from longspan.config import EngineConfig
 from longspan.engine.conductor import Send
+from longspan.engine.orders import ROLES, Orders, Role, socket_address
 from longspan.engine.transport import SOCKET_REMEDY, Inbox, Outbox
 from longspan.engine.wire import Begin, Command, Died, FromEngine
 from longspan.engine.worker import Start
 from longspan.errors import LongspanError
 
-Role = Literal["scheduler", "runner"]
-ROLES: tuple[Role, ...] = ("scheduler", "runner")
 LOADER = "longspan.engine.worker:load_engine"
 MAX_IN_FLIGHT = 2
 """Steps: one that is computed, and the next one, so that the runner never waits. Short ones are
@@ -44,22 +43,6 @@ STOP_S = 2.0
 """For a child to end when its lifeline is cut; then it is killed."""
 MAX_SOCKET_PATH = 90
 """Unix sockets allow about 100 bytes."""
-
-
-class Orders(msgspec.Struct, frozen=True, kw_only=True):
-    """What a child is to do: the first line of its standard input."""
-
-    role: Role
-    directory: str
-    """Of the sockets; removed by whoever is the last to notice the end."""
-    config: EngineConfig
-    max_in_flight: int
-    loader: str
-    """module:function that builds what computes."""
-
-    def address(self, who: Role | Literal["front"]) -> str:
-        """Of an inbox."""
-        return _address(self.directory, who)
 
 
 def in_processes(*, max_in_flight: int = MAX_IN_FLIGHT, loader: str = LOADER) -> Start:
@@ -87,12 +70,12 @@ class Processes:
         self._is_stopping = threading.Event()
         self._context: zmq.Context[Any] = zmq.Context()
         try:
-            self._inbox = Inbox(self._context, _address(self._directory, "front"), FromEngine)
+            self._inbox = Inbox(self._context, socket_address(self._directory, "front"), FromEngine)
         except LongspanError:
             self._context.term()
             shutil.rmtree(self._directory, ignore_errors=True)
             raise
-        self._scheduler = Outbox(self._context, _address(self._directory, "scheduler"))
+        self._scheduler = Outbox(self._context, socket_address(self._directory, "scheduler"))
         self.children = {role: _spawn(Orders(
             role=role, directory=self._directory, config=config, max_in_flight=max_in_flight,
             loader=loader)) for role in ROLES}
@@ -159,10 +142,6 @@ def private_directory() -> str:
         raise LongspanError(f"cannot make a directory for the engine's sockets: {error.strerror}"
                             f"{place}; {SOCKET_REMEDY}") from None
     return path
-
-
-def _address(directory: str, who: str) -> str:
-    return f"ipc://{directory}/{who}"
 
 
 def _spawn(orders: Orders) -> subprocess.Popen[bytes]:

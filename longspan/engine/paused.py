@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from longspan.engine.batch import DeviceBatch
 from longspan.engine.chunking import row_cuts
+from longspan.engine.stages import PipelineStage
 from longspan.engine.step import ScheduledSlice
 from longspan.model.pieces import forward_in_pieces
-
-if TYPE_CHECKING:
-    from longspan.engine.runner import PipelineStage
 
 
 class PausableChunk:

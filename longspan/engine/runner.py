@@ -7,7 +7,6 @@ stage. Here all stages live in one process and hand hidden states on directly.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,21 +27,14 @@ from longspan.engine.launched import LaunchedStep, Stopwatch
 from longspan.engine.memory import MemoryPlan
 from longspan.engine.paused import PausableChunk
 from longspan.engine.sampling import SampledTokens, Sampler
+from longspan.engine.stages import PipelineStage
 from longspan.engine.step import ScheduledBatch, StepResult
 from longspan.engine.tokenizer import Tokenizer
-from longspan.model import CausalLM, build_model
+from longspan.model import build_model
 from longspan.model.weights import load_weights
 from longspan.ops.types import PagedKV
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PipelineStage:
-    """A slice of the layers and the keys and values of those layers."""
-
-    model: CausalLM
-    caches: tuple[PagedKV, ...]
 
 
 class Runner:

@@ -18,7 +18,7 @@ from typing import Any, Protocol, cast
 
 import zmq
 
-from longspan.engine.launch import Orders
+from longspan.engine.orders import Orders
 from longspan.engine.step import ScheduledBatch, StepResult
 from longspan.engine.transport import Inbox, Outbox, Tables
 from longspan.engine.wire import Computed, Loaded, Row, Step, Stepped, last_words

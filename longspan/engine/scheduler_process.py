@@ -7,7 +7,7 @@ from typing import Any
 import zmq
 
 from longspan.engine.conductor import Conductor
-from longspan.engine.launch import Orders
+from longspan.engine.orders import Orders
 from longspan.engine.scheduler import Scheduler
 from longspan.engine.transport import Inbox, Outbox, RunnerTransport
 from longspan.engine.wire import Begin, ToScheduler, last_words

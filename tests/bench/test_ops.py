@@ -14,7 +14,8 @@ from longspan import ops
 from longspan.bench import checks, results
 from longspan.bench.baselines import Plain, causal_blocks, prepare
 from longspan.bench.inputs import CONTENTS, last_segment, make_input, make_rotary
-from longspan.bench.ops import SECTIONS, OpsOptions, run
+from longspan.bench.ops import run
+from longspan.bench.ops_layer import SECTIONS, OpsOptions
 from longspan.bench.ops_sparse import dense_sum, spread, typical_layer
 from longspan.bench.session import BenchOptions, BenchSession, CheckFailed, Unavailable
 from longspan.bench.tiles import causal_flops, count_tiles
