@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longspan.ops.attend import Partial, attend, merge
-from longspan.ops.geometry import INTRA, Span, query_position, segments, spans
+from longspan.ops.geometry import INTER, INTRA, Span, query_position, segments, spans
 from longspan.ops.reference import rotate
 from longspan.ops.types import PagedKV, QueryRotary
 
@@ -39,12 +39,22 @@ def decode_attention(
     scales: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.decode_attention`. One request after another; the host reads lengths."""
-    lengths = zip(context_lens.tolist(), scales.tolist(), strict=True)
-    parts = [
-        prefill_attention(q[row : row + 1], cache, block_tables[row], length - 1, rotary, scale)
-        for row, (length, scale) in enumerate(lengths)
-    ]
-    return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+    lengths = context_lens.tolist()
+    last_zone = min((max(lengths, default=1) - 1) // rotary.stride, INTER)
+    zones = []
+    for zone in range(last_zone + 1):
+        rows = query_position(context_lens - 1, zone, rotary.stride, rotary.clamp)
+        # requests without keys in the zone may lie beyond the tables; theirs are not used
+        zones.append(_rotated(q, rows.clamp(max=rotary.cos.shape[0] - 1), rotary))
+    parts = []
+    for row, (length, scale) in enumerate(zip(lengths, scales.tolist(), strict=True)):
+        k, v = ordered_kv(cache, block_tables[row], length)
+        parts.append(merge([
+            _attend_history(zones[span.zone][row : row + 1], k[span.start : span.stop],
+                            v[span.start : span.stop], scale)
+            for span in spans(length - 1, length, rotary.stride)]))
+    return (torch.cat([out.permute(1, 0, 2) for out, _ in parts]).contiguous(),
+            torch.cat([lse.T for _, lse in parts]).contiguous())
 
 
 def ordered_kv(cache: PagedKV, block_table: Tensor, context_len: int) -> tuple[Tensor, Tensor]:
@@ -64,16 +74,20 @@ def ordered_kv(cache: PagedKV, block_table: Tensor, context_len: int) -> tuple[T
 def rotated_queries(q: Tensor, start: int, zone: int, rotary: QueryRotary) -> Tensor:
     """Queries at positions start, start + 1, ... rotated for keys of ``zone``. q: [T, H, D]."""
     positions = torch.arange(start, start + q.shape[0], device=q.device)
-    rows = query_position(positions, zone, rotary.stride, rotary.clamp)
+    return _rotated(q, query_position(positions, zone, rotary.stride, rotary.clamp), rotary)
+
+
+def _rotated(q: Tensor, rows: Tensor, rotary: QueryRotary) -> Tensor:
     return rotate(q, rotary.cos[rows], rotary.sin[rows])
 
 
 def _span_parts(
     q: Tensor, k: Tensor, v: Tensor, span: Span, start: int, rotary: QueryRotary, scale: float
 ) -> list[Partial]:
-    """Partial results [H, T, D] of one zone; the queries' own keys apart, under the causal mask."""
+    """Partial results [H, T, D] of one zone; the queries' own keys apart, under the causal mask. A
+    query alone sees all keys that there are."""
     rotated = rotated_queries(q, start, span.zone, rotary)
-    if span.zone != INTRA:
+    if span.zone != INTRA or q.shape[0] == 1:
         keys = slice(span.start, span.stop)
         return [_attend_history(rotated, k[keys], v[keys], scale)]
     own = _attend_own(rotated, k[start : span.stop], v[start : span.stop], scale)
@@ -100,8 +114,5 @@ def _attend_own(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Partial:
     group = heads.shape[1]
     keys = k.permute(1, 0, 2)[:, None].expand(-1, group, -1, -1)
     values = v.permute(1, 0, 2)[:, None].expand(-1, group, -1, -1)
-    if num_queries == 1:
-        out, lse = attend(heads, keys, values, scale)
-    else:
-        out, lse = attend(heads, keys, values, scale, causal=True)
+    out, lse = attend(heads, keys, values, scale, causal=True)
     return out.reshape(num_heads, num_queries, head_dim), lse.reshape(num_heads, num_queries)

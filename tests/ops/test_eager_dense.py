@@ -94,10 +94,15 @@ def test_decode_token_by_token(impl: ModuleType, device: str) -> None:
     assert_close(torch.cat([lse for _, lse in parts]), expected_lse, "lse")
 
 
+@pytest.mark.parametrize("lengths", [
+    pytest.param([1, 16, 48, 49, 64, 65, 111, 160], id="all-zones"),
+    pytest.param([30, 50, 1, 48, 49], id="rotations-end-after-one-chunk")])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_decode_batch_of_unequal_requests(impl: ModuleType, device: str) -> None:
+def test_decode_batch_of_unequal_requests(
+    impl: ModuleType, lengths: list[int], device: str
+) -> None:
     """Requests of different lengths, zones and temperatures; tables padded with block 0."""
-    positions, lengths, length = Positions(64, 16), [1, 16, 48, 49, 64, 65, 111, 160], 160
+    positions, length = Positions(64, 16), max(lengths)
     case = oracle.make_case(length, positions, device=device)
     tables = torch.zeros(len(lengths), len(case.block_table), dtype=torch.int64, device=device)
     scales = torch.linspace(0.5, 1.5, len(lengths), device=device) * case.scale
