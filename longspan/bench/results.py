@@ -33,6 +33,8 @@ KEY_FIELDS: dict[str, tuple[str, ...]] = {
     "train": ("model", "phase"),
 }
 """What identifies a row of each bench."""
+ORIGIN = ("command", "date", "commit", "versions")
+"""Of a run; the device is the file's."""
 PACKAGES = ("torch", "triton", "transformers", "numpy")
 GIB = 1024**3
 
@@ -43,6 +45,8 @@ def write_rows(
 ) -> Path:
     """Merge rows into the bench's file for this device. Returns the file.
 
+    What the head says holds for all rows but those of earlier runs, which say it themselves.
+
     Args:
         device: ``cpu`` or ``cuda``: what the rows were measured on.
         summary: figures derived from several rows, merged by name.
@@ -51,10 +55,8 @@ def write_rows(
     about = about or describe_run(device)
     file = directory / f"{bench}.{_slug(about['device']['name'])}.json"
     old = read_file(file) if file.is_file() else {}
-    content = {
-        "bench": bench, **about,
-        "rows": merge_rows(old.get("rows", []), rows, KEY_FIELDS[bench]),
-    }
+    kept = [_with_origin(row, old, about) for row in old.get("rows", [])]
+    content = {"bench": bench, **about, "rows": merge_rows(kept, rows, KEY_FIELDS[bench])}
     if summary or old.get("summary"):
         content["summary"] = {**old.get("summary", {}), **(summary or {})}
     make_folder(directory)
@@ -63,6 +65,14 @@ def write_rows(
     part.write_text(_dump(content), encoding="utf-8")
     os.replace(part, file)
     return file
+
+
+def _with_origin(
+    row: Mapping[str, Any], old: Mapping[str, Any], about: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A row of an earlier run, with what the file's head is going to say of another one."""
+    origin = {name: old[name] for name in ORIGIN if name in old and old[name] != about[name]}
+    return {**row, **{name: value for name, value in origin.items() if name not in row}}
 
 
 def describe_run(device: str, commit_id: str | None = None) -> dict[str, Any]:

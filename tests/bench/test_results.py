@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,6 +46,21 @@ def test_a_file_says_what_was_run_when_and_on_what(tmp_path: Path) -> None:
     assert [row["num_tokens"] for row in content["rows"]] == [8, 9]
     assert content["summary"] == {"ratio": 2.0}
     assert [path.name for path in (tmp_path / "new").iterdir()] == [file.name]
+
+
+def test_rows_of_earlier_runs_say_where_they_come_from(tmp_path: Path) -> None:
+    def write(commit: str, *lengths: int) -> list[dict[str, Any]]:
+        about = {"command": "c", "date": f"day {commit}", "commit": commit, "versions": {},
+                 "device": {"name": "chip"}}
+        rows = [{"model": "m", "impl": "dense", "num_tokens": n, "threads": 1} for n in lengths]
+        return results.read_file(results.write_rows(tmp_path, "cpu", rows, about=about))["rows"]
+
+    assert not any("commit" in row for row in write("one", 1, 2, 3))
+    assert [row.get("commit") for row in write("two", 2)] == ["one", None, "one"]
+    found = write("three", 3)
+    assert [row.get("commit") for row in found] == ["one", "two", None]
+    assert [row.get("date") for row in found] == ["day one", "day two", None]
+    assert not any("command" in row or "versions" in row for row in found)  # all the same
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"rows": 1}', "\xff"])
