@@ -222,7 +222,8 @@ def _soak(job: ServeJob) -> list[Row]:
     with running(job.model, server_options(job, length)) as server:
         if job.device == "cpu":
             write_pool(server, length)
-        return [_row(job, *row) for row in soak(server, job.soak_s, length)]
+        return [{**_row(job, *row), "length": length}
+                for row in soak(server, job.soak_s, length)]
 
 
 def _row(job: ServeJob, metric: str, value: float, unit: str) -> Row:

@@ -111,8 +111,9 @@ SERVED = (
     *((("decode", f"tag_idle_share_batch_{batch}",
         f"device idle between decode steps, {batch} requests", "{:.1f} %"))
       for batch in (1, 16, 64)),
-    ("soak", "seconds", "mixed requests and hang-ups for", "{:.0f} s"),
-    ("soak", "finished", "requests finished", "{:,.0f}"),
+    ("soak", "seconds", "mixed requests and hang-ups, longest prompts of so many tokens",
+     "{:.0f} s"),
+    ("soak", "finished", "of them finished", "{:,.0f}"),
     ("soak", "aborted", "hung up on", "{:,.0f}"),
     ("soak", "failed", "failed", "{:,.0f}"),
     ("soak", "leaks", "leaks of memory, descriptors, threads or blocks", "{:,.0f}"))
