@@ -17,7 +17,7 @@ from longspan.bench import checks
 from longspan.bench.inputs import BLOCK_SIZE, LayerInput, last_segment, make_rotary
 from longspan.bench.ops_layer import LayerBench
 from longspan.bench.tiles import causal_flops, count_tiles, tile_flops
-from longspan.bench.timing import Regions, Timing, measure_together, rate, rounded
+from longspan.bench.timing import Regions, measure_together, rate, rounded
 from longspan.errors import LongspanError
 from longspan.ops.types import PagedKV, QueryRotary, Selection
 
@@ -121,11 +121,15 @@ class SparseBench:
                 self.plan.mean_correction))
         del out, lse
         timing = self.layer.measure(lambda: self._run(segment, selection))
-        cost = self._cost(selection, start, count, float(kept), timing)
-        return {**timing.fields(), **cost, **self._parts(segment, selection, timing.n),
-                "rel_error": rounded(error)}
+        tiles = count_tiles(selection, start, count, correction=self.plan.mean_correction)
+        flops = tile_flops(tiles, selection.tile_len, self.model.head_dim)
+        return {**timing.fields(), "num_tiles": tiles, "tflops": rate(flops, timing),
+                **self._shares(start, count, float(kept), flops),
+                **self._parts(segment, selection, timing.n, flops), "rel_error": rounded(error)}
 
-    def _parts(self, segment: Segment, selection: Selection, repeats: int) -> dict[str, Any]:
+    def _parts(
+        self, segment: Segment, selection: Selection, repeats: int, flops: float,
+    ) -> dict[str, Any]:
         """Where the time goes, and the kernel's own rate over the tiles that it computes."""
         if not self.device.startswith("cuda"):
             return {}
@@ -138,21 +142,13 @@ class SparseBench:
         parts = {name: total / repeats for name, total in regions.totals_ms().items()}
         if KERNEL not in parts:  # another path
             return {}
-        tiles = count_tiles(selection, segment.start, segment.q.shape[0],
-                            correction=self.plan.mean_correction)
-        flops = tile_flops(tiles, selection.tile_len, self.model.head_dim)
         return {"parts_ms": {name: rounded(value, 4) for name, value in parts.items()},
                 "kernel_tflops": rounded(flops / parts[KERNEL] / 1e9, 4)}
 
-    def _cost(
-        self, selection: Selection, start: int, count: int, kept: float, timing: Timing
-    ) -> dict[str, Any]:
-        tiles = count_tiles(selection, start, count, correction=self.plan.mean_correction)
-        flops = tile_flops(tiles, selection.tile_len, self.model.head_dim)
+    def _shares(self, start: int, count: int, kept: float, flops: float) -> dict[str, Any]:
         dense = causal_flops(count, start, self.model.num_heads, self.model.head_dim)
         pairs = self.model.num_heads * count * (start + (count + 1) / 2)
-        return {"num_tiles": tiles, "tflops": rate(flops, timing),
-                "density": rounded(kept / pairs, 4), "computed_share": rounded(flops / dense, 4)}
+        return {"density": rounded(kept / pairs, 4), "computed_share": rounded(flops / dense, 4)}
 
     def _workspace_bytes(self, segment: Segment) -> float | None:
         """Peak of the allocator during selection, MiB; None on CPUs."""

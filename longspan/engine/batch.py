@@ -57,13 +57,18 @@ def build_batch(
         token_ids=_as_tensor(packed), metadata=metadata,
         sampling=_sampling_rows(sampled),
         slots=torch.tensor([item.slot for item in sampled], dtype=torch.int64),
-        all_greedy=all(s.sampling is not None and s.sampling.temperature == 0 for s in sampled))
+        all_greedy=is_greedy(sampled))
     there = upload(here, device)
     if ahead:
         assert last_tokens is not None
         rows, slots = upload(torch.tensor(ahead), device).unbind(1)
         there.token_ids[rows] = last_tokens[slots]
     return there
+
+
+def is_greedy(items: Sequence[ScheduledSlice]) -> bool:
+    """No slice that samples does so at a temperature."""
+    return all(item.sampling is None or item.sampling.temperature == 0 for item in items)
 
 
 def _as_tensor(token_ids: TokenIds) -> Tensor:

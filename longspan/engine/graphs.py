@@ -18,6 +18,7 @@ from torch import Tensor
 from longspan.attention.metadata import AttentionMetadata, decode_metadata
 from longspan.attention.upload import upload
 from longspan.config import DcaConfig
+from longspan.engine.batch import is_greedy
 from longspan.engine.step import ScheduledBatch, ScheduledSlice
 from longspan.ops.sample import SamplingRows, sample
 from longspan.ops.types import PagedKV
@@ -29,6 +30,11 @@ WARM_UPS = 2
 
 Forward = Callable[[Tensor, AttentionMetadata], Tensor]
 """Token ids [B] and where they stand, to logits [B, V] fp32."""
+
+
+def recorded_sizes(max_rows: int) -> tuple[int, ...]:
+    """Rows of the graphs that steps of up to ``max_rows`` rows need."""
+    return tuple(size for size in BATCH_SIZES if size < 2 * max_rows)
 
 
 class DecodeOutput(NamedTuple):
@@ -103,8 +109,7 @@ class DecodeGraphs:
     def record_all(self, max_rows: int) -> None:
         """Record every graph that steps of up to ``max_rows`` rows need, so that none is recorded
         later, which takes seconds. The largest first: the others find their memory in its."""
-        last = next((n for n, size in enumerate(BATCH_SIZES) if size >= max_rows), None)
-        for size in reversed(BATCH_SIZES[: None if last is None else last + 1]):
+        for size in reversed(recorded_sizes(max_rows)):
             for all_greedy in (False, True):
                 self._graph(size, all_greedy)
 
@@ -244,11 +249,6 @@ class DecodeState:
         ints, floats = self._ints[:, :size], self._floats[:, :size]
         return SamplingRows(temperature=floats[0], top_k=ints[3], top_p=floats[1],
                             min_p=floats[2], seed=ints[4], position=ints[1].clone())
-
-
-def is_greedy(items: Sequence[ScheduledSlice]) -> bool:
-    """No slice that samples does so at a temperature."""
-    return all(item.sampling is None or item.sampling.temperature == 0 for item in items)
 
 
 def _as_tensors(items: Sequence[ScheduledSlice]) -> tuple[Tensor, Tensor, Tensor]:

@@ -146,16 +146,20 @@ class Loop:
             self._transport.submit(batch)
 
     def _may_submit(self) -> bool:
-        if len(self._in_flight) >= self._transport.max_in_flight and not self._are_short():
+        most, prefills = self._transport.max_in_flight, self._prefills_in_flight
+        if prefills and not self._queues_prefill:
             return False
-        return self._queues_prefill or not any(step.prefills for step in self._in_flight)
+        return len(self._in_flight) < most or (most > 1 and not prefills and self._are_short)
 
+    @property
+    def _prefills_in_flight(self) -> bool:
+        return any(step.prefills for step in self._in_flight)
+
+    @property
     def _are_short(self) -> bool:
         """The steps in flight end so soon that the runner might wait for the next one."""
-        if self._transport.max_in_flight == 1 or len(self._in_flight) >= MAX_SHORT_STEPS:
-            return False
-        expected_s = sum(step.expected_s for step in self._in_flight)
-        return expected_s < self._ahead_s and not any(step.prefills for step in self._in_flight)
+        return (len(self._in_flight) < MAX_SHORT_STEPS
+                and sum(step.expected_s for step in self._in_flight) < self._ahead_s)
 
     def _process(self) -> StepReport:
         if not self._in_flight:

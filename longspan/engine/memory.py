@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from longspan.config import EngineConfig, ModelConfig
-from longspan.engine.graphs import BATCH_SIZES
+from longspan.engine.graphs import recorded_sizes
 from longspan.engine.sampling import history_bytes
 from longspan.errors import LongspanError, NotEnoughMemoryError
 from longspan.model.qwen2 import mlp_rows
@@ -151,7 +151,7 @@ def workspace_bytes(model: ModelConfig, config: EngineConfig, num_tokens: int) -
 def _graph_bytes(model: ModelConfig, config: EngineConfig) -> int:
     """What decode graphs keep (`longspan.engine.graphs`): each its logits, all of them together
     what the largest one samples with."""
-    rows = [size for size in BATCH_SIZES if size < 2 * config.max_num_requests]
+    rows = recorded_sizes(config.max_num_requests)
     return model.vocab_size * (2 * 4 * sum(rows) + SAMPLING_BYTES * max(rows))
 
 

@@ -18,10 +18,10 @@ from longspan.attention.metadata import AttentionMetadata
 from longspan.attention.rope import build_rotary
 from longspan.attention.sparsity import SparsityPlan
 from longspan.config import DcaConfig, EngineConfig, ModelConfig
-from longspan.engine.batch import DeviceBatch, build_batch
+from longspan.engine.batch import DeviceBatch, build_batch, is_greedy
 from longspan.engine.chunking import piece_rows
 from longspan.engine.grammar import Grammars
-from longspan.engine.graphs import CudaRecorder, DecodeGraphs, DecodeState, is_greedy
+from longspan.engine.graphs import CudaRecorder, DecodeGraphs, DecodeState
 from longspan.engine.host_memory import keep_buffers_in_heap
 from longspan.engine.launched import LaunchedStep, Stopwatch
 from longspan.engine.memory import MemoryPlan
@@ -118,7 +118,7 @@ class Runner:
         their input from those on the device. One thread only.
         """
         with torch.inference_mode():
-            graphs = self._graphs if DecodeGraphs.takes(batch) else None
+            graphs = self._graphs_for(batch)
             if graphs is not None:
                 graphs.prepare(batch.slices)  # unmeasured: the device may be waiting for it
             watch = Stopwatch(self._device)
@@ -168,6 +168,10 @@ class Runner:
         self._chunk = PausableChunk((), 1)
         if self._device.startswith("cuda"):
             torch.cuda.empty_cache()
+
+    def _graphs_for(self, batch: ScheduledBatch) -> DecodeGraphs | None:
+        has_graph = self._graphs is not None and self._graphs.takes(batch)
+        return self._graphs if has_graph else None
 
     def _compute(self, batch: ScheduledBatch) -> SampledTokens | None:
         """Any step, kernel by kernel."""

@@ -18,7 +18,7 @@ import triton.language as tl
 # Numbers that change from call to call: a kernel is not compiled anew for those that happen to be 1
 # or multiples of 16.
 _PROBES = ["last", "last_first", "last_step", "strided_first", "step", "num_rows"]
-_SPANS = ["first_kv_head", "num_zones", "num_tiles", "inter_end", "succ_end", "mask_from"]
+_SPANS = ["first_kv_head", "num_zones", "num_tiles", "inter_end", "succ_end"]
 
 
 @triton.jit
@@ -79,14 +79,8 @@ def _load_keys(keys, table, tile, stride_block, stride_token, P: tl.constexpr, D
 
 
 @triton.jit
-def _four(a, b, c, d):
-    """[n, 2, 2] in row-major order."""
-    return tl.join(tl.join(a, c), tl.join(b, d))
-
-
-@triton.jit
 def _stack(parts, N: tl.constexpr, NUM: tl.constexpr):
-    """A tuple of 1, 2, 4 or 8 tensors [N] as [N, NUM].
+    """A tuple of 1, 2 or 4 tensors [N] as [N, NUM].
 
     Stored at once, so that the warps of a program, which otherwise drift apart and let one's
     matrix products overlap with another's exponentials, meet once for each key tile.
@@ -95,11 +89,8 @@ def _stack(parts, N: tl.constexpr, NUM: tl.constexpr):
         stacked = parts[0]
     elif NUM == 2:
         stacked = tl.join(parts[0], parts[1])
-    elif NUM == 4:
-        stacked = _four(parts[0], parts[1], parts[2], parts[3])
     else:
-        stacked = tl.join(_four(parts[0], parts[2], parts[4], parts[6]),
-                          _four(parts[1], parts[3], parts[5], parts[7]))
+        stacked = tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3]))
     return tl.reshape(stacked, (N, NUM))
 
 
@@ -161,7 +152,7 @@ def _add_tile(
     return new_tops, new_sums
 
 
-@triton.jit(do_not_specialize=[*_PROBES, *_SPANS, "sink_tiles", "sink"])
+@triton.jit(do_not_specialize=[*_PROBES, *_SPANS, "sink_tiles", "mask_from", "sink"])
 def tile_masses(
     queries, keys, table, masses, partial, stride_block, stride_token, stride_head,
     first_kv_head, num_heads, num_zones, num_tiles, inter_end, succ_end, sink_tiles,
@@ -315,9 +306,7 @@ def _column_mass(queries, log_sum, k, position, tile, P: tl.constexpr, PRECISION
     return tl.where(key[:, None] <= position[None, :], mass, 0.0)
 
 
-@triton.jit(do_not_specialize=[
-    *_PROBES, "first_kv_head", "num_zones", "num_tiles", "inter_end", "succ_end", "width",
-    "context_len"])
+@triton.jit(do_not_specialize=[*_PROBES, *_SPANS, "width", "context_len"])
 def tile_columns(
     queries, keys, table, lse, is_window, tiles, budgets, columns, stride_block, stride_token,
     stride_head, first_kv_head, num_heads, num_zones, num_tiles, inter_end, succ_end, width,
@@ -366,8 +355,8 @@ def tile_columns(
 @triton.jit(do_not_specialize=[*_PROBES, *_SPANS, "context_len"])
 def key_masses(
     queries, keys, table, lse, columns, diagonals, stride_block, stride_token, stride_head,
-    first_kv_head, num_heads, num_zones, num_tiles, inter_end, succ_end, mask_from,
-    context_len, last, last_first, last_step, strided_first, step, num_rows,
+    first_kv_head, num_heads, num_zones, num_tiles, inter_end, succ_end, context_len, last,
+    last_first, last_step, strided_first, step, num_rows,
     GROUP: tl.constexpr, RP: tl.constexpr, P: tl.constexpr, D: tl.constexpr, QG: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:

@@ -59,11 +59,6 @@ class Probe(NamedTuple):
     step: int
     num_rows: int
 
-    @property
-    def last(self) -> int:
-        """The last row's position."""
-        return self.first + self.step * (self.num_rows - 1)
-
     def positions(self, device: torch.device) -> Tensor:
         """[rows] int64"""
         return self.first + self.step * torch.arange(self.num_rows, device=device)

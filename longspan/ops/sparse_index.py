@@ -91,6 +91,11 @@ class _Call(NamedTuple):
         return self.num_heads // self.cache.k.shape[2]
 
     @property
+    def max_columns(self) -> tuple[int, ...]:
+        """Columns of each head, no more than there are keys."""
+        return tuple(min(count, self.context_len) for count in self.budget.vertical)
+
+    @property
     def mask_from(self) -> int:
         """The first key tile that is not wholly before every probe row."""
         first = self.probes.last_first
@@ -147,10 +152,9 @@ def select_vertical_slash(
     offsets = torch.empty(call.num_heads, _num_windows(call), dtype=torch.int64, device=q.device)
     for first in range(0, num_kv_heads, at_once):
         choose(call, _Heads(first, min(at_once, num_kv_heads - first)), columns, offsets)
-    most = tuple(min(count, call.context_len) for count in budget.vertical)
-    if budget.mode == "tile":
-        return Selection(columns, offsets, call.tile_len, aligned=True, max_columns=most)
-    return Selection(columns, offsets, PAPER_TILE_LEN, aligned=False, max_columns=most)
+    is_tiles = budget.mode == "tile"
+    return Selection(columns, offsets, call.tile_len if is_tiles else PAPER_TILE_LEN,
+                     aligned=is_tiles, max_columns=call.max_columns)
 
 
 def _prepare(
@@ -185,6 +189,11 @@ def _most_rows(budget: Budget) -> int:
     return budget.probe_last + (budget.probe_strided if budget.mode == "tile" else 0)
 
 
+def _own(call: _Call, heads: _Heads) -> slice:
+    """The query heads of these KV heads."""
+    return slice(heads.first * call.group, (heads.first + heads.number) * call.group)
+
+
 def _num_windows(call: _Call) -> int:
     """Width of the offsets: known from the budget alone, so some of it may be padding."""
     if call.budget.mode == "tile":
@@ -215,7 +224,7 @@ def _choose_tiles(call: _Call, heads: _Heads, columns: Tensor, offsets: Tensor) 
     """Fill the rows of these heads. columns: [H, V]; offsets: [H, W]."""
     device, num_tiles, rows = call.queries.device, call.num_tiles, call.padded_rows
     num_heads = heads.number * call.group
-    own = slice(heads.first * call.group, heads.first * call.group + num_heads)
+    own = _own(call, heads)
     probes = {"ROWS": call.group * rows, "RP": rows, "P": call.tile_len, "BLOCK": 64,
               "num_warps": max(1, rows // 8)}
     grid = triton.cdiv(num_tiles, 64), num_heads
@@ -241,9 +250,7 @@ def _choose_columns(
     """The heaviest keys of the heaviest tiles. weights: [heads here, tiles], changed; columns:
     [heads here, V]."""
     num_heads, device, width = len(columns), columns.device, _column_tiles(call)
-    first_head = heads.first * call.group
-    budgets = _budgets(tuple(min(count, call.context_len) for count in call.budget.vertical),
-                       device)[first_head : first_head + num_heads]
+    budgets = _budgets(call.max_columns, device)[_own(call, heads)]
     sink = min(call.budget.sink, call.context_len)
     tiles = torch.empty(num_heads, width, dtype=torch.int32, device=device)
     threshold.select_largest(
@@ -271,7 +278,7 @@ def _choose_paper(call: _Call, heads: _Heads, columns: Tensor, offsets: Tensor) 
     """Fill the rows of these heads. columns: [H, V]; offsets: [H, W]."""
     device, size, budget = call.queries.device, call.context_len, call.budget
     num_heads = heads.number * call.group
-    own = slice(heads.first * call.group, heads.first * call.group + num_heads)
+    own = _own(call, heads)
     slash = _budgets(budget.slash, device)[own]
     lse = _pass_one(call, heads, None)
     column_sums = torch.empty(num_heads, size, dtype=torch.float32, device=device)
@@ -280,7 +287,7 @@ def _choose_paper(call: _Call, heads: _Heads, columns: Tensor, offsets: Tensor) 
     k = call.cache.k
     kernels.key_masses[(_programs(call, heads, groups), groups, heads.number)](
         call.queries, k, call.block_table, lse, column_sums, diagonals, *k.stride()[:3],
-        heads.first, call.num_heads, *call.zones, call.mask_from, size, *call.probes,
+        heads.first, call.num_heads, *call.zones, size, *call.probes,
         GROUP=call.group, QG=min(call.group, DIAGONAL_HEADS), **_constants(call))
     threshold.select_largest(
         column_sums, _budgets(budget.vertical, device)[own], columns[own], budget.sink, floor=0,
