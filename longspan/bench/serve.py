@@ -65,6 +65,8 @@ class ServeJob:
     device: str
     threads: int | None
     out: Path
+    commit: str | None = None
+    """Where the source is a copy without git."""
 
     def __post_init__(self) -> None:
         if self.budget_s is not None and not 0 < self.budget_s < math.inf:
@@ -81,7 +83,7 @@ def run(job: ServeJob) -> bool:
                             f"{', '.join(SCENARIOS)}")
     resolve_device(job.device, has_cuda=torch.cuda.is_available())
     make_folder(job.out)
-    about, found, file = describe_run(job.device), list[Row](), None
+    about, found, file = describe_run(job.device, job.commit), list[Row](), None
     wanted = list(job.scenarios) if not job.soak_s else ["soak"]
     for scenario in wanted:
         note(f"measuring {scenario}")
