@@ -16,6 +16,7 @@ from longspan.config import DcaConfig
 from longspan.ops import prefill, reference, vertical_slash
 from longspan.ops.types import PagedKV, QueryRotary, Selection
 from tests.conftest import SEED, _poisoned, assert_close
+from tests.gpu.syncs import no_syncs
 
 pytestmark = pytest.mark.gpu
 BLOCK, DEVICE, BF16 = 128, "cuda", torch.bfloat16
@@ -161,10 +162,6 @@ def test_nothing_waits_for_the_device(mode: str) -> None:
             *case.args(3900), selection, mode == "tile")[0]
 
     first = step()  # compiles
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_syncs():
         second = step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(first, second)

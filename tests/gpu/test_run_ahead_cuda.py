@@ -17,6 +17,7 @@ from longspan.engine.launched import LaunchedStep
 from longspan.engine.runner import Runner
 from longspan.engine.step import RowSampling, ScheduledBatch, ScheduledSlice, StepResult
 from tests.doubles import write_checkpoint
+from tests.gpu.syncs import no_syncs
 
 pytestmark = pytest.mark.gpu
 
@@ -80,12 +81,8 @@ def test_steps_run_ahead(runner: Runner, sampling: RowSampling, moves: bool) -> 
     assert runner._graphs is not None
     wanted = one_by_one(runner, sampling, moves)  # compiles what is needed; graphs are there
     launched = [launch(runner, 0, {}, sampling, moves)]
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_syncs():
         launched += [launch(runner, step, {}, sampling, moves) for step in range(1, NUM_STEPS)]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     results = [(order, step.wait()) for order, step in launched]
     assert [by_slot(order, result) for order, result in results] == wanted
     assert len({tuple(sorted(tokens.items())) for tokens in wanted}) > 1

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from longspan.engine.step import RowSampling, SamplingExtras, ScheduledSlice
 from longspan.engine.tokenizer import Tokenizer
 from longspan.ops.sample import SamplingRows
 from tests.doubles import make_request, write_tokenizer
+from tests.gpu.syncs import no_syncs
 
 pytestmark = pytest.mark.gpu
 
@@ -26,15 +25,6 @@ PARAMS = [
     {}, {"presence_penalty": 1.0, "logprobs": 3}, {"frequency_penalty": 0.7},
     {"repetition_penalty": 1.5, "logit_bias": {7: 3.0, 9: -100.0}}, {"logprobs": 0},
     {"min_tokens": 5, "stop_token_ids": (1, 2)}, {"json_schema": '{"type": "object"}'}]
-
-
-@contextmanager
-def sync_free() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def make_slice(slot: int, step: int, token: int) -> ScheduledSlice:
@@ -67,9 +57,8 @@ def test_a_gpu_chooses_as_a_cpu_without_waiting(tmp_path: Path) -> None:
         items = [make_slice(slot, step, tokens[slot]) for slot in order]
         logits = 4 * torch.randn(len(items), VOCAB, generator=generator)
         on_gpu, of_gpu = logits.cuda(), rows(len(items), "cuda")
-        torch.cuda.synchronize()
         found: dict[str, SampledTokens] = {}
-        with sync_free():
+        with no_syncs():
             found["cuda"] = samplers["cuda"].sample(on_gpu, items, of_gpu, all_greedy=True)
         found["cpu"] = samplers["cpu"].sample(logits, items, rows(len(items), "cpu"),
                                               all_greedy=True)

@@ -11,6 +11,7 @@ from longspan.config import DcaConfig
 from longspan.ops import select
 from longspan.ops.select import PAPER_TILE_LEN, Budget
 from longspan.ops.types import PagedKV, QueryRotary, Selection
+from tests.gpu.syncs import no_syncs
 
 pytestmark = pytest.mark.gpu
 
@@ -110,12 +111,8 @@ def test_never_waits_for_the_device(mode: str) -> None:
     select_on_device(q, cache, table, LENGTH - NEW, rotary, SCALE, limits)  # compiles
     fresh = limits._replace(vertical=tuple(v + 3 for v in limits.vertical),
                             slash=tuple(s + 200 for s in limits.slash))
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_syncs():
         selection = select_on_device(q, cache, table, LENGTH - NEW, rotary, SCALE, fresh)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert selection.tile_len == (BLOCK if mode == "tile" else PAPER_TILE_LEN)
 
 
