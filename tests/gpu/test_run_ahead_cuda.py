@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from longspan.config import EngineConfig
 from longspan.engine.blueprint import Blueprint
