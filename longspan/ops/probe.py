@@ -306,9 +306,23 @@ def _column_mass(queries, log_sum, k, position, tile, P: tl.constexpr, PRECISION
     return tl.where(key[:, None] <= position[None, :], mass, 0.0)
 
 
+@triton.jit(do_not_specialize=["width", "num_tiles"])
+def find_blocks(tiles, budgets, table, blocks, width, num_tiles, BLOCK: tl.constexpr) -> None:
+    """KV blocks of listed tiles. With one lookup less on their way, keys come ahead of their use.
+
+    tiles, blocks: [heads here, width] int32. Grid (width / BLOCK, heads here).
+    """
+    head = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    listed = i < tl.minimum(tl.load(budgets + head), num_tiles)
+    tile = tl.load(tiles + head * width + i, mask=listed, other=0)
+    block = tl.load(table + tile, mask=listed, other=0)
+    tl.store(blocks + head * width + i, block.to(tl.int32), mask=i < width)
+
+
 @triton.jit(do_not_specialize=[*_PROBES, *_SPANS, "width", "context_len"])
 def tile_columns(
-    queries, keys, table, lse, is_window, tiles, budgets, columns, stride_block, stride_token,
+    queries, keys, lse, is_window, tiles, blocks, budgets, columns, stride_block, stride_token,
     stride_head, first_kv_head, num_heads, num_zones, num_tiles, inter_end, succ_end, width,
     context_len, last, last_first, last_step, strided_first, step, num_rows,
     GROUP: tl.constexpr, RP: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
@@ -317,14 +331,15 @@ def tile_columns(
     """Pass 2, tile mode: weights that no window covers, summed over the probe rows of a head, for
     each key of some tiles. -1 for keys behind the context, and behind the end of the list.
 
-    tiles: [heads here, width] int32 ascending, as many as ``budgets`` [heads here] says; columns:
-    [heads here, width * P]. Grid (programs, heads here).
+    tiles, and their KV blocks: [heads here, width] int32 ascending, as many as ``budgets`` [heads
+    here] says; columns: [heads here, width * P]. Grid (programs, heads here).
     """
     program, step_tiles = tl.program_id(0), tl.num_programs(0)
     head = tl.program_id(1).to(tl.int64)
     own = first_kv_head * GROUP + head
     keys += own // GROUP * stride_head
     tiles += head * width
+    blocks += head * width
     is_window += head * num_tiles
     columns += head * width * P
     row, key = tl.arange(0, RP), tl.arange(0, P)
@@ -341,7 +356,7 @@ def tile_columns(
         q = _load_rows(queries, (zone * num_heads + own) * RP, row, RP, D)
         for index in range(first + program, stop, step_tiles):
             tile = tl.load(tiles + index)
-            k = _load_keys(keys, table, tile, stride_block, stride_token, P, D)
+            k = _load_keys(keys, blocks, index, stride_block, stride_token, P, D)
             gap = tl.where(position < 0, -1, position // P - tile)
             seen = tl.load(is_window + gap, mask=gap >= 0, other=1) != 0
             mass = _column_mass(q, tl.where(seen, float("inf"), log_sum), k, position, tile, P,

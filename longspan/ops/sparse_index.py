@@ -24,10 +24,10 @@ from torch import Tensor
 from longspan.ops import probe as kernels
 from longspan.ops import threshold
 from longspan.ops.prefill import num_sms
-from longspan.ops.select import PAPER_TILE_LEN, Budget, Probe, place_probes
+from longspan.ops.select import COLUMNS_PER_TILE, PAPER_TILE_LEN, Budget, Probe, place_probes
 from longspan.ops.types import PagedKV, QueryRotary, Selection
 
-WORKSPACE_BYTES = 60 << 20
+WORKSPACE_BYTES = 56 << 20
 """For masses of key tiles, then for sums; besides these, lists of the largest sums take up to 36
 bytes for each column."""
 ROW_BLOCK = 128
@@ -94,6 +94,11 @@ class _Call(NamedTuple):
     def max_columns(self) -> tuple[int, ...]:
         """Columns of each head, no more than there are keys."""
         return tuple(min(count, self.context_len) for count in self.budget.vertical)
+
+    @property
+    def tile_counts(self) -> tuple[int, ...]:
+        """Tiles that columns of each head are looked for in, if there are so many."""
+        return tuple(-(-count // COLUMNS_PER_TILE) for count in self.max_columns)
 
     @property
     def mask_from(self) -> int:
@@ -214,7 +219,7 @@ def _tile_bytes(call: _Call) -> int:
 
 def _column_tiles(call: _Call) -> int:
     """Most tiles that columns of one head are looked for in."""
-    return min(call.num_tiles, max(call.budget.vertical))
+    return min(call.num_tiles, max(call.tile_counts))
 
 
 # -- tile mode --------------------------------------------------------------------------------
@@ -250,18 +255,23 @@ def _choose_columns(
     """The heaviest keys of the heaviest tiles. weights: [heads here, tiles], changed; columns:
     [heads here, V]."""
     num_heads, device, width = len(columns), columns.device, _column_tiles(call)
-    budgets = _budgets(call.max_columns, device)[_own(call, heads)]
+    own = _own(call, heads)
+    tile_counts = _budgets(call.tile_counts, device)[own]
     sink = min(call.budget.sink, call.context_len)
     tiles = torch.empty(num_heads, width, dtype=torch.int32, device=device)
     threshold.select_largest(
-        weights, budgets, tiles, -(-sink // call.tile_len), floor=0, backwards=False)
+        weights, tile_counts, tiles, -(-sink // call.tile_len), floor=0, backwards=False)
+    blocks = torch.empty_like(tiles)
+    kernels.find_blocks[(triton.cdiv(width, 1024), num_heads)](
+        tiles, tile_counts, call.block_table, blocks, width, call.num_tiles, BLOCK=1024)
     sums = torch.empty(num_heads, width * call.tile_len, dtype=torch.float32, device=device)
     k = call.cache.k
     kernels.tile_columns[(triton.cdiv(width, COLUMN_TILES), num_heads)](
-        call.queries, k, call.block_table, lse, is_window, tiles, budgets, sums, *k.stride()[:3],
+        call.queries, k, lse, is_window, tiles, blocks, tile_counts, sums, *k.stride()[:3],
         heads.first, call.num_heads, *call.zones, width, call.context_len, *call.probes,
-        GROUP=call.group, WIDTH=triton.next_power_of_2(width), **_constants(call))
-    threshold.select_largest(sums, budgets, columns, sink, floor=0, backwards=False)
+        GROUP=call.group, WIDTH=triton.next_power_of_2(width), **_pass_two(call))
+    threshold.select_largest(
+        sums, _budgets(call.max_columns, device)[own], columns, sink, floor=0, backwards=False)
     threshold.place_columns[(triton.cdiv(columns.shape[1], 1024), num_heads)](
         columns, tiles, columns.shape[1], width, P=call.tile_len, BLOCK=1024)
 
@@ -288,7 +298,7 @@ def _choose_paper(call: _Call, heads: _Heads, columns: Tensor, offsets: Tensor) 
     kernels.key_masses[(_programs(call, heads, groups), groups, heads.number)](
         call.queries, k, call.block_table, lse, column_sums, diagonals, *k.stride()[:3],
         heads.first, call.num_heads, *call.zones, size, *call.probes,
-        GROUP=call.group, QG=min(call.group, DIAGONAL_HEADS), **_constants(call))
+        GROUP=call.group, QG=min(call.group, DIAGONAL_HEADS), **_pass_two(call))
     threshold.select_largest(
         column_sums, _budgets(budget.vertical, device)[own], columns[own], budget.sink, floor=0,
         backwards=False)
@@ -360,6 +370,12 @@ def _constants(call: _Call) -> dict[str, Any]:
     return {"RP": call.padded_rows, "P": call.tile_len, "D": call.cache.k.shape[3], "num_stages": 3,
             "PRECISION": "ieee" if call.cache.k.dtype == torch.float32 else "tf32",
             "num_warps": 8}
+
+
+def _pass_two(call: _Call) -> dict[str, Any]:
+    """With fewer stages keys would be loaded only when they are needed: one is for the lookup in
+    the block table (seen in Triton 3.6's intermediate code)."""
+    return _constants(call) | {"num_stages": 5}
 
 
 @functools.lru_cache(maxsize=1024)
