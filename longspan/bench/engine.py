@@ -38,7 +38,7 @@ WARMUP_LEN = 4096
 GREEDY = RowSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
 LINEAR, SELECTION, ATTENTION = "linear", "selection", "attention"
 WATCHED = (
-    (Linear, "forward", LINEAR), (Linear, "part", LINEAR),
+    (Linear, "forward", LINEAR), (Linear, "add_to", LINEAR), (Linear, "part", LINEAR),
     (ops, "select_vertical_slash", SELECTION), (ops, "prefill_attention", ATTENTION),
     (ops, "sparse_prefill_attention", ATTENTION), (ops, "decode_attention", ATTENTION))
 """(owner, attribute, part of the time to first token)."""

@@ -29,7 +29,7 @@ from longspan.bench.session import BenchSession
 from longspan.bench.shapes import Shape
 from longspan.bench.timing import Regions, rounded, synchronize
 from longspan.console import GIB, percent, seconds, show_table
-from longspan.engine.loop import LocalTransport, Loop
+from longspan.engine.loop import Loop
 from longspan.engine.request import Request, SamplingParams
 from longspan.engine.scheduler import Scheduler
 from longspan.errors import LongspanError
@@ -129,7 +129,7 @@ def prefill(
     """
     import torch
 
-    loop = Loop(Scheduler(engine.blueprint.scheduler_config()), LocalTransport(engine.runner))
+    loop = Loop(Scheduler(engine.blueprint.scheduler_config()), engine.runner.transport())
     request = Request(
         request_id="0", prompt_ids=random_ids(length, engine.blueprint.model.vocab_size, length),
         params=SamplingParams(max_tokens=1, ignore_eos=True), sparse=sparse)

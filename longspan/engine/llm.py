@@ -14,7 +14,7 @@ from longspan.config import EngineConfig
 from longspan.engine.blueprint import Blueprint
 from longspan.engine.desk import deliver, load_tokenizer
 from longspan.engine.grammar import Grammars
-from longspan.engine.loop import LocalTransport, Loop, StepReport
+from longspan.engine.loop import Loop, StepReport
 from longspan.engine.prompts import Prompt, as_prompts
 from longspan.engine.request import Progress, Request, RequestOutput, SamplingParams, TokenEvent
 from longspan.engine.scheduler import Scheduler
@@ -64,7 +64,7 @@ class LLM:
         self._grammars = Grammars(self.tokenizer, blueprint.model.vocab_size)
         self._intake = blueprint.intake()
         self._runner = blueprint.load_runner()
-        self._loop = Loop(Scheduler(blueprint.scheduler_config()), LocalTransport(self._runner))
+        self._loop = Loop(Scheduler(blueprint.scheduler_config()), self._runner.transport())
         self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
         self._ids = itertools.count()

@@ -1,10 +1,10 @@
 """One loop, four verbs: receive, schedule, run, process. No torch.
 
 The loop knows a runner only as a `Transport`: batches go in, results come out in the same order.
-In one process the transport computes when its result is asked for and holds one step; the one of a
-server (`longspan.engine.transport`) hands batches to another process and holds several, so that the
-next step is scheduled and sent before the last one's tokens are back. Nothing here changes with
-that.
+In one process on a CPU the transport computes when its result is asked for and holds one step. On a
+GPU it launches a step behind another, and the one of a server (`longspan.engine.transport`) hands
+batches to another process: the next step is scheduled and sent before the last one's tokens are
+back. Nothing here changes with that.
 """
 
 from __future__ import annotations
@@ -45,6 +45,43 @@ class Executor(Protocol):
 
     def execute(self, batch: ScheduledBatch) -> StepResult:
         """Compute the step and sample."""
+
+
+class Launched(Protocol):
+    """A step that was handed to the device."""
+
+    def wait(self) -> StepResult:
+        """Its result."""
+
+
+class Launcher(Protocol):
+    """What hands steps to a device: `longspan.engine.runner.Runner` on a GPU."""
+
+    def launch(self, batch: ScheduledBatch) -> Launched:
+        """Hand over the step; may return before it is computed."""
+
+
+class AheadTransport:
+    """Launches each step in this thread, as it is submitted: a GPU has the next one before it is
+    done with the last."""
+
+    max_in_flight = 2
+
+    def __init__(self, launcher: Launcher) -> None:
+        self._launcher = launcher
+        self._launched: deque[Launched] = deque()
+
+    def submit(self, batch: ScheduledBatch) -> None:
+        """Launch the step."""
+        self._launched.append(self._launcher.launch(batch))
+
+    def collect(self) -> StepResult:
+        """Wait for the oldest step."""
+        return self._launched.popleft().wait()
+
+    def discard(self) -> None:
+        """Forget results; what was launched is still computed, before anything launched later."""
+        self._launched.clear()
 
 
 class LocalTransport:

@@ -24,6 +24,7 @@ from longspan.engine.grammar import Grammars
 from longspan.engine.graphs import CudaRecorder, DecodeGraphs, DecodeState
 from longspan.engine.host_memory import keep_buffers_in_heap
 from longspan.engine.launched import LaunchedStep, Stopwatch
+from longspan.engine.loop import AheadTransport, LocalTransport, Transport
 from longspan.engine.memory import MemoryPlan
 from longspan.engine.paused import PausableChunk
 from longspan.engine.sampling import SampledTokens, Sampler
@@ -100,6 +101,10 @@ class Runner:
                 self._last_tokens, max_blocks=-(-max_model_len // self._block_size),
                 block_size=self._block_size, head_dim=self._head_dim, dca=self._dca)
             self._graphs = DecodeGraphs(self._decode, state, CudaRecorder())
+
+    def transport(self) -> Transport:
+        """For a loop in this process."""
+        return AheadTransport(self) if self._device.startswith("cuda") else LocalTransport(self)
 
     def record_graphs(self) -> None:
         """Record all decode graphs now, where there are any: a server has no time for it later."""

@@ -14,32 +14,18 @@ import threading
 import time
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import zmq
 
+from longspan.engine.loop import Launched, Launcher
 from longspan.engine.orders import Orders
-from longspan.engine.step import ScheduledBatch, StepResult
 from longspan.engine.transport import Inbox, Outbox, Tables
 from longspan.engine.wire import Computed, Loaded, Row, Step, Stepped, last_words
 from longspan.engine.worker import Loader
 
 SWITCH_S = 5e-4
 """Longest that a thread keeps the interpreter from the other one."""
-
-
-class Launched(Protocol):
-    """A step on its way through the device."""
-
-    def wait(self) -> StepResult:
-        """Its result, when it is there."""
-
-
-class Launcher(Protocol):
-    """What computes: `longspan.engine.runner.Runner`, or a double in tests."""
-
-    def launch(self, batch: ScheduledBatch) -> Launched:
-        """Start a step behind those started before."""
 
 
 @dataclass(frozen=True, slots=True)

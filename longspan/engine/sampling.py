@@ -141,7 +141,7 @@ class Sampler:
             places, slots = self._places(penalized)
             self._history.count(slots, token_ids[places])
         if failed:
-            token_ids[self._indices(failed)] = NO_TOKEN
+            token_ids.index_fill_(0, self._indices(failed), NO_TOKEN)
         return SampledTokens(token_ids, None if found is None else _choose(
             wanted, found, token_ids[self._indices(wanted)]))
 
@@ -238,7 +238,8 @@ class _History:
         self._in_prompt[slot] = False
         if extras.prompt_ids:
             prompt = torch.frombuffer(extras.prompt_ids, dtype=torch.int32)
-            self._in_prompt[slot, upload(prompt, self._device).long()] = True
+            # an assignment of True would wait for the device
+            self._in_prompt[slot].index_fill_(0, upload(prompt, self._device).long(), True)
         self._penalties[slot] = upload(torch.tensor([
             extras.presence_penalty, extras.frequency_penalty, extras.repetition_penalty,
         ]), self._device)

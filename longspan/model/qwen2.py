@@ -45,6 +45,11 @@ class Linear(nn.Module):
         """[..., in] to [..., out]."""
         return F.linear(x, self.weight, self.bias)
 
+    def add_to(self, sums: Tensor, x: Tensor) -> None:
+        """Add the product to [T, out], in place, without writing it first. There is no bias."""
+        assert self.bias is None
+        sums.addmm_(x, self.weight.t())
+
     def part(self, x: Tensor, outputs: slice) -> Tensor:
         """Some of the outputs only."""
         return F.linear(x, self.weight[outputs], None if self.bias is None else self.bias[outputs])
@@ -133,9 +138,9 @@ class MLP(nn.Module):
         self.down_proj = Linear(
             config.intermediate_size, config.hidden_size, dtype=dtype, device=device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[T, M] to [T, M]."""
-        return self.down_proj(silu_mul(self.gate_up_proj(x)))
+    def add_to(self, hidden: Tensor, x: Tensor) -> None:
+        """x: [T, M]; the result is added to ``hidden`` [T, M], in place."""
+        self.down_proj.add_to(hidden, silu_mul(self.gate_up_proj(x)))
 
 
 class DecoderLayer(nn.Module):
@@ -166,7 +171,7 @@ class DecoderLayer(nn.Module):
         size = mlp_rows(hidden.device.type)
         # pieces are views: each is added in place
         for piece, update in zip(hidden.split(size), attended.split(size), strict=True):
-            piece += self.mlp(self.post_attention_layernorm.add(update, piece))
+            self.mlp.add_to(piece, self.post_attention_layernorm.add(update, piece))
 
 
 class CausalLM(nn.Module):

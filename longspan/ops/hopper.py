@@ -94,34 +94,29 @@ def _dense_producer(
         num_tiles, first_tile, stride_tiles, num_heads, num_splits, group)
     zone_rows = num_heads * num_tiles * TILE
     row = (head * num_tiles + tile - first_tile) * TILE
-    load_queries(q_desc, q_smem, q_full, row, zone_rows, 0, num_zones)
+    load_queries(q_desc, q_smem, q_full, row, zone_rows, num_zones)
     column = head // group * TILE
-    last = high - 1
-    block = gl.load(block_table + last).to(gl.int32)
-    following = gl.load(block_table + gl.maximum(last - 1, 0)).to(gl.int32)
-    _load_part(k_desc, k_tail, last < last_full, block, column, 0, k_smem, k_full, k_empty)
-    # keys go a step before the values, which are needed a step later
-    for i in range(last - low):
-        key_tile = last - i
-        _load_part(k_desc, k_tail, key_tile <= last_full, following, column, i + 1, k_smem, k_full,
-                   k_empty)
-        _load_part(v_desc, v_tail, key_tile < last_full, block, column, i, v_smem, v_full, v_empty)
+    block = gl.load(block_table + high - 1).to(gl.int32)
+    for i in range(high - low):
+        key_tile = high - 1 - i
+        following = gl.load(block_table + gl.maximum(key_tile - 1, 0)).to(gl.int32)
+        slot = i % STAGES
+        whole = key_tile < last_full
+        mbarrier.wait(k_empty.index(slot), parity(i) ^ 1)
+        full = k_full.index(slot)
+        mbarrier.expect(full, TILE * TILE * 2)
+        tma.async_copy_global_to_shared(
+            k_desc, [block * TILE, column], full, k_smem.index(slot), pred=whole)
+        tma.async_copy_global_to_shared(
+            k_tail, [0, column], full, k_smem.index(slot), pred=key_tile >= last_full)
+        mbarrier.wait(v_empty.index(slot), parity(i) ^ 1)
+        full = v_full.index(slot)
+        mbarrier.expect(full, TILE * TILE * 2)
+        tma.async_copy_global_to_shared(
+            v_desc, [block * TILE, column], full, v_smem.index(slot), pred=whole)
+        tma.async_copy_global_to_shared(
+            v_tail, [0, column], full, v_smem.index(slot), pred=key_tile >= last_full)
         block = following
-        following = gl.load(block_table + gl.maximum(key_tile - 2, 0)).to(gl.int32)
-    _load_part(v_desc, v_tail, low < last_full, block, column, last - low, v_smem, v_full, v_empty)
-
-
-@gluon.jit
-def _load_part(desc, tail, is_whole, block, column, i, smem, full, empty):
-    """Keys or values of step i: a block of the cache, or ``tail`` for a partly filled one."""
-    slot = i % STAGES
-    mbarrier.wait(empty.index(slot), parity(i) ^ 1)
-    full = full.index(slot)
-    mbarrier.expect(full, TILE * TILE * 2)
-    tma.async_copy_global_to_shared(
-        desc, [block * TILE, column], full, smem.index(slot), pred=is_whole)
-    tma.async_copy_global_to_shared(
-        tail, [0, column], full, smem.index(slot), pred=is_whole == 0)
 
 
 @gluon.jit

@@ -119,88 +119,71 @@ def _sparse_item(
 
 @gluon.jit
 def _load_windows(
-    q_desc, k_desc, v_desc, block_table, gaps, tile, count, column, q_row, zone_rows, num_zones,
-    q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty,
+    k_desc, v_desc, block_table, gaps, tile, count, column, k_smem, v_smem, k_full, k_empty,
+    v_full, v_empty,
 ):
-    """The queries, and steps [0, count): whole KV blocks, the nearest first.
-
-    Keys go a step before the values, which are needed a step later. What names the next blocks is
-    read two steps ahead.
-    """
-    load_queries(q_desc, q_smem, q_full, q_row, zone_rows, 0, 1)
+    """Steps [0, count): whole KV blocks, the nearest first."""
     block = gl.load(block_table + tile).to(gl.int32)
-    _load_keys(k_desc, block, column, 0, k_smem, k_full, k_empty)
-    load_queries(q_desc, q_smem, q_full, q_row, zone_rows, 1, num_zones)
-    last = count - 1
-    following = gl.load(block_table + tile - gl.load(gaps + gl.minimum(1, last))).to(gl.int32)
-    gap = gl.load(gaps + gl.minimum(2, last))
-    for i in range(last):
-        _load_keys(k_desc, following, column, i + 1, k_smem, k_full, k_empty)
-        _load_values(v_desc, block * TILE, column, i, v_smem, v_full, v_empty)
-        block = following
+    for i in range(count):
+        gap = gl.load(gaps + gl.minimum(i + 1, count - 1))
         following = gl.load(block_table + tile - gap).to(gl.int32)
-        gap = gl.load(gaps + gl.minimum(i + 3, last))
-    _load_values(v_desc, block * TILE, column, last, v_smem, v_full, v_empty)
+        slot = i % STAGES
+        mbarrier.wait(k_empty.index(slot), parity(i) ^ 1)
+        load_tile(k_desc, block * TILE, column, k_full.index(slot), k_smem.index(slot))
+        mbarrier.arrive(k_full.index(slot), count=1)  # stands for the bias, which these have not
+        mbarrier.wait(v_empty.index(slot), parity(i) ^ 1)
+        load_tile(v_desc, block * TILE, column, v_full.index(slot), v_smem.index(slot))
+        block = following
 
 
 @gluon.jit
-def _load_keys(k_desc, block, column, i, k_smem, k_full, k_empty):
-    """Keys of step i, a whole block without biases."""
-    slot = i % STAGES
-    mbarrier.wait(k_empty.index(slot), parity(i) ^ 1)
-    load_tile(k_desc, block * TILE, column, k_full.index(slot), k_smem.index(slot))
-    mbarrier.arrive(k_full.index(slot), count=1)  # stands for the biases
-
-
-@gluon.jit
-def _load_values(v_desc, row, column, i, v_smem, v_full, v_empty):
-    """Values of step i."""
-    slot = i % STAGES
-    mbarrier.wait(v_empty.index(slot), parity(i) ^ 1)
-    load_tile(v_desc, row, column, v_full.index(slot), v_smem.index(slot))
-
-
-@gluon.jit
-def _load_biased(
-    i, k_desc, v_desc, source, flags, tile, row, first_tile, count, column, k_smem, v_smem,
-    bias_smem, k_full, k_empty, v_full, v_empty, MEANS: gl.constexpr,
+def _load_columns(
+    i, k_desc, v_desc, column_tile, flags, tile, row, count, k_smem, v_smem, bias_smem, k_full,
+    k_empty, v_full, v_empty,
 ):
-    """Steps from i on: ``count`` keys from ``row`` on, gathered columns or means of the tiles from
-    ``first_tile`` on. Hidden where a window of this query tile has them. Returns the next step.
+    """Steps from i on: ``count`` gathered columns from ``row`` on, hidden where a window of this
+    query tile has them. Returns the next step."""
+    LANES: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
+    lanes = gl.arange(0, TILE, layout=LANES)
+    for part in range(_cover(count)):
+        slot = i % STAGES
+        first = row + part * TILE
+        mbarrier.wait(k_empty.index(slot), parity(i) ^ 1)
+        load_tile(k_desc, first, 0, k_full.index(slot), k_smem.index(slot))
+        exists = part * TILE + lanes < count
+        gap = tile - gl.load(column_tile + first + lanes, exists, other=0)
+        hidden = gl.load(flags + gap, exists, other=1)
+        bias_smem.index(slot).store(gl.where(hidden == 0, 0.0, float("-inf")))
+        mbarrier.arrive(k_full.index(slot), count=1)
+        mbarrier.wait(v_empty.index(slot), parity(i) ^ 1)
+        load_tile(v_desc, first, 0, v_full.index(slot), v_smem.index(slot))
+        i += 1
+    return i
 
-    source: the key tiles of columns, or the means' biases. Biases are read a step ahead.
-    """
-    steps = _cover(count)
-    hidden, weight = _visibility(source, flags, tile, row, first_tile, 0, count, MEANS)
-    for part in range(steps):
-        slot = (i + part) % STAGES
-        mbarrier.wait(k_empty.index(slot), parity(i + part) ^ 1)
-        load_tile(k_desc, row + part * TILE, column, k_full.index(slot), k_smem.index(slot))
+
+@gluon.jit
+def _load_means(
+    i, k_desc, v_desc, mean_bias, flags, tile, row, first_tile, count, column, k_smem, v_smem,
+    bias_smem, k_full, k_empty, v_full, v_empty,
+):
+    """Steps from i on: means of the ``count`` tiles from ``first_tile`` on, which begin at ``row``,
+    hidden where the tile is a window. Returns the next step."""
+    LANES: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
+    lanes = gl.arange(0, TILE, layout=LANES)
+    for part in range(_cover(count)):
+        slot = i % STAGES
+        first = row + part * TILE
+        mbarrier.wait(k_empty.index(slot), parity(i) ^ 1)
+        load_tile(k_desc, first, column, k_full.index(slot), k_smem.index(slot))
+        exists = part * TILE + lanes < count
+        hidden = gl.load(flags + tile - first_tile - part * TILE - lanes, exists, other=1)
+        weight = gl.load(mean_bias + first + lanes, exists, other=0.0)
         bias_smem.index(slot).store(gl.where(hidden == 0, weight, float("-inf")))
         mbarrier.arrive(k_full.index(slot), count=1)
-        if part > 0:
-            _load_values(v_desc, row + (part - 1) * TILE, column, i + part - 1, v_smem, v_full,
-                         v_empty)
-        hidden, weight = _visibility(source, flags, tile, row, first_tile, part + 1, count, MEANS)
-    if steps > 0:
-        _load_values(v_desc, row + (steps - 1) * TILE, column, i + steps - 1, v_smem, v_full,
-                     v_empty)
-    return i + steps
-
-
-@gluon.jit
-def _visibility(source, flags, tile, row, first_tile, part, count, MEANS: gl.constexpr):
-    """Of 128 keys: not 0 where hidden, and the bias of those that are not."""
-    LANES: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
-    at = part * TILE + gl.arange(0, TILE, layout=LANES)
-    exists = at < count
-    if MEANS:
-        weight = gl.load(source + row + at, exists, other=0.0)
-        gap = tile - first_tile - at
-    else:
-        weight = gl.zeros([TILE], gl.float32, LANES)
-        gap = tile - gl.load(source + row + at, exists, other=0)
-    return gl.load(flags + gap, exists, other=1), weight
+        mbarrier.wait(v_empty.index(slot), parity(i) ^ 1)
+        load_tile(v_desc, first, column, v_full.index(slot), v_smem.index(slot))
+        i += 1
+    return i
 
 
 @gluon.jit
@@ -214,11 +197,11 @@ def _sparse_producer(
     (tile, head, own_windows, near_windows, all_windows, intra, succ, inter, own_steps, near_steps,
      steps) = _sparse_item(head_order, window_rank, column_rank, num_tiles, first_tile,
                            num_key_tiles, start, previous, CORRECTED)
+    row = (head * num_tiles + tile - first_tile) * TILE
+    load_queries(q_desc, q_smem, q_full, row, num_heads * num_tiles * TILE, num_zones)
     column = head // group * TILE
-    _load_windows(
-        q_desc, k_desc, v_desc, block_table, windows + head * max_windows, tile, all_windows,
-        column, (head * num_tiles + tile - first_tile) * TILE, num_heads * num_tiles * TILE,
-        num_zones, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty)
+    _load_windows(k_desc, v_desc, block_table, windows + head * max_windows, tile, all_windows,
+                  column, k_smem, v_smem, k_full, k_empty, v_full, v_empty)
     i = all_windows
     flags = window_flag + head * num_key_tiles
     bias = mean_bias + head * mean_rows
@@ -230,14 +213,12 @@ def _sparse_producer(
             first, end, count, mean_part = previous, start, succ, near_mean_part
         else:
             first, end, count, mean_part = previous * 0, previous, inter, previous * 0
-        i = _load_biased(
-            i, k_col_desc, v_col_desc, column_tile, flags, tile, part, 0, count, 0, k_smem, v_smem,
-            bias_smem, k_full, k_empty, v_full, v_empty, False)
+        i = _load_columns(i, k_col_desc, v_col_desc, column_tile, flags, tile, part, count, k_smem,
+                          v_smem, bias_smem, k_full, k_empty, v_full, v_empty)
         if CORRECTED:
-            i = _load_biased(
-                i, k_mean_desc, v_mean_desc, bias, flags, tile, mean_part * TILE, first,
-                end - first, column, k_smem, v_smem, bias_smem, k_full, k_empty, v_full, v_empty,
-                True)
+            i = _load_means(i, k_mean_desc, v_mean_desc, bias, flags, tile, mean_part * TILE,
+                            first, end - first, column, k_smem, v_smem, bias_smem, k_full, k_empty,
+                            v_full, v_empty)
 
 
 @gluon.jit

@@ -86,9 +86,9 @@ def load_tile(desc, row, column, full, smem):
 
 
 @gluon.jit
-def load_queries(q_desc, q_smem, q_full, row, zone_rows, first_zone, stop_zone):
-    """Both halves of the query tile at ``row``, in the rotations for some zones."""
-    for zone in range(first_zone, stop_zone):
+def load_queries(q_desc, q_smem, q_full, row, zone_rows, num_zones):
+    """Both halves of the query tile at ``row``, in every zone's rotation."""
+    for zone in range(num_zones):
         full = q_full.index(zone)
         mbarrier.expect(full, TILE * TILE * 2)
         first = zone * zone_rows + row
@@ -102,7 +102,8 @@ def first_step(q_smem, q_half, k_smem, q_full, k_full, k_empty, v_full, zone, nu
                 query_row, SCORES: gl.constexpr, PROBS: gl.constexpr):
     """Softmax of step 0, under the causal mask. Returns p, m, total."""
     zeros = gl.zeros([HALF, TILE], gl.float32, SCORES)
-    mbarrier.wait(q_full.index(zone), 0)
+    for i in range(num_zones):
+        mbarrier.wait(q_full.index(i), 0)
     mbarrier.wait(k_full.index(0), 0)
     q = q_smem.index(2 * zone + q_half)
     s = warpgroup_mma(q, k_smem.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -113,8 +114,6 @@ def first_step(q_smem, q_half, k_smem, q_full, k_full, k_empty, v_full, zone, nu
     s = gl.where(keys[None, :] <= rows[:, None], s, float("-inf"))
     m = gl.maximum(gl.max(s, 1), -1e30)  # finite also for rows that are no queries
     s = gl.exp2(s - m[:, None])
-    for i in range(num_zones):
-        mbarrier.wait(q_full.index(i), 0)
     mbarrier.wait(v_full.index(0), 0)
     return gl.convert_layout(s.to(k_smem.dtype), PROBS), m, gl.sum(s, 1)
 

@@ -306,7 +306,7 @@ def _column_mass(queries, log_sum, k, position, tile, P: tl.constexpr, PRECISION
     return tl.where(key[:, None] <= position[None, :], mass, 0.0)
 
 
-@triton.jit(do_not_specialize=["width", "num_tiles"])
+@triton.jit(do_not_specialize=["width", "num_tiles"], do_not_specialize_on_alignment=["budgets"])
 def find_blocks(tiles, budgets, table, blocks, width, num_tiles, BLOCK: tl.constexpr) -> None:
     """KV blocks of listed tiles. With one lookup less on their way, keys come ahead of their use.
 
@@ -320,10 +320,11 @@ def find_blocks(tiles, budgets, table, blocks, width, num_tiles, BLOCK: tl.const
     tl.store(blocks + head * width + i, block.to(tl.int32), mask=i < width)
 
 
-@triton.jit(do_not_specialize=[*_PROBES, *_SPANS, "width", "context_len"])
+@triton.jit(do_not_specialize=[*_PROBES, *_SPANS, "first_head", "width", "context_len"],
+            do_not_specialize_on_alignment=["is_window", "budgets"])
 def tile_columns(
     queries, keys, lse, is_window, tiles, blocks, budgets, columns, stride_block, stride_token,
-    stride_head, first_kv_head, num_heads, num_zones, num_tiles, inter_end, succ_end, width,
+    stride_head, first_head, num_heads, num_zones, num_tiles, inter_end, succ_end, width,
     context_len, last, last_first, last_step, strided_first, step, num_rows,
     GROUP: tl.constexpr, RP: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
     WIDTH: tl.constexpr, PRECISION: tl.constexpr,
@@ -336,7 +337,7 @@ def tile_columns(
     """
     program, step_tiles = tl.program_id(0), tl.num_programs(0)
     head = tl.program_id(1).to(tl.int64)
-    own = first_kv_head * GROUP + head
+    own = first_head + head
     keys += own // GROUP * stride_head
     tiles += head * width
     blocks += head * width

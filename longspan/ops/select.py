@@ -11,7 +11,8 @@ over the whole row; report sections 5.1 and 5.4):
   and rows strided over the segment, spread evenly over the places of a tile: so the probe mass on
   each tile diagonal is what its queries would keep of it, wherever in its tile a diagonal runs.
   Diagonals are bought as tiles, and cost what is bought. Columns are looked for in the tiles that
-  hold most of what no window covers, one for every `COLUMNS_PER_TILE` columns. Forced sink columns do not count as diagonal mass, and mass inside a bought window does
+  hold most of what no window covers, as many tiles as columns: what is missed stands in no heavier
+  a tile. Forced sink columns do not count as diagonal mass, and mass inside a bought window does
   not count as column mass (spec: selection findings).
 """
 
@@ -30,8 +31,6 @@ from longspan.ops.reference import rotate
 from longspan.ops.types import PagedKV, QueryRotary, Selection
 
 PAPER_TILE_LEN = 64
-COLUMNS_PER_TILE = 4
-"""Tile mode: one key tile is looked at for so many columns asked for, the heaviest ones."""
 
 
 class Budget(NamedTuple):
@@ -159,7 +158,7 @@ def _choose_tiles(
     is_free = ~is_window[gaps.clamp(min=0)]
     weights = (by_tile * is_free).sum(0)
     _force(weights, -(-sink // tile_len))
-    tiles = _largest(weights, -(-budget.vertical[head] // COLUMNS_PER_TILE))
+    tiles = _largest(weights, budget.vertical[head])
     column_sums = torch.einsum("rt,rtk->tk", is_free[:, tiles].float(), mass[:, tiles]).flatten()
     _force(column_sums, sink)
     places = (tiles[:, None] * tile_len + torch.arange(tile_len, device=device)).flatten()

@@ -6,8 +6,8 @@ rows over the keys, and no score map: pass 1 gives each row's softmax sum and it
 tile, hence the windows and the tiles worth a look; pass 2 looks for columns in those, and
 `threshold` takes the largest.
 
-KV heads are taken as many at a time as the workspace allows, so that it stays within 64 MiB for
-28 query heads, 4 KV heads and 1,048,576 keys with 128 probe rows.
+Heads are taken as many at a time as the workspace allows, so that all of it stays within 64 MiB
+for 28 query heads, 4 KV heads and 1,048,576 keys with 128 probe rows.
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ from torch import Tensor
 from longspan.ops import probe as kernels
 from longspan.ops import threshold
 from longspan.ops.prefill import num_sms
-from longspan.ops.select import COLUMNS_PER_TILE, PAPER_TILE_LEN, Budget, Probe, place_probes
+from longspan.ops.select import PAPER_TILE_LEN, Budget, Probe, place_probes
 from longspan.ops.types import PagedKV, QueryRotary, Selection
 
 WORKSPACE_BYTES = 56 << 20
-"""For masses of key tiles, then for sums; besides these, lists of the largest sums take up to 36
-bytes for each column."""
+"""For masses of key tiles, then for sums of columns."""
 ROW_BLOCK = 128
 """Probe rows in one matrix product of pass 1."""
 ROWS_AT_ONCE = 512
@@ -94,11 +93,6 @@ class _Call(NamedTuple):
     def max_columns(self) -> tuple[int, ...]:
         """Columns of each head, no more than there are keys."""
         return tuple(min(count, self.context_len) for count in self.budget.vertical)
-
-    @property
-    def tile_counts(self) -> tuple[int, ...]:
-        """Tiles that columns of each head are looked for in, if there are so many."""
-        return tuple(-(-count // COLUMNS_PER_TILE) for count in self.max_columns)
 
     @property
     def mask_from(self) -> int:
@@ -213,13 +207,18 @@ def _forced_tiles(call: _Call) -> int:
 
 
 def _tile_bytes(call: _Call) -> int:
-    """Workspace of one query head: masses of rows in tiles, or sums of columns after them."""
-    return 4 * max(call.num_tiles * call.padded_rows, _column_tiles(call) * call.tile_len)
+    """Workspace of one query head in pass 1: masses of rows in tiles."""
+    return 4 * call.num_tiles * call.padded_rows
+
+
+def _column_bytes(call: _Call) -> int:
+    """Workspace of one query head in pass 2: sums of columns, and lists of the largest."""
+    return 4 * _column_tiles(call) * call.tile_len + 36 * max(call.max_columns)
 
 
 def _column_tiles(call: _Call) -> int:
     """Most tiles that columns of one head are looked for in."""
-    return min(call.num_tiles, max(call.tile_counts))
+    return min(call.num_tiles, max(call.budget.vertical))
 
 
 # -- tile mode --------------------------------------------------------------------------------
@@ -246,32 +245,36 @@ def _choose_tiles(call: _Call, heads: _Heads, columns: Tensor, offsets: Tensor) 
         return
     kernels.free_masses[grid](masses, lse, is_window, sums, num_tiles, *call.probes, **probes)
     del masses
-    _choose_columns(call, heads, lse, is_window, sums, columns[own])
+    rounds = -(-num_heads * _column_bytes(call) // WORKSPACE_BYTES)
+    at_once = max(1, -(-num_heads // rounds))
+    for first in range(0, num_heads, at_once):
+        part = slice(first, first + at_once)
+        _choose_columns(call, own.start + first, lse[first * rows :], is_window[part],
+                        sums[part].clone(), columns[own][part])
 
 
 def _choose_columns(
-    call: _Call, heads: _Heads, lse: Tensor, is_window: Tensor, weights: Tensor, columns: Tensor,
+    call: _Call, first_head: int, lse: Tensor, is_window: Tensor, weights: Tensor,
+    columns: Tensor,
 ) -> None:
-    """The heaviest keys of the heaviest tiles. weights: [heads here, tiles], changed; columns:
-    [heads here, V]."""
+    """The heaviest keys of the heaviest tiles, for the query heads from ``first_head`` on. weights:
+    [heads here, tiles], changed; columns: [heads here, V]."""
     num_heads, device, width = len(columns), columns.device, _column_tiles(call)
-    own = _own(call, heads)
-    tile_counts = _budgets(call.tile_counts, device)[own]
+    budgets = _budgets(call.max_columns, device)[first_head : first_head + num_heads]
     sink = min(call.budget.sink, call.context_len)
     tiles = torch.empty(num_heads, width, dtype=torch.int32, device=device)
     threshold.select_largest(
-        weights, tile_counts, tiles, -(-sink // call.tile_len), floor=0, backwards=False)
+        weights, budgets, tiles, -(-sink // call.tile_len), floor=0, backwards=False)
     blocks = torch.empty_like(tiles)
     kernels.find_blocks[(triton.cdiv(width, 1024), num_heads)](
-        tiles, tile_counts, call.block_table, blocks, width, call.num_tiles, BLOCK=1024)
+        tiles, budgets, call.block_table, blocks, width, call.num_tiles, BLOCK=1024)
     sums = torch.empty(num_heads, width * call.tile_len, dtype=torch.float32, device=device)
     k = call.cache.k
     kernels.tile_columns[(triton.cdiv(width, COLUMN_TILES), num_heads)](
-        call.queries, k, lse, is_window, tiles, blocks, tile_counts, sums, *k.stride()[:3],
-        heads.first, call.num_heads, *call.zones, width, call.context_len, *call.probes,
+        call.queries, k, lse, is_window, tiles, blocks, budgets, sums, *k.stride()[:3],
+        first_head, call.num_heads, *call.zones, width, call.context_len, *call.probes,
         GROUP=call.group, WIDTH=triton.next_power_of_2(width), **_pass_two(call))
-    threshold.select_largest(
-        sums, _budgets(call.max_columns, device)[own], columns, sink, floor=0, backwards=False)
+    threshold.select_largest(sums, budgets, columns, sink, floor=0, backwards=False)
     threshold.place_columns[(triton.cdiv(columns.shape[1], 1024), num_heads)](
         columns, tiles, columns.shape[1], width, P=call.tile_len, BLOCK=1024)
 

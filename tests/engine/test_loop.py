@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from longspan.engine.latency import Costs
-from longspan.engine.loop import LocalTransport, Loop
+from longspan.engine.loop import AheadTransport, LocalTransport, Loop
 from longspan.engine.scheduler import Scheduler, SchedulerConfig
 from longspan.engine.step import ScheduledBatch, StepResult
 from tests.doubles import DeepTransport, FakeRunner, complete, make_request
@@ -42,6 +42,53 @@ def test_reports_carry_times_and_pair_counts() -> None:
     assert 0 < report.submitted_s <= report.finished_s
     assert (report.kept_pairs, report.causal_pairs) == (1.0, 4.0)
     assert loop.is_idle
+
+
+class Device:
+    """Computes in order; counts the steps that were launched and not waited for."""
+
+    def __init__(self) -> None:
+        self.runner, self.ahead, self.most_ahead = make_runner(), 0, 0
+        self.results: list[StepResult] = []
+
+    def launch(self, batch: ScheduledBatch) -> Device:
+        """Compute, keep the result for `wait`."""
+        self.ahead += 1
+        self.most_ahead = max(self.most_ahead, self.ahead)
+        self.results.append(self.runner.execute(batch))
+        return self
+
+    def wait(self) -> StepResult:
+        """The oldest result."""
+        self.ahead -= 1
+        return self.results.pop(0)
+
+
+def test_steps_are_launched_ahead_in_one_process() -> None:
+    device = Device()
+    loop = Loop(Scheduler(CONFIG), AheadTransport(device))
+    requests = [make_request(name, range(1, 21), max_tokens=5, ignore_eos=True) for name in "ab"]
+    for request in requests:
+        loop.add(request)
+    while not loop.is_idle:
+        loop.turn()
+    assert device.most_ahead == 2 and device.ahead == 0
+    for request in requests:
+        assert list(request.output_ids) == complete(request.prompt_ids, request.params)
+
+
+def test_what_was_launched_before_an_interrupt_is_forgotten() -> None:
+    device = Device()
+    loop = Loop(Scheduler(CONFIG), AheadTransport(device))
+    loop.add(make_request("a", range(1, 21), max_tokens=5))
+    loop.turn()
+    loop.interrupt()
+    device.results.clear()
+    request = make_request("b", range(1, 21), max_tokens=5, ignore_eos=True)
+    loop.add(request)
+    while not loop.is_idle:
+        loop.turn()
+    assert list(request.output_ids) == complete(request.prompt_ids, request.params)
 
 
 def test_prefill_chunks_of_one_prompt_fill_the_pipeline() -> None:

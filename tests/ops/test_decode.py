@@ -145,6 +145,7 @@ def test_what_the_kernel_does_not_take() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kernel_device", ["cuda"], indirect=True)
 def test_past_two_to_the_31_elements(kernel_device: str) -> None:
     """A block whose elements lie beyond what 32 bits can index."""
     num_blocks, shape = 2**31 // (128 * 2 * 128) + 70, (128, 2, 128)
@@ -164,6 +165,7 @@ def test_past_two_to_the_31_elements(kernel_device: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kernel_device", ["cuda"], indirect=True)
 def test_replayed_from_a_cuda_graph(kernel_device: str) -> None:
     """Lengths, tables and scales may change between replays."""
     case = oracle.make_case(700, Positions(128, 40), num_heads=14, num_kv_heads=2, head_dim=64,

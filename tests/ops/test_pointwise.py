@@ -130,6 +130,7 @@ def test_store_kv_past_two_to_the_31_positions(kernel_device: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kernel_device", ["cuda"], indirect=True)
 def test_store_kv_past_two_to_the_31_elements(kernel_device: str) -> None:
     num_blocks, block_size = 2**31 // (128 * 2 * 16) + 3, 128
     cache = PagedKV(*(torch.zeros(num_blocks, block_size, 2, 16, dtype=torch.bfloat16,

@@ -226,7 +226,7 @@ def tile_choice(
             if row // TILE - key // TILE not in windows:
                 column_sums[key] += weights[key]
                 by_tile[key // TILE] += weights[key]
-    tiles = top(by_tile, -(-limits.vertical[head] // 4), -(-limits.sink // TILE))
+    tiles = top(by_tile, limits.vertical[head], -(-limits.sink // TILE))
     # keys of other tiles rank last
     ranked = [total if key // TILE in tiles else -1.0 for key, total in enumerate(column_sums)]
     return top(ranked, limits.vertical[head], limits.sink), windows

@@ -12,6 +12,8 @@ from longspan.ops.types import Selection
 from tests.ops import oracle
 from tests.ops.oracle import Case, Positions
 
+interpreted = pytest.mark.parametrize("kernel_device", ["cpu"], indirect=True, ids=["interpreted"])
+"""Exact in fp32, which kernels compiled for GPUs do not take; `tests/gpu` tests those."""
 PLAIN = Positions(4096, 96)
 ZONED = Positions(128, 32)  # stride 96: six tiles of 16, three of 32
 
@@ -81,6 +83,7 @@ TILE_CASES = [
 ]
 
 
+@interpreted
 @pytest.mark.parametrize(("positions", "start", "length", "tile", "strided"), TILE_CASES)
 def test_tile_mode(
     positions: Positions, start: int, length: int, tile: int, strided: int, kernel_device: str,
@@ -99,6 +102,7 @@ PAPER_CASES = [
 ]
 
 
+@interpreted
 @pytest.mark.parametrize(("positions", "start", "length"), PAPER_CASES)
 def test_paper_mode(positions: Positions, start: int, length: int, kernel_device: str) -> None:
     """Budgets below the forced entries, above them, and above everything there is."""
@@ -107,6 +111,7 @@ def test_paper_mode(positions: Positions, start: int, length: int, kernel_device
     check(case, start, budget("paper", [7, 60, 999], [50, 160, 999]))
 
 
+@interpreted
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "mode"), [
     (2, 2, "tile"), (14, 2, "tile"), (2, 2, "paper"), (10, 2, "paper")])
 def test_head_groups(
@@ -126,6 +131,7 @@ def test_head_groups(
         assert all(torch.equal(a, b) for a, b in zip(whole[:2], split[:2], strict=True))
 
 
+@interpreted
 def test_budgets_above_the_history(kernel_device: str) -> None:
     case = oracle.make_case(80, PLAIN, num_heads=2, device=kernel_device)
     selection = check(case, 48, budget("tile", [9999, 3], [9999, 9999], probe_last=16))
