@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from longspan.config import dense_tail_start
 from longspan.engine.chunking import sparse_stop
 from longspan.engine.request import Request, SamplingParams
@@ -82,6 +84,11 @@ class FakeRunner:
 
     def execute(self, batch: ScheduledBatch) -> StepResult:
         """Write, check, sample."""
+        if batch.repeats > 1:
+            assert not batch.prefills and all(item.extras is None for item in batch.slices)
+            parts = [self.execute(part) for part in batch.each()]
+            return replace(parts[0], token_ids=tuple(t for part in parts for t in part.token_ids),
+                           elapsed_s=sum(part.elapsed_s for part in parts))
         self.batches.append(batch)
         kinds = [item.context_len > item.prompt_len for item in batch.slices]
         assert kinds == sorted(kinds), "prefill slices come before decodes"

@@ -27,6 +27,9 @@ from longspan.model.weights import resolve_checkpoint
 
 WARM_UP_LEN = {"cpu": 1_024, "cuda": 8_192}
 """Tokens of a server's first prompts: less than a second of them on a small model."""
+BURST_S = 2.5e-3
+"""On GPUs shorter decode steps are sent several at a time: a small model's take less than the host
+needs for each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +98,8 @@ class Blueprint:
             unit_len=unit_len(device_type, self.config.block_size),
             sparse_above=self._sparse_above,
             prior=prior_costs(self.model, self.config, self.plan),
-            warm_up_len=min(WARM_UP_LEN[device_type], self.memory.max_model_len // 2))
+            warm_up_len=min(WARM_UP_LEN[device_type], self.memory.max_model_len // 2),
+            burst_s=BURST_S if device_type == "cuda" else 0.0)
 
     @property
     def _sparse_above(self) -> int | None:

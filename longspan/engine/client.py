@@ -337,12 +337,13 @@ class AsyncEngine:
             submitted_s=message.started_s, finished_s=message.finished_s,
             kept_pairs=result.kept_pairs, causal_pairs=result.causal_pairs)
         sampled = zip_longest(result.token_ids, result.logprobs)
-        for row in message.rows:
-            token, logprobs = next(sampled, (None, None)) if row.samples else (None, None)
-            tracker = self._trackers.get(row.request_id)
-            if tracker is not None:  # else it has ended: what was computed past its end
-                self._push(
-                    tracker.update(row.cached_len, row.computed_len, token, logprobs), report)
+        for index in range(message.repeats):
+            for row in message.rows:
+                token, logprobs = next(sampled, (None, None)) if row.samples else (None, None)
+                tracker = self._trackers.get(row.request_id)
+                if tracker is not None:  # else it has ended: what was computed past its end
+                    self._push(tracker.update(row.cached_len + index, row.computed_len + index,
+                                              token, logprobs), report)
 
     def _push(self, update: Update, report: StepReport) -> None:
         engine_id = update.request_id

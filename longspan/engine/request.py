@@ -173,6 +173,8 @@ class Request:
     """Place among the running requests, while it is one."""
     num_skips: int = 0
     """Later requests admitted while this one waited for blocks."""
+    asks_more: bool = False
+    """Its sampling needs more than the device has (`SamplingExtras`)."""
     finish_reason: FinishReason | None = None
 
     @property
@@ -213,6 +215,11 @@ class Request:
         if not prompt_len <= self.scheduled_len < prompt_len + params.max_tokens - 1:
             return False
         return params.json_schema is None or not self.awaits_token
+
+    @property
+    def num_unscheduled(self) -> int:
+        """Decode steps that may still follow those in flight."""
+        return len(self.prompt_ids) + self.params.max_tokens - 1 - self.scheduled_len
 
     def tokens(self, start: int, stop: int) -> array[int]:
         """Token ids ``start`` to ``stop - 1`` of prompt and completion together."""

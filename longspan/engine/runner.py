@@ -180,6 +180,12 @@ class Runner:
 
     def _compute(self, batch: ScheduledBatch) -> SampledTokens | None:
         """Any step, kernel by kernel."""
+        if batch.repeats == 1:
+            return self._compute_once(batch)
+        parts = [self._compute_once(part) for part in batch.each()]
+        return SampledTokens(torch.cat([part.token_ids for part in parts if part]), None)
+
+    def _compute_once(self, batch: ScheduledBatch) -> SampledTokens | None:
         apart = self._advance(batch)
         inputs = self._build(batch)
         logits = self.forward(inputs, apart)
@@ -192,11 +198,13 @@ class Runner:
         return sampled
 
     def _replay(self, graphs: DecodeGraphs, batch: ScheduledBatch) -> SampledTokens:
-        """The step of decodes that the graphs are prepared for."""
-        output, count = graphs.run(), len(batch.slices)
+        """The step of decodes that the graphs are prepared for, and those that follow it."""
+        count = len(batch.slices)
         if not self._sampler.asks(batch.slices):
-            return SampledTokens(output.token_ids[:count].clone(), None)
-        output = output.head(count)
+            steps = [graphs.run().token_ids[:count].clone() for _ in range(batch.repeats)]
+            return SampledTokens(torch.cat(steps) if len(steps) > 1 else steps[0], None)
+        assert batch.repeats == 1, "these are sampled one step at a time"
+        output = graphs.run().head(count)
         sampled = self._sampler.sample(
             output.logits, batch.slices, output.rows, all_greedy=is_greedy(batch.slices))
         self._last_tokens[output.slots] = sampled.token_ids

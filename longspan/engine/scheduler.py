@@ -9,7 +9,8 @@ Policy, in the order of the functions below:
   waits for blocks, but only `LOOKAHEAD` times, so that the long one is not starved.
 - *share*: a request whose prompt begins as one that is being prefilled waits for those blocks
   instead of computing them a second time (`longspan.engine.prefixes`).
-- *plan*: what a step computes, within its time: `longspan.engine.planner`.
+- *plan*: what a step computes, within its time: `longspan.engine.planner`. Steps that only decode
+  and are over sooner than news travel are sent several at a time.
 - *apply*: results come back in order and change lengths, the prefix cache and the states.
 
 Several steps may be in flight: `schedule` only looks at ``scheduled_len``. A request whose next
@@ -23,13 +24,13 @@ written by its new owner after the old one's last step.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
-from itertools import zip_longest
 
 from longspan.engine.blocks import BlockPool
 from longspan.engine.latency import Costs, Forecast, LatencyModel, Work
-from longspan.engine.planner import Choice, Planner, PlannerConfig
+from longspan.engine.planner import Choice, Plan, Planner, PlannerConfig
 from longspan.engine.prefixes import Prefixes
 from longspan.engine.prompts import check_fits
 from longspan.engine.request import FinishReason, Request, finish_reason
@@ -45,6 +46,7 @@ from longspan.engine.step import (
 )
 
 LOOKAHEAD = 16
+MAX_REPEATS = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +60,8 @@ class SchedulerConfig(PlannerConfig):
     """What steps are thought to cost before any was measured."""
     sparse_above: int | None = None
     """Longer prompts prefill sparsely (forecasts only; a request says it itself)."""
+    burst_s: float = 0.0
+    """Steps that only decode are sent as many at a time as take so long, `MAX_REPEATS` at most."""
     warm_up_len: int = 0
     """Tokens of a prompt that a server computes before the first request (`warmup`); 0: none."""
 
@@ -151,11 +155,12 @@ class Scheduler:
         if plan is None:
             assert self._in_flight or not self._waiting, "an empty engine admits any request"
             return None
+        repeats = self._repeats(plan)
         batch = ScheduledBatch(
-            step_id=self._num_steps, epoch=self.epoch, expected_s=plan.expected_s,
-            slices=tuple(_slice(choice) for choice in plan.choices))
+            step_id=self._num_steps, epoch=self.epoch, expected_s=repeats * plan.expected_s,
+            slices=tuple(_slice(choice) for choice in plan.choices), repeats=repeats)
         for choice in plan.choices:
-            _advance_schedule(choice)
+            _advance_schedule(choice, repeats)
         self._num_steps += 1
         requests = tuple(choice.request for choice in plan.choices)
         self._in_flight.append(_Submission(batch, requests, plan.work))
@@ -171,11 +176,15 @@ class Scheduler:
         step = self._in_flight.pop(0)
         batch = step.batch
         assert result.step_id == batch.step_id, "results are applied in the order of their steps"
-        sampled = iter(zip_longest(result.token_ids, result.logprobs))
-        for item, request in zip(batch.slices, step.requests, strict=True):
-            token, logprobs = next(sampled) if item.sampling is not None else (None, None)
-            self._advance(request, item, token, logprobs)
-        assert next(sampled, None) is None, "more tokens than slices that sample"
+        samples = [item.sampling is not None for item in batch.slices]
+        num_rows = sum(samples)
+        assert len(result.token_ids) == batch.repeats * num_rows, "a token for each that samples"
+        row = 0
+        for item, request, is_sampled in zip(batch.slices, step.requests, samples, strict=True):
+            tokens = result.token_ids[row::num_rows] if is_sampled else (None,)
+            logprobs = result.logprobs[row] if is_sampled and result.logprobs else None
+            self._advance(request, item, tokens, logprobs)
+            row += is_sampled
         self._learn(step, result.elapsed_s)
         return self.take_updates()
 
@@ -221,6 +230,7 @@ class Scheduler:
             elif self._allocate(request):
                 del self._waiting[position]
                 request.slot = heappop(self._free_slots)
+                request.asks_more = SamplingExtras.of(request) is not None
                 self._running[request.request_id] = request
                 for passed in self._waiting[:position]:
                     passed.num_skips += not passed.awaited_hash
@@ -249,15 +259,34 @@ class Scheduler:
 
     # -- apply ---------------------------------------------------------------------------------
 
+    def _repeats(self, plan: Plan) -> int:
+        """How often to compute a plan before the next one. Longer bursts would make requests that
+        arrive wait, and compute more in vain behind a stop token."""
+        requests = [choice.request for choice in plan.choices]
+        if any(request.is_prefill or request.asks_more for request in requests):
+            return 1
+        fitting = self.config.burst_s / plan.expected_s if plan.expected_s > 0 else MAX_REPEATS
+        left = min(request.num_unscheduled for request in requests)
+        return max(1, min(MAX_REPEATS, int(fitting), left))
+
     def _advance(
-        self, request: Request, item: ScheduledSlice, token: int | None,
+        self, request: Request, item: ScheduledSlice, tokens: Sequence[int | None],
         logprobs: RowLogprobs | None,
     ) -> None:
+        """Take what was sampled, one token after another; None: nothing was."""
         request.num_in_flight -= 1
-        if request.is_finished:  # stopped or aborted while the step was in flight
-            self._release(request)
-            return
         done_len = item.done_len
+        for index, token in enumerate(tokens):
+            if request.is_finished:  # stopped before this token, or aborted in flight
+                break
+            self._take(request, item, token, logprobs, done_len + index)
+        if request.is_finished:
+            self._release(request)
+
+    def _take(
+        self, request: Request, item: ScheduledSlice, token: int | None,
+        logprobs: RowLogprobs | None, done_len: int,
+    ) -> None:
         if item.pieces is None or item.pieces.is_last:
             request.computed_len = done_len
         if token == NO_TOKEN:
@@ -273,7 +302,7 @@ class Scheduler:
         self._updates.append(_update(request, token, logprobs, done_len))
 
     def _learn(self, step: _Submission, elapsed_s: float) -> None:
-        self.latency.observe(step.work, elapsed_s)
+        self.latency.observe(step.work, elapsed_s / step.batch.repeats)
         if step.batch.prefills and self.latency.num_observations:
             config = self.config
             self.forecast = Forecast(
@@ -325,11 +354,11 @@ def _slice(choice: Choice) -> ScheduledSlice:
         extras=SamplingExtras.of(request) if is_last and start < prompt_len else None)
 
 
-def _advance_schedule(choice: Choice) -> None:
+def _advance_schedule(choice: Choice, repeats: int) -> None:
     request, pieces = choice.request, choice.pieces
     request.num_in_flight += 1
     if pieces is None or pieces.is_last:
-        request.scheduled_len += choice.query_len
+        request.scheduled_len += repeats * choice.query_len
         request.num_pieces = 0
     else:
         request.num_pieces = pieces.stop

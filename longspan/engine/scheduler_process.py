@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import zmq
@@ -23,7 +24,8 @@ def run(orders: Orders) -> int:
         while not isinstance(begin := inbox.get(), Begin):
             pass
         transport = RunnerTransport(inbox, runner, orders.max_in_flight)
-        Conductor(Scheduler(begin.config), transport, transport.command, front.put).run()
+        config = begin.config if orders.max_in_flight > 1 else replace(begin.config, burst_s=0.0)
+        Conductor(Scheduler(config), transport, transport.command, front.put).run()
         return 0
     except BaseException as error:
         front.put(last_words(error))

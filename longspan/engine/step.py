@@ -7,9 +7,10 @@ short, and some hundred of these are made for it: one costs a quarter of a froze
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
+from msgspec.structs import replace
 
 from longspan.engine.request import FinishReason, Request, TokenIds
 
@@ -149,6 +150,9 @@ class ScheduledBatch(Data, frozen=True, kw_only=True):
     """Counts the times that everything in flight was given up (`Scheduler.drop_in_flight`)."""
     expected_s: float = 0.0
     """Predicted time on the runner, seconds: what a watchdog may compare with."""
+    repeats: int = 1
+    """So many steps in one (multi-step scheduling), each a token further: of decodes without
+    `SamplingExtras` alone, whose steps are shorter than the way to the runner and back."""
 
     @property
     def prefills(self) -> bool:
@@ -158,7 +162,15 @@ class ScheduledBatch(Data, frozen=True, kw_only=True):
     @property
     def num_tokens(self) -> int:
         """Tokens computed by the step."""
-        return sum(item.query_len for item in self.slices)
+        return self.repeats * sum(item.query_len for item in self.slices)
+
+    def each(self) -> Iterator[ScheduledBatch]:
+        """The steps in it, one by one."""
+        yield self if self.repeats == 1 else replace(self, repeats=1)
+        for index in range(1, self.repeats):
+            yield replace(self, repeats=1, slices=tuple([
+                replace(item, token_ids=array("i"), cached_len=item.cached_len + index)
+                for item in self.slices]))
 
 
 class StepResult(Data, frozen=True, kw_only=True):
@@ -168,7 +180,7 @@ class StepResult(Data, frozen=True, kw_only=True):
     epoch: int = 0
     """As in the batch; the result of an earlier epoch is thrown away."""
     token_ids: tuple[int, ...]
-    """`NO_TOKEN`: the request must be aborted."""
+    """`NO_TOKEN`: the request must be aborted. Of a batch with repeats, one step after another."""
     logprobs: tuple[RowLogprobs | None, ...] = ()
     """For each of ``token_ids``, None where not asked for; empty when nobody asked."""
     kept_pairs: float = 0.0

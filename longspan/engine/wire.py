@@ -132,6 +132,8 @@ class Stepped(Message, frozen=True, kw_only=True):
     started_s: float
     """Of ``time.monotonic``, as all processes of one machine see it."""
     finished_s: float
+    repeats: int = 1
+    """So often the step was computed; rows are those of the first time."""
 
 
 class Died(Message, frozen=True):

@@ -47,7 +47,8 @@ class FarRunner(FakeRunner):
 
     def launch(self, batch: ScheduledBatch) -> Done:
         """Compute now, as CPUs do."""
-        rows = [(item.request_id, item.query_len, item.is_run_ahead) for item in batch.slices]
+        rows = [(item.request_id, item.query_len * batch.repeats, item.is_run_ahead)
+                for item in batch.slices]
         with (self.path / "steps.log").open("a") as file:
             file.write(json.dumps(rows) + "\n")
         time.sleep(self.step_s)
@@ -66,7 +67,7 @@ def load(config: EngineConfig, send: Send) -> tuple[SchedulerConfig, FarRunner]:
     (path / "asked.json").write_text(json.dumps({"step_budget_s": str(config.step_budget_s)}))
     scheduler = SchedulerConfig(
         num_blocks=NUM_BLOCKS, block_size=BLOCK, max_model_len=MAX_LEN, prefill_chunk_len=CHUNK,
-        max_num_requests=4)
+        max_num_requests=4, burst_s=options.get("burst_s", 0.0))
     send(Planned(path=path, intake=Intake(vocab_size=300, max_model_len=MAX_LEN),
                  scheduler=scheduler))
     if "error" in options:

@@ -70,12 +70,13 @@ class Model:
         self.may_load.set()
         self.error: Exception | None = None
         self.vocab_size = 300
+        self.burst_s = 0.0
 
     def load(self, config: EngineConfig, send: Send) -> tuple[SchedulerConfig, Runner]:
         """As `longspan.engine.worker.load_engine`."""
         scheduler = SchedulerConfig(
             num_blocks=NUM_BLOCKS, block_size=BLOCK, max_model_len=64, prefill_chunk_len=CHUNK,
-            max_num_requests=4)
+            max_num_requests=4, burst_s=self.burst_s)
         send(Planned(
             path=self.path, intake=Intake(vocab_size=self.vocab_size, max_model_len=64),
             scheduler=scheduler))
@@ -139,7 +140,10 @@ async def progress(stream: Stream) -> list[tuple[int, int, int]]:
 # -- answers ---------------------------------------------------------------------------------------
 
 
-def test_requests_side_by_side(model: Model) -> None:
+@pytest.mark.parametrize("burst_s", [0.0, 1.0])
+def test_requests_side_by_side(model: Model, burst_s: float) -> None:
+    model.burst_s = burst_s
+
     async def work() -> None:
         async with fake(model) as engine:
             streams = [await engine.add(ask(prompt, f"r{index}"))
@@ -293,8 +297,10 @@ def test_a_lost_stream_is_cancelled(model: Model) -> None:
     run(work())
 
 
-def test_any_mix_of_arrivals_and_departures(model: Model) -> None:
+@pytest.mark.parametrize("burst_s", [0.0, 1.0])
+def test_any_mix_of_arrivals_and_departures(model: Model, burst_s: float) -> None:
     """Survivors get the right answers, and the scheduler's own check finds no lost block."""
+    model.burst_s = burst_s
     random = Random(4)
 
     async def one(engine: AsyncEngine, index: int) -> None:

@@ -89,6 +89,21 @@ def test_stages_give_identical_logits(path: Path, num_stages: int, sparse: bool)
     assert torch.equal(prefill(whole, prompt, cuts, sparse), prefill(staged, prompt, cuts, sparse))
 
 
+def test_repeats_are_the_steps_one_by_one(path: Path) -> None:
+    runner, prompts = load(path), [prompt_of(20), prompt_of(33)]
+
+    def step(index: int, repeats: int = 1) -> tuple[int, ...]:
+        slices = tuple(ScheduledSlice(
+            request_id=str(slot), slot=slot, prompt_len=len(prompt), sparse=False,
+            token_ids=array("i") if index else prompt, sampling=GREEDY,
+            cached_len=len(prompt) + index - 1 if index else 0,
+            block_ids=list(range(6 * slot, 6 * slot + 6))) for slot, prompt in enumerate(prompts))
+        return runner.execute(ScheduledBatch(step_id=0, slices=slices, repeats=repeats)).token_ids
+
+    alone = [token for index in range(6) for token in step(index)]
+    assert [*step(0), *step(1, repeats=5)] == alone
+
+
 @pytest.mark.parametrize("cuts", [[32, 64, 96, 100], [8, 100], [1, 2, 3, 99, 100], [96, 100]])
 def test_prefill_cuts_do_not_matter_when_dense(path: Path, cuts: list[int]) -> None:
     prompt, runner = prompt_of(100), load(path)

@@ -39,7 +39,7 @@ class World:
             max_num_requests=rng.choice([1, 3, 8]), dense_tail_len=rng.choice([0, 5]),
             num_layers=rng.choice([1, 3]), piece_rows=rng.choice([4, 8, 1000]),
             unit_len=rng.choice([1, 3, 4]),
-            step_budget_s=rng.choice([None, 0.004, 0.02]))
+            step_budget_s=rng.choice([None, 0.004, 0.02]), burst_s=rng.choice([0.0, 0.01, 1.0]))
         self.scheduler = Scheduler(config)
         self.runner = FakeRunner(
             num_blocks=config.num_blocks, block_size=block_size,
@@ -49,6 +49,7 @@ class World:
         self.alive = dict[str, Request]()
         self.stems = [[rng.randrange(50) for _ in range(60)] for _ in range(3)]
         self.num_events = self.num_finished = self.num_cached = self.num_paused = 0
+        self.num_bursts = 0
 
     def happen(self) -> None:
         """One random event."""
@@ -94,6 +95,7 @@ class World:
         if self.queue:
             batch = self.queue.popleft()
             self.num_paused += any(i.pieces and not i.pieces.is_last for i in batch.slices)
+            self.num_bursts += batch.repeats > 1
             self.settle(self.scheduler.apply(self.runner.execute(batch)))
 
     def check(self) -> None:
@@ -132,7 +134,7 @@ def test_any_schedule_gives_the_answers_of_each_request_alone(seed: int) -> None
 
 
 def test_the_fuzz_meets_what_it_is_for() -> None:
-    """Hits, pauses and run-ahead do occur, and there are as many events as promised."""
+    """Hits, pauses, bursts and run-ahead do occur, and there are as many events as promised."""
     assert SEEDS * EVENTS >= 10_000
     worlds = [World(seed) for seed in range(6)]
     for world in worlds:
@@ -140,5 +142,6 @@ def test_the_fuzz_meets_what_it_is_for() -> None:
             world.happen()
     assert sum(world.num_cached for world in worlds) > 100
     assert sum(world.num_paused for world in worlds) > 10
+    assert sum(world.num_bursts for world in worlds) > 50
     assert any(item.is_run_ahead for world in worlds for batch in world.runner.batches
                for item in batch.slices)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from longspan.engine.loop import LocalTransport, Loop
 from longspan.engine.request import Request
 from longspan.engine.scheduler import LOOKAHEAD, Scheduler, SchedulerConfig
-from longspan.engine.step import StepResult
+from longspan.engine.step import ScheduledBatch, StepResult
 from longspan.errors import PromptTooLongError
-from tests.doubles import DeepTransport, FakeRunner, make_request
+from tests.doubles import DeepTransport, FakeRunner, complete, make_request
 
 CONFIG = SchedulerConfig(
     num_blocks=16, block_size=4, max_model_len=64, prefill_chunk_len=8, max_num_requests=4,
@@ -65,6 +66,55 @@ def test_chunks_end_at_absolute_multiples() -> None:
     lens = [[item.query_len for item in batch.slices] for batch in runner.batches]
     assert lens == [[8], [8], [3], [1], [1]]
     assert [batch.step_id for batch in runner.batches] == [0, 1, 2, 3, 4]
+
+
+def bursts(requests: list[Request], burst_s: float = 1.0) -> list[tuple[int, int]]:
+    """Rows and repeats of each step that computes the requests."""
+    loop, scheduler, runner = make_engine(replace(CONFIG, burst_s=burst_s))
+    found = []
+    schedule = scheduler.schedule
+
+    def watched() -> ScheduledBatch | None:
+        batch = schedule()
+        if batch is not None:
+            found.append((len(batch.slices), batch.repeats))
+        return batch
+
+    scheduler.schedule = watched  # type: ignore[method-assign]
+    run_all(loop, requests)
+    for request in requests:
+        assert list(request.output_ids) == complete(request.prompt_ids, request.params)
+    return found
+
+
+def test_short_decode_steps_are_sent_several_at_a_time() -> None:
+    """As many as fit the time, eight at most, none past the first request's last token, and one
+    where sampling needs the host; never with a prefill."""
+    def request(name: str, max_tokens: int, **params: Any) -> Request:
+        return make_request(name, [1, 2, 3], max_tokens=max_tokens, ignore_eos=True, **params)
+
+    assert bursts([request("a", 21)]) == [(1, 1), (1, 8), (1, 8), (1, 4)]
+    assert bursts([request("a", 6), request("b", 12)]) == [(2, 1), (2, 5), (1, 6)]
+    assert bursts([request("a", 4)], burst_s=0.0) == [(1, 1)] * 4
+    assert bursts([request("a", 4, logprobs=1)]) == [(1, 1)] * 4
+    assert bursts([make_request("a", range(1, 20), max_tokens=3, ignore_eos=True)]) == [
+        (1, 1), (1, 1), (1, 1), (1, 2)]
+
+
+def test_a_burst_lasts_as_long_as_was_asked() -> None:
+    """By what steps take: here 2.1 to 2.3 ms, of which three fit."""
+    found = bursts([make_request("a", range(8), max_tokens=30, ignore_eos=True)], burst_s=0.007)
+    assert found[-3:-1] == [(1, 3), (1, 3)]
+
+
+def test_tokens_after_a_stop_in_a_burst_are_dropped() -> None:
+    prompt, free = [5, 6, 7], make_request("x", [5, 6, 7], max_tokens=9, ignore_eos=True)
+    stop = complete(free.prompt_ids, free.params)[3]
+    request = make_request("a", prompt, max_tokens=9, ignore_eos=True, stop_token_ids=(stop,))
+    other = make_request("b", [9, 9], max_tokens=9, ignore_eos=True)
+    bursts([request, other])
+    assert request.finish_reason == "stop" and len(request.output_ids) <= 4
+    assert request.computed_len == len(prompt) + len(request.output_ids) - 1
 
 
 def test_short_request_joins_the_next_step_of_a_long_prefill() -> None:

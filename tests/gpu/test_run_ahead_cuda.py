@@ -88,6 +88,20 @@ def test_steps_run_ahead(runner: Runner, sampling: RowSampling, moves: bool) -> 
     assert all(0 < result.elapsed_s < 1 for _, result in results)
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "warm"])
+def test_several_steps_at_a_time(runner: Runner, sampling: RowSampling) -> None:
+    wanted = one_by_one(runner, sampling, False)
+    order, first = launch(runner, 0, {}, sampling, False)
+    slices = tuple(row(slot, 1, None, sampling) for slot in order)
+    rest = ScheduledBatch(step_id=1, slices=slices, repeats=NUM_STEPS - 1)
+    with no_syncs():
+        launched = runner.launch(rest)
+    tokens = launched.wait().token_ids
+    found = [by_slot(order, first.wait()), *(
+        dict(zip(order, tokens[i : i + 3], strict=True)) for i in range(0, len(tokens), 3))]
+    assert found == wanted
+
+
 def test_a_server_records_nothing_later(runner: Runner) -> None:
     """All sizes, greedy and mixed, are there before the first step."""
     assert runner._graphs is not None
