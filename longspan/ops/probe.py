@@ -297,11 +297,10 @@ def _add_diagonals(mass, diagonals, base, tile, context_len, row, num_rows, P: t
 
 
 @triton.jit
-def _column_mass(queries, log_sum, k, position, tile, P: tl.constexpr, PRECISION: tl.constexpr):
-    """Weights [P, RP] of a head's probe rows on the keys of one tile. Keys stand in rows, so that
-    sums over probe rows stay in a warp."""
+def _column_mass(queries, log_sum, k, position, key, PRECISION: tl.constexpr):
+    """Weights [n, RP] of a head's probe rows on n keys, whose positions are ``key``. Keys stand in
+    rows, so that sums over probe rows stay in a warp."""
     scores = tl.dot(k, tl.trans(queries), input_precision=PRECISION)
-    key = tile * P + tl.arange(0, P)
     mass = tl.exp2(scores - log_sum[None, :])
     return tl.where(key[:, None] <= position[None, :], mass, 0.0)
 
@@ -327,15 +326,18 @@ def tile_columns(
     stride_head, first_head, num_heads, num_zones, num_tiles, inter_end, succ_end, width,
     context_len, last, last_first, last_step, strided_first, step, num_rows,
     GROUP: tl.constexpr, RP: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
-    WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:
     """Pass 2, tile mode: weights that no window covers, summed over the probe rows of a head, for
     each key of some tiles. -1 for keys behind the context, and behind the end of the list.
 
     tiles, and their KV blocks: [heads here, width] int32 ascending, as many as ``budgets`` [heads
-    here] says; columns: [heads here, width * P]. Grid (programs, heads here).
+    here] says; columns: [heads here, width * P]. KEYS keys at once: little, so that several
+    programs run on a multiprocessor, for each waits for one lookup after another. Grid (programs,
+    heads here).
     """
-    program, step_tiles = tl.program_id(0), tl.num_programs(0)
+    SUB: tl.constexpr = P // KEYS
+    program, num_programs = tl.program_id(0), tl.num_programs(0)
     head = tl.program_id(1).to(tl.int64)
     own = first_head + head
     keys += own // GROUP * stride_head
@@ -343,7 +345,7 @@ def tile_columns(
     blocks += head * width
     is_window += head * num_tiles
     columns += head * width * P
-    row, key = tl.arange(0, RP), tl.arange(0, P)
+    row, lane = tl.arange(0, RP), tl.arange(0, KEYS)
     position = _position(row, last, last_first, last_step, strided_first, step, num_rows)
     log_sum = tl.load(lse + head * RP + row)
     count = tl.minimum(tl.load(budgets + head), num_tiles)
@@ -355,17 +357,20 @@ def tile_columns(
         first = tl.where(zone == 0, num_far, tl.where(zone == 1, num_inter, 0))
         stop = tl.where(zone == 0, count, tl.where(zone == 1, num_far, num_inter))
         q = _load_rows(queries, (zone * num_heads + own) * RP, row, RP, D)
-        for index in range(first + program, stop, step_tiles):
+        for part in range(first * SUB + program, stop * SUB, num_programs):
+            index, low = part // SUB, part % SUB * KEYS
+            k = _load_keys(keys + low * stride_token, blocks, index, stride_block, stride_token,
+                           KEYS, D)
             tile = tl.load(tiles + index)
-            k = _load_keys(keys, blocks, index, stride_block, stride_token, P, D)
             gap = tl.where(position < 0, -1, position // P - tile)
             seen = tl.load(is_window + gap, mask=gap >= 0, other=1) != 0
-            mass = _column_mass(q, tl.where(seen, float("inf"), log_sum), k, position, tile, P,
+            key = tile * P + low + lane
+            mass = _column_mass(q, tl.where(seen, float("inf"), log_sum), k, position, key,
                                 PRECISION)
-            sums = tl.where(tile * P + key < context_len, tl.sum(mass, 1), -1.0)
-            tl.store(columns + index * P + key, sums)
-    for index in range(count + program, width, step_tiles):
-        tl.store(columns + index * P + key, tl.full([P], -1.0, tl.float32))
+            sums = tl.where(key < context_len, tl.sum(mass, 1), -1.0)
+            tl.store(columns + part * KEYS + lane, sums)
+    for part in range(count * SUB + program, width * SUB, num_programs):
+        tl.store(columns + part * KEYS + lane, tl.full([KEYS], -1.0, tl.float32))
 
 
 @triton.jit(do_not_specialize=[*_PROBES, *_SPANS, "context_len"])
@@ -400,7 +405,7 @@ def key_masses(
                     head = kv * GROUP + first_head + g
                     base = head.to(tl.int64) * context_len
                     log_sum = tl.load(lse + head * RP + row)
-                    mass = _column_mass(rows[g], log_sum, k, position, tile, P, PRECISION)
+                    mass = _column_mass(rows[g], log_sum, k, position, tile * P + key, PRECISION)
                     tl.store(columns + base + tile * P + key, tl.sum(mass, 1),
                              mask=tile * P + key < context_len)
                     _add_diagonals(mass, diagonals, base, tile, context_len, row, num_rows, P, RP)

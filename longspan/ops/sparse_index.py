@@ -41,6 +41,8 @@ SHARED_BYTES = 204_800
 """Shared memory that a program of the passes takes at D = 128 and P = 128, and a little more."""
 COLUMN_TILES = 32
 """Key tiles of one program of pass 2 in tile mode: few, since heads differ in their number."""
+COLUMN_KEYS = 64
+"""Keys at once in pass 2 in tile mode."""
 INTERPRETED_PROGRAMS = 3
 
 
@@ -273,7 +275,8 @@ def _choose_columns(
     kernels.tile_columns[(triton.cdiv(width, COLUMN_TILES), num_heads)](
         call.queries, k, lse, is_window, tiles, blocks, budgets, sums, *k.stride()[:3],
         first_head, call.num_heads, *call.zones, width, call.context_len, *call.probes,
-        GROUP=call.group, WIDTH=triton.next_power_of_2(width), **_pass_two(call))
+        GROUP=call.group, WIDTH=triton.next_power_of_2(width), KEYS=min(COLUMN_KEYS, call.tile_len),
+        **_constants(call) | {"num_warps": 4})
     threshold.select_largest(sums, budgets, columns, sink, floor=0, backwards=False)
     threshold.place_columns[(triton.cdiv(columns.shape[1], 1024), num_heads)](
         columns, tiles, columns.shape[1], width, P=call.tile_len, BLOCK=1024)
@@ -301,7 +304,7 @@ def _choose_paper(call: _Call, heads: _Heads, columns: Tensor, offsets: Tensor) 
     kernels.key_masses[(_programs(call, heads, groups), groups, heads.number)](
         call.queries, k, call.block_table, lse, column_sums, diagonals, *k.stride()[:3],
         heads.first, call.num_heads, *call.zones, size, *call.probes,
-        GROUP=call.group, QG=min(call.group, DIAGONAL_HEADS), **_pass_two(call))
+        GROUP=call.group, QG=min(call.group, DIAGONAL_HEADS), **_constants(call))
     threshold.select_largest(
         column_sums, _budgets(budget.vertical, device)[own], columns[own], budget.sink, floor=0,
         backwards=False)
@@ -373,12 +376,6 @@ def _constants(call: _Call) -> dict[str, Any]:
     return {"RP": call.padded_rows, "P": call.tile_len, "D": call.cache.k.shape[3], "num_stages": 3,
             "PRECISION": "ieee" if call.cache.k.dtype == torch.float32 else "tf32",
             "num_warps": 8}
-
-
-def _pass_two(call: _Call) -> dict[str, Any]:
-    """With fewer stages keys would be loaded only when they are needed: one is for the lookup in
-    the block table (seen in Triton 3.6's intermediate code)."""
-    return _constants(call) | {"num_stages": 5}
 
 
 @functools.lru_cache(maxsize=1024)
