@@ -333,12 +333,13 @@ def tile_columns(
 
     tiles, and their KV blocks: [heads here, width] int32 ascending, as many as ``budgets`` [heads
     here] says; columns: [heads here, width * P]. KEYS keys at once: little, so that several
-    programs run on a multiprocessor, for each waits for one lookup after another. Grid (programs,
-    heads here).
+    programs run on a multiprocessor, for each waits for one lookup after another. Grid (heads here,
+    programs): heads of one KV head are at the same place of their lists together, and find its keys
+    in the L2 cache.
     """
     SUB: tl.constexpr = P // KEYS
-    program, num_programs = tl.program_id(0), tl.num_programs(0)
-    head = tl.program_id(1).to(tl.int64)
+    program, num_programs = tl.program_id(1), tl.num_programs(1)
+    head = tl.program_id(0).to(tl.int64)
     own = first_head + head
     keys += own // GROUP * stride_head
     tiles += head * width
@@ -353,11 +354,13 @@ def tile_columns(
     listed = tl.load(tiles + i, mask=i < count, other=1 << 30)
     num_inter = tl.sum((listed < inter_end).to(tl.int32), 0)
     num_far = tl.sum((listed < succ_end).to(tl.int32), 0)
+    share = tl.cdiv(count * SUB, num_programs)
     for zone in range(num_zones):
         first = tl.where(zone == 0, num_far, tl.where(zone == 1, num_inter, 0))
         stop = tl.where(zone == 0, count, tl.where(zone == 1, num_far, num_inter))
         q = _load_rows(queries, (zone * num_heads + own) * RP, row, RP, D)
-        for part in range(first * SUB + program, stop * SUB, num_programs):
+        for part in range(tl.maximum(first * SUB, program * share),
+                          tl.minimum(stop * SUB, (program + 1) * share)):
             index, low = part // SUB, part % SUB * KEYS
             k = _load_keys(keys + low * stride_token, blocks, index, stride_block, stride_token,
                            KEYS, D)

@@ -272,11 +272,11 @@ def _choose_columns(
         tiles, budgets, call.block_table, blocks, width, call.num_tiles, BLOCK=1024)
     sums = torch.empty(num_heads, width * call.tile_len, dtype=torch.float32, device=device)
     k = call.cache.k
-    kernels.tile_columns[(triton.cdiv(width, COLUMN_TILES), num_heads)](
+    kernels.tile_columns[(num_heads, triton.cdiv(width, COLUMN_TILES))](
         call.queries, k, lse, is_window, tiles, blocks, budgets, sums, *k.stride()[:3],
         first_head, call.num_heads, *call.zones, width, call.context_len, *call.probes,
         GROUP=call.group, WIDTH=triton.next_power_of_2(width), KEYS=min(COLUMN_KEYS, call.tile_len),
-        **_constants(call) | {"num_warps": 4})
+        **_constants(call) | {"num_warps": 4, "num_stages": 5})
     threshold.select_largest(sums, budgets, columns, sink, floor=0, backwards=False)
     threshold.place_columns[(triton.cdiv(columns.shape[1], 1024), num_heads)](
         columns, tiles, columns.shape[1], width, P=call.tile_len, BLOCK=1024)
