@@ -297,19 +297,25 @@ def _add_diagonals(mass, diagonals, base, tile, context_len, row, num_rows, P: t
 
 
 @triton.jit
-def _column_mass(queries, log_sum, k, position, key, PRECISION: tl.constexpr):
-    """Weights [n, RP] of a head's probe rows on n keys, whose positions are ``key``. Keys stand in
+def _column_mass(queries, log_sum, k, PRECISION: tl.constexpr):
+    """Weights [n, RP] of a head's probe rows on n keys, whether they see them or not. Keys stand in
     rows, so that sums over probe rows stay in a warp."""
     scores = tl.dot(k, tl.trans(queries), input_precision=PRECISION)
-    mass = tl.exp2(scores - log_sum[None, :])
-    return tl.where(key[:, None] <= position[None, :], mass, 0.0)
+    return tl.exp2(scores - log_sum[None, :])
 
 
-@triton.jit(do_not_specialize=["width", "num_tiles"], do_not_specialize_on_alignment=["budgets"])
-def find_blocks(tiles, budgets, table, blocks, width, num_tiles, BLOCK: tl.constexpr) -> None:
-    """KV blocks of listed tiles. With one lookup less on their way, keys come ahead of their use.
+@triton.jit(do_not_specialize=[*_PROBES, "width", "num_tiles"],
+            do_not_specialize_on_alignment=["budgets", "is_window"])
+def find_blocks(
+    tiles, budgets, table, is_window, blocks, is_masked, width, num_tiles, last, last_first,
+    last_step, strided_first, step, num_rows,
+    RP: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:
+    """KV blocks of listed tiles, and in which of them some probe row's weights do not count: it
+    stands before the tile's end, or has the tile as a window.
 
-    tiles, blocks: [heads here, width] int32. Grid (width / BLOCK, heads here).
+    tiles, blocks: [heads here, width] int32; is_masked: the same, int8. Grid (width / BLOCK, heads
+    here).
     """
     head = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -317,25 +323,32 @@ def find_blocks(tiles, budgets, table, blocks, width, num_tiles, BLOCK: tl.const
     tile = tl.load(tiles + head * width + i, mask=listed, other=0)
     block = tl.load(table + tile, mask=listed, other=0)
     tl.store(blocks + head * width + i, block.to(tl.int32), mask=i < width)
+    row = tl.arange(0, RP)
+    position = _position(row, last, last_first, last_step, strided_first, step, num_rows)
+    gap = position[None, :] // P - tile[:, None]
+    real = (position >= 0)[None, :] & listed[:, None]
+    window = tl.load(is_window + head * num_tiles + gap, mask=real & (gap >= 0), other=1)
+    found = tl.sum((real & (window != 0)).to(tl.int32), 1)
+    tl.store(is_masked + head * width + i, (found > 0).to(tl.int8), mask=i < width)
 
 
 @triton.jit(do_not_specialize=[*_PROBES, *_SPANS, "first_head", "width", "context_len"],
             do_not_specialize_on_alignment=["is_window", "budgets"])
 def tile_columns(
-    queries, keys, lse, is_window, tiles, blocks, budgets, columns, stride_block, stride_token,
-    stride_head, first_head, num_heads, num_zones, num_tiles, inter_end, succ_end, width,
-    context_len, last, last_first, last_step, strided_first, step, num_rows,
+    queries, keys, lse, is_window, tiles, blocks, is_masked, budgets, columns, stride_block,
+    stride_token, stride_head, first_head, num_heads, num_zones, num_tiles, inter_end, succ_end,
+    width, context_len, last, last_first, last_step, strided_first, step, num_rows,
     GROUP: tl.constexpr, RP: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
     WIDTH: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:
     """Pass 2, tile mode: weights that no window covers, summed over the probe rows of a head, for
     each key of some tiles. -1 for keys behind the context, and behind the end of the list.
 
-    tiles, and their KV blocks: [heads here, width] int32 ascending, as many as ``budgets`` [heads
-    here] says; columns: [heads here, width * P]. KEYS keys at once: little, so that several
-    programs run on a multiprocessor, for each waits for one lookup after another. Grid (heads here,
-    programs): heads of one KV head are at the same place of their lists together, and find its keys
-    in the L2 cache.
+    tiles: [heads here, width] int32 ascending, as many as ``budgets`` [heads here] says, with what
+    `find_blocks` knows of them; columns: [heads here, width * P]. KEYS keys at once: little, so
+    that several programs run on a multiprocessor, for each waits for one lookup after another. Grid
+    (heads here, programs): heads of one KV head are at the same place of their lists together, and
+    find its keys in the L2 cache.
     """
     SUB: tl.constexpr = P // KEYS
     program, num_programs = tl.program_id(1), tl.num_programs(1)
@@ -344,6 +357,7 @@ def tile_columns(
     keys += own // GROUP * stride_head
     tiles += head * width
     blocks += head * width
+    is_masked += head * width
     is_window += head * num_tiles
     columns += head * width * P
     row, lane = tl.arange(0, RP), tl.arange(0, KEYS)
@@ -364,12 +378,12 @@ def tile_columns(
             index, low = part // SUB, part % SUB * KEYS
             k = _load_keys(keys + low * stride_token, blocks, index, stride_block, stride_token,
                            KEYS, D)
-            tile = tl.load(tiles + index)
-            gap = tl.where(position < 0, -1, position // P - tile)
-            seen = tl.load(is_window + gap, mask=gap >= 0, other=1) != 0
-            key = tile * P + low + lane
-            mass = _column_mass(q, tl.where(seen, float("inf"), log_sum), k, position, key,
-                                PRECISION)
+            key = tl.load(tiles + index) * P + low + lane
+            mass = _column_mass(q, log_sum, k, PRECISION)
+            if tl.load(is_masked + index) != 0:
+                gap = tl.where(position < 0, -1, position // P - tl.load(tiles + index))
+                seen = tl.load(is_window + gap, mask=gap >= 0, other=1) != 0
+                mass = tl.where(seen[None, :], 0.0, mass)
             sums = tl.where(key < context_len, tl.sum(mass, 1), -1.0)
             tl.store(columns + part * KEYS + lane, sums)
     for part in range(count * SUB + program, width * SUB, num_programs):
@@ -408,7 +422,8 @@ def key_masses(
                     head = kv * GROUP + first_head + g
                     base = head.to(tl.int64) * context_len
                     log_sum = tl.load(lse + head * RP + row)
-                    mass = _column_mass(rows[g], log_sum, k, position, tile * P + key, PRECISION)
+                    mass = _column_mass(rows[g], log_sum, k, PRECISION)
+                    mass = tl.where(tile * P + key[:, None] <= position[None, :], mass, 0.0)
                     tl.store(columns + base + tile * P + key, tl.sum(mass, 1),
                              mask=tile * P + key < context_len)
                     _add_diagonals(mass, diagonals, base, tile, context_len, row, num_rows, P, RP)

@@ -267,13 +267,14 @@ def _choose_columns(
     tiles = torch.empty(num_heads, width, dtype=torch.int32, device=device)
     threshold.select_largest(
         weights, budgets, tiles, -(-sink // call.tile_len), floor=0, backwards=False)
-    blocks = torch.empty_like(tiles)
-    kernels.find_blocks[(triton.cdiv(width, 1024), num_heads)](
-        tiles, budgets, call.block_table, blocks, width, call.num_tiles, BLOCK=1024)
+    blocks, is_masked = torch.empty_like(tiles), torch.empty_like(tiles, dtype=torch.int8)
+    kernels.find_blocks[(triton.cdiv(width, 64), num_heads)](
+        tiles, budgets, call.block_table, is_window, blocks, is_masked, width, call.num_tiles,
+        *call.probes, RP=call.padded_rows, P=call.tile_len, BLOCK=64)
     sums = torch.empty(num_heads, width * call.tile_len, dtype=torch.float32, device=device)
     k = call.cache.k
     kernels.tile_columns[(num_heads, triton.cdiv(width, COLUMN_TILES))](
-        call.queries, k, lse, is_window, tiles, blocks, budgets, sums, *k.stride()[:3],
+        call.queries, k, lse, is_window, tiles, blocks, is_masked, budgets, sums, *k.stride()[:3],
         first_head, call.num_heads, *call.zones, width, call.context_len, *call.probes,
         GROUP=call.group, WIDTH=triton.next_power_of_2(width), KEYS=min(COLUMN_KEYS, call.tile_len),
         **_constants(call) | {"num_warps": 4, "num_stages": 5})
