@@ -6,7 +6,7 @@ stage. Here all stages live in one process and hand hidden states on directly.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -111,6 +111,17 @@ class Runner:
         if self._graphs is not None:
             with torch.inference_mode():
                 self._graphs.record_all(len(self._last_tokens) - 1)
+
+    def rehearse(self, steps: Iterable[ScheduledBatch]) -> None:
+        """Compute steps for what they compile, before any request has KV blocks."""
+        for stage in self._stages:
+            for cache in stage.caches:
+                for part in cache:
+                    if part is not None:
+                        part.zero_()  # what memory held may be NaN
+        for step in steps:
+            self.execute(step)
+        self._take_attention_stats()
 
     def execute(self, batch: ScheduledBatch) -> StepResult:
         """Compute a step and wait for its result."""

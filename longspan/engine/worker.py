@@ -16,6 +16,7 @@ from typing import Protocol
 from longspan.config import EngineConfig
 from longspan.engine.conductor import Conductor, Send
 from longspan.engine.loop import Executor, LocalTransport
+from longspan.engine.rehearsal import rehearsal
 from longspan.engine.scheduler import Scheduler, SchedulerConfig
 from longspan.engine.step import ScheduledBatch, StepResult
 from longspan.engine.wire import (
@@ -72,6 +73,8 @@ def load_engine(config: EngineConfig, send: Send) -> tuple[SchedulerConfig, Engi
                       "KV cache": memory.kv_bytes}))
     runner = blueprint.load_runner()
     runner.record_graphs()
+    if blueprint.config.device != "cpu":  # whose operations need no compiler
+        runner.rehearse(rehearsal(scheduler))
     return scheduler, runner
 
 

@@ -1,4 +1,5 @@
-"""Probe rows against all keys, in Triton: the two passes under vertical-slash selection.
+"""Probe rows against all keys, in Triton: the first pass of vertical-slash selection, by tiles, and
+what it shares with the second (`probe_keys`).
 
 A probe row is one query position in one head. Heads of one KV head lie side by side, each padded
 to RP rows, so that a key tile is loaded once for all of them: ROWS = G * RP rows for each KV head.
@@ -17,12 +18,12 @@ import triton.language as tl
 
 # Numbers that change from call to call: a kernel is not compiled anew for those that happen to be 1
 # or multiples of 16.
-_PROBES = ["last", "last_first", "last_step", "strided_first", "step", "num_rows"]
-_SPANS = ["first_kv_head", "num_zones", "num_tiles", "inter_end", "succ_end"]
+PROBES = ["last", "last_first", "last_step", "strided_first", "step", "num_rows"]
+SPANS = ["first_kv_head", "num_zones", "num_tiles", "inter_end", "succ_end"]
 
 
 @triton.jit
-def _position(row, last, last_first, last_step, strided_first, step, num_rows):
+def position_of(row, last, last_first, last_step, strided_first, step, num_rows):
     """Position of probe rows: those at the end first, then strided ones; -1 for padding."""
     position = tl.where(row < last, last_first + row * last_step,
                         strided_first + (row - last) * step)
@@ -30,7 +31,7 @@ def _position(row, last, last_first, last_step, strided_first, step, num_rows):
 
 
 @triton.jit(do_not_specialize=[
-    *_PROBES, "start", "chunk_start", "added_succ", "added_inter"])
+    *PROBES, "start", "chunk_start", "added_succ", "added_inter"])
 def rotate_probes(
     q, inv_freq, out, stride_token, stride_head, start, chunk_start, added_succ, added_inter,
     factor, last, last_first, last_step, strided_first, step, num_rows, num_heads,
@@ -43,7 +44,7 @@ def rotate_probes(
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     head = tl.program_id(1).to(tl.int64)
     i = tl.arange(0, HALF)[None, :]
-    position = _position(row, last, last_first, last_step, strided_first, step, num_rows)
+    position = position_of(row, last, last_first, last_step, strided_first, step, num_rows)
     real = (row < num_rows)[:, None]
     source = q + (position - start).to(tl.int64)[:, None] * stride_token + head * stride_head + i
     x = tl.load(source, mask=real, other=0.0).to(tl.float32)
@@ -63,7 +64,7 @@ def rotate_probes(
 
 
 @triton.jit
-def _load_rows(queries, first_row, row, limit, D: tl.constexpr):
+def load_rows(queries, first_row, row, limit, D: tl.constexpr):
     """Rows [BM, D] of the rotated probes; 0 beyond ``limit``."""
     d = tl.arange(0, D)
     source = queries + (first_row + row)[:, None].to(tl.int64) * D + d[None, :]
@@ -71,7 +72,7 @@ def _load_rows(queries, first_row, row, limit, D: tl.constexpr):
 
 
 @triton.jit
-def _load_keys(keys, table, tile, stride_block, stride_token, P: tl.constexpr, D: tl.constexpr):
+def load_keys(keys, table, tile, stride_block, stride_token, P: tl.constexpr, D: tl.constexpr):
     """One KV block of one KV head, [P, D]."""
     token, d = tl.arange(0, P), tl.arange(0, D)
     block = tl.load(table + tile).to(tl.int64)
@@ -95,7 +96,7 @@ def _stack(parts, N: tl.constexpr, NUM: tl.constexpr):
 
 
 @triton.jit
-def _zone_tiles(zone, program, num_programs, num_tiles, inter_end, succ_end):
+def zone_tiles(zone, program, num_programs, num_tiles, inter_end, succ_end):
     """A program's key tiles of a zone: every ``num_programs``-th one, [first, stop)."""
     start = tl.where(zone == 0, succ_end, tl.where(zone == 1, inter_end, 0))
     stop = tl.where(zone == 0, num_tiles, tl.where(zone == 1, succ_end, inter_end))
@@ -152,7 +153,7 @@ def _add_tile(
     return new_tops, new_sums
 
 
-@triton.jit(do_not_specialize=[*_PROBES, *_SPANS, "sink_tiles", "mask_from", "sink"])
+@triton.jit(do_not_specialize=[*PROBES, *SPANS, "sink_tiles", "mask_from", "sink"])
 def tile_masses(
     queries, keys, table, masses, partial, stride_block, stride_token, stride_head,
     first_kv_head, num_heads, num_zones, num_tiles, inter_end, succ_end, sink_tiles,
@@ -170,7 +171,7 @@ def tile_masses(
     step_tiles = tl.num_programs(0)
     keys += (first_kv_head + kv).to(tl.int64) * stride_head
     row = tl.arange(0, BM)
-    position = _position(row % RP, last, last_first, last_step, strided_first, step, num_rows)
+    position = position_of(row % RP, last, last_first, last_step, strided_first, step, num_rows)
     limit = ROWS - first_block * BM
     map_base = kv.to(tl.int64) * num_tiles * ROWS + first_block * BM
     tops: tl.tuple = ()
@@ -179,25 +180,25 @@ def tile_masses(
         tops = tops + (tl.full([BM], -1e30, tl.float32),)
         sums = sums + (tl.zeros([BM], tl.float32),)
     for zone in range(num_zones):
-        first, stop = _zone_tiles(zone, program, step_tiles, num_tiles, inter_end, succ_end)
+        first, stop = zone_tiles(zone, program, step_tiles, num_tiles, inter_end, succ_end)
         count = _num_before(stop, first, step_tiles, num_tiles)
         blocks: tl.tuple = ()
         first_row = (zone * num_heads + (first_kv_head + kv) * (ROWS // RP)) * RP
         for block in tl.static_range(QN):
             here = (first_block + block) * BM + row
-            blocks = blocks + (_load_rows(queries, first_row, here, ROWS, D),)
+            blocks = blocks + (load_rows(queries, first_row, here, ROWS, D),)
         clear = _num_before(sink_tiles, first, step_tiles, count)
         tail = tl.maximum(_num_before(mask_from, first, step_tiles, count), clear)
         for index in range(clear, tail if CLEAR else clear):
             tile = first + index * step_tiles
-            k = _load_keys(keys, table, tile, stride_block, stride_token, P, D)
+            k = load_keys(keys, table, tile, stride_block, stride_token, P, D)
             tops, sums = _add_tile(
                 (tops, sums), blocks, k, position, tile, sink, masses,
                 map_base + tile * ROWS, row, limit, P, BM, QN, PRECISION, WITH_MAP, False)
         for masked in range(clear + count - tail):  # sink tiles, and those probe rows lie in
             index = tl.where(masked < clear, masked, tail + masked - clear)
             tile = first + index * step_tiles
-            k = _load_keys(keys, table, tile, stride_block, stride_token, P, D)
+            k = load_keys(keys, table, tile, stride_block, stride_token, P, D)
             tops, sums = _add_tile(
                 (tops, sums), blocks, k, position, tile, sink, masses,
                 map_base + tile * ROWS, row, limit, P, BM, QN, PRECISION, WITH_MAP, True)
@@ -227,7 +228,7 @@ def combine_logs(
     tl.store(lse + i, tl.where(real, top + tl.log2(total), float("inf")), mask=i < size)
 
 
-@triton.jit(do_not_specialize=[*_PROBES, "num_tiles"])
+@triton.jit(do_not_specialize=[*PROBES, "num_tiles"])
 def diagonal_masses(
     masses, lse, sums, num_tiles, last, last_first, last_step, strided_first, step, num_rows,
     ROWS: tl.constexpr, RP: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
@@ -237,7 +238,7 @@ def diagonal_masses(
     head = tl.program_id(1)
     gap = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.arange(0, RP)
-    position = _position(row, last, last_first, last_step, strided_first, step, num_rows)
+    position = position_of(row, last, last_first, last_step, strided_first, step, num_rows)
     tile = tl.where(position < 0, -1, position // P)[None, :] - gap[:, None]
     mass = _masses(masses, lse, tile, head, row, num_tiles, ROWS, RP)
     tl.store(sums + head.to(tl.int64) * num_tiles + gap, tl.sum(mass, 1), mask=gap < num_tiles)
@@ -254,7 +255,7 @@ def _masses(masses, lse, tile, head, row, num_tiles, ROWS: tl.constexpr, RP: tl.
     return tl.exp2(log - tl.load(lse + head * RP + row)[None, :])
 
 
-@triton.jit(do_not_specialize=[*_PROBES, "num_tiles"])
+@triton.jit(do_not_specialize=[*PROBES, "num_tiles"])
 def free_masses(
     masses, lse, is_window, weights, num_tiles, last, last_first, last_step, strided_first, step,
     num_rows, ROWS: tl.constexpr, RP: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
@@ -267,7 +268,7 @@ def free_masses(
     head = tl.program_id(1)
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.arange(0, RP)
-    position = _position(row, last, last_first, last_step, strided_first, step, num_rows)
+    position = position_of(row, last, last_first, last_step, strided_first, step, num_rows)
     gap = tl.where(position < 0, -1, position // P)[None, :] - tile[:, None]
     windows = is_window + head.to(tl.int64) * num_tiles
     free = tl.load(windows + gap, mask=gap >= 0, other=1) == 0
@@ -275,155 +276,3 @@ def free_masses(
     mass = _masses(masses, lse, here, head, row, num_tiles, ROWS, RP)
     tl.store(weights + head.to(tl.int64) * num_tiles + tile, tl.sum(mass, 1),
              mask=tile < num_tiles)
-
-
-@triton.jit
-def _add_diagonals(mass, diagonals, base, tile, context_len, row, num_rows, P: tl.constexpr,
-                   RP: tl.constexpr):
-    """Token diagonals of one tile [P, RP] of consecutive rows. Entry i holds the distance
-    context_len - 1 - i, so key and row together name entry key - row + num_rows - 1."""
-    key, low = tl.arange(0, P), tl.arange(0, RP)
-    source = key[:, None] + row[None, :]
-    shifted = tl.gather(mass, tl.minimum(source, P - 1), 0)
-    entry = tile * P + key + num_rows - 1
-    tl.atomic_add(diagonals + base + entry, tl.sum(tl.where(source < P, shifted, 0.0), 1),
-                  mask=entry < context_len, sem="relaxed")
-    source = low[:, None] - RP + row[None, :]
-    inside = (source >= 0) & (source < P)
-    shifted = tl.gather(mass, tl.minimum(tl.maximum(source, 0), P - 1), 0)
-    entry = tile * P + low - RP + num_rows - 1
-    tl.atomic_add(diagonals + base + entry, tl.sum(tl.where(inside, shifted, 0.0), 1),
-                  mask=(entry >= 0) & (entry < context_len), sem="relaxed")
-
-
-@triton.jit
-def _column_mass(queries, log_sum, k, PRECISION: tl.constexpr):
-    """Weights [n, RP] of a head's probe rows on n keys, whether they see them or not. Keys stand in
-    rows, so that sums over probe rows stay in a warp."""
-    scores = tl.dot(k, tl.trans(queries), input_precision=PRECISION)
-    return tl.exp2(scores - log_sum[None, :])
-
-
-@triton.jit(do_not_specialize=[*_PROBES, "width", "num_tiles"],
-            do_not_specialize_on_alignment=["budgets", "is_window"])
-def find_blocks(
-    tiles, budgets, table, is_window, blocks, is_masked, width, num_tiles, last, last_first,
-    last_step, strided_first, step, num_rows,
-    RP: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
-) -> None:
-    """KV blocks of listed tiles, and in which of them some probe row's weights do not count: it
-    stands before the tile's end, or has the tile as a window.
-
-    tiles, blocks: [heads here, width] int32; is_masked: the same, int8. Grid (width / BLOCK, heads
-    here).
-    """
-    head = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    listed = i < tl.minimum(tl.load(budgets + head), num_tiles)
-    tile = tl.load(tiles + head * width + i, mask=listed, other=0)
-    block = tl.load(table + tile, mask=listed, other=0)
-    tl.store(blocks + head * width + i, block.to(tl.int32), mask=i < width)
-    row = tl.arange(0, RP)
-    position = _position(row, last, last_first, last_step, strided_first, step, num_rows)
-    gap = position[None, :] // P - tile[:, None]
-    real = (position >= 0)[None, :] & listed[:, None]
-    window = tl.load(is_window + head * num_tiles + gap, mask=real & (gap >= 0), other=1)
-    found = tl.sum((real & (window != 0)).to(tl.int32), 1)
-    tl.store(is_masked + head * width + i, (found > 0).to(tl.int8), mask=i < width)
-
-
-@triton.jit(do_not_specialize=[*_PROBES, *_SPANS, "first_head", "width", "context_len"],
-            do_not_specialize_on_alignment=["is_window", "budgets"])
-def tile_columns(
-    queries, keys, lse, is_window, tiles, blocks, is_masked, budgets, columns, stride_block,
-    stride_token, stride_head, first_head, num_heads, num_zones, num_tiles, inter_end, succ_end,
-    width, context_len, last, last_first, last_step, strided_first, step, num_rows,
-    GROUP: tl.constexpr, RP: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
-    WIDTH: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
-) -> None:
-    """Pass 2, tile mode: weights that no window covers, summed over the probe rows of a head, for
-    each key of some tiles. -1 for keys behind the context, and behind the end of the list.
-
-    tiles: [heads here, width] int32 ascending, as many as ``budgets`` [heads here] says, with what
-    `find_blocks` knows of them; columns: [heads here, width * P]. KEYS keys at once: little, so
-    that several programs run on a multiprocessor, for each waits for one lookup after another. Grid
-    (heads here, programs): heads of one KV head are at the same place of their lists together, and
-    find its keys in the L2 cache.
-    """
-    SUB: tl.constexpr = P // KEYS
-    program, num_programs = tl.program_id(1), tl.num_programs(1)
-    head = tl.program_id(0).to(tl.int64)
-    own = first_head + head
-    keys += own // GROUP * stride_head
-    tiles += head * width
-    blocks += head * width
-    is_masked += head * width
-    is_window += head * num_tiles
-    columns += head * width * P
-    row, lane = tl.arange(0, RP), tl.arange(0, KEYS)
-    position = _position(row, last, last_first, last_step, strided_first, step, num_rows)
-    log_sum = tl.load(lse + head * RP + row)
-    count = tl.minimum(tl.load(budgets + head), num_tiles)
-    i = tl.arange(0, WIDTH)
-    listed = tl.load(tiles + i, mask=i < count, other=1 << 30)
-    num_inter = tl.sum((listed < inter_end).to(tl.int32), 0)
-    num_far = tl.sum((listed < succ_end).to(tl.int32), 0)
-    share = tl.cdiv(count * SUB, num_programs)
-    for zone in range(num_zones):
-        first = tl.where(zone == 0, num_far, tl.where(zone == 1, num_inter, 0))
-        stop = tl.where(zone == 0, count, tl.where(zone == 1, num_far, num_inter))
-        q = _load_rows(queries, (zone * num_heads + own) * RP, row, RP, D)
-        for part in range(tl.maximum(first * SUB, program * share),
-                          tl.minimum(stop * SUB, (program + 1) * share)):
-            index, low = part // SUB, part % SUB * KEYS
-            k = _load_keys(keys + low * stride_token, blocks, index, stride_block, stride_token,
-                           KEYS, D)
-            key = tl.load(tiles + index) * P + low + lane
-            mass = _column_mass(q, log_sum, k, PRECISION)
-            if tl.load(is_masked + index) != 0:
-                gap = tl.where(position < 0, -1, position // P - tl.load(tiles + index))
-                seen = tl.load(is_window + gap, mask=gap >= 0, other=1) != 0
-                mass = tl.where(seen[None, :], 0.0, mass)
-            sums = tl.where(key < context_len, tl.sum(mass, 1), -1.0)
-            tl.store(columns + part * KEYS + lane, sums)
-    for part in range(count * SUB + program, width * SUB, num_programs):
-        tl.store(columns + part * KEYS + lane, tl.full([KEYS], -1.0, tl.float32))
-
-
-@triton.jit(do_not_specialize=[*_PROBES, *_SPANS, "context_len"])
-def key_masses(
-    queries, keys, table, lse, columns, diagonals, stride_block, stride_token, stride_head,
-    first_kv_head, num_heads, num_zones, num_tiles, inter_end, succ_end, context_len, last,
-    last_first, last_step, strided_first, step, num_rows,
-    GROUP: tl.constexpr, RP: tl.constexpr, P: tl.constexpr, D: tl.constexpr, QG: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> None:
-    """Pass 2, paper mode: weights summed over the probe rows of each head, for each key and for
-    each token diagonal, which is consecutive rows' alone.
-
-    lse: [heads here * RP]; columns, diagonals: [heads here, S], the latter 0 before. Grid
-    (programs, head groups, KV heads here).
-    """
-    program, first_head, kv = tl.program_id(0), tl.program_id(1) * QG, tl.program_id(2)
-    keys += (first_kv_head + kv).to(tl.int64) * stride_head
-    row, key = tl.arange(0, RP), tl.arange(0, P)
-    position = _position(row, last, last_first, last_step, strided_first, step, num_rows)
-    for zone in range(num_zones):
-        first, stop = _zone_tiles(zone, program, tl.num_programs(0), num_tiles, inter_end, succ_end)
-        rows: tl.tuple = ()
-        first_row = (zone * num_heads + (first_kv_head + kv) * GROUP + first_head) * RP
-        for g in tl.static_range(QG):
-            rows = rows + (_load_rows(queries, first_row, g * RP + row, (GROUP - first_head) * RP,
-                                      D),)
-        for tile in range(first, stop, tl.num_programs(0)):
-            k = _load_keys(keys, table, tile, stride_block, stride_token, P, D)
-            for g in tl.static_range(QG):
-                if first_head + g < GROUP:
-                    head = kv * GROUP + first_head + g
-                    base = head.to(tl.int64) * context_len
-                    log_sum = tl.load(lse + head * RP + row)
-                    mass = _column_mass(rows[g], log_sum, k, PRECISION)
-                    mass = tl.where(tile * P + key[:, None] <= position[None, :], mass, 0.0)
-                    tl.store(columns + base + tile * P + key, tl.sum(mass, 1),
-                             mask=tile * P + key < context_len)
-                    _add_diagonals(mass, diagonals, base, tile, context_len, row, num_rows, P, RP)

@@ -18,7 +18,7 @@ from longspan.ops.types import QueryRotary
 
 LOG2_E = 1 / math.log(2)
 
-_ROWS, _HEADS = 16, 4  # of one program
+_ROWS, _HEADS = 8, 28  # of one program: the more heads, the fewer loads of angles
 
 
 def rotated_query_variants(

@@ -21,8 +21,7 @@ import torch
 import triton
 from torch import Tensor
 
-from longspan.ops import probe as kernels
-from longspan.ops import threshold
+from longspan.ops import probe, probe_keys, threshold
 from longspan.ops.prefill import num_sms
 from longspan.ops.select import PAPER_TILE_LEN, Budget, Probe, place_probes
 from longspan.ops.types import PagedKV, QueryRotary, Selection
@@ -170,7 +169,7 @@ def _prepare(
     chunk_start = cached_len // rotary.stride * rotary.stride
     zones = min(3, 1 + chunk_start // rotary.stride)
     queries = torch.empty(zones, num_heads, padded, head_dim, dtype=q.dtype, device=q.device)
-    kernels.rotate_probes[(padded // 16, num_heads)](
+    probe.rotate_probes[(padded // 16, num_heads)](
         q, rotary.inv_freq, queries, q.stride(0), q.stride(1), cached_len, chunk_start,
         rotary.stride if zones > 1 else 0, rotary.clamp if zones > 2 else 0,
         scale * math.log2(math.e), *probes, num_heads, RP=padded, HALF=head_dim // 2, ZONES=zones,
@@ -237,7 +236,7 @@ def _choose_tiles(call: _Call, heads: _Heads, columns: Tensor, offsets: Tensor) 
     masses = torch.empty(num_heads * num_tiles * rows, dtype=torch.float32, device=device)
     lse = _pass_one(call, heads, masses)
     sums = torch.empty(num_heads, num_tiles, dtype=torch.float32, device=device)
-    kernels.diagonal_masses[grid](masses, lse, sums, num_tiles, *call.probes, **probes)
+    probe.diagonal_masses[grid](masses, lse, sums, num_tiles, *call.probes, **probes)
     is_window = torch.empty(num_heads, num_tiles, dtype=torch.int8, device=device)
     threshold.choose_windows[(num_heads,)](
         sums, _window_budgets(call)[own], offsets[own], is_window, offsets.shape[1], num_tiles,
@@ -245,7 +244,7 @@ def _choose_tiles(call: _Call, heads: _Heads, columns: Tensor, offsets: Tensor) 
         num_warps=16)
     if not columns.shape[1]:
         return
-    kernels.free_masses[grid](masses, lse, is_window, sums, num_tiles, *call.probes, **probes)
+    probe.free_masses[grid](masses, lse, is_window, sums, num_tiles, *call.probes, **probes)
     del masses
     rounds = -(-num_heads * _column_bytes(call) // WORKSPACE_BYTES)
     at_once = max(1, -(-num_heads // rounds))
@@ -268,12 +267,12 @@ def _choose_columns(
     threshold.select_largest(
         weights, budgets, tiles, -(-sink // call.tile_len), floor=0, backwards=False)
     blocks, is_masked = torch.empty_like(tiles), torch.empty_like(tiles, dtype=torch.int8)
-    kernels.find_blocks[(triton.cdiv(width, 64), num_heads)](
+    probe_keys.find_blocks[(triton.cdiv(width, 64), num_heads)](
         tiles, budgets, call.block_table, is_window, blocks, is_masked, width, call.num_tiles,
         *call.probes, RP=call.padded_rows, P=call.tile_len, BLOCK=64)
     sums = torch.empty(num_heads, width * call.tile_len, dtype=torch.float32, device=device)
     k = call.cache.k
-    kernels.tile_columns[(num_heads, triton.cdiv(width, COLUMN_TILES))](
+    probe_keys.tile_columns[(num_heads, triton.cdiv(width, COLUMN_TILES))](
         call.queries, k, lse, is_window, tiles, blocks, is_masked, budgets, sums, *k.stride()[:3],
         first_head, call.num_heads, *call.zones, width, call.context_len, *call.probes,
         GROUP=call.group, WIDTH=triton.next_power_of_2(width), KEYS=min(COLUMN_KEYS, call.tile_len),
@@ -302,7 +301,7 @@ def _choose_paper(call: _Call, heads: _Heads, columns: Tensor, offsets: Tensor) 
     diagonals = torch.zeros(num_heads, size, dtype=torch.float32, device=device)
     groups = triton.cdiv(call.group, DIAGONAL_HEADS)
     k = call.cache.k
-    kernels.key_masses[(_programs(call, heads, groups), groups, heads.number)](
+    probe_keys.key_masses[(_programs(call, heads, groups), groups, heads.number)](
         call.queries, k, call.block_table, lse, column_sums, diagonals, *k.stride()[:3],
         heads.first, call.num_heads, *call.zones, size, *call.probes,
         GROUP=call.group, QG=min(call.group, DIAGONAL_HEADS), **_constants(call))
@@ -337,7 +336,7 @@ def _pass_one(call: _Call, heads: _Heads, masses: Tensor | None) -> Tensor:
     partial = torch.empty(parts, size, dtype=torch.float32, device=k.device)
     lse = torch.empty(size, dtype=torch.float32, device=k.device)
     blocks = triton.next_power_of_2(triton.cdiv(num_blocks, groups))
-    kernels.tile_masses[(programs, groups, heads.number)](
+    probe.tile_masses[(programs, groups, heads.number)](
         call.queries, k, call.block_table, partial if masses is None else masses, partial,
         *k.stride()[:3], heads.first, call.num_heads, *call.zones, sink_tiles, call.mask_from,
         call.budget.sink, *call.probes, ROWS=rows, QN=blocks, BM=ROW_BLOCK,
@@ -345,7 +344,7 @@ def _pass_one(call: _Call, heads: _Heads, masses: Tensor | None) -> Tensor:
     if clear is not None and masses is not None:
         _hopper().pass_one(
             call.queries, k, call.block_table, masses, partial, programs, heads, call.zones, clear)
-    kernels.combine_logs[(triton.cdiv(size, 32),)](
+    probe.combine_logs[(triton.cdiv(size, 32),)](
         partial, lse, parts, size, call.probes.num_rows, RP=call.padded_rows,
         NP=triton.next_power_of_2(parts), BLOCK=32)
     return lse

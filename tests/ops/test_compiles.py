@@ -12,8 +12,8 @@ KERNELS = {
     "prefill": "_dense_kernel _merge_kernel", "vertical_slash": "_tile_kernel",
     "paper_slash": "_cover_kernel _paper_kernel", "rotary": "_rotate_kernel",
     "sparse_work": "_index_kernel _plan_kernel _gather_columns_kernel _gather_means_kernel",
-    "probe": "rotate_probes tile_masses combine_logs diagonal_masses free_masses tile_columns "
-             "key_masses",
+    "probe": "rotate_probes tile_masses combine_logs diagonal_masses free_masses",
+    "probe_keys": "find_blocks tile_columns key_masses",
     "threshold": "choose_windows write_largest place_columns group_maxima lower_bounds "
                  "count_reached list_reached coalesce reverse_windows",
     "decode": "_attend_items _merge_items",
