@@ -127,7 +127,8 @@ def random_ids(num_tokens: int, vocab_size: int, seed: int) -> array[int]:
 
 def warm_up(engine: RandomEngine, num_tokens: int, *, sparse: bool) -> None:
     """Compile what a prefill of ``num_tokens`` meets, on short steps of it: the first tokens, the
-    first ones behind each DCA border, the last ones. The cache holds random numbers.
+    first ones behind each DCA border and each power of two, the last ones. The cache holds random
+    numbers.
 
     Raises `CheckFailed` when logits are not finite.
     """
@@ -135,7 +136,8 @@ def warm_up(engine: RandomEngine, num_tokens: int, *, sparse: bool) -> None:
     assert chunk is not None
     stride = engine.blueprint.dca.dca_chunk_len if engine.blueprint.dca else num_tokens
     last = (num_tokens - 1) // chunk * chunk
-    starts = {0, last, *(place // chunk * chunk for place in (stride, 2 * stride)
+    doubled = (chunk << power for power in range(num_tokens.bit_length()))
+    starts = {0, last, *(place // chunk * chunk for place in (stride, 2 * stride, *doubled)
                          if place < num_tokens)}
     logits: list[Tensor] = []
     compute = CausalLM.logits
