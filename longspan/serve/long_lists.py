@@ -1,0 +1,57 @@
+"""Token lists of long bodies, decoded in pieces.
+
+A prompt may come as a million numbers. Any decoder keeps the interpreter to itself until it is
+done, on whatever thread it runs, and the event loop waits for as long: 0.1 s and more. So long
+lists are cut at commas, and others get their turn between the pieces.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Annotated, Any
+
+import msgspec
+
+FIELDS = ("prompt", "tokens")
+"""Fields that may hold long lists of token ids."""
+LONG_BYTES = 1 << 18
+PIECE_BYTES = 1 << 16
+PLACEHOLDER = msgspec.Raw(b"[0]")
+
+_ids = msgspec.json.Decoder(list[Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]])
+_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+def take_out(body: bytes) -> tuple[bytes, dict[str, Sequence[int]]]:
+    """The body with its long token lists replaced by short ones, and what they hold.
+
+    What is no such list stays where it is, for whoever checks the body to refuse.
+    """
+    found = dict[str, Sequence[int]]()
+    with suppress(msgspec.DecodeError, UnicodeDecodeError):
+        fields: dict[str, Any] = _fields.decode(body)
+        for name in FIELDS:
+            ids = _decode(bytes(fields.get(name, b"")))
+            if ids is not None:
+                found[name], fields[name] = ids, PLACEHOLDER
+        if found:
+            body = msgspec.json.encode(fields)
+    return body, found
+
+
+def _decode(text: bytes) -> array[int] | None:
+    """Token ids; None if the text is short, or anything else than a list of them."""
+    if len(text) < LONG_BYTES or text[:1] != b"[" or text[-1:] != b"]":
+        return None
+    ids, start, end = array("i"), 1, len(text) - 1
+    try:
+        while start < end:
+            stop = text.find(b",", start + PIECE_BYTES, end)
+            stop = end if stop < 0 else stop
+            ids.extend(_ids.decode(b"[" + text[start:stop] + b"]"))
+            start = stop + 1
+    except msgspec.DecodeError:
+        return None
+    return None if text[end - 1 : end] == b"," else ids
