@@ -69,7 +69,8 @@ def test_refusals_are_those_of_short_lists(text: str) -> None:
 
 
 def test_what_has_no_place_is_named() -> None:
-    body = f'{{"model": "nano", "messages": [{{"role": "user", "content": "x"}}], "prompt": {LONG}}}'.encode()
+    body = json.dumps({"model": "nano", "messages": [{"role": "user", "content": "x"}],
+                       "prompt": IDS}).encode()
     assert "prompt" in refusal(ChatRequest, body, parsed)[1]
     body = f'{{"model": "nano", "prompt": {LONG}, "wrong": 1}}'.encode()
     assert "wrong" in refusal(CompletionRequest, body, parsed)[1]
