@@ -250,8 +250,9 @@ def _choose_tiles(call: _Call, heads: _Heads, columns: Tensor, offsets: Tensor) 
     at_once = max(1, -(-num_heads // rounds))
     for first in range(0, num_heads, at_once):
         part = slice(first, first + at_once)
-        _choose_columns(call, own.start + first, lse[first * rows :], is_window[part],
-                        sums[part].clone(), columns[own][part])
+        weights = sums[part].clone()  # at a multiple of 16 bytes, as kernels expect
+        _choose_columns(call, own.start + first, lse[first * rows :], is_window[part], weights,
+                        columns[own][part])
 
 
 def _choose_columns(
@@ -276,7 +277,7 @@ def _choose_columns(
         call.queries, k, lse, is_window, tiles, blocks, is_masked, budgets, sums, *k.stride()[:3],
         first_head, call.num_heads, *call.zones, width, call.context_len, *call.probes,
         GROUP=call.group, WIDTH=triton.next_power_of_2(width), KEYS=min(COLUMN_KEYS, call.tile_len),
-        **_constants(call) | {"num_warps": 4, "num_stages": 5})
+        **_constants(call) | {"num_warps": 4, "num_stages": 5})  # fewer stages load keys too late
     threshold.select_largest(sums, budgets, columns, sink, floor=0, backwards=False)
     threshold.place_columns[(triton.cdiv(columns.shape[1], 1024), num_heads)](
         columns, tiles, columns.shape[1], width, P=call.tile_len, BLOCK=1024)

@@ -76,9 +76,10 @@ def _parse_long(model: type[Model], body: bytes) -> Model:
     rest, lists = take_out(body)
     if not lists:
         return parse(model, body)
-    # What is left to check is short; a list where there should be none is refused all the same.
+    # A list where there should be none is refused all the same: a short one stands in its place.
     checked = parse(model, rest)
     return checked.model_copy(update={
+        # a checked prompt is a list of prompts, which are arrays here
         name: [ids] if isinstance(getattr(checked, name)[0], array) else ids
         for name, ids in lists.items()})
 
