@@ -11,13 +11,12 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
 from longspan.serve.errors import ApiError, ClientGone
-from longspan.serve.long_lists import take_out
+from longspan.serve.long_lists import LONG_BYTES, take_out
 
 Model = TypeVar("Model", bound=BaseModel)
 Result = TypeVar("Result")
 NULL_ERROR = "none_required"
 MAX_MESSAGE_LEN = 300
-LONG_BODY_BYTES = 1 << 18
 SLOWEST_BYTES_PER_S = 4096
 """A client that keeps sending more slowly than this holds its place for nothing."""
 
@@ -67,7 +66,7 @@ async def read_body(request: Request, take: Callable[[int], None], timeout_s: fl
 
 async def parse_aside(model: type[Model], body: bytes) -> Model:
     """`parse`, where a long body does not hold up the event loop for all of its parsing."""
-    if len(body) < LONG_BODY_BYTES:
+    if len(body) < LONG_BYTES:
         return parse(model, body)
     return await asyncio.to_thread(_parse_long, model, body)
 

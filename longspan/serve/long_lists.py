@@ -14,13 +14,16 @@ from typing import Annotated, Any
 
 import msgspec
 
+from longspan.serve.protocol import MAX_INT
+
 FIELDS = ("prompt", "tokens")
 """Fields that may hold long lists of token ids."""
 LONG_BYTES = 1 << 18
+"""Of a body, or of a list in it."""
 PIECE_BYTES = 1 << 16
 PLACEHOLDER = msgspec.Raw(b"[0]")
 
-_ids = msgspec.json.Decoder(list[Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]])
+_ids = msgspec.json.Decoder(list[Annotated[int, msgspec.Meta(ge=0, le=MAX_INT)]])
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
