@@ -87,7 +87,8 @@ class FakeRunner:
         if batch.repeats > 1:
             assert not batch.prefills and all(item.extras is None for item in batch.slices)
             parts = [self.execute(part) for part in batch.each()]
-            return replace(parts[0], token_ids=tuple(t for part in parts for t in part.token_ids),
+            return replace(parts[0], repeats=batch.repeats,
+                           token_ids=tuple(t for part in parts for t in part.token_ids),
                            elapsed_s=sum(part.elapsed_s for part in parts))
         self.batches.append(batch)
         kinds = [item.context_len > item.prompt_len for item in batch.slices]

@@ -100,7 +100,7 @@ def rate_and_idle(steps: Sequence[Stepped], batch: int) -> tuple[float, float]:
     # From the end of the first one: its own beginning may have waited for a prefill.
     elapsed_s = full[-1].finished_s - full[0].finished_s
     busy_s = sum(step.result.elapsed_s for step in full[1:])
-    num_steps = sum(step.repeats for step in full[1:])
+    num_steps = sum(step.result.repeats for step in full[1:])
     return batch * num_steps / elapsed_s, max(0.0, 1 - busy_s / elapsed_s)
 
 

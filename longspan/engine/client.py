@@ -337,7 +337,7 @@ class AsyncEngine:
             submitted_s=message.started_s, finished_s=message.finished_s,
             kept_pairs=result.kept_pairs, causal_pairs=result.causal_pairs)
         sampled = zip_longest(result.token_ids, result.logprobs)
-        for index in range(message.repeats):
+        for index in range(result.repeats):
             for row in message.rows:
                 token, logprobs = next(sampled, (None, None)) if row.samples else (None, None)
                 tracker = self._trackers.get(row.request_id)

@@ -71,8 +71,9 @@ class LaunchedStep:
         token_ids, logprobs = ((), ()) if self._sampled is None else self._sampled.as_tuples()
         kept, causal = self._pairs
         return StepResult(
-            step_id=self._batch.step_id, epoch=self._batch.epoch, token_ids=token_ids,
-            logprobs=logprobs, kept_pairs=kept, causal_pairs=causal, elapsed_s=elapsed_s)
+            step_id=self._batch.step_id, epoch=self._batch.epoch, repeats=self._batch.repeats,
+            token_ids=token_ids, logprobs=logprobs, kept_pairs=kept, causal_pairs=causal,
+            elapsed_s=elapsed_s)
 
     def _fetch(self, sampled: SampledTokens, copies: torch.cuda.Stream) -> SampledTokens:
         self._on_device = sampled  # its memory is not used again before the copy is done

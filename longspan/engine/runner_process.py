@@ -31,7 +31,6 @@ SWITCH_S = 5e-4
 @dataclass(frozen=True, slots=True)
 class _Started:
     rows: tuple[Row, ...]
-    repeats: int
     launched: Launched
     time_s: float
 
@@ -72,7 +71,7 @@ def _launch(inbox: Inbox, engine: Launcher, started: SimpleQueue[_Started | Base
             batch = tables.restore(inbox.get())
             rows = tuple(map(Row.of, batch.slices))
             time_s = time.monotonic()
-            started.put(_Started(rows, batch.repeats, engine.launch(batch), time_s))
+            started.put(_Started(rows, engine.launch(batch), time_s))
     except BaseException as error:
         started.put(error)
 
@@ -108,5 +107,5 @@ class Results:
         result = item.launched.wait()
         finished_s = time.monotonic()
         self.scheduler.put(Computed(result))
-        self.front.put(Stepped(rows=item.rows, repeats=item.repeats, result=result,
-                               started_s=item.time_s, finished_s=finished_s))
+        self.front.put(Stepped(rows=item.rows, result=result, started_s=item.time_s,
+                               finished_s=finished_s))

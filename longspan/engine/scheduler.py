@@ -257,7 +257,7 @@ class Scheduler:
         self._prefixes.promise(request)
         return True
 
-    # -- apply ---------------------------------------------------------------------------------
+    # -- plan ----------------------------------------------------------------------------------
 
     def _repeats(self, plan: Plan) -> int:
         """How often to compute a plan before the next one. Longer bursts would make requests that
@@ -269,19 +269,21 @@ class Scheduler:
         left = min(request.num_unscheduled for request in requests)
         return max(1, min(MAX_REPEATS, int(fitting), left))
 
+    # -- apply ---------------------------------------------------------------------------------
+
     def _advance(
         self, request: Request, item: ScheduledSlice, tokens: Sequence[int | None],
         logprobs: RowLogprobs | None,
     ) -> None:
         """Take what was sampled, one token after another; None: nothing was."""
         request.num_in_flight -= 1
-        done_len = item.done_len
-        for index, token in enumerate(tokens):
-            if request.is_finished:  # stopped before this token, or aborted in flight
-                break
-            self._take(request, item, token, logprobs, done_len + index)
-        if request.is_finished:
+        if request.is_finished:  # stopped or aborted while the step was in flight
             self._release(request)
+            return
+        for index, token in enumerate(tokens):
+            self._take(request, item, token, logprobs, item.done_len + index)
+            if request.is_finished:
+                return
 
     def _take(
         self, request: Request, item: ScheduledSlice, token: int | None,

@@ -183,6 +183,8 @@ class StepResult(Data, frozen=True, kw_only=True):
     """`NO_TOKEN`: the request must be aborted. Of a batch with repeats, one step after another."""
     logprobs: tuple[RowLogprobs | None, ...] = ()
     """For each of ``token_ids``, None where not asked for; empty when nobody asked."""
+    repeats: int = 1
+    """As in the batch."""
     kept_pairs: float = 0.0
     """Attention pairs that prefill computed, over all layers and heads."""
     causal_pairs: float = 0.0

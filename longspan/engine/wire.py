@@ -128,12 +128,11 @@ class Stepped(Message, frozen=True, kw_only=True):
     """A step has ended: straight from the runner, so that no text waits for the scheduler."""
 
     rows: tuple[Row, ...]
+    """Where the result has repeats, of the first step."""
     result: StepResult
     started_s: float
     """Of ``time.monotonic``, as all processes of one machine see it."""
     finished_s: float
-    repeats: int = 1
-    """So often the step was computed; rows are those of the first time."""
 
 
 class Died(Message, frozen=True):

@@ -135,17 +135,16 @@ class _TellingTransport(LocalTransport):
         super().__init__(engine)
         self._send = send
         self._rows: tuple[Row, ...] = ()
-        self._repeats = 1
 
     def submit(self, batch: ScheduledBatch) -> None:
         super().submit(batch)
-        self._rows, self._repeats = tuple(map(Row.of, batch.slices)), batch.repeats
+        self._rows = tuple(map(Row.of, batch.slices))
 
     def collect(self) -> StepResult:
         started_s = time.monotonic()
         result = super().collect()
-        self._send(Stepped(rows=self._rows, repeats=self._repeats, result=result,
-                           started_s=started_s, finished_s=time.monotonic()))
+        self._send(Stepped(rows=self._rows, result=result, started_s=started_s,
+                           finished_s=time.monotonic()))
         return result
 
 
