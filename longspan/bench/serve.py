@@ -26,6 +26,7 @@ from longspan.bench.server import (
     Answer,
     HealthProbe,
     Server,
+    completion_body,
     lag_quantile_s,
     prompt_of,
     quantile,
@@ -114,10 +115,12 @@ def budget_s(job: ServeJob) -> float:
 
 
 def _prefill(job: ServeJob) -> list[Row]:
+    bodies = (completion_body(STREAM_PROMPT, ROOM - 2 * SHORT_LEN),
+              completion_body(prompt_of(job.length, 2), 1))
     with running(job.model, server_options(job)) as server:
         before = server.metrics()
         with HealthProbe(server) as health:
-            stream, long, shorts = _beside_a_long_prompt(server, job)
+            stream, long, shorts = _beside_a_long_prompt(server, job, *bodies)
         after = server.metrics()
     begin_s, end_s = long.started_s, long.token_s[0]
     budget, waits_s = budget_s(job), [short.ttft_s for short in shorts]
@@ -138,7 +141,9 @@ def _prefill(job: ServeJob) -> list[Row]:
     return [_row(job, *row) for row in rows]
 
 
-def _beside_a_long_prompt(server: Server, job: ServeJob) -> tuple[Answer, Answer, list[Answer]]:
+def _beside_a_long_prompt(
+    server: Server, job: ServeJob, stream_body: bytes, long_body: bytes,
+) -> tuple[Answer, Answer, list[Answer]]:
     """A running answer, the long prompt's, and those of short requests sent meanwhile."""
     answers = dict[str, Answer]()
     has_begun, is_over = threading.Event(), threading.Event()
@@ -148,13 +153,12 @@ def _beside_a_long_prompt(server: Server, job: ServeJob) -> tuple[Answer, Answer
             has_begun.set()
         return not is_over.is_set()
 
-    def ask(name: str, *request: Any) -> None:
-        answers[name] = server.complete(*request)
+    def ask(name: str, body: bytes, *goes_on: Any) -> None:
+        answers[name] = server.send(body, *goes_on)
         has_begun.set()
 
-    stream = threading.Thread(target=ask, args=(
-        "stream", STREAM_PROMPT, ROOM - 2 * SHORT_LEN, watch))
-    long = threading.Thread(target=ask, args=("long", prompt_of(job.length, 2), 1))
+    stream = threading.Thread(target=ask, args=("stream", stream_body, watch))
+    long = threading.Thread(target=ask, args=("long", long_body))
     stream.start()
     has_begun.wait()
     long.start()

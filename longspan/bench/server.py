@@ -38,6 +38,17 @@ def prompt_of(length: int, seed: int) -> list[int]:
     return [FIRST_TOKEN_ID + rng.randrange(NUM_TOKEN_IDS) for _ in range(length)]
 
 
+def completion_body(prompt: str | Sequence[int], max_tokens: int) -> bytes:
+    """A request for exactly ``max_tokens``, greedy and without penalties whatever the checkpoint
+    advises. To write a long one keeps the interpreter, and with it all other clients of this
+    process: who measures what they wait for makes it beforehand."""
+    return json.dumps({
+        "prompt": prompt if isinstance(prompt, str) else list(prompt),
+        "max_tokens": max_tokens, "ignore_eos": True, "temperature": 0,
+        "repetition_penalty": 1, "stream": True,
+        "return_progress": True, "stream_options": {"include_usage": True}}).encode()
+
+
 @dataclass(slots=True)
 class Answer:
     """One completion as its client saw it; times of ``time.monotonic``."""
@@ -67,13 +78,13 @@ class Server:
         self, prompt: str | Sequence[int], max_tokens: int,
         goes_on: Callable[[Answer], bool] = lambda answer: True,
     ) -> Answer:
-        """Stream a completion of exactly ``max_tokens``, greedy and without penalties whatever the
-        checkpoint advises; hangs up once ``goes_on`` says no, which is asked at every event."""
-        body = json.dumps({
-            "prompt": prompt if isinstance(prompt, str) else list(prompt),
-            "max_tokens": max_tokens, "ignore_eos": True, "temperature": 0,
-            "repetition_penalty": 1, "stream": True,
-            "return_progress": True, "stream_options": {"include_usage": True}})
+        """Stream a completion of exactly ``max_tokens``: see `completion_body` and `send`."""
+        return self.send(completion_body(prompt, max_tokens), goes_on)
+
+    def send(
+        self, body: bytes, goes_on: Callable[[Answer], bool] = lambda answer: True,
+    ) -> Answer:
+        """Stream a completion; hangs up once ``goes_on`` says no, which is asked at every event."""
         answer = Answer(started_s=time.monotonic())
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=REQUEST_TIMEOUT_S)
         try:
