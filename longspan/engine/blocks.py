@@ -50,10 +50,13 @@ def extend_hashes(
     Args:
         salts: by block index, what besides the tokens this block and all after it depend on.
     """
-    for start in range(len(hashes) * block_size, len(tokens) - block_size + 1, block_size):
-        parent = (hashes[-1] if hashes else b"") + salts.get(start // block_size, b"")
-        piece = tokens[start:start + block_size].tobytes()
-        hashes.append(blake2b(parent + piece, digest_size=16).digest())
+    data, size = memoryview(tokens).cast("B"), block_size * tokens.itemsize
+    parent = hashes[-1] if hashes else b""
+    for index in range(len(hashes), len(tokens) // block_size):
+        block = blake2b(parent + salts[index] if index in salts else parent, digest_size=16)
+        block.update(data[index * size:(index + 1) * size])
+        parent = block.digest()
+        hashes.append(parent)
 
 
 class BlockPool:

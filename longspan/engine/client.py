@@ -27,6 +27,7 @@ from longspan.engine.grammar import Grammars
 from longspan.engine.latency import Forecast
 from longspan.engine.launch import in_processes
 from longspan.engine.loop import StepReport
+from longspan.engine.prefixes import hash_prompt
 from longspan.engine.prompts import Prompt, as_token_ids
 from longspan.engine.request import Request, SamplingParams
 from longspan.engine.scheduler import Load
@@ -203,8 +204,10 @@ class AsyncEngine:
             self._grammars.check(request.params.json_schema)
         prompt = request.prompt
         token_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        return self._planned.intake.make(
+        made = self._planned.intake.make(
             request.request_id, token_ids, request.params, tokenizer.eos_token_ids)
+        hash_prompt(made, self._planned.scheduler)
+        return made
 
     def _open(self, made: Request, session: Session) -> Stream:
         # Callers may use an id again before the engine has seen the end of its first owner.

@@ -21,6 +21,32 @@ PATIENCE = 2.0
 long as this one would need itself."""
 
 
+def hash_prompt(request: Request, config: PlannerConfig) -> None:
+    """Work out the hashes of the prompt's full blocks, unless they are known.
+
+    A million tokens take 10 ms and more. Who makes a request does this beside everything else;
+    in the scheduler, which does it for requests that come without, nobody gets a token meanwhile.
+    """
+    if not request.block_hashes:
+        extend_hashes(request.block_hashes, request.prompt_ids, config.block_size,
+                      _salts(request, config))
+
+
+def _salts(request: Request, config: PlannerConfig) -> dict[int, bytes]:
+    """What blocks not yet hashed depend on besides the tokens up to their end: see `blocks`."""
+    if not request.sparse:
+        return {0: b"dense"}
+    tail_start = dense_tail_start(request.prompt_len, config.dense_tail_len)
+    salts, chunk = dict[int, bytes](), config.prefill_chunk_len
+    first = len(request.block_hashes) * config.block_size // chunk * chunk
+    for start in range(first, tail_start + 1, chunk):
+        stop = start + chunk
+        tail = b"" if stop <= tail_start else b"tail%d" % tail_start
+        tokens = request.prompt_ids[start:min(stop, tail_start)].tobytes()
+        salts[start // config.block_size] = b"sparse" + tail + tokens
+    return salts
+
+
 class Prefixes:
     """The prefix cache of one scheduler, seen from its requests."""
 
@@ -31,7 +57,7 @@ class Prefixes:
 
     def known_blocks(self, request: Request) -> list[int]:
         """Known blocks of the prompt."""
-        self._hash_prompt(request)
+        hash_prompt(request, self._config)
         found = self._pool.match(request.block_hashes)
         size = self._config.block_size
         return found[: self._reusable_len(request, len(found) * size) // size]
@@ -41,7 +67,7 @@ class Prefixes:
         will have it no much later than this one would by itself."""
         if request.awaited_hash in self._promises:
             return True
-        self._hash_prompt(request)
+        hash_prompt(request, self._config)
         request.awaited_hash = b""
         size, hashes = self._config.block_size, request.block_hashes
         known = end = len(self._pool.match(hashes))
@@ -73,7 +99,7 @@ class Prefixes:
         num_blocks = self._cacheable_len(request, request.computed_len) // size
         if num_blocks > len(request.block_hashes):
             tokens = request.tokens(0, request.computed_len)
-            extend_hashes(request.block_hashes, tokens, size, self._salts(request))
+            extend_hashes(request.block_hashes, tokens, size, _salts(request, self._config))
         for index in range(request.num_registered, num_blocks):
             self._pool.register(request.block_ids[index], request.block_hashes[index])
         self._keep_promises(request, request.num_registered, num_blocks)
@@ -95,11 +121,6 @@ class Prefixes:
         """Of so many known tokens, those to reuse. The last one is always computed anew."""
         return self._cacheable_len(request, min(num_tokens, request.prompt_len - 1))
 
-    def _hash_prompt(self, request: Request) -> None:
-        if not request.block_hashes:
-            extend_hashes(request.block_hashes, request.prompt_ids, self._config.block_size,
-                          self._salts(request))
-
     def _keep_promises(self, request: Request, start: int, stop: int | None = None) -> None:
         """Blocks ``start`` to ``stop - 1`` are registered, or never will be."""
         for value in request.block_hashes[start:stop]:
@@ -111,18 +132,3 @@ class Prefixes:
             num_tokens=num_tokens, prompt_len=request.prompt_len, sparse=request.sparse,
             prefill_chunk_len=self._config.prefill_chunk_len, block_size=self._config.block_size,
             dense_tail_len=self._config.dense_tail_len)
-
-    def _salts(self, request: Request) -> dict[int, bytes]:
-        """What blocks not yet hashed depend on besides the tokens up to their end: see `blocks`."""
-        if not request.sparse:
-            return {0: b"dense"}
-        config = self._config
-        tail_start = dense_tail_start(request.prompt_len, config.dense_tail_len)
-        salts, chunk = dict[int, bytes](), config.prefill_chunk_len
-        first = len(request.block_hashes) * config.block_size // chunk * chunk
-        for start in range(first, tail_start + 1, chunk):
-            stop = start + chunk
-            tail = b"" if stop <= tail_start else b"tail%d" % tail_start
-            tokens = request.prompt_ids[start:min(stop, tail_start)].tobytes()
-            salts[start // config.block_size] = b"sparse" + tail + tokens
-        return salts

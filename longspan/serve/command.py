@@ -30,6 +30,8 @@ from longspan.serve.connection import MAX_HEAD_BYTES, Connection
 from longspan.serve.engine import AsyncEngine
 
 POLL_S = 0.1
+SWITCH_S = 5e-4
+"""Longest that a helper thread keeps the interpreter from the event loop."""
 WARM_UP_S = 60.0
 """Longest wait for the engine's warm-up before the report is printed without predictions."""
 LAST_WORDS_S = 5.0
@@ -50,6 +52,7 @@ def serve(model: str, config: ServeConfig, engine_options: Mapping[str, Any]) ->
     engine = EngineConfig(model=model, **engine_options)
     if engine.step_budget_s == math.inf:
         raise LongspanError("step_budget_s must be finite; 1e6 is long enough for every step")
+    sys.setswitchinterval(SWITCH_S)
     return run(client.AsyncEngine(engine), config)
 
 
