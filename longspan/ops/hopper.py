@@ -138,8 +138,8 @@ def _dense_consumer(
     acc = gl.zeros([HALF, TILE], gl.float32, SCORES)
     for i in range(1, high - low):
         p, acc, m, total = step(
-            i, zone_of(last - i, start, previous), q_smem, Q_HALF, k_smem, v_smem, k_smem, k_full,
-            k_empty, v_full, v_empty, p, acc, m, total, False, SCORES, PROBS)
+            i, zone_of(last - i, start, previous), q_smem, Q_HALF, k_smem, v_smem, k_smem, k_smem,
+            k_full, k_empty, v_full, v_empty, p, acc, m, total, False, SCORES, PROBS)
     part = split.to(gl.int64) * (end_row - first_row) * num_heads
     finish(out + part * TILE, lse + part, v_smem, last - low, p, acc, m, total, row, first_row,
             end_row, head, num_heads, SCORES)

@@ -137,9 +137,15 @@ def _load_windows(
 
 
 @gluon.jit
+def _set_flag(flag, value):
+    """Whether the slot's keys have biases."""
+    flag.store(gl.full([1], value, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+
+
+@gluon.jit
 def _load_columns(
-    i, k_desc, v_desc, column_tile, flags, tile, row, count, k_smem, v_smem, bias_smem, k_full,
-    k_empty, v_full, v_empty,
+    i, k_desc, v_desc, column_tile, flags, tile, row, count, k_smem, v_smem, bias_smem, flag_smem,
+    k_full, k_empty, v_full, v_empty,
 ):
     """Steps from i on: ``count`` gathered columns from ``row`` on, hidden where a window of this
     query tile has them. Returns the next step."""
@@ -154,6 +160,7 @@ def _load_columns(
         gap = tile - gl.load(column_tile + first + lanes, exists, other=0)
         hidden = gl.load(flags + gap, exists, other=1)
         bias_smem.index(slot).store(gl.where(hidden == 0, 0.0, float("-inf")))
+        _set_flag(flag_smem.index(slot), gl.max(hidden.to(gl.int32), 0))
         mbarrier.arrive(k_full.index(slot), count=1)
         mbarrier.wait(v_empty.index(slot), parity(i) ^ 1)
         load_tile(v_desc, first, 0, v_full.index(slot), v_smem.index(slot))
@@ -164,7 +171,7 @@ def _load_columns(
 @gluon.jit
 def _load_means(
     i, k_desc, v_desc, mean_bias, flags, tile, row, first_tile, count, column, k_smem, v_smem,
-    bias_smem, k_full, k_empty, v_full, v_empty,
+    bias_smem, flag_smem, k_full, k_empty, v_full, v_empty,
 ):
     """Steps from i on: means of the ``count`` tiles from ``first_tile`` on, which begin at ``row``,
     hidden where the tile is a window. Returns the next step."""
@@ -179,6 +186,7 @@ def _load_means(
         hidden = gl.load(flags + tile - first_tile - part * TILE - lanes, exists, other=1)
         weight = gl.load(mean_bias + first + lanes, exists, other=0.0)
         bias_smem.index(slot).store(gl.where(hidden == 0, weight, float("-inf")))
+        _set_flag(flag_smem.index(slot), 1)
         mbarrier.arrive(k_full.index(slot), count=1)
         mbarrier.wait(v_empty.index(slot), parity(i) ^ 1)
         load_tile(v_desc, first, column, v_full.index(slot), v_smem.index(slot))
@@ -190,8 +198,8 @@ def _load_means(
 def _sparse_producer(
     q_desc, k_desc, v_desc, k_col_desc, v_col_desc, k_mean_desc, v_mean_desc, block_table, windows,
     window_flag, window_rank, column_rank, column_tiles, column_tile, mean_bias, head_order,
-    q_smem, k_smem, v_smem, bias_smem, q_full, k_full, k_empty, v_full, v_empty, num_tiles,
-    first_tile, num_key_tiles, start, previous, num_heads, group, max_windows, mean_rows,
+    q_smem, k_smem, v_smem, bias_smem, flag_smem, q_full, k_full, k_empty, v_full, v_empty,
+    num_tiles, first_tile, num_key_tiles, start, previous, num_heads, group, max_windows, mean_rows,
     near_mean_part, own_mean_part, num_zones, CORRECTED: gl.constexpr,
 ):
     (tile, head, own_windows, near_windows, all_windows, intra, succ, inter, own_steps, near_steps,
@@ -214,17 +222,17 @@ def _sparse_producer(
         else:
             first, end, count, mean_part = previous * 0, previous, inter, previous * 0
         i = _load_columns(i, k_col_desc, v_col_desc, column_tile, flags, tile, part, count, k_smem,
-                          v_smem, bias_smem, k_full, k_empty, v_full, v_empty)
+                          v_smem, bias_smem, flag_smem, k_full, k_empty, v_full, v_empty)
         if CORRECTED:
             i = _load_means(i, k_mean_desc, v_mean_desc, bias, flags, tile, mean_part * TILE,
-                            first, end - first, column, k_smem, v_smem, bias_smem, k_full, k_empty,
-                            v_full, v_empty)
+                            first, end - first, column, k_smem, v_smem, bias_smem, flag_smem,
+                            k_full, k_empty, v_full, v_empty)
 
 
 @gluon.jit
 def _sparse_consumer(
-    out, lse, head_order, window_rank, column_rank, q_smem, k_smem, v_smem, bias_smem, q_full,
-    k_full, k_empty, v_full, v_empty, num_tiles, first_tile, num_key_tiles, start, previous,
+    out, lse, head_order, window_rank, column_rank, q_smem, k_smem, v_smem, bias_smem, flag_smem,
+    q_full, k_full, k_empty, v_full, v_empty, num_tiles, first_tile, num_key_tiles, start, previous,
     num_heads, num_zones, CORRECTED: gl.constexpr, Q_HALF: gl.constexpr,
 ):
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
@@ -239,13 +247,13 @@ def _sparse_consumer(
     for i in range(1, all_windows):
         zone = (i >= own_windows).to(gl.int32) + (i >= near_windows).to(gl.int32)
         p, acc, m, total = step(
-            i, zone, q_smem, Q_HALF, k_smem, v_smem, bias_smem, k_full, k_empty, v_full, v_empty,
-            p, acc, m, total, False, SCORES, PROBS)
+            i, zone, q_smem, Q_HALF, k_smem, v_smem, bias_smem, flag_smem, k_full, k_empty,
+            v_full, v_empty, p, acc, m, total, False, SCORES, PROBS)
     for i in range(all_windows, steps):
         zone = (i >= own_steps).to(gl.int32) + (i >= near_steps).to(gl.int32)
         p, acc, m, total = step(
-            i, zone, q_smem, Q_HALF, k_smem, v_smem, bias_smem, k_full, k_empty, v_full, v_empty,
-            p, acc, m, total, True, SCORES, PROBS)
+            i, zone, q_smem, Q_HALF, k_smem, v_smem, bias_smem, flag_smem, k_full, k_empty,
+            v_full, v_empty, p, acc, m, total, True, SCORES, PROBS)
     finish(out, lse, v_smem, steps - 1, p, acc, m, total, row, first_tile * TILE,
             (first_tile + num_tiles) * TILE, head, num_heads, SCORES)
 
@@ -265,6 +273,8 @@ def _sparse_kernel(
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, TILE, TILE], v_desc.layout)
     bias_smem = gl.allocate_shared_memory(
         gl.float32, [STAGES, TILE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    flag_smem = gl.allocate_shared_memory(
+        gl.int32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = gl.allocate_shared_memory(gl.int64, [ZONES, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -281,17 +291,19 @@ def _sparse_kernel(
     gl.warp_specialize([
         (_sparse_consumer, (
             out, lse, head_order, window_rank, column_rank, q_smem, k_smem, v_smem, bias_smem,
-            q_full, k_full, k_empty, v_full, v_empty, num_tiles, first_tile, num_key_tiles, start,
-            previous, num_heads, num_zones, gl.constexpr(CORRECTED), gl.constexpr(0))),
+            flag_smem, q_full, k_full, k_empty, v_full, v_empty, num_tiles, first_tile,
+            num_key_tiles, start, previous, num_heads, num_zones, gl.constexpr(CORRECTED),
+            gl.constexpr(0))),
         (_sparse_consumer, (
             out, lse, head_order, window_rank, column_rank, q_smem, k_smem, v_smem, bias_smem,
-            q_full, k_full, k_empty, v_full, v_empty, num_tiles, first_tile, num_key_tiles, start,
-            previous, num_heads, num_zones, gl.constexpr(CORRECTED), gl.constexpr(1))),
+            flag_smem, q_full, k_full, k_empty, v_full, v_empty, num_tiles, first_tile,
+            num_key_tiles, start, previous, num_heads, num_zones, gl.constexpr(CORRECTED),
+            gl.constexpr(1))),
         (_sparse_producer, (
             q_desc, k_desc, v_desc, k_col_desc, v_col_desc, k_mean_desc, v_mean_desc, block_table,
             windows, window_flag, window_rank, column_rank, column_tiles, column_tile, mean_bias,
-            head_order, q_smem, k_smem, v_smem, bias_smem, q_full, k_full, k_empty, v_full,
-            v_empty, num_tiles, first_tile, num_key_tiles, start, previous, num_heads, group,
-            max_windows, mean_rows, near_mean_part, own_mean_part, num_zones,
+            head_order, q_smem, k_smem, v_smem, bias_smem, flag_smem, q_full, k_full, k_empty,
+            v_full, v_empty, num_tiles, first_tile, num_key_tiles, start, previous, num_heads,
+            group, max_windows, mean_rows, near_mean_part, own_mean_part, num_zones,
             gl.constexpr(CORRECTED))),
     ], [4, 1], [232, 40])

@@ -119,10 +119,14 @@ def first_step(q_smem, q_half, k_smem, q_full, k_full, k_empty, v_full, zone, nu
 
 
 @gluon.jit
-def step(i, zone, q_smem, q_half, k_smem, v_smem, bias_smem, k_full, k_empty, v_full, v_empty, p,
-          acc, m, total, BIASED: gl.constexpr, SCORES: gl.constexpr, PROBS: gl.constexpr):
+def step(i, zone, q_smem, q_half, k_smem, v_smem, bias_smem, flag_smem, k_full, k_empty, v_full,
+          v_empty, p, acc, m, total, BIASED: gl.constexpr, SCORES: gl.constexpr,
+          PROBS: gl.constexpr):
     """Scores of step i beside the values of step i - 1, whose weights are p; the softmax of step i
-    beside the latter. Returns p, acc, m, total after step i."""
+    beside the latter. Returns p, acc, m, total after step i.
+
+    BIASED: the slot's flag says whether its keys have biases. To add them takes as long as the
+    exponentials do."""
     slot = i % STAGES
     before = (i - 1) % STAGES
     zeros = gl.zeros([HALF, TILE], gl.float32, SCORES)
@@ -132,8 +136,10 @@ def step(i, zone, q_smem, q_half, k_smem, v_smem, bias_smem, k_full, k_empty, v_
     acc = warpgroup_mma(p, v_smem.index(before), acc, is_async=True)
     s = warpgroup_mma_wait(1, deps=[s])
     if BIASED:
-        bias = bias_smem.index(slot).load(gl.SliceLayout(0, SCORES))
-        s = s + bias[None, :]
+        flag = gl.sum(flag_smem.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+        if flag > 0:
+            bias = bias_smem.index(slot).load(gl.SliceLayout(0, SCORES))
+            s = s + bias[None, :]
     mbarrier.arrive(k_empty.index(slot), count=1)
     new_m = gl.maximum(m, gl.max(s, 1))
     alpha = gl.exp2(m - new_m)
