@@ -174,7 +174,7 @@ class DeepTransport:
         """Compute now."""
         self.results.append(self.executor.execute(batch))
 
-    def collect(self) -> StepResult:
+    def collect(self, timeout_s: float | None = None) -> StepResult:
         """The oldest result."""
         return self.results.popleft()
 

@@ -81,11 +81,11 @@ class _News:
             self.tell_load()
             self._send(Submitted(prefills))
 
-    def collect(self) -> StepResult | None:
+    def collect(self, timeout_s: float | None = None) -> StepResult | None:
         """The oldest result. Before the wait for it, what commands and results have changed is
         told: a step may take seconds, and who asks meanwhile must not be told what was."""
         self.tell_load()
-        return self._transport.collect()
+        return self._transport.collect(timeout_s)
 
     def discard(self) -> None:
         """Drop what is in flight."""

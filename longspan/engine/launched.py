@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 
 import torch
+from torch import Tensor
 
 from longspan.engine.sampling import SampledTokens
 from longspan.engine.step import ScheduledBatch, StepResult
+
+POLL_S = 2e-4
 
 
 class Stopwatch:
@@ -30,6 +33,15 @@ class Stopwatch:
         if self.is_cuda:
             self._stop.record()
 
+    def wait_for(self, timeout_s: float) -> bool:
+        """After `stop`: wait so long at most; whether the device is done."""
+        end_s = time.monotonic() + timeout_s
+        while self.is_cuda and not self._stop.query():
+            if time.monotonic() >= end_s:
+                return False
+            time.sleep(POLL_S)
+        return True
+
     def hold(self, stream: torch.cuda.Stream) -> None:
         """After `stop`: what ``stream`` is given from now on waits for what was timed."""
         stream.wait_event(self._stop)
@@ -47,14 +59,14 @@ class LaunchedStep:
 
     Args:
         sampled: None when no slice samples.
-        pairs: attention pairs kept and causal.
+        pairs: attention pairs kept, where they were counted, and causal.
         watch: started before the work was queued.
         copies: for the way to the host, beside the next step's work; None on CPUs.
     """
 
     def __init__(
-        self, batch: ScheduledBatch, sampled: SampledTokens | None, pairs: tuple[float, float],
-        watch: Stopwatch, copies: torch.cuda.Stream | None,
+        self, batch: ScheduledBatch, sampled: SampledTokens | None,
+        pairs: tuple[Tensor | float, float], watch: Stopwatch, copies: torch.cuda.Stream | None,
     ) -> None:
         self._batch, self._pairs, self._watch = batch, pairs, watch
         self._sampled = sampled
@@ -62,6 +74,10 @@ class LaunchedStep:
         watch.stop()
         if sampled is not None and copies is not None:
             self._sampled = self._fetch(sampled, copies)
+
+    def wait_for(self, timeout_s: float) -> bool:
+        """Wait so long at most; whether the device is done with it."""
+        return self._watch.wait_for(timeout_s)
 
     def wait(self) -> StepResult:
         """The result, when the device is done with it."""
@@ -72,14 +88,17 @@ class LaunchedStep:
         kept, causal = self._pairs
         return StepResult(
             step_id=self._batch.step_id, epoch=self._batch.epoch, repeats=self._batch.repeats,
-            token_ids=token_ids, logprobs=logprobs, kept_pairs=kept, causal_pairs=causal,
+            token_ids=token_ids, logprobs=logprobs, kept_pairs=float(kept), causal_pairs=causal,
             elapsed_s=elapsed_s)
 
     def _fetch(self, sampled: SampledTokens, copies: torch.cuda.Stream) -> SampledTokens:
-        self._on_device = sampled  # its memory is not used again before the copy is done
+        kept, causal = self._pairs
+        self._on_device = sampled, kept  # their memory is not used again before the copy is done
         self._watch.hold(copies)
         with torch.cuda.stream(copies):
             found = sampled.cpu(non_blocking=True)  # to pinned memory
+            if isinstance(kept, Tensor):
+                self._pairs = kept.to("cpu", non_blocking=True), causal
         self._copied = torch.cuda.Event(blocking=True)
         self._copied.record(copies)
         return found

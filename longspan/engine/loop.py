@@ -20,6 +20,9 @@ from longspan.engine.step import ScheduledBatch, StepResult, Update
 
 MAX_SHORT_STEPS = 8
 """Steps in flight, however short they are: so many are computed for nothing after a stop token."""
+PREFILL_AHEAD_S = 5e-3
+"""A step is queued behind one that prefills so long before that one's predicted end: what it takes
+to schedule and launch it. A device would wait for that behind each of a long prompt's steps."""
 
 
 class Transport(Protocol):
@@ -32,8 +35,9 @@ class Transport(Protocol):
     def submit(self, batch: ScheduledBatch) -> None:
         """Hand over a step; returns at once."""
 
-    def collect(self) -> StepResult | None:
-        """Wait for the oldest step's result. None: there is news for the scheduler first."""
+    def collect(self, timeout_s: float | None = None) -> StepResult | None:
+        """Wait for the oldest step's result, or so long. None: it is time for the scheduler first,
+        or there is news for it."""
 
     def discard(self) -> None:
         """Drop what is in flight, after an interrupt. Results that come nevertheless are of an
@@ -49,6 +53,9 @@ class Executor(Protocol):
 
 class Launched(Protocol):
     """A step that was handed to the device."""
+
+    def wait_for(self, timeout_s: float) -> bool:
+        """Wait so long at most; whether it is computed."""
 
     def wait(self) -> StepResult:
         """Its result."""
@@ -75,8 +82,10 @@ class AheadTransport:
         """Launch the step."""
         self._launched.append(self._launcher.launch(batch))
 
-    def collect(self) -> StepResult:
+    def collect(self, timeout_s: float | None = None) -> StepResult | None:
         """Wait for the oldest step."""
+        if timeout_s is not None and not self._launched[0].wait_for(timeout_s):
+            return None
         return self._launched.popleft().wait()
 
     def discard(self) -> None:
@@ -97,7 +106,7 @@ class LocalTransport:
         """Keep the step until `collect`."""
         self._batches.append(batch)
 
-    def collect(self) -> StepResult:
+    def collect(self, timeout_s: float | None = None) -> StepResult:
         """Compute the oldest step."""
         return self._executor.execute(self._batches.popleft())
 
@@ -122,9 +131,10 @@ class Loop:
     """Drives a scheduler and a transport. Commands wait in a mailbox until the next turn.
 
     Args:
-        queues_prefill: submit further steps while one that prefills is in flight. It keeps a
+        queues_prefill: submit further steps as soon as one that prefills is in flight. It keeps a
             pipeline full; without one it only makes a request that arrives meanwhile wait for two
-            long steps instead of one.
+            long steps instead of one. If false, the next step is submitted `PREFILL_AHEAD_S`
+            before the last one's end.
         ahead_s: a transport that may hold several steps is given more of them, up to
             `MAX_SHORT_STEPS`, while those in flight only decode and are predicted to take less time
             than this. Else a device whose steps are shorter than the way there and back would wait.
@@ -138,6 +148,8 @@ class Loop:
         self._queues_prefill, self._ahead_s = queues_prefill, ahead_s
         self._mailbox: deque[Request | str] = deque()
         self._in_flight: deque[_Submission] = deque()
+        self._freed_s = 0.0
+        """When the latest result came: the step behind it began."""
 
     @property
     def is_idle(self) -> bool:
@@ -175,7 +187,7 @@ class Loop:
 
     def _schedule_and_run(self) -> None:
         while self._may_submit():
-            batch = self._scheduler.schedule()
+            batch = self._scheduler.schedule(self._prefill_rest_s)
             if batch is None:
                 return
             self._in_flight.append(
@@ -184,13 +196,32 @@ class Loop:
 
     def _may_submit(self) -> bool:
         most, prefills = self._transport.max_in_flight, self._prefills_in_flight
-        if prefills and not self._queues_prefill:
+        if prefills and not self._queues_prefill and self._prefill_rest_s:
             return False
         return len(self._in_flight) < most or (most > 1 and not prefills and self._are_short)
 
     @property
     def _prefills_in_flight(self) -> bool:
         return any(step.prefills for step in self._in_flight)
+
+    @property
+    def _prefill_rest_s(self) -> float:
+        """Predicted time until the steps in flight are computed, if they prefill; 0 when that is so
+        soon that the next one should be on its way."""
+        if not self._prefills_in_flight:
+            return 0.0
+        begun_s = max(self._freed_s, self._in_flight[0].time_s)
+        end_s = begun_s + sum(step.expected_s for step in self._in_flight)
+        rest_s = end_s - time.monotonic()
+        return rest_s if rest_s > PREFILL_AHEAD_S else 0.0
+
+    @property
+    def _patience_s(self) -> float | None:
+        """How long to wait before the next step is due; None: for a result."""
+        if len(self._in_flight) >= self._transport.max_in_flight:
+            return None
+        rest_s = self._prefill_rest_s
+        return rest_s - PREFILL_AHEAD_S if rest_s else None
 
     @property
     def _are_short(self) -> bool:
@@ -203,13 +234,14 @@ class Loop:
             if self._scheduler.num_requests == 0:
                 self._scheduler.check()  # idle: the moment to notice a leak
             return StepReport(updates=tuple(self._scheduler.take_updates()))
-        result = self._transport.collect()
+        result = self._transport.collect(self._patience_s)
         if result is None or result.epoch != self._scheduler.epoch:
             return StepReport(updates=tuple(self._scheduler.take_updates()))
         updates = self._scheduler.apply(result)
+        self._freed_s = time.monotonic()
         return StepReport(
             updates=tuple(updates), submitted_s=self._in_flight.popleft().time_s,
-            finished_s=time.monotonic(), kept_pairs=result.kept_pairs,
+            finished_s=self._freed_s, kept_pairs=result.kept_pairs,
             causal_pairs=result.causal_pairs)
 
 

@@ -145,10 +145,17 @@ class Scheduler:
             self._finish(request, "abort")
             self._updates.append(_update(request, None))
 
-    def schedule(self) -> ScheduledBatch | None:
-        """Work for the next step, or None when nothing can be computed now."""
+    def schedule(self, in_flight_s: float | None = None) -> ScheduledBatch | None:
+        """Work for the next step, or None when nothing can be computed now.
+
+        Args:
+            in_flight_s: until the steps in flight that prefill are computed; they share the budget.
+                Default: what all of them were predicted to take.
+        """
         self._admit()
-        in_flight_s = sum(step.batch.expected_s for step in self._in_flight if step.batch.prefills)
+        if in_flight_s is None:
+            in_flight_s = sum(
+                step.batch.expected_s for step in self._in_flight if step.batch.prefills)
         plan = self._planner.plan(
             [request for request in self._running.values() if not request.is_finished],
             in_flight_s)

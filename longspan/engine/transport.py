@@ -131,15 +131,18 @@ class RunnerTransport:
             self._wind_up()
         self._runner.put(self._tables.strip(batch))
 
-    def collect(self) -> StepResult | None:
-        """Wait for the oldest step's result; None when a command comes first.
+    def collect(self, timeout_s: float | None = None) -> StepResult | None:
+        """Wait for the oldest step's result; None when a command comes first, or the time is over.
 
         Raises `StuckRunnerError` when it takes far longer than predicted.
         """
+        end_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
         while not self._results:
-            wait_s = self._deadline_s - time.monotonic()
+            wait_s = min(end_s, self._deadline_s) - time.monotonic()
             message = self._inbox.get(None if math.isinf(wait_s) else max(0.0, wait_s))
             if message is None:
+                if end_s < self._deadline_s:
+                    return None
                 raise StuckRunnerError(
                     f"the runner is stuck: a step that should take "
                     f"{self._expected[0].expected_s:.2g} s has not ended")

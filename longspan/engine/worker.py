@@ -140,9 +140,9 @@ class _TellingTransport(LocalTransport):
         super().submit(batch)
         self._rows = tuple(map(Row.of, batch.slices))
 
-    def collect(self) -> StepResult:
+    def collect(self, timeout_s: float | None = None) -> StepResult:
         started_s = time.monotonic()
-        result = super().collect()
+        result = super().collect(timeout_s)
         self._send(Stepped(rows=self._rows, result=result, started_s=started_s,
                            finished_s=time.monotonic()))
         return result

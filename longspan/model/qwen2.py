@@ -233,11 +233,16 @@ class CausalLM(nn.Module):
     def attention_stats(self) -> tuple[float, float]:
         """(kept, causal) query-key pairs since the last reset, summed over layers and heads.
 
-        Reading waits for the device; call it once a request, not once a step.
+        Reading waits for the device.
         """
+        kept, causal = self.attention_pairs()
+        return float(kept), causal
+
+    def attention_pairs(self) -> tuple[Tensor | float, float]:
+        """As `attention_stats`, the kept ones where they were counted. Waits for nothing."""
         cores = self._attention_cores()
-        return (sum(float(core.kept_pairs) for core in cores),
-                sum(float(core.causal_pairs) for core in cores))
+        return sum((core.kept_pairs for core in cores), 0.0), sum(
+            core.causal_pairs for core in cores)
 
     def reset_attention_stats(self) -> None:
         """Start counting pairs anew."""

@@ -198,7 +198,8 @@ def test_cancelled_in_every_state(tmp_path: Path) -> None:
             await is_empty(engine)
             computed = sum(row[1] for step in steps(tmp_path) for row in step
                            if row[0] in ("r/0", "r/1", "r/2"))
-            assert computed <= 2 * CHUNK  # the step that had begun, and no other
+            # the step that had begun, and the one that was queued behind it since it is so short
+            assert computed <= 2 * 2 * CHUNK
             # while it decodes, with steps in flight
             stream = await engine.add(ask([4, 4], max_tokens=60, ignore_eos=True))
             while not isinstance(await anext(stream), TokenEvent):

@@ -126,6 +126,14 @@ def test_a_runner_that_takes_far_too_long_is_stuck(
         ends.transport.collect()
 
 
+def test_a_wait_may_be_limited(ends: Ends) -> None:
+    ends.transport.submit(make_batch(0, ("a", 0, [3])))
+    assert ends.transport.collect(0.01) is None
+    ends.anybody.put(result(0))
+    found = ends.transport.collect(WAIT_S)
+    assert found is not None and found.step_id == 0
+
+
 def test_tables_travel_once() -> None:
     sender, receiver = Tables(), Tables()
     script = [
