@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from longspan.attention.sparsity import SparsityPlan
+from longspan.attention.sparsity import SparsityPlan, needs_means
 from longspan.config import EngineConfig, ModelConfig
 from longspan.console import GIB, percent, show_table
 from longspan.engine.memory import MemoryPlan, device_memory, plan_memory, workspace_bytes
@@ -59,8 +59,8 @@ def _model_rows(model: ModelConfig, config: EngineConfig) -> list[tuple[str, str
 def _memory_rows(
     model: ModelConfig, config: EngineConfig, plan: SparsityPlan | None, length: int
 ) -> list[tuple[str, str]]:
-    sparse = _may_be_sparse(model, config, plan)
-    memory = _plan(model, config, sparse)
+    memory = _plan(model, config, means=_may_be_sparse(model, config, plan)
+                   and needs_means(_budgets(model, plan)))
     kv_bytes = length * memory.kv_bytes_per_token
     assert config.prefill_chunk_len is not None
     workspace = workspace_bytes(model, config, min(config.prefill_chunk_len, length))
@@ -88,7 +88,7 @@ def _attention_rows(
         if config.attention == "auto" and _may_be_sparse(model, config, plan):
             mode += f" (sparse above {model.sparse_threshold:,} tokens)"
         return [("attention", mode), ("positions", label)]
-    budget = plan or SparsityPlan.default(model.num_layers, model.num_heads)
+    budget = _budgets(model, plan)
     return [("attention", f"sparse, {budget.mode} selection"), ("positions", label),
             ("density budget", f"{percent(budget_density(budget, length))} of all pairs, about")]
 
@@ -107,17 +107,21 @@ def budget_density(plan: SparsityPlan, length: int) -> float:
     return min(1.0, (sparse_pairs + tail_pairs) / (length * length / 2))
 
 
-def _plan(model: ModelConfig, config: EngineConfig, sparse: bool) -> MemoryPlan:
+def _budgets(model: ModelConfig, plan: SparsityPlan | None) -> SparsityPlan:
+    return plan or SparsityPlan.default(model.num_layers, model.num_heads)
+
+
+def _plan(model: ModelConfig, config: EngineConfig, *, means: bool) -> MemoryPlan:
     assert config.prefill_chunk_len is not None
     steps = max_step_tokens(config.prefill_chunk_len, config.max_num_requests)
     try:
-        return plan_memory(model, config, max_step_tokens=steps, sparse=sparse)
+        return plan_memory(model, config, max_step_tokens=steps, means=means)
     except NotEnoughMemoryError:
         # Not even one block fits: plan with memory enough, then state what there is.
         device = device_memory(config.device or "cpu")
         endless = replace(device, total_bytes=2**60, free_bytes=2**60)
         ideal = plan_memory(model, replace(config, memory_gib=None, max_model_len=None),
-                            max_step_tokens=steps, sparse=sparse, device=endless)
+                            max_step_tokens=steps, means=means, device=endless)
         return replace(ideal, device=device, budget_bytes=int(0.9 * device.free_bytes),
                        fitting_len=0)
 

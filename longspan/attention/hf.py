@@ -108,7 +108,7 @@ class _HfAttention:
         cache = allocate_cache(
             num_blocks=-(-context_len // BLOCK_SIZE), block_size=BLOCK_SIZE,
             num_kv_heads=self.config.num_kv_heads, head_dim=self.config.head_dim, dtype=k.dtype,
-            device=k.device, sparse=self.plan is not None,
+            device=k.device, means=self.plan is not None,
         )
         slots = torch.arange(k.shape[0], device=k.device)
         if len(slots):

@@ -18,16 +18,20 @@ from longspan.ops.types import PagedKV, QueryRotary, Selection
 
 def allocate_cache(
     *, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype,
-    device: torch.device | str, sparse: bool,
+    device: torch.device | str, means: bool,
 ) -> PagedKV:
-    """One layer's KV cache, uninitialised: on CPUs memory is taken as blocks are written."""
+    """One layer's KV cache, uninitialised: on CPUs memory is taken as blocks are written.
+
+    Args:
+        means: with each block's mean key and mean value, for plans with the mean correction.
+    """
     shape = (num_blocks, block_size, num_kv_heads, head_dim)
     k, v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
-    if not sparse:
+    if not means:
         return PagedKV(k, v)
-    means = (torch.empty(num_blocks, num_kv_heads, head_dim, dtype=dtype, device=device)
-             for _ in range(2))
-    return PagedKV(k, v, *means)
+    of_tiles = (torch.empty(num_blocks, num_kv_heads, head_dim, dtype=dtype, device=device)
+                for _ in range(2))
+    return PagedKV(k, v, *of_tiles)
 
 
 class PrefillPart(NamedTuple):

@@ -129,6 +129,11 @@ class SparsityPlan:
             local=self.local)
 
 
+def needs_means(plan: SparsityPlan | None) -> bool:
+    """Whether an engine with this plan keeps the mean key and value of each KV block."""
+    return plan is not None and plan.mean_correction
+
+
 def _budgets(name: str, rows: Any) -> tuple[tuple[int, ...], ...]:
     try:
         if all(type(value) is int for row in rows for value in row):

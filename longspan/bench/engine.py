@@ -17,6 +17,7 @@ from torch import Tensor
 
 from longspan import ops
 from longspan.attention.layer import allocate_cache
+from longspan.attention.sparsity import needs_means
 from longspan.bench.session import CheckFailed
 from longspan.bench.shapes import Shape
 from longspan.bench.timing import swapped
@@ -77,7 +78,7 @@ def make_blueprint(shape: Shape, device: str, options: EngineOptions) -> Bluepri
         memory_gib=options.memory_gib or USABLE_SHARE * free_bytes / GIB,
     ), has_cuda=torch.cuda.is_available())
     needed = replace(config, max_model_len=max(options.max_model_len, options.num_tokens))
-    memory = _plan_memory(needed, shape.model, sparse=True)
+    memory = _plan_memory(needed, shape.model, means=needs_means(shape.plan))
     num_blocks = -(-options.num_tokens // config.block_size)
     return Blueprint(
         path=Path("."), config=config, model=shape.model, dca=shape.model.dca, has_plan=True,

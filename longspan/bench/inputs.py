@@ -136,7 +136,7 @@ def _allocate(
     cache = allocate_cache(
         num_blocks=num_blocks + spare, block_size=BLOCK_SIZE, dtype=TORCH_DTYPES[kind],
         num_kv_heads=shape.model.num_kv_heads, head_dim=shape.model.head_dim, device=device,
-        sparse=True)
+        means=True)
     if not shuffled:
         return cache, torch.arange(num_blocks, device=device)
     for part in cache:

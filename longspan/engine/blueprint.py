@@ -9,7 +9,7 @@ from typing import Self
 
 import torch
 
-from longspan.attention.sparsity import SparsityPlan
+from longspan.attention.sparsity import SparsityPlan, needs_means
 from longspan.config import DcaConfig, EngineConfig, ModelConfig
 from longspan.engine.chunking import piece_rows, unit_len
 from longspan.engine.desk import Intake
@@ -64,7 +64,7 @@ class Blueprint:
         dca = resolve_positions(config.positions, model)
         found = resolve_plan(path, model, config)
         plan = _plan_in_effect(config, model, found, has_dca=dca is not None)
-        memory = _plan_memory(config, replace(model, dca=dca), sparse=plan is not None)
+        memory = _plan_memory(config, replace(model, dca=dca), means=needs_means(plan))
         if plan is not None and plan.mode == "tile":
             check_tiles(dca, block_size=config.block_size, max_model_len=memory.max_model_len)
         return cls(
@@ -121,9 +121,9 @@ def _plan_in_effect(
     return plan or SparsityPlan.default(model.num_layers, model.num_heads)
 
 
-def _plan_memory(config: EngineConfig, model: ModelConfig, *, sparse: bool) -> MemoryPlan:
+def _plan_memory(config: EngineConfig, model: ModelConfig, *, means: bool) -> MemoryPlan:
     """``model`` has the DCA in effect: rotation tables are as long as the context without."""
     assert config.prefill_chunk_len is not None
     return plan_memory(
-        model, config, sparse=sparse,
+        model, config, means=means,
         max_step_tokens=max_step_tokens(config.prefill_chunk_len, config.max_num_requests))

@@ -72,7 +72,7 @@ class MemoryPlan:
 
 
 def plan_memory(
-    model: ModelConfig, config: EngineConfig, *, max_step_tokens: int, sparse: bool,
+    model: ModelConfig, config: EngineConfig, *, max_step_tokens: int, means: bool,
     device: DeviceMemory | None = None,
 ) -> MemoryPlan:
     """Share the memory out between weights, workspace and KV cache.
@@ -80,7 +80,7 @@ def plan_memory(
     Args:
         config: resolved (device, dtype and prefill_chunk_len are set).
         max_step_tokens: most tokens that one step computes.
-        sparse: the caches hold block means too.
+        means: the caches hold block means too.
         device: measured here when absent.
 
     Raises `NotEnoughMemoryError` when the weights, or a context of ``config.max_model_len`` tokens,
@@ -90,7 +90,7 @@ def plan_memory(
     device = device or device_memory(config.device)
     element = ELEMENT_BYTES[config.dtype]
     per_token = model.kv_bytes_per_token * element
-    if sparse:
+    if means:
         per_token += -(-per_token // config.block_size)
     wanted_len = config.max_model_len or model.max_position_embeddings
     weights = model.num_parameters * element

@@ -16,7 +16,7 @@ from torch import Tensor
 from longspan.attention.layer import allocate_cache
 from longspan.attention.metadata import AttentionMetadata
 from longspan.attention.rope import build_rotary
-from longspan.attention.sparsity import SparsityPlan
+from longspan.attention.sparsity import SparsityPlan, needs_means
 from longspan.config import DcaConfig, EngineConfig, ModelConfig
 from longspan.engine.batch import DeviceBatch, build_batch, is_greedy
 from longspan.engine.chunking import piece_rows
@@ -81,7 +81,8 @@ class Runner:
             part = build_model(model, layers=layers, rotary=rotary, plan=plan, dtype=dtype,
                                device=config.device)
             load_weights(part, path)
-            caches = _allocate(len(layers), model, memory, dtype, config.device, plan is not None)
+            caches = _allocate(len(layers), model, memory, dtype, config.device,
+                               means=needs_means(plan))
             stages.append(PipelineStage(model=part, caches=caches))
         if config.device == "cpu":
             keep_buffers_in_heap()  # after the caches, which go back to the system when freed
@@ -121,7 +122,7 @@ class Runner:
                         part.zero_()  # what memory held may be NaN
         for step in steps:
             self.execute(step)
-        self._take_attention_stats()
+        self._take_attention_pairs()
 
     def execute(self, batch: ScheduledBatch) -> StepResult:
         """Compute a step and wait for its result."""
@@ -139,11 +140,10 @@ class Runner:
                 graphs.prepare(batch.slices)  # unmeasured: the device may be waiting for it
             watch = Stopwatch(self._device)
             sampled = self._compute(batch) if graphs is None else self._replay(graphs, batch)
-        # Reading the pair counts waits for the device. Behind a prefill nothing is launched ahead.
-        ends_prefill = sampled is not None and batch.prefills
-        return LaunchedStep(
-            batch, sampled, self._take_attention_stats() if ends_prefill else (0.0, 0.0), watch,
-            self._copies)
+            # not after each step: to add them up takes a launch for each layer
+            is_counted = sampled is not None and batch.prefills
+            pairs = self._take_attention_pairs() if is_counted else (0.0, 0.0)
+        return LaunchedStep(batch, sampled, pairs, watch, self._copies)
 
     def forward(self, inputs: DeviceBatch, apart: Tensor | None = None) -> Tensor | None:
         """All stages in turn. Returns [n, V] fp32 logits of the rows that sample, None without.
@@ -232,21 +232,22 @@ class Runner:
         """What a decode graph holds: token ids [B] to logits [B, V] fp32."""
         return self._stages[-1].model.logits(self._hidden(token_ids, metadata))
 
-    def _take_attention_stats(self) -> tuple[float, float]:
-        pairs = [stage.model.attention_stats() for stage in self._stages]
+    def _take_attention_pairs(self) -> tuple[Tensor | float, float]:
+        """Since the last call, kept ones where they were counted: the device is not waited for."""
+        pairs = [stage.model.attention_pairs() for stage in self._stages]
         for stage in self._stages:
             stage.model.reset_attention_stats()
-        return sum(kept for kept, _ in pairs), sum(causal for _, causal in pairs)
+        return sum((kept for kept, _ in pairs), 0.0), sum(causal for _, causal in pairs)
 
 
 def _allocate(
-    num_layers: int, model: ModelConfig, memory: MemoryPlan, dtype: torch.dtype, device: str,
-    sparse: bool,
+    num_layers: int, model: ModelConfig, memory: MemoryPlan, dtype: torch.dtype, device: str, *,
+    means: bool,
 ) -> tuple[PagedKV, ...]:
     return tuple(
         allocate_cache(
             num_blocks=memory.num_blocks, block_size=memory.block_size, dtype=dtype, device=device,
-            num_kv_heads=model.num_kv_heads, head_dim=model.head_dim, sparse=sparse)
+            num_kv_heads=model.num_kv_heads, head_dim=model.head_dim, means=means)
         for _ in range(num_layers))
 
 

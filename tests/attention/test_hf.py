@@ -86,7 +86,7 @@ def engine_logits(checkpoint, config: ModelConfig, ids: Tensor, plan=None) -> Te
         config, layers=range(config.num_layers), rotary=rotary, plan=plan, **kind)
     load_weights(model, checkpoint)
     caches = [allocate_cache(num_blocks=8, block_size=128, num_kv_heads=config.num_kv_heads,
-                             head_dim=config.head_dim, sparse=plan is not None, **kind)
+                             head_dim=config.head_dim, means=plan is not None, **kind)
               for _ in model.layers]
     part = SequenceSlice(query_len=num_tokens, cached_len=0, prompt_len=num_tokens,
                          block_ids=range(8), sparse=plan is not None)

@@ -60,7 +60,7 @@ def make_layer(request: Request, plan: SparsityPlan | None, dca: DcaConfig | Non
 def make_cache(request: Request, num_blocks: int = 64) -> PagedKV:
     return allocate_cache(
         num_blocks=num_blocks, block_size=P, num_kv_heads=request.k.shape[1], head_dim=D,
-        dtype=torch.float32, device="cpu", sparse=True)
+        dtype=torch.float32, device="cpu", means=True)
 
 
 def step(
@@ -320,7 +320,7 @@ def test_plain_rope_without_dca() -> None:
 @pytest.mark.parametrize("sparse", [True, False])
 def test_allocated_cache(sparse: bool) -> None:
     cache = allocate_cache(num_blocks=5, block_size=P, num_kv_heads=2, head_dim=D,
-                           dtype=torch.bfloat16, device="cpu", sparse=sparse)
+                           dtype=torch.bfloat16, device="cpu", means=sparse)
     assert cache.k.shape == cache.v.shape == (5, P, 2, D)
     assert cache.k.dtype == torch.bfloat16
     assert (cache.k_mean is None) is (cache.v_mean is None) is not sparse

@@ -43,7 +43,7 @@ def load(path: Path) -> Runner:
     config = EngineConfig(
         model=str(path), device="cpu", dtype="float32", prefill_chunk_len=64, block_size=BLOCK,
         max_model_len=MAX_LEN, max_num_requests=NUM_SLOTS)
-    memory = plan_memory(model, config, max_step_tokens=128, sparse=False,
+    memory = plan_memory(model, config, max_step_tokens=128, means=False,
                          device=DeviceMemory(total_bytes=2**34, free_bytes=2**34))
     memory = replace(memory, num_blocks=NUM_SLOTS * TABLE_LEN)
     return Runner.load(path, model, config, memory, plan=None,

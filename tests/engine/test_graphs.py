@@ -258,7 +258,7 @@ def make_model(num_requests: int) -> tuple[CausalLM, list[PagedKV]]:
     caches = [
         allocate_cache(num_blocks=num_requests * -(-MAX_LEN // BLOCK), block_size=BLOCK,
                        num_kv_heads=MODEL.num_kv_heads, head_dim=MODEL.head_dim,
-                       dtype=torch.bfloat16, device="cuda", sparse=True)
+                       dtype=torch.bfloat16, device="cuda", means=True)
         for _ in range(MODEL.num_layers)]
     for cache in caches:
         for tensor in cache:

@@ -34,7 +34,7 @@ def plan(free_gib: float, *, sparse: bool = False, **fields: Any) -> MemoryPlan:
         "model": "m", "device": "cpu", "dtype": "bfloat16", "prefill_chunk_len": 32_768,
         "max_num_requests": 8, **fields})
     memory = DeviceMemory(total_bytes=int(2 * free_gib * GIB), free_bytes=int(free_gib * GIB))
-    return plan_memory(BIG, config, max_step_tokens=32_768, sparse=sparse, device=memory)
+    return plan_memory(BIG, config, max_step_tokens=32_768, means=sparse, device=memory)
 
 
 def test_a_7b_model_reads_a_million_tokens_on_one_large_gpu() -> None:

@@ -50,7 +50,7 @@ def load(path: Path, plan: SparsityPlan, num_stages: int = 1) -> Runner:
     config = EngineConfig(model=str(path), device="cpu", dtype="float32", prefill_chunk_len=CHUNK,
                           block_size=BLOCK, max_model_len=512, max_num_requests=8)
     model = ModelConfig.from_dir(path)
-    memory = plan_memory(model, config, max_step_tokens=128, sparse=True,
+    memory = plan_memory(model, config, max_step_tokens=128, means=True,
                          device=DeviceMemory(total_bytes=2**34, free_bytes=2**34))
     runner = Runner.load(path, model, config, memory, plan=plan, num_stages=num_stages,
                          dca=resolve_positions("auto", model))

@@ -39,7 +39,7 @@ def load(path: Path, num_stages: int = 1, plan: SparsityPlan | None = None) -> R
         model=str(path), device="cpu", dtype="float32", prefill_chunk_len=32, block_size=BLOCK,
         max_model_len=256)
     model = ModelConfig.from_dir(path)
-    memory = plan_memory(model, config, max_step_tokens=64, sparse=plan is not None,
+    memory = plan_memory(model, config, max_step_tokens=64, means=plan is not None,
                          device=DeviceMemory(total_bytes=2**34, free_bytes=2**34))
     return Runner.load(path, model, config, memory, plan=plan, num_stages=num_stages,
                        dca=resolve_positions("auto", model))

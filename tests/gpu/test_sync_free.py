@@ -40,7 +40,7 @@ def make_model(plan: SparsityPlan) -> tuple[CausalLM, list[PagedKV]]:
                         device="cuda")
     random_weights(model, 0)
     caches = [allocate_cache(num_blocks=NUM_BLOCKS, block_size=BLOCK, num_kv_heads=2, head_dim=128,
-                             dtype=torch.bfloat16, device="cuda", sparse=True) for _ in range(2)]
+                             dtype=torch.bfloat16, device="cuda", means=True) for _ in range(2)]
     return model, caches
 
 

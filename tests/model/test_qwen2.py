@@ -82,7 +82,7 @@ class Driver:
         self.caches = [
             [allocate_cache(
                 num_blocks=20, block_size=BLOCK_SIZE, num_kv_heads=config.num_kv_heads,
-                head_dim=config.head_dim, sparse=False, **FP32_CPU) for _ in stage.layers]
+                head_dim=config.head_dim, means=False, **FP32_CPU) for _ in stage.layers]
             for stage in stages
         ]
 

@@ -80,7 +80,7 @@ def main() -> None:
     rotary = build_rotary(head_dim=DIM, rope_theta=1e6, max_model_len=8_192,
                           dca=DcaConfig(chunk_size=1_280, local_size=256))
     cache = allocate_cache(num_blocks=40, block_size=BLOCK, num_kv_heads=KV_HEADS, head_dim=DIM,
-                           dtype=torch.bfloat16, device="cpu", sparse=True)
+                           dtype=torch.bfloat16, device="cpu", means=True)
     table, scale = torch.arange(40), DIM**-0.5
     q = torch.zeros(NEW, HEADS, DIM, dtype=torch.bfloat16)
     args = q, cache, table, CACHED, rotary, scale
