@@ -51,6 +51,7 @@ def test_pieces_of_a_chunk() -> None:
     assert sum(found) == pytest.approx(1) and found[:4] == found[4:8]
     assert found[3] / found[2] == pytest.approx(12 / 16)
     assert (piece_rows("cpu", 16_384), piece_rows("cuda", 32_768)) == (4_096, 32_768)
+    assert piece_rows("cuda", 131_072) == 65_536
     assert piece_rows("cpu", 256) == 256
 
 
