@@ -79,7 +79,8 @@ def run(session: BenchSession, options: QualityOptions) -> int:
         for name in options.settings:
             for prompts, count in ((singles, 1), ([many], options.num_many)):
                 key = {"model": Path(options.model).name, "num_tokens": length,
-                       "num_questions": count, "attention": name}
+                       "num_questions": count, "attention": name,
+                       "chunk_len": subject.chunk_len}
                 match = matched_on if name == "paper" else None
                 row = session.attempt(key, partial(_work, subject, prompts, plans, name, match))
                 if name == "paper" and row is not None:
@@ -119,7 +120,7 @@ class Subject:
         self.caches = [allocate_cache(
             num_blocks=-(-longest // self.block_size), block_size=self.block_size, dtype=dtype,
             num_kv_heads=made.model.num_kv_heads, head_dim=made.model.head_dim, device=device,
-            sparse=True) for _ in range(made.model.num_layers)]
+            means=True) for _ in range(made.model.num_layers)]
 
     def measure(self, prompts: Sequence[Quiz], plan: SparsityPlan | None) -> dict[str, Any]:
         """Scores of all prompts; density and recall of the first one."""

@@ -24,9 +24,9 @@ from longspan.errors import LongspanError
 KEY_FIELDS: dict[str, tuple[str, ...]] = {
     "cpu": ("model", "impl", "num_tokens", "threads"),
     "ops": ("op", "impl", "params"),
-    "ttft": ("shape", "num_tokens", "attention", "plan", "layers", "gpus"),
+    "ttft": ("shape", "num_tokens", "attention", "plan", "layers", "gpus", "chunk_len"),
     "decode": ("shape", "context_len", "batch_size", "layers"),
-    "quality": ("model", "num_tokens", "num_questions", "attention"),
+    "quality": ("model", "num_tokens", "num_questions", "attention", "chunk_len"),
     "serve": ("scenario", "metric"),
     "pipeline": ("shape", "num_tokens", "attention", "pp", "tp", "plan"),
     "eval": ("model", "task", "num_tokens", "depth", "attention"),

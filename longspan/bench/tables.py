@@ -47,24 +47,26 @@ def _ttft_table(content: Content) -> str:
             "" if dense is None else f"{dense['ttft_scaled_s'] / row['ttft_scaled_s']:.1f}x",
             f"{100 * row['density']:.1f} %", f"{row['peak_memory_gib']:.1f} GiB",
             " / ".join(f"{100 * share[name]:.0f}" for name in
-                       ("linear", "selection", "attention", "rest")), row["plan"]])
+                       ("linear", "selection", "attention", "rest")), f"{row['chunk_len']:,}",
+            row["plan"]])
     note = ""
     if any(row["layers"] < row["total_layers"] for row in rows):
         note = "\n* measured on the first layers only (in brackets) and scaled to all.\n"
     return caption(content, "seconds to the first token") + markdown(
         ["shape", "tokens", "dense", "sparse", "ratio", "density", "peak memory",
-         "linear / selection / attention / rest, %", "budgets"], body) + note
+         "linear / selection / attention / rest, %", "prefill chunk", "budgets"], body) + note
 
 
-def _ttft_order(row: Row) -> tuple[str, int, str]:
-    return row["shape"], row["num_tokens"], row["plan"]
+def _ttft_order(row: Row) -> tuple[str, int, str, int]:
+    return row["shape"], row["num_tokens"], row["plan"], row["chunk_len"]
 
 
 def _dense_of(row: Row, rows: Sequence[Row]) -> Row | None:
-    """The dense row of the same prompt, the one with most layers."""
+    """The dense row of the same prompt, the one with most layers, then the fastest: the length of
+    prefill chunks is its own."""
     found = [other for other in rows if other["attention"] == "dense"
              and (other["shape"], other["num_tokens"]) == (row["shape"], row["num_tokens"])]
-    return max(found, key=lambda other: other["layers"], default=None)
+    return max(found, key=lambda other: (other["layers"], -other["ttft_scaled_s"]), default=None)
 
 
 def _duration(row: Row | None) -> str:
@@ -148,14 +150,15 @@ def quality_section(contents: Sequence[Content]) -> str:
     """Answers and recall at equal cost."""
     text = "### What sparse prefill keeps\n\n`longspan bench quality`: the same prompts for all; " \
            "cost is density plus the tile means; recall is the attention mass kept, by head.\n\n"
-    head = ["tokens", "questions", "attention", "right", "density", "cost", "recall, mean",
-            "p5 of heads", "least head"]
+    head = ["tokens", "questions", "attention", "prefill chunk", "right", "density", "cost",
+            "recall, mean", "p5 of heads", "least head"]
     parts = []
     for content in contents:
         rows = _measured(content)
         for model in dict.fromkeys(row["model"] for row in rows):
             body = [[
                 f"{row['num_tokens']:,}", str(row["num_questions"]), row["attention"],
+                f"{row['chunk_len']:,}" if row["attention"] != "dense" else "",
                 f"{row['score'] * row['n']:.0f} of {row['n']}", f"{100 * row['density']:.2f} %",
                 f"{100 * row['cost']:.2f} %", *_recall(row)]
                 for row in rows if row["model"] == model]
@@ -230,7 +233,7 @@ def _sparse_chunks(rows: Sequence[Row]) -> str:
                 f"{select['workspace_mib']:.0f} MiB" if select.get("workspace_mib") else "",
                 f"{row['time_ms']:.2f} ms", f"{row['tflops']:.0f}",
                 f"{row['kernel_tflops']:.0f}" if "kernel_tflops" in row else "", params["plan"]])
-    body.sort(key=lambda line: (line[0], line[3], int(line[2].replace(",", "")), line[-1]))
+    body.sort(key=lambda line: (line[0], line[3], _number(line[2]), line[-1]))
     head = ["shape", "queries", "keys", "content", "density", "selection", "workspace",
             "attention", "TFLOP/s", "of the kernel alone", "budgets"]
     return markdown(head, body) if body else ""
@@ -246,10 +249,14 @@ def _whole(rows: Sequence[Row]) -> str:
                 f"{row['time_ms']:,.0f} ms", f"{100 * row['selection_ms'] / row['time_ms']:.0f} %",
                 f"{row['dense_ms']:,.0f} ms ({TITLES.get(row['dense_impl'], row['dense_impl'])})"
                 if "dense_ms" in row else "", f"{row['ratio']:.1f}x" if "ratio" in row else "",
-                params["plan"]])
-    body.sort(key=lambda line: (line[0], line[2], int(line[1].replace(",", "")), line[-1]))
+                f"{params['chunk_len']:,}", params["plan"]])
+    body.sort(key=lambda line: (line[0], line[2], _number(line[1]), line[-1], _number(line[-2])))
     return markdown(["shape", "tokens", "content", "sparse", "of it selection", "best dense",
-                     "ratio", "budgets"], body) if body else ""
+                     "ratio", "prefill chunk", "budgets"], body) if body else ""
+
+
+def _number(text: str) -> int:
+    return int(text.replace(",", ""))
 
 
 def _others(rows: Sequence[Row]) -> str:

@@ -25,7 +25,7 @@ def ttft_row(attention: str, seconds: float, **values: Any) -> dict[str, Any]:
     return {"shape": "big", "num_tokens": 1_000_000, "attention": attention, "layers": 28,
             "total_layers": 28, "plan": "v1-s2" if attention == "sparse" else None, "gpus": 1,
             "ttft_s": seconds, "ttft_scaled_s": seconds, "density": 0.0219,
-            "peak_memory_gib": 76.54, "share": SHARE, **values}
+            "peak_memory_gib": 76.54, "chunk_len": 32_768, "share": SHARE, **values}
 
 
 @pytest.mark.parametrize("name", ["ttft", "decode", "ops", "quality", "serve"])
@@ -37,11 +37,12 @@ def test_ttft(tmp_path: Path) -> None:
     write(tmp_path, "ttft", [
         ttft_row("sparse", 25.0), ttft_row("sparse", 30.0, num_tokens=2000),
         ttft_row("dense", 50.0, layers=4, ttft_scaled_s=350.0),
+        ttft_row("dense", 51.0, layers=4, ttft_scaled_s=357.0, chunk_len=65_536),
         ttft_row("dense", 1.0, layers=1, ttft_scaled_s=28.0), {"error": "x"}])
     text = report.build_table("ttft", tmp_path)
     assert text.startswith("### A million tokens")
     assert ("| big | 1,000,000 | 350.0 s * (50.0 s, 4 of 28) | 25.0 s | 14.0x | 2.2 % | 76.5 GiB "
-            "| 60 / 5 / 30 / 5 | v1-s2 |\n") in text
+            "| 60 / 5 / 30 / 5 | 32,768 | v1-s2 |\n") in text
     assert "| big | 2,000 | not run | 30.0 s |  | 2.2 %" in text
     assert "scaled to all" in text and "(Chip, 2025-01-02)" in text
 
@@ -88,20 +89,21 @@ def test_decode(tmp_path: Path) -> None:
 
 def test_quality(tmp_path: Path) -> None:
     row = {"model": "nano", "num_tokens": 131_072, "num_questions": 32, "attention": "tile",
-           "score": 0.969, "n": 32, "density": 0.028, "cost": 0.0358,
+           "score": 0.969, "n": 32, "chunk_len": 65_536, "density": 0.028, "cost": 0.0358,
            "recall": {"mean": 0.9, "p5": 0.5, "min": 0.4}}
     write(tmp_path, "quality", [row, {**row, "attention": "dense", "recall": None}])
     text = report.build_table("quality", tmp_path)
-    assert ("| 131,072 | 32 | tile | 31 of 32 | 2.80 % | 3.58 % | 90.0 % | 50.0 % | 40.0 % |\n"
-            in text)
-    assert "| 131,072 | 32 | dense | 31 of 32 | 2.80 % | 3.58 % |  |  |  |\n" in text
+    assert ("| 131,072 | 32 | tile | 65,536 | 31 of 32 | 2.80 % | 3.58 % | 90.0 % | 50.0 % | "
+            "40.0 % |\n") in text
+    assert "| 131,072 | 32 | dense |  | 31 of 32 | 2.80 % | 3.58 % |  |  |  |\n" in text
 
 
 def test_ops(tmp_path: Path) -> None:
     square = {"shape": "big", "num_queries": 32_768, "context_len": 32_768}
     chunk = {"shape": "big", "num_queries": 32_768, "context_len": 1_048_576, "content": "random",
              "plan": "v1-s2", "layer": 3}
-    whole = {"shape": "big", "num_tokens": 1_048_576, "content": "local", "plan": "v1-s2"}
+    whole = {"shape": "big", "num_tokens": 1_048_576, "content": "local", "plan": "v1-s2",
+             "chunk_len": 65_536}
     write(tmp_path, "ops", [
         {"op": "copy", "impl": "torch", "params": {}, "tb_per_s": 4.26},
         {"op": "gemm", "impl": "torch", "params": {"m": 8192}, "tflops": 770.1},
@@ -122,7 +124,7 @@ def test_ops(tmp_path: Path) -> None:
         "| shape | queries | keys | longspan | cuDNN |\n",
         "| big | 32,768 | 32,768 | 640 | **651** |\n", "| big | 1 | 1,000 | **3.90** |\n",
         "| big | 32,768 | 1,048,576 | random | 2.19 % | 1.50 ms | 40 MiB | 9.25 ms | 590 | 621 |",
-        "| big | 1,048,576 | local | 300 ms | 10 % | 12,000 ms (cuDNN) | 40.0x | v1-s2 |\n",
+        "| big | 1,048,576 | local | 300 ms | 10 % | 12,000 ms (cuDNN) | 40.0x | 65,536 | v1-s2 ",
         "| DCA, dense, 1,048,576 keys | +1.3 % time |\n",
         "| copy, read and written | 4.26 TB/s |\n",
         "| bf16 matrix product, 8,192 cubed | 770 TFLOP/s |\n"):
