@@ -18,7 +18,7 @@ from longspan import ops
 from longspan.attention.layer import DualChunkAttention, allocate_cache
 from longspan.attention.metadata import SequenceSlice, build_metadata
 from longspan.attention.rope import build_rotary, inverse_frequencies
-from longspan.attention.sparsity import SparsityPlan
+from longspan.attention.sparsity import SparsityPlan, needs_means
 from longspan.config import ModelConfig
 from longspan.errors import InvalidRequestError, LongspanError, MissingDependencyError
 from longspan.ops.types import PagedKV, QueryRotary
@@ -108,7 +108,7 @@ class _HfAttention:
         cache = allocate_cache(
             num_blocks=-(-context_len // BLOCK_SIZE), block_size=BLOCK_SIZE,
             num_kv_heads=self.config.num_kv_heads, head_dim=self.config.head_dim, dtype=k.dtype,
-            device=k.device, means=self.plan is not None,
+            device=k.device, means=needs_means(self.plan),
         )
         slots = torch.arange(k.shape[0], device=k.device)
         if len(slots):
