@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from array import array
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from longspan.attention.sparsity import SparsityPlan
+from longspan.attention.sparsity import SparsityPlan, needs_means
 from longspan.config import EngineConfig, ModelConfig
 from longspan.engine.batch import build_batch
 from longspan.engine.memory import DeviceMemory, plan_memory
@@ -39,7 +40,7 @@ def load(path: Path, num_stages: int = 1, plan: SparsityPlan | None = None) -> R
         model=str(path), device="cpu", dtype="float32", prefill_chunk_len=32, block_size=BLOCK,
         max_model_len=256)
     model = ModelConfig.from_dir(path)
-    memory = plan_memory(model, config, max_step_tokens=64, means=plan is not None,
+    memory = plan_memory(model, config, max_step_tokens=64, means=needs_means(plan),
                          device=DeviceMemory(total_bytes=2**34, free_bytes=2**34))
     return Runner.load(path, model, config, memory, plan=plan, num_stages=num_stages,
                        dca=resolve_positions("auto", model))
@@ -165,6 +166,17 @@ def test_plan_sources(tmp_path: Path) -> None:
     other.write_text(json.dumps(budgets[:2]))
     with pytest.raises(LongspanError, match="2 layers of 4 heads, the model has 3 of 4"):
         resolve_plan(tmp_path, model, EngineConfig(model="m", sparsity_plan=str(other)))
+
+
+@pytest.mark.parametrize("correction", [True, False])
+def test_blocks_have_means_where_the_plan_corrects_with_them(path: Path, correction: bool) -> None:
+    """Else neither their memory nor their computation is spent, and sparse prefill works alike."""
+    plan = dataclasses.replace(
+        SparsityPlan.default(5, 4, vertical=8, slash=16), mean_correction=correction)
+    runner = load(path, 1, plan)
+    assert all((cache.k_mean is not None) == (cache.v_mean is not None) == correction
+               for stage in runner._stages for cache in stage.caches)
+    assert prefill(runner, prompt_of(90), [32, 64], sparse=True).isfinite().all()
 
 
 def test_no_plan(path: Path) -> None:
