@@ -10,6 +10,7 @@ import torch
 from longspan.attention.sparsity import SparsityPlan, needs_means
 from longspan.config import EngineConfig, ModelConfig
 from longspan.console import GIB, percent, show_table
+from longspan.engine.blueprint import plan_in_effect
 from longspan.engine.memory import MemoryPlan, device_memory, plan_memory, workspace_bytes
 from longspan.engine.resolve import (
     may_be_sparse,
@@ -59,8 +60,9 @@ def _model_rows(model: ModelConfig, config: EngineConfig) -> list[tuple[str, str
 def _memory_rows(
     model: ModelConfig, config: EngineConfig, plan: SparsityPlan | None, length: int
 ) -> list[tuple[str, str]]:
-    memory = _plan(model, config, means=_may_be_sparse(model, config, plan)
-                   and needs_means(_budgets(model, plan)))
+    has_dca = resolve_positions(config.positions, model) is not None
+    plan = plan_in_effect(config, model, plan, has_dca=has_dca)
+    memory = _plan(model, config, means=needs_means(plan))
     kv_bytes = length * memory.kv_bytes_per_token
     assert config.prefill_chunk_len is not None
     workspace = workspace_bytes(model, config, min(config.prefill_chunk_len, length))
@@ -88,7 +90,7 @@ def _attention_rows(
         if config.attention == "auto" and _may_be_sparse(model, config, plan):
             mode += f" (sparse above {model.sparse_threshold:,} tokens)"
         return [("attention", mode), ("positions", label)]
-    budget = _budgets(model, plan)
+    budget = plan or SparsityPlan.default(model.num_layers, model.num_heads)
     return [("attention", f"sparse, {budget.mode} selection"), ("positions", label),
             ("density budget", f"{percent(budget_density(budget, length))} of all pairs, about")]
 
@@ -105,10 +107,6 @@ def budget_density(plan: SparsityPlan, length: int) -> float:
     sparse_pairs = body * body / 2 if body <= mean else mean * mean / 2 + (body - mean) * mean
     tail_pairs = tail * (body + tail / 2)
     return min(1.0, (sparse_pairs + tail_pairs) / (length * length / 2))
-
-
-def _budgets(model: ModelConfig, plan: SparsityPlan | None) -> SparsityPlan:
-    return plan or SparsityPlan.default(model.num_layers, model.num_heads)
 
 
 def _plan(model: ModelConfig, config: EngineConfig, *, means: bool) -> MemoryPlan:

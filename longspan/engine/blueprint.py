@@ -63,7 +63,7 @@ class Blueprint:
         model = ModelConfig.from_dir(path)
         dca = resolve_positions(config.positions, model)
         found = resolve_plan(path, model, config)
-        plan = _plan_in_effect(config, model, found, has_dca=dca is not None)
+        plan = plan_in_effect(config, model, found, has_dca=dca is not None)
         memory = _plan_memory(config, replace(model, dca=dca), means=needs_means(plan))
         if plan is not None and plan.mode == "tile":
             check_tiles(dca, block_size=config.block_size, max_model_len=memory.max_model_len)
@@ -113,9 +113,10 @@ def _finite(budget_s: float | None) -> float | None:
     return budget_s if budget_s is not None and math.isfinite(budget_s) else None
 
 
-def _plan_in_effect(
+def plan_in_effect(
     config: EngineConfig, model: ModelConfig, plan: SparsityPlan | None, *, has_dca: bool,
 ) -> SparsityPlan | None:
+    """Budgets of this engine: those found, or the built-in ones; None: it is always dense."""
     if not may_be_sparse(config.attention, has_plan=plan is not None, has_dca=has_dca):
         return None
     return plan or SparsityPlan.default(model.num_layers, model.num_heads)

@@ -11,6 +11,7 @@ from longspan.engine.sampling import SampledTokens
 from longspan.engine.step import ScheduledBatch, StepResult
 
 POLL_S = 2e-4
+"""Between looks at a device, for events cannot be waited for with a limit."""
 
 
 class Stopwatch:

@@ -195,10 +195,11 @@ class Loop:
             self._transport.submit(batch)
 
     def _may_submit(self) -> bool:
-        most, prefills = self._transport.max_in_flight, self._prefills_in_flight
-        if prefills and not self._queues_prefill and self._prefill_rest_s:
+        if self._prefill_rest_s and not self._queues_prefill:
             return False
-        return len(self._in_flight) < most or (most > 1 and not prefills and self._are_short)
+        most = self._transport.max_in_flight
+        return len(self._in_flight) < most or (
+            most > 1 and not self._prefills_in_flight and self._are_short)
 
     @property
     def _prefills_in_flight(self) -> bool:

@@ -145,17 +145,14 @@ class Scheduler:
             self._finish(request, "abort")
             self._updates.append(_update(request, None))
 
-    def schedule(self, in_flight_s: float | None = None) -> ScheduledBatch | None:
+    def schedule(self, in_flight_s: float = 0.0) -> ScheduledBatch | None:
         """Work for the next step, or None when nothing can be computed now.
 
         Args:
-            in_flight_s: until the steps in flight that prefill are computed; they share the budget.
-                Default: what all of them were predicted to take.
+            in_flight_s: predicted time until the steps in flight that prefill are computed; they
+                share the budget.
         """
         self._admit()
-        if in_flight_s is None:
-            in_flight_s = sum(
-                step.batch.expected_s for step in self._in_flight if step.batch.prefills)
         plan = self._planner.plan(
             [request for request in self._running.values() if not request.is_finished],
             in_flight_s)

@@ -190,7 +190,7 @@ def _from_plain(kind: type, value: Any) -> object:
         return items
     if kind is Path:
         return Path(value)
-    raise NotImplementedError(kind.__name__)
+    raise NotImplementedError(kind.__name__)  # as above
 
 
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=_to_plain)

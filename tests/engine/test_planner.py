@@ -209,10 +209,10 @@ def test_steps_in_flight_share_the_budget() -> None:
     machine.add("long", 131_072)
     first = machine.scheduler.schedule()
     assert first is not None and first.expected_s <= (1 - SLACK) * BUDGET_S
-    second = machine.scheduler.schedule()
+    second = machine.scheduler.schedule(first.expected_s)
     expected_s = first.expected_s + (second.expected_s if second else 0.0)
     assert expected_s <= (1 - SLACK) * BUDGET_S
-    assert machine.scheduler.schedule() is None
+    assert machine.scheduler.schedule(expected_s) is None
 
 
 def test_a_unit_is_computed_even_where_it_exceeds_the_budget() -> None:

@@ -74,7 +74,7 @@ def bursts(requests: list[Request], burst_s: float = 1.0) -> list[tuple[int, int
     found = []
     schedule = scheduler.schedule
 
-    def watched(in_flight_s: float | None = None) -> ScheduledBatch | None:
+    def watched(in_flight_s: float = 0.0) -> ScheduledBatch | None:
         batch = schedule(in_flight_s)
         if batch is not None:
             found.append((len(batch.slices), batch.repeats))
