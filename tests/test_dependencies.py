@@ -1,0 +1,74 @@
+"""What is installed without extras suffices for what needs none."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCKED = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {names!r}:
+            raise ModuleNotFoundError("No module named " + name)
+sys.meta_path.insert(0, Missing())
+import {module}
+"""
+
+
+def name_of(requirement: str) -> str:
+    """Of a distribution, as package indexes write it."""
+    found = re.match(r"[A-Za-z0-9._-]+", requirement)
+    assert found is not None
+    return re.sub(r"[-_.]+", "-", found[0]).lower()
+
+
+def closure(requirements: list[str]) -> set[str]:
+    """Names of distributions and of all that they need without extras of their own."""
+    found, left = set[str](), [name_of(line) for line in requirements]
+    while left:
+        name = left.pop()
+        if name in found:
+            continue
+        found.add(name)
+        try:
+            needed = requires(name) or []
+        except PackageNotFoundError:  # for another platform
+            continue
+        left += [name_of(line) for line in needed if "extra ==" not in line]
+    return found
+
+
+def packages_of_extras_alone() -> set[str]:
+    """Packages to import that only extras bring."""
+    project: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [line for lines in project["optional-dependencies"].values() for line in lines
+              if name_of(line) != "longspan"]
+    alone = closure(extras) - closure(project["dependencies"])
+    return {package for package, names in packages_distributions().items()
+            if {name_of(name) for name in names} <= alone}
+
+
+def test_the_list_tells_extras_from_what_is_always_there() -> None:
+    found = packages_of_extras_alone()
+    assert {"fastapi", "zmq", "transformers", "llguidance", "matplotlib"} <= found
+    assert not {"torch", "numpy", "typer", "jinja2", "msgspec", "tokenizers"} & found
+
+
+@pytest.mark.parametrize("module", [
+    "longspan", "longspan.cli", "longspan.demo", "longspan.generate", "longspan.info",
+    "longspan.engine.llm", "longspan.eval.runner", "longspan.bench.cpu", "longspan.bench.ttft",
+    "longspan.bench.ops", "longspan.bench.quality", "longspan.bench.report"])
+def test_imports_without_extras(module: str) -> None:
+    """As after `pip install .`, with which `make demo` begins."""
+    code = BLOCKED.format(names=packages_of_extras_alone(), module=module)
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
