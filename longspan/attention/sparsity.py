@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from longspan.config import read_json
 from longspan.errors import CheckpointError, LongspanError
-from longspan.ops.select import Budget
+from longspan.ops.types import Budget
 
 SCHEMA_VERSION = 1
 SelectionMode = Literal["tile", "paper"]

@@ -21,8 +21,7 @@ from longspan.bench.shapes import Shape
 from longspan.config import DcaConfig
 from longspan.ops import reference
 from longspan.ops import select as eager
-from longspan.ops.select import Budget
-from longspan.ops.types import PagedKV, Selection
+from longspan.ops.types import Budget, PagedKV, Selection
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 """Error ratio, as docs/numerics.md."""

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from longspan.ops import eager_dense, eager_sparse, reference, select
 from longspan.ops.reference import rotate
-from longspan.ops.select import Budget
-from longspan.ops.types import PagedKV, QueryRotary, Selection
+from longspan.ops.types import Budget, PagedKV, QueryRotary, Selection
 
 __all__ = [
     "PagedKV",
@@ -39,12 +38,12 @@ def prefill_attention(
     """See `reference.prefill_attention`."""
     args = (q, cache, block_table, cached_len, rotary, scale)
     if q.is_cuda:
-        from longspan.ops import hopper, hopper_tile, prefill
+        from longspan.ops import hopper, hopper_tile, prefill, splits
 
         context_len = cached_len + q.shape[0]
         if hopper_tile.supports(q, cache, rotary, context_len):
             return hopper.prefill_attention(*args)
-        if prefill.supports(q, cache, rotary, context_len):
+        if splits.supports(q, cache, rotary, context_len):
             return prefill.prefill_attention(*args)
     return eager_dense.prefill_attention(*args)
 
@@ -56,14 +55,14 @@ def sparse_prefill_attention(
     """See `reference.sparse_prefill_attention`."""
     args = (q, cache, block_table, cached_len, rotary, scale, selection, correction)
     if q.is_cuda:
-        from longspan.ops import hopper_sparse, hopper_tile, prefill, vertical_slash
+        from longspan.ops import hopper_sparse, hopper_tile, splits, vertical_slash
 
         context_len = cached_len + q.shape[0]
         whole_tiles = cached_len % cache.k.shape[1] == 0 == q.shape[0] % cache.k.shape[1]
         if (selection.aligned and whole_tiles
                 and hopper_tile.supports(q, cache, rotary, context_len)):
             return hopper_sparse.sparse_prefill_attention(*args)
-        if prefill.supports(q, cache, rotary, context_len):
+        if splits.supports(q, cache, rotary, context_len):
             return vertical_slash.sparse_prefill_attention(*args)
     return eager_sparse.sparse_prefill_attention(*args)
 

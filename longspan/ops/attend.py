@@ -1,8 +1,8 @@
-"""PyTorch's own fused attention with its LSE: the primitive under the eager fast paths.
+"""PyTorch's own fused attention with its LSE, and what the eager fast paths feed it.
 
-Every function takes ``[B, H, T, D]`` tensors in any strides (the last axis contiguous), B being
-requests, heads or query tiles as the caller likes, and returns out [B, H, T, D] and lse [B, H, T],
-ready for `merge`.
+The attention functions take ``[B, H, T, D]`` tensors in any strides (the last axis contiguous), B
+being requests, heads or query tiles as the caller likes, and return out [B, H, T, D] and lse
+[B, H, T], ready for `merge`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,10 @@ import math
 
 import torch
 from torch import Tensor
+
+from longspan.ops.geometry import query_position
+from longspan.ops.reference import rotate
+from longspan.ops.types import PagedKV, QueryRotary
 
 Partial = tuple[Tensor, Tensor]
 _aten = torch.ops.aten
@@ -94,3 +98,24 @@ def _causal_bias(q: Tensor) -> Tensor:
     length = q.shape[2]
     bias = torch.full((length, length), -math.inf, device=q.device)
     return bias.triu_(1)[None, None]
+
+
+def ordered_kv(cache: PagedKV, block_table: Tensor, context_len: int) -> tuple[Tensor, Tensor]:
+    """A request's keys and values in order, two of [S, K, D]: views where its blocks follow one
+    another in the cache, copies otherwise."""
+    block_size = cache.k.shape[1]
+    num_blocks = -(-context_len // block_size)
+    table = block_table[:num_blocks]
+    first = int(table[0])
+    if bool((table[1:] - table[:-1] == 1).all()):
+        k, v = cache.k[first : first + num_blocks], cache.v[first : first + num_blocks]
+    else:
+        k, v = cache.k[table], cache.v[table]
+    return k.flatten(0, 1)[:context_len], v.flatten(0, 1)[:context_len]
+
+
+def rotated_queries(q: Tensor, start: int, zone: int, rotary: QueryRotary) -> Tensor:
+    """Queries at positions start, start + 1, ... rotated for keys of ``zone``. q: [T, H, D]."""
+    positions = torch.arange(start, start + q.shape[0], device=q.device)
+    rows = query_position(positions, zone, rotary.stride, rotary.clamp)
+    return rotate(q, rotary.cos[rows], rotary.sin[rows])

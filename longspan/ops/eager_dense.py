@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longspan.ops.attend import Partial, attend, merge
+from longspan.ops.attend import Partial, attend, merge, ordered_kv, rotated_queries
 from longspan.ops.geometry import INTER, INTRA, Span, query_position, segments, spans
 from longspan.ops.reference import rotate
 from longspan.ops.types import PagedKV, QueryRotary
@@ -45,7 +45,8 @@ def decode_attention(
     for zone in range(last_zone + 1):
         rows = query_position(context_lens - 1, zone, rotary.stride, rotary.clamp)
         # requests without keys in the zone may lie beyond the tables; theirs are not used
-        zones.append(_rotated(q, rows.clamp(max=rotary.cos.shape[0] - 1), rotary))
+        rows = rows.clamp(max=rotary.cos.shape[0] - 1)
+        zones.append(rotate(q, rotary.cos[rows], rotary.sin[rows]))
     parts = []
     for row, (length, scale) in enumerate(zip(lengths, scales.tolist(), strict=True)):
         k, v = ordered_kv(cache, block_tables[row], length)
@@ -55,30 +56,6 @@ def decode_attention(
             for span in spans(length - 1, length, rotary.stride)]))
     return (torch.cat([out.permute(1, 0, 2) for out, _ in parts]).contiguous(),
             torch.cat([lse.T for _, lse in parts]).contiguous())
-
-
-def ordered_kv(cache: PagedKV, block_table: Tensor, context_len: int) -> tuple[Tensor, Tensor]:
-    """A request's keys and values in order, two of [S, K, D]: views where its blocks follow one
-    another in the cache, copies otherwise."""
-    block_size = cache.k.shape[1]
-    num_blocks = -(-context_len // block_size)
-    table = block_table[:num_blocks]
-    first = int(table[0])
-    if bool((table[1:] - table[:-1] == 1).all()):
-        k, v = cache.k[first : first + num_blocks], cache.v[first : first + num_blocks]
-    else:
-        k, v = cache.k[table], cache.v[table]
-    return k.flatten(0, 1)[:context_len], v.flatten(0, 1)[:context_len]
-
-
-def rotated_queries(q: Tensor, start: int, zone: int, rotary: QueryRotary) -> Tensor:
-    """Queries at positions start, start + 1, ... rotated for keys of ``zone``. q: [T, H, D]."""
-    positions = torch.arange(start, start + q.shape[0], device=q.device)
-    return _rotated(q, query_position(positions, zone, rotary.stride, rotary.clamp), rotary)
-
-
-def _rotated(q: Tensor, rows: Tensor, rotary: QueryRotary) -> Tensor:
-    return rotate(q, rotary.cos[rows], rotary.sin[rows])
 
 
 def _span_parts(

@@ -12,8 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from longspan.ops.attend import scores_fp32
-from longspan.ops.eager_dense import ordered_kv, rotated_queries
+from longspan.ops.attend import ordered_kv, rotated_queries, scores_fp32
 from longspan.ops.geometry import segments, spans
 from longspan.ops.types import PagedKV, QueryRotary, Selection
 

@@ -17,8 +17,14 @@ import math
 import torch
 from torch import Tensor
 
-from longspan.ops.attend import Partial, attend, attend_biased, merge
-from longspan.ops.eager_dense import ordered_kv, rotated_queries
+from longspan.ops.attend import (
+    Partial,
+    attend,
+    attend_biased,
+    merge,
+    ordered_kv,
+    rotated_queries,
+)
 from longspan.ops.eager_gather import gathered_attention
 from longspan.ops.geometry import INTRA, segments, spans
 from longspan.ops.types import PagedKV, QueryRotary, Selection

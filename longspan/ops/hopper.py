@@ -23,8 +23,8 @@ from longspan.ops.hopper_tile import (
     step,
     zone_of,
 )
-from longspan.ops.prefill import merge_splits, num_sms, num_splits
 from longspan.ops.rotary import rotated_query_variants
+from longspan.ops.splits import merge_splits, num_sms, num_splits
 from longspan.ops.types import PagedKV, QueryRotary
 
 

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from longspan.ops.hopper_tile import TILE_LEN, is_hopper, key_tiles, query_halves
-from longspan.ops.prefill import num_sms
+from longspan.ops.splits import num_sms
 
 HALF_LEN = 64
 MAX_BLOCKS = 7

@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from longspan.ops import prefill
+from longspan.ops import splits
 from longspan.ops.types import PagedKV, QueryRotary
 
 TILE_LEN = 128
@@ -48,7 +48,7 @@ def supports(q: Tensor, cache: PagedKV, rotary: QueryRotary, context_len: int) -
     """Whether these kernels can compute such a call: what the portable ones can, on Hopper, with
     head dim and tiles of 128."""
     return (is_hopper(q.device) and q.shape[2] == TILE_LEN == cache.k.shape[1]
-            and prefill.supports(q, cache, rotary, context_len))
+            and splits.supports(q, cache, rotary, context_len))
 
 
 def key_tiles(x: Tensor) -> TensorDescriptor:

@@ -19,49 +19,15 @@ over the whole row; report sections 5.1 and 5.4):
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from longspan.ops.attend import scores_fp32
-from longspan.ops.eager_dense import ordered_kv
+from longspan.ops.attend import ordered_kv, scores_fp32
 from longspan.ops.geometry import continuous_query_position, spans
+from longspan.ops.probes import PAPER_TILE_LEN, Probe, place_probes
 from longspan.ops.reference import rotate
-from longspan.ops.types import PagedKV, QueryRotary, Selection
-
-PAPER_TILE_LEN = 64
-
-
-class Budget(NamedTuple):
-    """How much each head may keep, and how the pattern is estimated."""
-
-    vertical: tuple[int, ...]
-    """Columns for each head."""
-    slash: tuple[int, ...]
-    """Diagonals for each head, tokens; in tile mode ceil(slash / tile_len) tile diagonals."""
-    mode: str
-    """``paper`` or ``tile``."""
-    probe_last: int
-    """Probe queries at the end of the segment; in tile mode spread over its last tile."""
-    probe_strided: int
-    """Probe queries spread over the segment (tile mode)."""
-    sink: int
-    """First columns, always kept."""
-    local: int
-    """Most recent diagonals, always kept, tokens."""
-
-
-class Probe(NamedTuple):
-    """Rows at positions first, first + step, ...: their place in a segment."""
-
-    first: int
-    step: int
-    num_rows: int
-
-    def positions(self, device: torch.device) -> Tensor:
-        """[rows] int64"""
-        return self.first + self.step * torch.arange(self.num_rows, device=device)
+from longspan.ops.types import Budget, PagedKV, QueryRotary, Selection
 
 
 def select_vertical_slash(
@@ -90,23 +56,6 @@ def select_vertical_slash(
     return Selection(pad(columns, batch_first=True, padding_value=-1),
                      pad(offsets, batch_first=True, padding_value=tile_len), tile_len,
                      aligned=budget.mode == "tile")
-
-
-def place_probes(start: int, num_queries: int, tile_len: int, budget: Budget) -> list[Probe]:
-    """The last rows and, in tile mode, the strided ones. Both are spread over the places of a tile
-    as evenly as their number and the segment allow."""
-    last, step = min(budget.probe_last, num_queries), 1
-    if budget.mode == "tile" and last * (tile_len // last) <= num_queries:
-        step = max(1, tile_len // last)
-    rest = num_queries - 1 - step * (last - 1)
-    probes = [Probe(start + rest, step, last)]
-    strided = min(budget.probe_strided, rest) if budget.mode == "tile" else 0
-    if strided > 0:
-        step, apart = rest // strided, max(1, tile_len // strided)
-        if step > tile_len:  # else neighbouring rows would often stand at the same place
-            step -= (step + apart) % tile_len
-        probes.append(Probe(start + (rest - step * (strided - 1)) // 2, step, strided))
-    return probes
 
 
 def probe_mass(

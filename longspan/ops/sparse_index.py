@@ -22,9 +22,9 @@ import triton
 from torch import Tensor
 
 from longspan.ops import probe, probe_keys, threshold
-from longspan.ops.prefill import num_sms
-from longspan.ops.select import PAPER_TILE_LEN, Budget, Probe, place_probes
-from longspan.ops.types import PagedKV, QueryRotary, Selection
+from longspan.ops.probes import PAPER_TILE_LEN, Probe, place_probes
+from longspan.ops.splits import num_sms
+from longspan.ops.types import Budget, PagedKV, QueryRotary, Selection
 
 WORKSPACE_BYTES = 56 << 20
 """For masses of key tiles, then for sums of columns."""

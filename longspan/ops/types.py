@@ -58,3 +58,22 @@ class Selection(NamedTuple):
     """Query tiles lie at absolute multiples of tile_len (``tile`` mode)."""
     max_columns: tuple[int, ...] | None = None
     """Most columns of each head, known to the host without a sync; None: V for every head."""
+
+
+class Budget(NamedTuple):
+    """How much each head may keep, and how the pattern is estimated."""
+
+    vertical: tuple[int, ...]
+    """Columns for each head."""
+    slash: tuple[int, ...]
+    """Diagonals for each head, tokens; in tile mode ceil(slash / tile_len) tile diagonals."""
+    mode: str
+    """``paper`` or ``tile``."""
+    probe_last: int
+    """Probe queries at the end of the segment; in tile mode spread over its last tile."""
+    probe_strided: int
+    """Probe queries spread over the segment (tile mode)."""
+    sink: int
+    """First columns, always kept."""
+    local: int
+    """Most recent diagonals, always kept, tokens."""

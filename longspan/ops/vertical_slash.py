@@ -15,10 +15,10 @@ from torch import Tensor
 
 from longspan.ops.geometry import INTER, segments
 from longspan.ops.paper_slash import launch_paper_segment
-from longspan.ops.prefill import launch_options
 from longspan.ops.rotary import rotated_query_variants
 from longspan.ops.softmax_tile import add_tile, finish, scores_of
 from longspan.ops.sparse_work import SparseWork, prepare
+from longspan.ops.splits import launch_options
 from longspan.ops.types import PagedKV, QueryRotary, Selection
 
 _KEYS = 64  # at once: three loops and their biases leave no registers for more
@@ -28,7 +28,7 @@ def sparse_prefill_attention(
     q: Tensor, cache: PagedKV, block_table: Tensor, cached_len: int, rotary: QueryRotary,
     scale: float, selection: Selection, correction: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.sparse_prefill_attention`, for what `prefill.supports`. No host sync.
+    """See `reference.sparse_prefill_attention`, for what `splits.supports`. No host sync.
 
     One launch for the queries, then for each DCA chunk that they touch five to prepare (see
     `sparse_work`) and one to attend.

@@ -10,8 +10,8 @@ import torch
 from longspan.attention.rope import build_rotary
 from longspan.config import DcaConfig
 from longspan.ops import eager_dense, eager_sparse, reference
-from longspan.ops.select import Budget, select_vertical_slash
-from longspan.ops.types import PagedKV, QueryRotary
+from longspan.ops.select import select_vertical_slash
+from longspan.ops.types import Budget, PagedKV, QueryRotary
 
 pytestmark = pytest.mark.gpu
 

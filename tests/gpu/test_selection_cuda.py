@@ -9,8 +9,8 @@ from torch import Tensor
 from longspan.attention.rope import build_rotary
 from longspan.config import DcaConfig
 from longspan.ops import select
-from longspan.ops.select import PAPER_TILE_LEN, Budget
-from longspan.ops.types import PagedKV, QueryRotary, Selection
+from longspan.ops.probes import PAPER_TILE_LEN, place_probes
+from longspan.ops.types import Budget, PagedKV, QueryRotary, Selection
 from tests.gpu.syncs import no_syncs
 
 pytestmark = pytest.mark.gpu
@@ -88,7 +88,7 @@ def test_keeps_as_much_mass_as_the_specification(
     args = q, cache, table, start, rotary, SCALE, limits
     ours, theirs = select_on_device(*args), select.select_vertical_slash(*args)
     assert ours.columns.shape == theirs.columns.shape and ours.tile_len == theirs.tile_len
-    probes = select.place_probes(start, new, BLOCK, limits)
+    probes = place_probes(start, new, BLOCK, limits)
     for head in (0, 6, 7, 27):
         columns = ours.columns[head]
         columns = columns[columns >= 0]

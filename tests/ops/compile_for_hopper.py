@@ -21,7 +21,7 @@ from longspan.attention.layer import allocate_cache
 from longspan.attention.rope import build_rotary
 from longspan.config import DcaConfig
 from longspan.ops import decode, prefill, sparse_index, threshold
-from longspan.ops.select import Budget
+from longspan.ops.types import Budget
 
 SHARED_BYTES, NUM_SMS = 232_448, 132
 HEADS, KV_HEADS, DIM, BLOCK = 14, 2, 128, 128

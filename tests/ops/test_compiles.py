@@ -9,7 +9,7 @@ from pathlib import Path
 
 KERNELS = {
     "hopper": "_dense_kernel", "hopper_sparse": "_sparse_kernel", "hopper_probe": "_mass_kernel",
-    "prefill": "_dense_kernel _merge_kernel", "vertical_slash": "_tile_kernel",
+    "prefill": "_dense_kernel", "splits": "_merge_kernel", "vertical_slash": "_tile_kernel",
     "paper_slash": "_cover_kernel _paper_kernel", "rotary": "_rotate_kernel",
     "sparse_work": "_index_kernel _plan_kernel _gather_columns_kernel _gather_means_kernel",
     "probe": "rotate_probes tile_masses combine_logs diagonal_masses free_masses",

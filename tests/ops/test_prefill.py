@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from longspan.ops import prefill, reference
+from longspan.ops.splits import num_splits, supports
 from longspan.ops.types import PagedKV
 from tests.conftest import assert_close
 from tests.ops import oracle
@@ -100,7 +101,7 @@ def test_large_scores_stay_finite(kernel_device: str) -> None:
     (7168, 8192, 1),  # a whole prefill chunk
 ])
 def test_splits_fill_the_device(num_items: int, key_tiles: int, expected: int) -> None:
-    assert prefill.num_splits(num_items, key_tiles, 132) == expected
+    assert num_splits(num_items, key_tiles, 132) == expected
 
 
 def test_supports() -> None:
@@ -110,7 +111,7 @@ def test_supports() -> None:
         q = SimpleNamespace(shape=(1, 1, head_dim), dtype=dtype, is_cuda=is_cuda,
                             stride=lambda axis: 1)
         cache = PagedKV(*(torch.zeros(1, block, 1, head_dim, dtype=dtype) for _ in range(2)))
-        return prefill.supports(q, cache, rotary, 5000)  # type: ignore[arg-type]
+        return supports(q, cache, rotary, 5000)  # type: ignore[arg-type]
 
     assert answer() and answer(torch.float16) and answer(head_dim=64)
     assert answer(stride=5001) and not answer(stride=1000)  # never reached; no multiple

@@ -10,14 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longspan.ops.select import (
-    PAPER_TILE_LEN,
-    Budget,
-    coalesce_windows,
-    place_probes,
-    select_vertical_slash,
-)
-from longspan.ops.types import Selection
+from longspan.ops.probes import PAPER_TILE_LEN, place_probes
+from longspan.ops.select import coalesce_windows, select_vertical_slash
+from longspan.ops.types import Budget, Selection
 from tests.ops import oracle
 from tests.ops.oracle import Case, Positions
 

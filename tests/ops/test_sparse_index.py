@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from longspan.ops import reference, select, sparse_index, threshold
-from longspan.ops.select import Budget
-from longspan.ops.types import Selection
+from longspan.ops.probes import Probe, place_probes
+from longspan.ops.types import Budget, Selection
 from tests.ops import oracle
 from tests.ops.oracle import Case, Positions
 
@@ -41,7 +41,7 @@ def entries(rows: Tensor, padding: int) -> list[list[int]]:
 
 def massless(selection: Selection, start: int, length: int, limits: Budget) -> Tensor:
     """[H, S] keys that each probe row sees through a window or not at all."""
-    probes = select.place_probes(start, length - start, selection.tile_len, limits)
+    probes = place_probes(start, length - start, selection.tile_len, limits)
     rows = torch.cat([probe.positions(torch.device("cpu")) for probe in probes])
     queries = torch.arange(start, length)
     windows = selection._replace(columns=selection.columns[:, :0].cpu(),
@@ -152,7 +152,7 @@ def test_bf16_keeps_the_mass(kernel_device: str) -> None:
         pairs = reference.kept_pairs(selection, torch.arange(start, 299), 299)
         kept.append([])
         for head in range(4):
-            probe = select.Probe(start, 1, 11)
+            probe = Probe(start, 1, 11)
             mass = select.probe_mass(
                 case.q[start:, head], keys, probe, start, case.rotary, case.scale)
             kept[-1].append(float((mass.cpu() * pairs[head].cpu()).sum()))
