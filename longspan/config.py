@@ -21,6 +21,9 @@ PositionMode = Literal["auto", "rope", "dca", "dca+yarn"]
 MAX_THREADS = 1024
 """Of the tensor library, which breaks down when it cannot have as many as it was promised."""
 SUPPORTED_ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
+ROPE_KEYS = ("rope_type", "type", "rope_theta", "original_max_position_embeddings")
+"""Keys of `rope_parameters` that unscaled RoPE may have."""
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,18 +96,14 @@ class ModelConfig:
         """Read a Hugging Face config. Raises `CheckpointError` naming what is not supported."""
         if not isinstance(raw, Mapping):
             raise CheckpointError(f"{source}: a JSON object is needed, not {type(raw).__name__}")
-        architecture = _architecture(raw, source)
-        _refuse_unsupported(raw, architecture, source)
         need = _Reader(raw, source)
+        architecture = _architecture(raw, source)
+        _refuse_unsupported(need, architecture)
         hidden_size, num_heads = need.integer("hidden_size"), need.integer("num_attention_heads")
         num_layers = need.integer("num_hidden_layers")
         # transformers' defaults: Qwen3's head_dim does not follow the model dim
         default_head_dim = 128 if architecture == "Qwen3ForCausalLM" else hidden_size // num_heads
-        dca_raw = raw.get("dual_chunk_attention_config") or {}
-        if not isinstance(dca_raw, Mapping):
-            raise CheckpointError(f"{source}: dual_chunk_attention_config is {dca_raw!r}, a JSON "
-                                  "object is needed")
-        dca_need = _Reader(dca_raw, f"{source}: dual_chunk_attention_config")
+        dca_need = need.block("dual_chunk_attention_config")
         return cls(
             architecture=architecture,
             vocab_size=need.integer("vocab_size"),
@@ -115,14 +114,14 @@ class ModelConfig:
             num_kv_heads=need.integer("num_key_value_heads", num_heads),
             head_dim=need.integer("head_dim", default_head_dim),
             rms_norm_eps=need.number("rms_norm_eps", 1e-6),
-            rope_theta=_rope_theta(raw, source),
+            rope_theta=_rope_theta(need),
             max_position_embeddings=need.integer("max_position_embeddings"),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            tie_word_embeddings=need.boolean("tie_word_embeddings"),
             attention_bias=architecture.startswith("Qwen2"),
             qk_norm=architecture.startswith("Qwen3"),
             dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"),
             dca=_dca(dca_need),
-            sparse_budgets=_released_budgets(dca_raw, num_layers, source),
+            sparse_budgets=_released_budgets(dca_need.raw, num_layers, source),
             sparse_threshold=int(dca_need.number("sparse_attention_threshold", 32_768)),
             sparse_probe_len=dca_need.integer("sparse_attention_last_q", 64),
         )
@@ -130,6 +129,11 @@ class ModelConfig:
     @classmethod
     def from_dir(cls, path: Path) -> ModelConfig:
         """Read ``config.json`` and, beside it, ``sparse_attention_config.json`` where present."""
+        adapter = next((name for name in ADAPTER_FILES if (path / name).is_file()), None)
+        if adapter is not None:
+            raise CheckpointError(
+                f"{path}: holds an adapter ({adapter}), which is not applied; merge it into its "
+                "base model with peft's merge_and_unload, or move it away to run the base alone")
         file = path / "config.json"
         if not file.is_file():
             raise CheckpointError(
@@ -201,6 +205,10 @@ class EngineConfig:
         for name in ("max_model_len", "prefill_chunk_len", "max_num_requests", "block_size",
                      "num_threads", "memory_gib", "step_budget_s"):
             value = getattr(self, name)
+            kind = (int, float) if name in ("memory_gib", "step_budget_s") else int
+            if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+                raise LongspanError(f"{name} is {value!r}, "
+                                    f"{'an integer' if kind is int else 'a number'} is needed")
             if value is not None and not value > 0:  # nan too
                 raise LongspanError(f"{name} must be positive, not {value}")
         if self.num_threads is not None and self.num_threads > MAX_THREADS:
@@ -240,7 +248,7 @@ def read_json(file: Path) -> Any:
 
 
 class _Reader:
-    """Reads numbers and names the file when one is missing or not a number."""
+    """Reads values of a JSON object; errors name the file, the key and the value."""
 
     def __init__(self, raw: Mapping[str, Any], source: str) -> None:
         self.raw, self.source = raw, source
@@ -249,22 +257,42 @@ class _Reader:
         """A positive integer; absent and null mean the default."""
         value = self.raw.get(key)
         value = default if value is None else value
-        if not isinstance(value, int) or value <= 0:
-            raise CheckpointError(
-                f"{self.source}: {key} is {value!r}, a positive integer is needed")
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            raise self.wrong(key, "a positive integer")
         return value
 
     def number(self, key: str, default: float) -> float:
-        """A number that is not negative; absent and null mean the default."""
+        """A finite number that is not negative; absent and null mean the default."""
         value = self.raw.get(key)
         value = default if value is None else value
-        if not isinstance(value, (int, float)) or value < 0:
-            raise CheckpointError(f"{self.source}: {key} is {value!r}, a number >= 0 is needed")
-        return value
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not 0 <= value < math.inf:
+            raise self.wrong(key, "a number >= 0")
+        return float(value)
+
+    def boolean(self, key: str) -> bool:
+        """True or false; absent and null mean false."""
+        value = self.raw.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise self.wrong(key, "true or false")
+        return bool(value)
+
+    def block(self, key: str) -> _Reader:
+        """The JSON object under a key; absent and null mean an empty one."""
+        value = self.raw.get(key)
+        if value is not None and not isinstance(value, Mapping):
+            raise self.wrong(key, "a JSON object")
+        return _Reader(value or {}, f"{self.source}: {key}")
+
+    def wrong(self, key: str, needed: str) -> CheckpointError:
+        """The error that names a key and its value."""
+        return CheckpointError(f"{self.source}: {key} is {self.raw.get(key)!r}, {needed} is needed")
 
 
 def _architecture(raw: Mapping[str, Any], source: str) -> str:
     names = raw.get("architectures") or []
+    if not isinstance(names, list):
+        raise CheckpointError(f"{source}: architectures is {names!r}, a list of names is needed")
     for name in names:
         if name in SUPPORTED_ARCHITECTURES:
             return str(name)
@@ -274,31 +302,56 @@ def _architecture(raw: Mapping[str, Any], source: str) -> str:
     )
 
 
-def _refuse_unsupported(raw: Mapping[str, Any], architecture: str, source: str) -> None:
-    if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or ()):
+def _refuse_unsupported(need: _Reader, architecture: str) -> None:
+    raw, source = need.raw, need.source
+    kinds = raw.get("layer_types") or []
+    if not isinstance(kinds, list):
+        raise need.wrong("layer_types", "a list of names")
+    others = [kind for kind in kinds if kind != "full_attention"]
+    if need.boolean("use_sliding_window") or "sliding_attention" in others:
         raise CheckpointError(f"{source}: sliding window attention is not supported")
+    if others:
+        raise CheckpointError(f"{source}: layer_types names {others[0]!r}, which is not supported")
     if architecture.startswith("Qwen3") and raw.get("attention_bias"):
         raise CheckpointError(f"{source}: attention_bias is true, not supported for {architecture}")
-    if raw.get("quantization_config"):
+    if raw.get("quantization_config") or raw.get("compression_config"):
         raise CheckpointError(
             f"{source}: quantised weights are not supported; use the bf16 checkpoint")
     activation = raw.get("hidden_act", "silu")
     if activation != "silu":
         raise CheckpointError(f"{source}: hidden_act {activation!r} is not supported, only silu")
-    scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind != "default" and not raw.get("dual_chunk_attention_config"):
-        raise CheckpointError(
-            f"{source}: rope_scaling of type {kind!r} is not supported; remove it, or add a "
-            "dual_chunk_attention_config for lengths beyond the trained one"
-        )
 
 
-def _rope_theta(raw: Mapping[str, Any], source: str) -> float:
-    """At the top level until transformers 4, inside ``rope_parameters`` since transformers 5."""
-    parameters = raw.get("rope_parameters") or {}
-    holder = parameters if raw.get("rope_theta") is None else raw
-    return float(_Reader(holder, source).number("rope_theta", 10_000.0))
+def _rope_theta(need: _Reader) -> float:
+    """The rotary base, and nothing else of RoPE: whatever else a checkpoint asks for is refused.
+
+    transformers 4 states it at the top level and prefers it there; transformers 5 states and
+    prefers it inside ``rope_parameters``. Where both stand, they must agree.
+    """
+    blocks = [need.block(key) for key in ("rope_parameters", "rope_scaling")]
+    for block in blocks:
+        _refuse_scaling(block)
+    holders = [holder for holder in (need, *blocks) if holder.raw.get("rope_theta") is not None]
+    stated = [holder.number("rope_theta", 10_000.0) for holder in holders or [need]]
+    if len(set(stated)) > 1:
+        places = " and ".join(f"{value:g} in {holder.source}"
+                              for holder, value in zip(holders, stated, strict=True))
+        raise CheckpointError(f"rope_theta is {places}; correct config.json so that they agree")
+    if not stated[0]:
+        raise holders[0].wrong("rope_theta", "a number > 0")
+    return stated[0]
+
+
+def _refuse_scaling(block: _Reader) -> None:
+    """Beside a DCA config too: engines disagree on whether such a checkpoint is scaled."""
+    for kind in (block.raw.get("rope_type"), block.raw.get("type")):
+        if kind not in (None, "default"):
+            raise CheckpointError(
+                f"{block.source} of type {kind!r} is not supported; remove it, and for lengths "
+                "beyond the trained one add a dual_chunk_attention_config")
+    for key in block.raw:
+        if key not in ROPE_KEYS:
+            raise CheckpointError(f"{block.source}: {key} is not supported")
 
 
 def _dca(need: _Reader) -> DcaConfig | None:

@@ -184,10 +184,36 @@ def test_released_budget_files(tmp_path, name, raw):
     assert all(set(layer) == set(map(str, range(heads))) for layer in config.sparse_budgets)
 
 
-def test_dca_may_come_with_yarn_scaling():
-    """With a DCA config the engines ignore rope_scaling; only YaRN's temperature is used."""
-    raw = small(rope_scaling={"type": "yarn", "factor": 4.0})
+@pytest.mark.parametrize("dca", [RELEASED_DCA, None], ids=["dca", "plain"])
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "llama3", "longrope"])
+@pytest.mark.parametrize(("block", "key"), [
+    ("rope_scaling", "type"), ("rope_scaling", "rope_type"), ("rope_parameters", "rope_type")])
+def test_scaled_rope_is_refused(dca, kind, block, key):
+    """Beside DCA too: some engines ignore it there, transformers does not."""
+    raw = small(dual_chunk_attention_config=dca) | {block: {key: kind, "factor": 4.0}}
+    with pytest.raises(CheckpointError, match=f"{block} of type '{kind}' is not supported; remove"):
+        ModelConfig.from_hf(raw)
+
+
+@pytest.mark.parametrize("block", ["rope_parameters", "rope_scaling"])
+def test_two_bases_must_agree(block):
+    raw = small() | {block: {"rope_type": "default", "rope_theta": 1e7}}
     assert ModelConfig.from_hf(raw).rope_theta == 1e7
+    raw[block]["rope_theta"] = 5e5
+    with pytest.raises(CheckpointError, match=f"rope_theta is 1e\\+07 in config.json and 500000 in "
+                                              f"config.json: {block}; correct config.json"):
+        ModelConfig.from_hf(raw)
+
+
+@pytest.mark.parametrize("name", [
+    "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
+@pytest.mark.parametrize("has_base", [True, False])
+def test_an_adapter_is_refused(tmp_path, name, has_base):
+    if has_base:
+        write(tmp_path, small())
+    (tmp_path / name).write_bytes(b"{}")
+    with pytest.raises(CheckpointError, match=f"holds an adapter .{name}., which is not applied"):
+        ModelConfig.from_dir(tmp_path)
 
 
 REFUSED = [
@@ -197,9 +223,21 @@ REFUSED = [
     (small(layer_types=["full_attention", "sliding_attention"]), "sliding window"),
     (small(quantization_config={"quant_method": "awq"}), "quantised weights"),
     (small(hidden_act="gelu"), "hidden_act 'gelu'"),
-    (small(rope_scaling={"type": "yarn"}, dual_chunk_attention_config=None), "type 'yarn'"),
-    (small(rope_parameters={"rope_type": "llama3"}, dual_chunk_attention_config=None),
-     "type 'llama3'"),
+    (small(layer_types=["linear_attention"] * 2), "layer_types names 'linear_attention'"),
+    (small(layer_types=5), "layer_types is 5, a list of names is needed"),
+    (small(compression_config={"format": "pack-quantized"}), "quantised weights"),
+    (small(rope_scaling="yarn"), "rope_scaling is 'yarn', a JSON object is needed"),
+    (small(rope_parameters=[1]), "rope_parameters is [1], a JSON object is needed"),
+    (small(rope_parameters={"full_attention": {"rope_theta": 1e6}}),
+     "rope_parameters: full_attention is not supported"),
+    (small(rope_scaling={"factor": 4.0}), "rope_scaling: factor is not supported"),
+    (small(rope_theta=0), "rope_theta is 0, a number > 0 is needed"),
+    (small(rope_theta=True), "rope_theta is True, a number >= 0"),
+    (small(rope_theta=float("nan")), "rope_theta is nan"),
+    (small(rms_norm_eps=float("inf")), "rms_norm_eps is inf"),
+    (small(vocab_size=True), "vocab_size is True, a positive integer"),
+    (small(tie_word_embeddings="false"), "tie_word_embeddings is 'false', true or false"),
+    (small(architectures="Qwen2ForCausalLM"), "architectures is 'Qwen2ForCausalLM', a list"),
     (small(hidden_size=None), "hidden_size is None, a positive integer is needed"),
     (small(num_hidden_layers="28"), "num_hidden_layers is '28', a positive integer is needed"),
     (small(num_key_value_heads=3), "28 is not a multiple of num_key_value_heads 3"),
@@ -246,6 +284,8 @@ def test_engine_config_refuses_what_is_not_positive(field, value):
 
 
 @pytest.mark.parametrize(("field", "value", "text"), [
+    ("max_model_len", 1.5, "max_model_len is 1.5, an integer is needed"),
+    ("memory_gib", "8", "memory_gib is '8', a number is needed"),
     ("attention", "flash", "attention 'flash' is not one of auto, dense, sparse"),
     ("positions", "alibi", "positions 'alibi' is not one of auto, rope, dca, dca\\+yarn"),
     ("memory_gib", float("inf"), "memory_gib must be finite"),
