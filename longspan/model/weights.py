@@ -1,8 +1,8 @@
 """From a checkpoint on disk or on the hub to a filled model.
 
-Files are memory-mapped and copied tensor by tensor into the model's own storage, so that peak
-memory is one model and one tensor. Every tensor of the checkpoint is accounted for: missing,
-wrongly shaped and unknown ones are errors, before the first byte is copied.
+Each file is read once, tensor by tensor, into the model's own storage, so that peak memory is one
+model and one tensor. Every tensor of the checkpoint is accounted for: missing, wrongly shaped and
+unknown ones are errors, before the first byte is copied.
 Format: safetensors (8 bytes of header length, a JSON header, then the data).
 """
 
@@ -11,11 +11,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import files as package_files
+from itertools import groupby, pairwise
+from math import prod
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +31,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-FLOAT_TYPES = ("F32", "F16", "BF16")
+FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 MAX_HEADER_BYTES = 100_000_000
 
 
@@ -42,7 +45,9 @@ class StoredTensor:
     dtype: str
     """Name in the format, such as ``BF16``."""
     start: int
-    """First byte in the file's data section."""
+    """First byte in the file."""
+    stop: int
+    """Byte behind the last one."""
 
 
 def resolve_checkpoint(name: str) -> Path:
@@ -75,9 +80,8 @@ def load_weights(model: CausalLM, path: Path) -> None:
     stored = _stored_tensors(path)
     targets = _targets(model)
     _check(stored, targets, model.config, path)
-    # In the order of the disk: files are read once, forwards.
-    for name in sorted(targets, key=lambda name: (stored[name].file, stored[name].start)):
-        targets[name].copy_(_read(stored[name].file, name))
+    for name, tensor in _read({name: stored[name] for name in targets}):
+        targets[name].copy_(tensor)
 
 
 def random_weights(model: CausalLM, seed: int) -> None:
@@ -156,8 +160,13 @@ def _indexed_tensors(path: Path) -> dict[str, StoredTensor]:
         )
     stored: dict[str, StoredTensor] = {}
     for shard in shards:
-        stored |= _read_header(path / shard)
-    lost = [name for name in places if name not in stored]
+        found = _read_header(path / shard)
+        twice = next((name for name in found if name in stored), None)
+        if twice is not None:
+            raise CheckpointError(f"{path / shard}: {twice} is in {stored[twice].file.name} too; "
+                                  "these shards do not belong together, fetch them again")
+        stored |= found
+    lost = [name for name in places if name not in stored or stored[name].file.name != places[name]]
     if lost:
         raise CheckpointError(
             f"{path / places[lost[0]]}: {len(lost)} tensors named in {INDEX_FILE} are missing, the "
@@ -175,21 +184,39 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
         if prefix == b"version ":
             raise CheckpointError(f"{file}: a git-lfs pointer, not the weights; run `git lfs pull`")
         if size < 8 or header_len > MAX_HEADER_BYTES:
-            raise CheckpointError(f"{file}: corrupt safetensors header; fetch the file again")
+            raise _corrupt(file)
         text = stream.read(header_len)
+    first = 8 + header_len
     if len(text) < header_len:
-        raise _truncated(file, size, 8 + header_len)
+        raise _truncated(file, size, first)
     try:
-        header = json.loads(text)
+        header = json.loads(text, object_pairs_hook=_unique)
         header.pop("__metadata__", None)
-        stored = {name: _stored(file, entry) for name, entry in header.items()}
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        stored = {name: _stored(file, entry, first) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        raise CheckpointError(
-            f"{file}: corrupt safetensors header; fetch the file again") from None
-    if size < 8 + header_len + end:
-        raise _truncated(file, size, 8 + header_len + end)
+        raise _corrupt(file) from None
+    places = sorted((entry.start, entry.stop) for entry in stored.values())
+    end = max((stop for _, stop in places), default=first)
+    if size < end:
+        raise _truncated(file, size, end)
+    # The format leaves no gap, so that no byte is read twice or not at all.
+    edges = [(first, first), *places, (size, size)]
+    if any(start > stop for start, stop in places) or any(
+            one[1] != other[0] for one, other in pairwise(edges)):
+        raise _corrupt(file)
     return stored
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; raises `ValueError` where a key stands twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice")
+    return found
+
+
+def _corrupt(file: Path) -> CheckpointError:
+    return CheckpointError(f"{file}: corrupt safetensors header; fetch the file again")
 
 
 def _truncated(file: Path, size: int, expected: int) -> CheckpointError:
@@ -197,10 +224,11 @@ def _truncated(file: Path, size: int, expected: int) -> CheckpointError:
         f"{file}: truncated, {size:,} of {expected:,} bytes; fetch the file again")
 
 
-def _stored(file: Path, entry: Mapping[str, Any]) -> StoredTensor:
-    shape = tuple(int(n) for n in entry["shape"])
-    return StoredTensor(
-        file=file, shape=shape, dtype=str(entry["dtype"]), start=int(entry["data_offsets"][0]))
+def _stored(file: Path, entry: Mapping[str, Any], first: int) -> StoredTensor:
+    """``first``: where the file's data begins."""
+    start, stop = (first + int(n) for n in entry["data_offsets"])
+    return StoredTensor(file=file, shape=tuple(int(n) for n in entry["shape"]),
+                        dtype=str(entry["dtype"]), start=start, stop=stop)
 
 
 def _targets(model: CausalLM) -> dict[str, Tensor]:
@@ -256,7 +284,24 @@ def _check(
                 f"{entry.file}: {name} is stored as {entry.dtype}; only {', '.join(FLOAT_TYPES)} "
                 "are supported, use an unquantised checkpoint"
             )
+        if entry.stop - entry.start != prod(entry.shape) * FLOAT_TYPES[entry.dtype].itemsize:
+            raise _corrupt(entry.file)
     _refuse_unknown(stored, targets, config)
+    if config.tie_word_embeddings and EMBEDDING in targets and HEAD in stored:
+        _check_tied(stored)
+
+
+def _check_tied(stored: Mapping[str, StoredTensor]) -> None:
+    """transformers 4 would ignore a head of its own, transformers 5 would use it."""
+    head, embedding = stored[HEAD], stored[EMBEDDING]
+    is_same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
+    if is_same:
+        (_, one), (_, other) = _read({HEAD: head, EMBEDDING: embedding})
+        is_same = torch.equal(one, other)
+    if not is_same:
+        raise CheckpointError(
+            f"{head.file}: {HEAD} differs from {EMBEDDING}, and config.json ties them; set "
+            "tie_word_embeddings to false to use this head, or remove it from the file")
 
 
 def _refuse_unknown(
@@ -275,13 +320,16 @@ def _refuse_unknown(
         )
 
 
-def _read(file: Path, name: str) -> Tensor:
-    """One tensor, a view of the mapped file. The file is mapped anew for each tensor, so that
-    pages already copied do not count as this process's memory."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt", device="cpu") as source:
-            return cast(Tensor, source.get_tensor(name))
-    except SafetensorError as error:
-        raise CheckpointError(f"{file}: {error}; fetch the file again") from None
+def _read(wanted: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors in the order of the disk, on the CPU. Files are opened once and not
+    mapped: mapped pages, though already copied, would count as this process's memory."""
+    ordered = sorted(wanted.items(), key=lambda item: (item[1].file, item[1].start))
+    for file, entries in groupby(ordered, key=lambda item: item[1].file):
+        with file.open("rb") as stream:
+            for name, entry in entries:
+                tensor = torch.empty(entry.shape, dtype=FLOAT_TYPES[entry.dtype])
+                stream.seek(entry.start)
+                stream.readinto(tensor.flatten().view(torch.uint8).numpy())
+                if stream.tell() < entry.stop:  # the file has changed since its header was read
+                    raise _truncated(file, stream.tell(), entry.stop)
+                yield name, tensor

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -141,9 +143,19 @@ def test_types_are_converted(checkpoint, stored):
 def test_redundant_tensors_are_accepted(checkpoint):
     rewrite(checkpoint, model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(2))
     load(checkpoint)
+
+
+@pytest.mark.parametrize("layers", [range(2), range(1, 2)], ids=["whole", "last stage"])
+def test_a_stored_head_of_tied_embeddings_must_be_the_embedding(checkpoint, layers):
     (checkpoint / "config.json").write_text(json.dumps(CONFIG | {"tie_word_embeddings": True}))
-    model = load(checkpoint)  # lm_head.weight beside tied embeddings
-    assert torch.equal(model.lm_head.weight, checkpoint_tensors()["model.embed_tokens.weight"])
+    embedding = checkpoint_tensors()["model.embed_tokens.weight"]
+    text = message(checkpoint, layers=layers)
+    assert text.startswith(f"{checkpoint / 'model.safetensors'}: lm_head.weight differs from")
+    assert "set tie_word_embeddings to false" in text
+    rewrite(checkpoint, lm_head__weight=embedding.bfloat16())
+    assert "lm_head.weight differs from" in message(checkpoint, layers=layers)
+    rewrite(checkpoint, lm_head__weight=embedding.clone())
+    assert torch.equal(load(checkpoint, layers).lm_head.weight, embedding)
 
 
 def test_empty_directory(tmp_path):
@@ -186,6 +198,44 @@ def test_tensor_missing_from_its_shard(checkpoint):
     assert gone in text
 
 
+def test_tensor_in_two_shards(checkpoint):
+    shard(checkpoint)
+    first, second = sorted(checkpoint.glob("model-*.safetensors"))
+    both = load_file(first) | load_file(second)
+    name = sorted(load_file(first))[0]
+    save_file(load_file(second) | {name: both[name] + 1}, second)
+    text = message(checkpoint)
+    assert text.startswith(f"{second}: {name} is in {first.name} too")
+
+
+def test_tensor_in_another_shard_than_the_index_says(checkpoint):
+    shard(checkpoint)
+    file = checkpoint / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    name = next(iter(index["weight_map"]))
+    index["weight_map"][name] = "model-00002-of-00002.safetensors"
+    file.write_text(json.dumps(index))
+    assert f"model-00002-of-00002.safetensors: 1 tensors named in {file.name} are missing, the " \
+           f"first is {name}" in message(checkpoint)
+
+
+def test_every_file_is_opened_once_for_its_header_and_once_for_its_tensors(
+    checkpoint, monkeypatch,
+):
+    shard(checkpoint)
+    opened, original = [], Path.open
+
+    def counting(self: Path, *args, **kwargs):
+        opened.append(self.name)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", counting)
+    monkeypatch.setattr(safetensors, "safe_open", None)  # nobody opens them another way
+    load(checkpoint)
+    assert Counter(name for name in opened if name.endswith(".safetensors")) == {
+        "model-00001-of-00002.safetensors": 2, "model-00002-of-00002.safetensors": 2}
+
+
 @pytest.mark.parametrize(
     "text", ["[]", "{}", '{"weight_map": []}', "{", '{"weight_map": {"a": 1}}'])
 def test_corrupt_index(checkpoint, text):
@@ -217,6 +267,12 @@ def test_truncated_file(checkpoint, keep):
     pytest.param(b'{"a": {"dtype": "F32", "shape": "x", "data_offsets": [0, 4]}}', id="shape"),
     pytest.param(b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}', id="one-offset"),
     pytest.param(b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": "xy"}}', id="offsets"),
+    pytest.param(b'{"a": {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]},'
+                 b' "a": {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]}}', id="twice"),
+    pytest.param(b'{"a": {"dtype": "F32", "shape": [8], "data_offsets": [0, 32]},'
+                 b' "b": {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]}}', id="shared"),
+    pytest.param(b'{"a": {"dtype": "F32", "shape": [8], "data_offsets": [32, 64]}}', id="gap"),
+    pytest.param(b'{"a": {"dtype": "F32", "shape": [8], "data_offsets": [0, 32]}}', id="surplus"),
 ])
 def test_corrupt_header(checkpoint, header):
     file = checkpoint / "model.safetensors"
@@ -244,6 +300,17 @@ def test_offsets_that_the_reader_refuses(checkpoint):
     data = file.read_bytes()
     file.write_bytes(data + b"surplus")
     assert message(checkpoint).startswith(f"{file}: ")
+
+
+def test_bytes_that_do_not_fit_the_shape(checkpoint):
+    file = checkpoint / "model.safetensors"
+    data = file.read_bytes()
+    header_len = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:8 + header_len])
+    header["model.norm.weight"]["dtype"] = "BF16"
+    changed = json.dumps(header).encode()
+    file.write_bytes(len(changed).to_bytes(8, "little") + changed + data[8 + header_len:])
+    assert message(checkpoint) == f"{file}: corrupt safetensors header; fetch the file again"
 
 
 def test_lfs_pointer(checkpoint):
