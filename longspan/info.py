@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-import torch
-
-from longspan.attention.sparsity import SparsityPlan, needs_means
+from longspan.attention.sparsity import SparsityPlan
 from longspan.config import EngineConfig, ModelConfig
-from longspan.console import GIB, percent, show_table
-from longspan.engine.blueprint import plan_in_effect
-from longspan.engine.memory import MemoryPlan, device_memory, plan_memory, workspace_bytes
-from longspan.engine.resolve import (
-    may_be_sparse,
-    resolve_attention,
-    resolve_config,
-    resolve_positions,
-)
-from longspan.engine.runner import resolve_plan
-from longspan.engine.scheduler import max_step_tokens
-from longspan.errors import LongspanError, NotEnoughMemoryError
+from longspan.console import percent, show_table
+from longspan.engine.blueprint import Blueprint
+from longspan.engine.memory import MemoryPlan
+from longspan.engine.resolve import resolve_attention, resolve_positions
+from longspan.errors import LongspanError
 from longspan.model.weights import resolve_checkpoint
+from longspan.units import in_gib
 
 
 def run(model: str, length: int | None, options: dict[str, Any]) -> None:
-    """Print weights, KV cache and workspace for `length` tokens, what fits and what will run."""
-    config = resolve_config(EngineConfig(model=model, **options),
-                            has_cuda=torch.cuda.is_available())
-    path = resolve_checkpoint(model)
-    facts = ModelConfig.from_dir(path)
-    length = facts.max_position_embeddings if length is None else length
+    """Print weights, KV cache and workspace for `length` tokens, what fits and what will run: the
+    engine's own plan for contexts of that length."""
+    if length is None:
+        length = ModelConfig.from_dir(resolve_checkpoint(model)).max_position_embeddings
     if length <= 0:
         raise LongspanError(f"length must be positive, not {length}")
-    plan = resolve_plan(path, facts, config)
-    rows = [*_model_rows(facts, config), *_memory_rows(facts, config, plan, length),
-            *_attention_rows(facts, config, plan, length)]
+    engine = Blueprint.resolve(
+        EngineConfig(model=model, max_model_len=length, **options), must_fit=False)
+    rows = [*_model_rows(engine), *_memory_rows(engine.memory, engine.model),
+            *_attention_rows(engine, length)]
     show_table(f"{model}, {length:,} tokens", ("", ""), rows)
 
 
@@ -47,52 +37,44 @@ def position_label(config: EngineConfig, model: ModelConfig) -> str:
     return "dca+yarn" if dca.original_max_position_embeddings else "dca"
 
 
-def _model_rows(model: ModelConfig, config: EngineConfig) -> list[tuple[str, str]]:
+def _model_rows(engine: Blueprint) -> list[tuple[str, str]]:
+    model = engine.model
     heads = f"{model.num_heads} heads, {model.num_kv_heads} of keys and values"
     return [
         ("architecture", f"{model.architecture}, {model.num_layers} layers, {heads}"),
         ("parameters", f"{model.num_parameters:,}"),
         ("longest context claimed", f"{model.max_position_embeddings:,} tokens"),
-        ("device", f"{config.device}, {config.dtype}"),
+        ("device", f"{engine.config.device}, {engine.config.dtype}"),
     ]
 
 
-def _memory_rows(
-    model: ModelConfig, config: EngineConfig, plan: SparsityPlan | None, length: int
-) -> list[tuple[str, str]]:
-    has_dca = resolve_positions(config.positions, model) is not None
-    plan = plan_in_effect(config, model, plan, has_dca=has_dca)
-    memory = _plan(model, config, means=needs_means(plan))
-    kv_bytes = length * memory.kv_bytes_per_token
-    assert config.prefill_chunk_len is not None
-    workspace = workspace_bytes(model, config, min(config.prefill_chunk_len, length))
-    needed = memory.weights_bytes + kv_bytes + workspace
-    verdict = "yes" if length <= memory.fitting_len else "no"
+def _memory_rows(memory: MemoryPlan, model: ModelConfig) -> list[tuple[str, str]]:
+    verdict = f"no, {in_gib(memory.missing_bytes)} are missing" if memory.missing_bytes else "yes"
     longest = min(memory.fitting_len, model.max_position_embeddings)
     return [
-        ("weights", _gib(memory.weights_bytes)),
-        ("KV cache", f"{_gib(kv_bytes)} ({memory.kv_bytes_per_token:,} bytes a token)"),
-        ("workspace", _gib(workspace)),
-        ("together", f"{_gib(needed)} of {_gib(memory.budget_bytes)} usable; fits: {verdict}"),
+        ("weights", in_gib(memory.weights_bytes)),
+        ("KV cache",
+         f"{in_gib(memory.context_bytes)} ({memory.kv_bytes_per_token:,} bytes a token)"),
+        ("workspace", in_gib(memory.workspace_bytes)),
+        ("together", f"{in_gib(memory.needed_bytes)} of {in_gib(memory.budget_bytes)} usable; "
+                     f"fits: {verdict}"),
         ("longest prompt here", f"{longest:,} tokens"),
     ]
 
 
-def _attention_rows(
-    model: ModelConfig, config: EngineConfig, plan: SparsityPlan | None, length: int
-) -> list[tuple[str, str]]:
-    label = position_label(config, model)
-    sparse = resolve_attention(
-        config.attention, length, threshold=model.sparse_threshold, has_plan=plan is not None,
-        has_dca=label != "rope")
-    if not sparse:
-        mode = "dense"
-        if config.attention == "auto" and _may_be_sparse(model, config, plan):
-            mode += f" (sparse above {model.sparse_threshold:,} tokens)"
-        return [("attention", mode), ("positions", label)]
-    budget = plan or SparsityPlan.default(model.num_layers, model.num_heads)
-    return [("attention", f"sparse, {budget.mode} selection"), ("positions", label),
-            ("density budget", f"{percent(budget_density(budget, length))} of all pairs, about")]
+def _attention_rows(engine: Blueprint, length: int) -> list[tuple[str, str]]:
+    config, model = engine.config, engine.model
+    positions = ("positions", position_label(config, model))
+    is_sparse = resolve_attention(
+        config.attention, length, threshold=model.sparse_threshold, has_plan=engine.has_plan,
+        has_dca=engine.dca is not None)
+    if is_sparse:
+        assert engine.plan is not None
+        density = percent(budget_density(engine.plan, length))
+        return [("attention", f"sparse, {engine.plan.mode} selection"), positions,
+                ("density budget", f"{density} of all pairs, about")]
+    later = f" (sparse above {model.sparse_threshold:,} tokens)" if engine.plan else ""
+    return [("attention", f"dense{later}"), positions]
 
 
 def budget_density(plan: SparsityPlan, length: int) -> float:
@@ -107,27 +89,3 @@ def budget_density(plan: SparsityPlan, length: int) -> float:
     sparse_pairs = body * body / 2 if body <= mean else mean * mean / 2 + (body - mean) * mean
     tail_pairs = tail * (body + tail / 2)
     return min(1.0, (sparse_pairs + tail_pairs) / (length * length / 2))
-
-
-def _plan(model: ModelConfig, config: EngineConfig, *, means: bool) -> MemoryPlan:
-    assert config.prefill_chunk_len is not None
-    steps = max_step_tokens(config.prefill_chunk_len, config.max_num_requests)
-    try:
-        return plan_memory(model, config, max_step_tokens=steps, means=means)
-    except NotEnoughMemoryError:
-        # Not even one block fits: plan with memory enough, then state what there is.
-        device = device_memory(config.device or "cpu")
-        endless = replace(device, total_bytes=2**60, free_bytes=2**60)
-        ideal = plan_memory(model, replace(config, memory_gib=None, max_model_len=None),
-                            max_step_tokens=steps, means=means, device=endless)
-        return replace(ideal, device=device, budget_bytes=int(0.9 * device.free_bytes),
-                       fitting_len=0)
-
-
-def _may_be_sparse(model: ModelConfig, config: EngineConfig, plan: SparsityPlan | None) -> bool:
-    return may_be_sparse(config.attention, has_plan=plan is not None,
-                         has_dca=resolve_positions(config.positions, model) is not None)
-
-
-def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / GIB:.2f} GiB"

@@ -21,7 +21,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 NAMES = [str(file.relative_to(ROOT)) for file in FILES]
 
 EVERYTHING = ("longspan",)
-BASE = ("longspan.config", "longspan.errors")
+BASE = ("longspan.config", "longspan.errors", "longspan.units")
 # The command line and the bodies of its subcommands: nothing else may import them.
 COMMANDS = tuple(f"longspan.{name}" for name in (
     "__main__", "cli", "console", "bench", "demo", "generate", "info"))
@@ -29,6 +29,7 @@ COMMANDS = tuple(f"longspan.{name}" for name in (
 ALLOWED_OURS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("longspan", *COMMANDS), EVERYTHING),
     "longspan.errors": (),
+    "longspan.units": (),
     "longspan.config": ("longspan.errors",),
     "longspan.ops": (),
     "longspan.attention": ("longspan.ops", *BASE),
@@ -42,6 +43,7 @@ ALLOWED_OURS: dict[str, tuple[str, ...]] = {
 # Packages from outside; where no key matches, anything that the project depends on.
 ALLOWED_OTHERS: dict[str, tuple[str, ...]] = {
     "longspan.errors": (),
+    "longspan.units": (),
     "longspan.config": (),
     "longspan.ops": ("torch", "triton", "numpy"),
 }

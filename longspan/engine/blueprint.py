@@ -50,8 +50,11 @@ class Blueprint:
     memory: MemoryPlan
 
     @classmethod
-    def resolve(cls, asked: EngineConfig) -> Self:
+    def resolve(cls, asked: EngineConfig, *, must_fit: bool = True) -> Self:
         """Decide everything that was left open.
+
+        Args:
+            must_fit: False: decide for memory that does not suffice too; see ``memory``.
 
         Raises:
             CheckpointError: the checkpoint is missing, incomplete or of an unknown architecture.
@@ -64,7 +67,8 @@ class Blueprint:
         dca = resolve_positions(config.positions, model)
         found = resolve_plan(path, model, config)
         plan = plan_in_effect(config, model, found, has_dca=dca is not None)
-        memory = _plan_memory(config, replace(model, dca=dca), means=needs_means(plan))
+        memory = _plan_memory(config, replace(model, dca=dca), means=needs_means(plan),
+                              must_fit=must_fit)
         if plan is not None and plan.mode == "tile":
             check_tiles(dca, block_size=config.block_size, max_model_len=memory.max_model_len)
         return cls(
@@ -122,9 +126,11 @@ def plan_in_effect(
     return plan or SparsityPlan.default(model.num_layers, model.num_heads)
 
 
-def _plan_memory(config: EngineConfig, model: ModelConfig, *, means: bool) -> MemoryPlan:
+def _plan_memory(
+    config: EngineConfig, model: ModelConfig, *, means: bool, must_fit: bool = True,
+) -> MemoryPlan:
     """``model`` has the DCA in effect: rotation tables are as long as the context without."""
     assert config.prefill_chunk_len is not None
     return plan_memory(
-        model, config, means=means,
+        model, config, means=means, must_fit=must_fit,
         max_step_tokens=max_step_tokens(config.prefill_chunk_len, config.max_num_requests))

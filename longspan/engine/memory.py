@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from longspan.engine.graphs import recorded_sizes
 from longspan.engine.sampling import history_bytes
 from longspan.errors import LongspanError, NotEnoughMemoryError
 from longspan.model.qwen2 import mlp_rows
+from longspan.units import DTYPE_BYTES, GIB, in_gib
 
-GIB = 1024**3
 USABLE_SHARE = 0.9
 CPU_POOL_REQUESTS = 4
 """Requests of full length that the KV pool holds on CPUs, where memory allows."""
@@ -27,7 +28,6 @@ SAMPLING_BYTES = 49
 sorted values, their order, probabilities and sums in fp64, 41 at once."""
 RANK_BYTES = 8
 """Of sampling for each token of the vocabulary, however many rows there are."""
-ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,15 +65,25 @@ class MemoryPlan:
         return self.num_blocks * self.block_size * self.kv_bytes_per_token
 
     @property
+    def context_bytes(self) -> int:
+        """KV blocks of one context of full length."""
+        blocks = -(-self.max_model_len // self.block_size)
+        return blocks * self.block_size * self.kv_bytes_per_token
+
+    @property
     def needed_bytes(self) -> int:
         """Peak with one context of full length in the cache."""
-        return (self.weights_bytes + self.workspace_bytes
-                + self.max_model_len * self.kv_bytes_per_token)
+        return self.weights_bytes + self.workspace_bytes + self.context_bytes
+
+    @property
+    def missing_bytes(self) -> int:
+        """What the budget lacks for one context of full length; 0: it fits."""
+        return max(0, self.needed_bytes - self.budget_bytes)
 
 
 def plan_memory(
     model: ModelConfig, config: EngineConfig, *, max_step_tokens: int, means: bool,
-    device: DeviceMemory | None = None,
+    must_fit: bool = True, device: DeviceMemory | None = None,
 ) -> MemoryPlan:
     """Share the memory out between weights, workspace and KV cache.
 
@@ -81,38 +91,54 @@ def plan_memory(
         config: resolved (device, dtype and prefill_chunk_len are set).
         max_step_tokens: most tokens that one step computes.
         means: the caches hold block means too.
+        must_fit: False: a plan that does not fit is returned too, with its ``missing_bytes``.
         device: measured here when absent.
 
-    Raises `NotEnoughMemoryError` when the weights, or a context of ``config.max_model_len`` tokens,
-    do not fit; the message says what is needed, what there is and what to change.
+    Raises `NotEnoughMemoryError` when the weights, or a context of ``config.max_model_len`` tokens
+    (of one block where that is open), do not fit; the message says what to change.
     """
     assert config.device is not None and config.dtype is not None
     device = device or device_memory(config.device)
-    element = ELEMENT_BYTES[config.dtype]
+    element = DTYPE_BYTES[config.dtype]
     per_token = model.kv_bytes_per_token * element
     if means:
         per_token += -(-per_token // config.block_size)
-    wanted_len = config.max_model_len or model.max_position_embeddings
-    weights = model.num_parameters * element
-    workspace = workspace_bytes(
-        model, config, min(max_step_tokens, wanted_len + config.max_num_requests))
     budget = int(USABLE_SHARE * device.free_bytes)
     if config.memory_gib is not None:
         budget = min(int(config.memory_gib * GIB), device.total_bytes)
-    size = config.block_size
-    fitting_len = max(0, (budget - weights - workspace) // (per_token * size) * size)
-    _require_fit(config, needed_len=config.max_model_len or size, fitting_len=fitting_len,
-                 per_token=per_token, weights=weights, workspace=workspace, budget=budget)
-    max_model_len = min(wanted_len, fitting_len)
-    return MemoryPlan(
-        device=device, budget_bytes=budget, weights_bytes=weights, workspace_bytes=workspace,
-        kv_bytes_per_token=per_token, block_size=size, max_model_len=max_model_len,
-        num_blocks=pool_blocks(config, fitting_len=fitting_len, max_model_len=max_model_len),
-        fitting_len=fitting_len)
+
+    def plan(length: int, num_blocks: int = 0, fitting_len: int = 0) -> MemoryPlan:
+        step_tokens = min(max_step_tokens, length * config.max_num_requests)
+        return MemoryPlan(
+            device=device, budget_bytes=budget, weights_bytes=model.num_parameters * element,
+            workspace_bytes=workspace_bytes(model, config, step_tokens, max_model_len=length),
+            kv_bytes_per_token=per_token, block_size=config.block_size, max_model_len=length,
+            num_blocks=num_blocks, fitting_len=fitting_len)
+
+    fitting_len = _longest(plan, config.block_size, budget // per_token)
+    length = config.max_model_len or min(
+        model.max_position_embeddings, max(fitting_len, config.block_size))
+    empty = plan(length)
+    if empty.missing_bytes and must_fit:
+        raise _no_fit(config, empty, fitting_len)
+    room = max(budget - empty.weights_bytes - empty.workspace_bytes, empty.context_bytes)
+    return plan(length, pool_blocks(config, room // per_token, length), fitting_len)
 
 
-def pool_blocks(config: EngineConfig, *, fitting_len: int, max_model_len: int) -> int:
-    """KV blocks of the pool.
+def _longest(plan: Callable[[int], MemoryPlan], block_size: int, limit: int) -> int:
+    """The most tokens, in whole blocks and at most ``limit``, whose plan fits; 0: none does."""
+    low, high = 0, limit // block_size + 1  # low fits (nothing), high does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        if plan(middle * block_size).missing_bytes:
+            high = middle
+        else:
+            low = middle
+    return low * block_size
+
+
+def pool_blocks(config: EngineConfig, room: int, max_model_len: int) -> int:
+    """KV blocks of the pool, where the memory has room for ``room`` tokens.
 
     A GPU is the engine's own: all that the budget leaves, as long as there is any use for it.
     A CPU's memory is not. A block takes it once it is written, and the prefix cache writes all of
@@ -121,17 +147,20 @@ def pool_blocks(config: EngineConfig, *, fitting_len: int, max_model_len: int) -
     assert config.device is not None
     is_gpu = config.device.startswith("cuda")
     num_requests = GPU_POOL_SHARES * config.max_num_requests if is_gpu else CPU_POOL_REQUESTS
-    return min(fitting_len // config.block_size,
+    return min(room // config.block_size,
                num_requests * -(-max_model_len // config.block_size))
 
 
-def workspace_bytes(model: ModelConfig, config: EngineConfig, num_tokens: int) -> int:
+def workspace_bytes(
+    model: ModelConfig, config: EngineConfig, num_tokens: int, max_model_len: int | None = None,
+) -> int:
     """Upper estimate of what a step of ``num_tokens`` needs besides weights and KV cache.
 
-    ``config`` is resolved: device and dtype are set.
+    ``config`` is resolved: device and dtype are set. ``model`` has the DCA in effect: rotation
+    tables are as long as the context without. ``max_model_len``: default: what the model claims.
     """
     assert config.device is not None and config.dtype is not None
-    element = ELEMENT_BYTES[config.dtype]
+    element = DTYPE_BYTES[config.dtype]
     heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     # Residual stream, its norm and the sum: 3 M; q, k, v and their rotated copies, the output. GPU
     # kernels read the queries rotated for each of three zones.
@@ -142,8 +171,8 @@ def workspace_bytes(model: ModelConfig, config: EngineConfig, num_tokens: int) -
     # Of every row, each with all that a request may ask for.
     sampling = (model.vocab_size * (config.max_num_requests * SAMPLING_BYTES + RANK_BYTES)
                 + history_bytes(model.vocab_size, config.max_num_requests))
-    rotary = 4 * model.head_dim * min(
-        model.max_position_embeddings, model.dca.chunk_size + 1 if model.dca else 2**63)
+    rows = max_model_len or model.max_position_embeddings
+    rotary = 4 * model.head_dim * (min(rows, model.dca.chunk_size + 1) if model.dca else rows)
     graphs = _graph_bytes(model, config) if config.device.startswith("cuda") else 0
     return num_tokens * per_token + mlp + sampling + rotary + graphs + ATTENTION_SCRATCH_BYTES
 
@@ -225,13 +254,7 @@ def _read_number(file: Path) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def _require_fit(
-    config: EngineConfig, *, needed_len: int, fitting_len: int, per_token: int, weights: int,
-    workspace: int, budget: int,
-) -> None:
-    if fitting_len >= needed_len:
-        return
-    needed = weights + workspace + needed_len * per_token
+def _no_fit(config: EngineConfig, plan: MemoryPlan, fitting_len: int) -> NotEnoughMemoryError:
     remedies = ["use a smaller model or a device with more memory"]
     if fitting_len > 0:
         remedies.insert(0, f"lower max_model_len to {fitting_len}")
@@ -239,11 +262,8 @@ def _require_fit(
         remedies.insert(0, "use dtype bfloat16")
     if config.memory_gib is not None:
         remedies.insert(0, "raise memory_gib")
-    raise NotEnoughMemoryError(
-        f"{config.model} needs {_gib(needed)} on {config.device} (weights {_gib(weights)}, "
-        f"workspace {_gib(workspace)}, KV cache of {needed_len} tokens "
-        f"{_gib(needed_len * per_token)}), and may use {_gib(budget)}; {', or '.join(remedies)}")
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.2f} GiB"
+    return NotEnoughMemoryError(
+        f"{config.model} needs {in_gib(plan.needed_bytes)} on {config.device} (weights "
+        f"{in_gib(plan.weights_bytes)}, workspace {in_gib(plan.workspace_bytes)}, KV cache of "
+        f"{plan.max_model_len} tokens {in_gib(plan.context_bytes)}), and may use "
+        f"{in_gib(plan.budget_bytes)}; {', or '.join(remedies)}")

@@ -1,0 +1,14 @@
+"""Number types by name, and amounts of memory in words. Standard library only."""
+
+from __future__ import annotations
+
+GIB = 1024**3
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+"""Types that an engine computes and caches in, and the bytes of one number."""
+DEFAULT_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
+"""Type on each kind of device, unless another one is asked for."""
+
+
+def in_gib(num_bytes: float) -> str:
+    """An amount of memory for a person."""
+    return f"{num_bytes / GIB:.2f} GiB"
