@@ -20,10 +20,28 @@ PositionMode = Literal["auto", "rope", "dca", "dca+yarn"]
 
 MAX_THREADS = 1024
 """Of the tensor library, which breaks down when it cannot have as many as it was promised."""
-SUPPORTED_ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROPE_KEYS = ("rope_type", "type", "rope_theta", "original_max_position_embeddings")
 """Keys of `rope_parameters` that unscaled RoPE may have."""
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """Facts of an architecture that its config.json leaves unsaid."""
+
+    attention_bias: bool
+    """Bias on the q, k and v projections."""
+    qk_norm: bool
+    """RMSNorm on each query and key head."""
+    head_dim: int | None = None
+    """Where config.json names none; None: the model dim over the heads."""
+
+
+FAMILIES = {
+    "Qwen2ForCausalLM": Family(attention_bias=True, qk_norm=False),
+    "Qwen3ForCausalLM": Family(attention_bias=False, qk_norm=True, head_dim=128),
+}
+"""By class name in config.json. `longspan.model.MODELS` has the class of each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,10 +70,10 @@ class DcaConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """What a decoder-only checkpoint of the Qwen2 or Qwen3 family states about itself."""
+    """What a decoder-only checkpoint states about itself."""
 
     architecture: str
-    """Class name in config.json, one of `SUPPORTED_ARCHITECTURES`."""
+    """Class name in config.json, one of `FAMILIES`."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -69,9 +87,9 @@ class ModelConfig:
     """Longest context that the checkpoint claims, tokens."""
     tie_word_embeddings: bool
     attention_bias: bool
-    """Bias on the q, k and v projections (Qwen2)."""
+    """See `Family`."""
     qk_norm: bool
-    """RMSNorm on each query and key head (Qwen3)."""
+    """See `Family`."""
     dtype: str = "bfloat16"
     """Type of the stored weights."""
     dca: DcaConfig | None = None
@@ -98,11 +116,10 @@ class ModelConfig:
             raise CheckpointError(f"{source}: a JSON object is needed, not {type(raw).__name__}")
         need = _Reader(raw, source)
         architecture = _architecture(raw, source)
+        family = FAMILIES[architecture]
         _refuse_unsupported(need, architecture)
         hidden_size, num_heads = need.integer("hidden_size"), need.integer("num_attention_heads")
         num_layers = need.integer("num_hidden_layers")
-        # transformers' defaults: Qwen3's head_dim does not follow the model dim
-        default_head_dim = 128 if architecture == "Qwen3ForCausalLM" else hidden_size // num_heads
         dca_need = need.block("dual_chunk_attention_config")
         return cls(
             architecture=architecture,
@@ -112,13 +129,13 @@ class ModelConfig:
             num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=need.integer("num_key_value_heads", num_heads),
-            head_dim=need.integer("head_dim", default_head_dim),
+            head_dim=need.integer("head_dim", family.head_dim or hidden_size // num_heads),
             rms_norm_eps=need.number("rms_norm_eps", 1e-6),
             rope_theta=_rope_theta(need),
             max_position_embeddings=need.integer("max_position_embeddings"),
             tie_word_embeddings=need.boolean("tie_word_embeddings"),
-            attention_bias=architecture.startswith("Qwen2"),
-            qk_norm=architecture.startswith("Qwen3"),
+            attention_bias=family.attention_bias,
+            qk_norm=family.qk_norm,
             dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"),
             dca=_dca(dca_need),
             sparse_budgets=_released_budgets(dca_need.raw, num_layers, source),
@@ -150,20 +167,37 @@ class ModelConfig:
         return cls.from_hf(raw, source=str(file))
 
     @property
-    def kv_bytes_per_token(self) -> int:
-        """Elements of K and V for one token over all layers (multiply by the element size)."""
+    def kv_elements_per_token(self) -> int:
+        """Numbers that the keys and values of one token are, over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
     @property
     def num_parameters(self) -> int:
-        """Number of weights, tied embeddings counted once."""
-        qkv = self.head_dim * (self.num_heads + 2 * self.num_kv_heads)
-        layer = self.hidden_size * (qkv + self.head_dim * self.num_heads)
-        layer += 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
-        layer += qkv if self.attention_bias else 0
-        layer += 2 * self.head_dim if self.qk_norm else 0
+        """Weights that memory holds, tied embeddings counted once."""
+        vectors = 2 * self.hidden_size
+        vectors += self._qkv_size if self.attention_bias else 0
+        vectors += 2 * self.head_dim if self.qk_norm else 0
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return self.num_layers * layer + embeddings + self.hidden_size
+        matrices = self.num_layers * (self._attention_matrices + self._mlp_matrices)
+        return matrices + self.num_layers * vectors + embeddings + self.hidden_size
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Weights of the layers' matrices that one token is multiplied by: twice as many
+        operations. Embedding and head are not among them."""
+        return self.num_layers * (self._attention_matrices + self._mlp_matrices)
+
+    @property
+    def _qkv_size(self) -> int:
+        return self.head_dim * (self.num_heads + 2 * self.num_kv_heads)
+
+    @property
+    def _attention_matrices(self) -> int:
+        return self.hidden_size * (self._qkv_size + self.head_dim * self.num_heads)
+
+    @property
+    def _mlp_matrices(self) -> int:
+        return 3 * self.hidden_size * self.intermediate_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -294,11 +328,11 @@ def _architecture(raw: Mapping[str, Any], source: str) -> str:
     if not isinstance(names, list):
         raise CheckpointError(f"{source}: architectures is {names!r}, a list of names is needed")
     for name in names:
-        if name in SUPPORTED_ARCHITECTURES:
+        if name in FAMILIES:
             return str(name)
     raise CheckpointError(
         f"{source}: architecture {', '.join(map(str, names)) or 'missing'} is not supported; "
-        f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
+        f"supported: {', '.join(FAMILIES)}"
     )
 
 
@@ -312,7 +346,7 @@ def _refuse_unsupported(need: _Reader, architecture: str) -> None:
         raise CheckpointError(f"{source}: sliding window attention is not supported")
     if others:
         raise CheckpointError(f"{source}: layer_types names {others[0]!r}, which is not supported")
-    if architecture.startswith("Qwen3") and raw.get("attention_bias"):
+    if need.boolean("attention_bias") and not FAMILIES[architecture].attention_bias:
         raise CheckpointError(f"{source}: attention_bias is true, not supported for {architecture}")
     if raw.get("quantization_config") or raw.get("compression_config"):
         raise CheckpointError(

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from longspan.units import in_gib
+
 if TYPE_CHECKING:
     from longspan.engine.request import Progress, RequestOutput
 
-GIB = 1024**3
 LOG_WIDTH = 120
 QUIET_S = 2.0
 """Plain logs get no progress of prefills shorter than this."""
@@ -119,7 +120,7 @@ def report_rows(output: RequestOutput, peak_bytes: int) -> list[tuple[str, str]]
         ("prefill", per_second(computed / output.prefill_s if output.prefill_s else None)),
         ("decode", per_second(output.decode_tokens_per_s)),
         ("attention density", percent(output.density)),
-        ("peak memory", f"{peak_bytes / GIB:.2f} GiB"),
+        ("peak memory", in_gib(peak_bytes)),
     ]
 
 
@@ -136,18 +137,6 @@ def per_second(value: float | None) -> str:
 def percent(value: float | None) -> str:
     """A share; a dash for none."""
     return "-" if value is None else f"{100 * value:.1f} %"
-
-
-def peak_memory_bytes(device: str = "cpu") -> int:
-    """Highest use so far: of the process on CPUs, of the GPU's allocator otherwise."""
-    if device.startswith("cuda"):
-        import torch
-
-        return int(torch.cuda.max_memory_allocated(device))
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _live_bar() -> Any:

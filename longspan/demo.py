@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from longspan.console import (
-    GIB,
     per_second,
     percent,
     seconds,
@@ -19,6 +18,7 @@ from longspan.engine.request import RequestOutput, SamplingParams
 from longspan.eval.niah import MAX_ANSWER_TOKENS, passkey_haystack, score_number
 from longspan.eval.task import Example, TextBank, TextTokenizer, python_text_roots
 from longspan.generate import show
+from longspan.units import in_gib
 
 MAX_SEED = 1_000_000
 
@@ -91,5 +91,5 @@ def _report(examples: Sequence[Example], outputs: Sequence[RequestOutput], peak_
         ("prefill", per_second(computed / first.ttft_s if first.ttft_s else None)),
         ("decode", per_second(sum(rates) / len(rates) if rates else None)),
         ("attention density", percent(first.density)),
-        ("peak memory", f"{peak_bytes / GIB:.2f} GiB"),
+        ("peak memory", in_gib(peak_bytes)),
     ])

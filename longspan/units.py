@@ -5,8 +5,11 @@ from __future__ import annotations
 GIB = 1024**3
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 """Types that an engine computes and caches in, and the bytes of one number."""
-DEFAULT_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
-"""Type on each kind of device, unless another one is asked for."""
+
+
+def default_dtype(device: str) -> str:
+    """Type on a device (``cpu``, ``cuda``, ``cuda:1``), unless another one is asked for."""
+    return "float32" if device == "cpu" else "bfloat16"
 
 
 def in_gib(num_bytes: float) -> str:

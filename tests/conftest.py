@@ -11,6 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from longspan.ops import reference
+from longspan.ops.types import PagedKV, QueryRotary
+
 hypothesis.settings.register_profile(
     "longspan", derandomize=True, database=None, deadline=None, max_examples=60)
 hypothesis.settings.load_profile("longspan")
@@ -49,6 +52,16 @@ def assert_close(
     (default: that of ``actual``)."""
     ratio, limit = error_ratio(actual, expected), TOLERANCE[dtype or actual.dtype]
     assert ratio <= limit, f"{what}: error ratio {ratio:.2e} above {limit:.0e}"
+
+
+def write_rotated(cache: PagedKV, k: Tensor, v: Tensor, slots: Tensor) -> None:
+    """Store keys that are rotated already, and their values: k, v [T, K, D]; slots [T]. The means
+    of every touched block are computed anew."""
+    half = k.shape[-1] // 2
+    still = QueryRotary(cos=torch.ones(1, half, device=k.device), stride=1, clamp=1,
+                        sin=torch.zeros(1, half, device=k.device), inv_freq=torch.zeros(half))
+    reference.store_kv(cache, k, v, torch.zeros_like(slots), slots,
+                       torch.unique(slots // cache.k.shape[1]), still)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

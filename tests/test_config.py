@@ -84,7 +84,7 @@ def test_sizes_agree_with_the_model_cards(raw, billions, non_embedding, kv_bytes
     embeddings = 2 * config.vocab_size * config.hidden_size
     assert config.num_parameters / 1e9 == pytest.approx(billions, abs=0.01)
     assert (config.num_parameters - embeddings) / 1e9 == pytest.approx(non_embedding, abs=0.02)
-    assert 2 * config.kv_bytes_per_token == kv_bytes
+    assert 2 * config.kv_elements_per_token == kv_bytes
 
 
 def test_qwen3_with_an_inlined_sparse_config():

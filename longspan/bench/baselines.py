@@ -20,7 +20,6 @@ BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "fa2": SDPBackend.FLASH_ATTENTI
             "math": SDPBackend.MATH}
 """math: for CPUs and tests."""
 FLEX = "flex"
-BASELINES = ("cudnn", "fa2", FLEX)
 FLEX_BLOCK = 128
 
 

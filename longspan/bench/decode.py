@@ -29,13 +29,14 @@ from longspan.bench.engine import (
     step_of,
     weight_bytes_read,
 )
-from longspan.bench.ops_layer import GIB, copy_row
+from longspan.bench.ops_layer import copy_row
 from longspan.bench.session import BenchSession
 from longspan.bench.shapes import Shape
 from longspan.bench.timing import Repeats, measure, rounded, synchronize
 from longspan.console import show_table
 from longspan.engine.step import ScheduledBatch
 from longspan.errors import NotEnoughMemoryError
+from longspan.units import GIB
 
 WARMUP_STEPS = 3
 IN_FLIGHT = 2

@@ -24,13 +24,14 @@ from longspan.bench.timing import swapped
 from longspan.config import EngineConfig
 from longspan.engine import runner as runner_module
 from longspan.engine.blueprint import Blueprint, _plan_memory
-from longspan.engine.memory import GIB, device_memory
+from longspan.engine.memory import device_memory
 from longspan.engine.resolve import resolve_config
 from longspan.engine.runner import Runner
 from longspan.engine.step import RowSampling, ScheduledBatch, ScheduledSlice
 from longspan.model.qwen2 import CausalLM, Linear
 from longspan.model.weights import random_weights
 from longspan.ops.types import PagedKV
+from longspan.units import DTYPE_BYTES, GIB, default_dtype
 
 USABLE_SHARE = 0.97
 """Of what is free: a benchmark has the device for itself."""
@@ -177,7 +178,7 @@ def step_of(
 def weight_bytes_read(shape: Shape, device: str) -> int:
     """Weights that decoding one token reads: all but the rows of the embedding not asked for."""
     model = shape.model
-    element = 4 if device == "cpu" else 2
+    element = DTYPE_BYTES[default_dtype(device)]
     embedding = 0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size
     return element * (model.num_parameters - embedding)
 

@@ -13,8 +13,10 @@ from longspan.attention.layer import allocate_cache
 from longspan.attention.rope import build_rotary
 from longspan.bench.shapes import Shape
 from longspan.config import DcaConfig
+from longspan.model import TORCH_DTYPES
 from longspan.ops.geometry import segments
 from longspan.ops.types import PagedKV, QueryRotary
+from longspan.units import default_dtype
 
 CONTENTS = ("random", "local", "scattered")
 """random: gaussian; local: keys resemble the queries near them; scattered: queries match keys at
@@ -24,7 +26,6 @@ NUM_DISTANCES = 16
 TOPIC_LEN = 1024
 """Tokens between two independent topics of local content."""
 WRITE_ROWS = 32_768
-TORCH_DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +80,12 @@ def make_input(
         rotary: default: the shape's own.
         shuffled: blocks out of order, and NaN in all that is not the request's.
     """
-    model, kind = shape.model, device.split(":")[0]
+    model, dtype = shape.model, TORCH_DTYPES[default_dtype(device)]
     generator = torch.Generator(device).manual_seed(seed)
     rotary = rotary or make_rotary(shape, num_tokens, device, model.dca)
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, device=device, dtype=TORCH_DTYPES[kind])
+        return torch.randn(size, generator=generator, device=device, dtype=dtype)
 
     num_kv_heads, head_dim = model.num_kv_heads, model.head_dim
     k, v = normal(num_tokens, num_kv_heads, head_dim), normal(num_tokens, num_kv_heads, head_dim)
@@ -112,7 +113,7 @@ def make_input(
             return normal(count, model.num_heads, head_dim)
 
     num_blocks = -(-num_tokens // BLOCK_SIZE)
-    cache, table = _allocate(shape, num_blocks, kind, device, shuffled)
+    cache, table = _allocate(shape, num_blocks, dtype, device, shuffled)
     found = LayerInput(
         k=k, v=v, cache=cache, block_table=table, rotary=rotary, scale=head_dim**-0.5,
         make_queries=queries)
@@ -130,11 +131,11 @@ def last_segment(num_tokens: int, num_queries: int, stride: int) -> tuple[int, i
 
 
 def _allocate(
-    shape: Shape, num_blocks: int, kind: str, device: str, shuffled: bool
+    shape: Shape, num_blocks: int, dtype: torch.dtype, device: str, shuffled: bool
 ) -> tuple[PagedKV, Tensor]:
     spare = 3 if shuffled else 0
     cache = allocate_cache(
-        num_blocks=num_blocks + spare, block_size=BLOCK_SIZE, dtype=TORCH_DTYPES[kind],
+        num_blocks=num_blocks + spare, block_size=BLOCK_SIZE, dtype=dtype,
         num_kv_heads=shape.model.num_kv_heads, head_dim=shape.model.head_dim, device=device,
         means=True)
     if not shuffled:

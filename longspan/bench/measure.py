@@ -14,12 +14,14 @@ from array import array
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from longspan.console import GIB, note, peak_memory_bytes
+from longspan.console import note
+from longspan.engine.memory import peak_memory_bytes
 from longspan.engine.tokenizer import Tokenizer
 from longspan.errors import LongspanError
 from longspan.eval.niah import passkey_haystack
 from longspan.eval.task import TextBank, python_text_roots
 from longspan.model.weights import resolve_checkpoint
+from longspan.units import GIB
 
 WARMUP_TOKENS = 4096
 

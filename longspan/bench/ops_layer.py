@@ -14,14 +14,15 @@ from torch import Tensor
 from longspan import ops
 from longspan.bench import checks
 from longspan.bench.baselines import FLEX, Plain, prepare, prepare_decode
-from longspan.bench.inputs import BLOCK_SIZE, CONTENTS, TORCH_DTYPES, LayerInput, make_input
+from longspan.bench.inputs import BLOCK_SIZE, CONTENTS, LayerInput, make_input
 from longspan.bench.session import BenchSession, CheckFailed
 from longspan.bench.shapes import Shape
 from longspan.bench.tiles import causal_flops
 from longspan.bench.timing import Repeats, Timing, measure, rate, rounded
 from longspan.errors import LongspanError
+from longspan.model import TORCH_DTYPES
+from longspan.units import GIB, default_dtype
 
-GIB = 1024**3
 SECTIONS = ("ceilings", "chunk", "sparse", "decode", "positions", "whole", "dense", "contents",
             "pointwise")
 """In the order they run: what matters most comes first, should time run out."""
@@ -131,7 +132,7 @@ class LayerBench:
     @property
     def dtype(self) -> torch.dtype:
         """What is computed in here."""
-        return TORCH_DTYPES[self.device.split(":")[0]]
+        return TORCH_DTYPES[default_dtype(self.device)]
 
     # -- dense prefill -------------------------------------------------------------------------
 

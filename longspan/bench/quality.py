@@ -30,12 +30,11 @@ from longspan.bench.timing import rounded, swapped
 from longspan.config import EngineConfig, dense_tail_start
 from longspan.console import note, percent, show_table
 from longspan.engine.blueprint import Blueprint
-from longspan.engine.runner import TORCH_DTYPES
 from longspan.engine.tokenizer import Tokenizer
 from longspan.errors import LongspanError
 from longspan.eval.stats import wilson_interval
 from longspan.eval.task import TextBank, python_text_roots
-from longspan.model import build_model
+from longspan.model import TORCH_DTYPES, build_model
 from longspan.model.weights import load_weights
 
 SETTINGS = ("dense", "tile", "paper")

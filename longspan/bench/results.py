@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from longspan.errors import LongspanError
+from longspan.units import GIB
 
 KEY_FIELDS: dict[str, tuple[str, ...]] = {
     "cpu": ("model", "impl", "num_tokens", "threads"),
@@ -36,7 +37,6 @@ KEY_FIELDS: dict[str, tuple[str, ...]] = {
 ORIGIN = ("command", "date", "commit", "versions")
 """Of a run; the device is the file's."""
 PACKAGES = ("torch", "triton", "transformers", "numpy")
-GIB = 1024**3
 
 
 def write_rows(

@@ -28,11 +28,12 @@ from longspan.bench.engine import (
 from longspan.bench.session import BenchSession
 from longspan.bench.shapes import Shape
 from longspan.bench.timing import Regions, rounded, synchronize
-from longspan.console import GIB, percent, seconds, show_table
+from longspan.console import percent, seconds, show_table
 from longspan.engine.loop import Loop
 from longspan.engine.request import Request, SamplingParams
 from longspan.engine.scheduler import Scheduler
 from longspan.errors import LongspanError
+from longspan.units import GIB
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

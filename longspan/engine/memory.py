@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +102,7 @@ def plan_memory(
     assert config.device is not None and config.dtype is not None
     device = device or device_memory(config.device)
     element = DTYPE_BYTES[config.dtype]
-    per_token = model.kv_bytes_per_token * element
+    per_token = model.kv_elements_per_token * element
     if means:
         per_token += -(-per_token // config.block_size)
     budget = int(USABLE_SHARE * device.free_bytes)
@@ -182,6 +184,14 @@ def _graph_bytes(model: ModelConfig, config: EngineConfig) -> int:
     what the largest one samples with."""
     rows = recorded_sizes(config.max_num_requests)
     return model.vocab_size * (2 * 4 * sum(rows) + SAMPLING_BYTES * max(rows))
+
+
+def peak_memory_bytes(device: str = "cpu") -> int:
+    """Highest use so far: of the process on CPUs, of torch's allocator on GPUs."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def device_memory(device: str) -> DeviceMemory:

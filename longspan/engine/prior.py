@@ -9,6 +9,7 @@ from __future__ import annotations
 from longspan.attention.sparsity import SparsityPlan
 from longspan.config import EngineConfig, ModelConfig
 from longspan.engine.latency import Costs
+from longspan.units import DTYPE_BYTES
 
 FLOPS = {"cpu": 5e10, "cuda": 1e14}
 """Operations a second."""
@@ -22,9 +23,8 @@ def prior_costs(model: ModelConfig, config: EngineConfig, plan: SparsityPlan | N
     assert config.device is not None and config.dtype is not None
     assert config.prefill_chunk_len is not None
     device, step_s = config.device.split(":")[0], STEP_S[config.device.split(":")[0]]
-    element = 4 if config.dtype == "float32" else 2
-    embeddings = model.hidden_size * model.vocab_size * (1 if model.tie_word_embeddings else 2)
-    linear = 2 * (model.num_parameters - embeddings)
+    element = DTYPE_BYTES[config.dtype]
+    linear = 2 * model.num_active_parameters
     pair = 4 * model.num_layers * model.num_heads * model.head_dim
     dense = (step_s, linear / FLOPS[device], pair / 2 / FLOPS[device])
     kept = mean = 0.0
@@ -35,5 +35,5 @@ def prior_costs(model: ModelConfig, config: EngineConfig, plan: SparsityPlan | N
     sparse = (step_s, (linear + pair * kept) / FLOPS[device], pair * mean / FLOPS[device])
     weights_s = element * model.num_parameters / BYTES_PER_S[device]
     decode = (step_s + weights_s, linear / FLOPS[device],
-              element * model.kv_bytes_per_token / BYTES_PER_S[device])
+              element * model.kv_elements_per_token / BYTES_PER_S[device])
     return Costs(dense=dense, sparse=sparse, decode=decode)

@@ -80,11 +80,6 @@ class SamplingParams:
         self._check_end()
         self._check_penalties()
 
-    @property
-    def needs_grammar(self) -> bool:
-        """Each token decides which ones may follow it."""
-        return self.json_schema is not None
-
     def _check_choice(self) -> None:
         _require(_is_number(self.temperature) and 0 <= self.temperature < math.inf,
                  "temperature", self.temperature, "0 (greedy) or a positive number")

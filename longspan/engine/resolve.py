@@ -7,20 +7,20 @@ from dataclasses import replace
 
 from longspan.config import AttentionMode, DcaConfig, EngineConfig, ModelConfig, PositionMode
 from longspan.errors import LongspanError
+from longspan.units import DTYPE_BYTES, default_dtype
 
 GPU_PREFILL_CHUNK_LEN = 32_768
 CPU_PREFILL_CHUNK_LEN = 16_384
 STEP_BUDGET_S = {"cpu": 1.0, "cuda": 0.1}
 DEVICE = re.compile(r"cpu|cuda(:\d+)?")
-DTYPES = ("float32", "bfloat16")
 
 
 def resolve_config(config: EngineConfig, *, has_cuda: bool) -> EngineConfig:
     """A new configuration with device, dtype and prefill chunk decided."""
     device = resolve_device(config.device, has_cuda=has_cuda)
-    dtype = config.dtype or ("float32" if device == "cpu" else "bfloat16")
-    if dtype not in DTYPES:
-        raise LongspanError(f"dtype {dtype!r} is not supported; use {' or '.join(DTYPES)}")
+    dtype = config.dtype or default_dtype(device)
+    if dtype not in DTYPE_BYTES:
+        raise LongspanError(f"dtype {dtype!r} is not supported; use {' or '.join(DTYPE_BYTES)}")
     chunk = CPU_PREFILL_CHUNK_LEN if device == "cpu" else GPU_PREFILL_CHUNK_LEN
     chunk = max(1, chunk // config.block_size) * config.block_size
     return replace(config, device=device, dtype=dtype,

@@ -25,17 +25,15 @@ from longspan.engine.graphs import CudaRecorder, DecodeGraphs, DecodeState
 from longspan.engine.host_memory import keep_buffers_in_heap
 from longspan.engine.launched import LaunchedStep, Stopwatch
 from longspan.engine.loop import AheadTransport, LocalTransport, Transport
-from longspan.engine.memory import MemoryPlan
+from longspan.engine.memory import MemoryPlan, peak_memory_bytes
 from longspan.engine.paused import PausableChunk
 from longspan.engine.sampling import SampledTokens, Sampler
 from longspan.engine.stages import PipelineStage
 from longspan.engine.step import ScheduledBatch, StepResult
 from longspan.engine.tokenizer import Tokenizer
-from longspan.model import build_model
+from longspan.model import TORCH_DTYPES, build_model
 from longspan.model.weights import load_weights
 from longspan.ops.types import PagedKV
-
-TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Runner:
@@ -174,9 +172,7 @@ class Runner:
 
     def peak_memory_bytes(self) -> int:
         """Highest use so far: of the process on CPUs, of torch's allocator on GPUs."""
-        if self._device.startswith("cuda"):
-            return int(torch.cuda.max_memory_allocated(self._device))
-        return _peak_resident_bytes()
+        return peak_memory_bytes(self._device)
 
     def close(self) -> None:
         """Free weights and caches."""
@@ -276,11 +272,3 @@ def resolve_plan(path: Path, model: ModelConfig, config: EngineConfig) -> Sparsi
         return None
     plan.check_fits(model.num_layers, model.num_heads)
     return plan
-
-
-def _peak_resident_bytes() -> int:
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

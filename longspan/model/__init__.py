@@ -9,8 +9,14 @@ from longspan.config import ModelConfig
 from longspan.model.qwen2 import CausalLM
 from longspan.model.weights import load_weights, random_weights, resolve_checkpoint
 from longspan.ops.types import QueryRotary
+from longspan.units import DTYPE_BYTES
 
-__all__ = ["CausalLM", "build_model", "load_weights", "random_weights", "resolve_checkpoint"]
+__all__ = ["MODELS", "TORCH_DTYPES", "CausalLM", "build_model", "load_weights", "random_weights",
+           "resolve_checkpoint"]
+
+MODELS: dict[str, type[CausalLM]] = {"Qwen2ForCausalLM": CausalLM, "Qwen3ForCausalLM": CausalLM}
+"""Class of each architecture in `longspan.config.FAMILIES`."""
+TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_BYTES}
 
 
 def build_model(
@@ -22,8 +28,8 @@ def build_model(
     Args:
         layers: the stage's layers, ``range(config.num_layers)`` for the whole model.
         rotary: rotation tables, already on `device`.
-        plan: budgets for sparse prefill; None: dense, or the layer's built-in policy.
+        plan: budgets for sparse prefill; None: dense.
     """
-    model = CausalLM(
+    model = MODELS[config.architecture](
         config, layers=layers, rotary=rotary, plan=plan, dtype=dtype, device=device)
     return model.eval()

@@ -49,15 +49,6 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
-def write_kv(cache: PagedKV, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
-    """Store rotated keys and values. k, v: [T, K, D]; slot_mapping: [T] = block_id * P + offset.
-
-    Where the cache holds tile means, those of every touched block are computed anew over its P
-    slots (meaningful once the block is full, and never read before).
-    """
-    _fill(cache, k, v, slot_mapping, torch.unique(slot_mapping // cache.k.shape[1]))
-
-
 def store_kv(
     cache: PagedKV, k: Tensor, v: Tensor, positions: Tensor, slot_mapping: Tensor,
     filled_blocks: Tensor, rotary: QueryRotary,
@@ -73,15 +64,9 @@ def store_kv(
     """
     rows = positions % rotary.stride
     k = rotate(k, rotary.cos[rows], rotary.sin[rows])
-    kept = slot_mapping >= 0
-    _fill(cache, k[kept], v[kept], slot_mapping[kept], filled_blocks[filled_blocks >= 0])
-
-
-def _fill(cache: PagedKV, k: Tensor, v: Tensor, slots: Tensor, due: Tensor) -> None:
-    """Store rows, then compute the means of the blocks ``due`` where the cache holds means."""
-    num_kv_heads, head_dim = cache.k.shape[2:]
+    kept, due = slot_mapping >= 0, filled_blocks[filled_blocks >= 0]
     for stored, new, mean in ((cache.k, k, cache.k_mean), (cache.v, v, cache.v_mean)):
-        stored.view(-1, num_kv_heads, head_dim)[slots] = new.to(stored.dtype)
+        stored.view(-1, *stored.shape[2:])[slot_mapping[kept]] = new[kept].to(stored.dtype)
         if mean is not None:
             mean[due] = stored[due].float().mean(1).to(mean.dtype)
 

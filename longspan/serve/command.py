@@ -28,6 +28,7 @@ from longspan.serve.body import cancel
 from longspan.serve.config import ServeConfig
 from longspan.serve.connection import MAX_HEAD_BYTES, Connection
 from longspan.serve.engine import AsyncEngine
+from longspan.units import in_gib
 
 POLL_S = 0.1
 SWITCH_S = 5e-4
@@ -37,7 +38,6 @@ WARM_UP_S = 60.0
 LAST_WORDS_S = 5.0
 """For streams to receive their error after the engine's death, and for cancelled ones to end."""
 REPORT_LENGTHS = (131_072, 262_144, 524_288, 1_048_576)
-GIB = 1024**3
 
 
 def serve(model: str, config: ServeConfig, engine_options: Mapping[str, Any]) -> int:
@@ -212,7 +212,7 @@ def start_up_report(status: EngineStatus) -> str:
     lines = [f"serving {status.model}",
              f"  longest prompt and answer  {status.max_model_len:>12,} tokens",
              f"  KV cache                   {status.capacity_tokens:>12,} tokens"]
-    lines += [f"  {name:<26} {size / GIB:>12.2f} GiB"
+    lines += [f"  {name:<26} {in_gib(size):>16}"
               for name, size in status.memory_bytes.items()]
     lengths = [length for length in REPORT_LENGTHS if length <= status.max_model_len]
     if status.latency and lengths:

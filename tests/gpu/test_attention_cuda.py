@@ -12,6 +12,7 @@ from longspan.config import DcaConfig
 from longspan.ops import eager_dense, eager_sparse, reference
 from longspan.ops.select import select_vertical_slash
 from longspan.ops.types import Budget, PagedKV, QueryRotary
+from tests.conftest import write_rotated
 
 pytestmark = pytest.mark.gpu
 
@@ -41,7 +42,7 @@ def make_case(
     k, v, q = (torch.randn(context_len, n, head_dim, generator=generator).to(DEVICE, dtype)
                for n in (num_kv_heads, num_kv_heads, num_heads))
     positions = torch.arange(context_len, device=DEVICE)
-    reference.write_kv(cache, k, v, table[positions // BLOCK] * BLOCK + positions % BLOCK)
+    write_rotated(cache, k, v, table[positions // BLOCK] * BLOCK + positions % BLOCK)
     return q, cache, table
 
 

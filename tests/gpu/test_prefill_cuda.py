@@ -15,7 +15,7 @@ from longspan.attention.rope import build_rotary
 from longspan.config import DcaConfig
 from longspan.ops import prefill, reference, vertical_slash
 from longspan.ops.types import PagedKV, QueryRotary, Selection
-from tests.conftest import SEED, _poisoned, assert_close
+from tests.conftest import SEED, _poisoned, assert_close, write_rotated
 from tests.gpu.syncs import no_syncs
 
 pytestmark = pytest.mark.gpu
@@ -59,7 +59,7 @@ def make_case(
         dca=DcaConfig(chunk_size=chunk_size, local_size=local_size))
     rows = positions % rotary.stride
     keys = torch.randn(length, kv_heads, head_dim, device=DEVICE, dtype=dtype)
-    reference.write_kv(
+    write_rotated(
         cache, reference.rotate(keys, rotary.cos[rows], rotary.sin[rows]), torch.randn_like(keys),
         table[positions // BLOCK] * BLOCK + positions % BLOCK)
     q = torch.randn(length, heads, head_dim, device=DEVICE, dtype=dtype)

@@ -13,8 +13,17 @@ from torch import Tensor
 from longspan.attention.layer import allocate_cache
 from longspan.attention.metadata import SequenceSlice, build_metadata
 from longspan.attention.rope import build_rotary
-from longspan.config import ModelConfig
-from longspan.model import CausalLM, build_model, load_weights, qwen2, random_weights
+from longspan.config import FAMILIES, ModelConfig
+from longspan.model import (
+    MODELS,
+    TORCH_DTYPES,
+    CausalLM,
+    build_model,
+    load_weights,
+    qwen2,
+    random_weights,
+)
+from longspan.units import DTYPE_BYTES
 
 MAX_DIFFERENCE = 1e-4
 BLOCK_SIZE = 16
@@ -149,6 +158,19 @@ def test_stages_hold_only_their_own_weights(tmp_path):
     whole, *stages = load(tmp_path) + load(tmp_path, (1, 2))
     counts = [sum(p.numel() for p in m.parameters()) for m in (whole, *stages)]
     assert counts[0] == sum(counts[1:]) == whole.config.num_parameters
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_active_parameters_are_those_of_the_layers_matrices(tmp_path, family):
+    save_model(tmp_path, family, 4, 2, tied=False)
+    (model,) = load(tmp_path)
+    matrices = [p.numel() for p in model.layers.parameters() if p.dim() == 2]
+    assert sum(matrices) == model.config.num_active_parameters
+
+
+def test_every_family_has_a_class_and_every_type_a_size():
+    assert MODELS.keys() == FAMILIES.keys()
+    assert {name: dtype.itemsize for name, dtype in TORCH_DTYPES.items()} == DTYPE_BYTES
 
 
 def test_tied_embeddings_are_stored_once(tmp_path):

@@ -9,7 +9,7 @@ import torch
 
 from longspan.ops import reference
 from longspan.ops.types import PagedKV, Selection
-from tests.conftest import assert_close
+from tests.conftest import assert_close, write_rotated
 from tests.ops import oracle
 from tests.ops.oracle import Positions
 
@@ -55,13 +55,13 @@ def test_silu_mul_takes_the_gate_first() -> None:
     assert_close(result, gate.double() * torch.sigmoid(gate.double()) * up)
 
 
-def test_write_kv_touches_its_slots_only() -> None:
+def test_store_kv_touches_its_slots_only() -> None:
     """Scattered slots of two blocks; every other slot keeps its NaN."""
     shape = (6, 4, 2, 8)
     cache = PagedKV(torch.full(shape, math.nan), torch.full(shape, math.nan))
     slots = torch.tensor([5, 23, 4, 20])
     k, v = torch.randn(2, 4, 2, 8)
-    reference.write_kv(cache, k, v, slots)
+    write_rotated(cache, k, v, slots)
     for stored, written in ((cache.k, k), (cache.v, v)):
         flat = stored.flatten(0, 1)
         assert torch.equal(flat[slots], written)
@@ -70,28 +70,28 @@ def test_write_kv_touches_its_slots_only() -> None:
         assert flat[untouched].isnan().all()
 
 
-def test_write_kv_keeps_the_means_of_full_blocks() -> None:
+def test_store_kv_keeps_the_means_of_full_blocks() -> None:
     """A block filled in three writes, a part of another: the full one's means are exact, whatever
     the cache held before; means of blocks that nobody touched stay."""
     cache = PagedKV(*(torch.full((5, 4, 2, 8), math.nan) for _ in range(2)),
                     *(torch.full((5, 2, 8), math.nan) for _ in range(2)))
     k, v = torch.randn(2, 6, 2, 8)
     for rows, slots in (([0], [12]), ([1, 2, 3], [13, 14, 15]), ([4, 5], [0, 1])):
-        reference.write_kv(cache, k[rows], v[rows], torch.tensor(slots))
+        write_rotated(cache, k[rows], v[rows], torch.tensor(slots))
     assert cache.k_mean is not None and cache.v_mean is not None
     assert_close(cache.k_mean[3], k[:4].double().mean(0))
     assert_close(cache.v_mean[3], v[:4].double().mean(0))
-    reference.write_kv(cache, k[4:], v[4:], torch.tensor([2, 3]))
+    write_rotated(cache, k[4:], v[4:], torch.tensor([2, 3]))
     assert_close(cache.k_mean[0], k[[4, 5, 4, 5]].double().mean(0))
     assert cache.k_mean[[1, 2, 4]].isnan().all()
 
 
-def test_write_kv_means_of_a_bf16_cache_are_summed_in_fp32() -> None:
+def test_store_kv_means_of_a_bf16_cache_are_summed_in_fp32() -> None:
     """The mean of 128 stored keys, rounded once."""
     cache = PagedKV(*(torch.zeros(1, 128, 1, 8, dtype=torch.bfloat16) for _ in range(2)),
                     *(torch.zeros(1, 1, 8, dtype=torch.bfloat16) for _ in range(2)))
     k = 10 + torch.randn(128, 1, 8)
-    reference.write_kv(cache, k, k, torch.arange(128))
+    write_rotated(cache, k, k, torch.arange(128))
     assert cache.k_mean is not None
     assert torch.equal(cache.k_mean[0], cache.k[0].float().mean(0).bfloat16())
 
