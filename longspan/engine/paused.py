@@ -10,7 +10,6 @@ from longspan.engine.batch import DeviceBatch
 from longspan.engine.chunking import row_cuts
 from longspan.engine.stages import PipelineStage
 from longspan.engine.step import ScheduledSlice
-from longspan.model.pieces import forward_in_pieces
 
 
 class PausableChunk:
@@ -64,6 +63,6 @@ class PausableChunk:
         for number, stage in enumerate(self._stages):
             if number:
                 yield
-            hidden = yield from forward_in_pieces(
-                stage.model, hidden, inputs.metadata, stage.caches, cuts)
+            hidden = yield from stage.model.forward_in_pieces(
+                hidden, inputs.metadata, stage.caches, cuts)
         return hidden

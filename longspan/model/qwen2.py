@@ -10,8 +10,9 @@ Sources: transformers `modeling_qwen2.py`, `modeling_qwen3.py` (numerics, tensor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -25,6 +26,8 @@ from longspan.config import ModelConfig
 from longspan.ops import add_rms_norm, rms_norm, silu_mul
 from longspan.ops.types import PagedKV, QueryRotary
 
+EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+"""Names in a checkpoint of what is in no layer."""
 MLP_ROWS, MLP_ROWS_CPU = 8_192, 2_048
 """Rows that the MLP computes at a time: its activations, 4 I numbers a row, are the largest of a
 step. On one CPU core 2,048 rows are as fast as more, with a quarter of the memory."""
@@ -114,6 +117,19 @@ class Attention(nn.Module):
         q, k, v = self._merged(x, rows)
         return (self.q_norm(q), self.k_norm(k), v) if self.qk_norm else (q, k, v)
 
+    def weight_targets(self) -> dict[str, Tensor]:
+        """As `CausalLM.weight_targets`: the merged projection is stored as three."""
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        targets: dict[str, Tensor] = {
+            f"{name}_proj.{kind}": part
+            for kind, merged in self.qkv_proj.named_parameters()
+            for name, part in zip(
+                "qkv", merged.split([n * self.head_dim for n in heads]), strict=True)}
+        targets["o_proj.weight"] = self.o_proj.weight
+        if self.qk_norm:
+            targets |= {"q_norm.weight": self.q_norm.weight, "k_norm.weight": self.k_norm.weight}
+        return targets
+
     def _merged(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """q: [T or n, H, D]; k, v: [T, K, D]."""
         heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
@@ -142,6 +158,12 @@ class MLP(nn.Module):
         """x: [T, M]; the result is added to ``hidden`` [T, M], in place."""
         self.down_proj.add_to(hidden, silu_mul(self.gate_up_proj(x)))
 
+    def weight_targets(self) -> dict[str, Tensor]:
+        """As `CausalLM.weight_targets`: gate and up are stored apart."""
+        gate, up = self.gate_up_proj.weight.chunk(2)
+        return {"gate_proj.weight": gate, "up_proj.weight": up,
+                "down_proj.weight": self.down_proj.weight}
+
 
 class DecoderLayer(nn.Module):
     """Attention and MLP, each behind a norm, added to the residual stream."""
@@ -166,12 +188,43 @@ class DecoderLayer(nn.Module):
         self.finish(hidden, attended)
         return hidden
 
+    def forward_in_pieces(
+        self, hidden: Tensor, metadata: AttentionMetadata, cache: PagedKV, cuts: Sequence[int],
+    ) -> Generator[None, None, None]:
+        """`forward` of a single prefill slice; yields between its pieces: keys and values, the
+        selection, then the rows between two ``cuts``. Its frame is what a pause keeps.
+
+        hidden: [T, M], changed in place.
+        """
+        (item,) = metadata.prefills
+        attention = self.self_attn
+        q, k, v = attention.project(self.input_layernorm(hidden), None)
+        attention.core.store(k, v, cache, metadata)
+        del k, v
+        yield
+        parts = attention.core.prepare(q, cache, item)
+        for start, stop in pairwise(cuts):
+            yield
+            rows = slice(start - item.cached_len, stop - item.cached_len)
+            attended = attention.core.attend(q[rows], cache, item, parts, start)
+            self.finish(hidden[rows], attention.o_proj(attended.flatten(1)))
+            del attended
+
     def finish(self, hidden: Tensor, attended: Tensor) -> None:
         """What follows attention. hidden: [T, M], changed in place; attended: [T, M]."""
         size = mlp_rows(hidden.device.type)
         # pieces are views: each is added in place
         for piece, update in zip(hidden.split(size), attended.split(size), strict=True):
             self.mlp.add_to(piece, self.post_attention_layernorm.add(update, piece))
+
+    def weight_targets(self) -> dict[str, Tensor]:
+        """As `CausalLM.weight_targets`, names within the layer."""
+        parts = {"self_attn": self.self_attn.weight_targets(), "mlp": self.mlp.weight_targets()}
+        return {
+            "input_layernorm.weight": self.input_layernorm.weight,
+            "post_attention_layernorm.weight": self.post_attention_layernorm.weight,
+            **{f"{part}.{name}": tensor for part, targets in parts.items()
+               for name, tensor in targets.items()}}
 
 
 class CausalLM(nn.Module):
@@ -213,18 +266,39 @@ class CausalLM(nn.Module):
         Returns [T, M] hidden states; on the last stage after the final norm, and [n, M] where
         ``metadata.output_rows`` names n rows: the last layer computes no others.
         """
-        hidden = self.embed(hidden_or_ids)
-        wide = replace(metadata, output_rows=None, output=None)
-        last = self.layer_range.stop - 1 if self.is_last else None
-        for idx, layer, cache in zip(self.layer_range, self.layers, caches, strict=True):
-            hidden = layer(hidden, metadata if idx == last else wide, cache)
-        return self.norm(hidden) if self.is_last else hidden
+        try:
+            next(self.forward_in_pieces(hidden_or_ids, metadata, caches, ()))
+        except StopIteration as end:
+            return cast(Tensor, end.value)
+        raise AssertionError("a pass without cuts has no pauses")
 
-    def embed(self, hidden_or_ids: Tensor) -> Tensor:
-        """[T] token ids to [T, M] on the first stage; hidden states as they are on others."""
-        if not self.is_first:
-            return hidden_or_ids
-        return F.embedding(hidden_or_ids, self.embed_tokens.weight)
+    def forward_in_pieces(
+        self, hidden_or_ids: Tensor, metadata: AttentionMetadata, caches: Sequence[PagedKV],
+        cuts: Sequence[int],
+    ) -> Generator[None, None, Tensor]:
+        """`forward`, with pauses: yields between two pieces, which are the same operations on the
+        same rows whether there is a pause or not. What the pieces are: `longspan.engine.chunking`.
+
+        Args:
+            hidden_or_ids, metadata, caches: as there; with ``cuts`` a single prefill slice.
+            cuts: positions that part the slice's rows, its start and end included; none: the
+                pass is one piece.
+        """
+        hidden = hidden_or_ids
+        if self.is_first:
+            hidden = F.embedding(hidden_or_ids, self.embed_tokens.weight)
+        wide = replace(metadata, output_rows=None, output=None)
+        last = self.layer_range.stop - 1
+        for idx, layer, cache in zip(self.layer_range, self.decoder_layers(), caches, strict=True):
+            if cuts and idx > self.layer_range.start:
+                yield
+            if self.is_last and idx == last:  # keys of all rows, queries of few: one piece
+                hidden = layer(hidden, metadata, cache)
+            elif cuts:
+                yield from layer.forward_in_pieces(hidden, wide, cache, cuts)
+            else:
+                hidden = layer(hidden, wide, cache)
+        return self.norm(hidden) if self.is_last else hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the vocabulary, last stage only. hidden: [n, M]; returns [n, V] fp32."""
@@ -248,6 +322,27 @@ class CausalLM(nn.Module):
         """Start counting pairs anew."""
         for core in self._attention_cores():
             core.reset_stats()
+
+    def weight_targets(self) -> dict[str, Tensor]:
+        """This stage's weights by their names in a checkpoint: tensors to be filled, views of the
+        parameters where those are merged."""
+        targets: dict[str, Tensor] = {}
+        if self.is_first:
+            targets[EMBEDDING] = self.embed_tokens.weight
+        for idx, layer in zip(self.layer_range, self.decoder_layers(), strict=True):
+            targets |= {f"model.layers.{idx}.{name}": tensor
+                        for name, tensor in layer.weight_targets().items()}
+        if self.is_last:
+            targets[NORM] = self.norm.weight
+            # With tied embeddings on one stage both names are the same storage.
+            targets[EMBEDDING if self.config.tie_word_embeddings else HEAD] = self.lm_head.weight
+        return targets
+
+    def checkpoint_names(self) -> set[str]:
+        """All that a checkpoint of the whole model may hold, a redundant head included."""
+        layer = self.decoder_layers()[0].weight_targets()
+        return {EMBEDDING, NORM, HEAD} | {
+            f"model.layers.{idx}.{name}" for idx in range(self.config.num_layers) for name in layer}
 
     def decoder_layers(self) -> list[DecoderLayer]:
         """This stage's layers in order, with their type."""

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.config import ModelConfig, read_json
+from longspan.config import read_json
 from longspan.errors import CheckpointError, MissingDependencyError
-from longspan.model.qwen2 import CausalLM, DecoderLayer
+from longspan.model.qwen2 import EMBEDDING, HEAD, CausalLM
 
 BUNDLED_MODEL = "nano"
 SINGLE_FILE = "model.safetensors"
@@ -32,7 +32,6 @@ INDEX_FILE = "model.safetensors.index.json"
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 MAX_HEADER_BYTES = 100_000_000
 
 
@@ -78,8 +77,11 @@ def load_weights(model: CausalLM, path: Path) -> None:
     shaped, quantised or unknown tensors.
     """
     stored = _stored_tensors(path)
-    targets = _targets(model)
-    _check(stored, targets, model.config, path)
+    targets = model.weight_targets()
+    _check(stored, targets, path)
+    _refuse_unknown(stored, model)
+    if model.config.tie_word_embeddings and EMBEDDING in targets and HEAD in stored:
+        _check_tied(stored)
     for name, tensor in _read({name: stored[name] for name in targets}):
         targets[name].copy_(tensor)
 
@@ -231,40 +233,8 @@ def _stored(file: Path, entry: Mapping[str, Any], first: int) -> StoredTensor:
                         dtype=str(entry["dtype"]), start=start, stop=stop)
 
 
-def _targets(model: CausalLM) -> dict[str, Tensor]:
-    """Checkpoint name to the part of a parameter that it fills, for this stage's tensors."""
-    targets: dict[str, Tensor] = {}
-    if model.is_first:
-        targets["model.embed_tokens.weight"] = model.embed_tokens.weight
-    for idx, layer in zip(model.layer_range, model.decoder_layers(), strict=True):
-        for name, tensor in _layer_targets(layer).items():
-            targets[f"model.layers.{idx}.{name}"] = tensor
-    if model.is_last:
-        tied = model.config.tie_word_embeddings
-        targets["model.norm.weight"] = model.norm.weight
-        # With tied embeddings on one stage both names are the same storage.
-        targets["model.embed_tokens.weight" if tied else "lm_head.weight"] = model.lm_head.weight
-    return targets
-
-
-def _layer_targets(layer: DecoderLayer) -> dict[str, Tensor]:
-    """The merged projections as the checkpoint's separate ones; views, not copies."""
-    merged = ("self_attn.qkv_proj", "mlp.gate_up_proj")
-    targets: dict[str, Tensor] = {
-        name: tensor for name, tensor in layer.named_parameters() if not name.startswith(merged)}
-    attention = layer.self_attn
-    rows = [n * attention.head_dim for n in
-            (attention.num_heads, attention.num_kv_heads, attention.num_kv_heads)]
-    for kind, tensor in attention.qkv_proj.named_parameters():
-        for name, part in zip("qkv", tensor.split(rows), strict=True):
-            targets[f"self_attn.{name}_proj.{kind}"] = part
-    gate, up = layer.mlp.gate_up_proj.weight.chunk(2)
-    return targets | {"mlp.gate_proj.weight": gate, "mlp.up_proj.weight": up}
-
-
 def _check(
-    stored: Mapping[str, StoredTensor], targets: Mapping[str, Tensor], config: ModelConfig,
-    path: Path,
+    stored: Mapping[str, StoredTensor], targets: Mapping[str, Tensor], path: Path,
 ) -> None:
     missing = [name for name in targets if name not in stored]
     if missing:
@@ -286,9 +256,6 @@ def _check(
             )
         if entry.stop - entry.start != prod(entry.shape) * FLOAT_TYPES[entry.dtype].itemsize:
             raise _corrupt(entry.file)
-    _refuse_unknown(stored, targets, config)
-    if config.tie_word_embeddings and EMBEDDING in targets and HEAD in stored:
-        _check_tied(stored)
 
 
 def _check_tied(stored: Mapping[str, StoredTensor]) -> None:
@@ -304,19 +271,15 @@ def _check_tied(stored: Mapping[str, StoredTensor]) -> None:
             "tie_word_embeddings to false to use this head, or remove it from the file")
 
 
-def _refuse_unknown(
-    stored: Mapping[str, StoredTensor], targets: Mapping[str, Tensor], config: ModelConfig
-) -> None:
+def _refuse_unknown(stored: Mapping[str, StoredTensor], model: CausalLM) -> None:
     """Every stored tensor belongs to some layer of the model, or is known to be redundant."""
-    suffixes = {name.split(".", 3)[3] for name in targets if name.startswith("model.layers.")}
-    known = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
-    known |= {f"model.layers.{idx}.{name}" for idx in range(config.num_layers) for name in suffixes}
+    known = model.checkpoint_names()
     unknown = [name for name in stored
                if name not in known and not name.endswith("rotary_emb.inv_freq")]
     if unknown:
         raise CheckpointError(
             f"{stored[unknown[0]].file}: {len(unknown)} unknown tensors, the first is "
-            f"{unknown[0]}; this is not a plain {config.architecture} checkpoint"
+            f"{unknown[0]}; this is not a plain {model.config.architecture} checkpoint"
         )
 
 

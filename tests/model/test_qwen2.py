@@ -168,6 +168,42 @@ def test_active_parameters_are_those_of_the_layers_matrices(tmp_path, family):
     assert sum(matrices) == model.config.num_active_parameters
 
 
+@pytest.mark.parametrize("cuts", [(), (1,)], ids=["whole", "stages"])
+@pytest.mark.parametrize(("family", "tied"), [("qwen2", False), ("qwen3", False), ("qwen3", True)])
+def test_every_weight_is_filled_from_one_place(tmp_path, family, tied, cuts):
+    save_model(tmp_path, family, 4, 2, tied)
+    for stage in load(tmp_path, cuts):
+        targets = stage.weight_targets()
+        places = {tensor.data_ptr() for tensor in targets.values()}
+        assert len(places) == len(targets)
+        assert sum(t.numel() for t in targets.values()) == sum(
+            p.numel() for p in stage.parameters())
+        assert targets.keys() <= stage.checkpoint_names()
+
+
+def test_a_pass_in_pieces_pauses_between_them_only(tmp_path):
+    """Keys and values, the selection and the parts of the rows, in all layers but the last."""
+    save_model(tmp_path, "qwen2", 4, 2, tied=False)
+    stages, ids = load(tmp_path), token_ids(40)
+    whole = Driver(stages, 40).step(ids, num_outputs=1)
+    driver = Driver(stages, 40)
+    part = SequenceSlice(query_len=40, cached_len=0, prompt_len=40, num_outputs=1,
+                         block_ids=driver.block_ids)
+    metadata = build_metadata(
+        [part], block_size=BLOCK_SIZE, head_dim=16, dca=None, device="cpu")
+    work = stages[0].forward_in_pieces(ids, metadata, driver.caches[0], (0, 16, 32, 40))
+    num_pauses = 0
+    while True:
+        try:
+            next(work)
+            num_pauses += 1
+        except StopIteration as end:
+            hidden = end.value
+            break
+    assert num_pauses + 1 == 2 * (2 + 3) + 1
+    assert (stages[0].logits(hidden) - whole).abs().max() <= MAX_DIFFERENCE
+
+
 def test_every_family_has_a_class_and_every_type_a_size():
     assert MODELS.keys() == FAMILIES.keys()
     assert {name: dtype.itemsize for name, dtype in TORCH_DTYPES.items()} == DTYPE_BYTES
