@@ -90,8 +90,6 @@ class ModelConfig:
     """See `Family`."""
     qk_norm: bool
     """See `Family`."""
-    dtype: str = "bfloat16"
-    """Type of the stored weights."""
     dca: DcaConfig | None = None
     sparse_budgets: tuple[dict[str, Any], ...] | None = None
     """Released per-head budgets: one {head: [type, vertical, slash, score]} for each layer."""
@@ -136,7 +134,6 @@ class ModelConfig:
             tie_word_embeddings=need.boolean("tie_word_embeddings"),
             attention_bias=family.attention_bias,
             qk_norm=family.qk_norm,
-            dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"),
             dca=_dca(dca_need),
             sparse_budgets=_released_budgets(dca_need.raw, num_layers, source),
             sparse_threshold=int(dca_need.number("sparse_attention_threshold", 32_768)),

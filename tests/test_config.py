@@ -69,7 +69,7 @@ def test_qwen2_5_7b_1m_by_name():
     assert (config.rope_theta, config.rms_norm_eps) == (1e7, 1e-5)
     assert (config.vocab_size, config.max_position_embeddings) == (152064, 1_010_000)
     assert config.attention_bias and not config.qk_norm and not config.tie_word_embeddings
-    assert config.dtype == "bfloat16" and config.sparse_budgets is None
+    assert config.sparse_budgets is None
     assert config.dca is not None and config.dca.dca_chunk_len == 253_952
     assert config.dca.original_max_position_embeddings == 262_144
     assert (config.sparse_threshold, config.sparse_probe_len) == (32_768, 64)
@@ -119,12 +119,6 @@ def test_plain_checkpoint_has_no_dca():
 def test_rope_theta_in_both_places(rope, theta):
     raw = {key: value for key, value in small().items() if key != "rope_theta"}
     assert ModelConfig.from_hf(raw | rope).rope_theta == theta
-
-
-def test_dtype_in_both_places():
-    raw = {key: value for key, value in small().items() if key != "torch_dtype"}
-    assert ModelConfig.from_hf(raw | {"dtype": "float32"}).dtype == "float32"
-    assert ModelConfig.from_hf(raw).dtype == "bfloat16"
 
 
 def test_budgets_in_their_own_file(tmp_path):

@@ -1,6 +1,6 @@
 """The shape of the code base, checked: who may import whom, sizes, no ambient state.
 
-The layer table is DESIGN section 3.1; a module may also import its own package.
+A module may also import its own package.
 """
 
 from __future__ import annotations

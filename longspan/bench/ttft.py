@@ -28,9 +28,11 @@ from longspan.bench.engine import (
 from longspan.bench.session import BenchSession
 from longspan.bench.shapes import Shape
 from longspan.bench.timing import Regions, rounded, synchronize
+from longspan.config import EngineConfig
 from longspan.console import percent, seconds, show_table
 from longspan.engine.loop import Loop
 from longspan.engine.request import Request, SamplingParams
+from longspan.engine.resolve import resolve_config
 from longspan.engine.scheduler import Scheduler
 from longspan.errors import LongspanError
 from longspan.units import GIB
@@ -60,12 +62,15 @@ class TtftOptions:
 def run(session: BenchSession, shape: Shape, options: TtftOptions) -> int:
     """Measure, write rows, print the table. Returns the exit status."""
     cut = shape.cut(options.layers)
+    chunk_len = options.chunk_len or resolve_config(
+        EngineConfig(model=shape.name, device=session.device),
+        has_cuda=session.device != "cpu").prefill_chunk_len
     checked: set[str] = set()
     for length in options.lengths:
         for attention in options.attention:
             key = {"shape": shape.name, "num_tokens": length, "attention": attention,
                    "plan": shape.plan_label if attention == "sparse" else None,
-                   "layers": cut.model.num_layers, "gpus": 1}
+                   "layers": cut.model.num_layers, "gpus": 1, "chunk_len": chunk_len}
             session.attempt(key, partial(
                 _measure, session, cut, options, checked, length, attention,
                 shape.model.num_layers))
@@ -96,8 +101,7 @@ def _measure(
     scaled_s = scaled(ttft_s, share, shape.model.num_layers, total_layers)
     return {"ttft_s": rounded(ttft_s, 5), "ttft_scaled_s": rounded(scaled_s, 5),
             "total_layers": total_layers, "density": rounded(density, 4),
-            "peak_memory_gib": rounded(peak_bytes / GIB, 5), "chunk_len": chunk, "n": 1,
-            "share": share}
+            "peak_memory_gib": rounded(peak_bytes / GIB, 5), "n": 1, "share": share}
 
 
 def scaled(ttft_s: float, share: Mapping[str, float], layers: int, total_layers: int) -> float:

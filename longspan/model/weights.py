@@ -168,7 +168,8 @@ def _indexed_tensors(path: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(f"{path / shard}: {twice} is in {stored[twice].file.name} too; "
                                   "these shards do not belong together, fetch them again")
         stored |= found
-    lost = [name for name in places if name not in stored or stored[name].file.name != places[name]]
+    lost = [name for name, shard in places.items()
+            if name not in stored or stored[name].file != path / shard]
     if lost:
         raise CheckpointError(
             f"{path / places[lost[0]]}: {len(lost)} tensors named in {INDEX_FILE} are missing, the "
@@ -252,7 +253,7 @@ def _check(
         if entry.dtype not in FLOAT_TYPES:
             raise CheckpointError(
                 f"{entry.file}: {name} is stored as {entry.dtype}; only {', '.join(FLOAT_TYPES)} "
-                "are supported, use an unquantised checkpoint"
+                "are supported, convert it or use an unquantised checkpoint"
             )
         if entry.stop - entry.start != prod(entry.shape) * FLOAT_TYPES[entry.dtype].itemsize:
             raise _corrupt(entry.file)

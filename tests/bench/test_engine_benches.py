@@ -52,6 +52,20 @@ def test_ttft_of_dense_and_sparse(
     assert "3/3" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("chunk_len", [512, None])
+def test_a_later_success_replaces_the_row_of_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_len: int | None,
+) -> None:
+    options = ttft_options(attention=("dense",), lengths=(600,), chunk_len=chunk_len)
+    with monkeypatch.context() as broken:
+        broken.setattr(ttft, "_measure", lambda *_: 1 / 0)
+        assert ttft.run(session("ttft", tmp_path), tiny_shape(), options) == 1
+    assert "error" in rows_of(tmp_path, "ttft")[0]
+    assert ttft.run(session("ttft", tmp_path), tiny_shape(), options) == 0
+    (row,) = rows_of(tmp_path, "ttft")
+    assert row["ttft_s"] > 0 and row["chunk_len"] == (chunk_len or 16_384)
+
+
 def test_some_layers_only(tmp_path: Path) -> None:
     options = ttft_options(layers=2, attention=("sparse",))
     assert ttft.run(session("ttft", tmp_path), tiny_shape(), options) == 0
