@@ -19,7 +19,7 @@ AttentionMode = Literal["auto", "dense", "sparse"]
 PositionMode = Literal["auto", "rope", "dca", "dca+yarn"]
 
 MAX_THREADS = 1024
-"""Of the tensor library, which breaks down when it cannot have as many as it was promised."""
+"""torch crashes if the operating system cannot give it as many threads as it was told to use."""
 ROPE_KEYS = ("rope_type", "type", "rope_theta", "original_max_position_embeddings")
 """Keys of `rope_parameters` that unscaled RoPE may have."""
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")

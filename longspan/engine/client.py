@@ -91,8 +91,8 @@ class EngineStatus:
     """Longest prompt plus completion, tokens."""
     capacity_tokens: int = 0
     """Tokens that the KV cache holds."""
-    prefill_chunk_len: int = 8192
-    """Prompt tokens computed in one step at the most."""
+    prefill_chunk_len: int = 0
+    """Prompt tokens computed in one step at the most; 0 while loading."""
     num_waiting: int = 0
     """Requests without KV blocks."""
     num_running: int = 0
@@ -303,7 +303,6 @@ class AsyncEngine:
         if error is None:
             assert self._planned is not None
             self._tokenizer, advice = loaded.result()
-            assert self._planned is not None
             self._grammars = Grammars(self._tokenizer, self._planned.intake.vocab_size)
             self._status = replace(self._status, default_sampling=advice)
             self._arrive("text")

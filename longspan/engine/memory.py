@@ -29,7 +29,7 @@ SAMPLING_BYTES = 49
 """For each row and token of the vocabulary: logits and log-probabilities, 4 each, and beside them
 sorted values, their order, probabilities and sums in fp64, 41 at once."""
 RANK_BYTES = 8
-"""Of sampling for each token of the vocabulary, however many rows there are."""
+"""Sampling needs this for each token of the vocabulary, however many rows there are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,7 +170,7 @@ def workspace_bytes(
     per_token = (3 * model.hidden_size + 2 * heads + zones) * element
     num_mlp_rows = min(num_tokens, mlp_rows(config.device.split(":")[0]))
     mlp = num_mlp_rows * (3 * model.intermediate_size * element + 2 * model.hidden_size * 4)
-    # Of every row, each with all that a request may ask for.
+    # Every row may ask for all that a request can.
     sampling = (model.vocab_size * (config.max_num_requests * SAMPLING_BYTES + RANK_BYTES)
                 + history_bytes(model.vocab_size, config.max_num_requests))
     rows = max_model_len or model.max_position_embeddings

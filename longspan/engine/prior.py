@@ -14,7 +14,7 @@ from longspan.units import DTYPE_BYTES
 FLOPS = {"cpu": 5e10, "cuda": 1e14}
 """Operations a second."""
 BYTES_PER_S = {"cpu": 2e9, "cuda": 1e12}
-"""Of weights and cache in decode; the CPU's attention of one row is slow."""
+"""Weights and cache read in decode; the CPU's attention of one row is slow."""
 STEP_S = {"cpu": 2e-3, "cuda": 2e-3}
 
 
