@@ -212,12 +212,12 @@ class AsyncEngine:
     def _open(self, made: Request, session: Session) -> Stream:
         # Callers may use an id again before the engine has seen the end of its first owner.
         engine_id = f"{made.request_id}/{next(self._numbers)}"
+        request = replace(made, request_id=engine_id, prompt_ids=made.prompt_ids[:])
+        self._send(Add(request))  # first, so that nothing waits for what cannot be sent
         channel = self._channels[engine_id] = Channel(session)
         self._sessions[engine_id] = session
-        request = replace(made, request_id=engine_id, prompt_ids=made.prompt_ids[:])
         self._trackers[engine_id] = Tracker(request)
         self._idle.clear()
-        self._send(Add(request))
         return Stream(channel, partial(self._cancel, engine_id), self._loop)
 
     def _cancel(self, engine_id: str) -> None:

@@ -52,14 +52,14 @@ class Intake:
     ) -> Request:
         """A request that can be computed.
 
-        Raises `InvalidRequestError` for a prompt that is empty or holds what is no token, and for a
-        bias on what is no token, `PromptTooLongError` when it does not fit.
+        Raises `InvalidRequestError` for a prompt that is empty, and where prompt or parameters name
+        what is no token of the model, `PromptTooLongError` when it does not fit.
         """
-        for token, _ in params.logit_bias:
-            if token >= self.vocab_size:
-                raise InvalidRequestError(
-                    f"logit_bias names token {token}; token ids of this model are integers from 0 "
-                    f"to {self.vocab_size - 1}")
+        self._check_tokens("stop_token_ids", params.stop_token_ids)
+        self._check_tokens("logit_bias", [token for token, _ in params.logit_bias])
+        if (params.logprobs or 0) > self.vocab_size:
+            raise InvalidRequestError(f"logprobs asks for {params.logprobs} alternatives; this "
+                                      f"model has {self.vocab_size} tokens")
         token_ids = as_token_ids(prompt_ids, self.vocab_size)
         check_fits(len(token_ids), params.max_tokens, self.max_model_len)
         return Request(
@@ -69,6 +69,13 @@ class Intake:
             sparse=resolve_attention(
                 self.attention, len(token_ids), has_plan=self.has_plan,
                 threshold=self.sparse_threshold, has_dca=self.has_dca))
+
+    def _check_tokens(self, name: str, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            if token >= self.vocab_size:
+                raise InvalidRequestError(
+                    f"{name} names token {token}; token ids of this model are integers from 0 to "
+                    f"{self.vocab_size - 1}")
 
 
 def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:

@@ -19,7 +19,7 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or several, as a list. Raises `InvalidRequestError` for anything else."""
     if isinstance(prompts, str):
         return [prompts]
-    if not isinstance(prompts, Sequence):
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray):
         raise InvalidRequestError("prompts must be text, token ids, or a list of either")
     if prompts and not isinstance(prompts[0], str | Sequence):
         return [cast(Sequence[int], prompts)]
@@ -28,6 +28,9 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 def as_token_ids(values: Sequence[int], vocab_size: int) -> array[int]:
     """Checked token ids. Raises `InvalidRequestError` for none, or naming the first wrong one."""
+    if isinstance(values, bytes | bytearray) or not isinstance(values, Sequence | np.ndarray):
+        raise InvalidRequestError(
+            f"a prompt must be text or a list of token ids, not {type(values).__name__}")
     if not len(values):
         raise InvalidRequestError("the prompt is empty; give at least one token")
     if isinstance(values, array) and values.typecode == "i":

@@ -6,11 +6,11 @@ Lengths are named once, as properties of `Request`; nobody else does arithmetic 
 from __future__ import annotations
 
 import json
-import math
 from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, Literal
 
 from longspan.errors import InvalidRequestError
 
@@ -21,11 +21,17 @@ else:  # until Python 3.12 array takes no parameter, and `wire` evaluates annota
     TokenIds = BlockIds = array
 FinishReason = Literal["stop", "length", "abort"]
 MAX_SEED = 2**63 - 1
+MAX_TEMPERATURE = 100.0
+MAX_TOP_K = 2**31 - 1
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
 MAX_LOGPROBS = 20
 MAX_PENALTY = 2.0
 MAX_LOGIT_BIAS = 100.0
 MAX_NUM_BIASES = 1024
 MAX_SCHEMA_CHARS = 65_536
+NUMBERS = ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens", "min_tokens",
+           "presence_penalty", "frequency_penalty", "repetition_penalty", "logprobs")
+"""Fields of `SamplingParams`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,9 +77,12 @@ class SamplingParams:
     """JSON text of a JSON schema that the completion must fit; a dict becomes that."""
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name in NUMBERS:
+            object.__setattr__(self, name, _as_plain(getattr(self, name)))
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        object.__setattr__(self, "stop", _as_plain_tuple("stop", stop))
+        object.__setattr__(
+            self, "stop_token_ids", _as_plain_tuple("stop_token_ids", self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _as_pairs(self.logit_bias))
         object.__setattr__(self, "json_schema", _as_json(self.json_schema))
         self._check_choice()
@@ -81,10 +90,10 @@ class SamplingParams:
         self._check_penalties()
 
     def _check_choice(self) -> None:
-        _require(_is_number(self.temperature) and 0 <= self.temperature < math.inf,
-                 "temperature", self.temperature, "0 (greedy) or a positive number")
-        _require(_is_integer(self.top_k) and self.top_k >= 0,
-                 "top_k", self.top_k, "0 (all tokens) or a positive integer")
+        _require(_is_number(self.temperature) and 0 <= self.temperature <= MAX_TEMPERATURE,
+                 "temperature", self.temperature, f"between 0 (greedy) and {MAX_TEMPERATURE:g}")
+        _require(_is_integer(self.top_k) and 0 <= self.top_k <= MAX_TOP_K,
+                 "top_k", self.top_k, "an integer from 0 (all tokens) to 2^31 - 1")
         _require(_is_number(self.top_p) and 0 < self.top_p <= 1,
                  "top_p", self.top_p, "above 0 and at most 1")
         _require(_is_number(self.min_p) and 0 <= self.min_p <= 1,
@@ -98,8 +107,9 @@ class SamplingParams:
     def _check_end(self) -> None:
         _require(_is_integer(self.max_tokens) and self.max_tokens >= 1,
                  "max_tokens", self.max_tokens, "a positive integer")
-        _require(all(isinstance(text, str) and text for text in self.stop),
-                 "stop", self.stop, "one or several strings that are not empty")
+        _require(all(map(_is_text, self.stop)),
+                 "stop", self.stop, "one or several strings of valid Unicode, none of them empty")
+        _require(isinstance(self.ignore_eos, bool), "ignore_eos", self.ignore_eos, "True or False")
         _require(all(_is_integer(token) and token >= 0 for token in self.stop_token_ids),
                  "stop_token_ids", self.stop_token_ids, "token ids")
         _require(_is_integer(self.min_tokens) and 0 <= self.min_tokens <= self.max_tokens,
@@ -115,8 +125,10 @@ class SamplingParams:
             value = getattr(self, name)
             _require(_is_number(value) and abs(value) <= MAX_PENALTY,
                      name, value, f"between -{MAX_PENALTY:g} and {MAX_PENALTY:g}")
-        _require(_is_number(self.repetition_penalty) and 0 < self.repetition_penalty < math.inf,
-                 "repetition_penalty", self.repetition_penalty, "a positive number; 1: none")
+        least, most = MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY
+        _require(_is_number(self.repetition_penalty) and least <= self.repetition_penalty <= most,
+                 "repetition_penalty", self.repetition_penalty,
+                 f"between {least:g} and {most:g}; 1: none")
         if len(self.logit_bias) > MAX_NUM_BIASES:
             raise InvalidRequestError(
                 f"logit_bias names {len(self.logit_bias)} tokens; at most {MAX_NUM_BIASES}")
@@ -319,7 +331,7 @@ def _as_pairs(
     bias: Mapping[int, float] | Iterable[tuple[int, float]]
 ) -> tuple[tuple[int, float], ...]:
     try:
-        return tuple(dict(bias).items())
+        return tuple((_as_plain(token), _as_plain(number)) for token, number in dict(bias).items())
     except (TypeError, ValueError):
         raise InvalidRequestError(
             "logit_bias must map token ids to numbers, for example {13: -100}") from None
@@ -330,13 +342,36 @@ def _as_json(schema: object) -> str | None:
     if schema is None:
         return None
     try:
-        text = schema if isinstance(schema, str) else json.dumps(schema, allow_nan=False)
+        text = str(schema) if isinstance(schema, str) else json.dumps(schema, allow_nan=False)
+        text.encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequestError(f"json_schema is no JSON: {error}") from None
     if len(text) > MAX_SCHEMA_CHARS:
         raise InvalidRequestError(
             f"json_schema has {len(text)} characters; at most {MAX_SCHEMA_CHARS}")
     return text
+
+
+def _as_plain(value: Any) -> Any:
+    """Numbers and texts of other classes (numpy's, for example) as Python's own: no other class
+    travels between processes."""
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    return float(value) if isinstance(value, Real) and not isinstance(value, Integral) else value
+
+
+def _as_plain_tuple(name: str, values: Any) -> tuple[Any, ...]:
+    try:
+        return tuple(map(_as_plain, values))
+    except TypeError:
+        raise InvalidRequestError(f"{name} is {values!r}; it must be a list") from None
+
+
+def _is_text(value: object) -> bool:
+    """A string that is not empty and has no lone surrogates, which no message can carry."""
+    return isinstance(value, str) and "" != value == value.encode(errors="ignore").decode()
 
 
 def _is_number(value: object) -> bool:

@@ -20,7 +20,16 @@ from pydantic import (
     WithJsonSchema,
 )
 
-from longspan.engine.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_NUM_BIASES
+from longspan.engine.request import (
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_NUM_BIASES,
+    MAX_PENALTY,
+    MAX_REPETITION_PENALTY,
+    MAX_TEMPERATURE,
+    MAX_TOP_K,
+    MIN_REPETITION_PENALTY,
+)
 
 MAX_PROMPTS = 64
 MAX_STOPS = 16
@@ -91,19 +100,20 @@ class SamplingFields(Strict):
     """Name of the served model (see /v1/models); null: whatever is served."""
     max_tokens: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
     """Longest completion, tokens; null: the server's default, less if there is less room."""
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)] | None = None
     """0: always the most probable token; null: the checkpoint's advice, else 1."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     """Keep the smallest set of tokens that reaches this probability."""
-    top_k: Annotated[int, Field(ge=-1, le=MAX_INT)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_TOP_K)] | None = None
     """Keep the k most probable tokens; 0 or -1: all."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     """Keep tokens at least this fraction as probable as the most probable one."""
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)] | None = None
     """Taken from the logit of each token that the completion already has."""
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)] | None = None
     """Taken from a token's logit for each time that the completion already has it."""
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(
+        ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)] | None = None
     """Divides positive logits of tokens in prompt or completion (and multiplies negative ones);
     1: none; null: the checkpoint's advice, else 1."""
     logit_bias: Annotated[dict[BiasKey, Bias], Field(max_length=MAX_NUM_BIASES)] | None = None

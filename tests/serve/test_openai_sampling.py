@@ -252,6 +252,10 @@ def test_schemas_that_cannot_be_followed(
     assert "json_schema" in caught.value.message and "\n" not in caught.value.message
 
 
-def test_a_bias_on_no_token(client: openai.OpenAI) -> None:
+@pytest.mark.parametrize("values", [
+    {"logit_bias": {"4096": 1}}, {"extra_body": {"min_tokens": 1, "stop_token_ids": [4096]}},
+    {"extra_body": {"min_tokens": 1, "stop_token_ids": [2**31 - 1]}}], ids=str)
+def test_what_is_no_token_is_refused(client: openai.OpenAI, values: dict[str, Any]) -> None:
     with pytest.raises(openai.BadRequestError, match="integers from 0 to 4095"):
-        chat(client, logit_bias={"4096": 1})
+        chat(client, **values)
+    assert chat(client, max_tokens=2).choices[0].finish_reason == "length"
