@@ -85,6 +85,11 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
         raise CheckpointError(
             f"{path}: the tokenizer knows {tokenizer.vocab_size} tokens, the model only "
             f"{vocab_size}; fetch matching files")
+    last = max(tokenizer.eos_token_ids, default=0)
+    if last >= vocab_size:
+        raise CheckpointError(
+            f"{path}: eos_token_id is {last}, and the model has {vocab_size} tokens; correct "
+            "config.json or generation_config.json")
     return tokenizer
 
 

@@ -34,17 +34,27 @@ class Tokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        """Token ids known, added ones included."""
-        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+        """All token ids, those of added tokens included, are below this."""
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        return 1 + max(ids, default=-1)
 
     @cached_property
     def eos_token_ids(self) -> frozenset[int]:
-        """Tokens that end a completion, from generation_config.json, config.json and the name."""
+        """Tokens that end a completion, from generation_config.json, config.json and the name.
+        Raises `CheckpointError` for what is no token id."""
         found: set[int] = set()
         for name in ("generation_config.json", "config.json"):
             value = _read_optional(self._path / name).get("eos_token_id")
-            found.update(value if isinstance(value, list) else [] if value is None else [value])
-        named = self._tokenizer.token_to_id(_token_text(self._config.get("eos_token")) or "")
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(type(item) is int and item >= 0 for item in ids):
+                raise CheckpointError(f"{self._path / name}: eos_token_id is {value!r}; a token id "
+                                      "or a list of them is needed, correct the file")
+            found.update(ids)
+        text = _token_text(self._config.get("eos_token")) or ""
+        if not isinstance(text, str):
+            raise CheckpointError(f"{self._path / 'tokenizer_config.json'}: eos_token is {text!r}; "
+                                  "a string is needed, correct the file")
+        named = self._tokenizer.token_to_id(text)
         return frozenset(found if named is None else found | {named})
 
     def to_json(self) -> str:

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from longspan.engine.client import GenerateRequest
-from longspan.engine.desk import Intake
+from longspan.engine.desk import Intake, load_tokenizer
 from longspan.engine.llm import LLM
 from longspan.engine.request import SamplingParams
 from longspan.engine.wire import Add, Codec, ToScheduler, encode
-from longspan.errors import InvalidRequestError
-from tests.doubles import make_request, write_checkpoint
+from longspan.errors import CheckpointError, InvalidRequestError
+from tests.doubles import make_request, write_checkpoint, write_tokenizer
 from tests.engine.test_client import run, tiny
 
 JSON = {"Content-Type": "application/json"}
@@ -151,3 +151,43 @@ def test_numbers_of_other_classes_travel_as_plain_ones(name: str, value: Any, pl
 def test_what_is_no_prompt(llm: LLM, prompt: Any) -> None:
     with pytest.raises(InvalidRequestError):
         llm.generate(prompt, SamplingParams(max_tokens=1))
+
+
+# -- checkpoints -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize(("value", "message"), [
+    (VOCAB, "eos_token_id is 264, and the model has 264 tokens"),
+    ([1, 10**12], "eos_token_id is 1000000000000, and the model has 264 tokens"),
+    (-1, "eos_token_id is -1; a token id or a list of them is needed"),
+    ("2", "eos_token_id is '2'; a token id"), ([1, "2"], r"eos_token_id is \[1, '2'\]; a token id"),
+    (1.0, "eos_token_id is 1.0; a token id"), (True, "eos_token_id is True; a token id"),
+    ([[1]], r"eos_token_id is \[\[1\]\]; a token id"), ({"a": 1}, "eos_token_id is {'a': 1}"),
+])
+def test_end_tokens_of_a_checkpoint(tmp_path: Path, name: str, value: Any, message: str) -> None:
+    write_checkpoint(tmp_path)
+    file = tmp_path / name
+    raw = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps({**raw, "eos_token_id": value}))
+    with pytest.raises(CheckpointError, match=message):
+        load_tokenizer(tmp_path, VOCAB)
+
+
+def test_an_end_token_that_is_no_text(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": 5}}')
+    with pytest.raises(CheckpointError, match="eos_token is 5; a string is needed"):
+        LLM(str(tmp_path), device="cpu", block_size=8, prefill_chunk_len=32)
+
+
+def test_few_tokens_with_high_ids(tmp_path: Path) -> None:
+    """A tokenizer may leave ids out: the highest one counts, not how many there are."""
+    write_tokenizer(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    raw = json.loads(file.read_text())
+    vocab = raw["model"]["vocab"]
+    vocab[next(text for text, token in vocab.items() if token == 77)] = 300
+    file.write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match="knows 301 tokens, the model only 264"):
+        load_tokenizer(tmp_path, VOCAB)
