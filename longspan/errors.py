@@ -21,6 +21,12 @@ class PromptTooLongError(LongspanError):
     """The prompt and the requested completion do not fit the model's limit."""
 
 
+class RequestFailedError(LongspanError):
+    """One request could not be completed; the others go on."""
+
+    http_status = 500
+
+
 class CheckpointError(LongspanError):
     """A checkpoint cannot be read: missing, truncated, corrupt or of unknown architecture."""
 

@@ -338,24 +338,20 @@ class AsyncEngine:
         report = StepReport(
             submitted_s=message.started_s, finished_s=message.finished_s,
             kept_pairs=result.kept_pairs, causal_pairs=result.causal_pairs)
-        sampled = zip_longest(result.token_ids, result.logprobs)
+        sampled = enumerate(zip_longest(result.token_ids, result.logprobs))
+        nothing = 0, (None, None)
         for index in range(result.repeats):
             for row in message.rows:
-                token, logprobs = next(sampled, (None, None)) if row.samples else (None, None)
+                place, (token, logprobs) = next(sampled, nothing) if row.samples else nothing
                 tracker = self._trackers.get(row.request_id)
                 if tracker is not None:  # else it has ended: what was computed past its end
                     self._push(tracker.update(row.cached_len + index, row.computed_len + index,
-                                              token, logprobs), report)
+                                              token, logprobs, result.failure(place)), report)
 
     def _push(self, update: Update, report: StepReport) -> None:
         engine_id = update.request_id
         channel = self._channels[engine_id]
-        try:
-            deliver(self._sessions, update, report, self._abort)
-        except Exception as error:  # of one request's text: no reason to stop the others
-            channel.fail(error)
-            self._cancel(engine_id)
-            return
+        deliver(self._sessions, update, report, self._abort)
         channel.wake()
         if channel.is_over:
             self._forget(engine_id)

@@ -23,7 +23,7 @@ from longspan.engine.request import (
 )
 from longspan.engine.resolve import resolve_attention
 from longspan.engine.session import Session
-from longspan.engine.step import NO_TOKEN, RowLogprobs, Update
+from longspan.engine.step import RowLogprobs, Update
 from longspan.engine.tokenizer import Tokenizer
 from longspan.errors import CheckpointError, InvalidRequestError
 
@@ -127,18 +127,22 @@ class Tracker:
 
     def update(
         self, cached_len: int, computed_len: int, token: int | None, logprobs: RowLogprobs | None,
+        failure: str,
     ) -> Update:
         """What a step changed that computed tokens ``cached_len`` to ``computed_len - 1``.
 
         Args:
-            token: the one sampled; None: none was. `NO_TOKEN`: the request cannot go on.
+            token: the one sampled; None: none was. Negative: none could be.
+            failure: why none could be.
         """
         if self._num_cached_tokens is None:  # the first step begins where the cache ends
             self._num_cached_tokens = cached_len
         reason: FinishReason | None = None
-        if token == NO_TOKEN:
-            token, reason = None, "abort"
-        elif token is not None:
+        if token is not None and token < 0:
+            return Update(
+                request_id=self._request_id, computed_len=computed_len, token_id=None,
+                num_cached_tokens=self._num_cached_tokens, finish_reason="abort", failure=failure)
+        if token is not None:
             self._num_outputs += 1
             reason = finish_reason(self._params, self._eos_token_ids, token, self._num_outputs)
         return Update(
@@ -150,17 +154,22 @@ def deliver(
     sessions: MutableMapping[str, Session], update: Update, report: StepReport,
     abort: Callable[[str], None],
 ) -> Session | None:
-    """Hand an update to its session, which leaves ``sessions`` when it is finished.
+    """Hand an update to its session, which leaves ``sessions`` when it is finished. An exception
+    of one request's text is its own: it ends up in the session.
 
     Args:
-        abort: called with the id of a request that its text has ended (a stop string).
+        abort: called with the id of a request that its text has ended (a stop string, a fault).
 
     Returns the session; None for one that nobody waits for any more.
     """
     session = sessions.get(update.request_id)
     if session is None:
         return None
-    if session.push(update, report):
+    try:
+        must_stop = session.push(update, report)
+    except Exception as error:
+        session.error, must_stop = error, True
+    if must_stop:
         abort(update.request_id)
     if session.is_finished:
         sessions.pop(update.request_id, None)

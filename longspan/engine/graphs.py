@@ -225,8 +225,9 @@ class DecodeState:
             self._last_tokens[slots] = tokens
 
     def advance(self, size: int, token_ids: Tensor) -> None:
-        """A step has sampled these, [size]: the next one is a token further."""
-        self._last_tokens[self.slots(size)] = token_ids
+        """A step has sampled these, [size]: the next one is a token further. Where none could be
+        sampled, it reads token 0, for nobody."""
+        self._last_tokens[self.slots(size)] = token_ids.clamp_min(0)
         lens = self._ints[1, :size]
         lens += lens > 0
 

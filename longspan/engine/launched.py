@@ -90,6 +90,7 @@ class LaunchedStep:
         return StepResult(
             step_id=self._batch.step_id, epoch=self._batch.epoch, repeats=self._batch.repeats,
             token_ids=token_ids, logprobs=logprobs, kept_pairs=float(kept), causal_pairs=causal,
+            failures={} if self._sampled is None else self._sampled.failures,
             elapsed_s=elapsed_s)
 
     def _fetch(self, sampled: SampledTokens, copies: torch.cuda.Stream) -> SampledTokens:

@@ -87,12 +87,14 @@ class LLM:
         Raises:
             InvalidRequestError: a prompt is empty, or a token id is not in the vocabulary.
             PromptTooLongError: a prompt and its completion do not fit; nothing is computed then.
+            RequestFailedError: a completion cannot go on, for the model's numbers are not finite,
+                or its JSON schema cannot be followed any further. All prompts of the call end.
         """
         params = sampling_params or SamplingParams()
         sessions = self._start([self._make_request(p, params) for p in as_prompts(prompts)])
         try:
             _report_progress(sessions, on_progress)
-            while not all(session.is_finished for session in sessions):
+            while not _are_finished(sessions):
                 self._turn()
                 _report_progress(sessions, on_progress)
         finally:
@@ -157,7 +159,7 @@ class LLM:
             while True:
                 while session.events:
                     yield session.events.popleft()
-                if session.is_finished:
+                if _are_finished([session]):
                     return
                 self._turn()
         finally:
@@ -198,7 +200,7 @@ class LLM:
         """
         for session in sessions:
             self._sessions.pop(session.request_id, None)
-            if session.output is None:
+            if not session.is_finished:
                 self._loop.abort(session.request_id)
         while not (self._sessions or self._loop.is_idle or self._lock.locked()):
             self._turn()
@@ -214,6 +216,14 @@ class LLM:
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         return self._intake.make(
             str(next(self._ids)), token_ids, params, self.tokenizer.eos_token_ids)
+
+
+def _are_finished(sessions: Sequence[Session]) -> bool:
+    """All results are there. Raises the first error, if there is one."""
+    for session in sessions:
+        if session.error is not None:
+            raise session.error
+    return all(session.is_finished for session in sessions)
 
 
 def _report_progress(sessions: Sequence[Session], on_progress: OnProgress | None) -> None:

@@ -201,7 +201,7 @@ class Runner:
         items = [item for item in batch.slices if item.sampling is not None]
         sampled = self._sampler.sample(
             logits, items, inputs.sampling, all_greedy=inputs.all_greedy)
-        self._last_tokens[inputs.slots] = sampled.token_ids
+        self._last_tokens[inputs.slots] = sampled.token_ids.clamp_min(0)  # an index it must be
         return sampled
 
     def _replay(self, graphs: DecodeGraphs, batch: ScheduledBatch) -> SampledTokens:
@@ -214,7 +214,7 @@ class Runner:
         output = graphs.run().head(count)
         sampled = self._sampler.sample(
             output.logits, batch.slices, output.rows, all_greedy=is_greedy(batch.slices))
-        self._last_tokens[output.slots] = sampled.token_ids
+        self._last_tokens[output.slots] = sampled.token_ids.clamp_min(0)
         return sampled
 
     def _hidden(self, token_ids: Tensor, metadata: AttentionMetadata) -> Tensor:

@@ -9,19 +9,24 @@ device.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from longspan.attention.upload import upload
 from longspan.engine.grammar import Grammar, Grammars
-from longspan.engine.step import NO_TOKEN, RowLogprobs, SamplingExtras, ScheduledSlice
+from longspan.engine.step import RowLogprobs, SamplingExtras, ScheduledSlice
+from longspan.errors import LongspanError, RequestFailedError
 from longspan.ops.logits import Penalties, keep_allowed, penalize, top_logprobs
-from longspan.ops.sample import SamplingRows, sample
+from longspan.ops.sample import NO_TOKEN, SamplingRows, sample
 
+Result = TypeVar("Result")
+logger = logging.getLogger("longspan.engine")
 HISTORY_STEP = 16
 """Slots by which the tables of penalised requests grow."""
 
@@ -45,8 +50,10 @@ class SampledTokens(NamedTuple):
     """What a step sampled, on the device until `cpu`."""
 
     token_ids: Tensor
-    """[n] int64; `NO_TOKEN` where a grammar cannot go on."""
+    """[n] int64; `NO_TOKEN` where there is none."""
     logprobs: LogprobRows | None
+    failures: dict[int, str] = {}
+    """As in `StepResult`."""
 
     def cpu(self, *, non_blocking: bool = False) -> SampledTokens:
         """A copy on the host; with ``non_blocking`` it is complete when the stream is."""
@@ -56,7 +63,7 @@ class SampledTokens(NamedTuple):
         found = self.logprobs
         return SampledTokens(fetch(self.token_ids), None if found is None else LogprobRows(
             found.rows, found.num_top, fetch(found.chosen), fetch(found.top_ids),
-            fetch(found.top)))
+            fetch(found.top)), self.failures)
 
     def as_tuples(self) -> tuple[tuple[int, ...], tuple[RowLogprobs | None, ...]]:
         """As `StepResult` wants them; waits for the device where they are still there."""
@@ -95,6 +102,23 @@ class _Row:
     state: _State
 
 
+class _Failures(dict[int, str]):
+    """Rows for which the host's own work has failed, and why. They get no token; the others are
+    sampled as ever."""
+
+    def watch(self, index: int, work: Callable[[], Result]) -> Result | None:
+        """Do what concerns one row alone. None: it has failed, and the log says where."""
+        try:
+            return work()
+        except LongspanError as error:
+            self[index] = str(error)
+        except Exception as error:
+            logger.exception("sampling has failed for one request")
+            text = " ".join(str(error).split())
+            self[index] = f"sampling has failed for this request ({type(error).__name__}: {text})"
+        return None
+
+
 class Sampler:
     """Samples the tokens of a step.
 
@@ -118,7 +142,7 @@ class Sampler:
         """Choose a token for each slice that samples.
 
         Args:
-            logits: [n, V] fp32, finite; changed in place where a row asks for it.
+            logits: [n, V] fp32; changed in place where a row asks for it.
             items: [n] the slices, in order.
             rows: the same slices' parameters on the device.
             all_greedy: every temperature is 0.
@@ -126,24 +150,27 @@ class Sampler:
         Order: repetition, frequency and presence penalty, bias, ``min_tokens``, grammar, then the
         temperature and the filters. Log-probabilities are of the logits as they come in.
         """
+        failures = _Failures()
         asking = [_Row(index, item, state) for index, item in enumerate(items)
-                  if (state := self._state_of(item)) is not None]
-        if not asking:
+                  if (state := self._state_of(index, item, failures)) is not None]
+        if not asking and not failures:
             return SampledTokens(sample(logits, rows, all_greedy=all_greedy), None)
         wanted = [row for row in asking if row.state.extras.logprobs is not None]
         found = self._logprobs(logits, wanted) if wanted else None
         penalized = [row for row in asking if row.state.is_penalized]
         self._penalize(logits, penalized)
         self._shift(logits, asking)
-        failed = self._constrain(logits, [row for row in asking if row.state.grammar is not None])
+        self._constrain(
+            logits, [row for row in asking if row.state.grammar is not None], failures)
         token_ids = sample(logits, rows, all_greedy=all_greedy)
         if penalized:
             places, slots = self._places(penalized)
-            self._history.count(slots, token_ids[places])
-        if failed:
-            token_ids.index_fill_(0, self._indices(failed), NO_TOKEN)
+            self._history.count(slots, token_ids[places].clamp_min(0))
+        if failures:
+            places = upload(torch.tensor(list(failures)), self._device)
+            token_ids.index_fill_(0, places, NO_TOKEN)
         return SampledTokens(token_ids, None if found is None else _choose(
-            wanted, found, token_ids[self._indices(wanted)]))
+            wanted, found, token_ids[self._indices(wanted)]), dict(failures))
 
     def asks(self, items: Sequence[ScheduledSlice]) -> bool:
         """Whether any of these decode slices needs more than `longspan.ops.sample`."""
@@ -151,19 +178,21 @@ class Sampler:
 
     # -- state ---------------------------------------------------------------------------------
 
-    def _state_of(self, item: ScheduledSlice) -> _State | None:
+    def _state_of(self, index: int, item: ScheduledSlice, failures: _Failures) -> _State | None:
         if item.context_len == item.prompt_len:
             self._states.pop(item.slot, None)
             if item.extras is not None:
-                self._states[item.slot] = self._begin(item.slot, item.extras)
+                self._begin(index, item.slot, item.extras, failures)
         return self._states.get(item.slot)
 
-    def _begin(self, slot: int, extras: SamplingExtras) -> _State:
+    def _begin(self, index: int, slot: int, extras: SamplingExtras, failures: _Failures) -> None:
         schema = extras.json_schema
-        state = _State(extras=extras, grammar=None if schema is None else self._grammar(schema))
+        grammar = None if schema is None else failures.watch(index, lambda: self._grammar(schema))
+        if index in failures:
+            return
+        state = self._states[slot] = _State(extras=extras, grammar=grammar)
         if state.is_penalized:
             self._history.begin(slot, extras)
-        return state
 
     def _grammar(self, json_schema: str) -> Grammar:
         if self._grammars is None:
@@ -194,9 +223,9 @@ class Sampler:
                 self._device)
             logits[cells[0], cells[1]] += shift  # no cell comes twice
 
-    def _constrain(self, logits: Tensor, guided: Sequence[_Row]) -> list[_Row]:
-        """Leave only the tokens that the grammars allow. Returns rows that cannot go on."""
-        masks = [_advance(row) for row in guided]
+    def _constrain(self, logits: Tensor, guided: Sequence[_Row], failures: _Failures) -> None:
+        """Leave only the tokens that the grammars allow."""
+        masks = [failures.watch(row.index, partial(_advance, row)) for row in guided]
         kept = [(row, mask) for row, mask in zip(guided, masks, strict=True) if mask is not None]
         if kept:
             packed = bytearray(b"".join(mask for _, mask in kept))
@@ -204,7 +233,6 @@ class Sampler:
             bits = upload(words, self._device)
             places = self._indices([row for row, _ in kept])
             logits[places] = keep_allowed(logits[places], bits)
-        return [row for row, mask in zip(guided, masks, strict=True) if mask is None]
 
     def _logprobs(
         self, logits: Tensor, wanted: Sequence[_Row]
@@ -276,13 +304,17 @@ def _extended(table: Tensor, num_rows: int) -> Tensor:
     return longer
 
 
-def _advance(row: _Row) -> bytes | None:
+def _advance(row: _Row) -> bytes:
     """Tell the grammar the token that this slice computed; returns the mask of the next."""
     grammar = row.state.grammar
     assert grammar is not None
     if row.item.context_len > row.item.prompt_len:
         grammar.push(row.item.token_ids[-1])
-    return grammar.mask()
+    mask = grammar.mask()
+    if mask is None:
+        raise RequestFailedError("the completion cannot go on as its json_schema asks; a simpler "
+                                 "schema may help")
+    return mask
 
 
 def _choose(

@@ -35,7 +35,6 @@ from longspan.engine.prefixes import Prefixes
 from longspan.engine.prompts import check_fits
 from longspan.engine.request import FinishReason, Request, finish_reason
 from longspan.engine.step import (
-    NO_TOKEN,
     RowLogprobs,
     RowSampling,
     SamplingExtras,
@@ -187,7 +186,7 @@ class Scheduler:
         for item, request, is_sampled in zip(batch.slices, step.requests, samples, strict=True):
             tokens = result.token_ids[row::num_rows] if is_sampled else (None,)
             logprobs = result.logprobs[row] if is_sampled and result.logprobs else None
-            self._advance(request, item, tokens, logprobs)
+            self._advance(request, item, tokens, logprobs, result.failure(row))
             row += is_sampled
         self._learn(step, result.elapsed_s)
         return self.take_updates()
@@ -277,14 +276,19 @@ class Scheduler:
 
     def _advance(
         self, request: Request, item: ScheduledSlice, tokens: Sequence[int | None],
-        logprobs: RowLogprobs | None,
+        logprobs: RowLogprobs | None, failure: str,
     ) -> None:
-        """Take what was sampled, one token after another; None: nothing was."""
+        """Take what was sampled, one token after another; None: nothing was, negative: nothing
+        could be, for the reason given."""
         request.num_in_flight -= 1
         if request.is_finished:  # stopped or aborted while the step was in flight
             self._release(request)
             return
         for index, token in enumerate(tokens):
+            if token is not None and token < 0:
+                self._finish(request, "abort")
+                self._updates.append(_update(request, None, failure=failure))
+                return
             self._take(request, item, token, logprobs, item.done_len + index)
             if request.is_finished:
                 return
@@ -295,9 +299,6 @@ class Scheduler:
     ) -> None:
         if item.pieces is None or item.pieces.is_last:
             request.computed_len = done_len
-        if token == NO_TOKEN:
-            token = None
-            self._finish(request, "abort")
         if token is not None:
             request.output_ids.append(token)
         self._prefixes.register(request)
@@ -372,10 +373,10 @@ def _advance_schedule(choice: Choice, repeats: int) -> None:
 
 def _update(
     request: Request, token: int | None, logprobs: RowLogprobs | None = None,
-    done_len: int | None = None,
+    done_len: int | None = None, failure: str = "",
 ) -> Update:
     return Update(
         request_id=request.request_id,
         computed_len=request.computed_len if done_len is None else done_len,
         num_cached_tokens=request.num_cached_tokens, token_id=token,
-        finish_reason=request.finish_reason, logprobs=logprobs)
+        finish_reason=request.finish_reason, logprobs=logprobs, failure=failure)

@@ -21,6 +21,7 @@ from longspan.engine.request import (
 from longspan.engine.step import Update
 from longspan.engine.token_bytes import TokenBytes
 from longspan.engine.tokenizer import TextStream, Tokenizer
+from longspan.errors import RequestFailedError
 
 Event = Progress | TokenEvent
 
@@ -32,6 +33,8 @@ class Session:
         self.request_id = request.request_id
         self.events: deque[Event] = deque()
         self.output: RequestOutput | None = None
+        self.error: Exception | None = None
+        """Why there will be no output; to be raised once the events before it are read."""
         self._prompt_len = request.prompt_len
         self._stream = TextStream(tokenizer, request.params.stop)
         self._text: list[str] = []
@@ -52,13 +55,13 @@ class Session:
 
     @property
     def is_finished(self) -> bool:
-        """The result is there."""
-        return self.output is not None
+        """The result is there, or will never be."""
+        return self.output is not None or self.error is not None
 
     def admit(self, num_cached_tokens: int) -> None:
         """The request's first step begins: tell what the prefix cache supplied. Later calls do
         nothing, so that callers need not know which step is the first."""
-        if self._is_admitted or self.output is not None:
+        if self._is_admitted or self.is_finished:
             return
         self._is_admitted = True
         self._num_cached_tokens = num_cached_tokens
@@ -68,7 +71,10 @@ class Session:
     def push(self, update: Update, report: StepReport) -> bool:
         """Take an update of the loop. True if the request must be stopped by the caller: a stop
         string was found, which only the text shows."""
-        if self.output is not None:
+        if self.is_finished:
+            return False
+        if update.failure:
+            self.error = RequestFailedError(update.failure)
             return False
         self._num_cached_tokens = update.num_cached_tokens
         if self._first_s is None and update.finish_reason != "abort":

@@ -14,8 +14,9 @@ from msgspec.structs import replace
 
 from longspan.engine.request import FinishReason, Request, TokenIds
 
-NO_TOKEN = -1
-"""In `StepResult.token_ids`: the request's grammar cannot go on."""
+NOT_FINITE = (
+    "the model's logits are not finite numbers (NaN or infinity): its checkpoint is damaged, or "
+    "the dtype in use is too narrow for it")
 
 
 class Data(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
@@ -180,9 +181,12 @@ class StepResult(Data, frozen=True, kw_only=True):
     epoch: int = 0
     """As in the batch; the result of an earlier epoch is thrown away."""
     token_ids: tuple[int, ...]
-    """`NO_TOKEN`: the request must be aborted. Of a batch with repeats, one step after another."""
+    """Negative: there is none, and the request must be given up; `failure` says why. Of a batch
+    with repeats, one step after another."""
     logprobs: tuple[RowLogprobs | None, ...] = ()
     """For each of ``token_ids``, None where not asked for; empty when nobody asked."""
+    failures: dict[int, str] = {}
+    """By place in ``token_ids``: why sampling failed for this request, where the host knows it."""
     repeats: int = 1
     """As in the batch."""
     kept_pairs: float = 0.0
@@ -192,6 +196,10 @@ class StepResult(Data, frozen=True, kw_only=True):
     elapsed_s: float = 0.0
     """Time that the step took on the runner, waiting for earlier steps not counted; 0: not
     measured. The latency model learns from it."""
+
+    def failure(self, place: int) -> str:
+        """Why there is no token at this place of ``token_ids``, where there is none."""
+        return self.failures.get(place, NOT_FINITE)
 
 
 class Update(Data, frozen=True, kw_only=True):
@@ -207,3 +215,5 @@ class Update(Data, frozen=True, kw_only=True):
     finish_reason: FinishReason | None = None
     logprobs: RowLogprobs | None = None
     """Of ``token_id``, where asked for."""
+    failure: str = ""
+    """Why the engine has given the request up, which is an abort to it; empty: it has not."""

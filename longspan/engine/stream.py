@@ -49,10 +49,11 @@ class Channel:
         self._news.set()
 
     async def read(self) -> Event | None:
-        """The next event; None at the end. Raises `error`."""
+        """The next event; None at the end. Raises `error`, or the session's."""
         while not self.session.events:
-            if self.error is not None and not self.is_closed:
-                raise self.error
+            error = self.error or self.session.error
+            if error is not None and not self.is_closed:
+                raise error
             if self.is_over:
                 return None
             self._news.clear()

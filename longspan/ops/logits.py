@@ -41,7 +41,8 @@ def penalize(logits: Tensor, counts: Tensor, in_prompt: Tensor, penalties: Penal
 
 
 def keep_allowed(logits: Tensor, bits: Tensor) -> Tensor:
-    """Logits of tokens whose bit is set, -inf elsewhere.
+    """Logits of tokens whose bit is set, -inf elsewhere. NaN and infinity stay: a model that is
+    broken is not to be hidden.
 
     Args:
         logits: [B, V] fp32.
@@ -49,7 +50,7 @@ def keep_allowed(logits: Tensor, bits: Tensor) -> Tensor:
     """
     places = torch.arange(32, dtype=torch.int32, device=bits.device)
     allowed = (bits[:, :, None] >> places & 1).bool().flatten(1)[:, : logits.shape[1]]
-    return logits.masked_fill(~allowed, -torch.inf)
+    return logits.masked_fill(~allowed & (logits < torch.inf), -torch.inf)
 
 
 def top_logprobs(logits: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,6 +15,8 @@ from torch import Tensor
 GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed 64-bit integer
 MIX_1 = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9, constants of SplitMix64
 MIX_2 = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
+NO_TOKEN = -1
+"""In place of a token id: none could be chosen."""
 
 
 class SamplingRows(NamedTuple):
@@ -38,25 +40,27 @@ def sample(logits: Tensor, rows: SamplingRows, *, all_greedy: bool) -> Tensor:
     """Next token of each row.
 
     Args:
-        logits: [B, V] fp32, finite.
+        logits: [B, V] fp32; -inf for tokens that may not come.
         all_greedy: every temperature is 0, known on the host; skips the sort.
 
     The filters apply in this order, each to what the one before left: temperature, top-k, top-p
     (the smallest set that reaches it), min-p (a fraction of the best one's probability). The best
-    token always stays. Returns [B] int64.
+    token always stays. Returns [B] int64, `NO_TOKEN` where logits are NaN or infinite.
     """
-    greedy = logits.argmax(dim=-1)
+    best, greedy = logits.max(dim=-1)  # NaN where there is one
+    # Few launches: a finite number minus itself is 0, and nothing else is.
+    greedy.masked_fill_(best - best != 0, NO_TOKEN)
     if all_greedy:
         return greedy
     is_greedy = rows.temperature <= 0
     heat = torch.where(is_greedy, torch.ones_like(rows.temperature), rows.temperature)
     # Shifted to a maximum of 0 first, so that tiny temperatures do not overflow.
-    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / heat[:, None]
+    scaled = (logits - best[:, None]) / heat[:, None]
     scaled, order = scaled.sort(dim=-1, descending=True, stable=True)
     mass = _filtered(scaled, rows).double().cumsum(dim=-1)
     target = uniform(rows.seed, rows.position)[:, None] * mass[:, -1:]
     rank = torch.searchsorted(mass, target, right=True).clamp_max(logits.shape[-1] - 1)
-    return torch.where(is_greedy, greedy, order.gather(1, rank)[:, 0])
+    return torch.where(is_greedy | (greedy < 0), greedy, order.gather(1, rank)[:, 0])
 
 
 def uniform(seed: Tensor, position: Tensor) -> Tensor:

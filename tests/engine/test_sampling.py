@@ -18,9 +18,9 @@ from longspan.config import EngineConfig, ModelConfig
 from longspan.engine.grammar import Grammars
 from longspan.engine.memory import workspace_bytes
 from longspan.engine.sampling import SampledTokens, Sampler, history_bytes
-from longspan.engine.step import NO_TOKEN, RowSampling, SamplingExtras, ScheduledSlice
+from longspan.engine.step import RowSampling, SamplingExtras, ScheduledSlice
 from longspan.engine.tokenizer import Tokenizer
-from longspan.ops.sample import SamplingRows
+from longspan.ops.sample import NO_TOKEN, SamplingRows
 from tests.doubles import MODEL, make_request, write_tokenizer
 
 VOCAB, END = 264, 256

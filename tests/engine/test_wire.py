@@ -49,7 +49,8 @@ CONFIG = SchedulerConfig(
     num_blocks=9, block_size=4, max_model_len=64, prefill_chunk_len=8, max_num_requests=2)
 RESULT = StepResult(
     step_id=5, epoch=2, token_ids=(7, -1), elapsed_s=0.25, kept_pairs=3.5,
-    logprobs=(RowLogprobs(-0.5, (1, 2), (-0.5, -float("inf"))), None))
+    logprobs=(RowLogprobs(-0.5, (1, 2), (-0.5, -float("inf"))), None),
+    failures={1: "no way on"})
 EXTRAS = SamplingExtras(
     presence_penalty=0.5, prompt_ids=array("i", [3, 4]), logit_bias=((5, -1.0),), json_schema="{}")
 SLICES = (

@@ -85,3 +85,10 @@ def test_logprobs_of_all_and_of_the_best(device: str, num_top: int) -> None:
     order = logits.argsort(dim=1, descending=True)[:, :num_top]
     assert torch.equal(ids.cpu(), order)
     assert torch.equal(values, found.gather(1, ids))
+
+
+def test_a_mask_hides_no_broken_model() -> None:
+    logits = torch.tensor([[1.0, math.nan, math.inf, -math.inf, 5.0]])
+    found = keep_allowed(logits, torch.tensor([[1]], dtype=torch.int32))
+    assert found.isnan().tolist() == [[False, True, False, False, False]]
+    assert found[0, [0, 2, 3, 4]].tolist() == [1.0, math.inf, -math.inf, -math.inf]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longspan.ops.sample import SamplingRows, sample, uniform
+from longspan.ops.sample import NO_TOKEN, SamplingRows, sample, uniform
 
 NUM_DRAWS = 20_000
 
@@ -80,6 +80,23 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     for index in range(8):
         alone = SamplingRows(*(value[index:index + 1] for value in rows))
         assert sample(logits[index:index + 1], alone, all_greedy=False)[0] == together[index]
+
+
+@pytest.mark.parametrize("all_greedy", [True, False])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("place", [0, 499, 999])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_rows_that_are_not_finite_have_no_token(
+    device: str, number: float, place: int, temperature: float, all_greedy: bool,
+) -> None:
+    logits = torch.randn(5, 1000, generator=torch.Generator().manual_seed(3)).to(device)
+    rows = SamplingRows(*(part.to(device) for part in make_rows(5, temperature=temperature)))
+    clean = sample(logits, rows, all_greedy=all_greedy)
+    logits[1, place] = number
+    logits[3] = -torch.inf  # no token may come
+    logits[4, 1:] = -torch.inf
+    tokens = sample(logits, rows, all_greedy=all_greedy)
+    assert tokens.tolist() == [int(clean[0]), NO_TOKEN, int(clean[2]), NO_TOKEN, 0]
 
 
 def test_seed_and_position_change_the_draw_and_repeat_it() -> None:
