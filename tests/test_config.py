@@ -237,6 +237,11 @@ REFUSED = [
     (small(num_key_value_heads=3), "28 is not a multiple of num_key_value_heads 3"),
     (small(head_dim=127), "head_dim 127 must be even"),
     (small(rope_theta="x"), "rope_theta is 'x', a number >= 0 is needed"),
+    (small(vocab_size=True), "vocab_size is True, a positive integer is needed"),
+    (small(rms_norm_eps=float("nan")), "rms_norm_eps is nan, a number >= 0 is needed"),
+    (small(rope_theta=float("inf")), "rope_theta is inf, a number >= 0 is needed"),
+    (small(rope_theta=True), "rope_theta is True, a number >= 0 is needed"),
+    (small_dca(sparse_attention_threshold=float("inf")), "sparse_attention_threshold is inf"),
     (small(dual_chunk_attention_config=[1]), "dual_chunk_attention_config is [1]"),
     (small_dca(chunk_size=8192), "local_size 8192 must be between 1 and chunk_size - 1 = 8191"),
     (small_dca(chunk_size="x"), "dual_chunk_attention_config: chunk_size is 'x'"),
@@ -275,6 +280,18 @@ def test_corrupt_json(tmp_path):
 def test_engine_config_refuses_what_is_not_positive(field, value):
     with pytest.raises(LongspanError, match=f"{field} must be positive, not {value}"):
         EngineConfig(model="nano", **{field: value})
+
+
+@pytest.mark.parametrize(("field", "value", "kind"), [
+    ("max_model_len", 4096.0, "an integer"), ("block_size", True, "an integer"),
+    ("max_num_requests", "8", "an integer"), ("prefill_chunk_len", 1e4, "an integer"),
+    ("num_threads", 1.5, "an integer"), ("memory_gib", "4", "a number"),
+    ("step_budget_s", True, "a number"),
+])
+def test_engine_config_refuses_numbers_of_another_kind(field, value, kind):
+    with pytest.raises(LongspanError) as caught:
+        EngineConfig(model="nano", **{field: value})
+    assert str(caught.value) == f"{field} is {value!r}, {kind} is needed"
 
 
 @pytest.mark.parametrize(("field", "value", "text"), [

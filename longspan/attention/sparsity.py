@@ -14,6 +14,8 @@ from longspan.ops.types import Budget
 
 SCHEMA_VERSION = 1
 SelectionMode = Literal["tile", "paper"]
+MOST = 2**31 - 1
+"""Of each number in a plan: kernels take 32 bits."""
 _LEAST = {"probe_last": 1, "probe_strided": 0, "sink": 0, "local": 0, "dense_tail_len": 0}
 
 
@@ -49,12 +51,17 @@ class SparsityPlan:
             raise LongspanError(f"sparsity plan: mode {self.mode!r} is not 'tile' or 'paper'")
         if [len(row) for row in self.vertical] != [len(row) for row in self.slash]:
             raise LongspanError("sparsity plan: vertical and slash differ in layers or heads")
-        if any(value < 0 for rows in (self.vertical, self.slash) for row in rows for value in row):
-            raise LongspanError("sparsity plan: budgets must not be negative")
+        if any(not 0 <= value <= MOST for rows in (self.vertical, self.slash)
+               for row in rows for value in row):
+            raise LongspanError(f"sparsity plan: budgets must not be negative or above {MOST}")
         for name, least in _LEAST.items():
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
-                raise LongspanError(f"sparsity plan: {name} is {getattr(self, name)!r}, a whole "
-                                    f"number of at least {least} is needed")
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value <= MOST:  # a boolean is none
+                raise LongspanError(f"sparsity plan: {name} is {value!r}, a whole number between "
+                                    f"{least} and {MOST} is needed")
+        if not isinstance(self.mean_correction, bool):
+            raise LongspanError(f"sparsity plan: mean_correction is {self.mean_correction!r}, true "
+                                "or false is needed")
         if self.mode == "paper" and self.mean_correction:
             raise LongspanError("sparsity plan: mean_correction needs mode 'tile'")
 
@@ -154,7 +161,7 @@ def _released_layer(index: int, layer: Mapping[str, Any]) -> list[tuple[int, int
             raise CheckpointError(f"{place} has {len(layer)} entries but none for head {head}")
         try:
             kind, vertical, slash = entry[0], int(entry[1]), int(entry[2])
-        except (TypeError, ValueError, LookupError):
+        except (TypeError, ValueError, LookupError, OverflowError):
             raise CheckpointError(f"{place} head {head} is {entry!r}; "
                                   "[type, vertical, slash, score] is needed") from None
         if kind != "vertical_and_slash":
