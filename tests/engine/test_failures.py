@@ -45,9 +45,11 @@ SCHEMA = '{"type": "object"}'
 CAUSE = "sampling has failed for this request (RuntimeError: out of order)"
 
 
-def poison(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+def poison(
+    path: Path, change: Callable[[dict[str, torch.Tensor]], None], **config: Any,
+) -> Path:
     """Change the weights of a checkpoint, whose head is a matrix of its own."""
-    write_checkpoint(path, tie_word_embeddings=False)
+    write_checkpoint(path, tie_word_embeddings=False, **config)
     weights = load_file(path / "model.safetensors")
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     change(weights)
