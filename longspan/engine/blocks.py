@@ -29,17 +29,26 @@ request would compute itself if they are a pure function of those tokens:
   is therefore close and not exact: 0.1 ln(ratio of the lengths) in the temperature.
 
 Contiguity: the CPU attention path reads a request's cache without a copy when its table is one
-ascending run, so `BlockPool.allocate` looks for runs, right after the blocks already held first.
+ascending run, so `BlockPool.allocate` looks for runs, right after the blocks already held first. A
+copy of a table in pieces takes milliseconds a step and a lost prefix of a million tokens takes
+minutes, so a run is worth little cached content: see `BlockPool.allocate`.
 """
 
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
+
+SHORT_TAIL = 16
+"""What continues a prefix in the cache may make way for another continuation if it is at most one
+part in so many of it, for example an earlier question about the same document."""
+SPARE_FACTOR = 2
+"""A run may cost the content of at most so many times the blocks that have to be evicted."""
 
 
 def extend_hashes(
@@ -71,6 +80,8 @@ class BlockPool:
         self._refs = array("i", [0]) * num_blocks
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
+        self._parent_of: list[bytes | None] = [None] * num_blocks
+        self._num_children: dict[bytes, int] = {}
         # Release time of cached blocks, 0 for all others: the least valuable is the smallest.
         self._stamps = array("q", [0]) * num_blocks
         self._clock = 0
@@ -106,17 +117,19 @@ class BlockPool:
                 self._stamps[block] = 0
             self._refs[block] += 1
 
-    def allocate(self, count: int, after: int | None = None) -> list[int] | None:
+    def allocate(self, count: int, behind: Sequence[int] = ()) -> list[int] | None:
         """Take ``count`` blocks, in one ascending run if there is one; None if too few are left.
 
         Args:
-            after: try the run that starts right behind this block first.
+            behind: the blocks of the prefix that they will follow, held by the same request.
 
-        Cached blocks are forgotten only when free ones do not suffice for a run.
+        No cached content is lost while enough blocks are free, in a run or not, except a short
+        continuation of the prefix itself (`SHORT_TAIL`) that stands right behind it. Where free
+        blocks do not suffice, the content released longest ago is lost.
         """
         if count > self.num_available:
             return None
-        blocks = self._choose(count, after)
+        blocks = self._choose(count, behind)
         for block in blocks:
             self._forget(block)
             self._refs[block] = 1
@@ -125,12 +138,19 @@ class BlockPool:
         self._num_used += count
         return blocks
 
-    def register(self, block_id: int, value: bytes) -> None:
-        """Make a held block's content findable. A second copy of known content stays private."""
+    def register(self, block_id: int, value: bytes, parent: bytes = b"") -> None:
+        """Make a held block's content findable. A second copy of known content stays private.
+
+        Args:
+            value: the content's chain hash.
+            parent: that of the block before it; empty for a chain's first block.
+        """
         assert self._refs[block_id] > 0
         if value not in self._block_of and self._hash_of[block_id] is None:
             self._block_of[value] = block_id
             self._hash_of[block_id] = value
+            self._parent_of[block_id] = parent
+            self._num_children[parent] = self._num_children.get(parent, 0) + 1
 
     def release(self, block_ids: Sequence[int]) -> None:
         """Let go of blocks of one request, given in table order.
@@ -155,6 +175,8 @@ class BlockPool:
         assert min(self._refs, default=0) >= 0
         known = {value: block for block, value in enumerate(self._hash_of) if value is not None}
         assert known == self._block_of, "hashes and blocks disagree"
+        parents = Counter(value for value in self._parent_of if value is not None)
+        assert parents == self._num_children, "parents and children disagree"
         for block, stamp in enumerate(self._stamps):
             is_cached = self._refs[block] == 0 and self._hash_of[block] is not None
             assert (stamp > 0) == is_cached, f"block {block}: stamp {stamp}"
@@ -168,43 +190,54 @@ class BlockPool:
         self._stamps[block] = self._clock
 
     def _forget(self, block: int) -> None:
-        value = self._hash_of[block]
-        if value is not None:
+        value, parent = self._hash_of[block], self._parent_of[block]
+        if value is not None and parent is not None:
             del self._block_of[value]
-            self._hash_of[block] = None
+            self._hash_of[block] = self._parent_of[block] = None
+            self._num_children[parent] -= 1
+            if not self._num_children[parent]:
+                del self._num_children[parent]
 
-    def _choose(self, count: int, after: int | None) -> list[int]:
-        if after is not None and self._is_available_run(after + 1, count):
-            return list(range(after + 1, after + 1 + count))
-        start = self._free.find(b"\x01" * count)
-        if start < 0:
-            start = self._cheapest_run(count)
-        if start >= 0:
-            return list(range(start, start + count))
-        return self._scattered(count)
+    def _choose(self, count: int, behind: Sequence[int]) -> list[int]:
+        start = behind[-1] + 1 if behind else self.num_blocks
+        if not self._continues(start, count, len(behind) // SHORT_TAIL):
+            start = self._free.find(b"\x01" * count)
+        return list(range(start, start + count)) if start >= 0 else self._least_valuable(count)
 
-    def _is_available_run(self, start: int, count: int) -> bool:
-        return start + count <= self.num_blocks and not any(self._refs[start:start + count])
+    def _continues(self, start: int, count: int, most_lost: int) -> bool:
+        """The run that starts here is free, but for at most so many blocks at its start: those that
+        continue the block before, and which nothing else in the cache continues."""
+        if start + count > self.num_blocks or any(self._refs[start:start + count]):
+            return False
+        end = start
+        while end < self.num_blocks and self._parent_of[end] == self._hash_of[end - 1] is not None:
+            has_others = self._num_children.get(self._hash_of[end] or b"", 0) > 1
+            end += 1
+            if has_others or end - start > most_lost:
+                return False
+        goes_on = end > start and self._hash_of[end - 1] in self._num_children
+        return not goes_on and all(self._free[end:start + count])
 
-    def _cheapest_run(self, count: int) -> int:
-        """Start of the run of available blocks whose cached content is least and oldest, or -1."""
-        used, stamps = self._arrays()
-        num_used = np.cumsum(np.concatenate(([0], used)))
+    def _least_valuable(self, count: int) -> list[int]:
+        """Free blocks and, as far as they do not suffice, cached ones released longest ago."""
+        stamps = np.frombuffer(self._stamps, np.int64)
+        available = np.flatnonzero(np.frombuffer(self._refs, np.int32) == 0)
+        by_value = available[np.argsort(stamps[available], kind="stable")]
+        num_free = self._free.count(1)
+        num_spare = num_free + SPARE_FACTOR * max(0, count - num_free)
+        start = self._cheapest_run(count, by_value[:num_spare])
+        return list(range(start, start + count)) if start >= 0 else \
+            sorted(by_value[:count].tolist())
+
+    def _cheapest_run(self, count: int, blocks: NDArray[np.intp]) -> int:
+        """Start of the run of these blocks whose cached content is least and oldest, or -1."""
+        stamps = np.frombuffer(self._stamps, np.int64)
+        is_usable = np.zeros(self.num_blocks, np.bool_)
+        is_usable[blocks] = True
+        num_usable = np.cumsum(np.concatenate(([0], is_usable)))
         costs = np.cumsum(np.concatenate(([0], stamps)))
-        is_run = num_used[count:] == num_used[:-count]
+        is_run = num_usable[count:] - num_usable[:-count] == count
         if not is_run.any():
             return -1
         most = np.iinfo(costs.dtype).max
         return int(np.where(is_run, costs[count:] - costs[:-count], most).argmin())
-
-    def _scattered(self, count: int) -> list[int]:
-        """No run is left: free blocks first, then the cached ones released longest ago."""
-        used, stamps = self._arrays()
-        available = np.flatnonzero(~used)
-        oldest = np.argsort(stamps[available], kind="stable")[:count]
-        return sorted(available[oldest].tolist())
-
-    def _arrays(self) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-        """Which blocks are held, and the release times: searched at memory speed, for pools of a
-        hundred thousand blocks are searched while others decode."""
-        return np.frombuffer(self._refs, np.int32) > 0, np.frombuffer(self._stamps, np.int64)

@@ -100,8 +100,10 @@ class Prefixes:
         if num_blocks > len(request.block_hashes):
             tokens = request.tokens(0, request.computed_len)
             extend_hashes(request.block_hashes, tokens, size, _salts(request, self._config))
+        hashes = request.block_hashes
         for index in range(request.num_registered, num_blocks):
-            self._pool.register(request.block_ids[index], request.block_hashes[index])
+            parent = hashes[index - 1] if index else b""
+            self._pool.register(request.block_ids[index], hashes[index], parent)
         self._keep_promises(request, request.num_registered, num_blocks)
         request.num_registered = max(request.num_registered, num_blocks)
 

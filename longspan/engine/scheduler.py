@@ -249,7 +249,7 @@ class Scheduler:
         if num_new > self.pool.num_available:
             return False
         self.pool.acquire(cached)
-        new = self.pool.allocate(num_new, after=cached[-1] if cached else None)
+        new = self.pool.allocate(num_new, behind=cached)
         if new is None:
             self.pool.release(cached)
             return False

@@ -7,7 +7,7 @@ from array import array
 
 import pytest
 
-from longspan.engine.blocks import BlockPool, extend_hashes
+from longspan.engine.blocks import SHORT_TAIL, BlockPool, extend_hashes
 
 
 def hashes_of(tokens: list[int], block_size: int = 2, salt: bytes = b"") -> list[bytes]:
@@ -17,13 +17,19 @@ def hashes_of(tokens: list[int], block_size: int = 2, salt: bytes = b"") -> list
 
 
 def fill(pool: BlockPool, hashes: list[bytes]) -> list[int]:
-    """Allocate, register and release blocks of these hashes."""
-    blocks = pool.allocate(len(hashes))
-    assert blocks is not None
-    for block, value in zip(blocks, hashes, strict=True):
-        pool.register(block, value)
-    pool.release(blocks)
-    return blocks
+    """Compute a prompt with these hashes and let go of it."""
+    found = pool.match(hashes)
+    pool.acquire(found)
+    new = pool.allocate(len(hashes) - len(found), behind=found)
+    assert new is not None
+    register(pool, found + new, hashes)
+    pool.release(found + new)
+    return found + new
+
+
+def register(pool: BlockPool, blocks: list[int], hashes: list[bytes]) -> None:
+    for block, value, parent in zip(blocks, hashes, [b"", *hashes], strict=False):
+        pool.register(block, value, parent)
 
 
 def test_hashes_chain_over_full_blocks_and_the_salt() -> None:
@@ -57,9 +63,9 @@ def test_extends_right_behind_a_block_when_it_can() -> None:
     held = pool.allocate(6)
     assert held is not None
     pool.release([0, 1, 4, 5])
-    assert pool.allocate(2, after=3) == [4, 5]
-    assert pool.allocate(2, after=5) == [6, 7]
-    assert pool.allocate(2, after=7) == [0, 1]
+    assert pool.allocate(2, behind=[3]) == [4, 5]
+    assert pool.allocate(2, behind=[5]) == [6, 7]
+    assert pool.allocate(2, behind=[7]) == [0, 1]
 
 
 def test_scattered_blocks_when_no_run_is_left() -> None:
@@ -129,17 +135,93 @@ def test_releasing_twice_is_our_own_fault() -> None:
         pool.release([0])
 
 
+def test_what_stands_behind_a_prefix_stays_while_blocks_are_free() -> None:
+    pool = BlockPool(20)
+    first, second = hashes_of([1] * 8), hashes_of([2] * 8)
+    assert fill(pool, first) + fill(pool, second) == list(range(8))
+    pool.acquire(pool.match(first))
+    assert pool.allocate(5, behind=[0, 1, 2, 3]) == [8, 9, 10, 11, 12]
+    assert pool.match(second) == [4, 5, 6, 7]
+    pool.check()
+
+
+def test_scattered_free_blocks_go_before_cached_ones() -> None:
+    """Where there is no run of free blocks, one of cached ones is no better."""
+    pool = BlockPool(12)
+    known = hashes_of([1] * 12)
+    assert fill(pool, known) == [0, 1, 2, 3, 4, 5]
+    held = pool.allocate(6)
+    assert held is not None
+    for block in (7, 9, 11):
+        pool.release([block])
+    assert pool.allocate(3) == [7, 9, 11]
+    assert pool.match(known) == [0, 1, 2, 3, 4, 5]
+
+
+def test_what_has_to_go_is_the_oldest_and_little_more() -> None:
+    """A run may cost the content of twice the blocks that are missing, not more."""
+    pool = BlockPool(8)
+    old, new = hashes_of([1, 1]), hashes_of([2] * 8)
+    fill(pool, old)
+    assert pool.allocate(1) == [1]
+    fill(pool, new)
+    assert pool.allocate(1) == [6]
+    assert pool.allocate(2) == [0, 7]  # the runs that there are would cost two newer ones
+    assert pool.match(new) == [2, 3, 4, 5]
+    assert pool.allocate(2) == [4, 5]
+    assert pool.match(new) == [2, 3]
+    pool.check()
+
+
+def conversation(tail_len: int) -> tuple[BlockPool, list[int], list[bytes]]:
+    """A pool of 40 blocks with a document of 32, held, and behind it what follows in the cache."""
+    pool, document = BlockPool(40), [1] * 64
+    hashes = hashes_of(document + list(range(2 * tail_len)))
+    blocks = fill(pool, hashes)
+    assert blocks == list(range(32 + tail_len))
+    pool.acquire(blocks[:32])
+    return pool, blocks[:32], hashes
+
+
+def test_a_short_continuation_makes_way_for_another_one() -> None:
+    pool, held, hashes = conversation(2)
+    assert pool.allocate(4, behind=held) == [32, 33, 34, 35]
+    assert pool.match(hashes) == held
+    pool.check()
+
+
+def test_a_long_continuation_stays() -> None:
+    pool, held, hashes = conversation(3)
+    assert pool.allocate(4, behind=held) == [35, 36, 37, 38]
+    assert len(pool.match(hashes)) == 35
+
+
+def test_a_continuation_that_goes_on_elsewhere_stays() -> None:
+    """It would cut off what does not stand in the way."""
+    pool, held, hashes = conversation(2)
+    pool.release(held)
+    assert pool.allocate(1) == [34]
+    longer = hashes_of([1] * 64 + [0, 1, 2, 3, 5, 5, 5, 5])
+    assert fill(pool, longer) == [*range(34), 35, 36]
+    pool.acquire(held)
+    assert longer[:34] == hashes
+    assert pool.allocate(2, behind=held) == [37, 38]
+    assert len(pool.match(longer)) == 36
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_fuzz(seed: int) -> None:
     rng = random.Random(seed)
-    pool = BlockPool(rng.randrange(1, 30))
-    chains = [hashes_of([rng.randrange(9) for _ in range(20)]) for _ in range(4)]
+    pool = BlockPool(rng.randrange(1, 150))
+    stem = [rng.randrange(9) for _ in range(80)]
+    chains = [hashes_of(stem[:rng.choice([20, 80, 80])] + rng.choices(range(9), k=length))
+              for length in (2, 4, 4, 20, 60, 60)]
     held: list[list[int]] = []
     for _ in range(300):
         if held and rng.random() < 0.5:
             pool.release(held.pop(rng.randrange(len(held))))
         else:
-            _take(pool, rng.choice(chains), rng.randrange(12), held)
+            _take(pool, rng.choice(chains), chains, rng.randrange(45), held)
         pool.check()
         used = {block for blocks in held for block in blocks}
         assert pool.num_available == pool.num_blocks - len(used), f"seed {seed}"
@@ -148,17 +230,26 @@ def test_fuzz(seed: int) -> None:
     assert pool.num_available == pool.num_blocks
 
 
-def _take(pool: BlockPool, chain: list[bytes], count: int, held: list[list[int]]) -> None:
+def _take(
+    pool: BlockPool, chain: list[bytes], chains: list[list[bytes]], count: int,
+    held: list[list[int]],
+) -> None:
     found = pool.match(chain)
     available = pool.num_available
     pool.acquire(found)
-    new = pool.allocate(count, after=found[-1] if found else None)
+    before, num_free = set(pool._block_of), pool._free.count(1)
+    new = pool.allocate(count, behind=found)
     if new is None:
         pool.release(found)
         assert pool.num_available == available < count + len(found)
         return
     assert len(set(found + new)) == len(found) + count
     assert sorted(new) == new
-    for block, value in zip(found + new, chain, strict=False):
-        pool.register(block, value)
+    lost = before - set(pool._block_of)
+    if lost and count <= num_free:
+        depth = len(found)
+        assert depth and lost <= {value for other in chains if other[:depth] == chain[:depth]
+                                  for value in other[depth:]}
+        assert len(lost) <= depth // SHORT_TAIL
+    register(pool, found + new, chain)
     held.append(found + new)

@@ -198,11 +198,32 @@ def test_sparse_hits_never_mix_chunks_that_end_differently() -> None:
 
 
 def test_table_of_a_hit_stays_one_ascending_run() -> None:
-    loop, _, runner = make_engine()
-    run_all(loop, [make_request("a", range(1, 30), max_tokens=1)])
-    run_all(loop, [make_request("b", [*range(1, 20), *range(30, 49)], max_tokens=1)])
+    """The short rest of another question about the document makes way."""
+    loop, _, runner = make_engine(replace(CONFIG, block_size=1, num_blocks=64))
+    run_all(loop, [make_request("a", range(1, 40), max_tokens=1)])
+    run_all(loop, [make_request("b", [*range(1, 38), *range(40, 49)], max_tokens=1)])
     table = list(runner.batches[-1].slices[0].block_ids)
-    assert table == list(range(table[0], table[0] + 10))
+    assert table == list(range(table[0], table[0] + 47))
+
+
+def test_a_follow_up_does_not_evict_the_document_behind_while_blocks_are_free() -> None:
+    config = replace(CONFIG, block_size=1, num_blocks=1000, max_model_len=1000,
+                     prefill_chunk_len=100)
+    loop, scheduler, _ = make_engine(config)
+    first, second = [1, *range(2, 401)], [2, *range(2, 401)]
+
+    def cached(name: str, document: list[int], question: int, max_tokens: int) -> int:
+        request = make_request(name, [*document, question], max_tokens=max_tokens, ignore_eos=True)
+        run_all(loop, [request])
+        return request.num_cached_tokens
+
+    assert cached("a1", first, 1, 4) == 0
+    assert cached("b1", second, 1, 4) == 0
+    assert cached("b2", second, 2, 4) == 400
+    assert cached("a2", first, 2, 40) == 400
+    assert cached("b3", second, 3, 4) == 400
+    assert cached("a3", first, 3, 4) == 400
+    scheduler.check()
 
 
 def test_results_out_of_order_are_our_own_fault() -> None:
