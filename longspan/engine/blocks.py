@@ -88,21 +88,32 @@ class BlockPool:
         # One byte for each block, 1 where it is free: runs are found at memory speed.
         self._free = bytearray(b"\x01" * num_blocks)
         self._num_used = 0
+        self.num_evictions = 0
+        """Blocks whose content was lost so far: what `match` found before may have ended since."""
 
     @property
     def num_available(self) -> int:
         """Blocks that `allocate` could hand out: free and cached ones."""
         return self.num_blocks - self._num_used
 
-    def match(self, hashes: Sequence[bytes]) -> list[int]:
-        """Blocks that hold the longest known prefix of this hash chain, in order."""
+    def match(self, hashes: Sequence[bytes], start: int = 0) -> list[int]:
+        """Blocks that hold the longest known prefix of this hash chain, in order.
+
+        Args:
+            start: leading blocks that were found before; only what follows them is returned.
+        """
         found: list[int] = []
-        for value in hashes:
-            block = self._block_of.get(value)
+        for index in range(start, len(hashes)):
+            block = self._block_of.get(hashes[index])
             if block is None:
                 break
             found.append(block)
         return found
+
+    def num_cached(self, block_ids: array[int]) -> int:
+        """How many of these known blocks nobody holds: `acquire` makes so many unavailable."""
+        refs = np.frombuffer(self._refs, np.int32)
+        return int((refs[np.frombuffer(block_ids, np.int32)] == 0).sum()) if block_ids else 0
 
     def knows(self, value: bytes) -> bool:
         """Some block holds the content with this hash."""
@@ -194,6 +205,7 @@ class BlockPool:
         if value is not None and parent is not None:
             del self._block_of[value]
             self._hash_of[block] = self._parent_of[block] = None
+            self.num_evictions += 1
             self._num_children[parent] -= 1
             if not self._num_children[parent]:
                 del self._num_children[parent]

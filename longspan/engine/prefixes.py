@@ -7,6 +7,10 @@ blocks that it will register; promises end when they are kept, or when it is abo
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from longspan.config import dense_tail_start
 from longspan.engine.blocks import BlockPool, extend_hashes
 from longspan.engine.chunking import cacheable_len
@@ -47,46 +51,57 @@ def _salts(request: Request, config: PlannerConfig) -> dict[int, bytes]:
     return salts
 
 
+@dataclass(slots=True)
+class _Found:
+    """What was found of a waiting request's prompt."""
+
+    blocks: array[int]
+    """In the prefix cache."""
+    num_expected: int
+    """Leading blocks that are there or promised."""
+    num_losses: int
+    """As it stood then."""
+
+
 class Prefixes:
     """The prefix cache of one scheduler, seen from its requests."""
 
     def __init__(self, config: PlannerConfig, pool: BlockPool, latency: LatencyModel) -> None:
         self._config, self._pool, self._latency = config, pool, latency
         self._promises = dict[bytes, Request]()
+        self._num_broken = 0
+        self._found = dict[str, _Found]()
         self._worth_waiting_s = WORTH_WAITING * (config.step_budget_s or 0.0)
 
-    def known_blocks(self, request: Request) -> list[int]:
-        """Known blocks of the prompt."""
-        hash_prompt(request, self._config)
-        found = self._pool.match(request.block_hashes)
-        size = self._config.block_size
-        return found[: self._reusable_len(request, len(found) * size) // size]
+    def known_blocks(self, request: Request) -> array[int]:
+        """Known blocks of a waiting request's prompt."""
+        blocks, size = self._look(request).blocks, self._config.block_size
+        return blocks[: self._reusable_len(request, len(blocks) * size) // size]
 
     def awaits(self, request: Request) -> bool:
         """Another request is computing a longer prefix of this prompt than the cache holds, and
         will have it no much later than this one would by itself."""
         if request.awaited_hash in self._promises:
             return True
-        hash_prompt(request, self._config)
         request.awaited_hash = b""
-        size, hashes = self._config.block_size, request.block_hashes
-        known = end = len(self._pool.match(hashes))
-        while end < len(hashes) and self._is_expected(hashes[end]):
-            end += 1
+        found, size, hashes = self._look(request), self._config.block_size, request.block_hashes
+        known, end = len(found.blocks), found.num_expected
         here, there = (self._reusable_len(request, count * size) for count in (known, end))
-        awaited = [value for value in hashes[known:there // size] if value in self._promises]
-        if there <= here or not awaited:
+        if there <= here:
             return False
-        owner, costs = self._promises[awaited[-1]], self._latency.costs
+        awaited = next(hashes[index] for index in reversed(range(known, there // size))
+                       if hashes[index] in self._promises)
+        owner, costs = self._promises[awaited], self._latency.costs
         owner_s = prefill_s(owner, owner.computed_len, there, self._config, costs)
         own_s = prefill_s(request, here, there, self._config, costs)
         if owner_s > PATIENCE * own_s or own_s < self._worth_waiting_s:
             return False
-        request.awaited_hash = awaited[-1]
+        request.awaited_hash = awaited
         return True
 
     def promise(self, request: Request) -> None:
-        """Note which blocks this request's prefill will add to the prefix cache."""
+        """The request was admitted: note which blocks its prefill will add to the prefix cache."""
+        self._found.pop(request.request_id, None)
         stop = self._cacheable_len(request, request.prompt_len) // self._config.block_size
         for value in request.block_hashes[request.num_registered:stop]:
             self._promises.setdefault(value, request)
@@ -109,12 +124,41 @@ class Prefixes:
 
     def forget(self, request: Request) -> None:
         """Nothing more of this request will be registered."""
-        self._keep_promises(request, request.num_registered)
+        self._found.pop(request.request_id, None)
+        self._num_broken += self._keep_promises(request, request.num_registered)
 
-    def check(self) -> None:
-        """Assert that only requests in prefill have promised anything."""
+    def check(self, waiting: Sequence[Request]) -> None:
+        """Assert that only requests in prefill have promised anything, and that what is remembered
+        of those that wait is what a new look would find."""
         assert all(not request.is_finished and request.computed_len < request.prompt_len
                    for request in self._promises.values()), "a promise that nobody keeps"
+        assert self._found.keys() <= {request.request_id for request in waiting}
+        for request in waiting:
+            found = self._found.get(request.request_id)
+            if found is not None and found.num_losses == self._num_losses:
+                hashes = request.block_hashes
+                assert list(found.blocks) == self._pool.match(hashes[:len(found.blocks)])
+                assert all(map(self._is_expected, hashes[:found.num_expected]))
+
+    @property
+    def _num_losses(self) -> int:
+        """Counts what makes known prefixes shorter; all else can only make them longer."""
+        return self._pool.num_evictions + self._num_broken
+
+    def _look(self, request: Request) -> _Found:
+        """What there is of a waiting request's prompt. A prefix is walked through once, and again
+        only after a loss: dozens of prompts of a million tokens may wait while others decode."""
+        hash_prompt(request, self._config)
+        hashes, num_losses = request.block_hashes, self._num_losses
+        found = self._found.get(request.request_id)
+        if found is None or found.num_losses != num_losses:
+            found = self._found[request.request_id] = _Found(array("i"), 0, num_losses)
+        found.blocks.extend(self._pool.match(hashes, len(found.blocks)))
+        end = max(found.num_expected, len(found.blocks))
+        while end < len(hashes) and self._is_expected(hashes[end]):
+            end += 1
+        found.num_expected = end
+        return found
 
     def _is_expected(self, value: bytes) -> bool:
         return value in self._promises or self._pool.knows(value)
@@ -123,11 +167,14 @@ class Prefixes:
         """Of so many known tokens, those to reuse. The last one is always computed anew."""
         return self._cacheable_len(request, min(num_tokens, request.prompt_len - 1))
 
-    def _keep_promises(self, request: Request, start: int, stop: int | None = None) -> None:
-        """Blocks ``start`` to ``stop - 1`` are registered, or never will be."""
-        for value in request.block_hashes[start:stop]:
-            if self._promises.get(value) is request:
-                del self._promises[value]
+    def _keep_promises(self, request: Request, start: int, stop: int | None = None) -> int:
+        """Blocks ``start`` to ``stop - 1`` are registered, or never will be. Returns how many of
+        them were promised."""
+        kept = [value for value in request.block_hashes[start:stop]
+                if self._promises.get(value) is request]
+        for value in kept:
+            del self._promises[value]
+        return len(kept)
 
     def _cacheable_len(self, request: Request, num_tokens: int) -> int:
         return cacheable_len(

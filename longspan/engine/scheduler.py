@@ -213,7 +213,7 @@ class Scheduler:
     def check(self) -> None:
         """Assert that blocks and requests agree; cheap enough for every idle moment."""
         self.pool.check()
-        self._prefixes.check()
+        self._prefixes.check(self._waiting)
         held = {block for request in self._running.values() for block in request.block_ids}
         assert len(held) == self.pool.num_blocks - self.pool.num_available, "blocks leaked"
         assert not any(request.block_ids for request in self._waiting)
@@ -246,14 +246,13 @@ class Scheduler:
         """Take all blocks a request can ever need, cached ones first; False if too few are left."""
         cached = self._prefixes.known_blocks(request)
         num_new = -(-request.reserved_len // self.config.block_size) - len(cached)
-        if num_new > self.pool.num_available:
+        room = self.pool.num_available - num_new
+        if room < 0 or room < self.pool.num_cached(cached):
             return False
         self.pool.acquire(cached)
         new = self.pool.allocate(num_new, behind=cached)
-        if new is None:
-            self.pool.release(cached)
-            return False
-        request.block_ids = array("i", cached + new)
+        assert new is not None, "they were counted"
+        request.block_ids = cached + array("i", new)
         request.num_registered = len(cached)
         cached_len = len(cached) * self.config.block_size
         request.num_cached_tokens = request.scheduled_len = request.computed_len = cached_len
