@@ -24,6 +24,8 @@ from itertools import combinations
 from operator import mul
 from typing import Literal
 
+from longspan.engine.chunking import chunk_stop, sparse_stop
+
 Terms = tuple[float, float, float]
 Kind = Literal["dense", "sparse", "decode"]
 NOISE = 0.15
@@ -59,6 +61,25 @@ class Costs:
         """Time of one sparse prefill chunk, the fixed cost of a step included."""
         return _dot(self.sparse, sparse_terms(cached_len, query_len))
 
+    def prefill_s(
+        self, start: int, stop: int, *, num_sparse: int, prefill_chunk_len: int,
+    ) -> float:
+        """Time to prefill tokens ``start`` to ``stop - 1`` of a prompt while nothing else runs, a
+        chunk a step.
+
+        Args:
+            num_sparse: leading tokens of the prompt that are computed sparsely.
+        """
+        total_s = 0.0
+        while start < min(stop, num_sparse):
+            end = chunk_stop(start, stop, prefill_chunk_len, num_sparse)
+            total_s += self.sparse_s(start, end - start)
+            start = end
+        if start >= stop:
+            return total_s
+        num_steps = -(-stop // prefill_chunk_len) - start // prefill_chunk_len
+        return total_s + self.dense_s(start, stop - start) + (num_steps - 1) * self.dense[0]
+
     def decode_s(self, num_requests: int, context_len: int) -> float:
         """Time of one token for each request, ``context_len`` tokens in their caches together."""
         return _dot(self.decode, (1.0, float(num_requests), float(context_len)))
@@ -83,6 +104,7 @@ class Forecast:
     """What an engine expects of itself: costs, and what prompts of some length become."""
 
     costs: Costs
+    block_size: int
     prefill_chunk_len: int
     sparse_above: int | None = None
     """Longer prompts prefill sparsely; None: none do."""
@@ -92,16 +114,10 @@ class Forecast:
     def prefill_s(self, start: int, stop: int) -> float:
         """Time to prefill tokens ``start`` to ``stop - 1`` of a prompt of ``stop`` tokens while
         nothing else runs, seconds."""
-        if stop <= start:
-            return 0.0
-        if self.sparse_above is None or stop <= self.sparse_above:
-            chunks = range(start, stop, self.prefill_chunk_len)
-            return sum(self.costs.dense_s(first, min(self.prefill_chunk_len, stop - first))
-                       for first in chunks)
-        tail = max(start, stop - self.dense_tail_len)
-        chunks_s = sum(self.costs.sparse_s(first, min(self.prefill_chunk_len, tail - first))
-                       for first in range(start, tail, self.prefill_chunk_len))
-        return chunks_s + (self.costs.dense_s(tail, stop - tail) if tail < stop else 0.0)
+        is_sparse = self.sparse_above is not None and stop > self.sparse_above
+        num_sparse = sparse_stop(stop, self.dense_tail_len, self.block_size) if is_sparse else 0
+        return self.costs.prefill_s(
+            start, stop, num_sparse=num_sparse, prefill_chunk_len=self.prefill_chunk_len)
 
 
 def dense_terms(cached_len: int, query_len: float) -> Terms:

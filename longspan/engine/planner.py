@@ -271,13 +271,8 @@ def prefill_s(
     request: Request, start: int, stop: int, config: PlannerConfig, costs: Costs,
 ) -> float:
     """Predicted time for tokens ``start`` to ``stop - 1`` of a prompt, seconds."""
-    num_sparse = num_sparse_tokens(request, config)
-    total_s = 0.0
-    while start < min(stop, num_sparse):
-        end = chunk_stop(start, request.prompt_len, config.prefill_chunk_len, num_sparse)
-        total_s += costs.sparse_s(start, end - start)
-        start = end
-    return total_s + (costs.dense_s(start, stop - start) if start < stop else 0.0)
+    return costs.prefill_s(start, stop, num_sparse=num_sparse_tokens(request, config),
+                           prefill_chunk_len=config.prefill_chunk_len)
 
 
 def num_sparse_tokens(request: Request, config: PlannerConfig) -> int:

@@ -312,8 +312,9 @@ class Scheduler:
         if step.batch.prefills and self.latency.num_observations:
             config = self.config
             self.forecast = Forecast(
-                costs=self.latency.costs, prefill_chunk_len=config.prefill_chunk_len,
-                sparse_above=config.sparse_above, dense_tail_len=config.dense_tail_len)
+                costs=self.latency.costs, block_size=config.block_size,
+                prefill_chunk_len=config.prefill_chunk_len, sparse_above=config.sparse_above,
+                dense_tail_len=config.dense_tail_len)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         request.finish_reason = reason

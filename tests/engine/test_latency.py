@@ -123,10 +123,12 @@ def test_coefficients_are_never_negative() -> None:
 
 
 def test_a_forecast_adds_up_chunk_by_chunk() -> None:
-    forecast = Forecast(costs=TRUE, prefill_chunk_len=1000, sparse_above=5000, dense_tail_len=500)
+    forecast = Forecast(costs=TRUE, block_size=100, prefill_chunk_len=1000, sparse_above=5000,
+                        dense_tail_len=500)
     dense = sum(TRUE.dense_s(start, min(1000, 4300 - start)) for start in range(0, 4300, 1000))
     assert forecast.prefill_s(0, 4300) == pytest.approx(dense)
-    sparse = sum(TRUE.sparse_s(start, min(1000, 7700 - start)) for start in range(0, 7700, 1000))
-    assert forecast.prefill_s(0, 8200) == pytest.approx(sparse + TRUE.dense_s(7700, 500))
+    sparse = sum(TRUE.sparse_s(start, min(1000, 7500 - start)) for start in range(0, 7500, 1000))
+    tail = TRUE.dense_s(7500, 500) + TRUE.dense_s(8000, 200)  # 7700 is rounded down
+    assert forecast.prefill_s(0, 8200) == pytest.approx(sparse + tail)
     assert forecast.prefill_s(8000, 8200) == pytest.approx(TRUE.dense_s(8000, 200))
     assert forecast.prefill_s(10, 10) == 0

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 from longspan.engine.chunking import piece_shares
-from longspan.engine.latency import Costs
-from longspan.engine.planner import SLACK
+from longspan.engine.latency import Costs, Forecast, LatencyModel
+from longspan.engine.planner import SLACK, Planner, prefill_s
 from longspan.engine.request import Request, SamplingParams
 from longspan.engine.scheduler import Scheduler, SchedulerConfig
 from longspan.engine.step import ScheduledBatch, StepResult
@@ -275,3 +275,27 @@ def test_a_short_prefix_is_computed_and_not_waited_for(num_shared: int, num_wait
 
 def _times(terms: tuple[float, float, float], factor: float) -> tuple[float, float, float]:
     return terms[0] * factor, terms[1] * factor, terms[2] * factor
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_forecasts_and_plans_agree(seed: int) -> None:
+    """What a server foretells is the sum of the steps that the planner makes, and so is the rest
+    by which it ranks prompts: wherever the dense tail starts, and whatever is cached."""
+    rng = random.Random(seed)
+    config = replace(CONFIG, step_budget_s=None, sparse_above=20_000, prefill_chunk_len=4096,
+                     dense_tail_len=rng.choice([0, 1000, 4096, 5000]))
+    length = rng.choice([rng.randrange(1, 20_001), rng.randrange(20_001, 140_000)])
+    cached = rng.randrange(length // 4096 + 1) * 4096 % length
+    request = Request(request_id="a", prompt_ids=array("i", bytes(4 * length)),
+                      params=SamplingParams(max_tokens=1), sparse=length > 20_000)
+    forecast = Forecast(costs=COSTS, block_size=128, prefill_chunk_len=4096, sparse_above=20_000,
+                        dense_tail_len=config.dense_tail_len)
+    expected_s = forecast.prefill_s(cached, length)
+    assert prefill_s(request, cached, length, config, COSTS) == expected_s
+    planner, request.scheduled_len, total_s = Planner(config, LatencyModel(COSTS)), cached, 0.0
+    while request.is_prefill:
+        plan = planner.plan([request], 0.0)
+        assert plan is not None
+        total_s += plan.expected_s
+        request.scheduled_len += plan.choices[0].query_len
+    assert total_s == pytest.approx(expected_s), (seed, length, cached)

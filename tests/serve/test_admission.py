@@ -15,7 +15,7 @@ from longspan.serve.errors import ApiError
 
 STATUS = EngineStatus(
     state="ready", max_model_len=1000, prefill_chunk_len=100,
-    latency=Forecast(costs=Costs(dense=(0.0, 0.01, 0.0)), prefill_chunk_len=100))
+    latency=Forecast(costs=Costs(dense=(0.0, 0.01, 0.0)), block_size=1, prefill_chunk_len=100))
 
 
 def gate(**options) -> Gate:

@@ -296,7 +296,7 @@ def test_every_route_but_health_wants_the_key():
 
 def test_progress_and_pings():
     engine = FakeEngine(chunk_s=0.12, token_s=0.0, latency=Forecast(
-        costs=Costs(dense=(0.12, 0.0, 0.0)), prefill_chunk_len=64))
+        costs=Costs(dense=(0.12, 0.0, 0.0)), block_size=1, prefill_chunk_len=64))
     with running(engine, ping_interval_s=0.05) as server:
         body = {"prompt": "x" * 200, "max_tokens": 3, "stream": True, "return_progress": True}
         with httpx.stream("POST", server.url + COMPLETE, headers=JSON, timeout=5,
