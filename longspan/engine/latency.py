@@ -24,6 +24,9 @@ from itertools import combinations
 from operator import mul
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from longspan.engine.chunking import chunk_stop, sparse_stop
 
 Terms = tuple[float, float, float]
@@ -233,63 +236,31 @@ class _Fit:
                 self._gram[i][j] = FORGET * self._gram[i][j] + weight * row[i] * row[j]
 
     def _solve(self) -> None:
-        gram, prior = self._gram, self._prior
-        self.speed = _dot(prior, self._moments) / _dot(prior, [_dot(row, prior) for row in gram])
-        scaled = self.scaled(self.speed)
+        prior, gram, moments = map(np.array, (self._prior, self._gram, self._moments))
+        self.speed = float(prior @ moments / (prior @ gram @ prior))
+        scaled = self.speed * prior
         # In units of the scaled prior: all terms are about 1.
-        pull = [(NOISE / doubt) ** 2 for doubt in DOUBT]
-        matrix = [[gram[i][j] * scaled[i] * scaled[j] + pull[i] * (i == j)
-                   for j in range(NUM_TERMS)] for i in range(NUM_TERMS)]
-        right = [self._moments[i] * scaled[i] + pull[i] for i in range(NUM_TERMS)]
-        c, b, a = (value * unit for value, unit in zip(
-            _solve_non_negative(matrix, right), scaled, strict=True))
-        self.coefficients = c, b, a
+        pull = (NOISE / np.array(DOUBT)) ** 2
+        c, b, a = scaled * _solve_non_negative(
+            gram * np.outer(scaled, scaled) + np.diag(pull), moments * scaled + pull)
+        self.coefficients = float(c), float(b), float(a)
 
 
 def _dot(left: Sequence[float], right: Sequence[float]) -> float:
     return sum(map(mul, left, right))
 
 
-def _solve_non_negative(matrix: list[list[float]], right: list[float]) -> list[float]:
-    """The best solution that is not negative: tries every set of terms (there are 7)."""
-    count = len(right)
-    best, best_gain = [0.0] * count, 0.0
-    for size in range(count, 0, -1):
-        for terms in combinations(range(count), size):
-            found = _solve([[matrix[i][j] for j in terms] for i in terms],
-                           [right[i] for i in terms])
-            if found is None or min(found) < 0:
-                continue
-            gain = sum(x * right[i] for x, i in zip(found, terms, strict=True))
-            if gain > best_gain:
-                best_gain, best = gain, [0.0] * count
-                for x, i in zip(found, terms, strict=True):
-                    best[i] = x
+def _solve_non_negative(
+    matrix: NDArray[np.float64], right: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """The best solution that is not negative: tries every set of terms (there are 7). The matrix is
+    positive definite."""
+    best, best_gain = np.zeros(len(right)), 0.0
+    for size in range(len(right), 0, -1):
+        for terms in map(list, combinations(range(len(right)), size)):
+            found = np.linalg.solve(matrix[np.ix_(terms, terms)], right[terms])
+            gain = float(found @ right[terms])
+            if found.min() >= 0 and gain > best_gain:
+                best, best_gain = np.zeros(len(right)), gain
+                best[terms] = found
     return best
-
-
-def _solve(matrix: list[list[float]], right: list[float]) -> list[float] | None:
-    """Cholesky with unit diagonal, since the terms differ by twelve powers of ten; None when
-    singular."""
-    size = len(right)
-    scale = [matrix[i][i] ** 0.5 for i in range(size)]
-    if not all(scale):
-        return None
-    lower = [[0.0] * size for _ in range(size)]
-    for i in range(size):
-        for j in range(i + 1):
-            rest = matrix[i][j] / (scale[i] * scale[j]) - _dot(lower[i][:j], lower[j][:j])
-            if i != j:
-                lower[i][j] = rest / lower[j][j]
-            elif rest <= 1e-12:
-                return None
-            else:
-                lower[i][i] = rest**0.5
-    half = list[float]()
-    for i in range(size):
-        half.append((right[i] / scale[i] - _dot(lower[i][:i], half)) / lower[i][i])
-    result = [0.0] * size
-    for i in reversed(range(size)):
-        done = sum(lower[k][i] * result[k] for k in range(i + 1, size))
-        result[i] = (half[i] - done) / lower[i][i]
-    return [x / s for x, s in zip(result, scale, strict=True)]
