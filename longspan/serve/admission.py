@@ -1,14 +1,16 @@
 """Who may come in: limits by bytes and tokens, the queue, and what waiting will cost.
 
 A request holds a `Ticket` from its headers to its last byte. Its size is first guessed from the
-bytes announced, so that a full queue refuses before anything is read or tokenised.
+bytes announced, so that a full queue refuses before anything is read or tokenised. It is checked
+again when the prompts are tokenised: the guess may have been short, and a chunked body announces
+nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -134,7 +136,7 @@ class Gate:
         """
         self.check_open()
         num_tokens = int(num_bytes / self._bytes_per_token)
-        self._check_room(num_tokens)
+        self._check_room(num_tokens, self._tickets)
         ticket = Ticket([Part(num_tokens)], num_bytes, time.monotonic())
         self._tickets.add(ticket)
         self._idle.clear()
@@ -172,32 +174,35 @@ class Gate:
                            "the limit of this server.", code="request_too_large")
 
     def resize(self, ticket: Ticket, prompt_lens: Sequence[int]) -> None:
-        """The prompts are tokenised: their true lengths."""
+        """The prompts are tokenised: their true lengths. Raises 429 where these do not fit beside
+        the other requests."""
+        self._check_room(sum(prompt_lens), self._tickets - {ticket})
         ticket.parts = [Part(length) for length in prompt_lens]
         if ticket.num_bytes and sum(prompt_lens):
             ratio = min(64.0, ticket.num_bytes / sum(prompt_lens))
             self._bytes_per_token += 0.1 * (ratio - self._bytes_per_token)
 
-    def _check_room(self, num_tokens: int) -> None:
-        queued, limit = self.num_queued_tokens, self.max_queued_tokens
+    def _check_room(self, num_tokens: int, others: Collection[Ticket]) -> None:
+        waiting = [ticket.queued_tokens for ticket in others if ticket.queued_tokens]
+        queued, limit = sum(waiting), self.max_queued_tokens
         if queued and queued + num_tokens > limit:
             share = min(1.0, (queued + num_tokens - limit) / queued)
             raise ApiError(
                 429, f"The queue is full: {queued} prompt tokens wait, this request has about "
                 f"{num_tokens}, the limit is {limit}.", code="queue_full",
-                retry_after_s=share * self.backlog_s(), details={
+                retry_after_s=share * self._backlog_s(others), details={
                     "queued_tokens": queued, "limit": limit})
-        if self.num_queued >= self._config.max_queued_requests:
+        if len(waiting) >= self._config.max_queued_requests:
             raise ApiError(
-                429, f"The queue is full: {self.num_queued} requests wait.", code="queue_full",
-                retry_after_s=self.backlog_s() / self.num_queued)
+                429, f"The queue is full: {len(waiting)} requests wait.", code="queue_full",
+                retry_after_s=self._backlog_s(others) / len(waiting))
 
     # -- prediction ----------------------------------------------------------------------------
 
     def backlog_s(self) -> float:
         """Time to compute every prompt that waits, seconds; before anything was measured at
         `UNMEASURED_TOKENS_PER_S`."""
-        return sum(self._left_s(ticket) for ticket in self._tickets)
+        return self._backlog_s(self._tickets)
 
     def predict_ttft_s(self, ticket: Ticket) -> float | None:
         """Arrival of a request to its first token, seconds; None before anything was measured.
@@ -217,6 +222,9 @@ class Gate:
     @property
     def _is_measured(self) -> bool:
         return self._status().latency is not None
+
+    def _backlog_s(self, tickets: Collection[Ticket]) -> float:
+        return sum(map(self._left_s, tickets))
 
     def _with_others(self, own_s: float, others: Iterator[Ticket] | set[Ticket]) -> float:
         return own_s + sum(min(own_s, self._left_s(other)) for other in others)

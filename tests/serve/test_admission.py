@@ -53,6 +53,29 @@ def test_retry_after_is_the_excess_of_the_backlog():
         pass  # larger than the budget, but nobody else is there
 
 
+def test_a_body_that_announced_too_little_is_refused_once_its_length_is_known():
+    """As a chunked one, which announces nothing."""
+    here = gate(max_queued_tokens=1000)
+    with here.enter(0) as first, here.enter(0) as second, here.enter(0) as third:
+        here.resize(first, [5000])  # larger than the budget, but nobody else waits
+        with pytest.raises(ApiError) as caught:
+            here.resize(second, [100])
+        assert caught.value.status == 429 and here.num_queued_tokens == 5000
+        assert caught.value.headers["Retry-After"] == "41"  # 4100 of 5000 tokens, 50 s
+        first.parts[0].done = 4500
+        here.resize(third, [300, 200])
+        assert here.num_queued_tokens == 1000
+        here.resize(third, [300, 200])  # its own tokens are not in its way
+
+
+def test_requests_of_unknown_length_are_counted_once_it_is_known():
+    here = gate(max_queued_requests=1)
+    with here.enter(0) as first, here.enter(0) as second:
+        here.resize(first, [1])
+        with pytest.raises(ApiError, match="1 requests wait"):
+            here.resize(second, [1])
+
+
 def test_predictions_share_the_machine():
     here = gate()
     with here.enter(0) as long:

@@ -205,6 +205,14 @@ def test_a_full_queue_refuses_before_the_body():
         assert post(server, "/tokenize", {"prompt": "abc"}).json()["count"] == 3
 
 
+def test_a_full_queue_refuses_a_chunked_body_that_announced_nothing():
+    with running(FakeEngine(chunk_s=0.3), max_queued_tokens=1000) as server, slow_prompt(server):
+        pieces = iter([b'{"prompt": "', b"x" * 300, b'", "max_tokens": 1}'])
+        reply = httpx.post(server.url + COMPLETE, content=pieces, headers=JSON, timeout=5)
+        assert reply.status_code == 429 and error_of(reply)["code"] == "queue_full"
+        assert post(server, COMPLETE, {"prompt": "x", "max_tokens": 1}).status_code == 200
+
+
 def test_queue_length():
     with running(FakeEngine(chunk_s=0.3), max_queued_requests=1) as server, slow_prompt(server):
         reply = post(server, COMPLETE, {"prompt": "x"})
