@@ -10,12 +10,14 @@ device.
 from __future__ import annotations
 
 import logging
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, TypeVar
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from longspan.attention.upload import upload
@@ -190,9 +192,11 @@ class Sampler:
         grammar = None if schema is None else failures.watch(index, lambda: self._grammar(schema))
         if index in failures:
             return
-        state = self._states[slot] = _State(extras=extras, grammar=grammar)
-        if state.is_penalized:
+        state = _State(extras=extras, grammar=grammar)
+        if state.is_penalized:  # the history notes the prompt, 4 MB for a million tokens
             self._history.begin(slot, extras)
+            state = _State(extras=replace(extras, prompt_ids=array("i")), grammar=grammar)
+        self._states[slot] = state
 
     def _grammar(self, json_schema: str) -> Grammar:
         if self._grammars is None:

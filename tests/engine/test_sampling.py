@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from array import array
 from collections.abc import Callable
 from dataclasses import replace
@@ -70,6 +71,18 @@ def sample(sampler: Sampler, logits: Tensor, *items: ScheduledSlice) -> SampledT
 
 def greedy(sampler: Sampler, logits: Tensor, *items: ScheduledSlice) -> list[int]:
     return list(sample(sampler, logits, *items).as_tuples()[0])
+
+
+def test_a_prompt_is_not_kept_once_its_tokens_are_noted(sampler: Sampler) -> None:
+    """The slot may stay unused for long, and a million tokens are 4 MB."""
+    item = first(repetition_penalty=2.0, presence_penalty=0.5)
+    assert item.extras is not None
+    prompt_ids = weakref.ref(item.extras.prompt_ids)
+    assert greedy(sampler, peaks(t3=2.0, t9=1.5), item) == [9]
+    del item
+    assert prompt_ids() is None
+    assert greedy(sampler, peaks(t3=2.0, t9=1.2, t8=0.8), later(0, 1, 9)) == [3]
+    assert greedy(sampler, peaks(t3=2.0, t9=1.2, t8=1.1), later(0, 2, 3)) == [8]
 
 
 def peaks(**heights: float) -> Tensor:
