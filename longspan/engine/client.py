@@ -91,8 +91,6 @@ class EngineStatus:
     """Longest prompt plus completion, tokens."""
     capacity_tokens: int = 0
     """Tokens that the KV cache holds."""
-    prefill_chunk_len: int = 0
-    """Prompt tokens computed in one step at the most; 0 while loading."""
     num_waiting: int = 0
     """Requests without KV blocks."""
     num_running: int = 0
@@ -289,7 +287,6 @@ class AsyncEngine:
         self._status = replace(
             self._status, max_model_len=planned.intake.max_model_len,
             capacity_tokens=config.num_blocks * config.block_size,
-            prefill_chunk_len=config.prefill_chunk_len,
             memory_bytes=planned.memory_bytes)
         # While the engine reads the weights.
         self._text_loaded = asyncio.ensure_future(

@@ -21,6 +21,7 @@ from longspan.serve.app import create_app
 from longspan.serve.config import ServeConfig
 
 MODEL = "fake"
+CHUNK_LEN = 64
 ANSWER = "The quick brown fox jumps over the lazy dog. "
 
 
@@ -33,7 +34,7 @@ class DeadEngineError(LongspanError):
 class FakeEngine:
     """One character is one token; answers `ANSWER` again and again.
 
-    Prefill takes ``chunk_s`` for each ``chunk_len`` tokens, decode ``token_s`` for each token.
+    Prefill takes ``chunk_s`` for each `CHUNK_LEN` tokens, decode ``token_s`` for each token.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -43,7 +44,7 @@ class FakeEngine:
         self.load_s: float = options.pop("load_s", 0.0)
         self._status = EngineStatus(**{
             "state": "ready", "model": MODEL, "max_model_len": 4096, "capacity_tokens": 8192,
-            "prefill_chunk_len": 64, **options})
+            **options})
         self.running = set[str]()
         self.requests = list[GenerateRequest]()
         self.aborted = list[str]()
@@ -113,7 +114,7 @@ class FakeEngine:
             while done < len(prompt):
                 await asyncio.sleep(self.chunk_s)
                 self._check_alive()
-                done = min(len(prompt), done + self._status.prefill_chunk_len)
+                done = min(len(prompt), done + CHUNK_LEN)
                 yield self._progress(request, done, cached)
             self.known.append(prompt)
             async for event in self._decode(request, cached):

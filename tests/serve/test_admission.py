@@ -14,7 +14,7 @@ from longspan.serve.config import ServeConfig
 from longspan.serve.errors import ApiError
 
 STATUS = EngineStatus(
-    state="ready", max_model_len=1000, prefill_chunk_len=100,
+    state="ready", max_model_len=1000,
     latency=Forecast(costs=Costs(dense=(0.0, 0.01, 0.0)), block_size=1, prefill_chunk_len=100))
 
 
