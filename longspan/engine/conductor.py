@@ -16,8 +16,8 @@ from longspan.engine.warmup import warm_up
 from longspan.engine.wire import Add, Close, Command, FromEngine, LoadChanged, Submitted
 
 AHEAD_S = 5e-3
-"""Decode steps are queued for so long: several times what news and a step need from process to
-process, and nothing beside what a request that arrives meanwhile waits for."""
+"""Decode work that is queued ahead: several round trips between processes, yet negligible for a
+request that arrives meanwhile."""
 Send = Callable[[FromEngine], None]
 TakeCommand = Callable[[bool], Command | None]
 """The next command; waits for one if the argument says so, else None where there is none."""
@@ -82,8 +82,8 @@ class _News:
             self._send(Submitted(prefills))
 
     def collect(self, timeout_s: float | None = None) -> StepResult | None:
-        """The oldest result. Before the wait for it, what commands and results have changed is
-        told: a step may take seconds, and who asks meanwhile must not be told what was."""
+        """The oldest result. The load is told before the wait for it, so that the status is current
+        during a step of seconds."""
         self.tell_load()
         return self._transport.collect(timeout_s)
 

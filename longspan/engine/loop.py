@@ -36,8 +36,8 @@ class Transport(Protocol):
         """Hand over a step; returns at once."""
 
     def collect(self, timeout_s: float | None = None) -> StepResult | None:
-        """Wait for the oldest step's result, or so long. None: it is time for the scheduler first,
-        or there is news for it."""
+        """Wait up to ``timeout_s`` for the oldest step's result; None when the time is over, or
+        when a command came first."""
 
     def discard(self) -> None:
         """Drop what is in flight, after an interrupt. Results that come nevertheless are of an
@@ -55,7 +55,7 @@ class Launched(Protocol):
     """A step that was handed to the device."""
 
     def wait_for(self, timeout_s: float) -> bool:
-        """Wait so long at most; whether it is computed."""
+        """Wait up to ``timeout_s``; True if the step is computed."""
 
     def wait(self) -> StepResult:
         """Its result."""
@@ -157,7 +157,7 @@ class Loop:
         return not self._mailbox and self._scheduler.is_idle
 
     def add(self, request: Request) -> None:
-        """Queue a request that fits (see `scheduler.check_fits`)."""
+        """Queue a request that fits (see `longspan.engine.prompts.check_fits`)."""
         self._mailbox.append(request)
 
     def abort(self, request_id: str) -> None:

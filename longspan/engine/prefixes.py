@@ -21,8 +21,8 @@ from longspan.engine.request import Request
 WORTH_WAITING = 0.25
 """Share of a step's budget: a prefix that takes less to compute is computed, not waited for."""
 PATIENCE = 2.0
-"""A prompt waits for a prefix that another request computes if that takes at most so many times as
-long as this one would need itself."""
+"""A prompt waits for a prefix that another request computes only if it is there within this many
+times its own time."""
 
 
 def hash_prompt(request: Request, config: PlannerConfig) -> None:

@@ -60,7 +60,7 @@ class SchedulerConfig(PlannerConfig):
     sparse_above: int | None = None
     """Longer prompts prefill sparsely (forecasts only; a request says it itself)."""
     burst_s: float = 0.0
-    """Steps that only decode are sent as many at a time as take so long, `MAX_REPEATS` at most."""
+    """Steps that only decode are sent in bursts of up to this duration (`MAX_REPEATS` at most)."""
     warm_up_len: int = 0
     """Tokens of a prompt that a server computes before the first request (`warmup`); 0: none."""
 

@@ -1,6 +1,6 @@
 """The caller's side of one request: updates of the loop become text, progress and a result.
 
-No torch: a later front-end process uses the same class.
+No torch: the front end of a server, a process of its own, uses it as `LLM` does.
 """
 
 from __future__ import annotations
