@@ -248,15 +248,17 @@ class Front:
         if result.epoch < self.epoch:
             return
         self.epoch = result.epoch
-        sampled = zip_longest(result.token_ids, result.logprobs)
+        sampled = enumerate(zip_longest(result.token_ids, result.logprobs))
+        nothing = 0, (None, None)
         for index in range(result.repeats):
             for row in message.rows:
-                token, logprobs = next(sampled, (None, None)) if row.samples else (None, None)
+                place, (token, logprobs) = next(sampled, nothing) if row.samples else nothing
                 if row.request_id in self.open:
                     _, tracker, _ = self.open[row.request_id]
                     assert row.cached_len >= self.begun.get(row.request_id, 1 << 30), "not told"
                     self.take(tracker.update(
-                        row.cached_len + index, row.computed_len + index, token, logprobs))
+                        row.cached_len + index, row.computed_len + index, token, logprobs,
+                        result.failure(place)))
 
     def take(self, update: Update) -> None:
         """The next token of a request, or its end."""
