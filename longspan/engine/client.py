@@ -4,7 +4,8 @@ The engine itself runs elsewhere: a scheduler and a runner, each a process of it
 (`longspan.engine.launch`). Only the messages of `longspan.engine.wire` pass between, and sampled
 tokens come straight from the runner. Here, on the event loop: who is waiting for what, and text
 made of tokens, which takes some 20 microseconds for each. Whatever takes longer (tokenising,
-templates, checks of a million ids) is done on a few helper threads.
+templates, checks of a million ids) is done on a few helper threads, JSON schemas are checked in
+processes of their own.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 from longspan.config import EngineConfig
 from longspan.engine.desk import Tracker, default_sampling, deliver, load_tokenizer
-from longspan.engine.grammar import Grammars
 from longspan.engine.latency import Forecast
 from longspan.engine.launch import in_processes
 from longspan.engine.loop import StepReport
@@ -31,6 +31,7 @@ from longspan.engine.prefixes import hash_prompt
 from longspan.engine.prompts import Prompt, as_token_ids
 from longspan.engine.request import Request, SamplingParams
 from longspan.engine.scheduler import Load
+from longspan.engine.schema_checker import SchemaChecker
 from longspan.engine.session import Session
 from longspan.engine.step import Update
 from longspan.engine.stream import Channel, Stream
@@ -121,7 +122,7 @@ class AsyncEngine:
         self._config, self._start = config, start or in_processes()
         self._planned: Planned | None = None
         self._tokenizer: Tokenizer | None = None
-        self._grammars: Grammars | None = None
+        self._schemas: SchemaChecker | None = None
         self._channels = dict[str, Channel]()
         self._sessions = dict[str, Session]()
         self._trackers = dict[str, Tracker]()
@@ -174,6 +175,9 @@ class AsyncEngine:
                 engine dies.
         """
         tokenizer = self._ready_tokenizer()
+        if request.params.json_schema is not None:
+            assert self._schemas is not None
+            await self._schemas.check(request.params.json_schema)
         made = await self._aside(self._make, request, tokenizer)
         self._ready_tokenizer()  # it may have died meanwhile
         # Nothing is awaited from here on, so that a request is either handed in or not.
@@ -197,9 +201,7 @@ class AsyncEngine:
 
     def _make(self, request: GenerateRequest, tokenizer: Tokenizer) -> Request:
         """On a helper thread."""
-        assert self._planned is not None and self._grammars is not None
-        if request.params.json_schema is not None:
-            self._grammars.check(request.params.json_schema)
+        assert self._planned is not None
         prompt = request.prompt
         token_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         made = self._planned.intake.make(
@@ -300,7 +302,7 @@ class AsyncEngine:
         if error is None:
             assert self._planned is not None
             self._tokenizer, advice = loaded.result()
-            self._grammars = Grammars(self._tokenizer, self._planned.intake.vocab_size)
+            self._schemas = SchemaChecker(self._planned.path, self._planned.intake.vocab_size)
             self._status = replace(self._status, default_sampling=advice)
             self._arrive("text")
         elif isinstance(error, LongspanError):
@@ -367,6 +369,8 @@ class AsyncEngine:
             held.clear()
         self._idle.set()
         self._helpers.shutdown(wait=False)
+        if self._schemas is not None:
+            self._schemas.close()
         if self._backend is not None:
             self._backend.stop()
 

@@ -1,9 +1,9 @@
 """JSON schemas as grammars over a checkpoint's tokens, by the llguidance library. No torch.
 
 A grammar says which tokens may come next; it is told each token that did. Compiling one takes a
-millisecond or so for an ordinary schema. The library counts the work of compiling and of each mask
-and gives up at a limit, the same on every machine, so that no stranger's schema holds up the
-engine: the worst one found of 64 KiB takes a quarter of a second.
+millisecond or so for an ordinary schema. The library counts the work of each mask and gives up at a
+limit, the same on every machine. It does not count all of compiling: a stranger's schema is checked
+within limits first (`longspan.engine.schema_checker`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ NUM_KEPT = 64
 # One line with single spaces, or indented lines. Not more: small models that may repeat white space
 # do little else.
 JSON_STYLE = {"whitespace_pattern": r"\x20|\x0A\x20{0,16}"}
-LIMITS = {"initial_lexer_fuel": 100_000, "max_grammar_size": 50_000, "verbose_errors": False}
+LIMITS = {"initial_lexer_fuel": 100_000, "max_grammar_size": 50_000, "max_lexer_states": 100_000,
+          "verbose_errors": False}
 
 
 class Grammar:
@@ -79,7 +80,7 @@ class Grammars:
 
     def _build(self, json_schema: str) -> Any:
         library = _library()
-        vocabulary = self._load_vocabulary()
+        vocabulary = self.load()
         try:
             json.loads(json_schema)
             source = library.LLMatcher.grammar_from_json_schema(json_schema, defaults=JSON_STYLE)
@@ -93,7 +94,9 @@ class Grammars:
             raise _refused(matcher.get_error())
         return matcher
 
-    def _load_vocabulary(self) -> Any:
+    def load(self) -> Any:
+        """The vocabulary as the library wants it; otherwise read with the first schema. Raises as
+        `check`, and `LongspanError` for a tokenizer that the library cannot use."""
         if self._vocabulary is None:
             library = _library()
             ends = sorted(self._tokenizer.eos_token_ids)

@@ -144,12 +144,19 @@ def private_directory() -> str:
     return path
 
 
+def python_command(module: str, *arguments: str) -> list[str]:
+    """Runs ``main`` of a module in a fresh interpreter that finds modules where this one does.
+
+    Args:
+        arguments: the first one is a name for people who list processes.
+    """
+    code = f"import sys; sys.path[:] = {sys.path!r}; from {module} import main; main()"
+    return [sys.executable, "-c", code, *arguments]
+
+
 def _spawn(orders: Orders) -> subprocess.Popen[bytes]:
-    """Runs `main` in a fresh interpreter that finds modules where this one does."""
-    code = (f"import sys; sys.path[:] = {sys.path!r}; "
-            "from longspan.engine.launch import main; main()")
-    child = subprocess.Popen(  # the last argument is for people who list processes
-        [sys.executable, "-c", code, f"longspan-{orders.role}"], stdin=subprocess.PIPE,
+    child = subprocess.Popen(
+        python_command(__name__, f"longspan-{orders.role}"), stdin=subprocess.PIPE,
         start_new_session=True)
     assert child.stdin is not None
     # In hexadecimal: a line of its own, and unlike JSON it knows an infinite budget.

@@ -158,6 +158,33 @@ def test_requests_side_by_side(model: Model, burst_s: float) -> None:
     assert model.runner.is_closed
 
 
+def test_nobody_waits_for_a_hostile_schema(model: Model) -> None:
+    levels = {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(30)}
+    bomb = {"$defs": {**levels, "d30": {"type": "string", "pattern": "^a+$"}}, "$ref": "#/$defs/d0"}
+
+    async def work() -> None:
+        async with fake(model) as engine:
+            def guided(schema: object) -> asyncio.Task[Stream]:
+                return asyncio.create_task(engine.add(GenerateRequest(
+                    request_id="r", prompt=PROMPTS[0], params=SamplingParams(
+                        max_tokens=6, json_schema=schema))))
+
+            assert await tokens(await guided({"type": "integer"}))
+            bombs = [guided({**bomb, "title": str(number)}) for number in range(20)]
+            await asyncio.sleep(0.02)
+            async with asyncio.timeout(0.5):
+                assert await tokens(await engine.add(ask(PROMPTS[0]))) == \
+                    complete(PROMPTS[0], PARAMS)
+            assert not all(task.done() for task in bombs)
+            for task in bombs[1:]:
+                task.cancel()
+            with pytest.raises(InvalidRequestError, match="more than 256 MiB of memory"):
+                await bombs[0]
+            assert engine.status().num_waiting == engine.status().num_running == 0
+
+    run(work())
+
+
 def test_events_come_in_order(model: Model) -> None:
     async def work() -> None:
         async with fake(model) as engine:
