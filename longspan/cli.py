@@ -126,6 +126,8 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on; 0: any free one.")] = 8000,
     api_key: Annotated[list[str] | None, typer.Option(
         help="Wanted of every client; repeatable.", envvar="LONGSPAN_API_KEY")] = None,
+    allowed_host: Annotated[list[str] | None, typer.Option(
+        help="Name by which clients may call this server, beside localhost; repeatable.")] = None,
     model_name: Annotated[str | None, typer.Option(help="Name that clients ask for.")] = None,
     default_max_tokens: Annotated[int, typer.Option(help="Where a request names none.")] = 2048,
     max_queued_tokens: Annotated[int | None, typer.Option(
@@ -147,7 +149,8 @@ def serve(
     from longspan.serve.config import ServeConfig
 
     config = ServeConfig(
-        host=host, port=port, api_keys=tuple(api_key or ()), model_name=model_name,
+        host=host, port=port, api_keys=tuple(api_key or ()),
+        allowed_hosts=tuple(allowed_host or ()), model_name=model_name,
         default_max_tokens=default_max_tokens, max_queued_tokens=max_queued_tokens,
         drain_timeout_s=drain_timeout_s)
     status = run(model, config, {

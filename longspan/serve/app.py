@@ -40,7 +40,8 @@ REF = "#/components/schemas/{model}"
 BODIES: tuple[type[BaseModel], ...] = (
     ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
 REFUSALS = {400: "The request is wrong; the message names the field.",
-            401: "The API key is missing or wrong.", 404: "No such model.",
+            401: "The API key is missing or wrong.",
+            403: "The Host, or the page that asks, is not of this server.", 404: "No such model.",
             408: "The request did not arrive in time.", 413: "The body is too long.",
             415: "The body is not JSON.", 429: "The queue is full; see Retry-After.",
             431: "Too many headers.", 503: "Loading, shutting down or dead."}
@@ -71,7 +72,7 @@ def create_app(engine: AsyncEngine, config: ServeConfig) -> FastAPI:
     app.include_router(_completions(service))
     app.include_router(_tokens(service))
     app.include_router(_operations(service))
-    app.add_middleware(EdgeMiddleware, api_keys=config.api_keys, answered=service.metrics.answered)
+    app.add_middleware(EdgeMiddleware, config=config, answered=service.metrics.answered)
     for kind in (ApiError, ClientGone, HTTPException, LongspanError, Exception):
         app.add_exception_handler(kind, error_response)
     app.openapi = partial(_openapi, app, bool(config.api_keys))  # type: ignore[method-assign]
@@ -123,7 +124,7 @@ def _operations(service: Service) -> APIRouter:
     page = files("longspan.serve").joinpath("playground.html").read_text(encoding="utf-8")
     created = int(time.time())
 
-    @router.get("/v1/models", responses=_responses(replies.ModelList, (401, 431)))
+    @router.get("/v1/models", responses=_responses(replies.ModelList, (401, 403, 431)))
     async def models() -> Response:
         """The served model."""
         status = service.engine.status()
@@ -133,19 +134,19 @@ def _operations(service: Service) -> APIRouter:
             "capacity_tokens": status.capacity_tokens}]})
 
     @router.get("/health", responses={
-        **_responses(replies.HealthReply, (431,)), 503: {"model": replies.HealthReply}})
+        **_responses(replies.HealthReply, (403, 431)), 503: {"model": replies.HealthReply}})
     async def health() -> Response:
         """Whether requests are served: 200 when ready, 503 otherwise. Needs no API key."""
         state = service.gate.state
         return JSONResponse({"status": state, "reason": service.engine.status().reason},
                             200 if state == "ready" else 503)
 
-    @router.get("/metrics", response_class=PlainTextResponse, responses=_errors((401, 431)))
+    @router.get("/metrics", response_class=PlainTextResponse, responses=_errors((401, 403, 431)))
     async def metrics() -> Response:
         """Prometheus metrics."""
         return PlainTextResponse(service.metrics.render())
 
-    @router.get("/", response_class=HTMLResponse, responses=_errors((401, 431)))
+    @router.get("/", response_class=HTMLResponse, responses=_errors((401, 403, 431)))
     async def playground() -> Response:
         """A page to try the model with a document."""
         return HTMLResponse(page, headers=PAGE_HEADERS)

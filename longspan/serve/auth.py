@@ -1,4 +1,5 @@
-"""The outermost layer: API key on every route but /health, a bound on headers, request ids."""
+"""The outermost layer: names of the server, API key on every route but /health, a bound on headers,
+request ids."""
 
 from __future__ import annotations
 
@@ -6,12 +7,14 @@ import base64
 import binascii
 import hmac
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from longspan.serve.config import ServeConfig
 from longspan.serve.errors import ApiError
+from longspan.serve.hosts import Hosts
 
 MAX_HEADERS = 200
 OPEN_PATHS = frozenset({"/health"})
@@ -23,10 +26,11 @@ class EdgeMiddleware:
     """Refuses requests before anything of them is looked at; names each with an id."""
 
     def __init__(
-        self, app: ASGIApp, api_keys: Sequence[str], answered: Callable[[str, int], None],
+        self, app: ASGIApp, config: ServeConfig, answered: Callable[[str, int], None],
     ) -> None:
         self._app, self._answered = app, answered
-        self._keys = [key.encode() for key in api_keys]
+        self._hosts = Hosts(config)
+        self._keys = [key.encode() for key in config.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -49,9 +53,11 @@ class EdgeMiddleware:
     def _refusal(self, scope: Scope) -> ApiError | None:
         if len(scope["headers"]) > MAX_HEADERS:
             return ApiError(431, f"More than {MAX_HEADERS} headers.")
-        if not self._keys or scope["path"] in OPEN_PATHS:
-            return None
-        given = _given_key(Headers(scope=scope).get("authorization", ""))
+        headers = Headers(scope=scope)
+        refusal = self._hosts.refusal(headers)
+        if refusal or not self._keys or scope["path"] in OPEN_PATHS:
+            return refusal
+        given = _given_key(headers.get("authorization", ""))
         if given is None:
             return ApiError(401, "No API key: send Authorization: Bearer KEY.",
                             code="invalid_api_key", headers=CHALLENGE)

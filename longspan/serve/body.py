@@ -31,7 +31,7 @@ def announced_bytes(request: Request) -> int:
 
 def check_media_type(request: Request) -> None:
     """Raises 415 unless the body is declared as JSON: a page of another origin cannot declare that
-    without asking first, so no visited web page can send requests to a server on this machine."""
+    without asking first, and is not answered (`longspan.serve.hosts` sees to its origin)."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, "Send Content-Type: application/json.")

@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from ipaddress import ip_address
 
 from longspan.errors import LongspanError
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
+HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+
+
+def plain_name(name: str) -> str:
+    """A host's name in the one form that is compared: lower case, no brackets, no dot at its end,
+    addresses as short as can be."""
+    name = name.lower().removesuffix(".").removeprefix("[").removesuffix("]")
+    return str(ip_address(name)) if is_address(name) else name
+
+
+def is_loopback(name: str) -> bool:
+    """Whether a plain name stands for this machine and nothing else."""
+    return ip_address(name).is_loopback if is_address(name) else name == "localhost"
+
+
+def is_address(name: str) -> bool:
+    """Whether a plain name is an IP address."""
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,6 +42,9 @@ class ServeConfig:
     """Port to listen on; 0: any free one."""
     api_keys: tuple[str, ...] = ()
     """Any of them opens every route; empty: no key is asked for. /health never asks."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names, beside those of the loopback interface, by which clients may call this server. A
+    server that other machines reach takes any, unless some are named."""
     model_name: str | None = None
     """Name under which clients ask for the model; default: the engine's."""
     max_body_bytes: int | None = None
@@ -64,10 +90,14 @@ class ServeConfig:
                 raise LongspanError(f"{name} must be positive, not {value}")
         if not self.drain_timeout_s >= 0:
             raise LongspanError(f"drain_timeout_s must be 0 or more, not {self.drain_timeout_s}")
+        for name in self.allowed_hosts:
+            if not (HOST_NAME.fullmatch(plain_name(name)) or is_address(plain_name(name))):
+                raise LongspanError(f"allowed host {name!r} must be a name or an address alone, "
+                                    "without scheme and port, for example gpu-3.example.org")
         if not all(key and key.isascii() and key.isprintable() for key in self.api_keys):
             raise LongspanError("an API key must be printable ASCII and not empty")
 
     @property
     def is_public(self) -> bool:
         """Other machines may reach it."""
-        return self.host not in LOOPBACK
+        return not is_loopback(plain_name(self.host))

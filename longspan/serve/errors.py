@@ -15,8 +15,8 @@ from longspan.errors import LongspanError, PromptTooLongError
 
 logger = logging.getLogger("longspan.serve")
 
-TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error",
-         503: "service_unavailable_error"}
+TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+         429: "rate_limit_error", 503: "service_unavailable_error"}
 """Error types by status; 500 and above otherwise: server_error; below: invalid_request_error."""
 
 

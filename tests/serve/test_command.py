@@ -176,8 +176,10 @@ def test_the_subcommand(monkeypatch):
 
     monkeypatch.setattr("longspan.serve.command.serve", serve)
     monkeypatch.setenv("LONGSPAN_API_KEY", "one two")
-    assert run_command(["serve", "nano", "--port", "0", "--max-model-len", "5"]) == 1
+    assert run_command(["serve", "nano", "--port", "0", "--max-model-len", "5",
+                        "--allowed-host", "a.example", "--allowed-host", "::7"]) == 1
     model, config, options = seen
     assert model == "nano"
-    assert config == ServeConfig(port=0, api_keys=("one", "two"))
+    assert config == ServeConfig(
+        port=0, api_keys=("one", "two"), allowed_hosts=("a.example", "::7"))
     assert options["max_model_len"] == 5  # type: ignore[index]

@@ -27,10 +27,10 @@ from tests.serve.nano import ROOT, TIMEOUT_S, NanoServer, nano_server
 PATIENCE_S = 1.0
 """Of the server, for heads and bodies."""
 SLACK_S = 2.0
-GET = b"GET /health HTTP/1.1\r\nHost: x\r\n"
-POST = (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+POST = (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         b"Content-Length: 5000\r\n\r\n")
-CHUNKED = (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+CHUNKED = (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
            b"Transfer-Encoding: chunked\r\n\r\nno length\r\n")
 STORY = {"prompt": "x", "max_tokens": 200, "stream": True, "ignore_eos": True}
 LONG = {"prompt": [5 + index % 200 for index in range(30_000)], "max_tokens": 4, "stream": True,

@@ -53,7 +53,7 @@ def events(lines: Iterator[str]) -> Iterator[Any]:
 def send_head(server: Running, path: str, length: int, key: str = "") -> Any:
     connection = server.connect()
     connection.sendall((
-        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{key}"
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{key}"
         f"Content-Length: {length}\r\n\r\n").encode())
     return connection
 
@@ -249,7 +249,7 @@ def test_hanging_up_in_the_body(server):
 def test_ten_thousand_headers(server, size):
     connection = server.connect()
     with connection:
-        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n")
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
         line = b"a:" + b"b" * (size - 4) + b"\r\n"
         try:
             for _ in range(100):
@@ -264,7 +264,7 @@ def test_ten_thousand_headers(server, size):
 
 def test_garbage_on_the_socket(server):
     for data in (b"\x00\xff" * 500, b"GET / HTTP/9.9\r\n\r\n", b"POST /v1/completions HTTP/1.1\r\n"
-                 b"Host: x\r\nContent-Length: -5\r\n\r\n", b"\r\n" * 2000):
+                 b"Host: localhost\r\nContent-Length: -5\r\n\r\n", b"\r\n" * 2000):
         with server.connect() as connection:
             connection.sendall(data)
             connection.settimeout(0.3)
