@@ -50,7 +50,7 @@ ALLOWED_OTHERS: dict[str, tuple[str, ...]] = {
 CONTROL_PLANE = (
     "request", "blocks", "chunking", "scheduler", "loop", "wire", "tokenizer", "client",
     "transport", "conductor", "launch", "orders", "scheduler_process", "planner", "latency",
-    "prefixes", "warmup", "grammar", "schema_checker")
+    "prefixes", "warmup", "grammar", "schema_checker", "chat_template")
 ENVIRONMENT = ("environ", "environb", "getenv", "putenv")
 MAX_FILE_LINES = 420
 MAX_FUNCTION_LINES = 80

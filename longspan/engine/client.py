@@ -117,8 +117,8 @@ class AsyncEngine:
     """
 
     def __init__(self, config: EngineConfig, start: Start | None = None) -> None:
-        self._status = EngineStatus(
-            state="loading", model=_model_name(config.model), reason=f"loading {config.model}")
+        name = _model_name(config.model)
+        self._status = EngineStatus(state="loading", model=name, reason=f"loading {name}")
         self._config, self._start = config, start or in_processes()
         self._planned: Planned | None = None
         self._tokenizer: Tokenizer | None = None

@@ -1,7 +1,7 @@
 """Text to token ids and back: chat template, incremental text, stop strings. No torch.
 
-Uses the `tokenizers` library and a sandboxed jinja2 directly: transformers' AutoTokenizer imports
-torch, which takes seconds and hundreds of megabytes in a process that never computes.
+Uses the `tokenizers` library and jinja2 directly: transformers' AutoTokenizer imports torch, which
+takes seconds and hundreds of megabytes in a process that never computes.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from longspan.config import read_json
+from longspan.engine.chat_template import ChatTemplate
 from longspan.errors import CheckpointError, InvalidRequestError, MissingDependencyError
 
 REPLACEMENT = "\ufffd"
@@ -24,13 +24,16 @@ class Tokenizer:
     """The tokenizer of a checkpoint directory.
 
     Raises:
-        CheckpointError: ``tokenizer.json`` is missing or cannot be read.
+        CheckpointError: ``tokenizer.json`` is missing or cannot be read, or the chat template is of
+            no use.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._tokenizer = _load(path / "tokenizer.json")
         self._config = _read_optional(path / "tokenizer_config.json")
+        source = self._template_source()
+        self._template = None if source is None else ChatTemplate(source, str(path))
 
     @cached_property
     def vocab_size(self) -> int:
@@ -99,55 +102,41 @@ class Tokenizer:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **values: Any) -> str:
-        """The prompt for a conversation, by the checkpoint's template.
+        """The prompt for a conversation, by the checkpoint's template. Special tokens are in it:
+        encode it without adding more.
 
         Args:
             messages: ``{"role": ..., "content": ...}`` in order.
             values: further template variables, such as ``tools`` or ``enable_thinking``.
 
-        Raises `InvalidRequestError` without messages, or when the template refuses them.
+        Raises `InvalidRequestError` without messages, without a template, or when it refuses them.
         """
-        import jinja2
-
         if not messages:
             raise InvalidRequestError("there are no messages; send at least one")
         if not all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages):
             raise InvalidRequestError("each message must be an object with a role and content")
-        values = {"add_generation_prompt": True, **self._special_tokens(), **values}
-        try:
-            return str(self._template.render(messages=messages, **values))
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
-            reason = " ".join(str(error).split())
+        if self._template is None:
             raise InvalidRequestError(
-                f"the chat template refuses these messages: {reason}") from None
+                "this model has no chat template; give a plain prompt instead of messages")
+        return self._template.render({
+            "add_generation_prompt": True, **self._special_tokens(), **values,
+            "messages": messages})
 
     def _special_tokens(self) -> dict[str, str]:
         texts = {name: _token_text(self._config.get(name))
                  for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
         return {name: text for name, text in texts.items() if text}
 
-    @cached_property
-    def _template(self) -> Any:
-        import jinja2
-
-        source = self._template_source()
-        if source is None:
-            raise InvalidRequestError(
-                f"{self._path} has no chat template; give a plain prompt instead of messages")
-        try:
-            return _sandbox().from_string(source)
-        except jinja2.TemplateError as error:
-            raise CheckpointError(
-                f"{self._path}: the chat template is not valid jinja ({error})") from None
-
     def _template_source(self) -> str | None:
         file = self._path / "chat_template.jinja"
         if file.is_file():
-            return file.read_text(encoding="utf-8")
+            return _read_text(file)
         source = self._config.get("chat_template")
         if isinstance(source, list):  # several, by name
-            named = {entry["name"]: entry["template"] for entry in source}
-            return named.get("default")
+            source = _templates_by_name(source, self._path).get("default")
+        if not isinstance(source, str | None):
+            raise CheckpointError(f"{self._path}: chat_template in tokenizer_config.json is "
+                                  "neither text nor a list of named ones; fetch the file again")
         return source
 
 
@@ -289,24 +278,16 @@ def _token_text(value: Any) -> str | None:
     return value.get("content") if isinstance(value, dict) else value
 
 
-def _sandbox() -> Any:
-    """Templates come with checkpoints from the network: no attribute access, no mutation."""
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({error}); fetch it again") from None
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    """As transformers does it: no HTML escapes, unlike jinja2's own filter."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    from jinja2 import TemplateError
-
-    raise TemplateError(message)
+def _templates_by_name(entries: Sequence[Any], path: Path) -> dict[str, Any]:
+    try:
+        return {entry["name"]: entry["template"] for entry in entries}
+    except (KeyError, TypeError):
+        raise CheckpointError(f"{path}: an entry of chat_template in tokenizer_config.json has no "
+                              "name or no template; fetch the file again") from None

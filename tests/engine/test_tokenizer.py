@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from pathlib import Path
 
 import pytest
 
+import longspan
+from longspan.engine import chat_template
 from longspan.engine.tokenizer import Detokenizer, StopMatcher, TextStream, Tokenizer
 from longspan.errors import CheckpointError, InvalidRequestError
 from tests.doubles import write_tokenizer
@@ -110,6 +113,20 @@ def test_refuses_messages(
     ("{% for m in messages %}{% break %}{% endfor %}x", "x"),
     ("{{ strftime_now('%Y') | length }}", "4"),
     ("  {% if true %}\n  y\n  {% endif %}", "  y\n"),
+    ("{% for m in messages %}{% generation %}{{ m.content }}{% set x = 1 %}"
+     "{%- endgeneration %}{{ x }}{% endfor %}.", "Hi."),
+    ("{{ {'b': 1, 'a': 'é'} | tojson(sort_keys=true, separators=(',', ':')) }}",
+     '{"a":"é","b":1}'),
+    ("{% for m in messages * 3 %}{{ loop.index }}{{ loop.last }}/{{ loop.length }} {% else %}x"
+     "{% endfor %}{% for m in none_such %}y{% else %}z{% endfor %}",
+     "1False/3 2False/3 3True/3 z"),
+    ("{% for m in [1, [2, 3]] recursive %}{{ loop(m) if m is sequence else m }}{% endfor %}",
+     "123"),
+    ("{% set x %}{{ 'a' ~ 1 }}b{% endset %}{{ x | upper }}{{ 'a' | center(5) | length }}", "A1B5"),
+    ("{% set x | upper %}ab{% endset %}{{ x }}{{ '%s-%s' % (1, 2) }}{{ 2 ** 10 * 3 }}",
+     "AB1-23072"),
+    ("{% macro m(a) %}<{{ a }}{{ caller() }}>{% endmacro %}{% call m(10 ** 12) %}c{% endcall %}",
+     "<1000000000000c>"),
 ])
 def test_template_environment(tmp_path: Path, template: str, expected: str) -> None:
     write_tokenizer(tmp_path, chat_template=template)
@@ -129,10 +146,101 @@ def test_hostile_or_broken_templates_end_in_one_line(tmp_path: Path, template: s
     assert "\n" not in str(error.value)
 
 
+GROWING = {
+    "range": "{% for i in range(10**9) %}{% endfor %}",
+    "product": "{{ 'x' * 10**9 }}",
+    "product of products": "{% set x = 'x' * 10**4 %}{{ x * 10**4 * 10**4 }}",
+    "list": "{{ ([0] * 10**9) | length }}",
+    "power": "{{ 10 ** (10 ** 10) }}",
+    "squares": "{% set n = namespace(x=3) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}"
+               "{% endfor %}",
+    "center": "{{ 'x' | center(10**9) }}",
+    "ljust": "{{ 'x'.ljust(10**9) }}",
+    "indent": "{{ 'x' | indent(10**9, true) }}",
+    "sum": "{% set n = namespace(x='ab') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}"
+           "{% endfor %}",
+    "tilde": "{% set n = namespace(x='ab') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}"
+             "{% endfor %}",
+    "join": "{% set n = namespace(x='ab') %}{% for i in range(99) %}"
+            "{% set n.x = [n.x, n.x] | join %}{% endfor %}",
+    "block": "{% set n = namespace(x='ab') %}{% for i in range(99) %}"
+             "{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}{% endfor %}",
+    "macro": "{% macro twice(x) %}{{ x }}{{ x }}{% endmacro %}{% set n = namespace(x='ab') %}"
+             "{% for i in range(99) %}{% set n.x = twice(n.x) %}{% endfor %}",
+    "output": "{% set x = 'x' * 10**6 %}{% for i in range(99) %}{{ x }}{% endfor %}",
+    "loops": "{% for a in range(10**5) %}{% for b in range(10**5) %}{% endfor %}{% endfor %}",
+    "recursion": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "recursive loop": "{% for x in [1] recursive %}{{ loop([1]) }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_a_template_without_bounds_is_found_when_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str,
+) -> None:
+    monkeypatch.setattr(chat_template, "MAX_RENDER_S", 0.3)
+    write_tokenizer(tmp_path, chat_template=GROWING[name])
+    started_s = time.thread_time()
+    with pytest.raises(CheckpointError, match=r"the chat template (makes|takes|recurses)") as error:
+        Tokenizer(tmp_path)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+    assert time.thread_time() - started_s < 3
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_messages_that_drive_a_template_beyond_its_bounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str,
+) -> None:
+    monkeypatch.setattr(chat_template, "MAX_RENDER_S", 0.3)
+    macros, _, rest = GROWING[name].rpartition("{% endmacro %}")  # are defined outside of blocks
+    write_tokenizer(tmp_path, chat_template=macros + ("{% endmacro %}" if macros else "") +
+                    "{% if messages[0].content == 'more' %}" + rest + "{% endif %}ok")
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.render_chat(MESSAGES) == "ok"
+    with pytest.raises(InvalidRequestError, match=r"template (makes|takes|recurses)") as error:
+        tokenizer.render_chat([{"role": "user", "content": "more"}])
+    assert "\n" not in str(error.value) and str(tmp_path) not in str(error.value)
+    assert tokenizer.render_chat(MESSAGES) == "ok"
+
+
+def test_a_long_conversation_is_within_the_bounds() -> None:
+    nano = Tokenizer(Path(longspan.__file__).parent / "nano")
+    messages = [{"role": role, "content": "word " * 1000} for role in ("user", "assistant")] * 500
+    assert len(nano.render_chat(messages)) > 5_000_000
+
+
+@pytest.mark.parametrize("source", [
+    "{% for m in messages %}", "{{ x | nosuchfilter }}", "{% generation %}", "{{" + "(" * 5000,
+])
+def test_invalid_templates_are_found_when_they_are_loaded(tmp_path: Path, source: str) -> None:
+    write_tokenizer(tmp_path, chat_template=source)
+    with pytest.raises(CheckpointError, match="not valid jinja"):
+        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("value", [
+    [{"name": "default"}], [{"template": "t"}], ["default"], [["name", "template"]], {"a": "b"}, 5,
+    [{"name": "default", "template": 5}], [{"name": ["default"], "template": "t"}],
+])
+def test_chat_templates_of_another_shape(tmp_path: Path, value: object) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
+    with pytest.raises(CheckpointError, match="chat_template in tokenizer_config.json"):
+        Tokenizer(tmp_path)
+
+
+def test_a_template_that_is_no_text(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        Tokenizer(tmp_path)
+
+
 def test_template_sources(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, chat_template=None)
-    with pytest.raises(InvalidRequestError, match="has no chat template"):
+    with pytest.raises(InvalidRequestError, match="has no chat template") as error:
         Tokenizer(tmp_path).render_chat(MESSAGES)
+    assert str(tmp_path) not in str(error.value)
     several = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": several}))
     assert Tokenizer(tmp_path).render_chat(MESSAGES) == "d"
