@@ -41,9 +41,8 @@ def run(
     """Answer one prompt."""
     text = source.read()
     with LLM(model, max_num_requests=1, **options) as llm:
-        prompt = text if source.raw else llm.tokenizer.render_chat(
-            [{"role": "user", "content": text}])
-        events = llm.stream(prompt, params)
+        events = llm.stream(text, params) if source.raw else llm.stream_chat(
+            [{"role": "user", "content": text}], params)
         output = show(events, quiet=as_json)
         peak = llm.stats().peak_memory_bytes
     if as_json:

@@ -201,6 +201,18 @@ def write_tokenizer(path: Path, *, chat_template: str | None = CHAT_TEMPLATE) ->
     (path / "tokenizer_config.json").write_text(json.dumps(config))
 
 
+def begin_texts_with(path: Path, token: str, token_id: int) -> None:
+    """Make a checkpoint's tokenizer add a token at the beginning of each text, as Llama's does."""
+    file = path / "tokenizer.json"
+    raw = json.loads(file.read_text())
+    raw["post_processor"] = {
+        "type": "TemplateProcessing", "pair": [],
+        "single": [{"SpecialToken": {"id": token, "type_id": 0}},
+                   {"Sequence": {"id": "A", "type_id": 0}}],
+        "special_tokens": {token: {"id": token, "ids": [token_id], "tokens": [token]}}}
+    file.write_text(json.dumps(raw))
+
+
 def write_checkpoint(path: Path, *, seed: int = 0, **config: Any) -> Path:
     """A tiny Qwen2 checkpoint with random weights and the byte tokenizer. Returns ``path``."""
     import torch

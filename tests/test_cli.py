@@ -13,9 +13,11 @@ import pytest
 
 from longspan import cli, generate
 from longspan.console import PrefillBar, prefill_rate
-from longspan.engine.request import Progress
+from longspan.engine.desk import Intake
+from longspan.engine.llm import LLM
+from longspan.engine.request import Progress, SamplingParams
 from longspan.errors import LongspanError
-from tests.doubles import write_checkpoint, write_tokenizer
+from tests.doubles import begin_texts_with, write_checkpoint, write_tokenizer
 
 Capture = pytest.CaptureFixture[str]
 
@@ -61,6 +63,35 @@ def test_json_holds_the_whole_result(capsys: Capture, model: str, prompt: str) -
     assert result["ttft_s"] > 0 and result["peak_memory_bytes"] > 0 and result["density"] == 1
     assert cli.run_command([*arguments, "--raw"]) == 0
     assert json.loads(capsys.readouterr().out)["num_prompt_tokens"] == 32
+
+
+def test_a_chat_begins_with_one_begin_of_text(
+    capsys: Capture, prompt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    write_checkpoint(model, max_position_embeddings=2048)
+    begin_texts_with(model, "<end>", 256)
+    (model / "chat_template.jinja").write_text("<end><user>{{ messages[0].content }}<assistant>")
+    seen = list[list[int]]()
+    make = Intake.make
+
+    def spy(self: Intake, request_id: str, prompt_ids: Any, *rest: Any) -> Any:
+        seen.append(list(prompt_ids))
+        return make(self, request_id, prompt_ids, *rest)
+
+    monkeypatch.setattr(Intake, "make", spy)
+    arguments = ["generate", str(model), "--prompt-file", prompt, "--max-tokens", "2", "--device",
+                 "cpu"]
+    assert cli.run_command(arguments) == cli.run_command([*arguments, "--raw"]) == 0
+    with LLM(str(model), device="cpu") as llm:
+        llm.chat([{"role": "user", "content": Path(prompt).read_text()}],
+                 SamplingParams(max_tokens=2))
+        llm.generate(Path(prompt).read_text(), SamplingParams(max_tokens=2))
+    chat, raw = seen[:2]
+    assert [chat[:2], chat.count(256)] == [[256, 257], 1]
+    assert [raw[0], raw.count(256)] == [256, 1]
+    assert seen[2:] == [chat, raw]
 
 
 def test_the_engine_is_sized_for_one_request(

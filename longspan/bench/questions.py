@@ -58,7 +58,7 @@ def many_questions(
     for index, example in enumerate(examples):
         if index:
             text = f"{between}{example.question} {INSTRUCTION}{after}"
-            ids.extend(tokenizer.encode(text, add_special_tokens=False))
+            ids.extend(tokenizer.encode(text))
         answer = _answer(tokenizer, example)
         answers.append((len(ids), answer))
         ids.extend(answer)
@@ -79,7 +79,7 @@ def common_prefix(prompts: Sequence[array[int]]) -> int:
 
 
 def _answer(tokenizer: Tokenizer, example: Example) -> tuple[int, ...]:
-    return tuple(tokenizer.encode(example.answer, add_special_tokens=False))
+    return tuple(tokenizer.encode(example.answer))
 
 
 def _between_turns(tokenizer: Tokenizer) -> str:

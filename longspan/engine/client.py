@@ -203,9 +203,10 @@ class AsyncEngine:
         """On a helper thread."""
         assert self._planned is not None
         prompt = request.prompt
-        token_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        if isinstance(prompt, str):
+            prompt = tokenizer.encode(prompt, add_special_tokens=True)
         made = self._planned.intake.make(
-            request.request_id, token_ids, request.params, tokenizer.eos_token_ids)
+            request.request_id, prompt, request.params, tokenizer.eos_token_ids)
         hash_prompt(made, self._planned.scheduler)
         return made
 

@@ -122,9 +122,15 @@ class LLM:
             messages: ``{"role": ..., "content": ...}`` in order.
             template_values: variables of the template, such as ``tools``.
         """
-        text = self.tokenizer.render_chat(messages, **template_values)
-        prompt = self.tokenizer.encode(text, add_special_tokens=False)  # the template has them
+        prompt = self._chat_prompt(messages, template_values)
         return self.generate(prompt, sampling_params, on_progress)[0]
+
+    def stream_chat(
+        self, messages: Sequence[Mapping[str, Any]], sampling_params: SamplingParams | None = None,
+        **template_values: Any,
+    ) -> Iterator[Progress | TokenEvent]:
+        """`chat`, event by event as `stream` gives them."""
+        return self.stream(self._chat_prompt(messages, template_values), sampling_params)
 
     def stats(self) -> EngineStats:
         """Totals since the start."""
@@ -210,12 +216,19 @@ class LLM:
             added = (1, output.num_prompt_tokens, output.num_cached_tokens, len(output.token_ids))
             self._totals = [a + b for a, b in zip(self._totals, added, strict=True)]
 
+    def _chat_prompt(
+        self, messages: Sequence[Mapping[str, Any]], template_values: Mapping[str, Any]
+    ) -> Sequence[int]:
+        text = self.tokenizer.render_chat(messages, **template_values)
+        return self.tokenizer.encode(text)  # the template holds the special tokens
+
     def _make_request(self, prompt: Prompt, params: SamplingParams) -> Request:
         if params.json_schema is not None:
             self._grammars.check(params.json_schema)
-        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        if isinstance(prompt, str):
+            prompt = self.tokenizer.encode(prompt, add_special_tokens=True)
         return self._intake.make(
-            str(next(self._ids)), token_ids, params, self.tokenizer.eos_token_ids)
+            str(next(self._ids)), prompt, params, self.tokenizer.eos_token_ids)
 
 
 def _are_finished(sessions: Sequence[Session]) -> bool:

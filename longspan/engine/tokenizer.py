@@ -81,14 +81,15 @@ class Tokenizer:
         state = {} if decoder is None else json.loads(decoder.__getstate__())
         return frozenset(part["type"] for part in state.get("decoders", [state]) if part)
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> array[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> array[int]:
         """Token ids, special tokens in the text recognised.
 
         One pass over the whole text: pieces could merge differently at their borders.
 
         Args:
             add_special_tokens: put in what the checkpoint wants around a plain prompt (a
-                beginning-of-text token, for example); chat templates contain it themselves.
+                beginning-of-text token, for example). Pieces of a prompt want none, and chat
+                templates contain them.
         """
         try:
             encoding = self._tokenizer.encode_batch_fast(
@@ -102,8 +103,8 @@ class Tokenizer:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **values: Any) -> str:
-        """The prompt for a conversation, by the checkpoint's template. Special tokens are in it:
-        encode it without adding more.
+        """The prompt for a conversation, by the checkpoint's template. It holds its
+        special tokens: encode it without adding more.
 
         Args:
             messages: ``{"role": ..., "content": ...}`` in order.

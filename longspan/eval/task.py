@@ -42,10 +42,11 @@ class TextTokenizer(Protocol):
     """What the evaluation needs of a tokenizer."""
 
     def encode(self, text: str) -> Sequence[int]:
-        """Token ids of a text."""
+        """Token ids of a text as it stands, without special tokens around it: it may be a piece
+        of a prompt."""
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The prompt for a conversation."""
+        """The prompt for a conversation, the special tokens in it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

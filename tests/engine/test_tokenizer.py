@@ -13,7 +13,7 @@ import longspan
 from longspan.engine import chat_template
 from longspan.engine.tokenizer import Detokenizer, StopMatcher, TextStream, Tokenizer
 from longspan.errors import CheckpointError, InvalidRequestError
-from tests.doubles import write_tokenizer
+from tests.doubles import begin_texts_with, write_tokenizer
 
 TEXTS = ["plain", "naïve café", "长文本 和 汉字", "🙂👩‍👩‍👧 emoji", "a\nb\t c  ", "\ufffd real"]
 
@@ -56,15 +56,12 @@ def test_truncation_in_the_file_is_ignored_and_special_tokens_are_a_choice(tmp_p
     raw = json.loads((tmp_path / "tokenizer.json").read_text())
     raw["truncation"] = {
         "max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
-    raw["post_processor"] = {
-        "type": "TemplateProcessing", "pair": [],
-        "single": [{"SpecialToken": {"id": "<user>", "type_id": 0}},
-                   {"Sequence": {"id": "A", "type_id": 0}}],
-        "special_tokens": {"<user>": {"id": "<user>", "ids": [257], "tokens": ["<user>"]}}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    begin_texts_with(tmp_path, "<user>", 257)
     tokenizer = Tokenizer(tmp_path)
-    assert len(tokenizer.encode("x" * 9)) == 10 and tokenizer.encode("x")[0] == 257
-    assert len(tokenizer.encode("x" * 9, add_special_tokens=False)) == 9
+    whole = tokenizer.encode("x" * 9, add_special_tokens=True)
+    assert len(whole) == 10 and whole[0] == 257
+    assert list(tokenizer.encode("x" * 9)) == list(whole[1:])
 
 
 def test_faulty_checkpoints_are_named_in_one_line(tmp_path: Path) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import longspan
+from longspan.engine.tokenizer import Tokenizer
 from longspan.errors import LongspanError
+from longspan.eval.niah import passkey_haystack
 from longspan.eval.task import (
     Document,
     TextBank,
@@ -21,6 +25,7 @@ from longspan.eval.task import (
     read_text,
     split_pieces,
 )
+from tests.doubles import begin_texts_with
 from tests.eval.conftest import ROOTS, ChatTokenizer
 
 AWKWARD = "a = 1\n\n\n    b = 2\n\t\n  \f\n# end.\n)))\n\n\n'''x'''\n" * 40
@@ -71,6 +76,19 @@ def test_takes_whole_files_and_repeats_them_when_they_run_out(
     assert document.borders[0] == 0 and document.borders[-1] == len(document.ids)
     assert len(document.texts) == len(document.borders) - 1
     assert tokenizer.encode("".join(document.texts)) == document.ids.tolist()
+
+
+def test_a_document_holds_no_begin_of_text(tmp_path: Path) -> None:
+    """Neither do whole prompts, but for what the chat template writes."""
+    nano = tmp_path / "nano"
+    shutil.copytree(Path(longspan.__file__).parent / "nano", nano)
+    begin_texts_with(nano, "<|endoftext|>", 4093)
+    tokenizer = Tokenizer(nano)
+    bank = TextBank.from_roots(ROOTS, tokenizer)
+    assert 4093 not in bank.take(random.Random(0), 3000).ids
+    (example, *_) = passkey_haystack(
+        bank, tokenizer, num_tokens=2000, depths=[0.5], rng=random.Random(1))
+    assert 4093 not in example.prompt_ids
 
 
 def test_says_what_is_wrong_with_the_folders(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
