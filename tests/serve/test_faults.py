@@ -95,6 +95,33 @@ def test_a_reader_of_one_byte_a_second(server: NanoServer) -> None:
     server.until(lambda: server.gauge("longspan_open_requests") == 0, "the end of the request", 10)
 
 
+def schema_processes(server: NanoServer) -> list[psutil.Process]:
+    """The forks that compile, not the process that they come from."""
+    return [fork for child in psutil.Process(server.process.pid).children()
+            if child.cmdline()[-3:-2] == ["longspan-schemas"] for fork in child.children()]
+
+
+def test_schemas_that_cost_too_much(server: NanoServer) -> None:
+    schema = {"type": "integer", "multipleOf": 9_999_991}
+    question = {"messages": [{"role": "user", "content": "Hi"}], "response_format": {
+        "type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
+    reply = httpx.post(server.url + "/v1/chat/completions", json=question, timeout=TIMEOUT_S)
+    assert reply.status_code == 400
+    assert "more than 0.5 s of processor time" in reply.json()["error"]["message"]
+    with ExitStack() as stack:
+        for number in range(12):
+            schema["title"] = str(number)
+            request = httpx.Request("POST", server.url + "/v1/chat/completions", json=question)
+            head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
+            connection = stack.enter_context(server.connect())
+            connection.sendall(
+                f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n".encode() + request.read())
+        server.until(lambda: bool(schema_processes(server)), "the first schema")
+        server.check()
+        assert schema_processes(server)  # the answer came while they were at it
+    server.until(lambda: not schema_processes(server), "the end of what nobody waits for", 0.4)
+
+
 @pytest.mark.parametrize("is_dripping", [False, True])
 def test_half_a_body(server: NanoServer, is_dripping: bool) -> None:
     with server.connect() as connection:
