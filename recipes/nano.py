@@ -20,6 +20,8 @@ import json
 import logging
 import os
 import random
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,7 +29,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset
 from transformers import Qwen2ForCausalLM
 
@@ -36,9 +37,9 @@ from longspan.data.corpus import frequent_words, write_shards
 from longspan.data.probes import probe_haystack
 from longspan.data.rows import compose_batch, load_source
 from longspan.data.sources import Document, Root, read_documents
-from longspan.train.export import export_model, merge_shards
+from longspan.train.export import export_model, join_shards
 from longspan.train.gates import Haystack, inference_copy, score_haystacks
-from longspan.train.model import build_model, set_rope
+from longspan.train.model import build_model
 from longspan.train.phases import Phase, Shape
 from longspan.train.pretrain import Batch, RunConfig, make_optimizer, pretrain
 from longspan.train.report import device_facts, write_results
@@ -199,11 +200,12 @@ def train(args: argparse.Namespace) -> None:
     gate = partial(run_gate, args.data, lengths, count, needles)
     model = fresh_model(args.smoke)
     batches = partial(loader_batches, args.data, config.seed, args.workers)
-    progress = pretrain(model, phases, batches, config, gate)
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    progress = pretrain(model, phases, batches, config, gate, stop)
     print(f"ended at {progress}", flush=True)
     if args.shards:
-        done = phases[min(progress.phase, len(phases) - 1)]
-        write_export(model, done, args.data, args.shards)
+        write_export(model, progress.trained(phases), args.data, args.shards)
 
 
 def chosen_phases(args: argparse.Namespace) -> list[Phase]:
@@ -232,28 +234,16 @@ def write_export(model: Qwen2ForCausalLM, phase: Phase, data: Path, out: Path) -
 
 def export(args: argparse.Namespace) -> None:
     """Writes the model directory from a run's state, or from the bf16 shards it exported."""
-    phases = chosen_phases(args)
-    model = fresh_model(args.smoke)
-    phase = phases[-1]
     if args.shards:
-        for file in sorted(args.shards.glob("*.safetensors")):
-            model.load_state_dict(load_file(file), strict=False)
-        model.to(torch.bfloat16)
-    else:
-        config = RunConfig(out_dir=args.out, kind_weights=KIND_WEIGHTS)
-        progress = load_state(args.out, model, make_optimizer(model, config))
-        phase = phases[min(progress.phase, len(phases) - 1)]
-    set_rope(model, phase.rope_theta, phase.seq_len)
-    write_export(model, phase, args.data, args.model_dir)
-    collect(args.model_dir, args.model_dir)
-
-
-def collect(shard_dir: Path, model_dir: Path) -> None:
-    """Joins exported shards into one model.safetensors and drops the shards of `model_dir`."""
-    merge_shards(shard_dir, model_dir / "joined.tmp")
-    for file in (*model_dir.glob("*.safetensors"), *model_dir.glob("*.safetensors.index.json")):
-        file.unlink()
-    (model_dir / "joined.tmp").rename(model_dir / "model.safetensors")
+        join_shards(args.shards, args.model_dir)
+        return
+    model = fresh_model(args.smoke)
+    config = RunConfig(out_dir=args.out, kind_weights=KIND_WEIGHTS)
+    progress = load_state(args.out, model, make_optimizer(model, config))
+    phase = progress.trained(chosen_phases(args))
+    export_model(
+        model, args.data / "tokenizer", args.model_dir, rope_theta=phase.rope_theta,
+        trained_len=phase.seq_len)
 
 
 def parse_root(text: str) -> Root:

@@ -12,8 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2ForCausalLM
 
+from longspan.errors import LongspanError
+
 MAX_POSITIONS = 1_010_000
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+TEXT_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 
 
 def dual_chunk_config(trained_len: int) -> dict[str, int]:
@@ -90,13 +93,23 @@ def export_model(
         shutil.copy(tokenizer_dir / name, out_dir / name)
 
 
-def merge_shards(shard_dir: Path, out_file: Path) -> int:
-    """Joins all safetensors of a directory into one file; returns the number of tensors."""
-    files = sorted(shard_dir.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"no .safetensors file in {shard_dir}: export the model there first")
-    tensors: dict[str, torch.Tensor] = {}
-    for file in files:
-        tensors.update(load_file(file))
-    save_file(tensors, out_file, metadata={"format": "pt"})
-    return len(tensors)
+def join_shards(shard_dir: Path, out_dir: Path) -> None:
+    """Copy an exported checkpoint with its weights in one file.
+
+    Its config goes along, so the result says of itself what the export said. Raises
+    `LongspanError` when ``shard_dir`` holds no export or an incomplete one.
+    """
+    index = shard_dir / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    missing = [name for name in (*names, *TEXT_FILES) if not (shard_dir / name).is_file()]
+    if missing:
+        raise LongspanError(f"{shard_dir} is no whole export ({', '.join(missing)} missing): "
+                            "export the model there first")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    tensors = {key: value for name in names for key, value in load_file(shard_dir / name).items()}
+    save_file(tensors, out_dir / "model.safetensors", metadata={"format": "pt"})
+    for name in TEXT_FILES:
+        shutil.copy(shard_dir / name, out_dir / name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -99,12 +99,14 @@ class _Meter:
 class _Run:
     """State of one call of `pretrain`."""
 
-    def __init__(self, model: Qwen2ForCausalLM, phases: Sequence[Phase], config: RunConfig) -> None:
-        self.model, self.phases, self.config = model, phases, config
+    def __init__(
+        self, model: Qwen2ForCausalLM, phases: Sequence[Phase], config: RunConfig,
+        stop: threading.Event,
+    ) -> None:
+        self.model, self.phases, self.config, self.stop = model, phases, config, stop
         self.device = torch.device(config.device)
         self.is_cuda = self.device.type == "cuda"
         self.started = time.perf_counter()
-        self.stop = False
         self.optimizer = make_optimizer(model, config)
         self.progress = Progress()
         if config.resume:
@@ -198,25 +200,22 @@ def pretrain(
     batches: Batches,
     config: RunConfig,
     gate: Gate | None = None,
+    stop: threading.Event | None = None,
 ) -> Progress:
     """Trains through the phases from the saved or the first step; returns where it ended.
 
-    Ends early, with the state saved, at `deadline_s` or on SIGTERM. `gate` is called after each
-    phase; its numbers go to the log.
+    Ends early, with the state saved, at `deadline_s` or once `stop` is set (by a signal's handler,
+    for example). `gate` is called after each phase; its numbers go to the log.
     """
     validate_phases(phases)
     torch.nn.Module.to(model, config.device)
-    run = _Run(model, phases, config)
-    previous = signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop", True))
-    try:
-        while run.progress.phase < len(phases) and not run.stop:
-            if run.elapsed() + config.phase_start_s > config.deadline_s:
-                break
-            if _run_phase(run, batches):
-                _close_phase(run, gate)
-        run.save()
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    run = _Run(model, phases, config, stop or threading.Event())
+    while run.progress.phase < len(phases) and not run.stop.is_set():
+        if run.elapsed() + config.phase_start_s > config.deadline_s:
+            break
+        if _run_phase(run, batches):
+            _close_phase(run, gate)
+    run.save()
     return run.progress
 
 
@@ -241,6 +240,7 @@ def _run_phase(run: _Run, batches: Batches) -> bool:
         sums = run.step(batch, rate)
         meter.add(batch[0].numel(), **sums)
         run.progress.step += 1
+        run.progress.trained_phase = index
         run.progress.num_tokens += batch[0].numel()
         is_last = run.progress.step == phase.num_steps
         if phase.seq_len > 32_768 or is_last or run.progress.step % config.log_every == 0:
@@ -250,8 +250,8 @@ def _run_phase(run: _Run, batches: Batches) -> bool:
             run.save()
             saved = run.elapsed()
         ahead = 2 * (time.perf_counter() - begin)
-        if not is_last and (run.stop or run.elapsed() + ahead > config.deadline_s):
-            run.stop = True
+        if not is_last and (run.stop.is_set() or run.elapsed() + ahead > config.deadline_s):
+            run.stop.set()
             if meter.num_steps:
                 _log_step(run, phase, meter, rate, tuple(batch[0].shape))
             run.save()

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+
+from longspan.errors import LongspanError
+from longspan.train.phases import Phase
 
 STATE_FILE = "state.pt"
 
@@ -22,6 +26,15 @@ class Progress:
     """Tokens of all phases so far."""
     seconds: float = 0.0
     """Training time of all phases so far, gates and checkpoints excluded."""
+    trained_phase: int = -1
+    """The last phase that took a step; -1: none did. Between two phases it is not ``phase``."""
+
+    def trained(self, phases: Sequence[Phase]) -> Phase:
+        """The phase whose RoPE base and length the weights know. Raises `LongspanError` if none."""
+        if self.trained_phase < 0:
+            raise LongspanError("the run has not taken a step, so there is nothing to export: "
+                                "train it first")
+        return phases[self.trained_phase]
 
 
 def save_state(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from longspan.train.export import export_model, merge_shards
+from longspan.train.export import export_model, join_shards
 from longspan.train.model import build_model, hidden_states, set_rope
 from longspan.train.tokenizer import save_tokenizer, train_tokenizer
 
@@ -31,10 +31,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model, directory / "tokenizer", directory / "out", rope_theta=1e7, trained_len=1024,
         max_shard_size="20KB",
     )  # fmt: skip
-    merge_shards(directory / "out", directory / "joined.safetensors")
-    for file in directory.glob("out/model*"):
-        file.unlink()
-    (directory / "joined.safetensors").rename(directory / "out" / "model.safetensors")
+    (directory / "out").rename(directory / "shards")
+    join_shards(directory / "shards", directory / "out")
     return directory
 
 
@@ -73,6 +71,6 @@ def test_tokenizer_renders_chatml_and_splits_digits(exported: Path) -> None:
 
 def test_user_errors_name_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="export the model there first"):
-        merge_shards(tmp_path, tmp_path / "x")
+        join_shards(tmp_path, tmp_path / "x")
     with pytest.raises(ValueError, match="below 259"):
         train_tokenizer(["x"], 100)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,11 +13,13 @@ import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
+from longspan.errors import LongspanError
 from longspan.train.gates import Haystack, inference_copy, score_haystacks
 from longspan.train.model import build_model, set_rope
 from longspan.train.phases import Phase, Shape
-from longspan.train.pretrain import Batch, RunConfig, pretrain
+from longspan.train.pretrain import Batch, RunConfig, make_optimizer, pretrain
 from longspan.train.report import write_results
+from longspan.train.state import Progress, load_state
 
 VOCAB = 64
 PHASES = [
@@ -109,6 +112,45 @@ def test_deadline_saves_and_stops(tmp_path: Path) -> None:
     progress = pretrain(tiny(), PHASES, batches, config(tmp_path, deadline_s=1e-6))
     assert (tmp_path / "state.pt").is_file()
     assert progress.phase == 0
+
+
+def test_a_run_that_ends_between_phases_was_trained_in_the_first(tmp_path: Path) -> None:
+    stop = threading.Event()
+
+    def gate(*_: Any) -> dict[str, Any]:
+        stop.set()
+        return {}
+
+    progress = pretrain(tiny(), PHASES, batches, config(tmp_path), gate, stop)
+    assert (progress.phase, progress.step) == (1, 0)
+    assert progress.trained(PHASES) is PHASES[0]
+    saved = load_state(tmp_path, tiny(), make_optimizer(tiny(), config(tmp_path)))
+    assert saved.trained(PHASES) is PHASES[0]
+    progress = pretrain(tiny(), PHASES, batches, config(tmp_path, resume=True))
+    assert progress.phase == 2 and progress.trained(PHASES) is PHASES[1]
+
+
+def test_nothing_is_exported_before_the_first_step() -> None:
+    with pytest.raises(LongspanError, match="has not taken a step"):
+        Progress().trained(PHASES)
+
+
+def test_stop_ends_a_phase_in_any_thread(tmp_path: Path) -> None:
+    stop = threading.Event()
+
+    def stopping(phase: int, schedule: Sequence[Shape], first: int) -> Iterator[Batch]:
+        for step, batch in enumerate(batches(phase, schedule, first)):
+            if step == 2:
+                stop.set()
+            yield batch
+
+    results: list[Progress] = []
+    thread = threading.Thread(target=lambda: results.append(
+        pretrain(tiny(), PHASES, stopping, config(tmp_path), None, stop)))
+    thread.start()
+    thread.join()
+    assert (results[0].phase, results[0].step) == (0, 3)
+    assert results[0].trained(PHASES) is PHASES[0]
 
 
 def test_resume_without_state_is_a_user_error(tmp_path: Path) -> None:
