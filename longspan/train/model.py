@@ -132,24 +132,10 @@ def run_layer(layer: torch.nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor) 
 
 
 def compiled_run_layer() -> RunLayer:
-    """`run_layer` compiled once per shape and shared by all layers; eager if that fails."""
+    """``run_layer``, compiled once per shape and shared by all layers."""
     torch._dynamo.config.cache_size_limit = 64
     torch._dynamo.config.accumulated_cache_size_limit = 512
-    compiled = torch.compile(run_layer, dynamic=False)
-    failed: list[str] = []
-
-    def run(layer: torch.nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        if not failed:
-            try:
-                return compiled(layer, hidden, cos, sin)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:
-                failed.append(str(error))
-                log.warning("torch.compile failed, going on without: %s", str(error)[:300])
-        return run_layer(layer, hidden, cos, sin)
-
-    return run
+    return torch.compile(run_layer, dynamic=False)
 
 
 def hidden_states(

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import Qwen2ForCausalLM
 
-from longspan.train.model import build_model, causal_attention, hidden_states, set_rope
+from longspan.train.model import (
+    build_model,
+    causal_attention,
+    compiled_run_layer,
+    hidden_states,
+    set_rope,
+)
 
 
 def tiny() -> Qwen2ForCausalLM:
@@ -47,3 +55,12 @@ def test_output_projections_start_smaller() -> None:
     layer = tiny().model.layers[0]
     assert layer.self_attn.o_proj.weight.std() < 0.7 * layer.self_attn.q_proj.weight.std()
     assert layer.mlp.down_proj.weight.std() < 0.7 * layer.mlp.up_proj.weight.std()
+
+
+def test_a_failed_compilation_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Going on without would be several times slower than what was asked for."""
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no compiler")
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
+    with pytest.raises(RuntimeError, match="no compiler"):
+        hidden_states(tiny(), torch.zeros(1, 128, dtype=torch.int32), compiled_run_layer())
