@@ -37,18 +37,19 @@ from longspan.data.corpus import frequent_words, write_shards
 from longspan.data.probes import probe_haystack
 from longspan.data.rows import compose_batch, load_source
 from longspan.data.sources import Document, Root, read_documents
+from longspan.data.tokens import Kind
 from longspan.train.export import export_model, join_shards
 from longspan.train.gates import Haystack, inference_copy, score_haystacks
 from longspan.train.model import build_model
 from longspan.train.phases import Phase, Shape
-from longspan.train.pretrain import Batch, RunConfig, make_optimizer, pretrain
-from longspan.train.report import device_facts, write_results
-from longspan.train.state import load_state
+from longspan.train.pretrain import Batch, RunConfig, pretrain
+from longspan.train.report import write_results
+from longspan.train.state import load_weights
 from longspan.train.tokenizer import save_tokenizer, train_tokenizer
 
 VOCAB_SIZE = 4096
-KIND_WEIGHTS = (1.0, 1.0, 0.0, 5.0, 2.0)
-"""Filler, text, planted value (random, so not learnable), answer, copy."""
+KIND_WEIGHTS = {Kind.PLANTED: 0.0, Kind.ANSWER: 5.0, Kind.COPY: 2.0}
+"""A planted value is random at its first mention, so it cannot be learnt."""
 GATE_LENGTHS = (4096, 32_768, 131_072, 262_144)
 M = 1_000_000
 
@@ -183,6 +184,9 @@ def train(args: argparse.Namespace) -> None:
     config = RunConfig(
         out_dir=args.out,
         kind_weights=KIND_WEIGHTS,
+        filler_kind=Kind.FILLER,
+        answer_kind=Kind.ANSWER,
+        inputs={"data": args.data / "corpus", "tokenizer": args.data / "tokenizer"},
         token_bytes=tuple(int(n) for n in source.table.num_bytes),
         device="cuda" if torch.cuda.is_available() else "cpu",
         deadline_s=args.deadline_s,
@@ -192,9 +196,6 @@ def train(args: argparse.Namespace) -> None:
         resume=args.resume,
         warmup_steps=4 if args.smoke else 150,
     )
-    args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / "log.jsonl").open("a") as file:
-        file.write(json.dumps({"start": True, **device_facts()}) + "\n")
     lengths = (256, 512) if args.smoke else GATE_LENGTHS
     count, needles = (2, 2) if args.smoke else (4, 32)
     gate = partial(run_gate, args.data, lengths, count, needles)
@@ -238,9 +239,7 @@ def export(args: argparse.Namespace) -> None:
         join_shards(args.shards, args.model_dir)
         return
     model = fresh_model(args.smoke)
-    config = RunConfig(out_dir=args.out, kind_weights=KIND_WEIGHTS)
-    progress = load_state(args.out, model, make_optimizer(model, config))
-    phase = progress.trained(chosen_phases(args))
+    phase = load_weights(args.out, model)
     export_model(
         model, args.data / "tokenizer", args.model_dir, rope_theta=phase.rope_theta,
         trained_len=phase.seq_len)

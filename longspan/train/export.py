@@ -13,9 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2ForCausalLM
 
 from longspan.errors import LongspanError
+from longspan.train.files import replaced_checkpoint
 
 MAX_POSITIONS = 1_010_000
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 TEXT_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 
 
@@ -49,7 +52,7 @@ def config_json(
         "rms_norm_eps": c.rms_norm_eps,
         "initializer_range": c.initializer_range,
         "attention_dropout": 0.0,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": c.tie_word_embeddings,
         "use_sliding_window": False,
         "sliding_window": None,
         "max_position_embeddings": MAX_POSITIONS,
@@ -65,32 +68,28 @@ def config_json(
 
 
 def export_model(
-    model: Qwen2ForCausalLM,
-    tokenizer_dir: Path,
-    out_dir: Path,
-    *,
-    rope_theta: float,
-    trained_len: int,
-    max_shard_size: str = "1GB",
+    model: Qwen2ForCausalLM, tokenizer_dir: Path, out_dir: Path, *, rope_theta: float,
+    trained_len: int, max_shard_size: str = "1GB",
 ) -> None:
-    """Writes bf16 safetensors, config, generation config and tokenizer files to `out_dir`."""
-    out_dir.mkdir(parents=True, exist_ok=True)
+    """Write bf16 safetensors, config, generation config and tokenizer files to ``out_dir``.
+
+    Weights that were there are replaced. Raises `LongspanError` when it cannot be written; what was
+    there is then unchanged.
+    """
     vocabulary = json.loads((tokenizer_dir / "tokenizer.json").read_text())["added_tokens"]
     special = {token["content"]: token["id"] for token in vocabulary}
-    config = config_json(model, rope_theta, trained_len, special)
     shipped = copy.deepcopy(model)
     torch.nn.Module.to(shipped, "cpu", torch.bfloat16)
-    shipped.save_pretrained(out_dir, max_shard_size=max_shard_size)
     generation = {
-        "bos_token_id": special["<|endoftext|>"],
-        "pad_token_id": special["<|endoftext|>"],
-        "eos_token_id": [special["<|im_end|>"], special["<|endoftext|>"]],
-        "do_sample": False,
-    }
-    (out_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (out_dir / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    for name in TOKENIZER_FILES:
-        shutil.copy(tokenizer_dir / name, out_dir / name)
+        "bos_token_id": special["<|endoftext|>"], "pad_token_id": special["<|endoftext|>"],
+        "eos_token_id": [special["<|im_end|>"], special["<|endoftext|>"]], "do_sample": False}
+    with replaced_checkpoint(out_dir) as folder:
+        shipped.save_pretrained(folder, max_shard_size=max_shard_size)
+        _write_json(folder / "config.json", config_json(model, rope_theta, trained_len, special))
+        _write_json(folder / "generation_config.json", generation)
+        for name in TOKENIZER_FILES:
+            shutil.copyfile(tokenizer_dir / name, folder / name)
+        _make_readable(folder)
 
 
 def join_shards(shard_dir: Path, out_dir: Path) -> None:
@@ -99,17 +98,27 @@ def join_shards(shard_dir: Path, out_dir: Path) -> None:
     Its config goes along, so the result says of itself what the export said. Raises
     `LongspanError` when ``shard_dir`` holds no export or an incomplete one.
     """
-    index = shard_dir / "model.safetensors.index.json"
+    index = shard_dir / INDEX_FILE
+    names = [WEIGHTS_FILE]
     if index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
     missing = [name for name in (*names, *TEXT_FILES) if not (shard_dir / name).is_file()]
     if missing:
         raise LongspanError(f"{shard_dir} is no whole export ({', '.join(missing)} missing): "
                             "export the model there first")
-    out_dir.mkdir(parents=True, exist_ok=True)
     tensors = {key: value for name in names for key, value in load_file(shard_dir / name).items()}
-    save_file(tensors, out_dir / "model.safetensors", metadata={"format": "pt"})
-    for name in TEXT_FILES:
-        shutil.copy(shard_dir / name, out_dir / name)
+    with replaced_checkpoint(out_dir) as folder:
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        for name in TEXT_FILES:
+            shutil.copyfile(shard_dir / name, folder / name)
+        _make_readable(folder)
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _make_readable(folder: Path) -> None:
+    """Give weights the mode of the other files: safetensors shuts out other users."""
+    for file in folder.glob("*.safetensors"):
+        shutil.copymode(folder / "config.json", file)

@@ -115,5 +115,5 @@ def _answer_hits(
     device = model.model.embed_tokens.weight.device
     ids = torch.tensor([[*question, *answer]], device=device)
     hidden = _forward(model, ids[:, :-1], start, cache)[0, len(question) - 1 :]
-    predicted = (hidden @ model.model.embed_tokens.weight.T).argmax(-1)
+    predicted = model.lm_head(hidden).argmax(-1)
     return (predicted == ids[0, len(question) :]).tolist()

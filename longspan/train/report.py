@@ -12,14 +12,10 @@ from typing import Any
 import torch
 import transformers
 
+from longspan.train.files import make_folder, replace_file
+from longspan.train.run_log import read_log
+
 WINDOW = 10
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Rows of a log.jsonl."""
-    if not path.is_file():
-        raise ValueError(f"no training log {path}: pass the run's log.jsonl")
-    return [json.loads(line) for line in path.read_text().splitlines() if line]
 
 
 def phase_rows(log: list[dict[str, Any]], model: str) -> list[dict[str, Any]]:
@@ -94,6 +90,7 @@ def write_results(
         "versions": start["versions"],
         "rows": phase_rows(log, model),
     }
-    out_file.parent.mkdir(parents=True, exist_ok=True)
-    out_file.write_text(json.dumps(result, indent=1) + "\n")
+    make_folder(out_file.parent)
+    text = json.dumps(result, indent=1) + "\n"
+    replace_file(out_file, lambda out: out.write(text.encode()))
     return result

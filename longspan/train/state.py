@@ -1,18 +1,22 @@
-"""Checkpoints of a training run: the full fp32 state to resume from."""
+"""Checkpoints of a training run: the full fp32 state to resume from, and what it came from."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+import hashlib
+import pickle
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from longspan.errors import LongspanError
+from longspan.errors import CheckpointError, LongspanError
+from longspan.train.files import replace_file
 from longspan.train.phases import Phase
 
 STATE_FILE = "state.pt"
+PARTS = ("model", "optimizer", "progress", "phases", "fingerprint")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -38,26 +42,103 @@ class Progress:
 
 
 def save_state(
-    path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Progress
+    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Progress,
+    phases: Sequence[Phase], fingerprint: Mapping[str, str],
 ) -> None:
-    """Writes model, optimizer and progress atomically to `path`/state.pt."""
-    path.mkdir(parents=True, exist_ok=True)
-    temporary = path / (STATE_FILE + ".tmp")
+    """Write the state to ``folder``; the one before stays until it is whole.
+
+    Raises `LongspanError` when the disk is full.
+    """
     content = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "progress": asdict(progress),
-    }
-    torch.save(content, temporary)
-    os.replace(temporary, path / STATE_FILE)
+        "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+        "progress": asdict(progress), "phases": [asdict(phase) for phase in phases],
+        "fingerprint": dict(fingerprint)}
+    replace_file(folder / STATE_FILE, lambda out: torch.save(content, out))
 
 
-def load_state(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    """Restores model and optimizer in place; returns the progress."""
-    file = path / STATE_FILE
-    if not file.is_file():
-        raise ValueError(f"nothing to resume: {file} does not exist; start without resume")
-    content = torch.load(file, map_location="cpu", weights_only=True)
+def load_state(
+    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
+    fingerprint: Mapping[str, str],
+) -> Progress:
+    """Restore model and optimizer in place; returns the progress.
+
+    Raises `LongspanError` when there is no state or it comes from a run with another
+    ``fingerprint``, `CheckpointError` when it is not whole.
+    """
+    content = _read(folder)
+    _check_same(folder / STATE_FILE, content["fingerprint"], fingerprint)
     model.load_state_dict(content["model"])
     optimizer.load_state_dict(content["optimizer"])
     return Progress(**content["progress"])
+
+
+def load_weights(folder: Path, model: torch.nn.Module) -> Phase:
+    """Restore the model alone; returns the phase that trained it last.
+
+    Raises `LongspanError` when there is no state or no step was taken, `CheckpointError` when the
+    state is not whole or of another model.
+    """
+    content = _read(folder)
+    phase = Progress(**content["progress"]).trained([Phase(**p) for p in content["phases"]])
+    saved = content["model"]
+    if shapes(saved) != shapes(model.state_dict()):
+        raise CheckpointError(
+            f"{folder / STATE_FILE} holds another model ({_num_numbers(saved):,} numbers, not "
+            f"{_num_numbers(model.state_dict()):,}): name the recipe that trained it")
+    model.load_state_dict(saved)
+    return phase
+
+
+def shapes(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Names and shapes of a model's tensors, as one line."""
+    return " ".join(f"{name}{tuple(tensor.shape)}" for name, tensor in sorted(tensors.items()))
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, or of the names and contents of all files below a folder.
+
+    Raises `LongspanError` when there is nothing at ``path``.
+    """
+    if not path.exists():
+        raise LongspanError(f"{path} does not exist: name what the run is to read")
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    total = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as content:
+            total.update(hashlib.file_digest(content, "sha256").digest())
+        total.update(file.relative_to(path).as_posix().encode() + b"\0")
+    return total.hexdigest()
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    file = folder / STATE_FILE
+    if not file.is_file():
+        raise LongspanError(f"nothing to resume or export: {file} does not exist; train first, "
+                            "without resuming")
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = (str(error).splitlines() or ["it is cut short"])[0]
+        raise CheckpointError(f"{file} is no whole training state ({reason[:200]}): delete it and "
+                              "start the run anew") from error
+    missing = [part for part in PARTS if not isinstance(content, dict) or part not in content]
+    if missing:
+        raise CheckpointError(f"{file} is no training state of this version (it lacks "
+                              f"{', '.join(missing)}): start the run anew in another folder")
+    return content
+
+
+def _check_same(file: Path, saved: Mapping[str, str], current: Mapping[str, str]) -> None:
+    differing = []
+    for name in {**saved, **current}:
+        before, now = saved.get(name, "none"), current.get(name, "none")
+        if before != now:
+            is_short = len(before) + len(now) < 60
+            differing.append(f"{name} ({before}, now {now})" if is_short else name)
+    if differing:
+        raise LongspanError(f"{file} comes from a run with another {', '.join(differing)}: resume "
+                            "with the same, or start a new run in another folder")
+
+
+def _num_numbers(tensors: Mapping[str, torch.Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors.values())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from longspan.errors import LongspanError
 from longspan.train.export import export_model, join_shards
 from longspan.train.model import build_model, hidden_states, set_rope
 from longspan.train.tokenizer import save_tokenizer, train_tokenizer
@@ -74,3 +76,16 @@ def test_user_errors_name_the_remedy(tmp_path: Path) -> None:
         join_shards(tmp_path, tmp_path / "x")
     with pytest.raises(ValueError, match="below 259"):
         train_tokenizer(["x"], 100)
+
+
+def test_other_users_can_read_the_weights(exported: Path) -> None:
+    for folder in (exported / "shards", exported / "out"):
+        assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
+
+
+def test_an_incomplete_export_is_not_joined(exported: Path, tmp_path: Path) -> None:
+    shutil.copytree(exported / "shards", tmp_path / "some")
+    next((tmp_path / "some").glob("model-00002*")).unlink()
+    with pytest.raises(LongspanError, match="no whole export .*model-00002.* missing"):
+        join_shards(tmp_path / "some", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

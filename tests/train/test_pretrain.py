@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from longspan.errors import LongspanError
 from longspan.train.gates import Haystack, inference_copy, score_haystacks
 from longspan.train.model import build_model, set_rope
 from longspan.train.phases import Phase, Shape
-from longspan.train.pretrain import Batch, RunConfig, make_optimizer, pretrain
+from longspan.train.pretrain import Batch, Batches, RunConfig, pretrain
 from longspan.train.report import write_results
-from longspan.train.state import Progress, load_state
+from longspan.train.run_log import read_log
+from longspan.train.state import Progress, load_weights
 
 VOCAB = 64
 PHASES = [
@@ -34,11 +36,10 @@ PHASES = [
 ]  # fmt: skip
 
 
-def tiny() -> Qwen2ForCausalLM:
+def tiny(num_layers: int = 2) -> Qwen2ForCausalLM:
     return build_model(
-        vocab_size=VOCAB, num_layers=2, hidden_size=64, num_heads=2, num_kv_heads=1,
-        intermediate_size=96,
-    )  # fmt: skip
+        vocab_size=VOCAB, num_layers=num_layers, hidden_size=64, num_heads=2, num_kv_heads=1,
+        intermediate_size=96)
 
 
 def batches(phase: int, schedule: Sequence[Shape], first: int) -> Iterator[Batch]:
@@ -53,12 +54,8 @@ def batches(phase: int, schedule: Sequence[Shape], first: int) -> Iterator[Batch
 
 
 def config(out_dir: Path, **changes: Any) -> RunConfig:
-    values = {"kind_weights": (1.0, 1.0, 0.0, 5.0), "warmup_steps": 2, "log_every": 2}
-    return RunConfig(out_dir=out_dir, **(values | changes))
-
-
-def rows(out_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
+    values = {"kind_weights": {2: 0.0, 3: 5.0}, "warmup_steps": 2, "log_every": 2}
+    return RunConfig(out_dir=out_dir, filler_kind=0, answer_kind=3, **(values | changes))
 
 
 def test_runs_all_phases_and_reports(tmp_path: Path) -> None:
@@ -71,8 +68,7 @@ def test_runs_all_phases_and_reports(tmp_path: Path) -> None:
     progress = pretrain(tiny(), PHASES, batches, config(tmp_path), gate)
     assert (progress.phase, progress.num_tokens) == (2, 3072)
     assert seen == [1e4, 1e6]
-    log = rows(tmp_path)
-    steps = [r for r in log if "phase" in r]
+    steps = steps_of(tmp_path)
     assert [r["num_tokens"] for r in steps] == [512, 1024, 1536, 2048, 2560, 3072]
     assert steps[-1]["loss"] < steps[0]["loss"]
     result = write_results(
@@ -124,8 +120,7 @@ def test_a_run_that_ends_between_phases_was_trained_in_the_first(tmp_path: Path)
     progress = pretrain(tiny(), PHASES, batches, config(tmp_path), gate, stop)
     assert (progress.phase, progress.step) == (1, 0)
     assert progress.trained(PHASES) is PHASES[0]
-    saved = load_state(tmp_path, tiny(), make_optimizer(tiny(), config(tmp_path)))
-    assert saved.trained(PHASES) is PHASES[0]
+    assert load_weights(tmp_path, tiny()) == PHASES[0]
     progress = pretrain(tiny(), PHASES, batches, config(tmp_path, resume=True))
     assert progress.phase == 2 and progress.trained(PHASES) is PHASES[1]
 
@@ -156,6 +151,115 @@ def test_stop_ends_a_phase_in_any_thread(tmp_path: Path) -> None:
 def test_resume_without_state_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing to resume"):
         pretrain(tiny(), PHASES, batches, config(tmp_path, resume=True))
+
+
+def steps_of(out_dir: Path) -> list[dict[str, Any]]:
+    return [row for row in read_log(out_dir / "log.jsonl") if "phase" in row]
+
+
+def dies_after(count: int) -> Batches:
+    """Batches of which the one after ``count`` kills the run, its state unsaved."""
+    left = iter(range(count))
+
+    def dying(phase: int, schedule: Sequence[Shape], first: int) -> Iterator[Batch]:
+        for batch in batches(phase, schedule, first):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            yield batch
+    return dying
+
+
+@pytest.mark.parametrize("log_every", [1, 4])
+def test_no_step_is_counted_twice(tmp_path: Path, log_every: int) -> None:
+    """Steps that were logged but not saved are repeated; saved ones stand in the log."""
+    start = partial(config, tmp_path, log_every=log_every)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(tiny(), PHASES, dies_after(3), start(save_every_s=-1.0))
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(tiny(), PHASES, dies_after(4), start(resume=True))
+    progress = pretrain(tiny(), PHASES, batches, start(resume=True))
+    steps = steps_of(tmp_path)
+    counts = [row["num_tokens"] for row in steps]
+    assert counts == sorted(set(counts)) and counts[-1] == progress.num_tokens == 3072
+    before = [0, *counts[:-1]]
+    assert [round(row["tokens_per_s"] * row["seconds"]) for row in steps] == pytest.approx(
+        [now - then for now, then in zip(counts, before, strict=True)], rel=0.02)
+    assert sum(row["seconds"] for row in steps) == pytest.approx(progress.seconds, abs=1e-3)
+    result = write_results(
+        tmp_path / "log.jsonl", tmp_path / "r.json", model="tiny", command="c", commit="x")
+    assert [r["num_tokens_trained"] for r in result["rows"]] == [2048, 1024]
+
+
+def test_a_new_run_does_not_mix_with_another(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(tiny(), PHASES, dies_after(3), config(tmp_path))
+    pretrain(tiny(), PHASES, batches, config(tmp_path))
+    assert [r["num_tokens"] for r in steps_of(tmp_path)] == [512 * i for i in range(1, 7)]
+    with pytest.raises(LongspanError, match="holds the state of a run: resume it, or name"):
+        pretrain(tiny(), PHASES, batches, config(tmp_path))
+
+
+def test_a_line_cut_short_is_named_and_mended_by_resuming(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(tiny(), PHASES, dies_after(4), config(tmp_path, save_every_s=-1.0))
+    whole = log.read_text()
+    log.write_text(whole + '{"phase": "a", "st')
+    with pytest.raises(LongspanError, match="line 6 is cut short: resume the run"):
+        read_log(log)
+    pretrain(tiny(), PHASES, batches, config(tmp_path, resume=True))
+    assert log.read_text().startswith(whole)
+    assert steps_of(tmp_path)[-1]["num_tokens"] == 3072
+
+
+@pytest.mark.parametrize(("changes", "phases", "message"), [
+    ({}, PHASES, "another data:"),
+    ({}, PHASES, "another tokenizer:"),
+    ({"seed": 7}, PHASES, r"another seed \(0, now 7\):"),
+    ({"kind_weights": {3: 4.0}}, PHASES, r"another kind_weights \({2: 0.0, 3: 5.0}, now {3: 4.0}"),
+    ({"final_lr": 1e-4}, PHASES, "another final_lr"),
+    ({}, [PHASES[0], replace(PHASES[1], num_tokens=2048)], "another phase b:"),
+    ({}, PHASES[:1], "another phase b:"),
+    ({}, [replace(PHASES[0], name="c"), PHASES[1]], "another phase a, phase c:"),
+    ({}, PHASES, "another model:"),
+])
+def test_resuming_with_another_is_refused(
+    tmp_path: Path, changes: dict[str, Any], phases: list[Phase], message: str
+) -> None:
+    for name in ("data", "tokenizer"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_text("x")
+    start = partial(config, tmp_path / "run", inputs={
+        name: tmp_path / name for name in ("data", "tokenizer")})
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(tiny(), PHASES, dies_after(3), start(save_every_s=-1.0))
+    before = (tmp_path / "run" / "log.jsonl").read_bytes()
+    for name in ("data", "tokenizer"):
+        if f"another {name}" in message:
+            (tmp_path / name / "x").write_text("y")
+    model = tiny(num_layers=3) if "model" in message else tiny()
+    with pytest.raises(LongspanError, match=message) as caught:
+        pretrain(model, phases, batches, start(resume=True, **changes))
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == before
+
+
+def test_missing_inputs_are_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(LongspanError, match="none does not exist"):
+        pretrain(tiny(), PHASES, batches, config(tmp_path, inputs={"data": tmp_path / "none"}))
+
+
+def test_an_untied_head_is_trained(tmp_path: Path) -> None:
+    model = tiny()
+    untied = Qwen2ForCausalLM(Qwen2Config(**{**model.config.to_dict(),
+                                             "tie_word_embeddings": False}))
+    untied.set_attn_implementation("longspan_causal")
+    before = untied.lm_head.weight.clone()
+    pretrain(untied, PHASES, batches, config(tmp_path))
+    assert untied.lm_head.weight is not untied.model.embed_tokens.weight
+    assert (untied.lm_head.weight - before).abs().max() > 1e-3
+    losses = [row["loss"] for row in steps_of(tmp_path)]
+    assert losses[-1] < losses[0]
 
 
 def test_gate_equals_a_plain_forward() -> None:
