@@ -378,15 +378,17 @@ def parse_list(text: str, convert: Callable[[str], Item], option: str) -> tuple[
     return tuple(items)
 
 
-def run_command(arguments: Sequence[str]) -> int:
-    """Run one command; returns its exit status."""
+def run_command(
+    arguments: Sequence[str], commands: typer.Typer = app, program: str = "longspan"
+) -> int:
+    """Run one of the commands; returns its exit status."""
     try:
         # Without standalone mode errors come here instead of being printed as panels.
-        status: Any = app(list(arguments) or ["--help"], standalone_mode=False)
+        status: Any = commands(list(arguments) or ["--help"], standalone_mode=False)
     except LongspanError as error:
         return _fail(str(error))
     except UsageError as error:
-        return _fail(f"{_usage_message(error)}; see longspan --help")
+        return _fail(f"{_usage_message(error)}; see {program} --help")
     except KeyboardInterrupt:
         status = 130
     if status == 130:

@@ -24,7 +24,7 @@ EVERYTHING = ("longspan",)
 BASE = ("longspan.config", "longspan.errors", "longspan.units")
 # The command line and the bodies of its subcommands: nothing else may import them.
 COMMANDS = tuple(f"longspan.{name}" for name in (
-    "__main__", "cli", "console", "bench", "demo", "generate", "info"))
+    "__main__", "cli", "commands", "console", "bench", "demo", "generate", "info"))
 # What each package may import of ours, besides itself. The longest matching key counts.
 ALLOWED_OURS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("longspan", *COMMANDS), EVERYTHING),

@@ -61,7 +61,7 @@ class Question:
 
 
 @dataclass(slots=True)
-class Plan:
+class RowPlan:
     """A row before it is laid out."""
 
     is_chat: bool
@@ -90,11 +90,11 @@ def compose_retrieval(rng: random.Random, source: Source, length: int) -> Piece:
     return filler(source.corpus.stream(rng, length, source.table))
 
 
-def draw_plan(rng: random.Random, source: Source, wanted: int, length: int) -> Plan:
+def draw_plan(rng: random.Random, source: Source, wanted: int, length: int) -> RowPlan:
     """Facts with depths and about `wanted` questions for a row of `length` tokens."""
     is_chat = rng.random() < 0.65
     haystack = draw_haystack(rng)
-    plan = Plan(is_chat, haystack, "")
+    plan = RowPlan(is_chat, haystack, "")
     count = max(1, round(wanted * rng.uniform(0.8, 1.3)))
     if haystack == "needles":
         count = max(wanted, int(length / 34))
@@ -136,14 +136,14 @@ def _draw_head(rng: random.Random, fact: Fact) -> str:
     return rng.choice(INTRO).replace("{n}", fact.noun) + end
 
 
-def _ask_one(rng: random.Random, plan: Plan, index: int, at_end: bool) -> Question:
+def _ask_one(rng: random.Random, plan: RowPlan, index: int, at_end: bool) -> Question:
     fact = plan.facts[index]
     question, prefix = rng.choice(fact.asks)
     parts = _render(rng, plan.is_chat, (question, prefix), fact.value, fact.noun)
     return Question(parts, -1 if at_end else index, rng.random())
 
 
-def _merge_values(rng: random.Random, plan: Plan) -> list[int]:
+def _merge_values(rng: random.Random, plan: RowPlan) -> list[int]:
     """Multi-value: gives 2 to 4 RULER facts one key; their indices in document order."""
     pool = [i for i, f in enumerate(plan.facts) if f.family == "ruler"]
     pool = [i for i in pool if plan.facts[i].noun == plan.facts[pool[0]].noun]
@@ -156,7 +156,7 @@ def _merge_values(rng: random.Random, plan: Plan) -> list[int]:
     return chosen
 
 
-def _ask_values(rng: random.Random, plan: Plan, indices: list[int]) -> Question:
+def _ask_values(rng: random.Random, plan: RowPlan, indices: list[int]) -> Question:
     first = plan.facts[indices[0]]
     values = join_list([plan.facts[i].value for i in indices])
     parts = _render(rng, plan.is_chat, _plural(first.noun, first.key), values, first.noun + "s")
@@ -169,7 +169,7 @@ def _plural(noun: str, keys: str) -> tuple[str, str]:
     return f"What are all the {what}?", f"The {what} are"
 
 
-def _ask_lists(rng: random.Random, plan: Plan, count: int) -> list[Question]:
+def _ask_lists(rng: random.Random, plan: RowPlan, count: int) -> list[Question]:
     """Multi-query questions: several RULER keys of one noun asked at once."""
     keys = [f.key for f in plan.facts]
     pool = [f for f in plan.facts if f.family == "ruler" and keys.count(f.key) == 1]
@@ -221,7 +221,7 @@ def _render_chat(
     )
 
 
-def lay_out(rng: random.Random, source: Source, plan: Plan, length: int) -> Piece | None:
+def lay_out(rng: random.Random, source: Source, plan: RowPlan, length: int) -> Piece | None:
     """Plan to tokens; None when the texts leave less than a tenth of the row for filler."""
     table = source.table
     inline = [f.is_inline and rng.random() < 0.35 for f in plan.facts]
@@ -257,7 +257,7 @@ def _fact_parts(fact: Fact, is_inline: bool) -> tuple[Part, ...]:
 
 
 def _fit_needles(
-    plan: Plan, facts: list[Piece], inline: list[bool], fixed: int, length: int
+    plan: RowPlan, facts: list[Piece], inline: list[bool], fixed: int, length: int
 ) -> tuple[list[Piece], list[bool], int]:
     """Empties facts nobody asks for, from the last one, until the row fits."""
     asked = {q.after for q in plan.questions} | _asked_at_end(plan)
@@ -271,7 +271,7 @@ def _fit_needles(
     return facts, inline, fixed
 
 
-def _asked_at_end(plan: Plan) -> set[int]:
+def _asked_at_end(plan: RowPlan) -> set[int]:
     texts = ["".join(t for t, _ in q.parts) for q in plan.questions if q.after < 0]
     joined = "\n".join(texts)
     return {i for i, f in enumerate(plan.facts) if f.value in joined}
@@ -292,7 +292,7 @@ class _Layout:
 
     def place(
         self,
-        plan: Plan,
+        plan: RowPlan,
         facts: list[Piece],
         questions: list[Piece],
         inline: list[bool],

@@ -85,6 +85,15 @@ def frequent_words(documents: Sequence[Document], limit: int = 12_000) -> list[s
     return sorted(word for word, _ in counter.most_common(limit))
 
 
+def sample_texts(documents: Sequence[Document], seed: int = 0) -> Iterator[str]:
+    """60,000 characters from each 400,000 of the training documents, to train a tokenizer on."""
+    rng = random.Random(seed)
+    for document in documents:
+        for _ in range(0 if document.is_held_out else max(1, len(document.text) // 400_000)):
+            start = rng.randrange(max(1, len(document.text) - 60_000))
+            yield document.text[start : start + 60_000]
+
+
 class Corpus:
     """Random access to one split of a shard directory."""
 

@@ -39,10 +39,8 @@ def _random_words(
 ) -> np.ndarray:
     """Lines of random words; one block is encoded and its lines are shuffled to the length."""
     lines = [" ".join(rng.choices(corpus.words, k=rng.randrange(5, 15))) + "\n" for _ in range(200)]
-    encoded = [
-        np.array(e.ids, np.int64)
-        for e in table.tokenizer.encode_batch(lines, add_special_tokens=False)
-    ]
+    encoded = [np.array(table.tokenizer.encode(line, add_special_tokens=False).ids, np.int64)
+               for line in lines]
     pieces: list[np.ndarray] = []
     missing = num_tokens
     while missing > 0:

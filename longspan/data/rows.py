@@ -29,9 +29,10 @@ class Mixture:
     """Share of rows up to PACK_MAX_LENGTH that are packs."""
 
 
-def load_source(shard_dir: Path, tokenizer_json: Path, split: str = "train") -> Source:
-    """Corpus split and token table from disk."""
-    return Source(Corpus.load(shard_dir, split), TokenTable.load(tokenizer_json))
+def load_source(data_dir: Path, split: str = "train") -> Source:
+    """Corpus split and token table of a folder that has ``corpus`` and ``tokenizer``."""
+    table = TokenTable.load(data_dir / "tokenizer" / "tokenizer.json")
+    return Source(Corpus.load(data_dir / "corpus", split), table)
 
 
 def compose_tasks(rng: random.Random, source: Source, length: int) -> Piece:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 
+from longspan.errors import LongspanError
+
 SUFFIXES = frozenset({".py", ".md", ".rst", ".txt", ".html", ".pod", ".c", ".h", ".toml"})
 MIN_BYTES = 400
 MAX_BYTES = 1_500_000
@@ -126,7 +128,7 @@ def read_root(root: Root, seen: set[bytes]) -> list[Document]:
     `seen` holds the content hashes of earlier files and is extended: duplicates are dropped.
     """
     if not root.path.is_dir():
-        raise ValueError(f"corpus root {root.path} is not a directory: pass an existing one")
+        raise LongspanError(f"corpus root {root.path} is not a directory: pass an existing one")
     groups: dict[tuple[str, bool], list[Path]] = {}
     for path in iter_files(root.path):
         relative = str(path.relative_to(root.path))
@@ -157,4 +159,10 @@ def _fresh_texts(paths: Iterable[Path], seen: set[bytes]) -> Iterator[str]:
 def read_documents(roots: Iterable[Root]) -> list[Document]:
     """All documents of all roots, duplicates dropped across roots."""
     seen: set[bytes] = set()
-    return [document for root in roots for document in read_root(root, seen)]
+    roots = list(roots)
+    documents = [document for root in roots for document in read_root(root, seen)]
+    if not documents:
+        names = ", ".join(str(root.path) for root in roots)
+        raise LongspanError(f"{names}: no text that can be used (files in UTF-8 of {MIN_BYTES:,} "
+                            f"to {MAX_BYTES:,} bytes named {', '.join(sorted(SUFFIXES))})")
+    return documents

@@ -105,7 +105,8 @@ class TokenTable:
     def encode(self, batch: Sequence[Sequence[Part]]) -> list[Piece]:
         """Encodes each sequence of parts as one text; kinds follow the parts' characters."""
         texts = ["".join(text for text, _ in parts) for parts in batch]
-        encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+        # One by one: encode_batch would start threads in each of the many workers that make rows.
+        encodings = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
         return [
             _mark(np.array(e.ids, np.uint16), e.offsets, parts)
             for e, parts in zip(encodings, batch, strict=True)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from longspan.errors import LongspanError
 
 TOKENS_PER_STEP = 262_144
 ROW_MULTIPLE = 128
@@ -37,22 +39,22 @@ class Phase:
     def __post_init__(self) -> None:
         for length in (self.seq_len, *self.shorter):
             if length % ROW_MULTIPLE or self.tokens_per_step % length:
-                raise ValueError(
+                raise LongspanError(
                     f"phase {self.name}: row length {length} must be a multiple of "
                     f"{ROW_MULTIPLE} and divide tokens_per_step {self.tokens_per_step}"
                 )
         if self.num_tokens < self.tokens_per_step:
-            raise ValueError(
+            raise LongspanError(
                 f"phase {self.name}: {self.num_tokens} tokens is less than one step "
                 f"({self.tokens_per_step}): raise num_tokens"
             )
         if not 0 < self.full_share <= 1 or bool(self.shorter) != (self.full_share < 1):
-            raise ValueError(
+            raise LongspanError(
                 f"phase {self.name}: full_share {self.full_share} with {len(self.shorter)} "
                 "shorter lengths: give shorter lengths exactly when full_share is below 1"
             )
         if any(length >= self.seq_len for length in self.shorter):
-            raise ValueError(f"phase {self.name}: shorter lengths must be below {self.seq_len}")
+            raise LongspanError(f"phase {self.name}: shorter lengths must be below {self.seq_len}")
 
     @property
     def num_steps(self) -> int:
@@ -80,14 +82,23 @@ class Phase:
 def validate_phases(phases: Sequence[Phase]) -> None:
     """Refuses an empty schedule, and lengths or RoPE bases that fall."""
     if not phases:
-        raise ValueError("no phases: give at least one")
+        raise LongspanError("no phases: give at least one")
     for before, after in zip(phases, phases[1:], strict=False):
         if after.seq_len < before.seq_len or after.rope_theta < before.rope_theta:
-            raise ValueError(
+            raise LongspanError(
                 f"phase {after.name} falls back from length {before.seq_len}, base "
                 f"{before.rope_theta:g} to {after.seq_len}, {after.rope_theta:g}: order phases "
                 "by length and base"
             )
+
+
+def with_tokens(phases: Sequence[Phase], num_tokens: Mapping[str, int]) -> list[Phase]:
+    """The phases with other numbers of tokens, by name. Raises `LongspanError` for other names."""
+    names = [phase.name for phase in phases]
+    unknown = [name for name in num_tokens if name not in names]
+    if unknown:
+        raise LongspanError(f"no phase named {unknown[0]}: choose from {', '.join(names)}")
+    return [replace(p, num_tokens=num_tokens.get(p.name, p.num_tokens)) for p in phases]
 
 
 def learning_rate(

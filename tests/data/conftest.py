@@ -50,4 +50,4 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def source(data_dir: Path) -> Source:
     """The training split."""
-    return load_source(data_dir / "corpus", data_dir / "tokenizer" / "tokenizer.json")
+    return load_source(data_dir)

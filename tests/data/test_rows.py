@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from longspan.data.compose import Source, draw_plan, lay_out
-from longspan.data.probes import probe_haystack
+from longspan.data.gate_documents import gate_document
 from longspan.data.rows import Mixture, compose_batch, compose_row
 from longspan.data.tokens import Kind, Piece
 
@@ -103,7 +103,7 @@ def test_too_short_rows_are_refused(source: Source) -> None:
 
 @pytest.mark.parametrize("hard", [False, True])
 def test_probe_is_canonical_and_asks_what_it_holds(source: Source, hard: bool) -> None:
-    document, questions = probe_haystack((1,), source, 2048, 8, hard)
+    document, questions = gate_document((1,), source, 2048, 8, hard)
     tokenizer = source.table.tokenizer
     assert len(questions) == 8
     for question, answer in questions:

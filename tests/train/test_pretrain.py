@@ -15,7 +15,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from longspan.errors import LongspanError
-from longspan.train.gates import Haystack, inference_copy, score_haystacks
+from longspan.train.gate import Haystack, inference_copy, score_haystacks
 from longspan.train.model import build_model, set_rope
 from longspan.train.phases import Phase, Shape
 from longspan.train.pretrain import Batch, Batches, RunConfig, pretrain

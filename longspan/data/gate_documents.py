@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -12,13 +12,21 @@ from longspan.data.facts import RULER, RULER_ASKS, Fact, Group
 from longspan.data.tokens import IM_END, IM_START, Kind, TokenTable
 from longspan.data.vocabulary import Words
 
-ProbeIds = tuple[list[int], list[tuple[list[int], list[int]]]]
+GateDocument = tuple[list[int], list[tuple[list[int], list[int]]]]
 """(document ids, [(question ids, answer ids)])."""
 
 
-def probe_haystack(
+def gate_documents(
+    source: Source, length: int, count: int, num_needles: int, seed: int = 1
+) -> Iterator[GateDocument]:
+    """``count`` documents, every second one with hard keys."""
+    for i in range(count):
+        yield gate_document((seed, length, i), source, length, num_needles, i % 2 == 1)
+
+
+def gate_document(
     seed: Sequence[int], source: Source, length: int, num_needles: int, hard: bool
-) -> ProbeIds:
+) -> GateDocument:
     """A document of about `length` tokens (never more) with 7-digit RULER needles.
 
     `document + question` is `<|im_start|>user\\n{text}\\n\\n{question} Answer with the number

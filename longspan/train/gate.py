@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import Qwen2ForCausalLM
 
 from longspan.train.model import rope_tables
+from longspan.train.phases import Phase
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,27 @@ def inference_copy(model: Qwen2ForCausalLM) -> Qwen2ForCausalLM:
         clone = clone.to(torch.bfloat16)
         clone.model.rotary_emb = rotary
     return clone
+
+
+def run_gate(
+    haystacks: Callable[[int], Iterable[Haystack]], lengths: Sequence[int],
+    model: Qwen2ForCausalLM, phase: Phase,
+) -> dict[str, Any]:
+    """Shares of exact answers, at the phase's length or at all ``lengths`` after the longest phase.
+
+    Args:
+        haystacks: documents of about so many tokens.
+    """
+    wanted = lengths if phase.seq_len == max(lengths) else (phase.seq_len,)
+    torch.backends.cuda.enable_flash_sdp(True)
+    clone = inference_copy(model)
+    result: dict[str, Any] = {}
+    for length in wanted:
+        score = score_haystacks(clone, haystacks(length))
+        result[f"exact_{length}"] = score.exact
+        result[f"digits_{length}"] = score.token_accuracy
+        result[f"n_{length}"] = score.num_questions
+    return result
 
 
 @torch.no_grad()

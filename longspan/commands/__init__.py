@@ -1,0 +1,1 @@
+"""What a person types: each file is the body of one command."""
