@@ -286,7 +286,7 @@ class _Layout:
         self.table, self.ids, self.is_chat, self.turn, self.head = table, ids, is_chat, turn, head
         self.lines = table.line_starts(ids)
         self.sentences = table.sentence_starts(ids)
-        self.joinable = self.lines[table.with_newline[ids[self.lines - 1]] >= 0]
+        self.joinable = table.blank_line_places(ids, self.lines)
         self.events: list[tuple[int, int, int, Piece]] = []
         self.end = len(ids)
 

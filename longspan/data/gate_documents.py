@@ -70,7 +70,7 @@ def _close(ids: np.ndarray, lines: np.ndarray, table: TokenTable) -> tuple[np.nd
 
     Where one token can stand for the end of the line and the blank one, it replaces the last.
     """
-    joinable = lines[table.with_newline[ids[lines - 1]] >= 0]
+    joinable = table.blank_line_places(ids, lines)
     if len(joinable):
         end = int(joinable[-1])
         return ids[: end - 1], [int(table.with_newline[ids[end - 1]])]

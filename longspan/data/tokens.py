@@ -98,6 +98,15 @@ class TokenTable:
         follows |= self.is_blank[current] & self.has_newline[after] & self.is_blank[after]
         return np.flatnonzero(self.ends_newline[ids[:-2]] & ~follows) + 1
 
+    def blank_line_places(self, ids: np.ndarray, lines: np.ndarray) -> np.ndarray:
+        """Those of ``lines`` where another token for the line end before makes a blank line.
+
+        The token before that one is not blank: the tokenizer would merge it with the line end.
+        """
+        before = ids[np.maximum(lines - 2, 0)]
+        is_alone = ~(self.is_blank[before] | self.ends_newline[before])
+        return lines[(self.with_newline[ids[lines - 1]] >= 0) & is_alone]
+
     def sentence_starts(self, ids: np.ndarray) -> np.ndarray:
         """Positions p where a new sentence may be inserted before ids[p] (" The ...")."""
         return np.flatnonzero(self.ends_stop[ids[:-1]] & self.starts_sentence[ids[1:]]) + 1
