@@ -261,7 +261,7 @@ def _fit_needles(
 ) -> tuple[list[Piece], list[bool], int]:
     """Empties facts nobody asks for, from the last one, until the row fits."""
     asked = {q.after for q in plan.questions} | _asked_at_end(plan)
-    empty = Piece(np.zeros(0, np.uint16), np.zeros(0, np.uint8))
+    empty = Piece(np.zeros(0, np.uint32), np.zeros(0, np.uint8))
     for i in range(len(facts) - 1, -1, -1):
         if fixed <= length - 64:
             break

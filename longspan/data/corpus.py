@@ -1,7 +1,8 @@
 """Token shards on disk: write documents once, read random long spans from a memory map.
 
-A shard directory holds, for each split in (`train`, `held_out`), `<split>.tokens.npy` (uint16 [T])
-and `<split>.offsets.npy` (int64 [documents + 1]), and `words.txt` (words of the training split).
+A shard directory holds, for each split in (``train``, ``held_out``), ``<split>.tokens.npy`` (uint16
+[T], uint32 for vocabularies beyond 65,536) and ``<split>.offsets.npy`` (int64 [documents + 1]), and
+``words.txt`` (words of the training split).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from tokenizers import Tokenizer
 
 from longspan.data.sources import Document
 from longspan.data.tokens import TokenTable
+from longspan.errors import LongspanError
 
 SPLITS = ("train", "held_out")
 MIN_SPAN = 384
@@ -41,9 +43,11 @@ def write_shards(
         chosen = [d for d in documents if d.is_held_out == (split == "held_out")]
         arrays = [_encode_document(d.text, tokenizer) for d in chosen]
         if not arrays:
-            raise ValueError(f"split {split} has no document: add corpus roots")
+            raise LongspanError(f"split {split} has no document: add corpus roots")
         if split == "train":
+            before = sum(map(len, arrays))
             arrays = trim(arrays, max_train_tokens)
+            counts["num_cut_tokens"] = before - sum(map(len, arrays))
         offsets = np.cumsum([0, *map(len, arrays)])
         np.save(out_dir / f"{split}.tokens.npy", np.concatenate(arrays))
         np.save(out_dir / f"{split}.offsets.npy", offsets)
@@ -63,7 +67,8 @@ def trim(arrays: list[np.ndarray], max_tokens: int) -> list[np.ndarray]:
 def _encode_document(text: str, tokenizer: Tokenizer) -> np.ndarray:
     """Token ids, encoded line-aligned part by part (a whole 4 MB text costs gigabytes)."""
     encodings = tokenizer.encode_batch(list(_parts(text)), add_special_tokens=False)
-    return np.concatenate([np.array(e.ids, np.uint16) for e in encodings])
+    dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
+    return np.concatenate([np.array(e.ids, dtype) for e in encodings])
 
 
 def _parts(text: str) -> Iterator[str]:
@@ -107,7 +112,7 @@ class Corpus:
         """Memory-maps one split."""
         path = directory / f"{split}.tokens.npy"
         if not path.is_file():
-            raise ValueError(f"no token shard {path}: write it first with write_shards")
+            raise LongspanError(f"no token shard {path}: write it first with write_shards")
         offsets = np.load(directory / f"{split}.offsets.npy")
         words = (directory / "words.txt").read_text().split()
         return cls(np.load(path, mmap_mode="r"), offsets, words)

@@ -11,6 +11,7 @@ from longspan.data.compose import Source
 from longspan.data.facts import RULER, RULER_ASKS, Fact, Group
 from longspan.data.tokens import IM_END, IM_START, Kind, TokenTable
 from longspan.data.vocabulary import Words
+from longspan.errors import LongspanError
 
 GateDocument = tuple[list[int], list[tuple[list[int], list[int]]]]
 """(document ids, [(question ids, answer ids)])."""
@@ -45,7 +46,7 @@ def gate_document(
     head = table.encode([((f"{IM_START}user\n", Kind.TEXT),)])[0].ids
     room = length - len(head) - sum(map(len, needles)) - max(map(len, asks)) - 16
     if room < length // 4:
-        raise ValueError(f"{num_needles} needles leave {room} of {length} tokens: ask for fewer")
+        raise LongspanError(f"{num_needles} needles leave {room} of {length} tokens: ask for fewer")
     ids = source.corpus.stream(rng, room, table)
     lines = table.line_starts(ids)
     assert len(lines), "a span of text holds a line break"

@@ -13,6 +13,7 @@ from longspan.data.compose import Source, compose_retrieval
 from longspan.data.corpus import Corpus
 from longspan.data.tasks import MIN_PARAGRAPHS, draw_task, split_paragraphs
 from longspan.data.tokens import END_OF_TEXT, Kind, Piece, TokenTable, concat, filler
+from longspan.errors import LongspanError
 
 PACK_MAX_LENGTH = 4096
 """Rows up to this length may be packs of several short rows."""
@@ -55,7 +56,7 @@ def compose_tasks(rng: random.Random, source: Source, length: int) -> Piece:
 
 def compose_pack(rng: random.Random, source: Source, length: int, mixture: Mixture) -> Piece:
     """Short rows of random lengths, separated by <|endoftext|>, exactly `length` tokens."""
-    end = np.array([source.table.tokenizer.token_to_id(END_OF_TEXT)], np.uint16)
+    end = np.array([source.table.tokenizer.token_to_id(END_OF_TEXT)], np.uint32)
     pieces: list[Piece] = []
     missing = length
     while missing > 0:
@@ -74,9 +75,9 @@ def compose_pack(rng: random.Random, source: Source, length: int, mixture: Mixtu
 def compose_row(
     seed: Sequence[int], source: Source, length: int, mixture: Mixture | None = None
 ) -> Piece:
-    """The row of a seed: `ids` uint16 [length], `kinds` uint8 [length]."""
+    """The row of a seed: `ids` uint32 [length], `kinds` uint8 [length]."""
     if length < MIN_ROW:
-        raise ValueError(f"row length {length} is below {MIN_ROW}: use longer rows")
+        raise LongspanError(f"row length {length} is below {MIN_ROW}: use longer rows")
     mixture = mixture or Mixture()
     rng = random.Random(repr(tuple(seed)))
     draw = rng.random()
@@ -95,6 +96,6 @@ def compose_row(
 def compose_batch(
     seed: Sequence[int], source: Source, num_rows: int, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`ids` uint16 and `kinds` uint8, both [num_rows, length]; row i has seed (*seed, i)."""
+    """`ids` uint32 and `kinds` uint8, both [num_rows, length]; row i has seed (*seed, i)."""
     rows = [compose_row((*seed, i), source, length) for i in range(num_rows)]
     return np.stack([r.ids for r in rows]), np.stack([r.kinds for r in rows])

@@ -37,7 +37,7 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Token ids with the kind of each: `ids` uint16 [T], `kinds` uint8 [T]."""
+    """Token ids with the kind of each: `ids` uint32 [T], `kinds` uint8 [T]."""
 
     ids: np.ndarray
     kinds: np.ndarray
@@ -53,7 +53,7 @@ def concat(pieces: Sequence[Piece]) -> Piece:
 
 def filler(ids: np.ndarray, kind: Kind = Kind.FILLER) -> Piece:
     """Token ids of one kind."""
-    return Piece(ids.astype(np.uint16), np.full(len(ids), kind, np.uint8))
+    return Piece(ids.astype(np.uint32), np.full(len(ids), kind, np.uint8))
 
 
 class TokenTable:
@@ -117,7 +117,7 @@ class TokenTable:
         # One by one: encode_batch would start threads in each of the many workers that make rows.
         encodings = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
         return [
-            _mark(np.array(e.ids, np.uint16), e.offsets, parts)
+            _mark(np.array(e.ids, np.uint32), e.offsets, parts)
             for e, parts in zip(encodings, batch, strict=True)
         ]
 
