@@ -1,6 +1,6 @@
 """One training row: filler text, planted facts, questions; exact length, one seed.
 
-Two frames. *Raw* rows are plain text with `Question: ...\\nAnswer: ...` lines. *Chat* rows are
+Two frames. *Raw* rows are plain text with ``Question: ...\\nAnswer: ...`` lines. *Chat* rows are
 ChatML: the document stands in a user turn, a question follows it after a blank line, the answer
 is the assistant's turn, and the document may go on in the next user turn.
 """
@@ -30,14 +30,10 @@ INTRO = (
     "A special magic {n} is hidden within the following text. Make sure to memorize it. "
     "I will quiz you about the {n} afterwards.",
     "Read the following text carefully. Questions about it follow.",
-    "There is important information hidden inside a lot of irrelevant text. Find it.",
-)
+    "There is important information hidden inside a lot of irrelevant text. Find it.")
 SUFFIXES = (
-    "Answer with the {n} only.",
-    "Reply with the {n} only.",
-    "Give only the {n}.",
-    "Only the {n}, please.",
-)
+    "Answer with the {n} only.", "Reply with the {n} only.", "Give only the {n}.",
+    "Only the {n}, please.")
 SUFFIX_WEIGHTS = (80, 8, 6, 6)
 
 
@@ -79,7 +75,7 @@ def num_questions(length: int) -> int:
 
 
 def compose_retrieval(rng: random.Random, source: Source, length: int) -> Piece:
-    """A retrieval row of exactly `length` tokens."""
+    """A retrieval row of exactly ``length`` tokens."""
     wanted = max(2, round(num_questions(length) * rng.uniform(0.4, 1.4)))
     for _ in range(8):
         plan = draw_plan(rng, source, wanted, length)
@@ -91,7 +87,7 @@ def compose_retrieval(rng: random.Random, source: Source, length: int) -> Piece:
 
 
 def draw_plan(rng: random.Random, source: Source, wanted: int, length: int) -> RowPlan:
-    """Facts with depths and about `wanted` questions for a row of `length` tokens."""
+    """Facts with depths and about ``wanted`` questions for a row of ``length`` tokens."""
     is_chat = rng.random() < 0.65
     haystack = draw_haystack(rng)
     plan = RowPlan(is_chat, haystack, "")
@@ -196,10 +192,7 @@ def _render(
         return _render_chat(rng, ask, value, noun)
     style = rng.random()
     if style < 0.6:
-        return (
-            (f"Question: {question}\nAnswer:", Kind.TEXT),
-            (f" {value}\n", Kind.ANSWER),
-        )
+        return ((f"Question: {question}\nAnswer:", Kind.TEXT), (f" {value}\n", Kind.ANSWER))
     if style < 0.8:
         return ((f"{question} {prefix}", Kind.TEXT), (f" {value}.\n", Kind.ANSWER))
     return ((prefix, Kind.TEXT), (f" {value}.\n", Kind.ANSWER))
@@ -215,10 +208,8 @@ def _render_chat(
         return ((f"{question} {suffix}{start}", Kind.TEXT), (f"{value}{IM_END}", Kind.ANSWER))
     space = " " if rng.random() < 0.15 else ""
     return (
-        (f"{question}{start}", Kind.TEXT),
-        (f"{space}{prefix} ", Kind.COPY),
-        (f"{value}.{IM_END}", Kind.ANSWER),
-    )
+        (f"{question}{start}", Kind.TEXT), (f"{space}{prefix} ", Kind.COPY),
+        (f"{value}.{IM_END}", Kind.ANSWER))
 
 
 def lay_out(rng: random.Random, source: Source, plan: RowPlan, length: int) -> Piece | None:
@@ -259,7 +250,7 @@ def _fact_parts(fact: Fact, is_inline: bool) -> tuple[Part, ...]:
 def _fit_needles(
     plan: RowPlan, facts: list[Piece], inline: list[bool], fixed: int, length: int
 ) -> tuple[list[Piece], list[bool], int]:
-    """Empties facts nobody asks for, from the last one, until the row fits."""
+    """Empty facts nobody asks for, from the last one, until the row fits."""
     asked = {q.after for q in plan.questions} | _asked_at_end(plan)
     empty = Piece(np.zeros(0, np.uint32), np.zeros(0, np.uint8))
     for i in range(len(facts) - 1, -1, -1):
@@ -291,14 +282,10 @@ class _Layout:
         self.end = len(ids)
 
     def place(
-        self,
-        plan: RowPlan,
-        facts: list[Piece],
-        questions: list[Piece],
-        inline: list[bool],
+        self, plan: RowPlan, facts: list[Piece], questions: list[Piece], inline: list[bool],
         num_filler: int,
     ) -> None:
-        """Fills `events` with (position, 0 fact / 1 question, order, piece), sorted."""
+        """Fill ``events`` with (position, 0 fact / 1 question, order, piece), sorted."""
         self.end = _snap_up(self.joinable, num_filler, self.end)
         spots = []
         for i, (piece, depth) in enumerate(zip(facts, plan.depths, strict=True)):
@@ -349,7 +336,7 @@ class _Layout:
         return self._finish(pieces, length, after_turn)
 
     def _blank_line(self, pieces: list[Piece]) -> None:
-        """Makes the text before a chat question end in a blank line."""
+        """Make the text before a chat question end in a blank line."""
         last = pieces[-1]
         joined = int(self.table.with_newline[last.ids[-1]])
         if joined >= 0:
@@ -369,7 +356,7 @@ class _Layout:
 
 
 def _snap(grid: np.ndarray, spot: int, fallback: np.ndarray) -> int:
-    """The first allowed position at or after `spot`; the last one when there is none."""
+    """The first allowed position at or after ``spot``; the last one when there is none."""
     grid = grid if len(grid) else fallback
     if not len(grid):
         return spot
@@ -377,7 +364,7 @@ def _snap(grid: np.ndarray, spot: int, fallback: np.ndarray) -> int:
 
 
 def _snap_up(grid: np.ndarray, spot: int, limit: int) -> int:
-    """The first allowed position at or after `spot`, at most `limit`."""
+    """The first allowed position at or after ``spot``, at most ``limit``."""
     index = int(np.searchsorted(grid, spot))
     return min(int(grid[index]), limit) if index < len(grid) else min(spot, limit)
 

@@ -28,14 +28,12 @@ _PART_CHARS = 200_000
 
 
 def write_shards(
-    documents: Sequence[Document],
-    tokenizer: Tokenizer,
-    out_dir: Path,
+    documents: Sequence[Document], tokenizer: Tokenizer, out_dir: Path,
     max_train_tokens: int = 19_300_000,
 ) -> dict[str, int]:
-    """Tokenises documents into both splits below `out_dir`; returns counts per split.
+    """Tokenise documents into both splits below ``out_dir``; returns counts per split.
 
-    A training split above `max_train_tokens` loses the same share of every document's end.
+    A training split above ``max_train_tokens`` loses the same share of every document's end.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     counts: dict[str, int] = {}
@@ -59,7 +57,7 @@ def write_shards(
 
 
 def trim(arrays: list[np.ndarray], max_tokens: int) -> list[np.ndarray]:
-    """Cuts the same share off every array so that the total is at most `max_tokens`."""
+    """Cut the same share off every array so that the total is at most ``max_tokens``."""
     share = min(1.0, max_tokens / sum(map(len, arrays)))
     return [a[: int(len(a) * share)] for a in arrays]
 
@@ -109,7 +107,7 @@ class Corpus:
 
     @classmethod
     def load(cls, directory: Path, split: str = "train") -> Corpus:
-        """Memory-maps one split."""
+        """Memory-map one split."""
         path = directory / f"{split}.tokens.npy"
         if not path.is_file():
             raise LongspanError(f"no token shard {path}: write it first with write_shards")
@@ -125,7 +123,7 @@ class Corpus:
         return self.tokens[start : start + length]
 
     def stream(self, rng: random.Random, num_tokens: int, table: TokenTable) -> np.ndarray:
-        """Exactly `num_tokens` of text: spans of 1..n documents joined at line starts, [T]."""
+        """Exactly ``num_tokens`` of text: spans of 1..n documents joined at line starts, [T]."""
         pieces: list[np.ndarray] = []
         missing = num_tokens
         while missing > 0:
@@ -138,6 +136,6 @@ class Corpus:
 
 
 def _cut_to_lines(ids: np.ndarray, table: TokenTable) -> np.ndarray:
-    """Drops what precedes the first and follows the last line start, when there are two."""
+    """Drop what precedes the first and follows the last line start, when there are two."""
     starts = table.line_starts(ids) if len(ids) > 2 else np.zeros(0, np.int64)
     return ids[starts[0] : starts[-1]] if len(starts) > 1 else ids

@@ -1,7 +1,7 @@
 """Planted facts: one sentence or record that holds a value, and the ways to ask for it.
 
 Families: RULER's needle sentence (NVIDIA/RULER, Apache-2.0), passkey, key-value records and
-natural facts. In templates `{k}` is the key, `{v}` the value, `{n}` number / uuid / word.
+natural facts. In templates ``{k}`` is the key, ``{v}`` the value, ``{n}`` number / uuid / word.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from longspan.data.vocabulary import (
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One planted fact: `parts` is its text without a line end."""
+    """One planted fact: ``parts`` is its text without a line end."""
 
     family: str
     key: str
@@ -47,206 +47,90 @@ class Fact:
 
 
 RULER_ASKS = (
-    (
-        "What is the special magic {n} for {k} mentioned in the provided text?",
-        "The special magic {n} for {k} mentioned in the provided text is",
-    ),
-)
+    ("What is the special magic {n} for {k} mentioned in the provided text?",
+     "The special magic {n} for {k} mentioned in the provided text is"),)
 RULER = "One of the special magic {n}s for {k} is: {v}."
 RULER_LOOSE = (
     ("The special magic {n} for {k} is: {v}.", RULER_ASKS),
-    (
-        "The magic {n} for {k} is {v}.",
-        (("What is the magic {n} for {k}?", "The magic {n} for {k} is"),),
-    ),
-    (
-        "A secret {n} of {k} is {v}.",
-        (("What is the secret {n} of {k}?", "The secret {n} of {k} is"),),
-    ),
-)
+    ("The magic {n} for {k} is {v}.",
+     (("What is the magic {n} for {k}?", "The magic {n} for {k} is"),)),
+    ("A secret {n} of {k} is {v}.",
+     (("What is the secret {n} of {k}?", "The secret {n} of {k} is"),)))
 PASSKEY = "The pass key is {v}. Remember it. {v} is the pass key."
 PASSKEY_ASKS = (
     ("What is the pass key?", "The pass key is"),
-    ("What is the pass key mentioned in the text?", "The pass key is"),
-)
+    ("What is the pass key mentioned in the text?", "The pass key is"))
 KEYED_PASSKEY = (
     "The pass key for {k} is {v}. Remember it. {v} is the pass key for {k}.",
-    "The pass key for {k} is {v}. Remember it.",
-    "The password for {k} is {v}.",
-)
+    "The pass key for {k} is {v}. Remember it.", "The password for {k} is {v}.")
 KEYED_PASSKEY_ASKS = (
     ("What is the pass key for {k}?", "The pass key for {k} is"),
-    ("Which pass key belongs to {k}?", "The pass key for {k} is"),
-)
+    ("Which pass key belongs to {k}?", "The pass key for {k} is"))
 RECORDS = (
-    '"{k}": "{v}",',
-    '    "{k}": {v},',
-    "{k} = {v}",
-    "{k}: {v}",
-    "- {k}: {v}",
-    "export {k}={v}",
-    "{k}={v}",
-    "{k} = {v}  # do not change",
-    "| {k} | {v} |",
-    "<entry key='{k}'>{v}</entry>",
-)
+    '"{k}": "{v}",', '    "{k}": {v},', "{k} = {v}", "{k}: {v}", "- {k}: {v}", "export {k}={v}",
+    "{k}={v}", "{k} = {v}  # do not change", "| {k} | {v} |", "<entry key='{k}'>{v}</entry>")
 RECORD_ASKS = (
     ("What is the value of {k}?", "The value of {k} is"),
     ("What value is given for {k} in the text above?", "The value given for {k} is"),
-    ("Look up the key {k}. What is its value?", "Its value is"),
-)
+    ("Look up the key {k}. What is its value?", "Its value is"))
 NATURAL: tuple[tuple[str, str, str, str], ...] = (
-    (
-        "city",
-        "The secret code of {k} is {v}.",
-        "What is the secret code of {k}?",
-        "The secret code of {k} is",
-    ),
-    (
-        "city",
-        "The access number for the {k} office is {v}.",
-        "Which access number does the {k} office have?",
-        "The access number for the {k} office is",
-    ),
-    (
-        "city",
-        "Our warehouse in {k} has the reference {v}.",
-        "What is the reference of the warehouse in {k}?",
-        "The reference of the warehouse in {k} is",
-    ),
-    (
-        "city",
-        "The archive in {k} keeps the file under number {v}.",
-        "Under which number does the archive in {k} keep the file?",
-        "The archive in {k} keeps the file under number",
-    ),
-    (
-        "city",
-        "The emergency line in {k} is reached under {v}.",
-        "How is the emergency line in {k} reached?",
-        "The emergency line in {k} is reached under",
-    ),
-    (
-        "city",
-        "The train to {k} carries the identifier {v}.",
-        "Which identifier does the train to {k} carry?",
-        "The train to {k} carries the identifier",
-    ),
-    (
-        "city",
-        "The vault in {k} opens with the combination {v}.",
-        "What combination opens the vault in {k}?",
-        "The vault in {k} opens with the combination",
-    ),
-    (
-        "city",
-        "The shipment bound for {k} was registered as {v}.",
-        "How was the shipment bound for {k} registered?",
-        "The shipment bound for {k} was registered as",
-    ),
-    (
-        "person",
-        "{k}'s badge number is {v}.",
-        "What is {k}'s badge number?",
-        "{k}'s badge number is",
-    ),
-    (
-        "person",
-        "{k} was assigned the locker {v}.",
-        "Which locker was {k} assigned?",
-        "{k} was assigned the locker",
-    ),
-    (
-        "person",
-        "The employee number of {k} is {v}.",
-        "What employee number does {k} have?",
-        "The employee number of {k} is",
-    ),
-    (
-        "person",
-        "You can call {k} at {v}.",
-        "At which number can you call {k}?",
-        "You can call {k} at",
-    ),
-    (
-        "person",
-        "{k} signed the contract with number {v}.",
-        "Which contract number did {k} sign?",
-        "{k} signed the contract with number",
-    ),
-    (
-        "person",
-        "The ticket issued to {k} has the number {v}.",
-        "What is the number of the ticket issued to {k}?",
-        "The ticket issued to {k} has the number",
-    ),
-    (
-        "person",
-        "{k} chose {v} as a lucky number.",
-        "What lucky number did {k} choose?",
-        "The lucky number {k} chose is",
-    ),
-    (
-        "person",
-        "The account of {k} is filed under {v}.",
-        "Under what is the account of {k} filed?",
-        "The account of {k} is filed under",
-    ),
-    (
-        "thing",
-        "The serial number of the {k} is {v}.",
-        "What is the serial number of the {k}?",
-        "The serial number of the {k} is",
-    ),
-    (
-        "thing",
-        "The {k} was sold under the order number {v}.",
-        "Under which order number was the {k} sold?",
-        "The {k} was sold under the order number",
-    ),
-    (
-        "thing",
-        "Project {k} received the budget code {v}.",
-        "Which budget code did project {k} receive?",
-        "Project {k} received the budget code",
-    ),
-    (
-        "thing",
-        "The {k} experiment used the seed {v}.",
-        "Which seed did the {k} experiment use?",
-        "The {k} experiment used the seed",
-    ),
-    (
-        "thing",
-        "Ticket {v} tracks the bug in the {k} module.",
-        "Which ticket tracks the bug in the {k} module?",
-        "The bug in the {k} module is tracked by ticket",
-    ),
-    (
-        "thing",
-        "The unlock code for the {k} is {v}.",
-        "What unlocks the {k}?",
-        "The unlock code for the {k} is",
-    ),
-    (
-        "thing",
-        "Remember that the {k} weighs {v} grams.",
-        "How many grams does the {k} weigh?",
-        "The weight of the {k} in grams is",
-    ),
-    (
-        "thing",
-        "According to the report, the {k} costs {v} credits.",
-        "How many credits does the {k} cost?",
-        "The cost of the {k} in credits is",
-    ),
-)
+    ("city", "The secret code of {k} is {v}.", "What is the secret code of {k}?",
+     "The secret code of {k} is"),
+    ("city", "The access number for the {k} office is {v}.",
+     "Which access number does the {k} office have?", "The access number for the {k} office is"),
+    ("city", "Our warehouse in {k} has the reference {v}.",
+     "What is the reference of the warehouse in {k}?", "The reference of the warehouse in {k} is"),
+    ("city", "The archive in {k} keeps the file under number {v}.",
+     "Under which number does the archive in {k} keep the file?",
+     "The archive in {k} keeps the file under number"),
+    ("city", "The emergency line in {k} is reached under {v}.",
+     "How is the emergency line in {k} reached?", "The emergency line in {k} is reached under"),
+    ("city", "The train to {k} carries the identifier {v}.",
+     "Which identifier does the train to {k} carry?", "The train to {k} carries the identifier"),
+    ("city", "The vault in {k} opens with the combination {v}.",
+     "What combination opens the vault in {k}?", "The vault in {k} opens with the combination"),
+    ("city", "The shipment bound for {k} was registered as {v}.",
+     "How was the shipment bound for {k} registered?",
+     "The shipment bound for {k} was registered as"),
+    ("person", "{k}'s badge number is {v}.", "What is {k}'s badge number?",
+     "{k}'s badge number is"),
+    ("person", "{k} was assigned the locker {v}.", "Which locker was {k} assigned?",
+     "{k} was assigned the locker"),
+    ("person", "The employee number of {k} is {v}.", "What employee number does {k} have?",
+     "The employee number of {k} is"),
+    ("person", "You can call {k} at {v}.", "At which number can you call {k}?",
+     "You can call {k} at"),
+    ("person", "{k} signed the contract with number {v}.", "Which contract number did {k} sign?",
+     "{k} signed the contract with number"),
+    ("person", "The ticket issued to {k} has the number {v}.",
+     "What is the number of the ticket issued to {k}?", "The ticket issued to {k} has the number"),
+    ("person", "{k} chose {v} as a lucky number.", "What lucky number did {k} choose?",
+     "The lucky number {k} chose is"),
+    ("person", "The account of {k} is filed under {v}.", "Under what is the account of {k} filed?",
+     "The account of {k} is filed under"),
+    ("thing", "The serial number of the {k} is {v}.", "What is the serial number of the {k}?",
+     "The serial number of the {k} is"),
+    ("thing", "The {k} was sold under the order number {v}.",
+     "Under which order number was the {k} sold?", "The {k} was sold under the order number"),
+    ("thing", "Project {k} received the budget code {v}.",
+     "Which budget code did project {k} receive?", "Project {k} received the budget code"),
+    ("thing", "The {k} experiment used the seed {v}.", "Which seed did the {k} experiment use?",
+     "The {k} experiment used the seed"),
+    ("thing", "Ticket {v} tracks the bug in the {k} module.",
+     "Which ticket tracks the bug in the {k} module?",
+     "The bug in the {k} module is tracked by ticket"),
+    ("thing", "The unlock code for the {k} is {v}.", "What unlocks the {k}?",
+     "The unlock code for the {k} is"),
+    ("thing", "Remember that the {k} weighs {v} grams.", "How many grams does the {k} weigh?",
+     "The weight of the {k} in grams is"),
+    ("thing", "According to the report, the {k} costs {v} credits.",
+     "How many credits does the {k} cost?", "The cost of the {k} in credits is"))
 FAMILIES = ("ruler", "ruler-loose", "passkey", "record", "natural")
 FAMILY_WEIGHTS = (46, 8, 9, 15, 22)
 
 
 def mark_values(template: str, value: str) -> tuple[Part, ...]:
-    """Splits a template at `{v}`: the first value is PLANTED, later ones are COPY."""
+    """Split a template at ``{v}``: the first value is PLANTED, later ones are COPY."""
     parts: list[Part] = []
     for i, text in enumerate(template.split("{v}")):
         if i:
@@ -257,10 +141,7 @@ def mark_values(template: str, value: str) -> tuple[Part, ...]:
 
 
 def _fact(
-    family: str,
-    names: tuple[str, str, str],
-    template: str,
-    asks: tuple[tuple[str, str], ...],
+    family: str, names: tuple[str, str, str], template: str, asks: tuple[tuple[str, str], ...],
     is_inline: bool = True,
 ) -> Fact:
     key, value, noun = names
@@ -283,7 +164,7 @@ class Group:
     asks: tuple[tuple[str, str], ...]
 
     def make(self, rng: random.Random, words: Words, used: set[str]) -> Fact:
-        """A fact with a key not in `used` (which is extended)."""
+        """A fact with a key not in ``used`` (which is extended)."""
         key = self._new_key(rng, words, used)
         value = make_value(rng, self.value_kind, words)
         noun = value_noun(self.value_kind)
@@ -339,12 +220,12 @@ def plain_passkey(rng: random.Random) -> Fact:
 
 
 def with_key(fact: Fact, other: Fact) -> Fact:
-    """RULER fact `fact` retold for the key of `other` (one key with several values)."""
+    """RULER fact ``fact`` retold for the key of ``other`` (one key with several values)."""
     return _fact(fact.family, (other.key, fact.value, fact.noun), RULER, RULER_ASKS)
 
 
 def join_list(items: list[str]) -> str:
-    """`a`, `a and b`, `a, b, and c` (RULER's style)."""
+    """``a``, ``a and b``, ``a, b, and c`` (RULER's style)."""
     if len(items) < 3:
         return " and ".join(items)
     return ", ".join(items[:-1]) + ", and " + items[-1]

@@ -28,11 +28,11 @@ def gate_documents(
 def gate_document(
     seed: Sequence[int], source: Source, length: int, num_needles: int, hard: bool
 ) -> GateDocument:
-    """A document of about `length` tokens (never more) with 7-digit RULER needles.
+    """A document of about ``length`` tokens (never more) with 7-digit RULER needles.
 
-    `document + question` is `<|im_start|>user\\n{text}\\n\\n{question} Answer with the number
+    ``document + question`` is `<|im_start|>user\\n{text}\\n\\n{question} Answer with the number
     only.<|im_end|>\\n<|im_start|>assistant\\n`; the answer is the number and <|im_end|>. When
-    `hard`, the keys share their words.
+    ``hard``, the keys share their words.
     """
     rng = random.Random(repr(tuple(seed)))
     table = source.table
@@ -61,8 +61,7 @@ def gate_document(
     document = [int(i) for i in np.concatenate(pieces)]
     questions = [
         ([*blank, *map(int, a.ids)], [int(i) for i in b.ids])
-        for a, b in zip(asks, answers, strict=True)
-    ]
+        for a, b in zip(asks, answers, strict=True)]
     return document, questions
 
 
@@ -79,7 +78,7 @@ def _close(ids: np.ndarray, lines: np.ndarray, table: TokenTable) -> tuple[np.nd
 
 
 def _line_at(lines: np.ndarray, spot: int, limit: int) -> int:
-    """The first line start at or after `spot`, else the last one before `limit`."""
+    """The first line start at or after ``spot``, else the last one before ``limit``."""
     index = min(int(np.searchsorted(lines, spot)), int(np.searchsorted(lines, limit)) - 1)
     return int(lines[max(index, 0)]) if int(lines[0]) < limit else 0
 

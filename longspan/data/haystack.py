@@ -12,8 +12,7 @@ from longspan.data.tokens import TokenTable
 HAYSTACKS = ("corpus", "noise", "words", "needles")
 HAYSTACK_WEIGHTS = (88, 4, 2, 6)
 NOISE = (
-    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
-)
+    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n")
 """RULER's noise sentence (NVIDIA/RULER, Apache-2.0)."""
 
 
@@ -25,7 +24,7 @@ def draw_haystack(rng: random.Random) -> str:
 def haystack_filler(
     rng: random.Random, name: str, corpus: Corpus, table: TokenTable, num_tokens: int
 ) -> np.ndarray:
-    """Token ids [num_tokens] of the named haystack; `needles` gets a little corpus text."""
+    """Token ids [num_tokens] of the named haystack; ``needles`` gets a little corpus text."""
     if name == "noise":
         unit = np.array(table.tokenizer.encode(NOISE, add_special_tokens=False).ids, np.int64)
         return np.tile(unit, num_tokens // len(unit) + 1)[:num_tokens]

@@ -37,7 +37,7 @@ def load_source(data_dir: Path, split: str = "train") -> Source:
 
 
 def compose_tasks(rng: random.Random, source: Source, length: int) -> Piece:
-    """Long-range tasks one after the other, cut at exactly `length` tokens."""
+    """Long-range tasks one after the other, cut at exactly ``length`` tokens."""
     pieces: list[Piece] = []
     missing = length
     while missing > 0:
@@ -55,7 +55,7 @@ def compose_tasks(rng: random.Random, source: Source, length: int) -> Piece:
 
 
 def compose_pack(rng: random.Random, source: Source, length: int, mixture: Mixture) -> Piece:
-    """Short rows of random lengths, separated by <|endoftext|>, exactly `length` tokens."""
+    """Short rows of random lengths, separated by <|endoftext|>, exactly ``length`` tokens."""
     end = np.array([source.table.tokenizer.token_to_id(END_OF_TEXT)], np.uint32)
     pieces: list[Piece] = []
     missing = length
@@ -75,7 +75,7 @@ def compose_pack(rng: random.Random, source: Source, length: int, mixture: Mixtu
 def compose_row(
     seed: Sequence[int], source: Source, length: int, mixture: Mixture | None = None
 ) -> Piece:
-    """The row of a seed: `ids` uint32 [length], `kinds` uint8 [length]."""
+    """The row of a seed: ``ids`` uint32 [length], ``kinds`` uint8 [length]."""
     if length < MIN_ROW:
         raise LongspanError(f"row length {length} is below {MIN_ROW}: use longer rows")
     mixture = mixture or Mixture()
@@ -96,6 +96,6 @@ def compose_row(
 def compose_batch(
     seed: Sequence[int], source: Source, num_rows: int, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`ids` uint32 and `kinds` uint8, both [num_rows, length]; row i has seed (*seed, i)."""
+    """``ids`` uint32 and ``kinds`` uint8, both [num_rows, length]; row i has seed (*seed, i)."""
     rows = [compose_row((*seed, i), source, length) for i in range(num_rows)]
     return np.stack([r.ids for r in rows]), np.stack([r.kinds for r in rows])

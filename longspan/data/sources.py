@@ -109,7 +109,7 @@ def is_held_out(name: str) -> bool:
 
 
 def iter_files(root: Path) -> Iterator[Path]:
-    """Candidate files below `root` in sorted order."""
+    """Candidate files below ``root`` in sorted order."""
     for path in sorted(root.rglob("*")):
         inside = path.relative_to(root).parts[:-1]
         if path.suffix in SUFFIXES and not _SKIP_DIRS.intersection(inside) and path.is_file():
@@ -125,7 +125,7 @@ def _package(path: Path, root: Path) -> str:
 def read_root(root: Root, seen: set[bytes]) -> list[Document]:
     """Documents of one root: files grouped by package and split, packages in hash order.
 
-    `seen` holds the content hashes of earlier files and is extended: duplicates are dropped.
+    ``seen`` holds the content hashes of earlier files and is extended: duplicates are dropped.
     """
     if not root.path.is_dir():
         raise LongspanError(f"corpus root {root.path} is not a directory: pass an existing one")

@@ -1,6 +1,6 @@
 """The report's long-range tasks (Qwen2.5-1M section 3): FIM, keywords, position, reordering; copy.
 
-Each task is `f(rng, paragraphs, table) -> Sample`. `paragraphs` are token arrays that start at
+Each task is ``f(rng, paragraphs, table) -> Sample``. ``paragraphs`` are token arrays that start at
 line starts and end in a line break, so they can be joined with marker lines in any order.
 """
 
@@ -27,13 +27,13 @@ class Sample:
     task: str
     piece: Piece
     answer_span: tuple[int, int]
-    """Token range [start, stop) of the answer inside `piece`, end mark excluded."""
+    """Token range [start, stop) of the answer inside ``piece``, end mark excluded."""
 
 
 def split_paragraphs(
     rng: random.Random, ids: np.ndarray, table: TokenTable, low: int = 24, high: int = 160
 ) -> list[np.ndarray]:
-    """Cuts `ids` at line starts into paragraphs of about `low`..`high` tokens, nothing lost
+    """Cut ``ids`` at line starts into paragraphs of about ``low``..``high`` tokens, nothing lost
     between the first and the last line start."""
     starts = table.line_starts(ids) if len(ids) > 2 else np.zeros(0, np.int64)
     if len(starts) < 2:
@@ -96,11 +96,8 @@ def paragraph_at_position(
     step = rng.choice((-1, 1))
     side = "before" if step < 0 else "after"
     before = [
-        *_natural(paragraphs),
-        _text(table, f"### Which paragraph comes {side} this one?\n"),
-        filler(paragraphs[index], Kind.COPY),
-        _text(table, "### Answer\n"),
-    ]
+        *_natural(paragraphs), _text(table, f"### Which paragraph comes {side} this one?\n"),
+        filler(paragraphs[index], Kind.COPY), _text(table, "### Answer\n")]
     return _sample("position", before, filler(paragraphs[index + step], Kind.COPY), table)
 
 
@@ -125,24 +122,15 @@ def copy_span(rng: random.Random, paragraphs: Sequence[np.ndarray], table: Token
     name = f"{rng.randrange(100, 1000)}"
     marked = paragraphs[start : start + count]
     before = [
-        *_natural(paragraphs[:start]),
-        _text(table, f"### Begin {name}\n"),
-        *_natural(marked),
-        _text(table, f"### Stop {name}\n"),
-        *_natural(paragraphs[start + count :]),
-        _text(table, f"### Repeat {name}\n"),
-    ]
+        *_natural(paragraphs[:start]), _text(table, f"### Begin {name}\n"), *_natural(marked),
+        _text(table, f"### Stop {name}\n"), *_natural(paragraphs[start + count :]),
+        _text(table, f"### Repeat {name}\n")]
     return _sample("copy", before, concat([filler(p, Kind.COPY) for p in marked]), table)
 
 
 Task = Callable[[random.Random, Sequence[np.ndarray], TokenTable], Sample]
 TASKS: tuple[Task, ...] = (
-    fill_in_the_middle,
-    keywords_to_paragraph,
-    paragraph_at_position,
-    reorder_paragraphs,
-    copy_span,
-)
+    fill_in_the_middle, keywords_to_paragraph, paragraph_at_position, reorder_paragraphs, copy_span)
 TASK_WEIGHTS = (20, 25, 25, 5, 25)
 REORDER_MAX_PARAGRAPHS = 12
 

@@ -1,7 +1,7 @@
 """What each token of the vocabulary looks like as text, and marked text to token ids.
 
 Rows are composed from token pieces, so every cut must fall where the tokenizer would cut the
-joined text anyway. `TokenTable` answers that with one numpy lookup per question.
+joined text anyway. ``TokenTable`` answers that with one numpy lookup per question.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Token ids with the kind of each: `ids` uint32 [T], `kinds` uint8 [T]."""
+    """Token ids with the kind of each: ``ids`` uint32 [T], ``kinds`` uint8 [T]."""
 
     ids: np.ndarray
     kinds: np.ndarray
@@ -71,17 +71,16 @@ class TokenTable:
         self.starts_newline = np.array([t.startswith(("\n", "\r")) for t in texts])
         self.ends_stop = np.array([t == "." for t in texts])
         self.starts_sentence = np.array(
-            [len(t) > 1 and t[0] == " " and t[1].isupper() for t in texts]
-        )
+            [len(t) > 1 and t[0] == " " and t[1].isupper() for t in texts])
         self.with_newline = np.array([self._with_newline(t) for t in texts], np.int32)
 
     @classmethod
     def load(cls, tokenizer_json: Path) -> TokenTable:
-        """Table of a `tokenizer.json` on disk."""
+        """Table of a ``tokenizer.json`` on disk."""
         return cls(Tokenizer.from_file(str(tokenizer_json)))
 
     def _with_newline(self, text: str) -> int:
-        """Id of `text` plus one newline where that is a single token, else -1."""
+        """Id of ``text`` plus one newline where that is a single token, else -1."""
         if not text.endswith("\n"):
             return -1
         ids = self.tokenizer.encode(text + "\n", add_special_tokens=False).ids
@@ -112,14 +111,13 @@ class TokenTable:
         return np.flatnonzero(self.ends_stop[ids[:-1]] & self.starts_sentence[ids[1:]]) + 1
 
     def encode(self, batch: Sequence[Sequence[Part]]) -> list[Piece]:
-        """Encodes each sequence of parts as one text; kinds follow the parts' characters."""
+        """Encode each sequence of parts as one text; kinds follow the parts' characters."""
         texts = ["".join(text for text, _ in parts) for parts in batch]
         # One by one: encode_batch would start threads in each of the many workers that make rows.
         encodings = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
         return [
             _mark(np.array(e.ids, np.uint32), e.offsets, parts)
-            for e, parts in zip(encodings, batch, strict=True)
-        ]
+            for e, parts in zip(encodings, batch, strict=True)]
 
 
 def _mark(ids: np.ndarray, offsets: list[tuple[int, int]], parts: Sequence[Part]) -> Piece:

@@ -1,4 +1,4 @@
-"""Random keys and values for planted facts. Everything is drawn from the `rng` passed in."""
+"""Random keys and values for planted facts. Everything is drawn from the ``rng`` passed in."""
 
 from __future__ import annotations
 
@@ -76,12 +76,11 @@ _CODAS = ["", "", "", "n", "r", "s", "l", "x", "m", "th"]
 def pseudo_word(rng: random.Random, syllables: int = 3) -> str:
     """A pronounceable word that no corpus holds."""
     return "".join(
-        rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in range(syllables)
-    )
+        rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in range(syllables))
 
 
 def digits(rng: random.Random, count: int) -> str:
-    """`count` decimal digits, the first not 0."""
+    """``count`` decimal digits, the first not 0."""
     return str(rng.randrange(10 ** (count - 1), 10**count))
 
 
@@ -101,16 +100,14 @@ class Words:
 
     @classmethod
     def draw(cls, rng: random.Random, corpus: list[str], num_keys: int, hard: bool) -> Words:
-        """All words, or just enough of them for `num_keys` two-part keys when `hard`."""
+        """All words, or just enough of them for ``num_keys`` two-part keys when ``hard``."""
         if not hard:
             return cls(ADJECTIVES, NOUNS, tuple(corpus))
         side = max(4, int((3 * num_keys) ** 0.5) + 2)
         take = min(side, len(corpus))
         return cls(
             tuple(rng.sample(ADJECTIVES, min(side, len(ADJECTIVES)))),
-            tuple(rng.sample(NOUNS, min(side, len(NOUNS)))),
-            tuple(rng.sample(corpus, take)),
-        )
+            tuple(rng.sample(NOUNS, min(side, len(NOUNS)))), tuple(rng.sample(corpus, take)))
 
 
 KEY_KINDS = ("adj-noun", "adj noun", "word", "words", "mixed", "pseudo", "uuid", "hex", "id")

@@ -25,10 +25,8 @@ TEXT_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 def dual_chunk_config(trained_len: int) -> dict[str, int]:
     """Qwen2.5-1M's key: DCA chunk = trained length, 1/32 of it as local window."""
     return {
-        "chunk_size": trained_len,
-        "local_size": trained_len // 32,
-        "original_max_position_embeddings": trained_len,
-    }
+        "chunk_size": trained_len, "local_size": trained_len // 32,
+        "original_max_position_embeddings": trained_len}
 
 
 def config_json(
@@ -36,35 +34,22 @@ def config_json(
 ) -> dict[str, Any]:
     """config.json as released Qwen2.5-1M checkpoints have it, plus transformers 5's RoPE key.
 
-    `use_cache` is set: trainers leave it false, which silently makes generation quadratic.
+    ``use_cache`` is set: trainers leave it false, which silently makes generation quadratic.
     """
     c = model.config
     return {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "hidden_act": "silu",
-        "hidden_size": c.hidden_size,
-        "intermediate_size": c.intermediate_size,
-        "num_hidden_layers": c.num_hidden_layers,
-        "num_attention_heads": c.num_attention_heads,
-        "num_key_value_heads": c.num_key_value_heads,
-        "vocab_size": c.vocab_size,
-        "rms_norm_eps": c.rms_norm_eps,
-        "initializer_range": c.initializer_range,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": c.tie_word_embeddings,
-        "use_sliding_window": False,
-        "sliding_window": None,
-        "max_position_embeddings": MAX_POSITIONS,
-        "rope_theta": float(rope_theta),
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
+        "hidden_size": c.hidden_size, "intermediate_size": c.intermediate_size,
+        "num_hidden_layers": c.num_hidden_layers, "num_attention_heads": c.num_attention_heads,
+        "num_key_value_heads": c.num_key_value_heads, "vocab_size": c.vocab_size,
+        "rms_norm_eps": c.rms_norm_eps, "initializer_range": c.initializer_range,
+        "attention_dropout": 0.0, "tie_word_embeddings": c.tie_word_embeddings,
+        "use_sliding_window": False, "sliding_window": None,
+        "max_position_embeddings": MAX_POSITIONS, "rope_theta": float(rope_theta),
         "rope_parameters": {"rope_type": "default", "rope_theta": float(rope_theta)},
         "dual_chunk_attention_config": dual_chunk_config(trained_len),
-        "bos_token_id": special["<|endoftext|>"],
-        "eos_token_id": special["<|im_end|>"],
-        "pad_token_id": special["<|endoftext|>"],
-        "use_cache": True,
-        "torch_dtype": "bfloat16",
-    }
+        "bos_token_id": special["<|endoftext|>"], "eos_token_id": special["<|im_end|>"],
+        "pad_token_id": special["<|endoftext|>"], "use_cache": True, "torch_dtype": "bfloat16"}
 
 
 def export_model(

@@ -56,7 +56,7 @@ class DocumentCache:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(
-        self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any,
+        self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         """The document's keys and values followed by the new ones, each [B, K, S, D]."""
         if layer_idx not in self.layers:
@@ -67,7 +67,7 @@ class DocumentCache:
 
 
 def _forward(model: Qwen2ForCausalLM, ids: Tensor, start: int, cache: DocumentCache) -> Tensor:
-    """Hidden states [1, T, M] of ids [1, T] at positions from `start` behind the cache."""
+    """Hidden states [1, T, M] of ids [1, T] at positions from ``start`` behind the cache."""
     hidden = model.model.embed_tokens(ids)
     cos, sin = rope_tables(model, start, start + ids.shape[1])
     # transformers up to 5.23 calls it by another name
@@ -90,8 +90,8 @@ def inference_copy(model: Qwen2ForCausalLM) -> Qwen2ForCausalLM:
 
 
 def run_gate(
-    haystacks: Callable[[int], Iterable[Haystack]], lengths: Sequence[int],
-    model: Qwen2ForCausalLM, phase: Phase,
+    haystacks: Callable[[int], Iterable[Haystack]], lengths: Sequence[int], model: Qwen2ForCausalLM,
+    phase: Phase,
 ) -> dict[str, Any]:
     """Shares of exact answers, at the phase's length or at all ``lengths`` after the longest phase.
 
@@ -112,7 +112,7 @@ def run_gate(
 
 @torch.no_grad()
 def score_haystacks(model: Qwen2ForCausalLM, haystacks: Iterable[Haystack]) -> Score:
-    """Asks every question of every haystack; `model` is used as it is (see inference_copy)."""
+    """Ask every question of every haystack; ``model`` is used as it is (see inference_copy)."""
     score = Score()
     device = model.model.embed_tokens.weight.device
     for haystack in haystacks:
@@ -128,10 +128,7 @@ def score_haystacks(model: Qwen2ForCausalLM, haystacks: Iterable[Haystack]) -> S
 
 
 def _answer_hits(
-    model: Qwen2ForCausalLM,
-    cache: DocumentCache,
-    start: int,
-    question: Sequence[int],
+    model: Qwen2ForCausalLM, cache: DocumentCache, start: int, question: Sequence[int],
     answer: Sequence[int],
 ) -> list[bool]:
     device = model.model.embed_tokens.weight.device

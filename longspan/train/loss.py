@@ -35,11 +35,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        head: Tensor,
-        targets: Tensor,
-        weights: Tensor,
+        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor,
         chunk_loss: ChunkLoss,
     ) -> tuple[Tensor, Tensor, Tensor]:
         low = head.to(hidden.dtype)
@@ -66,10 +62,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
 
 
 def weighted_cross_entropy(
-    hidden: Tensor,
-    head: Tensor,
-    targets: Tensor,
-    weights: Tensor,
+    hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor,
     chunk_loss: ChunkLoss = _chunk_loss,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of weight x nll over the sum of weights, and per token nll and whether argmax hits.

@@ -27,13 +27,8 @@ RunLayer = Callable[[torch.nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 
 def causal_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **_: Any,
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,
+    attention_mask: Tensor | None, scaling: float | None = None, **_: Any
 ) -> tuple[Tensor, None]:
     """query [B, H, Q, D], key and value [B, K, S, D] -> ([B, Q, H, D], None); never a mask.
 
@@ -68,31 +63,16 @@ AttentionInterface.register(ATTENTION_NAME, causal_attention)
 
 
 def build_model(
-    *,
-    vocab_size: int,
-    num_layers: int = 6,
-    hidden_size: int = 512,
-    num_heads: int = 4,
-    num_kv_heads: int = 2,
-    intermediate_size: int = 896,
-    seed: int = 0,
+    *, vocab_size: int, num_layers: int = 6, hidden_size: int = 512, num_heads: int = 4,
+    num_kv_heads: int = 2, intermediate_size: int = 896, seed: int = 0,
 ) -> Qwen2ForCausalLM:
     """A fresh fp32 Qwen2 model with tied embeddings; o and down projections start smaller."""
     config = Qwen2Config(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_heads,
-        num_key_value_heads=num_kv_heads,
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=True,
-        max_position_embeddings=4096,
-        initializer_range=INIT_STD,
-        use_sliding_window=False,
-        attention_dropout=0.0,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-    )
+        vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=intermediate_size,
+        num_hidden_layers=num_layers, num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads, rms_norm_eps=1e-6, tie_word_embeddings=True,
+        max_position_embeddings=4096, initializer_range=INIT_STD, use_sliding_window=False,
+        attention_dropout=0.0, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
     config._attn_implementation = ATTENTION_NAME
     torch.manual_seed(seed)
     model = Qwen2ForCausalLM(config)
@@ -105,7 +85,7 @@ def build_model(
 
 
 def set_rope(model: Qwen2ForCausalLM, rope_theta: float, max_positions: int) -> None:
-    """Switches the RoPE base; `config.rope_theta = x` alone is ignored by transformers 5."""
+    """Switch the RoPE base; ``config.rope_theta = x`` alone is ignored by transformers 5."""
     config = model.config
     config.rope_parameters = {"rope_type": "default", "rope_theta": float(rope_theta)}
     config.max_position_embeddings = max_positions
@@ -139,15 +119,12 @@ def compiled_run_layer() -> RunLayer:
 
 
 def hidden_states(
-    model: Qwen2ForCausalLM,
-    ids: Tensor,
-    run: RunLayer = run_layer,
-    dtype: torch.dtype = torch.float32,
-    recompute: bool = False,
+    model: Qwen2ForCausalLM, ids: Tensor, run: RunLayer = run_layer,
+    dtype: torch.dtype = torch.float32, recompute: bool = False,
 ) -> Tensor:
     """Final normed hidden states of whole rows: ids [B, T] -> [B, T, M].
 
-    `dtype` is the residual stream's; `recompute` trades time for memory (checkpointing).
+    ``dtype`` is the residual stream's; ``recompute`` trades time for memory (checkpointing).
     """
     hidden = model.model.embed_tokens(ids).to(dtype)
     cos, sin = rope_tables(model, 0, ids.shape[1])
@@ -178,8 +155,8 @@ def _time_attention(
     rows, length = shape
     size = (rows, num_heads, length, head_dim)
     q, k, v = (
-        torch.randn(size, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
-    )
+        torch.randn(size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(3))
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     with sdpa_kernel(backend):
         for measured in (False, True):
@@ -193,7 +170,7 @@ def _time_attention(
 
 
 def use_backends(backends: list[SDPBackend]) -> None:
-    """Enables exactly these SDPA backends for the process (read when a graph is traced)."""
+    """Enable exactly these SDPA backends for the process (read when a graph is traced)."""
     torch.backends.cuda.enable_cudnn_sdp(SDPBackend.CUDNN_ATTENTION in backends)
     torch.backends.cuda.enable_flash_sdp(SDPBackend.FLASH_ATTENTION in backends)
     torch.backends.cuda.enable_mem_efficient_sdp(SDPBackend.EFFICIENT_ATTENTION in backends)

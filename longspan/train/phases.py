@@ -31,9 +31,9 @@ class Phase:
     """Tokens to train on, rounded down to whole steps."""
     learning_rate: float
     shorter: tuple[int, ...] = ()
-    """Row lengths that share what `full_share` leaves of the sequences."""
+    """Row lengths that share what ``full_share`` leaves of the sequences."""
     full_share: float = 1.0
-    """Share of the sequences at `seq_len`."""
+    """Share of the sequences at ``seq_len``."""
     tokens_per_step: int = TOKENS_PER_STEP
 
     def __post_init__(self) -> None:
@@ -41,18 +41,15 @@ class Phase:
             if length % ROW_MULTIPLE or self.tokens_per_step % length:
                 raise LongspanError(
                     f"phase {self.name}: row length {length} must be a multiple of "
-                    f"{ROW_MULTIPLE} and divide tokens_per_step {self.tokens_per_step}"
-                )
+                    f"{ROW_MULTIPLE} and divide tokens_per_step {self.tokens_per_step}")
         if self.num_tokens < self.tokens_per_step:
             raise LongspanError(
                 f"phase {self.name}: {self.num_tokens} tokens is less than one step "
-                f"({self.tokens_per_step}): raise num_tokens"
-            )
+                f"({self.tokens_per_step}): raise num_tokens")
         if not 0 < self.full_share <= 1 or bool(self.shorter) != (self.full_share < 1):
             raise LongspanError(
                 f"phase {self.name}: full_share {self.full_share} with {len(self.shorter)} "
-                "shorter lengths: give shorter lengths exactly when full_share is below 1"
-            )
+                "shorter lengths: give shorter lengths exactly when full_share is below 1")
         if any(length >= self.seq_len for length in self.shorter):
             raise LongspanError(f"phase {self.name}: shorter lengths must be below {self.seq_len}")
 
@@ -62,12 +59,11 @@ class Phase:
         return self.num_tokens // self.tokens_per_step
 
     def schedule(self, seed: int = 0) -> list[Shape]:
-        """Shape of every step. Shorter rows come in whole steps, so that `full_share` of the
+        """Shape of every step. Shorter rows come in whole steps, so that ``full_share`` of the
         sequences (not of the steps) is at full length; the last step is always full."""
         shapes = [(self.tokens_per_step // n, n) for n in (self.seq_len, *self.shorter)]
-        sequences = [self.full_share] + [(1 - self.full_share) / max(1, len(self.shorter))] * len(
-            self.shorter
-        )
+        rest = (1 - self.full_share) / max(1, len(self.shorter))
+        sequences = [self.full_share, *[rest] * len(self.shorter)]
         share = [s / rows for s, (rows, _) in zip(sequences, shapes, strict=True)]
         counts = [math.ceil(self.num_steps * s / sum(share) - 0.5) for s in share[1:]]
         short = [shape for shape, n in zip(shapes[1:], counts, strict=True) for _ in range(n)]
@@ -80,7 +76,7 @@ class Phase:
 
 
 def validate_phases(phases: Sequence[Phase]) -> None:
-    """Refuses an empty schedule, and lengths or RoPE bases that fall."""
+    """Refuse an empty schedule, and lengths or RoPE bases that fall."""
     if not phases:
         raise LongspanError("no phases: give at least one")
     for before, after in zip(phases, phases[1:], strict=False):
@@ -88,8 +84,7 @@ def validate_phases(phases: Sequence[Phase]) -> None:
             raise LongspanError(
                 f"phase {after.name} falls back from length {before.seq_len}, base "
                 f"{before.rope_theta:g} to {after.seq_len}, {after.rope_theta:g}: order phases "
-                "by length and base"
-            )
+                "by length and base")
 
 
 def with_tokens(phases: Sequence[Phase], num_tokens: Mapping[str, int]) -> list[Phase]:
@@ -104,7 +99,7 @@ def with_tokens(phases: Sequence[Phase], num_tokens: Mapping[str, int]) -> list[
 def learning_rate(
     phases: Sequence[Phase], index: int, step: int, warmup_steps: int, final_lr: float
 ) -> float:
-    """Rate at `step` of phase `index`: warm-up in the first phase, a short linear glide at each
+    """Rate at ``step`` of phase ``index``: warm-up in the first phase, a short linear glide at each
     later phase's start, constant else, linear decay over the last phase's second 60 %."""
     phase = phases[index]
     rate = phase.learning_rate

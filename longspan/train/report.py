@@ -32,16 +32,12 @@ def phase_rows(log: list[dict[str, Any]], model: str) -> list[dict[str, Any]]:
         last = steps[-WINDOW:]
         hits = [r["answer_accuracy"] for r in last if r["answer_accuracy"] is not None]
         row = {
-            "model": model,
-            "phase": name,
-            "num_tokens_trained": tokens,
-            "seconds": round(seconds, 2),
-            "tokens_per_s": round(tokens / seconds),
+            "model": model, "phase": name, "num_tokens_trained": tokens,
+            "seconds": round(seconds, 2), "tokens_per_s": round(tokens / seconds),
             "loss": round(sum(r["loss"] for r in last) / len(last), 4),
             "bits_per_byte": round(sum(r["bits_per_byte"] for r in last) / len(last), 4),
             "answer_accuracy": round(sum(hits) / len(hits), 5) if hits else None,
-            "peak_memory_gib": round(max(r["peak_memory_gib"] for r in steps), 1),
-        }
+            "peak_memory_gib": round(max(r["peak_memory_gib"] for r in steps), 1)}
         gates = [r for r in log if r.get("gate") == name]
         row["gate"] = {k: v for k, v in gates[-1].items() if k != "gate"} if gates else None
         rows.append(row)
@@ -54,16 +50,11 @@ def device_facts() -> dict[str, Any]:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         device = {
-            "name": properties.name,
-            "count": 1,
-            "memory_gib": round(properties.total_memory / 2**30, 1),
-            "driver": _driver(),
-        }
+            "name": properties.name, "count": 1,
+            "memory_gib": round(properties.total_memory / 2**30, 1), "driver": _driver()}
     versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+        "python": platform.python_version(), "torch": torch.__version__,
+        "transformers": transformers.__version__}
     return {"device": device, "versions": versions}
 
 
@@ -78,18 +69,13 @@ def _driver() -> str:
 def write_results(
     log_file: Path, out_file: Path, *, model: str, command: str, commit: str
 ) -> dict[str, Any]:
-    """Writes the result file of a run; device and versions come from the log's `start` row."""
+    """Write the result file of a run; device and versions come from the log's ``start`` row."""
     log = read_log(log_file)
     start = next((r for r in log if "device" in r), device_facts())
     result = {
-        "bench": "train",
-        "command": command,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": commit,
-        "device": start["device"],
-        "versions": start["versions"],
-        "rows": phase_rows(log, model),
-    }
+        "bench": "train", "command": command, "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "commit": commit, "device": start["device"], "versions": start["versions"],
+        "rows": phase_rows(log, model)}
     make_folder(out_file.parent)
     text = json.dumps(result, indent=1) + "\n"
     replace_file(out_file, lambda out: out.write(text.encode()))

@@ -35,11 +35,10 @@ def make_text(seed: int, num_lines: int) -> str:
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data directory: `corpus` shards and `tokenizer`."""
+    """A data directory: ``corpus`` shards and ``tokenizer``."""
     directory = tmp_path_factory.mktemp("data")
     documents = [
-        Document(name=f"d{i}", text=make_text(i, 700), is_held_out=i == 0) for i in range(5)
-    ]
+        Document(name=f"d{i}", text=make_text(i, 700), is_held_out=i == 0) for i in range(5)]
     texts = [d.text for d in documents] + template_texts(list(NOUNS), 40)
     tokenizer = train_tokenizer(texts, 1024)
     save_tokenizer(tokenizer, directory / "tokenizer")

@@ -36,8 +36,7 @@ def test_length_is_exact_and_the_seed_decides(source: Source, length: int) -> No
         assert len(row.ids) == len(row.kinds) == length
         assert (row.ids == again.ids).all() and (row.kinds == again.kinds).all()
     assert (
-        compose_row((3, 0), source, length).ids != compose_row((4, 0), source, length).ids
-    ).any()
+        compose_row((3, 0), source, length).ids != compose_row((4, 0), source, length).ids).any()
 
 
 def test_every_answer_was_planted_before(source: Source) -> None:
@@ -95,8 +94,7 @@ def test_questions_follow_their_facts(source: Source) -> None:
 def test_chat_rows_have_the_evaluation_form(source: Source) -> None:
     form = re.compile(
         r"[^\n]\n\nWhat is the special magic number for [^?]+ mentioned in the provided text\? "
-        r"Answer with the number only\.<\|im_end\|>\n<\|im_start\|>assistant\n\d+<\|im_end\|>"
-    )
+        r"Answer with the number only\.<\|im_end\|>\n<\|im_start\|>assistant\n\d+<\|im_end\|>")
     hits = [form.search(text_of(source, compose_row((7, i), source, 2048))) for i in range(40)]
     assert sum(h is not None for h in hits) >= 6
 

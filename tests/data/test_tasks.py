@@ -50,15 +50,14 @@ def test_fim_is_invertible(source: Source, paragraphs: list[np.ndarray], seed: i
     sample = fill_in_the_middle(random.Random(seed), paragraphs, source.table)
     before, middle = parts(source, sample)
     pieces = dict(re.findall(r"### (Prefix|Suffix)\n(.*?)(?=### (?:Prefix|Suffix|Middle)\n)",
-                             before, re.S))  # fmt: skip
+                             before, re.S))
     whole = "".join(decode(source, p) for p in paragraphs)
     assert pieces["Prefix"] + middle + pieces["Suffix"] == whole
 
 
 def test_keywords_are_in_the_answer(source: Source, paragraphs: list[np.ndarray]) -> None:
     before, answer = parts(
-        source, keywords_to_paragraph(random.Random(1), paragraphs, source.table)
-    )
+        source, keywords_to_paragraph(random.Random(1), paragraphs, source.table))
     words = re.search(r"keywords (.*)\?", before)
     assert words is not None
     assert all(word in answer for word in words[1].split(", "))

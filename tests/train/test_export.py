@@ -25,14 +25,12 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tokenizer(tokenizer, directory / "tokenizer")
     model = build_model(
         vocab_size=300, num_layers=2, hidden_size=64, num_heads=2, num_kv_heads=1,
-        intermediate_size=96,
-    ).to(torch.bfloat16).float()  # fmt: skip
+        intermediate_size=96).to(torch.bfloat16).float()
     set_rope(model, 1e7, 1024)
     torch.save(hidden_states(model, torch.arange(100)[None]), directory / "hidden.pt")
     export_model(
         model, directory / "tokenizer", directory / "out", rope_theta=1e7, trained_len=1024,
-        max_shard_size="20KB",
-    )  # fmt: skip
+        max_shard_size="20KB")
     (directory / "out").rename(directory / "shards")
     join_shards(directory / "shards", directory / "out")
     return directory
@@ -46,8 +44,7 @@ def test_loads_and_gives_the_same_states(exported: Path) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert model.config.use_cache is True
     ends = AutoTokenizer.from_pretrained(exported / "out").convert_tokens_to_ids(
-        ["<|im_end|>", "<|endoftext|>"]
-    )
+        ["<|im_end|>", "<|endoftext|>"])
     assert model.generation_config.eos_token_id == ends
 
 
@@ -56,15 +53,13 @@ def test_config_speaks_both_dialects(exported: Path) -> None:
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 1e7
     assert config["max_position_embeddings"] == 1_010_000
     assert config["dual_chunk_attention_config"] == {
-        "chunk_size": 1024, "local_size": 32, "original_max_position_embeddings": 1024,
-    }  # fmt: skip
+        "chunk_size": 1024, "local_size": 32, "original_max_position_embeddings": 1024}
 
 
 def test_tokenizer_renders_chatml_and_splits_digits(exported: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(exported / "out")
     text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": TEXT}], tokenize=False, add_generation_prompt=True
-    )
+        [{"role": "user", "content": TEXT}], tokenize=False, add_generation_prompt=True)
     assert text == f"<|im_start|>user\n{TEXT}<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert len(tokenizer("1234567")["input_ids"]) == 7

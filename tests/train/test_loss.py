@@ -35,8 +35,7 @@ def test_equals_plain_cross_entropy(monkeypatch: pytest.MonkeyPatch, chunk: int)
 def test_training_path_equals_plain_transformers() -> None:
     model = build_model(
         vocab_size=300, num_layers=2, hidden_size=64, num_heads=2, num_kv_heads=1,
-        intermediate_size=96,
-    )  # fmt: skip
+        intermediate_size=96)
     set_rope(model, 1e6, 256)
     ids = torch.randint(0, 300, (2, 128))
     hidden = hidden_states(model, ids)[:, :-1].flatten(0, 1)
@@ -57,8 +56,7 @@ def test_training_path_equals_plain_transformers() -> None:
 def test_recompute_gives_the_same_gradients() -> None:
     model = build_model(
         vocab_size=300, num_layers=2, hidden_size=64, num_heads=2, num_kv_heads=1,
-        intermediate_size=96,
-    )  # fmt: skip
+        intermediate_size=96)
     ids = torch.randint(0, 300, (1, 128))
     grads = []
     for recompute in (False, True):

@@ -21,8 +21,7 @@ from longspan.train.model import (
 def tiny() -> Qwen2ForCausalLM:
     return build_model(
         vocab_size=300, num_layers=2, hidden_size=64, num_heads=2, num_kv_heads=1,
-        intermediate_size=96,
-    )  # fmt: skip
+        intermediate_size=96)
 
 
 @pytest.mark.parametrize("q_len", [40, 7, 1])

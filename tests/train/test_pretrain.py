@@ -27,13 +27,10 @@ VOCAB = 64
 PHASES = [
     Phase(
         name="a", seq_len=128, rope_theta=1e4, num_tokens=2048, learning_rate=3e-3,
-        tokens_per_step=256,
-    ),
+        tokens_per_step=256),
     Phase(
         name="b", seq_len=256, rope_theta=1e6, num_tokens=1024, learning_rate=1e-3,
-        tokens_per_step=256, shorter=(128,), full_share=0.75,
-    ),
-]  # fmt: skip
+        tokens_per_step=256, shorter=(128,), full_share=0.75)]
 
 
 def tiny(num_layers: int = 2) -> Qwen2ForCausalLM:
@@ -73,8 +70,7 @@ def test_runs_all_phases_and_reports(tmp_path: Path) -> None:
     assert steps[-1]["loss"] < steps[0]["loss"]
     result = write_results(
         tmp_path / "log.jsonl", tmp_path / "r" / "train.cpu.json", model="tiny", command="c",
-        commit="x",
-    )  # fmt: skip
+        commit="x")
     assert result == json.loads((tmp_path / "r" / "train.cpu.json").read_text())
     assert [r["num_tokens_trained"] for r in result["rows"]] == [2048, 1024]
     assert result["rows"][1]["gate"]["exact"] == 0.5
