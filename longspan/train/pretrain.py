@@ -29,7 +29,7 @@ from longspan.train.model import (
 )
 from longspan.train.phases import Phase, Shape, learning_rate, validate_phases
 from longspan.train.report import device_facts
-from longspan.train.run_log import LOG_FILE, RunLog
+from longspan.train.run_log import LOG_FILE, RunLog, read_log
 from longspan.train.state import STATE_FILE, Progress, digest, load_state, save_state, shapes
 
 log = logging.getLogger(__name__)
@@ -239,15 +239,16 @@ class _Run:
         try:
             loss, sums = self.losses(batch)
             loss.backward()
+            return sums
         except torch.OutOfMemoryError:
             if self.recompute:
                 raise
-            log.warning("out of memory at %s: recomputing activations", tuple(batch[0].shape))
-            self.recompute = True
-            self.optimizer.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
-            return self._backward(batch)
-        return sums
+        # Outside the handler, because the error's frames hold the activations.
+        log.warning("out of memory at %s: recomputing activations", tuple(batch[0].shape))
+        self.recompute = True
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        return self._backward(batch)
 
 
 def make_optimizer(model: torch.nn.Module, config: RunConfig) -> torch.optim.AdamW:
@@ -267,7 +268,8 @@ def pretrain(
     """Train through the phases from the saved or the first step; returns where it ended.
 
     It ends early, with the state saved, at ``deadline_s`` or once ``stop`` is set (by a signal's
-    handler, for example). ``gate`` is called after each phase; its numbers go to the log.
+    handler, for example). ``gate`` is called after each phase, if need be when the run is resumed;
+    its numbers go to the log.
 
     Raises:
         LongspanError: bad phases; nothing to resume, or a run with other inputs; a folder that
@@ -277,6 +279,7 @@ def pretrain(
     validate_phases(phases)
     torch.nn.Module.to(model, config.device)
     run = _Run(model, phases, config, stop or threading.Event())
+    _ask_gate(run, gate)  # A run may have ended before it, or in it.
     while run.progress.phase < len(phases) and not run.stop.is_set():
         if run.elapsed_s + config.phase_start_s > config.deadline_s:
             break
@@ -323,11 +326,21 @@ def _choose_attention(run: _Run, phase: Phase) -> None:
 
 def _close_phase(run: _Run, gate: Gate | None) -> None:
     """Move on to the next phase, save, and run the gate when time is left for it."""
-    phase = run.phases[run.progress.phase]
     run.progress.phase += 1
     run.progress.step = 0
     run.save()
-    if gate is not None and run.elapsed_s < run.config.deadline_s:
-        begin_s = run.elapsed_s
-        result = gate(run.model, phase)
-        run.log.write({"gate": phase.name, **result, "gate_s": run.elapsed_s - begin_s})
+    _ask_gate(run, gate)
+
+
+def _ask_gate(run: _Run, gate: Gate | None) -> None:
+    """Between two phases, log what the gate says of the one before, once."""
+    progress, config = run.progress, run.config
+    if gate is None or progress.phase == 0 or progress.step or run.elapsed_s > config.deadline_s:
+        return
+    phase = run.phases[progress.phase - 1]
+    if any(row.get("gate") == phase.name for row in read_log(run.log.file)):
+        return
+    set_rope(run.model, phase.rope_theta, phase.seq_len)
+    begin_s = run.elapsed_s
+    result = gate(run.model, phase)
+    run.log.write({"gate": phase.name, **result, "gate_s": run.elapsed_s - begin_s})

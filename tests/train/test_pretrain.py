@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -15,8 +16,9 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from longspan.errors import LongspanError
+from longspan.train import pretrain as loop
 from longspan.train.gate import Haystack, inference_copy, score_haystacks
-from longspan.train.model import build_model, set_rope
+from longspan.train.model import build_model, hidden_states, set_rope
 from longspan.train.phases import Phase, Shape
 from longspan.train.pretrain import Batch, Batches, RunConfig, pretrain
 from longspan.train.report import write_results
@@ -243,6 +245,45 @@ def test_resuming_with_another_is_refused(
 def test_missing_inputs_are_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(LongspanError, match="none does not exist"):
         pretrain(tiny(), PHASES, batches, config(tmp_path, inputs={"data": tmp_path / "none"}))
+
+
+def test_a_gate_that_was_missed_is_asked_on_resuming(tmp_path: Path) -> None:
+    asked: list[tuple[str, float]] = []
+
+    def gate(model: Qwen2ForCausalLM, phase: Phase) -> dict[str, Any]:
+        asked.append((phase.name, model.config.rope_parameters["rope_theta"]))
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        return {"exact": 1.0}
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(tiny(), PHASES, batches, config(tmp_path), gate)
+    for _ in range(2):
+        pretrain(tiny(), PHASES, batches, config(tmp_path, resume=True), gate)
+    assert asked == [("a", 1e4), ("a", 1e4), ("b", 1e6)]
+    gates = [row["gate"] for row in read_log(tmp_path / "log.jsonl") if "gate" in row]
+    assert gates == ["a", "b"]
+
+
+def test_out_of_memory_is_tried_again_with_recomputation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outside the handler of the error, whose frames hold the activations."""
+    plain, small = tiny(), tiny()
+    pretrain(plain, PHASES, batches, config(tmp_path / "plain"))
+    handled: list[object] = []
+
+    def needs_recomputation(*arguments: Any) -> torch.Tensor:
+        if not arguments[4]:
+            raise torch.OutOfMemoryError("full")
+        handled.append(sys.exc_info()[0])
+        return hidden_states(*arguments)
+
+    monkeypatch.setattr(loop, "hidden_states", needs_recomputation)
+    pretrain(small, PHASES, batches, config(tmp_path / "small"))
+    assert handled == [None] * 12
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(small.state_dict()[name], value)
 
 
 def test_an_untied_head_is_trained(tmp_path: Path) -> None:
