@@ -103,7 +103,8 @@ def run_config(recipe: Recipe, options: TrainOptions) -> RunConfig:
     return RunConfig(
         out_dir=options.out, kind_weights=recipe.kind_weights, filler_kind=Kind.FILLER,
         answer_kind=Kind.ANSWER,
-        inputs={"data": options.data / "corpus", "tokenizer": options.data / "tokenizer"},
+        inputs={"data": options.data / "corpus",
+                "tokenizer": options.data / "tokenizer" / "tokenizer.json"},
         token_bytes=tuple(int(n) for n in table.num_bytes), device="cuda" if has_cuda else "cpu",
         deadline_s=options.deadline_s, phase_start_s=45.0 if has_cuda else 0.0,
         compile=has_cuda and not options.eager, recompute=options.recompute,

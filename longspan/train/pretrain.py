@@ -105,7 +105,7 @@ class _Meter:
     num_tokens: int = 0
     num_steps: int = 0
     shape: Shape = (0, 0)
-    """Of the last batch."""
+    """The last batch's."""
     rate: float = 0.0
     started: float = field(default_factory=time.perf_counter)
 

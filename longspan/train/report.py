@@ -1,4 +1,4 @@
-"""Result rows of a training run, from its log (format: bench/results, DESIGN 1b)."""
+"""Result rows of a training run, from its log (their format: bench/results)."""
 
 from __future__ import annotations
 
