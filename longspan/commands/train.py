@@ -192,7 +192,8 @@ def _make_app(choose: Callable[[bool], Recipe]) -> typer.Typer:
     @app.command("train")
     def train_command(
         data: Data, out: Out, smoke: bool = False,
-        tokens: Annotated[list[str], typer.Option(metavar="PHASE=MILLIONS")] = [],  # noqa: B006
+        tokens: Annotated[list[str] | None, typer.Option(
+            metavar="PHASE=MILLIONS", help="Other tokens than the recipe's.")] = None,
         resume: bool = False,
         eager: Annotated[bool, typer.Option(help="Do not compile.")] = False,
         recompute: Annotated[bool, typer.Option(help="Recompute activations.")] = False,
@@ -202,9 +203,9 @@ def _make_app(choose: Callable[[bool], Recipe]) -> typer.Typer:
     ) -> None:
         """Train through the phases."""
         train(choose(smoke), TrainOptions(
-            data=data, out=out, num_tokens=parse_amounts("--tokens", tokens), resume=resume,
-            eager=eager, recompute=recompute, deadline_s=deadline_s, num_workers=workers,
-            shards=shards))
+            data=data, out=out, num_tokens=parse_amounts("--tokens", tokens or ()),
+            resume=resume, eager=eager, recompute=recompute, deadline_s=deadline_s,
+            num_workers=workers, shards=shards))
 
     @app.command("export")
     def export_command(
