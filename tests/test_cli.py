@@ -13,7 +13,7 @@ import pytest
 
 from longspan import cli, generate
 from longspan.console import PrefillBar, prefill_rate
-from longspan.engine.desk import Intake
+from longspan.engine.intake import Intake
 from longspan.engine.llm import LLM
 from longspan.engine.request import Progress, SamplingParams
 from longspan.errors import LongspanError

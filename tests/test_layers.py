@@ -50,7 +50,8 @@ ALLOWED_OTHERS: dict[str, tuple[str, ...]] = {
 CONTROL_PLANE = (
     "request", "blocks", "chunking", "scheduler", "loop", "wire", "tokenizer", "client",
     "transport", "conductor", "launch", "orders", "scheduler_process", "planner", "latency",
-    "prefixes", "warmup", "grammar", "schema_checker", "chat_template")
+    "prefixes", "warmup", "grammar", "schema_checker", "chat_template", "intake", "tracking",
+    "backend")
 ENVIRONMENT = ("environ", "environb", "getenv", "putenv")
 MAX_FILE_LINES = 420
 MAX_FUNCTION_LINES = 80

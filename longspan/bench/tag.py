@@ -13,12 +13,11 @@ from collections.abc import Sequence
 
 from longspan.bench.inputs import BLOCK_SIZE
 from longspan.config import EngineConfig
+from longspan.engine.backend import Backend, Send, Start
 from longspan.engine.client import AsyncEngine, GenerateRequest
-from longspan.engine.conductor import Send
 from longspan.engine.launch import MAX_IN_FLIGHT, in_processes
 from longspan.engine.request import SamplingParams, TokenEvent
 from longspan.engine.wire import FromEngine, Stepped
-from longspan.engine.worker import Backend, Start
 from longspan.errors import LongspanError
 
 PROMPT_LEN = 64

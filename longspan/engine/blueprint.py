@@ -12,7 +12,7 @@ import torch
 from longspan.attention.sparsity import SparsityPlan, needs_means
 from longspan.config import DcaConfig, EngineConfig, ModelConfig
 from longspan.engine.chunking import piece_rows, unit_len
-from longspan.engine.desk import Intake
+from longspan.engine.intake import Intake
 from longspan.engine.memory import MemoryPlan, plan_memory
 from longspan.engine.prior import prior_costs
 from longspan.engine.resolve import (
@@ -21,7 +21,7 @@ from longspan.engine.resolve import (
     resolve_config,
     resolve_positions,
 )
-from longspan.engine.runner import Runner, resolve_plan
+from longspan.engine.runner import Runner
 from longspan.engine.scheduler import SchedulerConfig, max_step_tokens
 from longspan.model.weights import resolve_checkpoint
 
@@ -134,3 +134,22 @@ def _plan_memory(
     return plan_memory(
         model, config, means=means, must_fit=must_fit,
         max_step_tokens=max_step_tokens(config.prefill_chunk_len, config.max_num_requests))
+
+
+def resolve_plan(path: Path, model: ModelConfig, config: EngineConfig) -> SparsityPlan | None:
+    """The plan that the user or the checkpoint brings: the named file, else the one beside the
+    checkpoint, else the released budgets in its config. None: there is none.
+
+    Raises `LongspanError` when it was made for another model's shape.
+    """
+    beside = path / "sparsity_plan.json"
+    if config.sparsity_plan is not None:
+        plan = SparsityPlan.load(config.sparsity_plan)
+    elif beside.is_file():
+        plan = SparsityPlan.load(beside)
+    elif model.sparse_budgets is not None:
+        plan = SparsityPlan.from_released(model.sparse_budgets, probe_last=model.sparse_probe_len)
+    else:
+        return None
+    plan.check_fits(model.num_layers, model.num_heads)
+    return plan

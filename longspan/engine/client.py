@@ -23,19 +23,19 @@ from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from longspan.config import EngineConfig
-from longspan.engine.desk import Tracker, default_sampling, deliver, load_tokenizer
+from longspan.engine.backend import Backend, Start
+from longspan.engine.intake import Prompt, as_token_ids, default_sampling
 from longspan.engine.latency import Forecast
 from longspan.engine.launch import in_processes
-from longspan.engine.loop import StepReport
 from longspan.engine.prefixes import hash_prompt
-from longspan.engine.prompts import Prompt, as_token_ids
 from longspan.engine.request import Request, SamplingParams
 from longspan.engine.scheduler import Load
 from longspan.engine.schema_checker import SchemaChecker
 from longspan.engine.session import Session
-from longspan.engine.step import Update
+from longspan.engine.step import StepReport, Update
 from longspan.engine.stream import Channel, Stream
-from longspan.engine.tokenizer import Tokenizer
+from longspan.engine.tokenizer import Tokenizer, load_tokenizer
+from longspan.engine.tracking import Tracker, deliver
 from longspan.engine.wire import (
     Abort,
     Add,
@@ -47,7 +47,6 @@ from longspan.engine.wire import (
     Stepped,
     Submitted,
 )
-from longspan.engine.worker import Backend, Start
 from longspan.errors import LongspanError
 
 NUM_HELPERS = 4

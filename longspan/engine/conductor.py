@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from longspan.engine.backend import Send
 from longspan.engine.loop import Loop, Transport
 from longspan.engine.scheduler import Load, Scheduler
 from longspan.engine.step import ScheduledBatch, StepResult
 from longspan.engine.warmup import warm_up
-from longspan.engine.wire import Add, Close, Command, FromEngine, LoadChanged, Submitted
+from longspan.engine.wire import Add, Close, Command, LoadChanged, Submitted
 
 AHEAD_S = 5e-3
 """Decode work that is queued ahead: several round trips between processes, yet negligible for a
 request that arrives meanwhile."""
-Send = Callable[[FromEngine], None]
 TakeCommand = Callable[[bool], Command | None]
 """The next command; waits for one if the argument says so, else None where there is none."""
 

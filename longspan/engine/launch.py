@@ -25,14 +25,13 @@ import msgspec
 import zmq
 
 from longspan.config import EngineConfig
-from longspan.engine.conductor import Send
+from longspan.engine.backend import Send, Start
 from longspan.engine.orders import ROLES, Orders, Role, socket_address
 from longspan.engine.transport import SOCKET_REMEDY, Inbox, Outbox
 from longspan.engine.wire import Begin, Command, Died, FromEngine
-from longspan.engine.worker import Start
 from longspan.errors import LongspanError
 
-LOADER = "longspan.engine.worker:load_engine"
+LOADER = "longspan.engine.load:load_engine"
 MAX_IN_FLIGHT = 2
 """Steps: one that is computed, and the next one, so that the runner never waits. Short ones are
 more (`longspan.engine.loop`)."""
@@ -51,7 +50,7 @@ def in_processes(*, max_in_flight: int = MAX_IN_FLIGHT, loader: str = LOADER) ->
     Args:
         max_in_flight: steps; 1 waits for each step's result before the next one is scheduled: the
             synchronous baseline that benchmarks compare with.
-        loader: as ``module:function`` a `longspan.engine.worker.Loader`; tests name doubles.
+        loader: as ``module:function`` a `longspan.engine.backend.Loader`; tests name doubles.
     """
     return lambda config, send: Processes(config, send, max_in_flight, loader)
 

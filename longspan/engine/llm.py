@@ -12,13 +12,15 @@ from typing import Any, Self, cast
 
 from longspan.config import EngineConfig
 from longspan.engine.blueprint import Blueprint
-from longspan.engine.desk import deliver, load_tokenizer
 from longspan.engine.grammar import Grammars
-from longspan.engine.loop import Loop, StepReport
-from longspan.engine.prompts import Prompt, as_prompts
+from longspan.engine.intake import Prompt, as_prompts
+from longspan.engine.loop import Loop
 from longspan.engine.request import Progress, Request, RequestOutput, SamplingParams, TokenEvent
 from longspan.engine.scheduler import Scheduler
 from longspan.engine.session import Session
+from longspan.engine.step import StepReport
+from longspan.engine.tokenizer import load_tokenizer
+from longspan.engine.tracking import deliver
 from longspan.errors import LongspanError
 
 OnProgress = Callable[[Progress], None]

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from longspan.engine.request import Request
 from longspan.engine.scheduler import Scheduler
-from longspan.engine.step import ScheduledBatch, StepResult, Update
+from longspan.engine.step import ScheduledBatch, StepReport, StepResult, Update
 
 MAX_SHORT_STEPS = 8
 """Steps in flight, however short they are: so many are computed for nothing after a stop token."""
@@ -113,18 +113,6 @@ class LocalTransport:
     def discard(self) -> None:
         """Forget steps that were not computed."""
         self._batches.clear()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepReport:
-    """What one turn of the loop changed. Times are of ``time.monotonic``."""
-
-    updates: tuple[Update, ...] = ()
-    submitted_s: float = 0.0
-    """When the step was handed to the runner."""
-    finished_s: float = 0.0
-    kept_pairs: float = 0.0
-    causal_pairs: float = 0.0
 
 
 class Loop:

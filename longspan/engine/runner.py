@@ -255,20 +255,3 @@ def split_layers(num_layers: int, num_stages: int) -> list[range]:
     return [range(start, stop) for start, stop in zip(cuts, cuts[1:], strict=False)]
 
 
-def resolve_plan(path: Path, model: ModelConfig, config: EngineConfig) -> SparsityPlan | None:
-    """The plan that the user or the checkpoint brings: the named file, else the one beside the
-    checkpoint, else the released budgets in its config. None: there is none.
-
-    Raises `LongspanError` when it was made for another model's shape.
-    """
-    beside = path / "sparsity_plan.json"
-    if config.sparsity_plan is not None:
-        plan = SparsityPlan.load(config.sparsity_plan)
-    elif beside.is_file():
-        plan = SparsityPlan.load(beside)
-    elif model.sparse_budgets is not None:
-        plan = SparsityPlan.from_released(model.sparse_budgets, probe_last=model.sparse_probe_len)
-    else:
-        return None
-    plan.check_fits(model.num_layers, model.num_heads)
-    return plan

@@ -18,11 +18,11 @@ from typing import Any, cast
 
 import zmq
 
+from longspan.engine.backend import Loader
 from longspan.engine.loop import Launched, Launcher
 from longspan.engine.orders import Orders
 from longspan.engine.transport import Inbox, Outbox, Tables
 from longspan.engine.wire import Computed, Loaded, Row, Step, Stepped, last_words
-from longspan.engine.worker import Loader
 
 SWITCH_S = 5e-4
 """Longest that a thread keeps the interpreter from the other one."""

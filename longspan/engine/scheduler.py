@@ -29,10 +29,10 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from longspan.engine.blocks import BlockPool
+from longspan.engine.intake import check_fits
 from longspan.engine.latency import Costs, Forecast, LatencyModel, Work
 from longspan.engine.planner import Choice, Plan, Planner, PlannerConfig
 from longspan.engine.prefixes import Prefixes
-from longspan.engine.prompts import check_fits
 from longspan.engine.request import FinishReason, Request, finish_reason
 from longspan.engine.step import (
     RowLogprobs,

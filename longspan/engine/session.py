@@ -9,7 +9,6 @@ import time
 from array import array
 from collections import deque
 
-from longspan.engine.loop import StepReport
 from longspan.engine.request import (
     FinishReason,
     Progress,
@@ -18,7 +17,7 @@ from longspan.engine.request import (
     TokenEvent,
     TokenLogprob,
 )
-from longspan.engine.step import Update
+from longspan.engine.step import StepReport, Update
 from longspan.engine.token_bytes import TokenBytes
 from longspan.engine.tokenizer import TextStream, Tokenizer
 from longspan.errors import RequestFailedError

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import msgspec
 from msgspec.structs import replace
@@ -217,3 +218,15 @@ class Update(Data, frozen=True, kw_only=True):
     """Of ``token_id``, where asked for."""
     failure: str = ""
     """Why the engine has given the request up, which is an abort to it; empty: it has not."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepReport:
+    """What one turn of the loop changed. Times are of ``time.monotonic``."""
+
+    updates: tuple[Update, ...] = ()
+    submitted_s: float = 0.0
+    """When the step was handed to the runner."""
+    finished_s: float = 0.0
+    kept_pairs: float = 0.0
+    causal_pairs: float = 0.0

@@ -292,3 +292,18 @@ def _templates_by_name(entries: Sequence[Any], path: Path) -> dict[str, Any]:
     except (KeyError, TypeError):
         raise CheckpointError(f"{path}: an entry of chat_template in tokenizer_config.json has no "
                               "name or no template; fetch the file again") from None
+
+
+def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    """The checkpoint's tokenizer. Raises `CheckpointError` when it does not match the model."""
+    tokenizer = Tokenizer(path)
+    if tokenizer.vocab_size > vocab_size:
+        raise CheckpointError(
+            f"{path}: the tokenizer knows {tokenizer.vocab_size} tokens, the model only "
+            f"{vocab_size}; fetch matching files")
+    last = max(tokenizer.eos_token_ids, default=0)
+    if last >= vocab_size:
+        raise CheckpointError(
+            f"{path}: eos_token_id is {last}, and the model has {vocab_size} tokens; correct "
+            "config.json or generation_config.json")
+    return tokenizer

@@ -18,7 +18,7 @@ from typing import Any, get_origin
 
 import msgspec
 
-from longspan.engine.desk import Intake
+from longspan.engine.intake import Intake
 from longspan.engine.request import Request
 from longspan.engine.scheduler import Load, SchedulerConfig
 from longspan.engine.step import ScheduledBatch, ScheduledSlice, StepResult

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from queue import Empty, SimpleQueue
-from typing import Protocol
 
 from longspan.config import EngineConfig
-from longspan.engine.conductor import Conductor, Send
-from longspan.engine.loop import Executor, LocalTransport
-from longspan.engine.rehearsal import rehearsal
-from longspan.engine.scheduler import Scheduler, SchedulerConfig
+from longspan.engine.backend import Engine, Loader, Send, Start
+from longspan.engine.conductor import Conductor
+from longspan.engine.loop import LocalTransport
+from longspan.engine.scheduler import Scheduler
 from longspan.engine.step import ScheduledBatch, StepResult
 from longspan.engine.wire import (
     Begin,
@@ -25,60 +23,13 @@ from longspan.engine.wire import (
     Command,
     Died,
     Loaded,
-    Planned,
     Row,
     Stepped,
     last_words,
 )
 
 
-class Engine(Executor, Protocol):
-    """What computes, and can be freed."""
-
-    def close(self) -> None:
-        """Free weights and caches."""
-
-
-Loader = Callable[[EngineConfig, Send], tuple[SchedulerConfig, Engine]]
-"""Sends `Planned`, then reads the weights."""
-
-
-class Backend(Protocol):
-    """An engine that was started, as the front end sees it; its messages go to the front end's
-    ``post``."""
-
-    def send(self, message: Begin | Command) -> None:
-        """Hand a command over; returns at once. One thread only."""
-
-    def stop(self) -> None:
-        """Ask for the end; returns at once. Any thread, any number of times."""
-
-    def join(self, timeout_s: float) -> None:
-        """Wait for the end after `stop`, at most so long where waiting is all that can be done."""
-
-
-Start = Callable[[EngineConfig, Send], Backend]
-"""Starts an engine, and returns before it is loaded."""
-
-
-def load_engine(config: EngineConfig, send: Send) -> tuple[SchedulerConfig, Engine]:
-    """The real thing. Raises `LongspanError` when the model cannot be loaded."""
-    from longspan.engine.blueprint import Blueprint  # torch: seconds, and not on this file's import
-
-    blueprint = Blueprint.resolve(config)
-    scheduler, memory = blueprint.scheduler_config(), blueprint.memory
-    send(Planned(
-        path=blueprint.path, intake=blueprint.intake(), scheduler=scheduler,
-        memory_bytes={"weights": memory.weights_bytes, "workspace": memory.workspace_bytes,
-                      "KV cache": memory.kv_bytes}))
-    runner = blueprint.load_runner()
-    runner.record_graphs()
-    if blueprint.config.device != "cpu":  # whose operations need no compiler
-        runner.rehearse(rehearsal(scheduler))
-    return scheduler, runner
-
-
-def on_a_thread(load: Loader = load_engine) -> Start:
+def on_a_thread(load: Loader) -> Start:
     """Engines on threads of this process."""
     return lambda config, send: Worker(config, load, send)
 

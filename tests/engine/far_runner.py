@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from longspan.config import EngineConfig
-from longspan.engine.conductor import Send
-from longspan.engine.desk import Intake
+from longspan.engine.backend import Send
+from longspan.engine.intake import Intake
 from longspan.engine.scheduler import SchedulerConfig
 from longspan.engine.step import ScheduledBatch, StepResult
 from longspan.engine.wire import Planned
@@ -61,7 +61,7 @@ class FarRunner(FakeRunner):
 
 
 def load(config: EngineConfig, send: Send) -> tuple[SchedulerConfig, FarRunner]:
-    """As `longspan.engine.worker.load_engine`."""
+    """As `longspan.engine.load.load_engine`."""
     path = Path(config.model)
     options = json.loads((path / "fake.json").read_text())
     (path / "asked.json").write_text(json.dumps({"step_budget_s": str(config.step_budget_s)}))

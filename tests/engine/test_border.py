@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from longspan.engine.client import GenerateRequest
-from longspan.engine.desk import Intake, load_tokenizer
+from longspan.engine.intake import Intake
 from longspan.engine.llm import LLM
 from longspan.engine.request import SamplingParams
+from longspan.engine.tokenizer import load_tokenizer
 from longspan.engine.wire import Add, Codec, ToScheduler, encode
 from longspan.errors import CheckpointError, InvalidRequestError
 from tests.doubles import make_request, write_checkpoint, write_tokenizer

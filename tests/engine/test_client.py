@@ -17,15 +17,17 @@ import pytest
 import uvicorn
 
 from longspan.config import EngineConfig
+from longspan.engine.backend import Send
 from longspan.engine.client import AsyncEngine, EngineUnavailableError, GenerateRequest
-from longspan.engine.desk import Intake, default_sampling
+from longspan.engine.intake import Intake, default_sampling
 from longspan.engine.llm import LLM
+from longspan.engine.load import load_engine
 from longspan.engine.request import Progress, SamplingParams, TokenEvent
 from longspan.engine.scheduler import SchedulerConfig
 from longspan.engine.step import ScheduledBatch, StepResult
 from longspan.engine.stream import Stream
 from longspan.engine.wire import Planned
-from longspan.engine.worker import Send, on_a_thread
+from longspan.engine.worker import on_a_thread
 from longspan.errors import CheckpointError, InvalidRequestError, PromptTooLongError
 from longspan.serve.app import create_app
 from longspan.serve.config import ServeConfig
@@ -73,7 +75,7 @@ class Model:
         self.burst_s = 0.0
 
     def load(self, config: EngineConfig, send: Send) -> tuple[SchedulerConfig, Runner]:
-        """As `longspan.engine.worker.load_engine`."""
+        """As `longspan.engine.load.load_engine`."""
         scheduler = SchedulerConfig(
             num_blocks=NUM_BLOCKS, block_size=BLOCK, max_model_len=64, prefill_chunk_len=CHUNK,
             max_num_requests=4, burst_s=self.burst_s)
@@ -551,7 +553,7 @@ async def served(engine: AsyncEngine) -> AsyncIterator[tuple[httpx.AsyncClient, 
 async def tiny(path: Path, **options: Any) -> AsyncIterator[Any]:
     config = EngineConfig(model=str(path), **{
         "device": "cpu", "block_size": 16, "prefill_chunk_len": 64, **options})
-    engine = AsyncEngine(config, on_a_thread())
+    engine = AsyncEngine(config, on_a_thread(load_engine))
     async with started(engine), served(engine) as (client, service):
         assert engine.status().state == "ready", engine.status().reason
         yield engine, client, service

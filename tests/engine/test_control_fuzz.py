@@ -24,10 +24,10 @@ import pytest
 from longspan.engine import loop, transport
 from longspan.engine.blocks import SHORT_TAIL, BlockPool
 from longspan.engine.conductor import Conductor
-from longspan.engine.desk import Tracker
 from longspan.engine.request import Request
 from longspan.engine.scheduler import Scheduler, SchedulerConfig
 from longspan.engine.step import Update
+from longspan.engine.tracking import Tracker
 from longspan.engine.transport import Inbox, Outbox, RunnerTransport, Tables
 from longspan.engine.wire import (
     Abort,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from longspan.engine.prompts import as_prompts, as_token_ids, check_fits
+from longspan.engine.intake import as_prompts, as_token_ids, check_fits
 from longspan.errors import InvalidRequestError, PromptTooLongError
 
 

@@ -16,9 +16,10 @@ from torch import Tensor
 from longspan.attention.sparsity import SparsityPlan, needs_means
 from longspan.config import EngineConfig, ModelConfig
 from longspan.engine.batch import build_batch
+from longspan.engine.blueprint import resolve_plan
 from longspan.engine.memory import DeviceMemory, plan_memory
 from longspan.engine.resolve import resolve_positions
-from longspan.engine.runner import Runner, resolve_plan, split_layers
+from longspan.engine.runner import Runner, split_layers
 from longspan.engine.step import RowSampling, ScheduledBatch, ScheduledSlice
 from longspan.errors import LongspanError
 from tests.doubles import write_checkpoint

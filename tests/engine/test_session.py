@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from longspan.engine.loop import StepReport
 from longspan.engine.request import Progress, RequestOutput, TokenEvent
 from longspan.engine.session import Session
-from longspan.engine.step import RowLogprobs, Update
+from longspan.engine.step import RowLogprobs, StepReport, Update
 from longspan.engine.tokenizer import Tokenizer
 from tests.doubles import make_request, write_tokenizer
 

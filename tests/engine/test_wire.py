@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longspan.engine.desk import Intake
+from longspan.engine.intake import Intake
 from longspan.engine.request import SamplingParams
 from longspan.engine.scheduler import Load, SchedulerConfig
 from longspan.engine.step import (
