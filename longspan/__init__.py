@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from longspan.config import EngineConfig
-    from longspan.engine.llm import LLM
+    from longspan.engine.front.llm import LLM
     from longspan.engine.request import SamplingParams
 
 __all__ = ["LLM", "EngineConfig", "SamplingParams"]
 
 _HOMES = {
-    "LLM": "longspan.engine.llm",
+    "LLM": "longspan.engine.front.llm",
     "EngineConfig": "longspan.config",
     "SamplingParams": "longspan.engine.request",
 }

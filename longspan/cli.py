@@ -73,8 +73,8 @@ def generate(
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Answer a question about a document of up to a million tokens."""
+    from longspan.commands.generate import PromptSource, run
     from longspan.engine.request import SamplingParams
-    from longspan.generate import PromptSource, run
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_k=top_k,
                             top_p=top_p, min_p=min_p, seed=seed, stop=tuple(stop or ()))
@@ -93,7 +93,7 @@ def info(
     memory_gib: Memory = None,
 ) -> None:
     """Show what a prompt of some length needs on this machine, and how it would run."""
-    from longspan.info import run
+    from longspan.commands.info import run
 
     run(model, length, {
         "device": device, "dtype": dtype, "attention": attention, "positions": positions,
@@ -110,7 +110,7 @@ def demo(
     positions: Positions = "auto", prefill_chunk_len: ChunkLen = None, threads: Threads = None,
 ) -> None:
     """Hide numbers in a long text of this machine and ask for each of them."""
-    from longspan.demo import run
+    from longspan.commands.demo import run
 
     is_right = run(model, length, seed, num_facts, {
         "device": device, "attention": attention, "positions": positions,
@@ -202,7 +202,7 @@ def cpu(
     threads: Threads = None, out: Results = Path("bench/results"),
 ) -> None:
     """Compare sparse and dense prefill with each other and with transformers on this CPU."""
-    from longspan.bench.cpu import run
+    from longspan.bench.engine.cpu import run
 
     run(model, lengths=parse_list(lengths, int, "--lengths"), demo_length=demo_length,
         transformers_length=transformers_length, threads=threads, out=out)
@@ -229,9 +229,9 @@ def ops(
     budget_s: BudgetS = None, out: Results = Path("bench/results"),
 ) -> None:
     """Compare attention ops with PyTorch's on one layer of a real shape; checks come first."""
-    from longspan.bench.ops import run
-    from longspan.bench.ops_layer import SECTIONS, OpsOptions
-    from longspan.bench.session import BenchOptions, BenchSession
+    from longspan.bench.ops.command import run
+    from longspan.bench.ops.dense import SECTIONS, OpsOptions
+    from longspan.bench.record.session import BenchOptions, BenchSession
     from longspan.bench.shapes import PlanOptions, Shape
     from longspan.bench.timing import Repeats
 
@@ -261,9 +261,9 @@ def ttft(
     commit: Commit = None, budget_s: BudgetS = None, out: Results = Path("bench/results"),
 ) -> None:
     """Time to the first token of a real shape with random weights, through the engine."""
-    from longspan.bench.session import BenchOptions, BenchSession
+    from longspan.bench.engine.ttft import TtftOptions, run
+    from longspan.bench.record.session import BenchOptions, BenchSession
     from longspan.bench.shapes import PlanOptions, Shape
-    from longspan.bench.ttft import TtftOptions, run
 
     plan = PlanOptions(vertical=vertical, slash=slash, mode=mode, correction=correction,
                        probe_strided=probe_strided, dense_tail=dense_tail)
@@ -285,8 +285,8 @@ def decode(
     budget_s: BudgetS = None, out: Results = Path("bench/results"),
 ) -> None:
     """Time of a decode step of a real shape behind long contexts, against its bytes."""
-    from longspan.bench.decode import DecodeOptions, run
-    from longspan.bench.session import BenchOptions, BenchSession
+    from longspan.bench.engine.decode import DecodeOptions, run
+    from longspan.bench.record.session import BenchOptions, BenchSession
     from longspan.bench.shapes import Shape
 
     options = DecodeOptions(
@@ -311,8 +311,8 @@ def quality(
     out: Results = Path("bench/results"),
 ) -> None:
     """What sparse prefill answers and keeps of attention, beside dense, at equal cost."""
-    from longspan.bench.quality import QualityOptions, run
-    from longspan.bench.session import BenchOptions, BenchSession
+    from longspan.bench.engine.quality import QualityOptions, run
+    from longspan.bench.record.session import BenchOptions, BenchSession
 
     options = QualityOptions(
         model=model, lengths=parse_list(lengths, int, "--lengths"), num_single=single,
@@ -337,7 +337,7 @@ def bench_serve(
     threads: Threads = None, commit: Commit = None, out: Results = Path("bench/results"),
 ) -> None:
     """Measure what users of a real server feel while a long prompt is read."""
-    from longspan.bench.serve import ServeJob, run
+    from longspan.bench.server.serve import ServeJob, run
 
     is_sound = run(ServeJob(
         model=model, scenarios=parse_list(scenario, str, "--scenario"), length=length,
@@ -353,7 +353,7 @@ def report(
     results: Results = Path("bench/results"),
 ) -> None:
     """Rebuild the tables and plots of the README from the result files."""
-    from longspan.bench.report import run
+    from longspan.bench.record.report import run
 
     run(readme, results)
 

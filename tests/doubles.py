@@ -13,7 +13,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from longspan.config import dense_tail_start
-from longspan.engine.chunking import sparse_stop
+from longspan.engine.control.chunking import sparse_stop
 from longspan.engine.request import Request, SamplingParams
 from longspan.engine.step import ScheduledBatch, ScheduledSlice, StepResult
 

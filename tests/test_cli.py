@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from longspan import cli, generate
-from longspan.console import PrefillBar, prefill_rate
+from longspan import cli
+from longspan.commands import generate
+from longspan.commands.console import PrefillBar, prefill_rate
+from longspan.engine.front.llm import LLM
 from longspan.engine.intake import Intake
-from longspan.engine.llm import LLM
 from longspan.engine.request import Progress, SamplingParams
 from longspan.errors import LongspanError
 from tests.doubles import begin_texts_with, write_checkpoint, write_tokenizer

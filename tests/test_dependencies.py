@@ -64,9 +64,10 @@ def test_the_list_tells_extras_from_what_is_always_there() -> None:
 
 
 @pytest.mark.parametrize("module", [
-    "longspan", "longspan.cli", "longspan.demo", "longspan.generate", "longspan.info",
-    "longspan.engine.llm", "longspan.eval.runner", "longspan.bench.cpu", "longspan.bench.ttft",
-    "longspan.bench.ops", "longspan.bench.quality", "longspan.bench.report"])
+    "longspan", "longspan.cli", "longspan.commands.demo", "longspan.commands.generate",
+    "longspan.commands.info", "longspan.engine.front.llm", "longspan.eval.runner",
+    "longspan.bench.engine.cpu", "longspan.bench.engine.ttft", "longspan.bench.ops.command",
+    "longspan.bench.engine.quality", "longspan.bench.record.report"])
 def test_imports_without_extras(module: str) -> None:
     """As after `pip install .`, with which `make demo` begins."""
     code = BLOCKED.format(names=packages_of_extras_alone(), module=module)

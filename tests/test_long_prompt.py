@@ -3,7 +3,8 @@ user: tokens in, `LLM`, text out."""
 
 from __future__ import annotations
 
-from longspan import LLM, SamplingParams, demo
+from longspan import LLM, SamplingParams
+from longspan.commands import demo
 
 LENGTH, ANSWER_LEN = 40_000, 24
 

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longspan.bench.results import write_rows
+from longspan.commands.console import PrefillBar, note, percent, seconds, show_table
+from longspan.commands.info import position_label
+from longspan.commands.results import write_rows
 from longspan.config import EngineConfig, ModelConfig
-from longspan.console import PrefillBar, note, percent, seconds, show_table
-from longspan.engine.llm import LLM
+from longspan.engine.front.llm import LLM
 from longspan.engine.request import RequestOutput, SamplingParams
-from longspan.engine.tokenizer import Tokenizer
+from longspan.engine.text.tokenizer import Tokenizer
 from longspan.errors import LongspanError
 from longspan.eval.niah import MAX_ANSWER_TOKENS
 from longspan.eval.runner import (
@@ -30,7 +31,6 @@ from longspan.eval.runner import (
 )
 from longspan.eval.runner import run as run_plan
 from longspan.eval.task import Answer, Generate, TextBank, python_text_roots
-from longspan.info import position_label
 from longspan.model.weights import resolve_checkpoint
 
 HASHED_BYTES = 2**22

@@ -80,7 +80,8 @@ class RowLogprobs(Data, frozen=True):
 
 
 class Pieces(Data, frozen=True):
-    """Part of a sparse prefill chunk's work (`longspan.engine.chunking` says what a piece is)."""
+    """Part of a sparse prefill chunk's work; `longspan.engine.control.chunking` says what a piece
+    is."""
 
     first: int
     """0: the chunk begins; else the runner goes on where the chunk was paused."""

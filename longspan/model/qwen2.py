@@ -277,7 +277,8 @@ class CausalLM(nn.Module):
         cuts: Sequence[int],
     ) -> Generator[None, None, Tensor]:
         """`forward`, with pauses: yields between two pieces, which are the same operations on the
-        same rows whether there is a pause or not. What the pieces are: `longspan.engine.chunking`.
+        same rows whether there is a pause or not. What the pieces are:
+        `longspan.engine.control.chunking`.
 
         Args:
             hidden_or_ids, metadata, caches: as there; with ``cuts`` a single prefill slice.

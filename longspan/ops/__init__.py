@@ -11,8 +11,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from longspan.ops import eager_dense, eager_sparse, reference, select
+from longspan.ops import reference
+from longspan.ops.dense import eager as eager_dense
 from longspan.ops.reference import rotate
+from longspan.ops.select import eager as select
+from longspan.ops.sparse import eager as eager_sparse
 from longspan.ops.types import Budget, PagedKV, QueryRotary, Selection
 
 __all__ = [
@@ -38,7 +41,10 @@ def prefill_attention(
     """See `reference.prefill_attention`."""
     args = (q, cache, block_table, cached_len, rotary, scale)
     if q.is_cuda:
-        from longspan.ops import hopper, hopper_tile, prefill, splits
+        from longspan.ops.dense import hopper
+        from longspan.ops.dense import triton as prefill
+        from longspan.ops.tiles import hopper as hopper_tile
+        from longspan.ops.tiles import splits
 
         context_len = cached_len + q.shape[0]
         if hopper_tile.supports(q, cache, rotary, context_len):
@@ -55,7 +61,10 @@ def sparse_prefill_attention(
     """See `reference.sparse_prefill_attention`."""
     args = (q, cache, block_table, cached_len, rotary, scale, selection, correction)
     if q.is_cuda:
-        from longspan.ops import hopper_sparse, hopper_tile, splits, vertical_slash
+        from longspan.ops.sparse import hopper as hopper_sparse
+        from longspan.ops.sparse import triton as vertical_slash
+        from longspan.ops.tiles import hopper as hopper_tile
+        from longspan.ops.tiles import splits
 
         context_len = cached_len + q.shape[0]
         whole_tiles = cached_len % cache.k.shape[1] == 0 == q.shape[0] % cache.k.shape[1]
@@ -74,7 +83,7 @@ def select_vertical_slash(
     """See `select.select_vertical_slash`."""
     args = (q, cache, block_table, cached_len, rotary, scale, budget)
     if q.is_cuda:
-        from longspan.ops import sparse_index
+        from longspan.ops.select import triton as sparse_index
 
         if sparse_index.supports(q, cache, rotary, cached_len, budget):
             return sparse_index.select_vertical_slash(*args)

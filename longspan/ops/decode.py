@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longspan.ops.splits import num_sms
+from longspan.ops.tiles.splits import num_sms
 from longspan.ops.types import PagedKV, QueryRotary
 
 PROGRAMS_PER_SM = 6

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from longspan.engine.client import EngineState, EngineStatus
+from longspan.engine.front.client import EngineState, EngineStatus
 from longspan.serve.config import ServeConfig
 from longspan.serve.errors import ApiError
 

@@ -19,8 +19,8 @@ from typing import Any
 import uvicorn
 
 from longspan.config import EngineConfig
-from longspan.engine import client
-from longspan.engine.client import EngineStatus
+from longspan.engine.front import client
+from longspan.engine.front.client import EngineStatus
 from longspan.errors import LongspanError
 from longspan.serve.admission import Gate
 from longspan.serve.app import create_app

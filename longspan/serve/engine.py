@@ -1,4 +1,4 @@
-"""What the HTTP edge needs of an engine; `longspan.engine.client` provides it.
+"""What the HTTP edge needs of an engine; `longspan.engine.front.client` provides it.
 
 Tests use a double. Nothing here computes, and no call may block the event loop: tokenising,
 rendering and detokenising happen elsewhere.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from longspan.engine.client import EngineStatus, GenerateRequest
+from longspan.engine.front.client import EngineStatus, GenerateRequest
 from longspan.engine.request import Progress, TokenEvent
 
 Event = Progress | TokenEvent

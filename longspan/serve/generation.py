@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from longspan.engine.client import GenerateRequest
+from longspan.engine.front.client import GenerateRequest
 from longspan.engine.request import MAX_SEED, Progress, SamplingParams, TokenEvent
 from longspan.serve.admission import Gate, Ticket
 from longspan.serve.body import cancel

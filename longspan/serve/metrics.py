@@ -9,7 +9,7 @@ from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from longspan.engine.client import EngineStatus
+from longspan.engine.front.client import EngineStatus
 from longspan.serve.admission import Gate
 from longspan.serve.generation import Usage
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from longspan import cli
-from longspan.bench import passkey, results
+from longspan.bench import passkey
+from longspan.commands import results
 from tests.doubles import write_checkpoint
 
 Capture = pytest.CaptureFixture[str]

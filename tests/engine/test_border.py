@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from longspan.engine.client import GenerateRequest
+from longspan.engine.front.client import GenerateRequest
+from longspan.engine.front.llm import LLM
 from longspan.engine.intake import Intake
-from longspan.engine.llm import LLM
+from longspan.engine.processes.wire import Add, Codec, ToScheduler, encode
 from longspan.engine.request import SamplingParams
-from longspan.engine.tokenizer import load_tokenizer
-from longspan.engine.wire import Add, Codec, ToScheduler, encode
+from longspan.engine.text.tokenizer import load_tokenizer
 from longspan.errors import CheckpointError, InvalidRequestError
 from tests.doubles import make_request, write_checkpoint, write_tokenizer
-from tests.engine.test_client import run, tiny
+from tests.engine.front.test_client import run, tiny
 
 JSON = {"Content-Type": "application/json"}
 VOCAB = 264  # of `write_checkpoint`

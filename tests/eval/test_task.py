@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import longspan
-from longspan.engine.tokenizer import Tokenizer
+from longspan.engine.text.tokenizer import Tokenizer
 from longspan.errors import LongspanError
 from longspan.eval.niah import passkey_haystack
 from longspan.eval.task import (

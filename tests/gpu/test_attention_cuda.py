@@ -9,8 +9,10 @@ import torch
 
 from longspan.attention.rope import build_rotary
 from longspan.config import DcaConfig
-from longspan.ops import eager_dense, eager_sparse, reference
-from longspan.ops.select import select_vertical_slash
+from longspan.ops import reference
+from longspan.ops.dense import eager as eager_dense
+from longspan.ops.select.eager import select_vertical_slash
+from longspan.ops.sparse import eager as eager_sparse
 from longspan.ops.types import Budget, PagedKV, QueryRotary
 from tests.conftest import write_rotated
 

@@ -83,7 +83,7 @@ def random_selection(num_heads: int, context_len: int, seed: int) -> Selection:
 def test_dense_equals_reference(
     query_len: int, cached_len: int, stride: int, num_heads: int, num_kv_heads: int
 ) -> None:
-    from longspan.ops import hopper
+    from longspan.ops.dense import hopper
 
     q, cache, table = make_case(query_len, cached_len, num_heads, num_kv_heads)
     args = (q, cache, table, cached_len, make_rotary(stride), 0.088)
@@ -95,7 +95,7 @@ def test_dense_equals_reference(
 
 @pytest.mark.parametrize("query_len", [4097, 8191])
 def test_dense_equals_reference_from_the_start(query_len: int) -> None:
-    from longspan.ops import hopper
+    from longspan.ops.dense import hopper
 
     q, cache, table = make_case(query_len, 0, 2, 1)
     args = (q, cache, table, 0, make_rotary(2048), 0.088)
@@ -113,7 +113,7 @@ def test_sparse_equals_reference(
     query_len: int, cached_len: int, stride: int, num_heads: int, num_kv_heads: int,
     correction: bool,
 ) -> None:
-    from longspan.ops import hopper_sparse
+    from longspan.ops.sparse import hopper as hopper_sparse
 
     q, cache, table = make_case(query_len, cached_len, num_heads, num_kv_heads)
     selection = random_selection(num_heads, cached_len + query_len, seed=stride)
@@ -127,7 +127,7 @@ def test_sparse_equals_reference(
 
 def test_same_numbers_every_time() -> None:
     """No race between producer and consumers: a long call gives the same bits ten times."""
-    from longspan.ops import hopper
+    from longspan.ops.dense import hopper
 
     q, cache, table = make_case(2048, 6144, 28, 4)
     args = (q, cache, table, 6144, make_rotary(1024), 0.088)

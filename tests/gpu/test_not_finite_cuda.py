@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from longspan.engine.llm import LLM
+from longspan.engine.front.llm import LLM
 from longspan.engine.request import SamplingParams
 from longspan.errors import RequestFailedError
-from tests.engine.test_failures import SICK, poison, poison_embedding, side_by_side
+from tests.engine.front.test_failures import SICK, poison, poison_embedding, side_by_side
 
 pytestmark = pytest.mark.gpu
 

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from longspan.attention.rope import build_rotary
 from longspan.config import DcaConfig
-from longspan.ops import prefill, reference, vertical_slash
+from longspan.ops import reference
+from longspan.ops.dense import triton as prefill
+from longspan.ops.sparse import triton as vertical_slash
 from longspan.ops.types import PagedKV, QueryRotary, Selection
 from tests.conftest import SEED, _poisoned, assert_close, write_rotated
 from tests.gpu.syncs import no_syncs

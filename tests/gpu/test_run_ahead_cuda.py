@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from longspan.config import EngineConfig
-from longspan.engine.blueprint import Blueprint
-from longspan.engine.graphs import BATCH_SIZES
-from longspan.engine.launched import LaunchedStep
-from longspan.engine.runner import Runner
+from longspan.engine.device.graphs import BATCH_SIZES
+from longspan.engine.device.launched_step import LaunchedStep
+from longspan.engine.device.runner import Runner
+from longspan.engine.setup.engine_plan import Blueprint
 from longspan.engine.step import RowSampling, ScheduledBatch, ScheduledSlice, StepResult
 from tests.doubles import write_checkpoint
 from tests.gpu.syncs import no_syncs

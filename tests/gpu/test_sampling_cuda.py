@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from longspan.engine.grammar import Grammars
-from longspan.engine.sampling import SampledTokens, Sampler
+from longspan.engine.device.sampling import SampledTokens, Sampler
 from longspan.engine.step import RowSampling, SamplingExtras, ScheduledSlice
-from longspan.engine.tokenizer import Tokenizer
-from longspan.ops.sample import SamplingRows
+from longspan.engine.text.grammar import Grammars
+from longspan.engine.text.tokenizer import Tokenizer
+from longspan.ops.sampling.sample import SamplingRows
 from tests.doubles import make_request, write_tokenizer
 from tests.gpu.syncs import no_syncs
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from longspan.attention.rope import build_rotary
 from longspan.config import DcaConfig
-from longspan.ops import select
-from longspan.ops.probes import PAPER_TILE_LEN, place_probes
+from longspan.ops.select import eager as select
+from longspan.ops.select.probes import PAPER_TILE_LEN, place_probes
 from longspan.ops.types import Budget, PagedKV, QueryRotary, Selection
 from tests.gpu.syncs import no_syncs
 
@@ -51,7 +51,7 @@ def make_budget(mode: str, strided: int = 0) -> Budget:
 
 
 def select_on_device(*args: object) -> Selection:
-    from longspan.ops import sparse_index  # Triton: only where there is a GPU
+    from longspan.ops.select import triton as sparse_index
 
     q, cache, _, start, rotary, _, limits = args
     assert sparse_index.supports(q, cache, rotary, start, limits)  # type: ignore[arg-type]

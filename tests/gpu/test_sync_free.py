@@ -13,10 +13,10 @@ from longspan.attention.layer import allocate_cache
 from longspan.attention.rope import build_rotary
 from longspan.attention.sparsity import SparsityPlan
 from longspan.config import DcaConfig, ModelConfig
-from longspan.engine.batch import build_batch
+from longspan.engine.device.batch import build_batch
 from longspan.engine.step import RowSampling, ScheduledBatch, ScheduledSlice
 from longspan.model import CausalLM, build_model, random_weights
-from longspan.ops.sample import sample
+from longspan.ops.sampling.sample import sample
 from longspan.ops.types import PagedKV
 from tests.gpu.syncs import no_syncs
 

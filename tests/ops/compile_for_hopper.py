@@ -20,7 +20,10 @@ from triton.runtime.jit import JITFunction
 from longspan.attention.layer import allocate_cache
 from longspan.attention.rope import build_rotary
 from longspan.config import DcaConfig
-from longspan.ops import decode, prefill, sparse_index, threshold
+from longspan.ops import decode
+from longspan.ops.dense import triton as prefill
+from longspan.ops.select import top_k as threshold
+from longspan.ops.select import triton as sparse_index
 from longspan.ops.types import Budget
 
 SHARED_BYTES, NUM_SMS = 232_448, 132
@@ -57,7 +60,9 @@ def compile_only(launch: Callable[..., Any]) -> Callable[..., Any]:
 
 def pretend() -> None:
     """From here on launches compile, and the choices are those for a Hopper GPU."""
-    from longspan.ops import hopper, hopper_probe, hopper_tile
+    from longspan.ops.dense import hopper
+    from longspan.ops.select import hopper_tiles as hopper_probe
+    from longspan.ops.tiles import hopper as hopper_tile
 
     driver.set_active(Driver())  # type: ignore[arg-type]
     JITFunction.run = compile_only(JITFunction.run)  # type: ignore[method-assign]
@@ -74,7 +79,10 @@ def pretend() -> None:
 
 def main() -> None:
     """Every GPU path of `ops`, at the shapes of a 7B model."""
-    from longspan.ops import hopper, hopper_sparse, pointwise, vertical_slash
+    from longspan.ops import pointwise
+    from longspan.ops.dense import hopper
+    from longspan.ops.sparse import hopper as hopper_sparse
+    from longspan.ops.sparse import triton as vertical_slash
 
     pretend()
     rotary = build_rotary(head_dim=DIM, rope_theta=1e6, max_model_len=8_192,

@@ -16,9 +16,10 @@ import pytest
 
 from tests.ops import interpreter
 
+FOLDER = Path(__file__).parent
 # Triton exists for Linux only; elsewhere the files that test kernels are not even imported.
 collect_ignore = [] if sys.platform == "linux" else [
-    file.name for file in Path(__file__).parent.glob("test_*.py")
+    str(file.relative_to(FOLDER)) for file in FOLDER.rglob("test_*.py")
     if "kernel_device" in file.read_text(encoding="utf-8")]
 
 

@@ -8,14 +8,16 @@ import sys
 from pathlib import Path
 
 KERNELS = {
-    "hopper": "_dense_kernel", "hopper_sparse": "_sparse_kernel", "hopper_probe": "_mass_kernel",
-    "prefill": "_dense_kernel", "splits": "_merge_kernel", "vertical_slash": "_tile_kernel",
-    "paper_slash": "_cover_kernel _paper_kernel", "rotary": "_rotate_kernel",
-    "sparse_work": "_index_kernel _plan_kernel _gather_columns_kernel _gather_means_kernel",
-    "probe": "rotate_probes tile_masses combine_logs diagonal_masses free_masses",
-    "probe_keys": "find_blocks tile_columns key_masses",
-    "threshold": "choose_windows write_largest place_columns group_maxima lower_bounds "
-                 "count_reached list_reached coalesce reverse_windows",
+    "dense/hopper": "_dense_kernel", "dense/triton": "_dense_kernel",
+    "sparse/hopper": "_sparse_kernel", "sparse/triton": "_tile_kernel",
+    "sparse/triton_unaligned": "_cover_kernel _paper_kernel",
+    "sparse/layout": "_index_kernel _plan_kernel _gather_columns_kernel _gather_means_kernel",
+    "select/hopper_tiles": "_mass_kernel",
+    "select/triton_tiles": "rotate_probes tile_masses combine_logs diagonal_masses free_masses",
+    "select/triton_keys": "find_blocks tile_columns key_masses",
+    "select/top_k": "choose_windows write_largest place_columns group_maxima lower_bounds "
+                    "count_reached list_reached coalesce reverse_windows",
+    "tiles/splits": "_merge_kernel", "tiles/rotary": "_rotate_kernel",
     "decode": "_attend_items _merge_items",
     "pointwise": "_rms_norm _silu_mul _store_rotated _block_means"}
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import uvicorn
 
-from longspan.engine.client import EngineStatus, GenerateRequest
+from longspan.engine.front.client import EngineStatus, GenerateRequest
 from longspan.engine.request import Progress, TokenEvent, TokenLogprob
 from longspan.errors import InvalidRequestError, LongspanError
 from longspan.serve.app import create_app

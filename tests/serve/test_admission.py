@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from longspan.engine.client import EngineStatus
-from longspan.engine.latency import Costs, Forecast
+from longspan.engine.control.latency import Costs, Forecast
+from longspan.engine.front.client import EngineStatus
 from longspan.serve.admission import Gate
 from longspan.serve.config import ServeConfig
 from longspan.serve.errors import ApiError

@@ -14,8 +14,8 @@ import httpx
 import pytest
 
 from longspan.cli import run_command
-from longspan.engine.client import EngineStatus
-from longspan.engine.latency import Costs, Forecast
+from longspan.engine.control.latency import Costs, Forecast
+from longspan.engine.front.client import EngineStatus
 from longspan.errors import LongspanError, MissingDependencyError
 from longspan.serve import check_dependencies
 from longspan.serve.command import listen, serve, start_up_report

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from longspan.engine.latency import Costs, Forecast
+from longspan.engine.control.latency import Costs, Forecast
 from tests.serve.fake import ANSWER, FakeEngine, Running, running, wait_for
 
 CHAT = "/v1/chat/completions"

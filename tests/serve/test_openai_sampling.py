@@ -15,7 +15,7 @@ import pytest
 import uvicorn
 
 from longspan.config import EngineConfig
-from longspan.engine.client import AsyncEngine
+from longspan.engine.front.client import AsyncEngine
 from longspan.serve.app import create_app
 from longspan.serve.config import ServeConfig
 from tests.serve.fake import wait_for

@@ -16,15 +16,15 @@ import httpx
 import psutil
 import pytest
 
-from tests.engine.far_runner import LOADER, write_model
+from tests.engine.processes.far_runner import LOADER, write_model
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 30
 CODE = """
 import sys
 from longspan.config import EngineConfig
-from longspan.engine.client import AsyncEngine
-from longspan.engine.launch import in_processes
+from longspan.engine.front.client import AsyncEngine
+from longspan.engine.processes.launch import in_processes
 from longspan.serve.command import run
 from longspan.serve.config import ServeConfig
 

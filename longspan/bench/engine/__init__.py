@@ -1,0 +1,1 @@
+"""The engine as it serves: prefill, decode, quality."""

@@ -1,0 +1,208 @@
+"""`longspan bench decode`: one step of a real shape behind contexts of any length.
+
+The KV cache is filled with random numbers; nothing is prefilled. The floor is what a step must
+read (weights once, keys and values once) over the bandwidth of a large copy on the same device.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from array import array
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from msgspec.structs import replace
+
+from longspan import ops
+from longspan.attention.rope import build_rotary
+from longspan.bench.engine.engine import (
+    EngineOptions,
+    RandomEngine,
+    make_blueprint,
+    open_engine,
+    step_of,
+    weight_bytes_read,
+)
+from longspan.bench.ops import checks
+from longspan.bench.ops.dense import copy_row
+from longspan.bench.record.session import BenchSession
+from longspan.bench.shapes import Shape
+from longspan.bench.timing import Repeats, measure, rounded, synchronize
+from longspan.commands.console import show_table
+from longspan.engine.step import ScheduledBatch
+from longspan.errors import NotEnoughMemoryError
+from longspan.units import GIB
+
+WARMUP_STEPS = 3
+IN_FLIGHT = 2
+"""Steps launched before the oldest is waited for, as a server does."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeOptions:
+    """What was asked for on the command line."""
+
+    contexts: tuple[int, ...]
+    """Tokens of each request, the new one included."""
+    batches: tuple[int, ...]
+    layers: int | None
+    steps: int
+    memory_gib: float | None
+    copy_bytes: int | None = None
+    """Of the copy whose bandwidth makes the floor; default by device."""
+
+
+def run(session: BenchSession, shape: Shape, options: DecodeOptions) -> int:
+    """Measure, write rows, print the table. Returns the exit status."""
+    cut, total = shape.cut(options.layers), shape.model.num_layers
+    is_cuda = session.device.startswith("cuda")
+    num_bytes = options.copy_bytes or (GIB if is_cuda else GIB // 64)
+    copied = session.attempt(
+        {"shape": "copy", "context_len": 0, "batch_size": 0, "layers": 0},
+        partial(copy_row, session.device, num_bytes, Repeats()))
+    if copied is None:
+        return session.finish()
+    pairs = sorted({(context, batch) for context in options.contexts for batch in options.batches},
+                   key=lambda pair: -pair[0] * pair[1])
+    fitting = [pair for pair in pairs if _fits(cut, session.device, options, *pair)]
+    keys = [{"shape": shape.name, "context_len": context, "batch_size": batch,
+             "layers": cut.model.num_layers} for context, batch in pairs]
+    for pair, key in zip(pairs, keys, strict=True):
+        if pair not in fitting:
+            session.attempt(key, partial(_refuse, cut, session.device, options, *pair), ours=False)
+    if fitting:
+        context, batch = fitting[0]
+        with open_engine(cut, session.device, _sizes(options, context, batch, fitting)) as engine:
+            for pair, key in zip(pairs, keys, strict=True):
+                if pair in fitting:
+                    session.attempt(key, partial(
+                        _measure, session, cut, options, engine, pair, total,
+                        copied["tb_per_s"]))
+    show(session.rows)
+    return session.finish()
+
+
+def _measure(
+    session: BenchSession, shape: Shape, options: DecodeOptions, engine: RandomEngine,
+    pair: tuple[int, int], total_layers: int, copy_tb_per_s: float,
+) -> dict[str, Any]:
+    context, batch = pair
+    device = session.device
+    checks.check_decode(shape, device)
+    step = step_of(engine, 0, [(context - 1, context, context - 1)] * batch, sparse=False)
+    sync_ms = time_steps(engine, step, device, options.steps, in_flight=1)
+    step_ms = time_steps(engine, step, device, options.steps, in_flight=IN_FLIGHT)
+    attention_ms, kv_bytes = _attention(shape, engine, device, context, batch)
+    layers = shape.model.num_layers
+    num_bytes = weight_bytes_read(shape, device) + layers * kv_bytes
+    floor_ms = num_bytes / copy_tb_per_s / 1e9
+    return {
+        "total_layers": total_layers, "step_ms": rounded(statistics.median(step_ms), 5),
+        "low_ms": rounded(min(step_ms), 5), "high_ms": rounded(max(step_ms), 5),
+        "n": len(step_ms), "sync_step_ms": rounded(statistics.median(sync_ms), 5),
+        "floor_ms": rounded(floor_ms, 5), "copy_tb_per_s": copy_tb_per_s,
+        "over_floor": rounded(statistics.median(step_ms) / floor_ms, 4),
+        "attention_ms": rounded(attention_ms * layers, 5),
+        "kv_tb_per_s": rounded(kv_bytes / attention_ms / 1e9, 4),
+        "tokens_per_s": rounded(1000 * batch / statistics.median(step_ms), 5)}
+
+
+def time_steps(
+    engine: RandomEngine, step: ScheduledBatch, device: str, count: int, *, in_flight: int
+) -> list[float]:
+    """Wall times between the results of steps that end with ``step``, each a token further, ms;
+    ``in_flight`` are launched at a time."""
+    launched: deque[Any] = deque()
+    steps = steps_before(step, WARMUP_STEPS + in_flight - 1 + count)
+    for _ in range(WARMUP_STEPS):
+        engine.runner.launch(next(steps)).wait()
+    synchronize(device)
+    for _ in range(in_flight - 1):
+        launched.append(engine.runner.launch(next(steps)))
+    times, before_s = [], time.perf_counter()
+    for _ in range(count):
+        launched.append(engine.runner.launch(next(steps)))
+        launched.popleft().wait()
+        now_s = time.perf_counter()
+        times.append(1000 * (now_s - before_s))
+        before_s = now_s
+    while launched:
+        launched.popleft().wait()
+    return times[1:] if in_flight > 1 and len(times) > 1 else times
+
+
+def steps_before(step: ScheduledBatch, count: int) -> Iterator[ScheduledBatch]:
+    """Decode steps of the same requests, run ahead, the last one where ``step`` stands; a context
+    that is shorter than that begins with its first token several times."""
+    for back in reversed(range(count)):
+        yield replace(step, slices=tuple(
+            replace(item, token_ids=array("i"), prompt_len=1,
+                    cached_len=max(1, item.cached_len - back)) for item in step.slices))
+
+
+def _attention(
+    shape: Shape, engine: RandomEngine, device: str, context: int, batch: int
+) -> tuple[float, int]:
+    """Time of one layer's decode attention, ms, and the bytes of keys and values it reads. The
+    layers' caches take turns, so that none is found in the L2 cache."""
+    model, size = shape.model, engine.blueprint.config.block_size
+    num_blocks = -(-context // size)
+    first = torch.arange(batch, device=device)[:, None] * num_blocks
+    tables = first + torch.arange(num_blocks, device=device)
+    lens = torch.full((batch,), context, device=device)
+    scales = torch.full((batch,), model.head_dim**-0.5, device=device)
+    cache = engine.caches[0]
+    q = torch.randn(batch, model.num_heads, model.head_dim, device=device, dtype=cache.k.dtype)
+    rotary = build_rotary(head_dim=model.head_dim, rope_theta=model.rope_theta, device=device,
+                          max_model_len=context, dca=model.dca)
+    turn = iter(range(10**9))
+
+    def work() -> None:
+        layer = next(turn) % len(engine.caches)
+        ops.decode_attention(q, engine.caches[layer], tables, lens, rotary, scales)
+    with torch.inference_mode():
+        timing = measure(work, device, flush_cache=True)
+    kv_bytes = 2 * batch * context * model.num_kv_heads * model.head_dim * cache.k.element_size()
+    return timing.median_ms, kv_bytes
+
+
+def _sizes(
+    options: DecodeOptions, context: int, batch: int, pairs: Sequence[tuple[int, int]]
+) -> EngineOptions:
+    """An engine for the largest of the pairs."""
+    size = 128
+    num_tokens = max(batch * -(-context // size) * size for context, batch in pairs)
+    return EngineOptions(
+        max_model_len=max(context for context, _ in pairs), num_tokens=num_tokens,
+        max_num_requests=max(batch for _, batch in pairs), memory_gib=options.memory_gib)
+
+
+def _fits(shape: Shape, device: str, options: DecodeOptions, context: int, batch: int) -> bool:
+    try:
+        _refuse(shape, device, options, context, batch)
+    except NotEnoughMemoryError:
+        return False
+    return True
+
+
+def _refuse(
+    shape: Shape, device: str, options: DecodeOptions, context: int, batch: int
+) -> Mapping[str, Any]:
+    """Raises `NotEnoughMemoryError` with the numbers."""
+    make_blueprint(shape, device, _sizes(options, context, batch, [(context, batch)]))
+    return {}
+
+
+def show(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Steps as a table on stdout."""
+    show_table("decode", ("shape", "context", "requests", "step ms", "alone ms", "floor ms",
+                          "over floor", "KV TB/s", "tokens/s"), [
+        (row["shape"], f"{row['context_len']:,}", row["batch_size"], f"{row['step_ms']:.3f}",
+         f"{row['sync_step_ms']:.3f}", f"{row['floor_ms']:.3f}", f"{row['over_floor']:.2f}",
+         f"{row['kv_tb_per_s']:.2f}", f"{row['tokens_per_s']:,.0f}")
+        for row in rows if "step_ms" in row])

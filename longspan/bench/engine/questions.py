@@ -1,0 +1,95 @@
+"""Prompts for `longspan bench quality`: one question at the end, or many of them one by one."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from longspan.engine.text.tokenizer import Tokenizer
+from longspan.errors import LongspanError
+from longspan.eval.niah import INSTRUCTION, passkey_haystack, spread_depths
+from longspan.eval.task import Example, TextBank, chat_frame
+
+TOKENS_PER_TURN = 56
+"""Room for a question and its answer; prompts with many of them come out a little short."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quiz:
+    """A prompt whose answers are known, for teacher forcing."""
+
+    ids: array[int]
+    """Prompt, and where there are several questions the answers between them."""
+    answers: tuple[tuple[int, tuple[int, ...]], ...]
+    """(position of the first token, tokens) of each answer. The one of a single question stands
+    right behind ``ids``."""
+
+    @property
+    def prompt_len(self) -> int:
+        """Tokens to prefill."""
+        return len(self.ids)
+
+
+def single_questions(
+    bank: TextBank, tokenizer: Tokenizer, num_tokens: int, count: int, rng: random.Random
+) -> list[Quiz]:
+    """Prompts about one document, each with one question at its end; all equally long."""
+    examples = passkey_haystack(
+        bank, tokenizer, num_tokens=num_tokens, depths=spread_depths(count, rng), rng=rng)
+    return [Quiz(example.prompt_ids, ((num_tokens, _answer(tokenizer, example)),))
+            for example in examples]
+
+
+def many_questions(
+    bank: TextBank, tokenizer: Tokenizer, num_tokens: int, count: int, rng: random.Random
+) -> Quiz:
+    """One prompt of at most ``num_tokens`` with ``count`` questions about its document at the end,
+    each but the last answered: the conversation as it would have gone, last answer included."""
+    document_len = num_tokens - TOKENS_PER_TURN * (count - 1)
+    examples = passkey_haystack(
+        bank, tokenizer, num_tokens=document_len, depths=spread_depths(count, rng), rng=rng)
+    rng.shuffle(examples)
+    before, after = chat_frame(tokenizer)
+    between = _between_turns(tokenizer)
+    ids = array("i", examples[0].prompt_ids)
+    answers = []
+    for index, example in enumerate(examples):
+        if index:
+            text = f"{between}{example.question} {INSTRUCTION}{after}"
+            ids.extend(tokenizer.encode(text))
+        answer = _answer(tokenizer, example)
+        answers.append((len(ids), answer))
+        ids.extend(answer)
+    if len(ids) > num_tokens:
+        raise LongspanError(f"{count} questions and answers take {len(ids) - document_len} tokens, "
+                            f"{num_tokens - document_len} are set aside; ask fewer")
+    return Quiz(ids, tuple(answers))
+
+
+def common_prefix(prompts: Sequence[array[int]]) -> int:
+    """Tokens that all prompts begin with."""
+    first = prompts[0]
+    length = min(map(len, prompts))
+    for other in prompts[1:]:
+        if other[:length] != first[:length]:
+            length = next(i for i, (a, b) in enumerate(zip(first, other, strict=False)) if a != b)
+    return length
+
+
+def _answer(tokenizer: Tokenizer, example: Example) -> tuple[int, ...]:
+    return tuple(tokenizer.encode(example.answer))
+
+
+def _between_turns(tokenizer: Tokenizer) -> str:
+    """What the chat template puts between an answer and the next question."""
+    marks = "FIRST-ANSWER-MARK", "NEXT-QUESTION-MARK"
+    text = tokenizer.render_chat([
+        {"role": "user", "content": "x"}, {"role": "assistant", "content": marks[0]},
+        {"role": "user", "content": marks[1]}])
+    _, has_answer, rest = text.partition(marks[0])
+    between, has_question, _ = rest.partition(marks[1])
+    if not (has_answer and has_question):
+        raise LongspanError("the chat template leaves an answer or a second question out")
+    return between

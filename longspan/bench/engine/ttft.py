@@ -1,0 +1,174 @@
+"""`longspan bench ttft`: time to the first token of a real shape, dense and sparse.
+
+Random weights, random tokens, the real scheduler and runner in one process. The wall clock runs
+from handing the request to the loop until its first token is there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from longspan.bench.engine.engine import (
+    ATTENTION,
+    LINEAR,
+    SELECTION,
+    WATCHED,
+    EngineOptions,
+    RandomEngine,
+    check_once,
+    open_engine,
+    random_ids,
+    warm_up,
+)
+from longspan.bench.ops import checks
+from longspan.bench.record.session import BenchSession
+from longspan.bench.shapes import Shape
+from longspan.bench.timing import Regions, rounded, synchronize
+from longspan.commands.console import percent, seconds, show_table
+from longspan.config import EngineConfig
+from longspan.engine.control.loop import Loop
+from longspan.engine.control.scheduler import Scheduler
+from longspan.engine.request import Request, SamplingParams
+from longspan.engine.resolve import resolve_config
+from longspan.errors import LongspanError
+from longspan.units import GIB
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TtftOptions:
+    """What was asked for on the command line."""
+
+    lengths: tuple[int, ...]
+    """Prompt lengths, tokens."""
+    attention: tuple[str, ...]
+    layers: int | None
+    """Only the first layers are computed; None: all."""
+    chunk_len: int | None
+    memory_gib: float | None
+
+    def __post_init__(self) -> None:
+        for name in self.attention:
+            if name not in ("dense", "sparse"):
+                raise LongspanError(f"--attention: {name!r} is not one of dense, sparse")
+        if self.layers == 1:
+            raise LongspanError("--layers 1 leaves only the last layer, which attends for the "
+                                "sampled row alone; take 2 or more")
+
+
+def run(session: BenchSession, shape: Shape, options: TtftOptions) -> int:
+    """Measure, write rows, print the table. Returns the exit status."""
+    cut = shape.cut(options.layers)
+    chunk_len = options.chunk_len or resolve_config(
+        EngineConfig(model=shape.name, device=session.device),
+        has_cuda=session.device != "cpu").prefill_chunk_len
+    checked: set[str] = set()
+    for length in options.lengths:
+        for attention in options.attention:
+            key = {"shape": shape.name, "num_tokens": length, "attention": attention,
+                   "plan": shape.plan_label if attention == "sparse" else None,
+                   "layers": cut.model.num_layers, "gpus": 1, "chunk_len": chunk_len}
+            session.attempt(key, partial(
+                _measure, session, cut, options, checked, length, attention,
+                shape.model.num_layers))
+    show(session.rows)
+    return session.finish()
+
+
+def _measure(
+    session: BenchSession, shape: Shape, options: TtftOptions, checked: set[str], length: int,
+    attention: str, total_layers: int,
+) -> dict[str, Any]:
+    is_sparse, device = attention == "sparse", session.device
+    if attention not in checked:
+        _check(shape, device, is_sparse)
+        checked.add(attention)
+    sizes = EngineOptions(max_model_len=length + 1, num_tokens=length + 1,
+                          chunk_len=options.chunk_len, memory_gib=options.memory_gib)
+    with open_engine(shape, device, sizes) as engine:
+        chunk = engine.blueprint.config.prefill_chunk_len
+        assert chunk is not None
+        warm_up(engine, length, sparse=is_sparse)
+        prefill(engine, min(length, chunk + chunk // 2), device, sparse=is_sparse)
+        regions = Regions(device)
+        with regions.watch(WATCHED):
+            ttft_s, density = prefill(engine, length, device, sparse=is_sparse)
+        peak_bytes = engine.runner.peak_memory_bytes()
+    share = shares(regions.totals_ms(), ttft_s)
+    scaled_s = scaled(ttft_s, share, shape.model.num_layers, total_layers)
+    return {"ttft_s": rounded(ttft_s, 5), "ttft_scaled_s": rounded(scaled_s, 5),
+            "total_layers": total_layers, "density": rounded(density, 4),
+            "peak_memory_gib": rounded(peak_bytes / GIB, 5), "n": 1, "share": share}
+
+
+def scaled(ttft_s: float, share: Mapping[str, float], layers: int, total_layers: int) -> float:
+    """What all layers would take, from a run of the first ``layers`` (at least 2), seconds.
+
+    The last layer attends for the sampled row only, so attention is that of ``layers - 1``. All
+    else is scaled by layers, which errs low: the last layer has fewer projections, too.
+    """
+    if layers == total_layers:
+        return ttft_s
+    attention_s = (share["attention"] + share["selection"]) * ttft_s
+    return (attention_s * (total_layers - 1) / (layers - 1)
+            + (ttft_s - attention_s) * total_layers / layers)
+
+
+def _check(shape: Shape, device: str, is_sparse: bool) -> None:
+    found = [partial(checks.check_dense, shape, device)]
+    if is_sparse:
+        found.append(partial(checks.check_sparse, shape, device, shape.plan.layer(0),
+                             shape.plan.mean_correction))
+    check_once(found)
+
+
+def prefill(
+    engine: RandomEngine, length: int, device: str, *, sparse: bool
+) -> tuple[float, float]:
+    """One prompt through scheduler, loop and runner. Returns (seconds to the first token, density).
+
+    The peak of the device's allocator is counted from here on.
+    """
+    import torch
+
+    loop = Loop(Scheduler(engine.blueprint.scheduler_config()), engine.runner.transport())
+    request = Request(
+        request_id="0", prompt_ids=random_ids(length, engine.blueprint.model.vocab_size, length),
+        params=SamplingParams(max_tokens=1, ignore_eos=True), sparse=sparse)
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+    synchronize(device)
+    started_s = time.perf_counter()
+    loop.add(request)
+    kept = causal = 0.0
+    has_token = False
+    while not has_token:
+        report = loop.turn()
+        kept, causal = kept + report.kept_pairs, causal + report.causal_pairs
+        has_token = any(update.token_id is not None for update in report.updates)
+    synchronize(device)
+    return time.perf_counter() - started_s, kept / causal
+
+
+def shares(totals_ms: Mapping[str, float], ttft_s: float) -> dict[str, float]:
+    """Of the time to first token; rest: norms, activations, KV writes, sampling, the host."""
+    found = {name: totals_ms.get(name, 0.0) / 1000 / ttft_s
+             for name in (LINEAR, SELECTION, ATTENTION)}
+    found["rest"] = 1 - sum(found.values())
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+def show(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Times and shares as a table on stdout."""
+    names = (LINEAR, SELECTION, ATTENTION, "rest")
+    show_table("time to first token", (
+        "shape", "tokens", "attention", "layers", "measured", "all layers", "density", "GiB",
+        *names), [
+        (row["shape"], f"{row['num_tokens']:,}", row["attention"],
+         f"{row['layers']}/{row['total_layers']}", seconds(row["ttft_s"]),
+         seconds(row["ttft_scaled_s"]), percent(row["density"]), f"{row['peak_memory_gib']:.1f}",
+         *(percent(row["share"][name]) for name in names))
+        for row in rows if "error" not in row])

@@ -1,0 +1,1 @@
+"""One layer of a real shape: attention ops beside those of PyTorch."""

@@ -1,0 +1,1 @@
+"""Runs of benchmarks, and the tables and plots made of their rows."""

@@ -1,0 +1,116 @@
+"""`longspan bench report`: the README's tables and plots, rebuilt from the result files.
+
+A table stands between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``; the text around the
+markers is left alone. Sections of benchmarks that need a GPU bring their headings along and are
+empty as long as there are no result files.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from longspan.bench.record.plots import draw_ttft
+from longspan.bench.record.tables import (
+    Content,
+    caption,
+    decode_section,
+    markdown,
+    ops_section,
+    quality_section,
+    serve_section,
+    ttft_section,
+)
+from longspan.commands.console import note
+from longspan.commands.results import read_bench, read_file
+from longspan.errors import LongspanError
+
+MARKED = re.compile(r"(<!-- bench:(\w+) -->\n)(.*?)(<!-- /bench:\2 -->)", re.DOTALL)
+
+
+def run(readme: Path, results: Path) -> None:
+    """Rewrite the marked tables. Raises `LongspanError`: no file, no markers, unknown table."""
+    if not readme.is_file():
+        raise LongspanError(f"{readme}: no such file; name the file with --readme")
+    old = readme.read_text(encoding="utf-8")
+    names = [match[2] for match in MARKED.finditer(old)]
+    if not names:
+        raise LongspanError(f"{readme}: no markers such as <!-- bench:eval --> ... "
+                            "<!-- /bench:eval -->; add a pair where the table belongs")
+    new = MARKED.sub(lambda match: match[1] + build_table(match[2], results)
+                     + draw_images(match[2], results, readme) + match[4], old)
+    if new != old:
+        readme.write_text(new, encoding="utf-8")
+    note(f"{readme}: {', '.join(names)} {'rebuilt' if new != old else 'unchanged'}")
+
+
+def build_table(name: str, results: Path) -> str:
+    """The markdown of one table, with a line end at its end."""
+    known = sorted([*TABLES, *SECTIONS])
+    if name not in known:
+        raise LongspanError(f"no table is called {name!r}; there are {', '.join(known)}")
+    contents = read_bench(results, name)
+    if name in SECTIONS:
+        return SECTIONS[name](contents) if contents else ""
+    if not contents:
+        raise LongspanError(f"{results}: no results of bench {name!r} there; run it first")
+    return "\n".join(TABLES[name](content) for content in contents)
+
+
+def draw_images(name: str, results: Path, readme: Path) -> str:
+    """Draw the plots of a table beside the folder of results. Returns the markdown that shows
+    them. Raises `LongspanError` without matplotlib."""
+    text = ""
+    for file in sorted(results.glob(f"{name}.*.json")) if name in PLOTS else ():
+        image = (results.parent / "plots" / file.name).with_suffix(".svg")
+        if PLOTS[name](read_file(file), image):
+            place = os.path.relpath(image, readme.parent)
+            text += f"\n![{name}]({Path(place).as_posix()})\n"
+    return text
+
+
+def eval_table(content: Content) -> str:
+    """Scores over all depths: a row for each length, a column for each attention."""
+    rows = [row for row in content["rows"] if row["depth"] is None]
+    parts = []
+    for model, task in dict.fromkeys((row["model"], row["task"]) for row in rows):
+        chosen = [row for row in rows if (row["model"], row["task"]) == (model, task)]
+        labels = list(dict.fromkeys(row["attention"] for row in chosen))
+        cells = {(row["num_tokens"], row["attention"]): row for row in chosen}
+        body = [[f"{length:,}", *(_score(cells.get((length, label))) for label in labels)]
+                for length in sorted({row["num_tokens"] for row in chosen})]
+        parts.append(caption(content, f"{task}, {model}: share right, 95 % interval, questions")
+                     + markdown(["tokens", *labels], body))
+    return "\n".join(parts)
+
+
+def cpu_table(content: Content) -> str:
+    """Prefill times by implementation and length, and the two ratios."""
+    body = [[row["impl"], f"{row['num_tokens']:,}", f"{row['prefill_s']:.1f} s",
+             "" if row["density"] is None else f"{100 * row['density']:.1f} %",
+             f"{row['peak_memory_gib']:.2f} GiB", str(row["threads"])] for row in content["rows"]]
+    table = markdown(["", "tokens", "prefill", "density", "peak memory", "threads"], body)
+    summary = content.get("summary")
+    if summary:
+        table += (
+            f"\nSparse is {summary['sparse_over_dense_extrapolated']:.1f} times as fast as dense "
+            f"at {summary['demo_length']:,} tokens (dense: {summary['dense_extrapolated_s']:.0f} s,"
+            f" extrapolated), and {summary['sparse_over_transformers']:.1f} times as fast as "
+            f"transformers at {summary['transformers_length']:,}.\n")
+    return caption(content, "prefill, fp32") + table
+
+
+TABLES: dict[str, Callable[[Content], str]] = {"eval": eval_table, "cpu": cpu_table}
+PLOTS: dict[str, Callable[[Content, Path], bool]] = {"ttft": draw_ttft}
+SECTIONS: dict[str, Callable[[Sequence[Content]], str]] = {
+    "ttft": ttft_section, "decode": decode_section, "ops": ops_section,
+    "quality": quality_section, "serve": serve_section}
+
+
+def _score(row: Content | None) -> str:
+    if row is None:
+        return "not run"
+    return (f"{100 * row['score']:.0f} % ({100 * row['ci_low']:.0f}-{100 * row['ci_high']:.0f}; "
+            f"{row['n']})")

@@ -1,0 +1,91 @@
+"""`longspan info`: what a model and a prompt of some length need here, from config.json alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from longspan.attention.sparsity import SparsityPlan
+from longspan.commands.console import percent, show_table
+from longspan.config import EngineConfig, ModelConfig
+from longspan.engine.device.memory import MemoryPlan
+from longspan.engine.resolve import resolve_attention, resolve_positions
+from longspan.engine.setup.engine_plan import Blueprint
+from longspan.errors import LongspanError
+from longspan.model.weights import resolve_checkpoint
+from longspan.units import in_gib
+
+
+def run(model: str, length: int | None, options: dict[str, Any]) -> None:
+    """Print weights, KV cache and workspace for `length` tokens, what fits and what will run: the
+    engine's own plan for contexts of that length."""
+    if length is None:
+        length = ModelConfig.from_dir(resolve_checkpoint(model)).max_position_embeddings
+    if length <= 0:
+        raise LongspanError(f"length must be positive, not {length}")
+    engine = Blueprint.resolve(
+        EngineConfig(model=model, max_model_len=length, **options), must_fit=False)
+    rows = [*_model_rows(engine), *_memory_rows(engine.memory, engine.model),
+            *_attention_rows(engine, length)]
+    show_table(f"{model}, {length:,} tokens", ("", ""), rows)
+
+
+def position_label(config: EngineConfig, model: ModelConfig) -> str:
+    """The position scheme in effect, as result rows name it."""
+    dca = resolve_positions(config.positions, model)
+    if dca is None:
+        return "rope"
+    return "dca+yarn" if dca.original_max_position_embeddings else "dca"
+
+
+def _model_rows(engine: Blueprint) -> list[tuple[str, str]]:
+    model = engine.model
+    heads = f"{model.num_heads} heads, {model.num_kv_heads} of keys and values"
+    return [
+        ("architecture", f"{model.architecture}, {model.num_layers} layers, {heads}"),
+        ("parameters", f"{model.num_parameters:,}"),
+        ("longest context claimed", f"{model.max_position_embeddings:,} tokens"),
+        ("device", f"{engine.config.device}, {engine.config.dtype}"),
+    ]
+
+
+def _memory_rows(memory: MemoryPlan, model: ModelConfig) -> list[tuple[str, str]]:
+    verdict = f"no, {in_gib(memory.missing_bytes)} are missing" if memory.missing_bytes else "yes"
+    longest = min(memory.fitting_len, model.max_position_embeddings)
+    return [
+        ("weights", in_gib(memory.weights_bytes)),
+        ("KV cache",
+         f"{in_gib(memory.context_bytes)} ({memory.kv_bytes_per_token:,} bytes a token)"),
+        ("workspace", in_gib(memory.workspace_bytes)),
+        ("together", f"{in_gib(memory.needed_bytes)} of {in_gib(memory.budget_bytes)} usable; "
+                     f"fits: {verdict}"),
+        ("longest prompt here", f"{longest:,} tokens"),
+    ]
+
+
+def _attention_rows(engine: Blueprint, length: int) -> list[tuple[str, str]]:
+    config, model = engine.config, engine.model
+    positions = ("positions", position_label(config, model))
+    is_sparse = resolve_attention(
+        config.attention, length, threshold=model.sparse_threshold, has_plan=engine.has_plan,
+        has_dca=engine.dca is not None)
+    if is_sparse:
+        assert engine.plan is not None
+        density = percent(budget_density(engine.plan, length))
+        return [("attention", f"sparse, {engine.plan.mode} selection"), positions,
+                ("density budget", f"{density} of all pairs, about")]
+    later = f" (sparse above {model.sparse_threshold:,} tokens)" if engine.plan else ""
+    return [("attention", f"dense{later}"), positions]
+
+
+def budget_density(plan: SparsityPlan, length: int) -> float:
+    """Share of all causal pairs that the budgets buy in a prompt of this length: a column or a
+    diagonal costs at most `length` pairs, and the dense tail sees everything."""
+    budgets = [min(v + s, length) for row_v, row_s in zip(plan.vertical, plan.slash, strict=True)
+               for v, s in zip(row_v, row_s, strict=True)]
+    mean = sum(budgets) / len(budgets)
+    tail = min(plan.dense_tail_len, length)
+    body = length - tail
+    # A query at position p sees min(p, budget) keys.
+    sparse_pairs = body * body / 2 if body <= mean else mean * mean / 2 + (body - mean) * mean
+    tail_pairs = tail * (body + tail / 2)
+    return min(1.0, (sparse_pairs + tail_pairs) / (length * length / 2))

@@ -1,0 +1,1 @@
+"""What to compute next: requests, blocks, prefixes, plans, costs, the loop. No torch."""

@@ -1,0 +1,266 @@
+"""How long steps take: one model, fitted while serving. Pure numbers, no torch.
+
+Three kinds of work, three terms each, seconds:
+
+- dense prefill of x tokens after L: ``c + b x + a x (2 L + x)``, linear layers and attention;
+- a sparse prefill chunk: ``c + b x + a (x + S) L``, linear layers and kept keys, tile means and the
+  selection, which costs as much as the means of S = `SELECTION_ROWS` rows;
+- decode of n requests with S tokens in their caches: ``c + b n + a S``.
+
+Recursive least squares in relative error, against a prior that is counted in floating-point
+operations and scaled as a whole to the machine's speed. The prior counts like a measurement of each
+term (`DOUBT`): a term that is a small part of the steps seen, or that moves with another one in all
+of them, stays near it, since what such steps tell of it is their noise. So a short prompt teaches
+something about long ones, and nothing absurd. Coefficients that would become negative are held at
+zero. A step of several kinds teaches the kind that took most of it; a stray time counts for little,
+and a row of them means that the machine has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from operator import mul
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longspan.engine.control.chunking import chunk_stop, sparse_stop
+
+Terms = tuple[float, float, float]
+Kind = Literal["dense", "sparse", "decode"]
+NOISE = 0.15
+"""Relative error of one step's time."""
+DOUBT = (10.0, 0.5, 0.5)
+"""Relative error of the scaled prior's terms; what a step costs as such is hardly known."""
+FORGET = 0.97
+"""Weight of what is known after each observation; half is gone after 23 of them."""
+SURPRISE = 2.5
+"""A time that is off by this factor is a surprise ..."""
+MAX_SURPRISES = 4
+"""... and so many in a row mean that the machine has changed."""
+NUM_TERMS = 3
+SELECTION_ROWS = 8_192
+"""Measured on a CPU; for chunks of one length it makes no difference."""
+DECODE_FITS = 16
+"""Decode steps are many and alike: coefficients follow them once in so many."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Costs:
+    """Coefficients (c, b, a) of each kind of work, seconds."""
+
+    dense: Terms = (5e-3, 1e-4, 1e-9)
+    sparse: Terms = (5e-3, 3e-4, 1e-9)
+    decode: Terms = (5e-3, 1e-3, 1e-6)
+
+    def dense_s(self, cached_len: int, query_len: float) -> float:
+        """Time of dense prefill after ``cached_len`` tokens, the fixed cost of a step included."""
+        return _dot(self.dense, dense_terms(cached_len, query_len))
+
+    def sparse_s(self, cached_len: int, query_len: float) -> float:
+        """Time of one sparse prefill chunk, the fixed cost of a step included."""
+        return _dot(self.sparse, sparse_terms(cached_len, query_len))
+
+    def prefill_s(
+        self, start: int, stop: int, *, num_sparse: int, prefill_chunk_len: int,
+    ) -> float:
+        """Time to prefill tokens ``start`` to ``stop - 1`` of a prompt while nothing else runs, a
+        chunk a step.
+
+        Args:
+            num_sparse: leading tokens of the prompt that are computed sparsely.
+        """
+        total_s = 0.0
+        while start < min(stop, num_sparse):
+            end = chunk_stop(start, stop, prefill_chunk_len, num_sparse)
+            total_s += self.sparse_s(start, end - start)
+            start = end
+        if start >= stop:
+            return total_s
+        num_steps = -(-stop // prefill_chunk_len) - start // prefill_chunk_len
+        return total_s + self.dense_s(start, stop - start) + (num_steps - 1) * self.dense[0]
+
+    def decode_s(self, num_requests: int, context_len: int) -> float:
+        """Time of one token for each request, ``context_len`` tokens in their caches together."""
+        return _dot(self.decode, (1.0, float(num_requests), float(context_len)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """What one step computes, in the terms of `Costs`; a kind that is absent is all zeros."""
+
+    dense: Terms = (0.0, 0.0, 0.0)
+    sparse: Terms = (0.0, 0.0, 0.0)
+    decode: Terms = (0.0, 0.0, 0.0)
+
+    def seconds(self, costs: Costs) -> float:
+        """Predicted time."""
+        return (_dot(costs.dense, self.dense) + _dot(costs.sparse, self.sparse)
+                + _dot(costs.decode, self.decode))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forecast:
+    """What an engine expects of itself: costs, and what prompts of some length become."""
+
+    costs: Costs
+    block_size: int
+    prefill_chunk_len: int
+    sparse_above: int | None = None
+    """Longer prompts prefill sparsely; None: none do."""
+    dense_tail_len: int = 0
+    """Last tokens of a sparse prompt that are computed densely."""
+
+    def prefill_s(self, start: int, stop: int) -> float:
+        """Time to prefill tokens ``start`` to ``stop - 1`` of a prompt of ``stop`` tokens while
+        nothing else runs, seconds."""
+        is_sparse = self.sparse_above is not None and stop > self.sparse_above
+        num_sparse = sparse_stop(stop, self.dense_tail_len, self.block_size) if is_sparse else 0
+        return self.costs.prefill_s(
+            start, stop, num_sparse=num_sparse, prefill_chunk_len=self.prefill_chunk_len)
+
+
+def dense_terms(cached_len: int, query_len: float) -> Terms:
+    """Of one dense prefill slice."""
+    return 1.0, query_len, query_len * (2 * cached_len + query_len)
+
+
+def sparse_terms(cached_len: int, query_len: float) -> Terms:
+    """Of one sparse prefill chunk; a part of it has that share of each."""
+    return 1.0, query_len, (query_len + SELECTION_ROWS) * cached_len
+
+
+def add_terms(left: Terms, right: Terms, share: float = 1.0) -> Terms:
+    """Sum, with the fixed cost counted once."""
+    return (1.0, left[1] + share * right[1], left[2] + share * right[2])
+
+
+class LatencyModel:
+    """Predicts how long a step takes; learns from every step seen."""
+
+    def __init__(self, prior: Costs | None = None) -> None:
+        self._prior = prior or Costs()
+        self.reset()
+
+    @property
+    def costs(self) -> Costs:
+        """The coefficients now."""
+        return self._costs
+
+    def has_seen(self, kind: Kind) -> bool:
+        """Work of this kind was measured."""
+        return self._kinds[kind].num_observations > 0
+
+    def reset(self) -> None:
+        """Forget what was measured."""
+        prior, self.num_observations, self._costs = self._prior, 0, self._prior
+        self.dense_reach = 0.0
+        """Largest 2 L + x of the dense steps seen: beyond a few times that, costs are a guess."""
+        self._kinds: dict[Kind, _Fit] = {
+            "dense": _Fit(prior.dense), "sparse": _Fit(prior.sparse), "decode": _Fit(prior.decode)}
+
+    def observe(self, work: Work, seconds: float) -> None:
+        """A step took this long."""
+        if not 0 < seconds < 1e6:
+            return
+        parts: dict[Kind, float] = {
+            "dense": _dot(self._costs.dense, work.dense),
+            "sparse": _dot(self._costs.sparse, work.sparse),
+            "decode": _dot(self._costs.decode, work.decode)}
+        kind = max(parts, key=lambda name: parts[name])
+        if not parts[kind]:
+            return
+        others_s = sum(parts.values()) - parts[kind]
+        own_s = seconds * parts[kind] / (parts[kind] + others_s)  # its share, as far as known
+        if all(self.has_seen(name) for name, part_s in parts.items() if part_s):
+            own_s = max(seconds - others_s, own_s / 2)
+        if kind == "dense":
+            self.dense_reach = max(self.dense_reach, work.dense[2] / work.dense[1])
+        self._kinds[kind].observe(getattr(work, kind), own_s, is_rare=kind != "decode")
+        self.num_observations += 1
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Kinds that were never seen run at the speed of those that were, against the prior."""
+        seen = [fit for fit in self._kinds.values() if fit.num_observations]
+        speed = sum(fit.speed for fit in seen) / len(seen)
+        found = {name: fit.coefficients if fit.num_observations else fit.scaled(speed)
+                 for name, fit in self._kinds.items()}
+        self._costs = Costs(dense=found["dense"], sparse=found["sparse"], decode=found["decode"])
+
+
+class _Fit:
+    """Least squares of one kind, and of the prior times the machine's speed."""
+
+    def __init__(self, prior: Terms) -> None:
+        self.coefficients = self._prior = prior
+        self.num_observations = 0
+        self.speed = 1.0
+        """Seconds measured over seconds of the prior."""
+        self._num_surprises = 0
+        self._forget_all()
+
+    def scaled(self, speed: float) -> Terms:
+        """The prior at some speed."""
+        c, b, a = self._prior
+        return c * speed, b * speed, a * speed
+
+    def observe(self, row: Terms, seconds: float, *, is_rare: bool) -> None:
+        """Work of these terms took this long."""
+        expected_s = _dot(self.coefficients, row) if self.num_observations else seconds
+        is_surprise = not 1 / SURPRISE < seconds / max(expected_s, 1e-9) < SURPRISE
+        self._num_surprises = self._num_surprises + 1 if is_surprise else 0
+        has_changed = self._num_surprises >= MAX_SURPRISES
+        if has_changed:
+            self._forget_all()
+            expected_s = seconds
+        # Relative error, of whichever is longer: a stray time counts for little.
+        self._add(row, seconds, 1 / max(seconds, expected_s) ** 2)
+        self.num_observations += 1
+        if is_rare or has_changed or self.num_observations % DECODE_FITS == 1:
+            self._solve()
+
+    def _forget_all(self) -> None:
+        """Start again: at first, and when the machine has changed."""
+        self._num_surprises = 0
+        self._gram = [[0.0] * NUM_TERMS for _ in range(NUM_TERMS)]
+        self._moments = [0.0] * NUM_TERMS
+
+    def _add(self, row: Sequence[float], seconds: float, weight: float) -> None:
+        for i in range(NUM_TERMS):
+            self._moments[i] = FORGET * self._moments[i] + weight * row[i] * seconds
+            for j in range(NUM_TERMS):
+                self._gram[i][j] = FORGET * self._gram[i][j] + weight * row[i] * row[j]
+
+    def _solve(self) -> None:
+        prior, gram, moments = map(np.array, (self._prior, self._gram, self._moments))
+        self.speed = float(prior @ moments / (prior @ gram @ prior))
+        scaled = self.speed * prior
+        # In units of the scaled prior: all terms are about 1.
+        pull = (NOISE / np.array(DOUBT)) ** 2
+        c, b, a = scaled * _solve_non_negative(
+            gram * np.outer(scaled, scaled) + np.diag(pull), moments * scaled + pull)
+        self.coefficients = float(c), float(b), float(a)
+
+
+def _dot(left: Sequence[float], right: Sequence[float]) -> float:
+    return sum(map(mul, left, right))
+
+
+def _solve_non_negative(
+    matrix: NDArray[np.float64], right: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """The best solution that is not negative: tries every set of terms (there are 7). The matrix is
+    positive definite."""
+    best, best_gain = np.zeros(len(right)), 0.0
+    for size in range(len(right), 0, -1):
+        for terms in map(list, combinations(range(len(right)), size)):
+            found = np.linalg.solve(matrix[np.ix_(terms, terms)], right[terms])
+            gain = float(found @ right[terms])
+            if found.min() >= 0 and gain > best_gain:
+                best, best_gain = np.zeros(len(right)), gain
+                best[terms] = found
+    return best

@@ -1,0 +1,245 @@
+"""One loop, four verbs: receive, schedule, run, process. No torch.
+
+The loop knows a runner only as a `Transport`: batches go in, results come out in the same order.
+In one process on a CPU the transport computes when its result is asked for and holds one step. On a
+GPU it launches a step behind another, and the one of a server
+(`longspan.engine.processes.sockets`) hands batches to another process: the next step is scheduled
+and sent before the last one's tokens are back. Nothing here changes with that.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Protocol
+
+from longspan.engine.control.scheduler import Scheduler
+from longspan.engine.request import Request
+from longspan.engine.step import ScheduledBatch, StepReport, StepResult, Update
+
+MAX_SHORT_STEPS = 8
+"""Steps in flight, however short they are: so many are computed for nothing after a stop token."""
+PREFILL_AHEAD_S = 5e-3
+"""A step is queued behind one that prefills so long before that one's predicted end: what it takes
+to schedule and launch it. A device would wait for that behind each of a long prompt's steps."""
+
+
+class Transport(Protocol):
+    """Carries steps to a runner and back, first in, first out."""
+
+    @property
+    def max_in_flight(self) -> int:
+        """Steps that may be submitted and not yet collected; see `Loop` for short ones."""
+
+    def submit(self, batch: ScheduledBatch) -> None:
+        """Hand over a step; returns at once."""
+
+    def collect(self, timeout_s: float | None = None) -> StepResult | None:
+        """Wait up to ``timeout_s`` for the oldest step's result; None when the time is over, or
+        when a command came first."""
+
+    def discard(self) -> None:
+        """Drop what is in flight, after an interrupt. Results that come nevertheless are of an
+        earlier epoch."""
+
+
+class Executor(Protocol):
+    """What computes a step: `longspan.engine.device.runner.Runner`, or a double in tests."""
+
+    def execute(self, batch: ScheduledBatch) -> StepResult:
+        """Compute the step and sample."""
+
+
+class Launched(Protocol):
+    """A step that was handed to the device."""
+
+    def wait_for(self, timeout_s: float) -> bool:
+        """Wait up to ``timeout_s``; True if the step is computed."""
+
+    def wait(self) -> StepResult:
+        """Its result."""
+
+
+class Launcher(Protocol):
+    """What hands steps to a device: `longspan.engine.device.runner.Runner` on a GPU."""
+
+    def launch(self, batch: ScheduledBatch) -> Launched:
+        """Hand over the step; may return before it is computed."""
+
+
+class AheadTransport:
+    """Launches each step in this thread, as it is submitted: a GPU has the next one before it is
+    done with the last."""
+
+    max_in_flight = 2
+
+    def __init__(self, launcher: Launcher) -> None:
+        self._launcher = launcher
+        self._launched: deque[Launched] = deque()
+
+    def submit(self, batch: ScheduledBatch) -> None:
+        """Launch the step."""
+        self._launched.append(self._launcher.launch(batch))
+
+    def collect(self, timeout_s: float | None = None) -> StepResult | None:
+        """Wait for the oldest step."""
+        if timeout_s is not None and not self._launched[0].wait_for(timeout_s):
+            return None
+        return self._launched.popleft().wait()
+
+    def discard(self) -> None:
+        """Forget results; what was launched is still computed, before anything launched later."""
+        self._launched.clear()
+
+
+class LocalTransport:
+    """Runs each step in this thread, when its result is collected."""
+
+    max_in_flight = 1
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._batches: deque[ScheduledBatch] = deque()
+
+    def submit(self, batch: ScheduledBatch) -> None:
+        """Keep the step until `collect`."""
+        self._batches.append(batch)
+
+    def collect(self, timeout_s: float | None = None) -> StepResult:
+        """Compute the oldest step."""
+        return self._executor.execute(self._batches.popleft())
+
+    def discard(self) -> None:
+        """Forget steps that were not computed."""
+        self._batches.clear()
+
+
+class Loop:
+    """Drives a scheduler and a transport. Commands wait in a mailbox until the next turn.
+
+    Args:
+        queues_prefill: submit further steps as soon as one that prefills is in flight. It keeps a
+            pipeline full; without one it only makes a request that arrives meanwhile wait for two
+            long steps instead of one. If false, the next step is submitted `PREFILL_AHEAD_S`
+            before the last one's end.
+        ahead_s: a transport that may hold several steps is given more of them, up to
+            `MAX_SHORT_STEPS`, while those in flight only decode and are predicted to take less time
+            than this. Else a device whose steps are shorter than the way there and back would wait.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, transport: Transport, *, queues_prefill: bool = True,
+        ahead_s: float = 0.0,
+    ) -> None:
+        self._scheduler, self._transport = scheduler, transport
+        self._queues_prefill, self._ahead_s = queues_prefill, ahead_s
+        self._mailbox: deque[Request | str] = deque()
+        self._in_flight: deque[_Submission] = deque()
+        self._freed_s = 0.0
+        """When the latest result came: the step behind it began."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing to do until the next `add`."""
+        return not self._mailbox and self._scheduler.is_idle
+
+    def add(self, request: Request) -> None:
+        """Queue a request that fits (see `longspan.engine.prompts.check_fits`)."""
+        self._mailbox.append(request)
+
+    def abort(self, request_id: str) -> None:
+        """Cancel a request, whatever its state; takes effect before the next step."""
+        self._mailbox.append(request_id)
+
+    def turn(self) -> StepReport:
+        """Receive, schedule, run, process: at most one result is waited for."""
+        self._receive()
+        self._schedule_and_run()
+        return self._process()
+
+    def interrupt(self) -> tuple[Update, ...]:
+        """After an exception in `turn`: abort the steps in flight, keep the engine usable."""
+        self._transport.discard()
+        self._scheduler.drop_in_flight()
+        self._in_flight.clear()
+        return tuple(self._scheduler.take_updates())
+
+    def _receive(self) -> None:
+        while self._mailbox:
+            command = self._mailbox.popleft()
+            if isinstance(command, str):
+                self._scheduler.abort(command)
+            else:
+                self._scheduler.add(command)
+
+    def _schedule_and_run(self) -> None:
+        while self._may_submit():
+            batch = self._scheduler.schedule(self._prefill_rest_s)
+            if batch is None:
+                return
+            self._in_flight.append(
+                _Submission(time.monotonic(), batch.expected_s, _prefills(batch)))
+            self._transport.submit(batch)
+
+    def _may_submit(self) -> bool:
+        if self._prefill_rest_s and not self._queues_prefill:
+            return False
+        most = self._transport.max_in_flight
+        return len(self._in_flight) < most or (
+            most > 1 and not self._prefills_in_flight and self._are_short)
+
+    @property
+    def _prefills_in_flight(self) -> bool:
+        return any(step.prefills for step in self._in_flight)
+
+    @property
+    def _prefill_rest_s(self) -> float:
+        """Predicted time until the steps in flight are computed, if they prefill; 0 when that is so
+        soon that the next one should be on its way."""
+        if not self._prefills_in_flight:
+            return 0.0
+        begun_s = max(self._freed_s, self._in_flight[0].time_s)
+        end_s = begun_s + sum(step.expected_s for step in self._in_flight)
+        rest_s = end_s - time.monotonic()
+        return rest_s if rest_s > PREFILL_AHEAD_S else 0.0
+
+    @property
+    def _patience_s(self) -> float | None:
+        """How long to wait before the next step is due; None: for a result."""
+        if len(self._in_flight) >= self._transport.max_in_flight:
+            return None
+        rest_s = self._prefill_rest_s
+        return rest_s - PREFILL_AHEAD_S if rest_s else None
+
+    @property
+    def _are_short(self) -> bool:
+        """The steps in flight end so soon that the runner might wait for the next one."""
+        return (len(self._in_flight) < MAX_SHORT_STEPS
+                and sum(step.expected_s for step in self._in_flight) < self._ahead_s)
+
+    def _process(self) -> StepReport:
+        if not self._in_flight:
+            if self._scheduler.num_requests == 0:
+                self._scheduler.check()  # idle: the moment to notice a leak
+            return StepReport(updates=tuple(self._scheduler.take_updates()))
+        result = self._transport.collect(self._patience_s)
+        if result is None or result.epoch != self._scheduler.epoch:
+            return StepReport(updates=tuple(self._scheduler.take_updates()))
+        updates = self._scheduler.apply(result)
+        self._freed_s = time.monotonic()
+        return StepReport(
+            updates=tuple(updates), submitted_s=self._in_flight.popleft().time_s,
+            finished_s=self._freed_s, kept_pairs=result.kept_pairs,
+            causal_pairs=result.causal_pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Submission:
+    time_s: float
+    expected_s: float
+    prefills: bool
+
+
+def _prefills(batch: ScheduledBatch) -> bool:
+    return any(item.cached_len < item.prompt_len for item in batch.slices)

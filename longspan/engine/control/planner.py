@@ -1,0 +1,282 @@
+"""What one step computes of whom, so that it fits its time. No torch.
+
+The rule, for each step:
+
+1. Every decoding request gets its token.
+2. The *head*, the prompt that was admitted first, is sure of half of the time that is left. The
+   other half goes to the other prompts, the one with the shortest predicted rest first; the head
+   takes what they leave. What units keep it from taking is owed to it in the next steps.
+3. Something is always computed: the head gets one unit (a piece of a sparse chunk, or
+   ``unit_len`` dense tokens) even where that exceeds the time.
+
+So a short prompt waits for the step that runs and is then computed in the next one, if half a
+step suffices. A prompt that is the head takes at most twice its time alone, decodes not counted,
+and every prompt becomes the head when those before it are finished: nobody starves. The longest
+step is the budget, or a unit where that is longer, plus what predictions err by, for which a
+share of the budget (`SLACK`) is left free.
+
+One sparse chunk at a time may be paused, because its hidden states stay on the device; another
+prompt's sparse chunk begins when it is complete. Where several prompts want to begin one, the head
+and the shortest other take turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from longspan.engine.control.chunking import chunk_stop, piece_shares, sparse_stop
+from longspan.engine.control.latency import (
+    Costs,
+    LatencyModel,
+    Terms,
+    Work,
+    add_terms,
+    dense_terms,
+    sparse_terms,
+)
+from longspan.engine.request import Request
+from longspan.engine.step import Pieces
+
+SLACK = 0.3
+"""Share of the budget that predictions may err by."""
+UNLIMITED_S = 1e9
+FAR = 4
+"""Times the history of anything measured, beyond which dense slices begin with half the time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannerConfig:
+    """Numbers that cut prompts and steps."""
+
+    block_size: int
+    prefill_chunk_len: int
+    dense_tail_len: int = 0
+    """Last prompt tokens that attend to everything in sparse prefill."""
+    num_layers: int = 1
+    piece_rows: int = 1 << 30
+    """Rows of one piece of a sparse chunk."""
+    unit_len: int = 1
+    """Dense slices end at multiples of so many tokens: fewer would not take less time."""
+    step_budget_s: float | None = None
+    """Longest step that prefills, seconds; None: prefill chunks are computed whole."""
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """One slice to be."""
+
+    request: Request
+    query_len: int
+    pieces: Pieces | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """One step to be."""
+
+    choices: tuple[Choice, ...]
+    """Prefills, a sparse chunk in pieces first of all, then decodes."""
+    work: Work
+    expected_s: float
+
+
+class Planner:
+    """Chooses the work of each step."""
+
+    def __init__(self, config: PlannerConfig, latency: LatencyModel) -> None:
+        self._config, self._latency = config, latency
+        budget_s = config.step_budget_s
+        self._target_s = UNLIMITED_S if budget_s is None else (1 - SLACK) * budget_s
+        self._last_owner = ""
+        """Id of the request whose sparse chunk began last."""
+        self._debt = ("", 0.0)
+        """The head and what it is owed, seconds."""
+
+    def plan(self, running: Sequence[Request], in_flight_s: float) -> Plan | None:
+        """The next step; None when there is nothing to compute now.
+
+        Args:
+            running: those that are not finished, in the order of admission.
+            in_flight_s: predicted time of the steps in flight that prefill; they share the budget.
+        """
+        decodes = [request for request in running if request.can_decode]
+        step = _Step(self._config, self._latency, decodes)
+        prefills = [request for request in running if request.is_prefill]
+        if prefills:
+            room_s = self._target_s - in_flight_s - step.expected_s
+            if room_s > 0 or not in_flight_s:
+                self._fill(step, prefills, room_s, must_progress=not in_flight_s)
+        return step.finish()
+
+    def _fill(
+        self, step: _Step, prefills: Sequence[Request], room_s: float, *, must_progress: bool,
+    ) -> None:
+        owner = self._owner(prefills)
+        able = [r for r in prefills if r is owner or not self._begins_sparse(r)]
+        head, others = able[0], able[1:]
+        begins = owner is not None and owner.num_pieces == 0
+        step.has_chunk = owner is not None
+        reserve_s, before_s = 0.0, step.expected_s
+        if others:
+            others.sort(key=self._rest_s)
+            reserve_s = min(room_s / 2 + self._owed(head), self._rest_s(head))
+        for request in others:
+            step.take(request, room_s - reserve_s - (step.expected_s - before_s))
+        others_s = step.expected_s - before_s
+        step.take(head, room_s - others_s, is_head=True, must_progress=must_progress)
+        head_s = step.expected_s - before_s - others_s
+        owed_s = self._owed(head) + (others_s - head_s) / 2
+        self._debt = head.request_id, max(0.0, min(room_s / 2, owed_s))
+        if begins and owner is not None and step.holds(owner):
+            self._last_owner = owner.request_id
+
+    def _owed(self, head: Request) -> float:
+        """Time by which the head is behind its half: units do not fit every step exactly."""
+        return self._debt[1] if self._debt[0] == head.request_id else 0.0
+
+    def _owner(self, prefills: Sequence[Request]) -> Request | None:
+        """Whose sparse chunk may be worked on in this step."""
+        paused = [request for request in prefills if request.num_pieces]
+        if paused:
+            assert len(paused) == 1, "one sparse chunk is paused at a time"
+            return paused[0]
+        wanting = [request for request in prefills if self._begins_sparse(request)]
+        if len(wanting) < 2 or wanting[0].request_id != self._last_owner:
+            return wanting[0] if wanting else None
+        return min(wanting[1:], key=self._rest_s)
+
+    def _begins_sparse(self, request: Request) -> bool:
+        return request.scheduled_len < num_sparse_tokens(request, self._config)
+
+    def _rest_s(self, request: Request) -> float:
+        return prefill_s(request, request.scheduled_len, request.prompt_len, self._config,
+                         self._latency.costs)
+
+
+class _Step:
+    """A plan in the making."""
+
+    def __init__(
+        self, config: PlannerConfig, latency: LatencyModel, decodes: Sequence[Request],
+    ) -> None:
+        self._config, self._costs = config, latency.costs
+        self._known_reach = FAR * latency.dense_reach
+        self._knows_sparse = latency.has_seen("sparse") or config.step_budget_s is None
+        self._decodes = decodes
+        self._prefills: list[Choice] = []
+        self._dense: Terms = (0.0, 0.0, 0.0)
+        self._sparse: Terms = (0.0, 0.0, 0.0)
+        context_len = float(sum(request.scheduled_len + 1 for request in decodes))
+        self._decode: Terms = (1.0, float(len(decodes)), context_len) if decodes else (0.0,) * 3
+        self._num_others = 0
+        self.has_chunk = False
+        """A sparse chunk is paused or begins: its rows take half of the workspace's."""
+
+    @property
+    def expected_s(self) -> float:
+        """Predicted time of what was taken so far."""
+        return self._work.seconds(self._costs)
+
+    @property
+    def _work(self) -> Work:
+        return Work(dense=self._dense, sparse=self._sparse, decode=self._decode)
+
+    def holds(self, request: Request) -> bool:
+        """Some of this prompt is in the step."""
+        return any(choice.request is request for choice in self._prefills)
+
+    def take(
+        self, request: Request, room_s: float, *, is_head: bool = False,
+        must_progress: bool = False,
+    ) -> None:
+        """Add as much of a prompt's chunk as fits; at least a unit if it must progress."""
+        start, config = request.scheduled_len, self._config
+        stop = chunk_stop(start, request.prompt_len, config.prefill_chunk_len,
+                          num_sparse_tokens(request, config))
+        if start < num_sparse_tokens(request, config):
+            choice = self._pieces(request, stop, room_s, must_progress)
+        else:
+            choice = self._tokens(request, stop, room_s, is_head, must_progress)
+        if choice is not None:
+            self._prefills.insert(0 if is_head else len(self._prefills), choice)
+
+    def finish(self) -> Plan | None:
+        """The plan; None if nothing was taken."""
+        self._prefills.sort(key=lambda choice: choice.pieces is None)
+        choices = [*self._prefills, *(Choice(request=r, query_len=1) for r in self._decodes)]
+        if not choices:
+            return None
+        return Plan(choices=tuple(choices), work=self._work, expected_s=self.expected_s)
+
+    def _pieces(
+        self, request: Request, stop: int, room_s: float, must_progress: bool,
+    ) -> Choice | None:
+        config, start, first = self._config, request.scheduled_len, request.num_pieces
+        shares = piece_shares(start, stop, num_layers=config.num_layers, rows=config.piece_rows)
+        fixed_s = self._costs.sparse[0]
+        chunk_s = self._costs.sparse_s(start, stop - start) - fixed_s
+        last, share = first, 0.0
+        while last < len(shares) and fixed_s + chunk_s * (share + shares[last]) <= room_s:
+            share, last = share + shares[last], last + 1
+            if not self._knows_sparse:
+                break  # the first one tells how long pieces are
+        if last == first:
+            if not must_progress:
+                return None
+            share, last = shares[first], first + 1
+        self._sparse = add_terms(self._sparse, sparse_terms(start, stop - start), share)
+        return Choice(request=request, query_len=stop - start,
+                      pieces=Pieces(first, last, len(shares)))
+
+    def _tokens(
+        self, request: Request, stop: int, room_s: float, is_head: bool, must_progress: bool,
+    ) -> Choice | None:
+        config, start = self._config, request.scheduled_len
+        room = config.prefill_chunk_len
+        if self.has_chunk or not is_head:
+            room = config.prefill_chunk_len // 2 - (0 if is_head else self._num_others)
+            room -= self._num_others if is_head and self.has_chunk else 0
+        if 2 * start > self._known_reach:
+            room_s /= 2  # costs this far in are a guess
+        query_len = self._longest(request, stop, room, room_s)
+        if query_len == 0 and must_progress:
+            unit = (start // config.unit_len + 1) * config.unit_len - start
+            query_len = min(stop - start, unit)
+        if query_len == 0:
+            return None
+        if not is_head:
+            self._num_others += query_len
+        self._dense = add_terms(self._dense, dense_terms(start, query_len))
+        return Choice(request=request, query_len=query_len)
+
+    def _longest(self, request: Request, stop: int, room: int, room_s: float) -> int:
+        """Tokens up to the chunk's end, or else up to a unit's, that fit rows and time."""
+        start, size = request.scheduled_len, self._config.unit_len
+
+        def fits(end: int) -> bool:
+            return end - start <= room and self._costs.dense_s(start, end - start) <= room_s
+
+        if fits(stop):
+            return stop - start
+        low, high = start // size, -(-stop // size)  # low fits (nothing), high does not
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle * size) else (low, middle)
+        return max(0, low * size - start)
+
+
+def prefill_s(
+    request: Request, start: int, stop: int, config: PlannerConfig, costs: Costs,
+) -> float:
+    """Predicted time for tokens ``start`` to ``stop - 1`` of a prompt, seconds."""
+    return costs.prefill_s(start, stop, num_sparse=num_sparse_tokens(request, config),
+                           prefill_chunk_len=config.prefill_chunk_len)
+
+
+def num_sparse_tokens(request: Request, config: PlannerConfig) -> int:
+    """Leading tokens of a prompt that are computed sparsely."""
+    if not request.sparse:
+        return 0
+    return sparse_stop(request.prompt_len, config.dense_tail_len, config.block_size)

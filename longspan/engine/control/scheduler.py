@@ -1,0 +1,382 @@
+"""Which tokens of which requests the next step computes. Ordinary Python: no torch, no sockets.
+
+Policy, in the order of the functions below:
+
+- *submit*: a request that can never fit is refused at once, with the numbers.
+- *admit*: first come, first served. KV blocks for the prompt and all of ``max_tokens`` are taken
+  at admission, so an admitted request always finishes: nothing is preempted, and no million-token
+  prefill is ever thrown away. Of the first `LOOKAHEAD` in line, a shorter one may pass one that
+  waits for blocks, but only `LOOKAHEAD` times, so that the long one is not starved.
+- *share*: a request whose prompt begins as one that is being prefilled waits for those blocks
+  instead of computing them a second time (`longspan.engine.control.prefixes`).
+- *plan*: what a step computes, within its time: `longspan.engine.control.planner`. Steps that only
+  decode and are over sooner than news travel are sent several at a time.
+- *apply*: results come back in order and change lengths, the prefix cache and the states.
+
+Several steps may be in flight: `schedule` only looks at ``scheduled_len``. A request whose next
+token is still being sampled goes on all the same: its slice says so, and the runner, which has the
+token, feeds it in. Only a stop token comes as a surprise: slices that are in flight by then are
+computed for nothing, their tokens are dropped here, and blocks come back with the last of them.
+Steps run in the order of their submission, so a block that is given away after an interrupt is
+written by its new owner after the old one's last step.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from heapq import heappop, heappush
+
+from longspan.engine.control.blocks import BlockPool
+from longspan.engine.control.latency import Costs, Forecast, LatencyModel, Work
+from longspan.engine.control.planner import Choice, Plan, Planner, PlannerConfig
+from longspan.engine.control.prefixes import Prefixes
+from longspan.engine.intake import check_fits
+from longspan.engine.request import FinishReason, Request, finish_reason
+from longspan.engine.step import (
+    RowLogprobs,
+    RowSampling,
+    SamplingExtras,
+    ScheduledBatch,
+    ScheduledSlice,
+    StepResult,
+    Update,
+)
+
+LOOKAHEAD = 16
+MAX_REPEATS = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SchedulerConfig(PlannerConfig):
+    """Numbers that the scheduler works with."""
+
+    num_blocks: int
+    max_model_len: int
+    max_num_requests: int
+    prior: Costs = Costs()
+    """What steps are thought to cost before any was measured."""
+    sparse_above: int | None = None
+    """Longer prompts prefill sparsely (forecasts only; a request says it itself)."""
+    burst_s: float = 0.0
+    """Steps that only decode are sent in bursts of up to this duration (`MAX_REPEATS` at most)."""
+    warm_up_len: int = 0
+    """Tokens of a prompt that a server computes before the first request (`warmup`); 0: none."""
+
+    @property
+    def longest_len(self) -> int:
+        """Longest prompt plus completion that can be accepted, tokens."""
+        return min(self.max_model_len, self.num_blocks * self.block_size)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Load:
+    """What a scheduler has to do at one moment."""
+
+    num_waiting: int = 0
+    """Requests without KV blocks."""
+    num_running: int = 0
+    """Requests in prefill or decode."""
+    num_waiting_tokens: int = 0
+    """Prompt tokens of the waiting requests."""
+    num_used_tokens: int = 0
+    """Tokens of KV reserved for running requests, in whole blocks."""
+    forecast: Forecast | None = None
+    """What prompts will take, as known after the latest prefill; None: nothing was measured."""
+
+
+class Scheduler:
+    """Owns the requests and the blocks; `schedule` hands out work, `apply` takes results."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self.pool = BlockPool(config.num_blocks)
+        self._waiting: list[Request] = []
+        self._running: dict[str, Request] = {}
+        self._in_flight: list[_Submission] = []
+        self.latency = LatencyModel(config.prior)
+        """Fitted by every step whose time is known."""
+        self.forecast: Forecast | None = None
+        """What prompts will take, as known after the latest prefill."""
+        self._planner = Planner(config, self.latency)
+        self._prefixes = Prefixes(config, self.pool, self.latency)
+        self._updates: list[Update] = []
+        self._free_slots = list(range(config.max_num_requests))
+        self._num_steps = 0
+        self.epoch = 0
+        """Number of times that `drop_in_flight` was called."""
+
+    @property
+    def is_idle(self) -> bool:
+        """No request is waiting or running, no step in flight, no update uncollected."""
+        return not (self._waiting or self._running or self._in_flight or self._updates)
+
+    @property
+    def num_requests(self) -> int:
+        """Requests waiting or running."""
+        return len(self._waiting) + len(self._running)
+
+    @property
+    def load(self) -> Load:
+        """What there is to do now."""
+        num_used = self.pool.num_blocks - self.pool.num_available
+        return Load(
+            num_waiting=len(self._waiting), num_running=len(self._running),
+            num_waiting_tokens=sum(request.prompt_len for request in self._waiting),
+            num_used_tokens=num_used * self.config.block_size, forecast=self.forecast)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises `PromptTooLongError` if it could never be computed."""
+        check_fits(request.prompt_len, request.params.max_tokens, self.config.longest_len)
+        self._waiting.append(request)
+
+    def abort(self, request_id: str) -> None:
+        """Cancel a request in any state; unknown and finished ones are ignored.
+
+        Its blocks become available when the last step in flight that writes them has returned.
+        """
+        waiting = next((r for r in self._waiting if r.request_id == request_id), None)
+        if waiting is not None:
+            self._waiting.remove(waiting)
+        request = waiting or self._running.get(request_id)
+        if request is not None and not request.is_finished:
+            self._finish(request, "abort")
+            self._updates.append(_update(request, None))
+
+    def schedule(self, in_flight_s: float = 0.0) -> ScheduledBatch | None:
+        """Work for the next step, or None when nothing can be computed now.
+
+        Args:
+            in_flight_s: predicted time until the steps in flight that prefill are computed; they
+                share the budget.
+        """
+        self._admit()
+        plan = self._planner.plan(
+            [request for request in self._running.values() if not request.is_finished],
+            in_flight_s)
+        if plan is None:
+            assert self._in_flight or not self._waiting, "an empty engine admits any request"
+            return None
+        repeats = self._repeats(plan)
+        batch = ScheduledBatch(
+            step_id=self._num_steps, epoch=self.epoch, expected_s=repeats * plan.expected_s,
+            slices=tuple(_slice(choice) for choice in plan.choices), repeats=repeats)
+        for choice in plan.choices:
+            _advance_schedule(choice, repeats)
+        self._num_steps += 1
+        requests = tuple(choice.request for choice in plan.choices)
+        self._in_flight.append(_Submission(batch, requests, plan.work))
+        return batch
+
+    def apply(self, result: StepResult) -> list[Update]:
+        """Take the result of the oldest step in flight. Returns what changed, aborts included.
+
+        A result of an earlier epoch changes nothing.
+        """
+        if result.epoch != self.epoch:
+            return self.take_updates()
+        step = self._in_flight.pop(0)
+        batch = step.batch
+        assert result.step_id == batch.step_id, "results are applied in the order of their steps"
+        samples = [item.sampling is not None for item in batch.slices]
+        num_rows = sum(samples)
+        assert len(result.token_ids) == batch.repeats * num_rows, "a token for each that samples"
+        row = 0
+        for item, request, is_sampled in zip(batch.slices, step.requests, samples, strict=True):
+            tokens = result.token_ids[row::num_rows] if is_sampled else (None,)
+            logprobs = result.logprobs[row] if is_sampled and result.logprobs else None
+            self._advance(request, item, tokens, logprobs, result.failure(row))
+            row += is_sampled
+        self._learn(step, result.elapsed_s)
+        return self.take_updates()
+
+    def drop_in_flight(self) -> None:
+        """Forget the steps in flight (an interrupt): their requests are aborted, and results that
+        still come belong to an earlier epoch."""
+        self.epoch += 1
+        for step in self._in_flight:
+            for request in step.requests:
+                request.num_in_flight = 0
+                if not request.is_finished:
+                    self._finish(request, "abort")
+                    self._updates.append(_update(request, None))
+                elif request.request_id in self._running:
+                    self._release(request)
+        self._in_flight.clear()
+
+    def take_updates(self) -> list[Update]:
+        """Changes not yet handed out."""
+        updates, self._updates = self._updates, []
+        return updates
+
+    def check(self) -> None:
+        """Assert that blocks and requests agree; cheap enough for every idle moment."""
+        self.pool.check()
+        self._prefixes.check(self._waiting)
+        held = {block for request in self._running.values() for block in request.block_ids}
+        assert len(held) == self.pool.num_blocks - self.pool.num_available, "blocks leaked"
+        assert not any(request.block_ids for request in self._waiting)
+        slots = [*self._free_slots, *(request.slot for request in self._running.values())]
+        assert sorted(slots) == list(range(self.config.max_num_requests)), "slots leaked"
+
+    # -- admit ---------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Move waiting requests to running as long as blocks and places last."""
+        position = num_blocked = 0
+        while (position < len(self._waiting) and num_blocked < LOOKAHEAD
+               and len(self._running) < self.config.max_num_requests):
+            request = self._waiting[position]
+            if self._prefixes.awaits(request):
+                position += 1
+            elif self._allocate(request):
+                del self._waiting[position]
+                request.slot = heappop(self._free_slots)
+                request.asks_more = SamplingExtras.of(request) is not None
+                self._running[request.request_id] = request
+                for passed in self._waiting[:position]:
+                    passed.num_skips += not passed.awaited_hash
+            elif request.num_skips >= LOOKAHEAD:
+                return
+            else:
+                position, num_blocked = position + 1, num_blocked + 1
+
+    def _allocate(self, request: Request) -> bool:
+        """Take all blocks a request can ever need, cached ones first; False if too few are left."""
+        cached = self._prefixes.known_blocks(request)
+        num_new = -(-request.reserved_len // self.config.block_size) - len(cached)
+        room = self.pool.num_available - num_new
+        if room < 0 or room < self.pool.num_cached(cached):
+            return False
+        self.pool.acquire(cached)
+        new = self.pool.allocate(num_new, behind=cached)
+        assert new is not None, "they were counted"
+        request.block_ids = cached + array("i", new)
+        request.num_registered = len(cached)
+        cached_len = len(cached) * self.config.block_size
+        request.num_cached_tokens = request.scheduled_len = request.computed_len = cached_len
+        self._prefixes.promise(request)
+        return True
+
+    # -- plan ----------------------------------------------------------------------------------
+
+    def _repeats(self, plan: Plan) -> int:
+        """How often to compute a plan before the next one. Longer bursts would make requests that
+        arrive wait, and compute more in vain behind a stop token."""
+        requests = [choice.request for choice in plan.choices]
+        if any(request.is_prefill or request.asks_more for request in requests):
+            return 1
+        fitting = self.config.burst_s / plan.expected_s if plan.expected_s > 0 else MAX_REPEATS
+        left = min(request.num_unscheduled for request in requests)
+        return max(1, min(MAX_REPEATS, int(fitting), left))
+
+    # -- apply ---------------------------------------------------------------------------------
+
+    def _advance(
+        self, request: Request, item: ScheduledSlice, tokens: Sequence[int | None],
+        logprobs: RowLogprobs | None, failure: str,
+    ) -> None:
+        """Take what was sampled, one token after another; None: nothing was, negative: nothing
+        could be, for the reason given."""
+        request.num_in_flight -= 1
+        if request.is_finished:  # stopped or aborted while the step was in flight
+            self._release(request)
+            return
+        for index, token in enumerate(tokens):
+            if token is not None and token < 0:
+                self._finish(request, "abort")
+                self._updates.append(_update(request, None, failure=failure))
+                return
+            self._take(request, item, token, logprobs, item.done_len + index)
+            if request.is_finished:
+                return
+
+    def _take(
+        self, request: Request, item: ScheduledSlice, token: int | None,
+        logprobs: RowLogprobs | None, done_len: int,
+    ) -> None:
+        if item.pieces is None or item.pieces.is_last:
+            request.computed_len = done_len
+        if token is not None:
+            request.output_ids.append(token)
+        self._prefixes.register(request)
+        reason = None if token is None else finish_reason(
+            request.params, request.eos_token_ids, token, len(request.output_ids))
+        if reason is not None:
+            self._finish(request, reason)
+        self._updates.append(_update(request, token, logprobs, done_len))
+
+    def _learn(self, step: _Submission, elapsed_s: float) -> None:
+        self.latency.observe(step.work, elapsed_s / step.batch.repeats)
+        if step.batch.prefills and self.latency.num_observations:
+            config = self.config
+            self.forecast = Forecast(
+                costs=self.latency.costs, block_size=config.block_size,
+                prefill_chunk_len=config.prefill_chunk_len, sparse_above=config.sparse_above,
+                dense_tail_len=config.dense_tail_len)
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        request.finish_reason = reason
+        self._prefixes.forget(request)
+        self._release(request)
+
+    def _release(self, request: Request) -> None:
+        """Give the blocks of a finished request back, once no step in flight writes them."""
+        if request.num_in_flight == 0 and request.request_id in self._running:
+            del self._running[request.request_id]
+            heappush(self._free_slots, request.slot)
+            self.pool.release(request.block_ids)
+            request.block_ids = array("i")
+
+
+def max_step_tokens(prefill_chunk_len: int, max_num_requests: int) -> int:
+    """Most tokens that one step holds on the device: a prefill chunk (the head's, or a paused one),
+    half as many tokens of others, one token of each decoding request."""
+    return prefill_chunk_len + prefill_chunk_len // 2 + max_num_requests
+
+
+@dataclass(frozen=True, slots=True)
+class _Submission:
+    """A step in flight."""
+
+    batch: ScheduledBatch
+    requests: tuple[Request, ...]
+    """Of its slices."""
+    work: Work
+
+
+def _slice(choice: Choice) -> ScheduledSlice:
+    request, pieces, params = choice.request, choice.pieces, choice.request.params
+    start, stop = request.scheduled_len, request.scheduled_len + choice.query_len
+    prompt_len = request.prompt_len
+    is_last = stop >= prompt_len and (pieces is None or pieces.is_last)
+    sampling = RowSampling(
+        temperature=params.temperature, top_k=params.top_k, top_p=params.top_p,
+        min_p=params.min_p, seed=request.seed) if is_last else None
+    return ScheduledSlice(
+        request_id=request.request_id, slot=request.slot, token_ids=request.tokens(start, stop),
+        cached_len=start, prompt_len=prompt_len, block_ids=request.block_ids,
+        sparse=request.sparse, sampling=sampling, pieces=pieces,
+        extras=SamplingExtras.of(request) if is_last and start < prompt_len else None)
+
+
+def _advance_schedule(choice: Choice, repeats: int) -> None:
+    request, pieces = choice.request, choice.pieces
+    request.num_in_flight += 1
+    if pieces is None or pieces.is_last:
+        request.scheduled_len += repeats * choice.query_len
+        request.num_pieces = 0
+    else:
+        request.num_pieces = pieces.stop
+
+
+def _update(
+    request: Request, token: int | None, logprobs: RowLogprobs | None = None,
+    done_len: int | None = None, failure: str = "",
+) -> Update:
+    return Update(
+        request_id=request.request_id,
+        computed_len=request.computed_len if done_len is None else done_len,
+        num_cached_tokens=request.num_cached_tokens, token_id=token,
+        finish_reason=request.finish_reason, logprobs=logprobs, failure=failure)

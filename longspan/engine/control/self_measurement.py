@@ -1,0 +1,44 @@
+"""The first requests of an engine that serves: nobody asked for them, and the latency model learns
+from them how fast the machine is. No torch."""
+
+from __future__ import annotations
+
+from array import array
+
+from longspan.engine.control.loop import Loop
+from longspan.engine.control.scheduler import Scheduler
+from longspan.engine.request import Request, SamplingParams
+
+COLD_LEN = 64
+"""Tokens of a first prompt, whose time tells only how long compilers take."""
+NUM_TOKENS = 8
+"""Completion of each."""
+
+
+def warm_up(scheduler: Scheduler, loop: Loop) -> None:
+    """Compute prompts of up to ``warm_up_len`` tokens; a sparse one too, where there are any.
+
+    The time of the sparse one is forgotten: in a chunk as short as this, most rows are dense. The
+    planner measures the first real chunk a piece at a time.
+    """
+    config = scheduler.config
+    room = config.longest_len - NUM_TOKENS
+    length = min(config.warm_up_len, room)
+    if length < 1:
+        return
+    _compute(loop, 0, min(COLD_LEN, length), sparse=False)
+    if config.sparse_above is not None:
+        _compute(loop, 1, min(room, 2 * config.dense_tail_len + length), sparse=True)
+    scheduler.latency.reset()
+    _compute(loop, 2, -(-length // 2), sparse=False)
+    _compute(loop, 3, length, sparse=False)
+
+
+def _compute(loop: Loop, number: int, prompt_len: int, *, sparse: bool) -> None:
+    """A prompt that begins as no other one, the warm-up's included: nothing of it is cached."""
+    request = Request(
+        request_id=f"warm-up {number}", prompt_ids=array("i", [number, *[0] * (prompt_len - 1)]),
+        params=SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True), sparse=sparse)
+    loop.add(request)
+    while not loop.is_idle:
+        loop.turn()

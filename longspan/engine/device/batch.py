@@ -1,0 +1,95 @@
+"""From a scheduled step to device tensors."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longspan.attention.metadata import AttentionMetadata, SequenceSlice, build_metadata
+from longspan.attention.upload import upload
+from longspan.config import DcaConfig
+from longspan.engine.request import TokenIds
+from longspan.engine.step import ScheduledBatch, ScheduledSlice
+from longspan.ops.sampling.sample import SamplingRows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceBatch:
+    """One step on the device; n of its slices sample a token."""
+
+    token_ids: Tensor
+    """[T] int64, of the slices that are packed together"""
+    metadata: AttentionMetadata
+    """Of those."""
+    sampling: SamplingRows
+    """[n] each"""
+    slots: Tensor
+    """[n] int64, of the requests that sample"""
+    all_greedy: bool
+
+
+def build_batch(
+    batch: ScheduledBatch, *, block_size: int, head_dim: int, dca: DcaConfig | None,
+    device: torch.device | str, last_tokens: Tensor | None = None,
+) -> DeviceBatch:
+    """Pack the slices' tokens one after the other and describe them. Never waits for the device.
+    A slice in pieces is computed apart: only its sampling is in here.
+
+    Args:
+        last_tokens: [num slots] int64 on the device, the token that each slot sampled last: the
+            input of slices that run ahead of the host.
+    """
+    together = [item for item in batch.slices if item.pieces is None]
+    metadata = build_metadata(
+        [_sequence_slice(item) for item in together], block_size=block_size,
+        head_dim=head_dim, dca=dca, device="cpu")
+    packed, ahead = array("i"), list[tuple[int, int]]()  # (row, slot)
+    for item in together:
+        if item.is_run_ahead:
+            ahead.append((len(packed), item.slot))
+        packed.extend(item.token_ids or (0,))
+    sampled = [item for item in batch.slices if item.sampling is not None]
+    here = DeviceBatch(
+        token_ids=_as_tensor(packed), metadata=metadata,
+        sampling=_sampling_rows(sampled),
+        slots=torch.tensor([item.slot for item in sampled], dtype=torch.int64),
+        all_greedy=is_greedy(sampled))
+    there = upload(here, device)
+    if ahead:
+        assert last_tokens is not None
+        rows, slots = upload(torch.tensor(ahead), device).unbind(1)
+        there.token_ids[rows] = last_tokens[slots]
+    return there
+
+
+def is_greedy(items: Sequence[ScheduledSlice]) -> bool:
+    """No slice that samples does so at a temperature."""
+    return all(item.sampling is None or item.sampling.temperature == 0 for item in items)
+
+
+def _as_tensor(token_ids: TokenIds) -> Tensor:
+    if not token_ids:
+        return torch.empty(0, dtype=torch.int64)
+    return torch.frombuffer(token_ids, dtype=torch.int32).to(torch.int64)
+
+
+def _sequence_slice(item: ScheduledSlice) -> SequenceSlice:
+    return SequenceSlice(
+        query_len=item.query_len, cached_len=item.cached_len, prompt_len=item.prompt_len,
+        block_ids=item.block_ids, sparse=item.sparse,
+        num_outputs=int(item.context_len >= item.prompt_len))
+
+
+def _sampling_rows(items: Sequence[ScheduledSlice]) -> SamplingRows:
+    rows = [item.sampling for item in items if item.sampling is not None]
+    return SamplingRows(
+        temperature=torch.tensor([row.temperature for row in rows], dtype=torch.float32),
+        top_k=torch.tensor([row.top_k for row in rows], dtype=torch.int64),
+        top_p=torch.tensor([row.top_p for row in rows], dtype=torch.float32),
+        min_p=torch.tensor([row.min_p for row in rows], dtype=torch.float32),
+        seed=torch.tensor([row.seed for row in rows], dtype=torch.int64),
+        position=torch.tensor([item.context_len for item in items], dtype=torch.int64))

@@ -1,0 +1,106 @@
+"""A step that was handed to the device, and its result once it is there."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from longspan.engine.device.sampling import SampledTokens
+from longspan.engine.step import ScheduledBatch, StepResult
+
+POLL_S = 2e-4
+"""Between looks at a device, for events cannot be waited for with a limit."""
+
+
+class Stopwatch:
+    """Times what one thread hands to a device from its making to `stop`: on GPUs the time that the
+    device needs, without waiting for what was handed to it before."""
+
+    def __init__(self, device: str) -> None:
+        self.is_cuda = device.startswith("cuda")
+        self._start_s = time.perf_counter()
+        self._stop_s = 0.0
+        if self.is_cuda:
+            # Blocking: whoever waits leaves the core to others.
+            self._start = torch.cuda.Event(enable_timing=True)
+            self._stop = torch.cuda.Event(enable_timing=True, blocking=True)
+            self._start.record()
+
+    def stop(self) -> None:
+        """Everything to time has been handed over."""
+        self._stop_s = time.perf_counter()
+        if self.is_cuda:
+            self._stop.record()
+
+    def wait_for(self, timeout_s: float) -> bool:
+        """After `stop`: wait so long at most; whether the device is done."""
+        end_s = time.monotonic() + timeout_s
+        while self.is_cuda and not self._stop.query():
+            if time.monotonic() >= end_s:
+                return False
+            time.sleep(POLL_S)
+        return True
+
+    def hold(self, stream: torch.cuda.Stream) -> None:
+        """After `stop`: what ``stream`` is given from now on waits for what was timed."""
+        stream.wait_event(self._stop)
+
+    def wait(self) -> float:
+        """Until the device is done. Returns seconds."""
+        if not self.is_cuda:
+            return self._stop_s - self._start_s
+        self._stop.synchronize()
+        return 1e-3 * self._start.elapsed_time(self._stop)
+
+
+class LaunchedStep:
+    """Made right after its work was queued; `wait` may be called on another thread.
+
+    Args:
+        sampled: None when no slice samples.
+        pairs: attention pairs kept, where they were counted, and causal.
+        watch: started before the work was queued.
+        copies: for the way to the host, beside the next step's work; None on CPUs.
+    """
+
+    def __init__(
+        self, batch: ScheduledBatch, sampled: SampledTokens | None,
+        pairs: tuple[Tensor | float, float], watch: Stopwatch, copies: torch.cuda.Stream | None,
+    ) -> None:
+        self._batch, self._pairs, self._watch = batch, pairs, watch
+        self._sampled = sampled
+        self._copied: torch.cuda.Event | None = None
+        watch.stop()
+        if sampled is not None and copies is not None:
+            self._sampled = self._fetch(sampled, copies)
+
+    def wait_for(self, timeout_s: float) -> bool:
+        """Wait so long at most; whether the device is done with it."""
+        return self._watch.wait_for(timeout_s)
+
+    def wait(self) -> StepResult:
+        """The result, when the device is done with it."""
+        elapsed_s = self._watch.wait()
+        if self._copied is not None:
+            self._copied.synchronize()
+        token_ids, logprobs = ((), ()) if self._sampled is None else self._sampled.as_tuples()
+        kept, causal = self._pairs
+        return StepResult(
+            step_id=self._batch.step_id, epoch=self._batch.epoch, repeats=self._batch.repeats,
+            token_ids=token_ids, logprobs=logprobs, kept_pairs=float(kept), causal_pairs=causal,
+            failures={} if self._sampled is None else self._sampled.failures,
+            elapsed_s=elapsed_s)
+
+    def _fetch(self, sampled: SampledTokens, copies: torch.cuda.Stream) -> SampledTokens:
+        kept, causal = self._pairs
+        self._on_device = sampled, kept  # their memory is not used again before the copy is done
+        self._watch.hold(copies)
+        with torch.cuda.stream(copies):
+            found = sampled.cpu(non_blocking=True)  # to pinned memory
+            if isinstance(kept, Tensor):
+                self._pairs = kept.to("cpu", non_blocking=True), causal
+        self._copied = torch.cuda.Event(blocking=True)
+        self._copied.record(copies)
+        return found

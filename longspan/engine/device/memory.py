@@ -1,0 +1,279 @@
+"""Memory plan in bytes: what there is, what the model needs, how long a prompt can be."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from longspan.config import EngineConfig, ModelConfig
+from longspan.engine.device.graphs import recorded_sizes
+from longspan.engine.device.sampling import history_bytes
+from longspan.errors import LongspanError, NotEnoughMemoryError
+from longspan.model.qwen2 import mlp_rows
+from longspan.units import DTYPE_BYTES, GIB, in_gib
+
+USABLE_SHARE = 0.9
+CPU_POOL_REQUESTS = 4
+"""Requests of full length that the KV pool holds on CPUs, where memory allows."""
+GPU_POOL_SHARES = 2
+"""How often the KV pool of a GPU holds all that can run together, where memory allows: once for
+the running requests, once for the prefix cache."""
+ATTENTION_SCRATCH_BYTES = 512 * 1024**2
+"""Score tiles, gathered keys and selection of one layer, beyond what grows with a step's tokens."""
+SAMPLING_BYTES = 49
+"""For each row and token of the vocabulary: logits and log-probabilities, 4 each, and beside them
+sorted values, their order, probabilities and sums in fp64, 41 at once."""
+RANK_BYTES = 8
+"""Sampling needs this for each token of the vocabulary, however many rows there are."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceMemory:
+    """Memory of the device, bytes."""
+
+    total_bytes: int
+    free_bytes: int
+    """What this process may still take; on CPUs within the container's limit."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryPlan:
+    """Where the memory goes. All figures for one engine, bytes and tokens."""
+
+    device: DeviceMemory
+    budget_bytes: int
+    """What the engine allows itself to use."""
+    weights_bytes: int
+    workspace_bytes: int
+    """Activations of the largest step, sampling, rotation tables."""
+    kv_bytes_per_token: int
+    """Keys and values of one token over all layers, block means included."""
+    num_blocks: int
+    """KV blocks of the pool, see `pool_blocks`."""
+    block_size: int
+    max_model_len: int
+    """Longest prompt plus completion that the engine accepts, tokens."""
+    fitting_len: int
+    """Longest context that the memory could hold, whatever the checkpoint claims, tokens."""
+
+    @property
+    def kv_bytes(self) -> int:
+        """The whole KV pool."""
+        return self.num_blocks * self.block_size * self.kv_bytes_per_token
+
+    @property
+    def context_bytes(self) -> int:
+        """KV blocks of one context of full length."""
+        blocks = -(-self.max_model_len // self.block_size)
+        return blocks * self.block_size * self.kv_bytes_per_token
+
+    @property
+    def needed_bytes(self) -> int:
+        """Peak with one context of full length in the cache."""
+        return self.weights_bytes + self.workspace_bytes + self.context_bytes
+
+    @property
+    def missing_bytes(self) -> int:
+        """What the budget lacks for one context of full length; 0: it fits."""
+        return max(0, self.needed_bytes - self.budget_bytes)
+
+
+def plan_memory(
+    model: ModelConfig, config: EngineConfig, *, max_step_tokens: int, means: bool,
+    must_fit: bool = True, device: DeviceMemory | None = None,
+) -> MemoryPlan:
+    """Share the memory out between weights, workspace and KV cache.
+
+    Args:
+        config: resolved (device, dtype and prefill_chunk_len are set).
+        max_step_tokens: most tokens that one step computes.
+        means: the caches hold block means too.
+        must_fit: False: a plan that does not fit is returned too, with its ``missing_bytes``.
+        device: measured here when absent.
+
+    Raises `NotEnoughMemoryError` when the weights, or a context of ``config.max_model_len`` tokens
+    (of one block where that is open), do not fit; the message says what to change.
+    """
+    assert config.device is not None and config.dtype is not None
+    device = device or device_memory(config.device)
+    element = DTYPE_BYTES[config.dtype]
+    per_token = model.kv_elements_per_token * element
+    if means:
+        per_token += -(-per_token // config.block_size)
+    budget = int(USABLE_SHARE * device.free_bytes)
+    if config.memory_gib is not None:
+        budget = min(int(config.memory_gib * GIB), device.total_bytes)
+
+    def plan(length: int, num_blocks: int = 0, fitting_len: int = 0) -> MemoryPlan:
+        step_tokens = min(max_step_tokens, length * config.max_num_requests)
+        return MemoryPlan(
+            device=device, budget_bytes=budget, weights_bytes=model.num_parameters * element,
+            workspace_bytes=workspace_bytes(model, config, step_tokens, max_model_len=length),
+            kv_bytes_per_token=per_token, block_size=config.block_size, max_model_len=length,
+            num_blocks=num_blocks, fitting_len=fitting_len)
+
+    fitting_len = _longest(plan, config.block_size, budget // per_token)
+    length = config.max_model_len or min(
+        model.max_position_embeddings, max(fitting_len, config.block_size))
+    empty = plan(length)
+    if empty.missing_bytes and must_fit:
+        raise _no_fit(config, empty, fitting_len)
+    room = max(budget - empty.weights_bytes - empty.workspace_bytes, empty.context_bytes)
+    return plan(length, pool_blocks(config, room // per_token, length), fitting_len)
+
+
+def _longest(plan: Callable[[int], MemoryPlan], block_size: int, limit: int) -> int:
+    """The most tokens, in whole blocks and at most ``limit``, whose plan fits; 0: none does."""
+    low, high = 0, limit // block_size + 1  # low fits (nothing), high does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        if plan(middle * block_size).missing_bytes:
+            high = middle
+        else:
+            low = middle
+    return low * block_size
+
+
+def pool_blocks(config: EngineConfig, room: int, max_model_len: int) -> int:
+    """KV blocks of the pool, where the memory has room for ``room`` tokens.
+
+    A GPU is the engine's own: all that the budget leaves, as long as there is any use for it.
+    A CPU's memory is not. A block takes it once it is written, and the prefix cache writes all of
+    them in time, so the pool holds a few requests of full length.
+    """
+    assert config.device is not None
+    is_gpu = config.device.startswith("cuda")
+    num_requests = GPU_POOL_SHARES * config.max_num_requests if is_gpu else CPU_POOL_REQUESTS
+    return min(room // config.block_size,
+               num_requests * -(-max_model_len // config.block_size))
+
+
+def workspace_bytes(
+    model: ModelConfig, config: EngineConfig, num_tokens: int, max_model_len: int | None = None,
+) -> int:
+    """Upper estimate of what a step of ``num_tokens`` needs besides weights and KV cache.
+
+    ``config`` is resolved: device and dtype are set. ``model`` has the DCA in effect: rotation
+    tables are as long as the context without. ``max_model_len``: default: what the model claims.
+    """
+    assert config.device is not None and config.dtype is not None
+    element = DTYPE_BYTES[config.dtype]
+    heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    # Residual stream, its norm and the sum: 3 M; q, k, v and their rotated copies, the output. GPU
+    # kernels read the queries rotated for each of three zones.
+    zones = 2 * model.num_heads * model.head_dim if config.device.startswith("cuda") else 0
+    per_token = (3 * model.hidden_size + 2 * heads + zones) * element
+    num_mlp_rows = min(num_tokens, mlp_rows(config.device.split(":")[0]))
+    mlp = num_mlp_rows * (3 * model.intermediate_size * element + 2 * model.hidden_size * 4)
+    # Every row may ask for all that a request can.
+    sampling = (model.vocab_size * (config.max_num_requests * SAMPLING_BYTES + RANK_BYTES)
+                + history_bytes(model.vocab_size, config.max_num_requests))
+    rows = max_model_len or model.max_position_embeddings
+    rotary = 4 * model.head_dim * (min(rows, model.dca.chunk_size + 1) if model.dca else rows)
+    graphs = _graph_bytes(model, config) if config.device.startswith("cuda") else 0
+    return num_tokens * per_token + mlp + sampling + rotary + graphs + ATTENTION_SCRATCH_BYTES
+
+
+def _graph_bytes(model: ModelConfig, config: EngineConfig) -> int:
+    """What decode graphs keep (`longspan.engine.device.graphs`): each its logits, all of them
+    together what the largest one samples with."""
+    rows = recorded_sizes(config.max_num_requests)
+    return model.vocab_size * (2 * 4 * sum(rows) + SAMPLING_BYTES * max(rows))
+
+
+def peak_memory_bytes(device: str = "cpu") -> int:
+    """Highest use so far: of the process on CPUs, of torch's allocator on GPUs."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def device_memory(device: str) -> DeviceMemory:
+    """What the device has and what is free on it now. Raises `LongspanError` for a GPU that is not
+    there."""
+    if device.startswith("cuda"):
+        index, count = torch.device(device).index or 0, torch.cuda.device_count()
+        if index >= count:
+            raise LongspanError(
+                f"device {device} is not there; the last GPU of this machine is cuda:{count - 1}")
+        free, total = torch.cuda.mem_get_info(torch.device(device))
+        return DeviceMemory(total_bytes=total, free_bytes=free)
+    return host_memory()
+
+
+def host_memory(
+    cgroup_root: Path = Path("/sys/fs/cgroup"), own_cgroup: Path = Path("/proc/self/cgroup"),
+) -> DeviceMemory:
+    """RAM, or the container's share of it where that is less."""
+    import psutil
+
+    machine = psutil.virtual_memory()
+    total, free = int(machine.total), int(machine.available)
+    for limit, used in _cgroup_limits(cgroup_root, own_cgroup):
+        total, free = min(total, limit), min(free, max(0, limit - used))
+    return DeviceMemory(total_bytes=total, free_bytes=free)
+
+
+def _cgroup_limits(root: Path, own_cgroup: Path) -> list[tuple[int, int]]:
+    """(limit, used) in bytes of this process's group and those around it, cgroup version 2 and 1.
+    The page cache does not count as used."""
+    found: list[tuple[int, int]] = []
+    for folder in _groups(root, own_cgroup):
+        _add_limit(found, folder, "memory.max", "memory.current", "")
+    _add_limit(found, root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+    return found
+
+
+def _groups(root: Path, own_cgroup: Path) -> list[Path]:
+    """Folders of the version 2 groups that hold this process, innermost first."""
+    lines = own_cgroup.read_text().splitlines() if own_cgroup.is_file() else []
+    own = next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")
+    folder = root / own
+    return [folder, *(parent for parent in folder.parents if parent.is_relative_to(root))]
+
+
+def _add_limit(
+    found: list[tuple[int, int]], folder: Path, limit_name: str, used_name: str, prefix: str,
+) -> None:
+    limit, used = _read_number(folder / limit_name), _read_number(folder / used_name)
+    if limit is not None and used is not None:
+        found.append((limit, max(0, used - _page_cache(folder / "memory.stat", prefix))))
+
+
+def _page_cache(stat_file: Path, prefix: str) -> int:
+    """Bytes of file pages, which the kernel gives back under pressure."""
+    if not stat_file.is_file():
+        return 0
+    rows = (line.split() for line in stat_file.read_text().splitlines())
+    values = {row[0]: int(row[1]) for row in rows if len(row) == 2}
+    return sum(values.get(f"{prefix}{name}", 0) for name in ("inactive_file", "active_file"))
+
+
+def _read_number(file: Path) -> int | None:
+    """The number in a cgroup file; None without the file or a limit ("max")."""
+    try:
+        text = file.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _no_fit(config: EngineConfig, plan: MemoryPlan, fitting_len: int) -> NotEnoughMemoryError:
+    remedies = ["use a smaller model or a device with more memory"]
+    if fitting_len > 0:
+        remedies.insert(0, f"lower max_model_len to {fitting_len}")
+    if config.dtype == "float32":
+        remedies.insert(0, "use dtype bfloat16")
+    if config.memory_gib is not None:
+        remedies.insert(0, "raise memory_gib")
+    return NotEnoughMemoryError(
+        f"{config.model} needs {in_gib(plan.needed_bytes)} on {config.device} (weights "
+        f"{in_gib(plan.weights_bytes)}, workspace {in_gib(plan.workspace_bytes)}, KV cache of "
+        f"{plan.max_model_len} tokens {in_gib(plan.context_bytes)}), and may use "
+        f"{in_gib(plan.budget_bytes)}; {', or '.join(remedies)}")

@@ -1,0 +1,68 @@
+"""The sparse prefill chunk that may be paused between two steps, on its runner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+
+from torch import Tensor
+
+from longspan.engine.control.chunking import row_cuts
+from longspan.engine.device.batch import DeviceBatch
+from longspan.engine.device.stage import PipelineStage
+from longspan.engine.step import ScheduledSlice
+
+
+class PausableChunk:
+    """Computes one sparse chunk at a time, through all stages of this process.
+
+    Args:
+        rows: of one piece; the scheduler's `SchedulerConfig.piece_rows`.
+    """
+
+    def __init__(self, stages: Sequence[PipelineStage], rows: int) -> None:
+        self._stages, self._rows = stages, rows
+        self._work: Generator[None, None, Tensor] | None = None
+        self._place = ("", 0, 0)
+        """Request, first token and pieces done of the chunk in ``_work``."""
+
+    def advance(
+        self, item: ScheduledSlice, build: Callable[[], DeviceBatch],
+    ) -> Tensor | None:
+        """Compute the pieces of a slice, in inference mode.
+
+        Args:
+            build: makes the whole chunk's tensors; called when it begins.
+
+        Returns [n, M], the hidden states of the rows that sample, when the chunk is complete.
+        """
+        pieces = item.pieces
+        assert pieces is not None
+        if pieces.first == 0:
+            cuts = row_cuts(item.cached_len, item.context_len, self._rows)
+            self._work = self._compute(build(), cuts)
+            self._place = (item.request_id, item.cached_len, 0)
+        assert self._work is not None and self._place == (
+            item.request_id, item.cached_len, pieces.first), (self._place, item.request_id, pieces)
+        self._place = (item.request_id, item.cached_len, pieces.stop)
+        try:
+            for _ in range(pieces.first, pieces.stop):
+                next(self._work)
+        except StopIteration as end:
+            assert pieces.is_last, "the chunk has fewer pieces than the scheduler thinks"
+            self._work = None
+            hidden: Tensor = end.value
+            return hidden
+        assert not pieces.is_last, "the chunk has more pieces than the scheduler thinks"
+        return None
+
+    def _compute(
+        self, inputs: DeviceBatch, cuts: Sequence[int]
+    ) -> Generator[None, None, Tensor]:
+        """Yields between pieces: n pieces, n - 1 pauses."""
+        hidden = inputs.token_ids
+        for number, stage in enumerate(self._stages):
+            if number:
+                yield
+            hidden = yield from stage.model.forward_in_pieces(
+                hidden, inputs.metadata, stage.caches, cuts)
+        return hidden

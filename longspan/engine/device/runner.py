@@ -1,0 +1,257 @@
+"""Computes steps: pipeline stages, their KV caches, sampling.
+
+A pipeline stage is a slice of the layers with its own KV cache; block ids mean the same on every
+stage. Here all stages live in one process and hand hidden states on directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from msgspec.structs import replace
+from torch import Tensor
+
+from longspan.attention.layer import allocate_cache
+from longspan.attention.metadata import AttentionMetadata
+from longspan.attention.rope import build_rotary
+from longspan.attention.sparsity import SparsityPlan, needs_means
+from longspan.config import DcaConfig, EngineConfig, ModelConfig
+from longspan.engine.control.chunking import piece_rows
+from longspan.engine.control.loop import AheadTransport, LocalTransport, Transport
+from longspan.engine.device.batch import DeviceBatch, build_batch, is_greedy
+from longspan.engine.device.graphs import CudaRecorder, DecodeGraphs, DecodeState
+from longspan.engine.device.host_memory import keep_buffers_in_heap
+from longspan.engine.device.launched_step import LaunchedStep, Stopwatch
+from longspan.engine.device.memory import MemoryPlan, peak_memory_bytes
+from longspan.engine.device.paused_chunk import PausableChunk
+from longspan.engine.device.sampling import SampledTokens, Sampler
+from longspan.engine.device.stage import PipelineStage
+from longspan.engine.step import ScheduledBatch, StepResult
+from longspan.engine.text.grammar import Grammars
+from longspan.engine.text.tokenizer import Tokenizer
+from longspan.model import TORCH_DTYPES, build_model
+from longspan.model.weights import load_weights
+from longspan.ops.types import PagedKV
+
+
+class Runner:
+    """Executes scheduled steps one after the other."""
+
+    def __init__(
+        self, stages: Sequence[PipelineStage], sampler: Sampler, *, head_dim: int,
+        dca: DcaConfig | None, device: str, num_slots: int, piece_rows: int,
+    ) -> None:
+        self._stages, self._sampler = tuple(stages), sampler
+        self._block_size = stages[0].caches[0].k.shape[1]
+        self._head_dim, self._dca, self._device = head_dim, dca, device
+        self._chunk = PausableChunk(stages, piece_rows)
+        # Sampled last by each slot's request: the input of steps that run ahead of the host. One
+        # more for the padding of decode graphs.
+        self._last_tokens = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
+        self._copies = torch.cuda.Stream(device) if device.startswith("cuda") else None
+        self._graphs: DecodeGraphs | None = None
+
+    @classmethod
+    def load(
+        cls, path: Path, model: ModelConfig, config: EngineConfig, memory: MemoryPlan, *,
+        dca: DcaConfig | None, plan: SparsityPlan | None, num_stages: int = 1,
+    ) -> Runner:
+        """Build the stages, fill their weights and allocate their caches.
+
+        Args:
+            config: resolved.
+            plan: budgets for sparse prefill; None: this engine is always dense.
+
+        Raises `CheckpointError` when the weights cannot be read.
+        """
+        assert config.device is not None and config.dtype is not None
+        assert config.prefill_chunk_len is not None
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        dtype = TORCH_DTYPES[config.dtype]
+        rotary = build_rotary(
+            head_dim=model.head_dim, rope_theta=model.rope_theta, device=config.device,
+            max_model_len=memory.max_model_len, dca=dca)
+        stages = []
+        for layers in split_layers(model.num_layers, num_stages):
+            part = build_model(model, layers=layers, rotary=rotary, plan=plan, dtype=dtype,
+                               device=config.device)
+            load_weights(part, path)
+            caches = _allocate(len(layers), model, memory, dtype, config.device,
+                               means=needs_means(plan))
+            stages.append(PipelineStage(model=part, caches=caches))
+        if config.device == "cpu":
+            keep_buffers_in_heap()  # after the caches, which go back to the system when freed
+        sampler = Sampler(vocab_size=model.vocab_size, device=config.device,
+                          grammars=lambda: Grammars(Tokenizer(path), model.vocab_size))
+        runner = cls(
+            stages, sampler, head_dim=model.head_dim, dca=dca, device=config.device,
+            num_slots=config.max_num_requests,
+            piece_rows=piece_rows(config.device.split(":")[0], config.prefill_chunk_len))
+        runner.use_graphs(model.num_heads, memory.max_model_len)
+        return runner
+
+    def use_graphs(self, num_heads: int, max_model_len: int) -> None:
+        """Replay decode steps from CUDA graphs, where the device and the kernels can."""
+        if DecodeGraphs.is_possible(self._stages[0].caches[0], num_heads):
+            state = DecodeState(
+                self._last_tokens, max_blocks=-(-max_model_len // self._block_size),
+                block_size=self._block_size, head_dim=self._head_dim, dca=self._dca)
+            self._graphs = DecodeGraphs(self._decode, state, CudaRecorder())
+
+    def transport(self) -> Transport:
+        """For a loop in this process."""
+        return AheadTransport(self) if self._device.startswith("cuda") else LocalTransport(self)
+
+    def record_graphs(self) -> None:
+        """Record all decode graphs now, where there are any: a server has no time for it later."""
+        if self._graphs is not None:
+            with torch.inference_mode():
+                self._graphs.record_all(len(self._last_tokens) - 1)
+
+    def rehearse(self, steps: Iterable[ScheduledBatch]) -> None:
+        """Compute steps for what they compile, before any request has KV blocks."""
+        for stage in self._stages:
+            for cache in stage.caches:
+                for part in cache:
+                    if part is not None:
+                        part.zero_()  # what memory held may be NaN
+        for step in steps:
+            self.execute(step)
+        self._take_attention_pairs()
+
+    def execute(self, batch: ScheduledBatch) -> StepResult:
+        """Compute a step and wait for its result."""
+        return self.launch(batch).wait()
+
+    def launch(self, batch: ScheduledBatch) -> LaunchedStep:
+        """Compute a step: write its keys and values, sample where a slice asks for it.
+
+        On a GPU it returns when the work is queued behind earlier steps; slices that run ahead take
+        their input from those on the device. One thread only.
+        """
+        with torch.inference_mode():
+            graphs = self._graphs_for(batch)
+            if graphs is not None:
+                graphs.prepare(batch.slices)  # unmeasured: the device may be waiting for it
+            watch = Stopwatch(self._device)
+            sampled = self._compute(batch) if graphs is None else self._replay(graphs, batch)
+            # not after each step: to add them up takes a launch for each layer
+            is_counted = sampled is not None and batch.prefills
+            pairs = self._take_attention_pairs() if is_counted else (0.0, 0.0)
+        return LaunchedStep(batch, sampled, pairs, watch, self._copies)
+
+    def forward(self, inputs: DeviceBatch, apart: Tensor | None = None) -> Tensor | None:
+        """All stages in turn. Returns [n, V] fp32 logits of the rows that sample, None without.
+
+        Args:
+            apart: [m, M] hidden states of rows that were computed apart; they come first.
+        """
+        rows = [] if apart is None else [apart]
+        if inputs.token_ids.shape[0]:
+            rows.append(self._hidden(inputs.token_ids, inputs.metadata))
+        sampled = torch.cat(rows) if len(rows) > 1 else rows[0] if rows else None
+        if sampled is None or not sampled.shape[0]:
+            return None
+        return self._stages[-1].model.logits(sampled)
+
+    def _build(self, batch: ScheduledBatch) -> DeviceBatch:
+        return build_batch(
+            batch, block_size=self._block_size, head_dim=self._head_dim, dca=self._dca,
+            device=self._device, last_tokens=self._last_tokens)
+
+    def _advance(self, batch: ScheduledBatch) -> Tensor | None:
+        """Compute the pieces of a sparse chunk, if the step has any."""
+        item = next((item for item in batch.slices if item.pieces is not None), None)
+        if item is None:
+            return None
+        return self._chunk.advance(
+            item, lambda: self._build(replace(batch, slices=(replace(item, pieces=None),))))
+
+    def peak_memory_bytes(self) -> int:
+        """Highest use so far: of the process on CPUs, of torch's allocator on GPUs."""
+        return peak_memory_bytes(self._device)
+
+    def close(self) -> None:
+        """Free weights and caches."""
+        self._stages, self._graphs = (), None
+        self._chunk = PausableChunk((), 1)
+        if self._device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+    def _graphs_for(self, batch: ScheduledBatch) -> DecodeGraphs | None:
+        has_graph = self._graphs is not None and self._graphs.takes(batch)
+        return self._graphs if has_graph else None
+
+    def _compute(self, batch: ScheduledBatch) -> SampledTokens | None:
+        """Any step, kernel by kernel."""
+        if batch.repeats == 1:
+            return self._compute_once(batch)
+        parts = [self._compute_once(part) for part in batch.each()]
+        return SampledTokens(torch.cat([part.token_ids for part in parts if part]), None)
+
+    def _compute_once(self, batch: ScheduledBatch) -> SampledTokens | None:
+        apart = self._advance(batch)
+        inputs = self._build(batch)
+        logits = self.forward(inputs, apart)
+        if logits is None:
+            return None
+        items = [item for item in batch.slices if item.sampling is not None]
+        sampled = self._sampler.sample(
+            logits, items, inputs.sampling, all_greedy=inputs.all_greedy)
+        self._last_tokens[inputs.slots] = sampled.token_ids.clamp_min(0)  # an index it must be
+        return sampled
+
+    def _replay(self, graphs: DecodeGraphs, batch: ScheduledBatch) -> SampledTokens:
+        """The step of decodes that the graphs are prepared for, and those that follow it."""
+        count = len(batch.slices)
+        if not self._sampler.asks(batch.slices):
+            steps = [graphs.run().token_ids[:count].clone() for _ in range(batch.repeats)]
+            return SampledTokens(torch.cat(steps) if len(steps) > 1 else steps[0], None)
+        assert batch.repeats == 1, "these are sampled one step at a time"
+        output = graphs.run().head(count)
+        sampled = self._sampler.sample(
+            output.logits, batch.slices, output.rows, all_greedy=is_greedy(batch.slices))
+        self._last_tokens[output.slots] = sampled.token_ids.clamp_min(0)
+        return sampled
+
+    def _hidden(self, token_ids: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """Token ids [T] to the hidden states of the wanted rows, [n, M]."""
+        hidden = token_ids
+        for stage in self._stages:
+            hidden = stage.model(hidden, metadata, stage.caches)
+        return hidden
+
+    def _decode(self, token_ids: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """What a decode graph holds: token ids [B] to logits [B, V] fp32."""
+        return self._stages[-1].model.logits(self._hidden(token_ids, metadata))
+
+    def _take_attention_pairs(self) -> tuple[Tensor | float, float]:
+        """Since the last call, kept ones where they were counted: the device is not waited for."""
+        pairs = [stage.model.attention_pairs() for stage in self._stages]
+        for stage in self._stages:
+            stage.model.reset_attention_stats()
+        return sum((kept for kept, _ in pairs), 0.0), sum(causal for _, causal in pairs)
+
+
+def _allocate(
+    num_layers: int, model: ModelConfig, memory: MemoryPlan, dtype: torch.dtype, device: str, *,
+    means: bool,
+) -> tuple[PagedKV, ...]:
+    return tuple(
+        allocate_cache(
+            num_blocks=memory.num_blocks, block_size=memory.block_size, dtype=dtype, device=device,
+            num_kv_heads=model.num_kv_heads, head_dim=model.head_dim, means=means)
+        for _ in range(num_layers))
+
+
+def split_layers(num_layers: int, num_stages: int) -> list[range]:
+    """Consecutive, nearly equal slices of the layers, earlier ones longer."""
+    assert 1 <= num_stages <= num_layers
+    size, extra = divmod(num_layers, num_stages)
+    cuts = [index * size + min(index, extra) for index in range(num_stages + 1)]
+    return [range(start, stop) for start, stop in zip(cuts, cuts[1:], strict=False)]
+
+

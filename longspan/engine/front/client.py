@@ -1,0 +1,394 @@
+"""`AsyncEngine`: an engine for asyncio programs, such as the HTTP server. No torch.
+
+The engine itself runs elsewhere: a scheduler and a runner, each a process of its own
+(`longspan.engine.processes.launch`). Only the messages of `longspan.engine.processes.wire` pass
+between, and sampled tokens come straight from the runner. Here, on the event loop: who is waiting
+for what, and text made of tokens, which takes some 20 microseconds for each. Whatever takes longer
+(tokenising, templates, checks of a million ids) is done on a few helper threads, JSON schemas are
+checked in processes of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Literal, ParamSpec, TypeVar
+
+from longspan.config import EngineConfig
+from longspan.engine.control.latency import Forecast
+from longspan.engine.control.prefixes import hash_prompt
+from longspan.engine.control.scheduler import Load
+from longspan.engine.front.stream import Channel, Stream
+from longspan.engine.front.tracking import Tracker, deliver
+from longspan.engine.intake import Prompt, as_token_ids, default_sampling
+from longspan.engine.processes.backend import Backend, Start
+from longspan.engine.processes.launch import in_processes
+from longspan.engine.processes.schema_checker import SchemaChecker
+from longspan.engine.processes.wire import (
+    Abort,
+    Add,
+    Begin,
+    FromEngine,
+    LoadChanged,
+    Loaded,
+    Planned,
+    Stepped,
+    Submitted,
+)
+from longspan.engine.request import Request, SamplingParams
+from longspan.engine.step import StepReport, Update
+from longspan.engine.text.completion import Session
+from longspan.engine.text.tokenizer import Tokenizer, load_tokenizer
+from longspan.errors import LongspanError
+
+NUM_HELPERS = 4
+CLOSE_TIMEOUT_S = 30.0
+"""Longest wait for the step, or the loading, that a closing engine on a thread is in."""
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+EngineState = Literal["loading", "ready", "draining", "dead"]
+logger = logging.getLogger("longspan.engine")
+
+
+class EngineUnavailableError(LongspanError):
+    """The engine is loading, stopping or dead."""
+
+    http_status = 503
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateRequest:
+    """One completion to compute."""
+
+    request_id: str
+    """What the events of the request are marked with."""
+    prompt: Prompt
+    """Text, or token ids."""
+    params: SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineStatus:
+    """A cheap snapshot, kept up to date by the engine's messages."""
+
+    state: EngineState
+    reason: str = ""
+    """Why it is dead, or what is being loaded."""
+    is_mendable: bool = False
+    """It is dead for a reason that a person can do something about: see ``reason``."""
+    model: str = ""
+    """Name of the model, as clients should write it."""
+    max_model_len: int = 0
+    """Longest prompt plus completion, tokens."""
+    capacity_tokens: int = 0
+    """Tokens that the KV cache holds."""
+    num_waiting: int = 0
+    """Requests without KV blocks."""
+    num_running: int = 0
+    """Requests in prefill or decode."""
+    num_waiting_tokens: int = 0
+    """Prompt tokens of the waiting requests."""
+    num_used_tokens: int = 0
+    """Tokens of KV in use by running requests."""
+    latency: Forecast | None = None
+    """What prompts will take, learned from the steps so far; None: nothing was measured yet."""
+    memory_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Weights, workspace, KV cache."""
+    default_sampling: Mapping[str, float] = field(default_factory=dict)
+    """Sampling fields that the checkpoint recommends."""
+
+
+class AsyncEngine:
+    """One engine and the requests given to it. All methods belong to the event loop of `start`.
+
+    Args:
+        start: brings the engine up; default: in processes. Benchmarks put a synchronous one here
+            (`in_processes(max_in_flight=1)`), tests a double.
+    """
+
+    def __init__(self, config: EngineConfig, start: Start | None = None) -> None:
+        name = _model_name(config.model)
+        self._status = EngineStatus(state="loading", model=name, reason=f"loading {name}")
+        self._config, self._start = config, start or in_processes()
+        self._planned: Planned | None = None
+        self._tokenizer: Tokenizer | None = None
+        self._schemas: SchemaChecker | None = None
+        self._channels = dict[str, Channel]()
+        self._sessions = dict[str, Session]()
+        self._trackers = dict[str, Tracker]()
+        self._epoch = 0
+        self._missing = {"scheduler", "runner", "text"}
+        self._numbers = itertools.count()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._helpers = ThreadPoolExecutor(NUM_HELPERS, thread_name_prefix="longspan-text")
+        self._backend: Backend | None = None
+
+    # -- life ----------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Begin loading and return at once; `status` tells when it is ready or has failed."""
+        assert self._backend is None, "an engine starts once"
+        self._loop = asyncio.get_running_loop()
+        self._backend = self._start(self._config, self._post)
+
+    def status(self) -> EngineStatus:
+        """The present state; never waits."""
+        return self._status
+
+    async def drain(self) -> None:
+        """Take no further requests; returns when the accepted ones are finished."""
+        if self._status.state != "dead":
+            self._status = replace(self._status, state="draining", reason="")
+        await self._idle.wait()
+
+    async def close(self) -> None:
+        """Abort everything and end the engine: processes at once, a thread after its step."""
+        self._die("it was shut down")
+        if self._backend is not None:
+            await asyncio.to_thread(self._backend.join, CLOSE_TIMEOUT_S)
+
+    # -- requests ------------------------------------------------------------------------------
+
+    async def add(self, request: GenerateRequest) -> Stream:
+        """Hand in a request. Returns once it is accepted, before anything is computed.
+
+        The stream gives `Progress` at once, when the prefix cache supplied tokens and after each
+        prefill chunk, then `TokenEvent`s, the last of them with a finish reason. Closing the
+        stream, losing it, or cancelling this call aborts the request.
+
+        Raises:
+            InvalidRequestError: the prompt is empty, a token id is not in the vocabulary, or the
+                JSON schema cannot be followed.
+            PromptTooLongError: prompt and completion do not fit.
+            EngineUnavailableError: loading, draining or dead. The stream raises it too, when the
+                engine dies.
+        """
+        tokenizer = self._ready_tokenizer()
+        if request.params.json_schema is not None:
+            assert self._schemas is not None
+            await self._schemas.check(request.params.json_schema)
+        made = await self._aside(self._make, request, tokenizer)
+        self._ready_tokenizer()  # it may have died meanwhile
+        # Nothing is awaited from here on, so that a request is either handed in or not.
+        return self._open(made, Session(made, tokenizer))
+
+    async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> Sequence[int]:
+        """Token ids of a text."""
+        encode = self._loaded_tokenizer().encode
+        return await self._aside(encode, text, add_special_tokens=add_special_tokens)
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids. Raises `InvalidRequestError` for ids that do not exist."""
+        return await self._aside(_decode, self._loaded_tokenizer(), token_ids)
+
+    async def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], **template_values: Any
+    ) -> str:
+        """The prompt text for a conversation, by the checkpoint's template, sandboxed."""
+        render = self._loaded_tokenizer().render_chat
+        return await self._aside(partial(render, **template_values), messages)
+
+    def _make(self, request: GenerateRequest, tokenizer: Tokenizer) -> Request:
+        """On a helper thread."""
+        assert self._planned is not None
+        prompt = request.prompt
+        if isinstance(prompt, str):
+            prompt = tokenizer.encode(prompt, add_special_tokens=True)
+        made = self._planned.intake.make(
+            request.request_id, prompt, request.params, tokenizer.eos_token_ids)
+        hash_prompt(made, self._planned.scheduler)
+        return made
+
+    def _open(self, made: Request, session: Session) -> Stream:
+        # Callers may use an id again before the engine has seen the end of its first owner.
+        engine_id = f"{made.request_id}/{next(self._numbers)}"
+        request = replace(made, request_id=engine_id, prompt_ids=made.prompt_ids[:])
+        self._send(Add(request))  # first, so that nothing waits for what cannot be sent
+        channel = self._channels[engine_id] = Channel(session)
+        self._sessions[engine_id] = session
+        self._trackers[engine_id] = Tracker(request)
+        self._idle.clear()
+        return Stream(channel, partial(self._cancel, engine_id), self._loop)
+
+    def _cancel(self, engine_id: str) -> None:
+        if engine_id in self._channels:
+            self._send(Abort(engine_id))
+            self._forget(engine_id)
+
+    def _forget(self, engine_id: str) -> None:
+        self._channels.pop(engine_id, None)
+        self._sessions.pop(engine_id, None)
+        self._trackers.pop(engine_id, None)
+        if not self._channels:
+            self._idle.set()
+
+    def _ready_tokenizer(self) -> Tokenizer:
+        """Raises unless requests are taken."""
+        tokenizer = self._loaded_tokenizer()
+        if self._status.state == "draining":
+            raise EngineUnavailableError("the engine is stopping; it takes no further requests")
+        return tokenizer
+
+    def _loaded_tokenizer(self) -> Tokenizer:
+        if self._status.state == "dead":
+            raise EngineUnavailableError(_last_words(self._status.reason))
+        if self._tokenizer is None or self._status.state == "loading":
+            raise EngineUnavailableError("the model is being loaded; try again shortly")
+        return self._tokenizer
+
+    async def _aside(
+        self, work: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Result:
+        return await self._loop.run_in_executor(self._helpers, partial(work, *args, **kwargs))
+
+    # -- messages of the engine ----------------------------------------------------------------
+
+    def _post(self, message: FromEngine) -> None:
+        """Called by the engine, on a thread of its own."""
+        try:
+            self._loop.call_soon_threadsafe(self._receive, message)
+        except RuntimeError:  # the event loop has ended without `close`: nobody listens
+            if self._backend is not None:
+                self._backend.stop()
+
+    def _send(self, message: Begin | Add | Abort) -> None:
+        assert self._backend is not None
+        self._backend.send(message)
+
+    def _receive(self, message: FromEngine) -> None:
+        if self._status.state == "dead":
+            return
+        if isinstance(message, Stepped):
+            self._deliver(message)
+        elif isinstance(message, LoadChanged):
+            self._note_load(message.load)
+            self._arrive("scheduler")
+        elif isinstance(message, Submitted):
+            self._admit(message)
+        elif isinstance(message, Planned):
+            self._plan(message)
+        elif isinstance(message, Loaded):
+            self._arrive("runner")
+        else:
+            self._die(message.reason, is_mendable=message.is_mendable)
+
+    def _plan(self, planned: Planned) -> None:
+        self._planned = planned
+        self._send(Begin(planned.scheduler))
+        config = planned.scheduler
+        self._status = replace(
+            self._status, max_model_len=planned.intake.max_model_len,
+            capacity_tokens=config.num_blocks * config.block_size,
+            memory_bytes=planned.memory_bytes)
+        # While the engine reads the weights.
+        self._text_loaded = asyncio.ensure_future(
+            self._aside(_load_text, planned.path, planned.intake.vocab_size))
+        self._text_loaded.add_done_callback(self._take_text)
+
+    def _take_text(self, loaded: asyncio.Future[tuple[Tokenizer, dict[str, float]]]) -> None:
+        if loaded.cancelled():
+            return
+        error = loaded.exception()
+        if error is None:
+            assert self._planned is not None
+            self._tokenizer, advice = loaded.result()
+            self._schemas = SchemaChecker(self._planned.path, self._planned.intake.vocab_size)
+            self._status = replace(self._status, default_sampling=advice)
+            self._arrive("text")
+        elif isinstance(error, LongspanError):
+            self._die(" ".join(str(error).split()), is_mendable=True)
+        else:
+            logger.error("the tokenizer cannot be loaded", exc_info=error)
+            self._die(f"the tokenizer cannot be loaded ({type(error).__name__}: {error})")
+
+    def _arrive(self, part: Literal["scheduler", "runner", "text"]) -> None:
+        """A part of the engine is there; when all are, requests are taken."""
+        self._missing.discard(part)
+        if not self._missing and self._status.state == "loading":
+            self._status = replace(self._status, state="ready", reason="")
+
+    def _note_load(self, load: Load) -> None:
+        self._status = replace(
+            self._status, num_waiting=load.num_waiting, num_running=load.num_running,
+            num_waiting_tokens=load.num_waiting_tokens, num_used_tokens=load.num_used_tokens,
+            latency=load.forecast or self._status.latency)
+
+    def _admit(self, message: Submitted) -> None:
+        for engine_id, num_cached_tokens in message.prefills:
+            if engine_id in self._channels:
+                self._sessions[engine_id].admit(num_cached_tokens)
+                self._channels[engine_id].wake()
+
+    def _deliver(self, message: Stepped) -> None:
+        result = message.result
+        if result.epoch < self._epoch:
+            return
+        self._epoch = result.epoch
+        report = StepReport(
+            submitted_s=message.started_s, finished_s=message.finished_s,
+            kept_pairs=result.kept_pairs, causal_pairs=result.causal_pairs)
+        sampled = enumerate(zip_longest(result.token_ids, result.logprobs))
+        nothing = 0, (None, None)
+        for index in range(result.repeats):
+            for row in message.rows:
+                place, (token, logprobs) = next(sampled, nothing) if row.samples else nothing
+                tracker = self._trackers.get(row.request_id)
+                if tracker is not None:  # else it has ended: what was computed past its end
+                    self._push(tracker.update(row.cached_len + index, row.computed_len + index,
+                                              token, logprobs, result.failure(place)), report)
+
+    def _push(self, update: Update, report: StepReport) -> None:
+        engine_id = update.request_id
+        channel = self._channels[engine_id]
+        deliver(self._sessions, update, report, self._abort)
+        channel.wake()
+        if channel.is_over:
+            self._forget(engine_id)
+
+    def _abort(self, engine_id: str) -> None:
+        self._send(Abort(engine_id))
+
+    def _die(self, reason: str, *, is_mendable: bool = False) -> None:
+        if self._status.state == "dead":
+            return
+        self._note_load(Load())
+        self._status = replace(self._status, state="dead", reason=reason, is_mendable=is_mendable)
+        for channel in self._channels.values():
+            channel.fail(EngineUnavailableError(_last_words(reason)))
+        for held in (self._channels, self._sessions, self._trackers):
+            held.clear()
+        self._idle.set()
+        self._helpers.shutdown(wait=False)
+        if self._schemas is not None:
+            self._schemas.close()
+        if self._backend is not None:
+            self._backend.stop()
+
+
+def _load_text(path: Path, vocab_size: int) -> tuple[Tokenizer, dict[str, float]]:
+    return load_tokenizer(path, vocab_size), default_sampling(path)
+
+
+def _decode(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
+    checked = as_token_ids(token_ids, tokenizer.vocab_size) if len(token_ids) else ()
+    return tokenizer.decode(checked)
+
+
+def _model_name(model: str) -> str:
+    """A directory is known by its last part, wherever it lies."""
+    path = os.path.expanduser(model)
+    return Path(path).resolve().name if model and os.path.isdir(path) else model
+
+
+def _last_words(reason: str) -> str:
+    return f"the engine has stopped: {reason}"

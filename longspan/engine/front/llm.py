@@ -1,0 +1,249 @@
+"""`LLM`: one process, one call. Drives the same loop as a server would."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, cast
+
+from longspan.config import EngineConfig
+from longspan.engine.control.loop import Loop
+from longspan.engine.control.scheduler import Scheduler
+from longspan.engine.front.tracking import deliver
+from longspan.engine.intake import Prompt, as_prompts
+from longspan.engine.request import Progress, Request, RequestOutput, SamplingParams, TokenEvent
+from longspan.engine.setup.engine_plan import Blueprint
+from longspan.engine.step import StepReport
+from longspan.engine.text.completion import Session
+from longspan.engine.text.grammar import Grammars
+from longspan.engine.text.tokenizer import load_tokenizer
+from longspan.errors import LongspanError
+
+OnProgress = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineStats:
+    """What the engine did so far."""
+
+    num_requests: int
+    """Finished ones; cancelled ones do not count."""
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    density: float | None
+    """Attention pairs computed over causal pairs, over all prefills."""
+    peak_memory_bytes: int
+    """Of the process on CPUs, of the GPU's allocator otherwise."""
+
+
+class LLM:
+    """A model ready to answer.
+
+    Args:
+        model: directory, hub id, or ``nano``.
+        options: the other fields of `EngineConfig`.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, incomplete or of an unknown architecture.
+        NotEnoughMemoryError: it does not fit; the message says what to change.
+        LongspanError: a field is out of range.
+
+    Safe to use from several threads; each step serves all of them.
+    """
+
+    def __init__(self, model: str, **options: Any) -> None:
+        # Nobody waits for single tokens here: prefill chunks are computed whole.
+        options = {"step_budget_s": math.inf, **options}
+        blueprint = Blueprint.resolve(EngineConfig(model=str(model), **options))
+        self.config, self.model_config = blueprint.config, blueprint.model
+        self.memory, self.sparsity_plan = blueprint.memory, blueprint.plan
+        self.tokenizer = load_tokenizer(blueprint.path, blueprint.model.vocab_size)
+        self._grammars = Grammars(self.tokenizer, blueprint.model.vocab_size)
+        self._intake = blueprint.intake()
+        self._runner = blueprint.load_runner()
+        self._loop = Loop(Scheduler(blueprint.scheduler_config()), self._runner.transport())
+        self._sessions: dict[str, Session] = {}
+        self._lock = threading.Lock()
+        self._ids = itertools.count()
+        self._is_closed = False
+        self._totals = [0, 0, 0, 0]
+        self._pairs = [0.0, 0.0]
+
+    # -- answering -----------------------------------------------------------------------------
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> list[RequestOutput]:
+        """Complete one prompt or several together; results in the order of the prompts.
+
+        Args:
+            prompts: text, token ids, or a list of either.
+            on_progress: called before the first and after every prefill chunk of each prompt.
+
+        Raises:
+            InvalidRequestError: a prompt is empty, or a token id is not in the vocabulary.
+            PromptTooLongError: a prompt and its completion do not fit; nothing is computed then.
+            RequestFailedError: a completion cannot go on, for the model's numbers are not finite,
+                or its JSON schema cannot be followed any further. All prompts of the call end.
+        """
+        params = sampling_params or SamplingParams()
+        sessions = self._start([self._make_request(p, params) for p in as_prompts(prompts)])
+        try:
+            _report_progress(sessions, on_progress)
+            while not _are_finished(sessions):
+                self._turn()
+                _report_progress(sessions, on_progress)
+        finally:
+            self._end(sessions)
+        return [cast(RequestOutput, session.output) for session in sessions]
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Iterator[Progress | TokenEvent]:
+        """Complete one prompt, event by event: progress of the prefill, then text.
+
+        The last event is a `TokenEvent` with ``output`` set. Closing the iterator cancels the
+        request. Errors as in `generate`, raised by the call, not by the first ``next``.
+        """
+        request = self._make_request(prompt, sampling_params or SamplingParams())
+        return self._stream(request)
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], sampling_params: SamplingParams | None = None,
+        on_progress: OnProgress | None = None, **template_values: Any,
+    ) -> RequestOutput:
+        """Answer a conversation, rendered by the checkpoint's chat template.
+
+        Args:
+            messages: ``{"role": ..., "content": ...}`` in order.
+            template_values: variables of the template, such as ``tools``.
+        """
+        prompt = self._chat_prompt(messages, template_values)
+        return self.generate(prompt, sampling_params, on_progress)[0]
+
+    def stream_chat(
+        self, messages: Sequence[Mapping[str, Any]], sampling_params: SamplingParams | None = None,
+        **template_values: Any,
+    ) -> Iterator[Progress | TokenEvent]:
+        """`chat`, event by event as `stream` gives them."""
+        return self.stream(self._chat_prompt(messages, template_values), sampling_params)
+
+    def stats(self) -> EngineStats:
+        """Totals since the start."""
+        num_requests, num_prompt, num_cached, num_output = self._totals
+        kept, causal = self._pairs
+        return EngineStats(
+            num_requests=num_requests, num_prompt_tokens=num_prompt, num_cached_tokens=num_cached,
+            num_output_tokens=num_output, density=kept / causal if causal else None,
+            peak_memory_bytes=self._runner.peak_memory_bytes())
+
+    def close(self) -> None:
+        """Cancel what runs and free weights and cache. The object is of no use afterwards."""
+        self._end(list(self._sessions.values()))
+        self._is_closed = True
+        self._runner.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # -- the loop ------------------------------------------------------------------------------
+
+    def _stream(self, request: Request) -> Iterator[Progress | TokenEvent]:
+        # Started at the first `next`: an iterator that nobody reads never occupies the engine.
+        (session,) = self._start([request])
+        try:
+            while True:
+                while session.events:
+                    yield session.events.popleft()
+                if _are_finished([session]):
+                    return
+                self._turn()
+        finally:
+            self._end([session])
+
+    def _turn(self) -> None:
+        """One step for everybody. An interrupt aborts the step's requests, not the engine."""
+        with self._lock:
+            try:
+                report = self._loop.turn()
+            except BaseException:
+                self._deliver(StepReport(updates=self._loop.interrupt()))
+                raise
+            self._deliver(report)
+
+    def _deliver(self, report: StepReport) -> None:
+        self._pairs[0] += report.kept_pairs
+        self._pairs[1] += report.causal_pairs
+        for update in report.updates:
+            session = deliver(self._sessions, update, report, self._loop.abort)
+            if session is not None and session.output is not None:
+                self._count(session.output)
+
+    def _start(self, requests: Sequence[Request]) -> list[Session]:
+        if self._is_closed:
+            raise LongspanError("this LLM is closed; make a new one")
+        sessions = [Session(request, self.tokenizer) for request in requests]
+        for session, request in zip(sessions, requests, strict=True):
+            self._sessions[session.request_id] = session
+            self._loop.add(request)
+        return sessions
+
+    def _end(self, sessions: Sequence[Session]) -> None:
+        """Cancel what still runs and let the engine take notice, so that blocks come free.
+
+        Never waits for the lock: an abandoned iterator may be collected in the middle of a turn.
+        Whoever holds it then takes notice instead.
+        """
+        for session in sessions:
+            self._sessions.pop(session.request_id, None)
+            if not session.is_finished:
+                self._loop.abort(session.request_id)
+        while not (self._sessions or self._loop.is_idle or self._lock.locked()):
+            self._turn()
+
+    def _count(self, output: RequestOutput) -> None:
+        if output.finish_reason != "abort":
+            added = (1, output.num_prompt_tokens, output.num_cached_tokens, len(output.token_ids))
+            self._totals = [a + b for a, b in zip(self._totals, added, strict=True)]
+
+    def _chat_prompt(
+        self, messages: Sequence[Mapping[str, Any]], template_values: Mapping[str, Any]
+    ) -> Sequence[int]:
+        text = self.tokenizer.render_chat(messages, **template_values)
+        return self.tokenizer.encode(text)  # the template holds the special tokens
+
+    def _make_request(self, prompt: Prompt, params: SamplingParams) -> Request:
+        if params.json_schema is not None:
+            self._grammars.check(params.json_schema)
+        if isinstance(prompt, str):
+            prompt = self.tokenizer.encode(prompt, add_special_tokens=True)
+        return self._intake.make(
+            str(next(self._ids)), prompt, params, self.tokenizer.eos_token_ids)
+
+
+def _are_finished(sessions: Sequence[Session]) -> bool:
+    """All results are there. Raises the first error, if there is one."""
+    for session in sessions:
+        if session.error is not None:
+            raise session.error
+    return all(session.is_finished for session in sessions)
+
+
+def _report_progress(sessions: Sequence[Session], on_progress: OnProgress | None) -> None:
+    for session in sessions:
+        while session.events:
+            event = session.events.popleft()
+            if on_progress is not None and isinstance(event, Progress):
+                on_progress(event)

@@ -1,0 +1,76 @@
+"""Who waits for what: results followed to a request's end, updates delivered to its text. No torch.
+
+`longspan.engine.front.llm.LLM` does this beside the loop;
+`longspan.engine.front.client.AsyncEngine` on the caller's side, where it knows the engine by its
+messages only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+
+from longspan.engine.request import FinishReason, Request, finish_reason
+from longspan.engine.step import RowLogprobs, StepReport, Update
+from longspan.engine.text.completion import Session
+
+
+class Tracker:
+    """Follows one request by the runner's results alone, to the scheduler's conclusions: the
+    caller's side need not wait for them. What a step in flight computes past the end never gets
+    here, for nobody follows a finished request."""
+
+    def __init__(self, request: Request) -> None:
+        self._request_id, self._params = request.request_id, request.params
+        self._eos_token_ids = request.eos_token_ids
+        self._num_cached_tokens: int | None = None
+        self._num_outputs = 0
+
+    def update(
+        self, cached_len: int, computed_len: int, token: int | None, logprobs: RowLogprobs | None,
+        failure: str,
+    ) -> Update:
+        """What a step changed that computed tokens ``cached_len`` to ``computed_len - 1``.
+
+        Args:
+            token: the one sampled; None: none was. Negative: none could be.
+            failure: why none could be.
+        """
+        if self._num_cached_tokens is None:  # the first step begins where the cache ends
+            self._num_cached_tokens = cached_len
+        reason: FinishReason | None = None
+        if token is not None and token < 0:
+            return Update(
+                request_id=self._request_id, computed_len=computed_len, token_id=None,
+                num_cached_tokens=self._num_cached_tokens, finish_reason="abort", failure=failure)
+        if token is not None:
+            self._num_outputs += 1
+            reason = finish_reason(self._params, self._eos_token_ids, token, self._num_outputs)
+        return Update(
+            request_id=self._request_id, computed_len=computed_len, token_id=token,
+            num_cached_tokens=self._num_cached_tokens, finish_reason=reason, logprobs=logprobs)
+
+
+def deliver(
+    sessions: MutableMapping[str, Session], update: Update, report: StepReport,
+    abort: Callable[[str], None],
+) -> Session | None:
+    """Hand an update to its session, which leaves ``sessions`` when it is finished. An exception
+    of one request's text is its own: it ends up in the session.
+
+    Args:
+        abort: called with the id of a request that its text has ended (a stop string, a fault).
+
+    Returns the session; None for one that nobody waits for any more.
+    """
+    session = sessions.get(update.request_id)
+    if session is None:
+        return None
+    try:
+        must_stop = session.push(update, report)
+    except Exception as error:
+        session.error, must_stop = error, True
+    if must_stop:
+        abort(update.request_id)
+    if session.is_finished:
+        sessions.pop(update.request_id, None)
+    return session

@@ -1,0 +1,101 @@
+"""The whole engine on one thread of the caller's process: for tests, whose doubles cannot travel,
+and for programs that want no processes. No torch at import.
+
+`inbox` is its only entrance, ``send`` its only exit; the messages are those that travel between
+processes (`longspan.engine.processes.launch`), only not encoded.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from queue import Empty, SimpleQueue
+
+from longspan.config import EngineConfig
+from longspan.engine.control.loop import LocalTransport
+from longspan.engine.control.scheduler import Scheduler
+from longspan.engine.processes.backend import Engine, Loader, Send, Start
+from longspan.engine.processes.serving_loop import Conductor
+from longspan.engine.processes.wire import (
+    Begin,
+    Close,
+    Command,
+    Died,
+    Loaded,
+    Row,
+    Stepped,
+    last_words,
+)
+from longspan.engine.step import ScheduledBatch, StepResult
+
+
+def on_a_thread(load: Loader) -> Start:
+    """Engines on threads of this process."""
+    return lambda config, send: Worker(config, load, send)
+
+
+class Worker:
+    """One engine on its thread, from loading to its end: the last message says why it ended."""
+
+    def __init__(self, config: EngineConfig, load: Loader, send: Send) -> None:
+        self._inbox: SimpleQueue[Begin | Command] = SimpleQueue()
+        self._config, self._load, self._send = config, load, send
+        # A daemon, so that a program that does not stop it ends too.
+        self._thread = threading.Thread(target=self._run, name="longspan-engine", daemon=True)
+        self._thread.start()
+
+    def send(self, message: Begin | Command) -> None:
+        """Hand a command over."""
+        self._inbox.put(message)
+
+    def stop(self) -> None:
+        """End after the step that is being computed."""
+        self._inbox.put(Close())
+
+    def join(self, timeout_s: float) -> None:
+        """Wait."""
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        try:
+            scheduler, engine = self._load(self._config, self._send)
+            try:
+                self._send(Loaded())
+                Conductor(Scheduler(scheduler), _TellingTransport(engine, self._send), self._take,
+                          self._send).run()
+            finally:
+                engine.close()
+            self._send(Died("it was shut down"))
+        except BaseException as error:
+            self._send(last_words(error))
+
+    def _take(self, must_wait: bool) -> Command | None:
+        while True:
+            try:
+                message = self._inbox.get(block=must_wait)
+            except Empty:
+                return None
+            if not isinstance(message, Begin):  # it knows
+                return message
+
+
+class _TellingTransport(LocalTransport):
+    """Tells the front end what each step brought, as a runner process does."""
+
+    def __init__(self, engine: Engine, send: Send) -> None:
+        super().__init__(engine)
+        self._send = send
+        self._rows: tuple[Row, ...] = ()
+
+    def submit(self, batch: ScheduledBatch) -> None:
+        super().submit(batch)
+        self._rows = tuple(map(Row.of, batch.slices))
+
+    def collect(self, timeout_s: float | None = None) -> StepResult:
+        started_s = time.monotonic()
+        result = super().collect(timeout_s)
+        self._send(Stepped(rows=self._rows, result=result, started_s=started_s,
+                           finished_s=time.monotonic()))
+        return result
+
+

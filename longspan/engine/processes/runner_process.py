@@ -1,0 +1,111 @@
+"""The runner's process: steps in, sampled tokens out to scheduler and front end.
+
+Two threads. One receives steps and launches them; on a GPU that returns before they are computed.
+The other waits for the results and sends them. So the next step is launched while the one before
+is computed, and no token waits for a launch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any, cast
+
+import zmq
+
+from longspan.engine.control.loop import Launched, Launcher
+from longspan.engine.processes.backend import Loader
+from longspan.engine.processes.child_orders import Orders
+from longspan.engine.processes.sockets import Inbox, Outbox, Tables
+from longspan.engine.processes.wire import Computed, Loaded, Row, Step, Stepped, last_words
+
+SWITCH_S = 5e-4
+"""Longest that a thread keeps the interpreter from the other one."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Started:
+    rows: tuple[Row, ...]
+    launched: Launched
+    time_s: float
+
+
+def run(orders: Orders) -> int:
+    """Load, then compute steps until the parent lets go or a step fails. Returns the exit status.
+    """
+    sys.setswitchinterval(SWITCH_S)
+    incoming: zmq.Context[Any] = zmq.Context()
+    results = Results(orders)
+    try:
+        inbox = Inbox(incoming, orders.address("runner"), Step)
+        _, engine = _loader(orders.loader)(orders.config, results.front.put)
+        results.front.put(Loaded())
+    except BaseException as error:
+        results.end(error)
+        return 1
+    started: SimpleQueue[_Started | BaseException] = SimpleQueue()
+    # It alone uses the sockets of `results` from here on.
+    collector = threading.Thread(target=results.run, args=(started,), name="longspan-collect")
+    collector.start()
+    _launch(inbox, cast(Launcher, engine), started)
+    collector.join()
+    return 1
+
+
+def _loader(name: str) -> Loader:
+    module, function = name.split(":")
+    return cast(Loader, getattr(importlib.import_module(module), function))
+
+
+def _launch(inbox: Inbox, engine: Launcher, started: SimpleQueue[_Started | BaseException]) -> None:
+    """Until a step fails. On the thread that loaded the model, whose settings some libraries keep.
+    """
+    tables = Tables()
+    try:
+        while True:
+            batch = tables.restore(inbox.get())
+            rows = tuple(map(Row.of, batch.slices))
+            time_s = time.monotonic()
+            started.put(_Started(rows, engine.launch(batch), time_s))
+    except BaseException as error:
+        started.put(error)
+
+
+class Results:
+    """The way out of this process."""
+
+    def __init__(self, orders: Orders) -> None:
+        self._context: zmq.Context[Any] = zmq.Context()
+        self.scheduler = Outbox(self._context, orders.address("scheduler"))
+        self.front = Outbox(self._context, orders.address("front"))
+
+    def run(self, started: SimpleQueue[_Started | BaseException]) -> None:
+        """Send the results of started steps, in order, until one fails. Ends the process."""
+        try:
+            while True:
+                item = started.get()
+                if isinstance(item, BaseException):
+                    raise item
+                self._send(item)
+        except BaseException as error:
+            self.end(error)
+            os._exit(1)  # the other thread may be waiting or computing
+
+    def end(self, error: BaseException) -> None:
+        """Send last words, and see them off."""
+        self.front.put(last_words(error))
+        self.front.close()
+        self.scheduler.close()
+        self._context.term()
+
+    def _send(self, item: _Started) -> None:
+        result = item.launched.wait()
+        finished_s = time.monotonic()
+        self.scheduler.put(Computed(result))
+        self.front.put(Stepped(rows=item.rows, result=result, started_s=item.time_s,
+                               finished_s=finished_s))

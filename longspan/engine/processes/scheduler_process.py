@@ -1,0 +1,34 @@
+"""The scheduler's process. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import zmq
+
+from longspan.engine.control.scheduler import Scheduler
+from longspan.engine.processes.child_orders import Orders
+from longspan.engine.processes.serving_loop import Conductor
+from longspan.engine.processes.sockets import Inbox, Outbox, RunnerTransport
+from longspan.engine.processes.wire import Begin, ToScheduler, last_words
+
+
+def run(orders: Orders) -> int:
+    """Wait for `Begin`, then schedule until the parent lets go. Returns the exit status."""
+    context: zmq.Context[Any] = zmq.Context()
+    front = Outbox(context, orders.address("front"))
+    runner = Outbox(context, orders.address("runner"))
+    try:
+        inbox = Inbox(context, orders.address("scheduler"), ToScheduler)
+        while not isinstance(begin := inbox.get(), Begin):
+            pass
+        transport = RunnerTransport(inbox, runner, orders.max_in_flight)
+        config = begin.config if orders.max_in_flight > 1 else replace(begin.config, burst_s=0.0)
+        Conductor(Scheduler(config), transport, transport.command, front.put).run()
+        return 0
+    except BaseException as error:
+        front.put(last_words(error))
+        return 1
+    finally:
+        context.destroy()  # once what is said has left

@@ -1,0 +1,221 @@
+"""Inboxes and outboxes of processes (ZeroMQ on unix sockets), and the scheduler's way to the
+runner. No torch.
+
+The sockets lie in a directory that only their owner may enter. A frame that is no message is
+logged and dropped: whoever sends it harms nobody.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from array import array
+from collections import deque
+from typing import Any
+
+import zmq
+from msgspec.structs import force_setattr, replace
+
+from longspan.engine.processes.wire import (
+    BadFrameError,
+    Begin,
+    Codec,
+    Command,
+    Computed,
+    Message,
+    Step,
+    ToScheduler,
+    encode,
+)
+from longspan.engine.step import ScheduledBatch, StepResult
+from longspan.errors import LongspanError
+
+MAX_FRAME_BYTES = 256 * 1024**2
+"""A prompt of a million tokens takes 4 MB, and some schemas and biases with it."""
+WATCHDOG_S, WATCHDOG_FACTOR = 120.0, 20.0
+"""A step may take so long, and so many times its predicted time, before the runner counts as
+stuck; kernels that are compiled on their first use take a while."""
+SOCKET_REMEDY = "free some space, or name a directory that takes sockets in TMPDIR"
+LINGER_MS = 2000
+"""How long last words may take to leave a process."""
+logger = logging.getLogger("longspan.engine")
+
+
+class Inbox:
+    """Where messages to this process arrive, from whomever.
+
+    Args:
+        address: of the socket, bound here.
+        kind: the messages taken, a union of those in `longspan.engine.processes.wire`.
+
+    Raises `LongspanError` when the address cannot be bound.
+    """
+
+    def __init__(self, context: zmq.Context[Any], address: str, kind: Any) -> None:
+        self._codec = Codec(kind)
+        self._socket = context.socket(zmq.PULL)
+        self._socket.set(zmq.RCVHWM, 0)
+        self._socket.set(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        self._socket.set(zmq.LINGER, 0)
+        try:
+            self._socket.bind(address)
+        except zmq.ZMQError as error:
+            self._socket.close()
+            raise LongspanError(
+                f"cannot make the engine's socket {address.removeprefix('ipc://')}: "
+                f"{os.strerror(error.errno or 0)}; {SOCKET_REMEDY}") from None
+
+    def get(self, timeout_s: float | None = None) -> Any:
+        """The next message; None when none comes within the time (None: however long)."""
+        timeout_ms = None if timeout_s is None else round(1e3 * timeout_s)
+        while self._socket.poll(timeout_ms):
+            try:
+                return self._codec.decode(self._socket.recv())
+            except BadFrameError as error:
+                logger.warning("a frame was dropped: %s", error)
+        return None
+
+    def close(self) -> None:
+        """Drop what is unread."""
+        self._socket.close()
+
+
+class Outbox:
+    """To the inbox of one process. Never waits: messages queue up here until they are taken."""
+
+    def __init__(self, context: zmq.Context[Any], address: str) -> None:
+        self._socket = context.socket(zmq.PUSH)
+        self._socket.set(zmq.SNDHWM, 0)
+        self._socket.set(zmq.LINGER, LINGER_MS)
+        self._socket.connect(address)
+
+    def put(self, message: Message) -> None:
+        """Send. Only one thread may do so."""
+        self._socket.send(encode(message), zmq.NOBLOCK)
+
+    def close(self) -> None:
+        """What is unsent still goes out."""
+        self._socket.close()
+
+
+class StuckRunnerError(RuntimeError):
+    """A step takes many times as long as it should: the device hangs, or its driver does."""
+
+
+class RunnerTransport:
+    """Steps to the runner process and results back. Also takes the scheduler's commands, which come
+    to the same inbox, so that one wait serves both.
+
+    Args:
+        inbox: of the scheduler.
+        max_in_flight: 2 or more runs ahead; 1 is the synchronous baseline of benchmarks.
+    """
+
+    def __init__(self, inbox: Inbox, runner: Outbox, max_in_flight: int) -> None:
+        self.max_in_flight = max_in_flight
+        self._inbox, self._runner = inbox, runner
+        self._tables = Tables()
+        self._commands: deque[Command] = deque()
+        self._results: deque[StepResult] = deque()
+        self._expected: deque[ScheduledBatch] = deque()  # the steps in flight
+        self._deadline_s = math.inf
+        """When the runner counts as stuck. Loading and the first step take what they take."""
+        self._is_warm = False
+
+    def submit(self, batch: ScheduledBatch) -> None:
+        """Send a step."""
+        self._expected.append(batch)
+        if len(self._expected) == 1:
+            self._wind_up()
+        self._runner.put(self._tables.strip(batch))
+
+    def collect(self, timeout_s: float | None = None) -> StepResult | None:
+        """Wait for the oldest step's result; None when a command comes first, or the time is over.
+
+        Raises `StuckRunnerError` when it takes far longer than predicted.
+        """
+        end_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        while not self._results:
+            wait_s = min(end_s, self._deadline_s) - time.monotonic()
+            message = self._inbox.get(None if math.isinf(wait_s) else max(0.0, wait_s))
+            if message is None:
+                if end_s < self._deadline_s:
+                    return None
+                raise StuckRunnerError(
+                    f"the runner is stuck: a step that should take "
+                    f"{self._expected[0].expected_s:.2g} s has not ended")
+            self._sort(message)
+            if self._commands:
+                return None
+        return self._results.popleft()
+
+    def discard(self) -> None:
+        """Nothing to do: results of an earlier epoch are dropped when they come."""
+
+    def command(self, must_wait: bool) -> Command | None:
+        """The next command; None when there is none and nobody must wait."""
+        while not self._commands:
+            message = self._inbox.get(None if must_wait else 0.0)
+            if message is None:
+                return None
+            self._sort(message)
+        return self._commands.popleft()
+
+    def _wind_up(self) -> None:
+        """Give the runner time for what is in flight."""
+        if self._is_warm:
+            expected_s = sum(batch.expected_s for batch in self._expected)
+            self._deadline_s = time.monotonic() + WATCHDOG_S + WATCHDOG_FACTOR * expected_s
+
+    def _sort(self, message: ToScheduler) -> None:
+        if isinstance(message, Computed):
+            result = message.result
+            if self._expected and (self._expected[0].epoch, self._expected[0].step_id) == (
+                    result.epoch, result.step_id):
+                self._expected.popleft()
+                self._results.append(result)
+                self._is_warm = True
+                self._wind_up()
+            else:
+                logger.warning("a result was dropped: nobody waits for step %d of epoch %d",
+                               result.step_id, result.epoch)
+        elif isinstance(message, Begin):
+            logger.warning("a second Begin was dropped")
+        else:
+            self._commands.append(message)
+
+
+class Tables:
+    """Block tables of the requests in each slot, on both sides of the wire: a table of a million
+    tokens travels once, not with each token."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[str, array[int]]] = {}
+
+    def strip(self, batch: ScheduledBatch) -> Step:
+        """The sender's side: leave out what the other side has."""
+        tables: dict[str, bytes] = {}
+        for item in batch.slices:
+            known = self._known.get(item.slot)
+            if known is None or known[0] != item.request_id or len(known[1]) != len(item.block_ids):
+                table = array("i", item.block_ids)
+                self._known[item.slot] = item.request_id, table
+                tables[item.request_id] = table.tobytes()
+        slices = tuple([replace(item, block_ids=()) for item in batch.slices])
+        return Step(replace(batch, slices=slices), tables)
+
+    def restore(self, step: Step) -> ScheduledBatch:
+        """The receiver's side."""
+        for item in step.batch.slices:
+            if item.request_id in step.tables:
+                table = array("i")
+                table.frombytes(step.tables[item.request_id])
+                self._known[item.slot] = item.request_id, table
+            owner, table = self._known[item.slot]
+            assert owner == item.request_id, "a slot's table is sent with its owner's first slice"
+            # Just decoded: nobody else has seen it. A copy of each slice in each step would cost
+            # more than all the rest of the way.
+            force_setattr(item, "block_ids", table)
+        return step.batch

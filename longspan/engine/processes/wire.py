@@ -1,0 +1,205 @@
+"""Messages between front end, scheduler and runner, and their encoding. No torch.
+
+Each process has one inbox; whoever knows its address puts frames there, and nothing else is shared.
+A frame is one message in MessagePack, checked against the classes below when it is read: nothing
+in it is ever executed, and what fits no class is `BadFrameError`.
+
+Stale frames do no harm: engine-side request ids are never used twice, and steps and their results
+carry the scheduler's epoch, which moves when it forgets what is in flight.
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_origin
+
+import msgspec
+
+from longspan.engine.control.scheduler import Load, SchedulerConfig
+from longspan.engine.intake import Intake
+from longspan.engine.request import Request
+from longspan.engine.step import ScheduledBatch, ScheduledSlice, StepResult
+from longspan.errors import LongspanError
+
+logger = logging.getLogger("longspan.engine")
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, array_like=True, forbid_unknown_fields=True):
+    """A list whose first item names the class."""
+
+
+# -- to the scheduler ------------------------------------------------------------------------------
+
+
+class Begin(Message, frozen=True):
+    """What there is to schedule for; the first command."""
+
+    config: SchedulerConfig
+
+
+class Add(Message, frozen=True):
+    """Compute this request. Its id is never used again."""
+
+    request: Request
+
+
+class Abort(Message, frozen=True):
+    """Forget a request, whatever its state; takes effect before the next step."""
+
+    request_id: str
+
+
+class Computed(Message, frozen=True):
+    """The runner's result of a step."""
+
+    result: StepResult
+
+
+class Close(Message, frozen=True):
+    """End after the step that is being computed."""
+
+
+Command = Add | Abort | Close
+ToScheduler = Begin | Add | Abort | Close | Computed
+
+# -- to the runner ---------------------------------------------------------------------------------
+
+
+class Step(Message, frozen=True):
+    """Compute this. Block tables that the runner has are left out of the slices."""
+
+    batch: ScheduledBatch
+    tables: dict[str, bytes]
+    """By request: the KV blocks of those whose table is new or has grown, 32-bit integers."""
+
+
+# -- to the front end ------------------------------------------------------------------------------
+
+
+class Planned(Message, frozen=True, kw_only=True):
+    """What the engine will be; sent before the weights are read."""
+
+    path: Path
+    """Directory of the checkpoint, for the tokenizer."""
+    intake: Intake
+    scheduler: SchedulerConfig
+    memory_bytes: Mapping[str, int] = {}
+    """Weights, workspace, KV cache."""
+
+
+class Loaded(Message, frozen=True):
+    """Steps are computed from now on."""
+
+
+class Submitted(Message, frozen=True):
+    """A step that prefills has been handed to the runner."""
+
+    prefills: tuple[tuple[str, int], ...]
+    """Id of each request that is being prefilled, and its tokens in the KV cache before."""
+
+
+class LoadChanged(Message, frozen=True):
+    """What the scheduler has to do now. The first one says that it is there."""
+
+    load: Load
+
+
+class Row(msgspec.Struct, frozen=True, array_like=True):
+    """What a step did for one request."""
+
+    request_id: str
+    cached_len: int
+    """Tokens in the KV cache before."""
+    computed_len: int
+    """Tokens there now; a paused prefill chunk counts in proportion."""
+    samples: bool
+    """One of the result's tokens is its."""
+
+    @classmethod
+    def of(cls, item: ScheduledSlice) -> Row:
+        """The row of a slice."""
+        return cls(item.request_id, item.cached_len, item.done_len, item.sampling is not None)
+
+
+class Stepped(Message, frozen=True, kw_only=True):
+    """A step has ended: straight from the runner, so that no text waits for the scheduler."""
+
+    rows: tuple[Row, ...]
+    """Where the result has repeats, of the first step."""
+    result: StepResult
+    started_s: float
+    """Of ``time.monotonic``, as all processes of one machine see it."""
+    finished_s: float
+
+
+class Died(Message, frozen=True):
+    """The last message: nothing is computed any more."""
+
+    reason: str
+    is_mendable: bool = False
+    """A person can do something about it, and the reason says what."""
+
+
+FromEngine = Planned | Loaded | Submitted | LoadChanged | Stepped | Died
+
+# -- encoding --------------------------------------------------------------------------------------
+
+
+class BadFrameError(Exception):
+    """A frame that is no message for this inbox."""
+
+
+class Codec:
+    """Frames of one inbox.
+
+    Args:
+        kind: the messages that it takes, a union.
+    """
+
+    def __init__(self, kind: Any) -> None:
+        self._decoder = msgspec.msgpack.Decoder(kind, dec_hook=_from_plain)
+
+    def decode(self, frame: bytes) -> Any:
+        """A message. Raises `BadFrameError` for anything else."""
+        try:
+            return self._decoder.decode(frame)
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise BadFrameError(f"{len(frame)} bytes: {error}") from None
+
+
+def encode(message: Message) -> bytes:
+    """The frame of a message."""
+    return _ENCODER.encode(message)
+
+
+def _to_plain(value: object) -> object:
+    if isinstance(value, array):
+        return value.tobytes()
+    if isinstance(value, Path):
+        return str(value)
+    raise NotImplementedError(type(value).__name__)  # msgspec's word for a type without a hook
+
+
+def _from_plain(kind: type, value: Any) -> object:
+    if kind is array or get_origin(kind) is array:
+        items: array[int] = array("i")
+        items.frombytes(value)
+        return items
+    if kind is Path:
+        return Path(value)
+    raise NotImplementedError(kind.__name__)  # as above
+
+
+_ENCODER = msgspec.msgpack.Encoder(enc_hook=_to_plain)
+
+
+def last_words(error: BaseException) -> Died:
+    """Why an engine ends, in one line; what only a programmer can mend is logged in full."""
+    if isinstance(error, LongspanError):
+        return Died(" ".join(str(error).split()), is_mendable=True)
+    logger.error("the engine failed", exc_info=error)
+    first_line = (str(error).strip() or "no message").splitlines()[0]
+    return Died(f"{type(error).__name__}: {first_line}")

@@ -1,0 +1,42 @@
+"""Steps that a server computes before its first request, for what they compile alone. No torch.
+
+Kernels are compiled for sizes by powers of two, among them the context's: without these steps the
+first long prompt would meet compilers in every other chunk, and everybody would wait for them.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+
+from longspan.engine.control.scheduler import SchedulerConfig
+from longspan.engine.step import ScheduledBatch, ScheduledSlice
+
+NUM_QUERIES = 512
+"""Of each step: as many as bring in every kernel."""
+
+
+def context_lens(config: SchedulerConfig) -> list[int]:
+    """A prefill chunk, twice as much and so on, and the longest; multiples of a KV block."""
+    size, longest = config.block_size, config.longest_len
+    found, length = list[int](), config.prefill_chunk_len
+    while length < longest:
+        found.append(length // size * size)
+        length *= 2
+    found.append(longest // size * size)
+    return [length for length in found if length > NUM_QUERIES]
+
+
+def rehearsal(config: SchedulerConfig) -> Iterator[ScheduledBatch]:
+    """Prefill steps at the end of ever longer contexts, dense and, where the engine has it, sparse.
+    They write to blocks that no request has yet, and sample nothing."""
+    modes = [False] if config.sparse_above is None else [False, True]
+    for length in context_lens(config):
+        for is_sparse in modes:
+            item = ScheduledSlice(
+                request_id="rehearsal", token_ids=array("i", [0] * NUM_QUERIES), sampling=None,
+                cached_len=length - NUM_QUERIES, sparse=is_sparse,
+                # not the prompt's last tokens: those may be dense
+                prompt_len=length + config.dense_tail_len + config.block_size,
+                block_ids=range(length // config.block_size))
+            yield ScheduledBatch(step_id=0, slices=(item,))

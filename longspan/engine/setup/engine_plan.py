@@ -1,0 +1,155 @@
+"""An engine as it is decided before any weight is read; from it, the runner."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from longspan.attention.sparsity import SparsityPlan, needs_means
+from longspan.config import DcaConfig, EngineConfig, ModelConfig
+from longspan.engine.control.chunking import piece_rows, unit_len
+from longspan.engine.control.scheduler import SchedulerConfig, max_step_tokens
+from longspan.engine.device.memory import MemoryPlan, plan_memory
+from longspan.engine.device.runner import Runner
+from longspan.engine.intake import Intake
+from longspan.engine.resolve import (
+    check_tiles,
+    may_be_sparse,
+    resolve_config,
+    resolve_positions,
+)
+from longspan.engine.setup.prior_costs import prior_costs
+from longspan.model.weights import resolve_checkpoint
+
+WARM_UP_LEN = {"cpu": 1_024, "cuda": 8_192}
+"""Tokens of a server's first prompts: less than a second of them on a small model."""
+BURST_S = 2.5e-3
+"""On GPUs shorter decode steps are sent several at a time: a small model's take less than the host
+needs for each."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Blueprint:
+    """One engine's choices, all of them made."""
+
+    path: Path
+    """Directory of the checkpoint."""
+    config: EngineConfig
+    """Resolved, with the length that memory allows."""
+    model: ModelConfig
+    dca: DcaConfig | None
+    """In effect; None: plain RoPE."""
+    has_plan: bool
+    """The user or the checkpoint brought budgets."""
+    plan: SparsityPlan | None
+    """In effect; None: every prefill is dense."""
+    memory: MemoryPlan
+
+    @classmethod
+    def resolve(cls, asked: EngineConfig, *, must_fit: bool = True) -> Self:
+        """Decide everything that was left open.
+
+        Args:
+            must_fit: False: decide for memory that does not suffice too; see ``memory``.
+
+        Raises:
+            CheckpointError: the checkpoint is missing, incomplete or of an unknown architecture.
+            NotEnoughMemoryError: it does not fit; the message says what to change.
+            LongspanError: a field is out of range.
+        """
+        config = resolve_config(asked, has_cuda=torch.cuda.is_available())
+        path = resolve_checkpoint(config.model)
+        model = ModelConfig.from_dir(path)
+        dca = resolve_positions(config.positions, model)
+        found = resolve_plan(path, model, config)
+        plan = plan_in_effect(config, model, found, has_dca=dca is not None)
+        memory = _plan_memory(config, replace(model, dca=dca), means=needs_means(plan),
+                              must_fit=must_fit)
+        if plan is not None and plan.mode == "tile":
+            check_tiles(dca, block_size=config.block_size, max_model_len=memory.max_model_len)
+        return cls(
+            path=path, config=replace(config, max_model_len=memory.max_model_len), model=model,
+            dca=dca, has_plan=found is not None, plan=plan, memory=memory)
+
+    def load_runner(self) -> Runner:
+        """Read the weights and allocate the caches. Raises `CheckpointError`."""
+        return Runner.load(
+            self.path, self.model, self.config, self.memory, dca=self.dca, plan=self.plan)
+
+    def intake(self) -> Intake:
+        """For making requests."""
+        return Intake(
+            vocab_size=self.model.vocab_size, max_model_len=self.memory.max_model_len,
+            attention=self.config.attention, sparse_threshold=self.model.sparse_threshold,
+            has_plan=self.has_plan, has_dca=self.dca is not None)
+
+    def scheduler_config(self) -> SchedulerConfig:
+        """For a scheduler of this engine."""
+        assert self.config.prefill_chunk_len is not None and self.config.device is not None
+        device_type = self.config.device.split(":")[0]
+        return SchedulerConfig(
+            num_blocks=self.memory.num_blocks, block_size=self.config.block_size,
+            max_model_len=self.memory.max_model_len,
+            prefill_chunk_len=self.config.prefill_chunk_len,
+            max_num_requests=self.config.max_num_requests,
+            dense_tail_len=self.plan.dense_tail_len if self.plan else 0,
+            num_layers=self.model.num_layers, step_budget_s=_finite(self.config.step_budget_s),
+            piece_rows=piece_rows(device_type, self.config.prefill_chunk_len),
+            unit_len=unit_len(device_type, self.config.block_size),
+            sparse_above=self._sparse_above,
+            prior=prior_costs(self.model, self.config, self.plan),
+            warm_up_len=min(WARM_UP_LEN[device_type], self.memory.max_model_len // 2),
+            burst_s=BURST_S if device_type == "cuda" else 0.0)
+
+    @property
+    def _sparse_above(self) -> int | None:
+        """Longest prompt that is dense, tokens; None: all are."""
+        if self.plan is None:
+            return None
+        return 0 if self.config.attention == "sparse" else self.model.sparse_threshold
+
+
+def _finite(budget_s: float | None) -> float | None:
+    return budget_s if budget_s is not None and math.isfinite(budget_s) else None
+
+
+def plan_in_effect(
+    config: EngineConfig, model: ModelConfig, plan: SparsityPlan | None, *, has_dca: bool,
+) -> SparsityPlan | None:
+    """Budgets of this engine: those found, or the built-in ones; None: it is always dense."""
+    if not may_be_sparse(config.attention, has_plan=plan is not None, has_dca=has_dca):
+        return None
+    return plan or SparsityPlan.default(model.num_layers, model.num_heads)
+
+
+def _plan_memory(
+    config: EngineConfig, model: ModelConfig, *, means: bool, must_fit: bool = True,
+) -> MemoryPlan:
+    """``model`` has the DCA in effect: rotation tables are as long as the context without."""
+    assert config.prefill_chunk_len is not None
+    return plan_memory(
+        model, config, means=means, must_fit=must_fit,
+        max_step_tokens=max_step_tokens(config.prefill_chunk_len, config.max_num_requests))
+
+
+def resolve_plan(path: Path, model: ModelConfig, config: EngineConfig) -> SparsityPlan | None:
+    """The plan that the user or the checkpoint brings: the named file, else the one beside the
+    checkpoint, else the released budgets in its config. None: there is none.
+
+    Raises `LongspanError` when it was made for another model's shape.
+    """
+    beside = path / "sparsity_plan.json"
+    if config.sparsity_plan is not None:
+        plan = SparsityPlan.load(config.sparsity_plan)
+    elif beside.is_file():
+        plan = SparsityPlan.load(beside)
+    elif model.sparse_budgets is not None:
+        plan = SparsityPlan.from_released(model.sparse_budgets, probe_last=model.sparse_probe_len)
+    else:
+        return None
+    plan.check_fits(model.num_layers, model.num_heads)
+    return plan

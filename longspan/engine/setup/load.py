@@ -1,0 +1,25 @@
+"""Loads the engine that serves: its plan is sent first, then the weights are read."""
+
+from __future__ import annotations
+
+from longspan.config import EngineConfig
+from longspan.engine.control.scheduler import SchedulerConfig
+from longspan.engine.processes.backend import Engine, Send
+from longspan.engine.processes.wire import Planned
+from longspan.engine.setup.compile_ahead import rehearsal
+from longspan.engine.setup.engine_plan import Blueprint
+
+
+def load_engine(config: EngineConfig, send: Send) -> tuple[SchedulerConfig, Engine]:
+    """The real thing. Raises `LongspanError` when the model cannot be loaded."""
+    blueprint = Blueprint.resolve(config)
+    scheduler, memory = blueprint.scheduler_config(), blueprint.memory
+    send(Planned(
+        path=blueprint.path, intake=blueprint.intake(), scheduler=scheduler,
+        memory_bytes={"weights": memory.weights_bytes, "workspace": memory.workspace_bytes,
+                      "KV cache": memory.kv_bytes}))
+    runner = blueprint.load_runner()
+    runner.record_graphs()
+    if blueprint.config.device != "cpu":  # whose operations need no compiler
+        runner.rehearse(rehearsal(scheduler))
+    return scheduler, runner

@@ -1,0 +1,39 @@
+"""What a model's work should cost before any of it was measured: operations over a nominal speed.
+
+Only the proportions matter: the first steps set the speed (`longspan.engine.control.latency`). The
+nominal speeds are low, so that the first slices are too short rather than too long.
+"""
+
+from __future__ import annotations
+
+from longspan.attention.sparsity import SparsityPlan
+from longspan.config import EngineConfig, ModelConfig
+from longspan.engine.control.latency import Costs
+from longspan.units import DTYPE_BYTES
+
+FLOPS = {"cpu": 5e10, "cuda": 1e14}
+"""Operations a second."""
+BYTES_PER_S = {"cpu": 2e9, "cuda": 1e12}
+"""Weights and cache read in decode; the CPU's attention of one row is slow."""
+STEP_S = {"cpu": 2e-3, "cuda": 2e-3}
+
+
+def prior_costs(model: ModelConfig, config: EngineConfig, plan: SparsityPlan | None) -> Costs:
+    """For a resolved configuration. ``plan``: None where every prefill is dense."""
+    assert config.device is not None and config.dtype is not None
+    assert config.prefill_chunk_len is not None
+    device, step_s = config.device.split(":")[0], STEP_S[config.device.split(":")[0]]
+    element = DTYPE_BYTES[config.dtype]
+    linear = 2 * model.num_active_parameters
+    pair = 4 * model.num_layers * model.num_heads * model.head_dim
+    dense = (step_s, linear / FLOPS[device], pair / 2 / FLOPS[device])
+    kept = mean = 0.0
+    if plan is not None:
+        budgets = [value for rows in (plan.vertical, plan.slash) for row in rows for value in row]
+        kept = 2 * sum(budgets) / len(budgets) + config.block_size
+        mean = 1 / config.block_size  # and, through SELECTION_ROWS, the selection
+    sparse = (step_s, (linear + pair * kept) / FLOPS[device], pair * mean / FLOPS[device])
+    weights_s = element * model.num_parameters / BYTES_PER_S[device]
+    decode = (step_s + weights_s, linear / FLOPS[device],
+              element * model.kv_elements_per_token / BYTES_PER_S[device])
+    return Costs(dense=dense, sparse=sparse, decode=decode)

@@ -1,0 +1,160 @@
+"""The caller's side of one request: updates of the loop become text, progress and a result.
+
+No torch: the front end of a server, a process of its own, uses it as `LLM` does.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections import deque
+
+from longspan.engine.request import (
+    FinishReason,
+    Progress,
+    Request,
+    RequestOutput,
+    TokenEvent,
+    TokenLogprob,
+)
+from longspan.engine.step import StepReport, Update
+from longspan.engine.text.token_bytes import TokenBytes
+from longspan.engine.text.tokenizer import TextStream, Tokenizer
+from longspan.errors import RequestFailedError
+
+Event = Progress | TokenEvent
+
+
+class Session:
+    """Collects what happens to one request, and times it. Events wait in ``events``."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
+        self.request_id = request.request_id
+        self.events: deque[Event] = deque()
+        self.output: RequestOutput | None = None
+        self.error: Exception | None = None
+        """Why there will be no output; to be raised once the events before it are read."""
+        self._prompt_len = request.prompt_len
+        self._stream = TextStream(tokenizer, request.params.stop)
+        self._text: list[str] = []
+        self._num_chars = 0
+        self._token_bytes = TokenBytes(tokenizer)
+        self._logprobs: list[TokenLogprob] = []
+        self._held_logprobs: deque[tuple[int, TokenLogprob]] = deque()
+        """With the place in the text where each token begins."""
+        self._token_ids = array("i")
+        self._num_cached_tokens = 0
+        self._is_admitted = False
+        self._pairs = [0.0, 0.0]  # kept, causal
+        self._arrived_s = time.monotonic()
+        self._started_s: float | None = None
+        self._first_s: float | None = None
+        self._last_s: float | None = None
+        self._push_progress(0)
+
+    @property
+    def is_finished(self) -> bool:
+        """The result is there, or will never be."""
+        return self.output is not None or self.error is not None
+
+    def admit(self, num_cached_tokens: int) -> None:
+        """The request's first step begins: tell what the prefix cache supplied. Later calls do
+        nothing, so that callers need not know which step is the first."""
+        if self._is_admitted or self.is_finished:
+            return
+        self._is_admitted = True
+        self._num_cached_tokens = num_cached_tokens
+        if num_cached_tokens:
+            self._push_progress(num_cached_tokens)
+
+    def push(self, update: Update, report: StepReport) -> bool:
+        """Take an update of the loop. True if the request must be stopped by the caller: a stop
+        string was found, which only the text shows."""
+        if self.is_finished:
+            return False
+        if update.failure:
+            self.error = RequestFailedError(update.failure)
+            return False
+        self._num_cached_tokens = update.num_cached_tokens
+        if self._first_s is None and update.finish_reason != "abort":
+            self._note_prefill(update, report)
+        reason = update.finish_reason
+        text = self._add_token(update, report) if update.token_id is not None else ""
+        was_stopped = self._stream.is_stopped
+        if was_stopped:
+            reason = "stop"
+        if reason is not None:
+            text += self._stream.flush()
+        self._text.append(text)
+        self._num_chars += len(text)
+        logprobs = self._take_logprobs() if self._held_logprobs else ()
+        if reason is not None:
+            self.output = self._result(reason)
+        if reason is not None or update.token_id is not None:
+            self.events.append(self._token_event(text, update.token_id, reason, logprobs))
+        return was_stopped and update.finish_reason is None
+
+    def _note_prefill(self, update: Update, report: StepReport) -> None:
+        if self._started_s is None:
+            self._started_s = report.submitted_s
+        self._pairs[0] += report.kept_pairs
+        self._pairs[1] += report.causal_pairs
+        self._push_progress(min(update.computed_len, self._prompt_len))
+
+    def _add_token(self, update: Update, report: StepReport) -> str:
+        assert update.token_id is not None
+        if self._first_s is None:
+            self._first_s = report.finished_s
+        self._last_s = report.finished_s
+        self._token_ids.append(update.token_id)
+        # A token that ends the completion is no part of its text.
+        if update.finish_reason == "stop":
+            return ""
+        if update.logprobs is not None:
+            self._held_logprobs.append((
+                self._num_chars + self._stream.num_held,
+                self._token_bytes.describe(update.token_id, update.logprobs)))
+        return self._stream.push(update.token_id)
+
+    def _take_logprobs(self) -> tuple[TokenLogprob, ...]:
+        """Those whose text was handed out: a token of a stop string never is."""
+        taken = list[TokenLogprob]()
+        is_all_out = not (self._stream.num_held or self._stream.is_stopped)
+        while self._held_logprobs and (is_all_out or self._held_logprobs[0][0] < self._num_chars):
+            taken.append(self._held_logprobs.popleft()[1])
+        self._logprobs += taken
+        return tuple(taken)
+
+    def _push_progress(self, num_tokens: int) -> None:
+        self.events.append(Progress(
+            request_id=self.request_id, num_prefilled_tokens=num_tokens,
+            num_prompt_tokens=self._prompt_len, num_cached_tokens=self._num_cached_tokens,
+            elapsed_s=time.monotonic() - self._arrived_s))
+
+    def _token_event(
+        self, text: str, token_id: int | None, reason: FinishReason | None,
+        logprobs: tuple[TokenLogprob, ...],
+    ) -> TokenEvent:
+        return TokenEvent(
+            request_id=self.request_id, text=text, finish_reason=reason, output=self.output,
+            token_ids=() if token_id is None else (token_id,), logprobs=logprobs,
+            num_prompt_tokens=self._prompt_len, num_cached_tokens=self._num_cached_tokens)
+
+    def _result(self, reason: FinishReason) -> RequestOutput:
+        kept, causal = self._pairs
+        return RequestOutput(
+            request_id=self.request_id, text="".join(self._text),
+            token_ids=tuple(self._token_ids), finish_reason=reason,
+            num_prompt_tokens=self._prompt_len, num_cached_tokens=self._num_cached_tokens,
+            ttft_s=_span(self._arrived_s, self._first_s),
+            prefill_s=_span(self._started_s, self._first_s),
+            decode_tokens_per_s=self._decode_rate(), density=kept / causal if causal else None,
+            logprobs=tuple(self._logprobs))
+
+    def _decode_rate(self) -> float | None:
+        elapsed_s = _span(self._first_s, self._last_s)
+        return (len(self._token_ids) - 1) / elapsed_s if elapsed_s else None
+
+
+def _span(start_s: float | None, end_s: float | None) -> float | None:
+    return None if start_s is None or end_s is None else end_s - start_s

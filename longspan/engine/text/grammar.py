@@ -1,0 +1,134 @@
+"""JSON schemas as grammars over a checkpoint's tokens, by the llguidance library. No torch.
+
+A grammar says which tokens may come next; it is told each token that did. Compiling one takes a
+millisecond or so for an ordinary schema. The library counts the work of each mask and gives up at a
+limit, the same on every machine. It does not count all of compiling: a stranger's schema is checked
+within limits first (`longspan.engine.processes.schema_checker`).
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from typing import Any
+
+from longspan.engine.text.tokenizer import Tokenizer
+from longspan.errors import InvalidRequestError, LongspanError, MissingDependencyError
+
+NUM_KEPT = 64
+"""Compiled schemas that are kept: clients send the same few again and again."""
+# One line with single spaces, or indented lines. Not more: small models that may repeat white space
+# do little else.
+JSON_STYLE = {"whitespace_pattern": r"\x20|\x0A\x20{0,16}"}
+LIMITS = {"initial_lexer_fuel": 100_000, "max_grammar_size": 50_000, "max_lexer_states": 100_000,
+          "verbose_errors": False}
+
+
+class Grammar:
+    """What one completion may look like, from its first token to its end."""
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+
+    def push(self, token_id: int) -> None:
+        """The completion went on with this token."""
+        self._matcher.consume_token(token_id)
+
+    def mask(self) -> bytes | None:
+        """Tokens that may come next, one bit for each id, lowest bit first, little-endian words of
+        32 bits. End-of-text tokens are among them exactly where the text is complete. None: it
+        cannot go on (a limit of the library was met, or a token was pushed that may not come)."""
+        if self._matcher.is_error():
+            return None
+        mask: bytes = self._matcher.compute_bitmask()
+        return None if self._matcher.is_error() else mask
+
+
+class Grammars:
+    """Compiles schemas for one tokenizer. Safe to use from several threads.
+
+    Args:
+        vocab_size: of the model's logits; the tokenizer may know fewer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._lock = threading.Lock()
+        self._vocabulary: Any = None
+        self._compiled: OrderedDict[str, Any] = OrderedDict()
+
+    def check(self, json_schema: str) -> None:
+        """Raises `InvalidRequestError` for a schema that cannot be followed, with the reason;
+        `MissingDependencyError` without the library."""
+        self._compile(json_schema)
+
+    def start(self, json_schema: str) -> Grammar:
+        """A grammar at its beginning. Raises as `check`."""
+        return Grammar(self._compile(json_schema).deep_copy())
+
+    def _compile(self, json_schema: str) -> Any:
+        with self._lock:
+            matcher = self._compiled.get(json_schema)
+            if matcher is None:
+                matcher = self._build(json_schema)
+                self._compiled[json_schema] = matcher
+            self._compiled.move_to_end(json_schema)
+            while len(self._compiled) > NUM_KEPT:
+                self._compiled.popitem(last=False)
+            return matcher
+
+    def _build(self, json_schema: str) -> Any:
+        library = _library()
+        vocabulary = self.load()
+        try:
+            json.loads(json_schema)
+            source = library.LLMatcher.grammar_from_json_schema(json_schema, defaults=JSON_STYLE)
+        except (ValueError, RecursionError) as error:
+            raise _refused(error) from None
+        matcher = library.LLMatcher(
+            vocabulary, source, log_level=0, limits=library.LLParserLimits(**LIMITS))
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # the first is the longest: it builds what is kept
+        if matcher.is_error():
+            raise _refused(matcher.get_error())
+        return matcher
+
+    def load(self) -> Any:
+        """The vocabulary as the library wants it; otherwise read with the first schema. Raises as
+        `check`, and `LongspanError` for a tokenizer that the library cannot use."""
+        if self._vocabulary is None:
+            library = _library()
+            ends = sorted(self._tokenizer.eos_token_ids)
+            if not ends:
+                raise InvalidRequestError(
+                    "json_schema cannot be followed: this checkpoint names no end-of-text token")
+            try:
+                self._vocabulary = library.LLTokenizer(
+                    self._tokenizer.to_json(), n_vocab=self._vocab_size, eos_token=ends,
+                    slices=library.LLTokenizer.json_slices())
+            except ValueError as error:
+                raise LongspanError(
+                    f"json_schema cannot be followed with this checkpoint's tokenizer: "
+                    f"{_first_line(error)}") from None
+        return self._vocabulary
+
+
+def _library() -> Any:
+    try:
+        import llguidance
+    except ImportError:
+        raise MissingDependencyError(
+            "llguidance, which follows JSON schemas, is not installed: pip install 'longspan[json]'"
+        ) from None
+    return llguidance
+
+
+def _refused(reason: object) -> InvalidRequestError:
+    return InvalidRequestError(f"json_schema cannot be followed: {_first_line(reason)}")
+
+
+def _first_line(reason: object) -> str:
+    """The library's messages may go on with a dump of its state."""
+    lines = [line.strip() for line in str(reason).strip().splitlines() if line.strip()]
+    return " ".join(lines[:4])[:300] or "no reason given"

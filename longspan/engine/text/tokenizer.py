@@ -1,0 +1,309 @@
+"""Text to token ids and back: chat template, incremental text, stop strings. No torch.
+
+Uses the `tokenizers` library and jinja2 directly: transformers' AutoTokenizer imports torch, which
+takes seconds and hundreds of megabytes in a process that never computes.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from longspan.config import read_json
+from longspan.engine.text.chat_template import ChatTemplate
+from longspan.errors import CheckpointError, InvalidRequestError, MissingDependencyError
+
+REPLACEMENT = "\ufffd"
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint directory.
+
+    Raises:
+        CheckpointError: ``tokenizer.json`` is missing or cannot be read, or the chat template is of
+            no use.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._tokenizer = _load(path / "tokenizer.json")
+        self._config = _read_optional(path / "tokenizer_config.json")
+        source = self._template_source()
+        self._template = None if source is None else ChatTemplate(source, str(path))
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """All token ids, those of added tokens included, are below this."""
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        return 1 + max(ids, default=-1)
+
+    @cached_property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end a completion, from generation_config.json, config.json and the name.
+        Raises `CheckpointError` for what is no token id."""
+        found: set[int] = set()
+        for name in ("generation_config.json", "config.json"):
+            value = _read_optional(self._path / name).get("eos_token_id")
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(type(item) is int and item >= 0 for item in ids):
+                raise CheckpointError(f"{self._path / name}: eos_token_id is {value!r}; a token id "
+                                      "or a list of them is needed, correct the file")
+            found.update(ids)
+        text = _token_text(self._config.get("eos_token")) or ""
+        if not isinstance(text, str):
+            raise CheckpointError(f"{self._path / 'tokenizer_config.json'}: eos_token is {text!r}; "
+                                  "a string is needed, correct the file")
+        named = self._tokenizer.token_to_id(text)
+        return frozenset(found if named is None else found | {named})
+
+    def to_json(self) -> str:
+        """The text of tokenizer.json as it is used here."""
+        return str(self._tokenizer.to_str())
+
+    def piece(self, token_id: int) -> str | None:
+        """A token as the vocabulary writes it; None for an id that it does not have."""
+        found = self._tokenizer.id_to_token(token_id)
+        return None if found is None else str(found)
+
+    @cached_property
+    def added_tokens(self) -> frozenset[int]:
+        """Ids of tokens that were added to the vocabulary, written as their plain text."""
+        return frozenset(self._tokenizer.get_added_tokens_decoder())
+
+    @cached_property
+    def decoder_kinds(self) -> frozenset[str]:
+        """Types of the parts of the decoder, as tokenizer.json names them."""
+        decoder = self._tokenizer.decoder
+        state = {} if decoder is None else json.loads(decoder.__getstate__())
+        return frozenset(part["type"] for part in state.get("decoders", [state]) if part)
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> array[int]:
+        """Token ids, special tokens in the text recognised.
+
+        One pass over the whole text: pieces could merge differently at their borders.
+
+        Args:
+            add_special_tokens: put in what the checkpoint wants around a plain prompt (a
+                beginning-of-text token, for example). Pieces of a prompt want none, and chat
+                templates contain them.
+        """
+        try:
+            encoding = self._tokenizer.encode_batch_fast(
+                [text], add_special_tokens=add_special_tokens)[0]
+        except (UnicodeEncodeError, TypeError):  # lone surrogates
+            raise InvalidRequestError("the prompt is not valid Unicode text") from None
+        return array("i", encoding.ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of the tokens, special ones left out."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **values: Any) -> str:
+        """The prompt for a conversation, by the checkpoint's template. It holds its
+        special tokens: encode it without adding more.
+
+        Args:
+            messages: ``{"role": ..., "content": ...}`` in order.
+            values: further template variables, such as ``tools`` or ``enable_thinking``.
+
+        Raises `InvalidRequestError` without messages, without a template, or when it refuses them.
+        """
+        if not messages:
+            raise InvalidRequestError("there are no messages; send at least one")
+        if not all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages):
+            raise InvalidRequestError("each message must be an object with a role and content")
+        if self._template is None:
+            raise InvalidRequestError(
+                "this model has no chat template; give a plain prompt instead of messages")
+        return self._template.render({
+            "add_generation_prompt": True, **self._special_tokens(), **values,
+            "messages": messages})
+
+    def _special_tokens(self) -> dict[str, str]:
+        texts = {name: _token_text(self._config.get(name))
+                 for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        return {name: text for name, text in texts.items() if text}
+
+    def _template_source(self) -> str | None:
+        file = self._path / "chat_template.jinja"
+        if file.is_file():
+            return _read_text(file)
+        source = self._config.get("chat_template")
+        if isinstance(source, list):  # several, by name
+            source = _templates_by_name(source, self._path).get("default")
+        if not isinstance(source, str | None):
+            raise CheckpointError(f"{self._path}: chat_template in tokenizer_config.json is "
+                                  "neither text nor a list of named ones; fetch the file again")
+        return source
+
+
+class TextStream:
+    """Completion text as it becomes certain.
+
+    A character split over tokens is held back until it is whole, and text that may be the start of
+    a stop string until it is decided; neither ever has to be taken back.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self._detokenizer = Detokenizer(tokenizer)
+        self._matcher = StopMatcher(stop)
+
+    @property
+    def is_stopped(self) -> bool:
+        """A stop string was found; further tokens are ignored."""
+        return self._matcher.is_stopped
+
+    @property
+    def num_held(self) -> int:
+        """Characters held back because a stop string may begin there."""
+        return self._matcher.num_held
+
+    def push(self, token_id: int) -> str:
+        """Text that this token makes certain."""
+        return self._matcher.push(self._detokenizer.push(token_id))
+
+    def flush(self) -> str:
+        """What was still held back, when the completion ends here."""
+        return self._matcher.push(self._detokenizer.flush()) + self._matcher.flush()
+
+
+class Detokenizer:
+    """Incremental decoding in constant time per token, whatever the length of the completion.
+
+    Decodes a window of recent tokens. An incomplete character decodes to one trailing U+FFFD,
+    which is held back; more of them before it are invalid bytes for good.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._window: list[int] = []
+        self._num_old = 0
+        """Leading tokens of the window that are there for context only."""
+        self._num_sent = 0
+        """Characters of the window's text already returned."""
+
+    def push(self, token_id: int) -> str:
+        """Add a token; returns the text that is certain now."""
+        self._window.append(token_id)
+        text = self._tokenizer.decode(self._window)
+        stable_len = len(text) - text.endswith(REPLACEMENT)
+        delta = text[self._num_sent:stable_len]
+        self._num_sent = max(self._num_sent, stable_len)
+        if stable_len == len(text):
+            self._shift()
+        return delta
+
+    def flush(self) -> str:
+        """The incomplete rest, as U+FFFD."""
+        return self._tokenizer.decode(self._window)[self._num_sent:]
+
+    def _shift(self) -> None:
+        """At a character border: forget the old tokens, keep the new ones as context."""
+        self._window = self._window[self._num_old:]
+        self._num_old = len(self._window)
+        self._num_sent = len(self._tokenizer.decode(self._window))
+
+
+class StopMatcher:
+    """Cuts text at the first stop string; holds back what may become one."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._held = ""
+        self.is_stopped = False
+
+    @property
+    def num_held(self) -> int:
+        """Characters held back."""
+        return len(self._held)
+
+    def push(self, text: str) -> str:
+        """Add text; returns what certainly is in front of any stop string."""
+        if self.is_stopped:
+            return ""
+        if not self._stop:
+            return text
+        text = self._held + text
+        found = [place for place in map(text.find, self._stop) if place >= 0]
+        if found:
+            self.is_stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = self._num_undecided(text)
+        self._held = text[len(text) - keep:]
+        return text[: len(text) - keep]
+
+    def flush(self) -> str:
+        """What was held back, when no more text comes."""
+        held, self._held = self._held, ""
+        return held
+
+    def _num_undecided(self, text: str) -> int:
+        """Length of the longest end of the text that starts a stop string."""
+        longest = min(len(text), max(map(len, self._stop)) - 1)
+        for length in range(longest, 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self._stop):
+                return length
+        return 0
+
+
+def _load(file: Path) -> Any:
+    try:
+        from tokenizers import Tokenizer as Backend
+    except ImportError:
+        raise MissingDependencyError(
+            "tokenizers is not installed: pip install tokenizers") from None
+    if not file.is_file():
+        raise CheckpointError(f"{file.parent}: no tokenizer.json there; fetch it with the weights")
+    try:
+        tokenizer = Backend.from_file(str(file))
+    except Exception as error:  # the library raises a bare Exception for every fault in the file
+        raise CheckpointError(f"{file}: not a valid tokenizer ({error}); fetch it again") from None
+    tokenizer.no_truncation()  # some files carry a length of their training runs
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _read_optional(file: Path) -> dict[str, Any]:
+    raw = read_json(file) if file.is_file() else {}
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file}: not a JSON object; fetch the file again")
+    return raw
+
+
+def _token_text(value: Any) -> str | None:
+    """A token in tokenizer_config.json is a string or an object with its content."""
+    return value.get("content") if isinstance(value, dict) else value
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({error}); fetch it again") from None
+
+
+def _templates_by_name(entries: Sequence[Any], path: Path) -> dict[str, Any]:
+    try:
+        return {entry["name"]: entry["template"] for entry in entries}
+    except (KeyError, TypeError):
+        raise CheckpointError(f"{path}: an entry of chat_template in tokenizer_config.json has no "
+                              "name or no template; fetch the file again") from None
+
+
+def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    """The checkpoint's tokenizer. Raises `CheckpointError` when it does not match the model."""
+    tokenizer = Tokenizer(path)
+    if tokenizer.vocab_size > vocab_size:
+        raise CheckpointError(
+            f"{path}: the tokenizer knows {tokenizer.vocab_size} tokens, the model only "
+            f"{vocab_size}; fetch matching files")
+    last = max(tokenizer.eos_token_ids, default=0)
+    if last >= vocab_size:
+        raise CheckpointError(
+            f"{path}: eos_token_id is {last}, and the model has {vocab_size} tokens; correct "
+            "config.json or generation_config.json")
+    return tokenizer

@@ -1,0 +1,1 @@
+"""Dense prefill attention, one file a backend."""

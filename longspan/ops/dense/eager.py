@@ -1,0 +1,95 @@
+"""Dense prefill and decode by zones over PyTorch's fused attention, for CPUs and any GPU.
+
+Same signatures and results as `reference`; work per zone is one fused call, merged by LSE.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longspan.ops.geometry import INTER, INTRA, Span, query_position, segments, spans
+from longspan.ops.reference import rotate
+from longspan.ops.tiles.attend import Partial, attend, merge, ordered_kv, rotated_queries
+from longspan.ops.types import PagedKV, QueryRotary
+
+
+def prefill_attention(
+    q: Tensor, cache: PagedKV, block_table: Tensor, cached_len: int, rotary: QueryRotary,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """See `reference.prefill_attention`."""
+    context_len = cached_len + q.shape[0]
+    k, v = ordered_kv(cache, block_table, context_len)
+    outs, lses = [], []
+    for start, stop in segments(cached_len, context_len, rotary.stride):
+        rows = q[start - cached_len : stop - cached_len]
+        out, lse = merge([
+            part
+            for span in spans(start, stop, rotary.stride)
+            for part in _span_parts(rows, k, v, span, start, rotary, scale)
+        ])
+        outs.append(out.permute(1, 0, 2))
+        lses.append(lse.T)
+    return torch.cat(outs).contiguous(), torch.cat(lses).contiguous()
+
+
+def decode_attention(
+    q: Tensor, cache: PagedKV, block_tables: Tensor, context_lens: Tensor, rotary: QueryRotary,
+    scales: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """See `reference.decode_attention`. One request after another; the host reads lengths."""
+    lengths = context_lens.tolist()
+    last_zone = min((max(lengths, default=1) - 1) // rotary.stride, INTER)
+    zones = []
+    for zone in range(last_zone + 1):
+        rows = query_position(context_lens - 1, zone, rotary.stride, rotary.clamp)
+        # requests without keys in the zone may lie beyond the tables; theirs are not used
+        rows = rows.clamp(max=rotary.cos.shape[0] - 1)
+        zones.append(rotate(q, rotary.cos[rows], rotary.sin[rows]))
+    parts = []
+    for row, (length, scale) in enumerate(zip(lengths, scales.tolist(), strict=True)):
+        k, v = ordered_kv(cache, block_tables[row], length)
+        parts.append(merge([
+            _attend_history(zones[span.zone][row : row + 1], k[span.start : span.stop],
+                            v[span.start : span.stop], scale)
+            for span in spans(length - 1, length, rotary.stride)]))
+    return (torch.cat([out.permute(1, 0, 2) for out, _ in parts]).contiguous(),
+            torch.cat([lse.T for _, lse in parts]).contiguous())
+
+
+def _span_parts(
+    q: Tensor, k: Tensor, v: Tensor, span: Span, start: int, rotary: QueryRotary, scale: float
+) -> list[Partial]:
+    """Partial results [H, T, D] of one zone; the queries' own keys apart, under the causal mask. A
+    query alone sees all keys that there are."""
+    rotated = rotated_queries(q, start, span.zone, rotary)
+    if span.zone != INTRA or q.shape[0] == 1:
+        keys = slice(span.start, span.stop)
+        return [_attend_history(rotated, k[keys], v[keys], scale)]
+    own = _attend_own(rotated, k[start : span.stop], v[start : span.stop], scale)
+    if span.start == start:
+        return [own]
+    return [_attend_history(rotated, k[span.start : start], v[span.start : start], scale), own]
+
+
+def _attend_history(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Partial:
+    """All T queries see all S keys. The query heads of a KV head are folded into the rows, so K
+    and V are never repeated. q: [T, H, D]; k, v: [S, K, D] -> [H, T, D], [H, T]."""
+    num_queries, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    folded = q.permute(1, 0, 2).reshape(1, num_kv_heads, -1, head_dim)
+    out, lse = attend(folded, k.permute(1, 0, 2)[None], v.permute(1, 0, 2)[None], scale)
+    return out.reshape(num_heads, num_queries, head_dim), lse.reshape(num_heads, num_queries)
+
+
+def _attend_own(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Partial:
+    """Causal attention of a segment to its own keys. q: [T, H, D]; k, v: [T, K, D]."""
+    num_queries, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    heads = q.permute(1, 0, 2).reshape(num_kv_heads, -1, num_queries, head_dim)
+    group = heads.shape[1]
+    keys = k.permute(1, 0, 2)[:, None].expand(-1, group, -1, -1)
+    values = v.permute(1, 0, 2)[:, None].expand(-1, group, -1, -1)
+    out, lse = attend(heads, keys, values, scale, causal=True)
+    return out.reshape(num_heads, num_queries, head_dim), lse.reshape(num_heads, num_queries)

@@ -1,0 +1,1 @@
+"""Which columns and windows each head attends to, one file a backend."""

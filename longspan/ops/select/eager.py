@@ -1,0 +1,174 @@
+"""Vertical-slash selection for one prefill segment: which columns and windows each head attends to.
+
+Two modes share the probe scores (probe queries against all keys, continuous positions, one softmax
+over the whole row; report sections 5.1 and 5.4):
+
+* ``paper``: MInference's rules. The last queries of the segment are the probe; the first ``sink``
+  columns and the last ``local`` diagonals are forced; top-k of column and of diagonal sums, each
+  diagonal buying a 64-key window for each 64-row tile, windows coalesced as the public index
+  kernel does.
+* ``tile``: whole tiles are the unit of everything but the columns. Probes are rows of the last tile
+  and rows strided over the segment, spread evenly over the places of a tile: so the probe mass on
+  each tile diagonal is what its queries would keep of it, wherever in its tile a diagonal runs.
+  Diagonals are bought as tiles, and cost what is bought. Columns are looked for in the tiles that
+  hold most of what no window covers, as many tiles as columns: what is missed stands in no heavier
+  a tile. Forced sink columns do not count as diagonal mass, and mass inside a bought window does
+  not count as column mass (spec: selection findings).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from longspan.ops.geometry import continuous_query_position, spans
+from longspan.ops.reference import rotate
+from longspan.ops.select.probes import PAPER_TILE_LEN, Probe, place_probes
+from longspan.ops.tiles.attend import ordered_kv, scores_fp32
+from longspan.ops.types import Budget, PagedKV, QueryRotary, Selection
+
+
+def select_vertical_slash(
+    q: Tensor, cache: PagedKV, block_table: Tensor, cached_len: int, rotary: QueryRotary,
+    scale: float, budget: Budget,
+) -> Selection:
+    """Choose columns and windows for queries at cached_len ... cached_len + T - 1.
+
+    q: [T, H, D] not rotated, all in one DCA chunk. Memory: probe rows x S fp32 for one head.
+    """
+    num_queries, num_heads, _ = q.shape
+    context_len = cached_len + num_queries
+    k, _ = ordered_kv(cache, block_table, context_len)
+    tile_len = cache.k.shape[1] if budget.mode == "tile" else PAPER_TILE_LEN
+    probes = place_probes(cached_len, num_queries, tile_len, budget)
+    columns, offsets = [], []
+    for head in range(num_heads):
+        keys = k[:, head // (num_heads // k.shape[1])]
+        rows = [probe_mass(q[:, head], keys, probe, cached_len, rotary, scale) for probe in probes]
+        choose = _choose_tiles if budget.mode == "tile" else _choose_paper
+        head_columns, head_offsets = choose(
+            rows, probes, context_len, budget, head, tile_len)
+        columns.append(head_columns)
+        offsets.append(head_offsets)
+    pad = torch.nn.utils.rnn.pad_sequence
+    return Selection(pad(columns, batch_first=True, padding_value=-1),
+                     pad(offsets, batch_first=True, padding_value=tile_len), tile_len,
+                     aligned=budget.mode == "tile")
+
+
+def probe_mass(
+    q: Tensor, k: Tensor, probe: Probe, start: int, rotary: QueryRotary, scale: float
+) -> Tensor:
+    """Attention weights of the probe rows, [rows, S] fp32. q: [T, D] of one head; k: [S, D]."""
+    positions = probe.positions(q.device)
+    rows = q[positions - start]
+    scores = torch.empty(probe.num_rows, k.shape[0], device=q.device)
+    for span in spans(start, start + q.shape[0], rotary.stride):
+        continuous = continuous_query_position(positions, span.zone, rotary.stride, rotary.clamp)
+        angles = continuous.float()[:, None] * rotary.inv_freq
+        rotated = rotate(rows[:, None], angles.cos() * scale, angles.sin() * scale)[:, 0]
+        _scores_into(scores[:, span.start : span.stop], rotated, k[span.start : span.stop])
+    future = torch.arange(probe.first, k.shape[0], device=q.device) > positions[:, None]
+    scores[:, probe.first :].masked_fill_(future, -math.inf)
+    return torch.softmax(scores, -1, out=scores)
+
+
+def _scores_into(out: Tensor, q: Tensor, k: Tensor) -> None:
+    """out: [n, S] fp32, rows apart in memory, is set to q k^T; q: [n, D], k: [S, D]."""
+    if q.dtype == torch.float32:
+        torch.mm(q, k.T, out=out)
+    else:
+        out.copy_(scores_fp32(q[None], k[None])[0])
+
+
+def _choose_tiles(
+    rows: list[Tensor], probes: list[Probe], context_len: int, budget: Budget, head: int,
+    tile_len: int,
+) -> tuple[Tensor, Tensor]:
+    """Columns [V] ascending and window offsets [W] descending, tile mode."""
+    num_tiles, device = -(-context_len // tile_len), rows[0].device
+    sink = min(budget.sink, context_len)
+    mass = torch.cat(rows)
+    gaps = (torch.cat([probe.positions(device) for probe in probes]) // tile_len)[:, None] - (
+        torch.arange(num_tiles, device=device))
+    mass[:, :sink] = 0  # sinks are columns, never diagonals
+    mass = torch.nn.functional.pad(mass, (0, -context_len % tile_len)).unflatten(1, (-1, tile_len))
+    by_tile = mass.sum(2)
+    sums = by_tile.new_zeros(num_tiles)
+    sums.scatter_add_(0, gaps.clamp(min=0).flatten(), by_tile.flatten())  # none lies ahead
+    forced = 1 + -(-budget.local // tile_len)
+    _force(sums, forced)
+    count = min(num_tiles, max(forced, -(-budget.slash[head] // tile_len)))
+    windows = torch.topk(sums, count).indices.sort().values
+    is_window = torch.zeros(num_tiles, dtype=torch.bool, device=device)
+    is_window[windows] = True
+    is_free = ~is_window[gaps.clamp(min=0)]
+    weights = (by_tile * is_free).sum(0)
+    _force(weights, -(-sink // tile_len))
+    tiles = _largest(weights, budget.vertical[head])
+    column_sums = torch.einsum("rt,rtk->tk", is_free[:, tiles].float(), mass[:, tiles]).flatten()
+    _force(column_sums, sink)
+    places = (tiles[:, None] * tile_len + torch.arange(tile_len, device=device)).flatten()
+    inside = places < context_len
+    chosen = _largest(column_sums[inside], budget.vertical[head])
+    return places[inside][chosen], -windows * tile_len
+
+
+def _diagonal_sums(mass: Tensor) -> Tensor:
+    """Mass of consecutive rows by distance: entry o is the sum over rows of the weight on the key
+    o before the row. mass: [rows, S], the last row at position S - 1. Returns [S] fp32.
+
+    Each row starts one entry further left in a view whose row stride is one more than a row, so
+    that equal distances share a column.
+    """
+    num_rows, size = mass.shape
+    padded = torch.nn.functional.pad(mass, (num_rows - 1, 0))
+    return padded.as_strided((num_rows, size), (padded.shape[1] + 1, 1)).sum(0).flip(0)
+
+
+def _choose_paper(
+    rows: list[Tensor], probes: list[Probe], context_len: int, budget: Budget, head: int,
+    tile_len: int,
+) -> tuple[Tensor, Tensor]:
+    """Columns [V] ascending and window offsets [W] descending, MInference's rules."""
+    (mass,) = rows
+    diagonals = _diagonal_sums(mass)
+    _force(diagonals, budget.local)
+    count = min(max(1, budget.slash[head]), len(diagonals))
+    distances = torch.topk(diagonals, count).indices
+    column_sums = mass.sum(0)
+    _force(column_sums, budget.sink)
+    return (_largest(column_sums, budget.vertical[head]),
+            coalesce_windows(distances, tile_len).to(mass.device))
+
+
+def coalesce_windows(distances: Tensor, tile_len: int) -> Tensor:
+    """Disjoint windows that cover every diagonal, as MInference's index kernel builds them.
+
+    A diagonal at distance d covers keys [t - d, t - d + P) for the tile that starts at t. From the
+    farthest on: a window that ends more than P after the current range opens a new range,
+    otherwise the range grows by P (so it may cover a little more than asked).
+    Returns offsets [W] from the tile's start, descending; the last range may reach past the tile,
+    where the causal mask cuts it.
+    """
+    ends = tile_len - torch.sort(distances.cpu(), descending=True).values
+    offsets, position, range_end = [], 0, None
+    while position < len(ends):
+        end = int(ends[position])
+        range_end = end if range_end is None or end > range_end + tile_len else range_end + tile_len
+        offsets.append(range_end - tile_len)
+        position = int(torch.searchsorted(ends, range_end, right=True))
+    return torch.tensor(offsets[::-1], dtype=torch.int64)
+
+
+def _force(sums: Tensor, count: int) -> None:
+    """Rank the first entries above all others, in order: a budget below the forced count then
+    keeps the nearest. Probe mass is below 1e6, and integers below 2^24 are exact."""
+    count = min(count, len(sums))
+    sums[:count] = 2e6 - torch.arange(count, device=sums.device)
+
+
+def _largest(sums: Tensor, count: int) -> Tensor:
+    return torch.topk(sums, min(count, len(sums))).indices.sort().values

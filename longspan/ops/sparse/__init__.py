@@ -1,0 +1,1 @@
+"""Vertical-slash prefill attention, one file a backend."""

@@ -1,0 +1,309 @@
+"""Vertical-slash prefill on Hopper, in Gluon: `tile` mode. See `hopper_tile` for how it works.
+
+Windows are whole KV blocks and come first. Then come keys with a bias, gathered columns and tile
+means as `sparse_work` prepares them: the producer works out which of them a query tile does not
+see, and writes their biases beside the tile.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+from longspan.ops.sparse.layout import SparseWork, prepare
+from longspan.ops.tiles.hopper import (
+    HALF,
+    STAGES,
+    TILE,
+    TILE_LEN,
+    ZONES,
+    finish,
+    first_step,
+    key_tiles,
+    load_queries,
+    load_tile,
+    parity,
+    query_halves,
+    step,
+)
+from longspan.ops.tiles.rotary import rotated_query_variants
+from longspan.ops.types import PagedKV, QueryRotary, Selection
+
+
+def sparse_prefill_attention(
+    q: Tensor, cache: PagedKV, block_table: Tensor, cached_len: int, rotary: QueryRotary,
+    scale: float, selection: Selection, correction: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.sparse_prefill_attention`; `tile` mode, whole tiles. No host sync."""
+    num_queries, num_heads, _ = q.shape
+    context_len = cached_len + num_queries
+    assert selection.aligned and cached_len % TILE_LEN == 0 == context_len % TILE_LEN
+    work = prepare(
+        selection, cache, block_table, cached_len, context_len, rotary.stride, correction)
+    variants = rotated_query_variants(q, cached_len, rotary, scale, TILE_LEN)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(num_queries, num_heads, dtype=torch.float32, device=q.device)
+    launch(variants, cache, block_table, work, out, lse, cached_len)
+    return out, lse, work.kept
+
+
+def launch(
+    variants: Tensor, cache: PagedKV, block_table: Tensor, work: SparseWork, out: Tensor,
+    lse: Tensor, cached_len: int,
+) -> None:
+    """The attention itself. variants: [Z, H, T, D]; out: [T, H, D]; lse: [T, H]."""
+    num_queries, num_heads, _ = out.shape
+    k_cols, v_cols, k_means, v_means = _scratch(work, cache)
+    _sparse_kernel[(num_queries // TILE_LEN * num_heads,)](
+        query_halves(variants), key_tiles(cache.k), key_tiles(cache.v), key_tiles(k_cols),
+        key_tiles(v_cols), key_tiles(k_means), key_tiles(v_means), block_table, work.windows,
+        work.window_flag, work.window_rank, work.column_rank, work.column_tiles, work.col_tile,
+        work.mean_bias, work.head_order, out, lse, num_queries // TILE_LEN, cached_len // TILE_LEN,
+        (cached_len + num_queries) // TILE_LEN, work.borders[1], work.borders[0], num_heads,
+        num_heads // cache.k.shape[2], work.windows.shape[1], work.mean_bias.shape[1],
+        work.mean_parts[1], work.mean_parts[2], variants.shape[0],
+        CORRECTED=work.mean_parts[3] > 0, num_warps=4)
+
+
+def _scratch(work: SparseWork, cache: PagedKV) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Columns and means; where there are none, something that a descriptor can name."""
+    columns, means = work.k_cols.shape[0] > 0, work.k_means.shape[0] > 0
+    width = TILE_LEN * cache.k.shape[2]
+    spare_k, spare_v = cache.k.view(-1, width), cache.v.view(-1, width)
+    return (work.k_cols if columns else spare_k, work.v_cols if columns else spare_v,
+            work.k_means if means else spare_k, work.v_means if means else spare_v)
+
+
+@gluon.jit
+def _cover(keys):
+    """Tiles that hold so many keys."""
+    return (keys + TILE - 1) // TILE
+
+
+@gluon.jit
+def _sparse_item(
+    head_order, window_rank, column_rank, num_tiles, first_tile, num_key_tiles, start, previous,
+    CORRECTED: gl.constexpr,
+):
+    """This program's query tile, head, and how its steps lie: windows of the zones intra, succ,
+    inter (each bound is where the zone ends), then the biased keys of the same zones.
+
+    Heavy heads come first; a head's query tiles are neighbours, since they share its columns.
+    """
+    pid = gl.program_id(0)
+    head = gl.load(head_order + pid // num_tiles)
+    tile = first_tile + num_tiles - 1 - pid % num_tiles
+    windows = window_rank + head * (num_key_tiles + 1) + tile + 1  # [-x]: gaps up to tile - x
+    columns = column_rank + head * (num_key_tiles + 1)
+    own_windows = gl.load(windows - start)
+    near_windows = gl.load(windows - previous)
+    all_windows = gl.load(windows)
+    inter = gl.load(columns + previous)
+    succ = gl.load(columns + start) - inter
+    intra = gl.load(columns + tile) - inter - succ
+    own_steps = all_windows + _cover(intra)
+    near_steps = own_steps + _cover(succ)
+    steps = near_steps + _cover(inter)
+    if CORRECTED:
+        own_means = _cover(tile - start)
+        near_means = own_means + _cover(start - previous)
+        own_steps += own_means
+        near_steps += near_means
+        steps += near_means + _cover(previous)
+    return (tile, head, own_windows, near_windows, all_windows, intra, succ, inter, own_steps,
+            near_steps, steps)
+
+
+@gluon.jit
+def _load_windows(
+    k_desc, v_desc, block_table, gaps, tile, count, column, k_smem, v_smem, k_full, k_empty,
+    v_full, v_empty,
+):
+    """Steps [0, count): whole KV blocks, the nearest first."""
+    block = gl.load(block_table + tile).to(gl.int32)
+    for i in range(count):
+        gap = gl.load(gaps + gl.minimum(i + 1, count - 1))
+        following = gl.load(block_table + tile - gap).to(gl.int32)
+        slot = i % STAGES
+        mbarrier.wait(k_empty.index(slot), parity(i) ^ 1)
+        load_tile(k_desc, block * TILE, column, k_full.index(slot), k_smem.index(slot))
+        mbarrier.arrive(k_full.index(slot), count=1)  # stands for the bias, which these have not
+        mbarrier.wait(v_empty.index(slot), parity(i) ^ 1)
+        load_tile(v_desc, block * TILE, column, v_full.index(slot), v_smem.index(slot))
+        block = following
+
+
+@gluon.jit
+def _set_flag(flag, value):
+    """Whether the slot's keys have biases."""
+    flag.store(gl.full([1], value, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+
+
+@gluon.jit
+def _load_columns(
+    i, k_desc, v_desc, column_tile, flags, tile, row, count, k_smem, v_smem, bias_smem, flag_smem,
+    k_full, k_empty, v_full, v_empty,
+):
+    """Steps from i on: ``count`` gathered columns from ``row`` on, hidden where a window of this
+    query tile has them. Returns the next step."""
+    LANES: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
+    lanes = gl.arange(0, TILE, layout=LANES)
+    for part in range(_cover(count)):
+        slot = i % STAGES
+        first = row + part * TILE
+        mbarrier.wait(k_empty.index(slot), parity(i) ^ 1)
+        load_tile(k_desc, first, 0, k_full.index(slot), k_smem.index(slot))
+        exists = part * TILE + lanes < count
+        gap = tile - gl.load(column_tile + first + lanes, exists, other=0)
+        hidden = gl.load(flags + gap, exists, other=1)
+        bias_smem.index(slot).store(gl.where(hidden == 0, 0.0, float("-inf")))
+        _set_flag(flag_smem.index(slot), gl.max(hidden.to(gl.int32), 0))
+        mbarrier.arrive(k_full.index(slot), count=1)
+        mbarrier.wait(v_empty.index(slot), parity(i) ^ 1)
+        load_tile(v_desc, first, 0, v_full.index(slot), v_smem.index(slot))
+        i += 1
+    return i
+
+
+@gluon.jit
+def _load_means(
+    i, k_desc, v_desc, mean_bias, flags, tile, row, first_tile, count, column, k_smem, v_smem,
+    bias_smem, flag_smem, k_full, k_empty, v_full, v_empty,
+):
+    """Steps from i on: means of the ``count`` tiles from ``first_tile`` on, which begin at ``row``,
+    hidden where the tile is a window. Returns the next step."""
+    LANES: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
+    lanes = gl.arange(0, TILE, layout=LANES)
+    for part in range(_cover(count)):
+        slot = i % STAGES
+        first = row + part * TILE
+        mbarrier.wait(k_empty.index(slot), parity(i) ^ 1)
+        load_tile(k_desc, first, column, k_full.index(slot), k_smem.index(slot))
+        exists = part * TILE + lanes < count
+        hidden = gl.load(flags + tile - first_tile - part * TILE - lanes, exists, other=1)
+        weight = gl.load(mean_bias + first + lanes, exists, other=0.0)
+        bias_smem.index(slot).store(gl.where(hidden == 0, weight, float("-inf")))
+        _set_flag(flag_smem.index(slot), 1)
+        mbarrier.arrive(k_full.index(slot), count=1)
+        mbarrier.wait(v_empty.index(slot), parity(i) ^ 1)
+        load_tile(v_desc, first, column, v_full.index(slot), v_smem.index(slot))
+        i += 1
+    return i
+
+
+@gluon.jit
+def _sparse_producer(
+    q_desc, k_desc, v_desc, k_col_desc, v_col_desc, k_mean_desc, v_mean_desc, block_table, windows,
+    window_flag, window_rank, column_rank, column_tiles, column_tile, mean_bias, head_order,
+    q_smem, k_smem, v_smem, bias_smem, flag_smem, q_full, k_full, k_empty, v_full, v_empty,
+    num_tiles, first_tile, num_key_tiles, start, previous, num_heads, group, max_windows, mean_rows,
+    near_mean_part, own_mean_part, num_zones, CORRECTED: gl.constexpr,
+):
+    (tile, head, own_windows, near_windows, all_windows, intra, succ, inter, own_steps, near_steps,
+     steps) = _sparse_item(head_order, window_rank, column_rank, num_tiles, first_tile,
+                           num_key_tiles, start, previous, CORRECTED)
+    row = (head * num_tiles + tile - first_tile) * TILE
+    load_queries(q_desc, q_smem, q_full, row, num_heads * num_tiles * TILE, num_zones)
+    column = head // group * TILE
+    _load_windows(k_desc, v_desc, block_table, windows + head * max_windows, tile, all_windows,
+                  column, k_smem, v_smem, k_full, k_empty, v_full, v_empty)
+    i = all_windows
+    flags = window_flag + head * num_key_tiles
+    bias = mean_bias + head * mean_rows
+    for zone in gl.static_range(ZONES):
+        part = gl.load(column_tiles + head * 4 + 2 - zone) * TILE
+        if zone == 0:
+            first, end, count, mean_part = start, tile, intra, own_mean_part
+        elif zone == 1:
+            first, end, count, mean_part = previous, start, succ, near_mean_part
+        else:
+            first, end, count, mean_part = previous * 0, previous, inter, previous * 0
+        i = _load_columns(i, k_col_desc, v_col_desc, column_tile, flags, tile, part, count, k_smem,
+                          v_smem, bias_smem, flag_smem, k_full, k_empty, v_full, v_empty)
+        if CORRECTED:
+            i = _load_means(i, k_mean_desc, v_mean_desc, bias, flags, tile, mean_part * TILE,
+                            first, end - first, column, k_smem, v_smem, bias_smem, flag_smem,
+                            k_full, k_empty, v_full, v_empty)
+
+
+@gluon.jit
+def _sparse_consumer(
+    out, lse, head_order, window_rank, column_rank, q_smem, k_smem, v_smem, bias_smem, flag_smem,
+    q_full, k_full, k_empty, v_full, v_empty, num_tiles, first_tile, num_key_tiles, start, previous,
+    num_heads, num_zones, CORRECTED: gl.constexpr, Q_HALF: gl.constexpr,
+):
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    PROBS: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
+    (tile, head, own_windows, near_windows, all_windows, intra, succ, inter, own_steps, near_steps,
+     steps) = _sparse_item(head_order, window_rank, column_rank, num_tiles, first_tile,
+                           num_key_tiles, start, previous, CORRECTED)
+    row = tile * TILE + Q_HALF * HALF
+    p, m, total = first_step(q_smem, Q_HALF, k_smem, q_full, k_full, k_empty, v_full, 0, num_zones,
+                          tile * TILE, row, SCORES, PROBS)
+    acc = gl.zeros([HALF, TILE], gl.float32, SCORES)
+    for i in range(1, all_windows):
+        zone = (i >= own_windows).to(gl.int32) + (i >= near_windows).to(gl.int32)
+        p, acc, m, total = step(
+            i, zone, q_smem, Q_HALF, k_smem, v_smem, bias_smem, flag_smem, k_full, k_empty,
+            v_full, v_empty, p, acc, m, total, False, SCORES, PROBS)
+    for i in range(all_windows, steps):
+        zone = (i >= own_steps).to(gl.int32) + (i >= near_steps).to(gl.int32)
+        p, acc, m, total = step(
+            i, zone, q_smem, Q_HALF, k_smem, v_smem, bias_smem, flag_smem, k_full, k_empty,
+            v_full, v_empty, p, acc, m, total, True, SCORES, PROBS)
+    finish(out, lse, v_smem, steps - 1, p, acc, m, total, row, first_tile * TILE,
+            (first_tile + num_tiles) * TILE, head, num_heads, SCORES)
+
+
+@gluon.jit(do_not_specialize=[
+    "num_tiles", "first_tile", "num_key_tiles", "start", "previous", "num_heads", "group",
+    "max_windows", "mean_rows", "near_mean_part", "own_mean_part", "num_zones"])
+def _sparse_kernel(
+    q_desc, k_desc, v_desc, k_col_desc, v_col_desc, k_mean_desc, v_mean_desc, block_table, windows,
+    window_flag, window_rank, column_rank, column_tiles, column_tile, mean_bias, head_order, out,
+    lse, num_tiles, first_tile, num_key_tiles, start, previous, num_heads, group, max_windows,
+    mean_rows, near_mean_part, own_mean_part, num_zones, CORRECTED: gl.constexpr,
+):
+    """One query tile of one head over its windows, columns and tile means."""
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * ZONES, HALF, TILE], q_desc.layout)
+    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, TILE, TILE], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, TILE, TILE], v_desc.layout)
+    bias_smem = gl.allocate_shared_memory(
+        gl.float32, [STAGES, TILE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    flag_smem = gl.allocate_shared_memory(
+        gl.int32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    q_full = gl.allocate_shared_memory(gl.int64, [ZONES, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for zone in gl.static_range(ZONES):
+        mbarrier.init(q_full.index(zone), count=1)
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(slot), count=2)  # the keys' copy and their bias
+        mbarrier.init(v_full.index(slot), count=1)
+        mbarrier.init(k_empty.index(slot), count=2)  # both consumers
+        mbarrier.init(v_empty.index(slot), count=2)
+    fence_async_shared()
+    gl.warp_specialize([
+        (_sparse_consumer, (
+            out, lse, head_order, window_rank, column_rank, q_smem, k_smem, v_smem, bias_smem,
+            flag_smem, q_full, k_full, k_empty, v_full, v_empty, num_tiles, first_tile,
+            num_key_tiles, start, previous, num_heads, num_zones, gl.constexpr(CORRECTED),
+            gl.constexpr(0))),
+        (_sparse_consumer, (
+            out, lse, head_order, window_rank, column_rank, q_smem, k_smem, v_smem, bias_smem,
+            flag_smem, q_full, k_full, k_empty, v_full, v_empty, num_tiles, first_tile,
+            num_key_tiles, start, previous, num_heads, num_zones, gl.constexpr(CORRECTED),
+            gl.constexpr(1))),
+        (_sparse_producer, (
+            q_desc, k_desc, v_desc, k_col_desc, v_col_desc, k_mean_desc, v_mean_desc, block_table,
+            windows, window_flag, window_rank, column_rank, column_tiles, column_tile, mean_bias,
+            head_order, q_smem, k_smem, v_smem, bias_smem, flag_smem, q_full, k_full, k_empty,
+            v_full, v_empty, num_tiles, first_tile, num_key_tiles, start, previous, num_heads,
+            group, max_windows, mean_rows, near_mean_part, own_mean_part, num_zones,
+            gl.constexpr(CORRECTED))),
+    ], [4, 1], [232, 40])

@@ -1,0 +1,169 @@
+"""Vertical-slash prefill in one Triton kernel for each mode, Ampere and later.
+
+In tile mode a program takes one query tile of one head and walks, zone by zone and in one online
+softmax: the windows, whole KV blocks; the gathered columns, which drop out where a window covers
+them; and with the correction the means of all other tiles. Heads with most to do go first, and in
+each head the late query tiles. `paper` mode (windows at any offset) is in `paper_slash`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from longspan.ops.geometry import INTER, segments
+from longspan.ops.sparse.layout import SparseWork, prepare
+from longspan.ops.sparse.triton_unaligned import launch_paper_segment
+from longspan.ops.tiles.rotary import rotated_query_variants
+from longspan.ops.tiles.splits import launch_options
+from longspan.ops.tiles.triton import add_tile, finish, scores_of
+from longspan.ops.types import PagedKV, QueryRotary, Selection
+
+_KEYS = 64  # at once: three loops and their biases leave no registers for more
+
+
+def sparse_prefill_attention(
+    q: Tensor, cache: PagedKV, block_table: Tensor, cached_len: int, rotary: QueryRotary,
+    scale: float, selection: Selection, correction: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.sparse_prefill_attention`, for what `splits.supports`. No host sync.
+
+    One launch for the queries, then for each DCA chunk that they touch five to prepare (see
+    `sparse_work`) and one to attend.
+    """
+    assert selection.aligned or not correction, "tile means belong to tile mode"
+    assert not selection.aligned or selection.tile_len == cache.k.shape[1], "windows are KV blocks"
+    num_queries, num_heads, _ = q.shape
+    context_len = cached_len + num_queries
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+    launch = _launch_tile_segment if selection.aligned else launch_paper_segment
+    variants = rotated_query_variants(
+        q, cached_len, rotary, scale, cache.k.shape[1] if selection.aligned else 1)
+    kept = []
+    for start, stop in segments(cached_len, context_len, rotary.stride):
+        work = prepare(selection, cache, block_table, start, stop, rotary.stride, correction)
+        zones = min(start // rotary.stride, INTER) + 1
+        launch(variants, cache, block_table, work, selection, out, lse, cached_len, start, stop,
+               zones)
+        kept.append(work.kept)
+    return out, lse, kept[0] if len(kept) == 1 else torch.stack(kept).sum()
+
+
+def _launch_tile_segment(
+    variants: Tensor, cache: PagedKV, block_table: Tensor, work: SparseWork, selection: Selection,
+    out: Tensor, lse: Tensor, cached_len: int, start: int, stop: int, zones: int,
+) -> None:
+    _, num_heads, num_rows, head_dim = variants.shape
+    _, tile_len, num_kv_heads, _ = cache.k.shape
+    num_tiles = work.window_flag.shape[1]
+    num_query_tiles = num_tiles - start // tile_len
+    options = launch_options(variants.device, tile_len)
+    options = {**options, "KEYS": min(options["KEYS"], _KEYS)}
+    _tile_kernel[(num_query_tiles * num_heads,)](
+        variants, cache.k, cache.v, block_table, out, lse, work.windows, work.window_rank,
+        work.window_flag, work.column_rank, work.k_cols, work.v_cols, work.col_tile,
+        work.column_tiles, work.head_order, work.k_means, work.v_means, work.mean_bias,
+        cached_len, start, stop, num_rows, num_heads, num_kv_heads, work.windows.shape[1],
+        num_tiles, num_query_tiles, zones, *work.borders, *work.mean_parts[1:],
+        GROUP=num_heads // num_kv_heads, CORRECTION=work.mean_parts[3] > 0, TILE=tile_len,
+        HEAD_DIM=head_dim, **options)
+
+
+@triton.jit
+def _free(scores, window_flag, gap):
+    """Scores [M, N] of keys whose tile gap [N] is before the query tile and no window; -inf."""
+    taken = tl.load(window_flag + gap, mask=gap > 0, other=1)
+    return tl.where((taken == 0)[None, :], scores, float("-inf"))
+
+
+@triton.jit(do_not_specialize=[
+    "cached_len", "start", "stop", "num_rows", "num_heads", "num_kv_heads", "num_windows",
+    "num_tiles", "num_query_tiles", "num_zones", "succ", "intra", "succ_part", "intra_part",
+    "num_parts"])
+def _tile_kernel(
+    q, k, v, block_table, out, lse, windows, window_rank, window_flag, column_rank, k_cols, v_cols,
+    col_tile, column_tiles, head_order, k_means, v_means, mean_bias, cached_len, start, stop,
+    num_rows, num_heads, num_kv_heads, num_windows, num_tiles, num_query_tiles, num_zones, succ,
+    intra, succ_part, intra_part, num_parts, GROUP: tl.constexpr, CORRECTION: tl.constexpr,
+    TILE: tl.constexpr, KEYS: tl.constexpr, HEAD_DIM: tl.constexpr,
+):
+    """One query tile of one head. Zone by zone, the own one first, so that every row has a key."""
+    SUB: tl.constexpr = TILE // KEYS
+    item = tl.program_id(0)
+    head = tl.load(head_order + item // num_query_tiles)
+    tile = num_tiles - 1 - item % num_query_tiles
+    window_rank += head * (num_tiles + 1)
+    window_flag += head * num_tiles
+    column_rank += head * (num_tiles + 1)
+    windows += head * num_windows
+
+    dims = tl.arange(0, HEAD_DIM)
+    rows = tl.arange(0, TILE)
+    lanes = tl.arange(0, KEYS)
+    q_row = head.to(tl.int64) * num_rows + (tile - cached_len // TILE) * TILE
+    q += (q_row + rows)[:, None] * HEAD_DIM + dims
+    zone_size = num_heads.to(tl.int64) * num_rows * HEAD_DIM
+    kv_stride = num_kv_heads * HEAD_DIM
+    kv_tile = lanes[:, None] * kv_stride + (head // GROUP) * HEAD_DIM + dims
+    col_rows = lanes[:, None] * HEAD_DIM + dims
+    block_size = kv_stride.to(tl.int64) * TILE
+    acc = tl.zeros([TILE, HEAD_DIM], tl.float32)
+    total = tl.zeros([TILE], tl.float32)
+    top = tl.full([TILE], float("-inf"), tl.float32)
+    for zone in range(num_zones):
+        query = tl.load(q + zone * zone_size)
+        first_key, stop_key, mean_part = succ * 0, succ, succ_part * 0
+        if zone == 0:
+            first_key, stop_key, mean_part = intra, tile, intra_part
+            base = tl.load(block_table + tile) * block_size
+            for part in range(0, TILE, KEYS):
+                # slots past the context may hold anything
+                exists = (tile * TILE + part + lanes < stop)[:, None]
+                key = tl.load(k + base + part * kv_stride + kv_tile, mask=exists, other=0.0)
+                value = tl.load(v + base + part * kv_stride + kv_tile, mask=exists, other=0.0)
+                scores = scores_of(query, key)
+                scores = tl.where(part + lanes[None, :] <= rows[:, None], scores, float("-inf"))
+                acc, total, top = add_tile(acc, total, top, scores, value)
+        elif zone == 1:
+            first_key, stop_key, mean_part = succ, intra, succ_part
+
+        begin = tl.load(window_rank + tile - stop_key + 1)
+        end = tl.load(window_rank + tile - first_key + 1)
+        for part in range(begin * SUB, end * SUB):
+            gap = tl.load(windows + part // SUB)
+            base = tl.load(block_table + tile - gap) * block_size + part % SUB * KEYS * kv_stride
+            key = tl.load(k + base + kv_tile)
+            value = tl.load(v + base + kv_tile)
+            acc, total, top = add_tile(acc, total, top, scores_of(query, key), value)
+
+        begin = tl.load(column_tiles + head * 4 + 2 - zone)
+        # columns of later tiles, which stand at the end of the own zone's part, are not seen
+        count = tl.load(column_rank + stop_key) - tl.load(column_rank + first_key)
+        first_row = begin.to(tl.int64) * TILE
+        for part in range(tl.cdiv(count, TILE) * SUB):
+            columns = first_row * HEAD_DIM + part * KEYS * HEAD_DIM
+            key = tl.load(k_cols + columns + col_rows)
+            value = tl.load(v_cols + columns + col_rows)
+            gap = tile - tl.load(col_tile + first_row + part * KEYS + lanes)
+            scores = _free(scores_of(query, key), window_flag, gap)
+            acc, total, top = add_tile(acc, total, top, scores, value)
+
+        if CORRECTION:
+            for part in range(tl.cdiv(stop_key - first_key, TILE) * SUB):
+                row = mean_part * TILE + part * KEYS
+                key = tl.load(k_means + row * kv_stride + kv_tile)
+                value = tl.load(v_means + row * kv_stride + kv_tile)
+                bias = tl.load(mean_bias + head * num_parts * TILE + row + lanes)
+                gap = tile - (first_key + part * KEYS + lanes)
+                scores = _free(scores_of(query, key) + bias[None, :], window_flag, gap)
+                acc, total, top = add_tile(acc, total, top, scores, value)
+
+    result, row_lse = finish(acc, total, top)
+    position = tile * TILE + rows
+    exists = (position >= start) & (position < stop)
+    row = (position - cached_len).to(tl.int64) * num_heads + head
+    tl.store(out + row[:, None] * HEAD_DIM + dims, result.to(out.dtype.element_ty),
+             mask=exists[:, None])
+    tl.store(lse + row, row_lse, mask=exists)

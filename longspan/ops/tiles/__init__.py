@@ -1,0 +1,1 @@
+"""What attention kernels are made of."""

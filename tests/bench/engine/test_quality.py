@@ -1,0 +1,177 @@
+"""`longspan bench quality`: prompts, matched cost, recall; nano on a short document."""
+
+from __future__ import annotations
+
+import random
+import sysconfig
+from array import array
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from longspan import cli, ops
+from longspan.attention.sparsity import SparsityPlan
+from longspan.bench.engine import quality, questions
+from longspan.bench.engine.quality import QualityOptions, Recall, Subject, scaled, whole_density
+from longspan.commands import results
+from longspan.engine.text.tokenizer import Tokenizer
+from longspan.errors import LongspanError
+from longspan.eval.task import TextBank
+from longspan.model.weights import resolve_checkpoint
+
+TEXTS = Path(sysconfig.get_paths()["stdlib"]) / "json"
+
+
+def options(**values: Any) -> QualityOptions:
+    defaults: dict[str, Any] = {
+        "model": "nano", "lengths": (3000,), "settings": quality.SETTINGS, "num_single": 2,
+        "num_many": 4, "seed": 0, "text_roots": (TEXTS,), "chunk_len": 1024}
+    return QualityOptions(**{**defaults, **values})
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(resolve_checkpoint("nano"))
+
+
+@pytest.fixture(scope="module")
+def bank(tokenizer: Tokenizer) -> TextBank:
+    return TextBank.from_roots([TEXTS], tokenizer)
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    return Subject(options(), "cpu")
+
+
+def test_many_questions_are_a_conversation(tokenizer: Tokenizer, bank: TextBank) -> None:
+    quiz = questions.many_questions(bank, tokenizer, 2500, 5, random.Random(1))
+    assert 2300 < quiz.prompt_len <= 2500 and len(quiz.answers) == 5
+    for place, answer in quiz.answers:
+        assert tuple(quiz.ids[place : place + len(answer)]) == answer
+    tail = tokenizer._tokenizer.decode(list(quiz.ids[-400:]), skip_special_tokens=False)
+    turns = tail.split("<|im_start|>assistant\n")
+    assert len(turns) >= 5 and turns[-1].isdigit()
+    assert "<|im_end|>\n<|im_start|>user\nWhat is the special magic number for " in tail
+    values = [tokenizer.decode(answer) for _, answer in quiz.answers]
+    assert len(set(values)) == 5 and all(len(value) == 7 for value in values)
+    text = tokenizer.decode(quiz.ids[: quiz.answers[0][0]])
+    assert all(f"is: {value}." in text for value in values)
+
+
+def test_too_many_questions_are_refused(
+    tokenizer: Tokenizer, bank: TextBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(questions, "TOKENS_PER_TURN", 10)
+    with pytest.raises(LongspanError, match="ask fewer"):
+        questions.many_questions(bank, tokenizer, 2500, 5, random.Random(1))
+
+
+def test_single_questions_share_their_document(tokenizer: Tokenizer, bank: TextBank) -> None:
+    quizzes = questions.single_questions(bank, tokenizer, 2000, 3, random.Random(2))
+    assert all(quiz.prompt_len == 2000 == quiz.answers[0][0] for quiz in quizzes)
+    assert 1800 < questions.common_prefix([quiz.ids for quiz in quizzes]) < 2000
+    assert questions.common_prefix([array("i", [1, 2, 3]), array("i", [1, 2])]) == 2
+
+
+@pytest.fixture
+def nano_with_a_small_plan(tmp_path: Path) -> Path:
+    """nano with budgets that leave something out of short prompts."""
+    folder = tmp_path / "nano"
+    folder.mkdir()
+    for file in resolve_checkpoint("nano").iterdir():
+        if file.name != "sparsity_plan.json":
+            (folder / file.name).symlink_to(file)
+    plan = SparsityPlan.default(6, 4, vertical=48, slash=256)
+    replace(plan, probe_strided=16, dense_tail_len=256).save(folder / "sparsity_plan.json")
+    return folder
+
+
+def test_nano_answers_and_the_rows_say_so(
+    nano_with_a_small_plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["bench", "quality", "--model", str(nano_with_a_small_plan), "--lengths", "1600",
+                 "--single", "2", "--many", "3", "--text-root", str(TEXTS), "--chunk-len", "512",
+                 "--device", "cpu", "--commit", "abc", "--out", str(tmp_path)]
+    assert cli.run_command(arguments) == 0
+    (content,) = results.read_bench(tmp_path, "quality")
+    rows = {(row["attention"], row["num_questions"]): row for row in content["rows"]}
+    assert set(rows) == {(name, count) for name in quality.SETTINGS for count in (1, 3)}
+    for count, n in ((1, 2), (3, 3)):
+        dense = rows["dense", count]
+        assert (dense["score"], dense["n"], dense["density"], dense["recall"]) == (1, n, 1, None)
+        assert rows["tile", count]["score"] == 1
+        for name in ("tile", "paper"):
+            row = rows[name, count]
+            assert 0 < row["density"] < 1 and row["plan"]["mode"] == name
+            assert 0 < row["recall"]["min"] <= row["recall"]["mean"] <= 1
+            heads = [head for layer in row["recall_by_head"] for head in layer]
+            assert len(heads) in (20, 24)  # the last layer computes the last rows only
+            assert all(0 < least <= low <= 1.0001 for _, low, least in heads)
+    assert rows["paper", 1]["cost"] == pytest.approx(rows["tile", 1]["cost"], rel=0.25)
+    captured = capsys.readouterr()
+    assert "recall" in captured.out and "paper budgets" in captured.err
+
+
+def test_scores_count_every_token(
+    subject: Subject, bank: TextBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiz = questions.many_questions(bank, subject.tokenizer, 1500, 3, random.Random(3))
+    place, answer = quiz.answers[1]
+    wrong = (*answer[:-1], answer[-1] + 1)
+    changed = questions.Quiz(quiz.ids, (quiz.answers[0], (place, wrong), quiz.answers[2]))
+    assert [subject.measure([one], None)["score"] for one in (quiz, changed)] == [1, 0.667]
+    single = questions.single_questions(bank, subject.tokenizer, 1200, 1, random.Random(3))[0]
+    assert subject.measure([single], None)["score"] == 1
+    off = questions.Quiz(single.ids, ((1200, single.answers[0][1][::-1]),))
+    assert subject.measure([off], None)["score"] == 0
+
+
+def test_plans_are_put_back(subject: Subject) -> None:
+    core = subject.model.decoder_layers()[2].self_attn.core
+    with subject._using(scaled(subject.plan, 0.5)):
+        assert core.plan is not subject.plan and core.budget.vertical == (128,) * 4
+    assert core.plan is subject.plan and core.budget == subject.plan.layer(2)
+
+
+def test_recall_is_the_mass_that_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    from longspan.bench.ops.inputs import make_input
+    from longspan.ops.types import Selection
+    from tests.bench.shapes_for_tests import tiny_shape
+
+    item = make_input(tiny_shape(), 512, "random", "cpu")
+    q = item.make_queries(256, 256)
+    everything = Selection(torch.full((4, 1), -1), torch.tensor([[0, -128, -256, -384]] * 4), 128,
+                           True)
+    half = everything._replace(offsets=torch.tensor([[0, 128, 128, 128]] * 4))
+    args = (q, item.cache, item.block_table, 256, item.rotary, item.scale)
+    means = []
+    for selection in (everything, half):
+        recall = Recall(from_position=256)
+        with recall.watch():
+            out, _, _ = ops.sparse_prefill_attention(*args, selection, True)
+        assert torch.equal(out, ops.sparse_prefill_attention(*args, selection, True)[0])
+        (heads,) = recall.by_layer([item.cache])
+        means.append([mean for mean, _, _ in heads])
+    assert means[0] == pytest.approx([1] * 4, abs=1e-5)
+    assert all(0.05 < mean < 0.5 for mean in means[1])
+    silent = Recall(from_position=257)
+    with silent.watch():
+        ops.sparse_prefill_attention(*args, half, False)
+    assert silent.by_layer([item.cache]) == []
+
+
+def test_density_of_a_prompt_from_its_last_chunk() -> None:
+    kept_each, start, stop = 100, 900, 1000
+    causal = sum(position + 1 for position in range(start, stop))
+    exact = sum(min(kept_each, p + 1) for p in range(stop)) / sum(p + 1 for p in range(stop))
+    found = whole_density(kept_each * (stop - start), causal, start, stop)
+    assert found == pytest.approx(exact, rel=0.01)
+
+
+def test_wrong_options() -> None:
+    with pytest.raises(LongspanError, match="--attention: 'x'"):
+        options(settings=("x",))

@@ -1,0 +1,157 @@
+"""README sections of the GPU benchmarks, from made-up rows."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longspan.bench.record import plots, report
+from longspan.errors import LongspanError
+
+SHARE = {"linear": 0.6, "selection": 0.05, "attention": 0.3, "rest": 0.05}
+
+
+def write(folder: Path, bench: str, rows: list[dict[str, Any]]) -> None:
+    content = {"bench": bench, "date": "2025-01-02T03:04:05+00:00", "rows": rows,
+               "device": {"name": "Chip", "count": 1}}
+    (folder / f"{bench}.chip.json").write_text(json.dumps(content))
+
+
+def ttft_row(attention: str, seconds: float, **values: Any) -> dict[str, Any]:
+    return {"shape": "big", "num_tokens": 1_000_000, "attention": attention, "layers": 28,
+            "total_layers": 28, "plan": "v1-s2" if attention == "sparse" else None, "gpus": 1,
+            "ttft_s": seconds, "ttft_scaled_s": seconds, "density": 0.0219,
+            "peak_memory_gib": 76.54, "chunk_len": 32_768, "share": SHARE, **values}
+
+
+@pytest.mark.parametrize("name", ["ttft", "decode", "ops", "quality", "serve"])
+def test_sections_are_empty_without_results(name: str, tmp_path: Path) -> None:
+    assert report.build_table(name, tmp_path) == ""
+
+
+def test_ttft(tmp_path: Path) -> None:
+    write(tmp_path, "ttft", [
+        ttft_row("sparse", 25.0), ttft_row("sparse", 30.0, num_tokens=2000),
+        ttft_row("dense", 50.0, layers=4, ttft_scaled_s=350.0),
+        ttft_row("dense", 51.0, layers=4, ttft_scaled_s=357.0, chunk_len=65_536),
+        ttft_row("dense", 1.0, layers=1, ttft_scaled_s=28.0), {"error": "x"}])
+    text = report.build_table("ttft", tmp_path)
+    assert text.startswith("### A million tokens")
+    assert ("| big | 1,000,000 | 350.0 s * (50.0 s, 4 of 28) | 25.0 s | 14.0x | 2.2 % | 76.5 GiB "
+            "| 60 / 5 / 30 / 5 | 32,768 | v1-s2 |\n") in text
+    assert "| big | 2,000 | not run | 30.0 s |  | 2.2 %" in text
+    assert "scaled to all" in text and "(Chip, 2025-01-02)" in text
+
+
+def test_the_plot_is_drawn_and_shown(tmp_path: Path) -> None:
+    folder = tmp_path / "bench" / "results"
+    folder.mkdir(parents=True)
+    write(folder, "ttft", [ttft_row("sparse", 25.0), ttft_row("sparse", 3.0, num_tokens=131_072),
+                           ttft_row("dense", 350.0), {"error": "x"}])
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- bench:ttft -->\n<!-- /bench:ttft -->\n")
+    report.run(readme, folder)
+    assert "\n![ttft](bench/plots/ttft.chip.svg)\n" in readme.read_text()
+    drawn = (tmp_path / "bench" / "plots" / "ttft.chip.svg").read_bytes()
+    report.run(readme, folder)
+    assert (tmp_path / "bench" / "plots" / "ttft.chip.svg").read_bytes() == drawn
+    assert b"<svg" in drawn
+    assert plots.ttft_lines(json.loads((folder / "ttft.chip.json").read_text())) == {
+        ("big", "dense"): [(1_000_000, 350.0)],
+        ("big", "sparse"): [(131_072, 3.0), (1_000_000, 25.0)]}
+    (folder / "ttft.chip.json").unlink()
+    report.run(readme, folder)
+    assert readme.read_text() == "<!-- bench:ttft -->\n<!-- /bench:ttft -->\n"
+
+
+def test_plots_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(LongspanError, match="longspan.plots"):
+        plots.draw_ttft({"rows": [ttft_row("dense", 1.0)]}, tmp_path / "x.svg")
+    assert not plots.draw_ttft({"rows": []}, tmp_path / "x.svg")
+
+
+def test_decode(tmp_path: Path) -> None:
+    row = {"shape": "big", "context_len": 1_000_000, "batch_size": 1, "layers": 28,
+           "total_layers": 28, "step_ms": 17.123, "floor_ms": 16.0, "over_floor": 1.07,
+           "kv_tb_per_s": 3.9, "tokens_per_s": 58.4}
+    write(tmp_path, "decode", [{"shape": "copy", "context_len": 0, "tb_per_s": 4.2}, row,
+                               {**row, "batch_size": 9, "error": "no memory"}])
+    text = report.build_table("decode", tmp_path)
+    assert ("| big | 1,000,000 | 1 | 28/28 | 17.12 ms | 16.00 ms | 1.07 | 3.90 TB/s | 58 |\n"
+            in text)
+    assert "copy |" not in text and "| 9 |" not in text
+
+
+def test_quality(tmp_path: Path) -> None:
+    row = {"model": "nano", "num_tokens": 131_072, "num_questions": 32, "attention": "tile",
+           "score": 0.969, "n": 32, "chunk_len": 65_536, "density": 0.028, "cost": 0.0358,
+           "recall": {"mean": 0.9, "p5": 0.5, "min": 0.4}}
+    write(tmp_path, "quality", [row, {**row, "attention": "dense", "recall": None}])
+    text = report.build_table("quality", tmp_path)
+    assert ("| 131,072 | 32 | tile | 65,536 | 31 of 32 | 2.80 % | 3.58 % | 90.0 % | 50.0 % | "
+            "40.0 % |\n") in text
+    assert "| 131,072 | 32 | dense |  | 31 of 32 | 2.80 % | 3.58 % |  |  |  |\n" in text
+
+
+def test_ops(tmp_path: Path) -> None:
+    square = {"shape": "big", "num_queries": 32_768, "context_len": 32_768}
+    chunk = {"shape": "big", "num_queries": 32_768, "context_len": 1_048_576, "content": "random",
+             "plan": "v1-s2", "layer": 3}
+    whole = {"shape": "big", "num_tokens": 1_048_576, "content": "local", "plan": "v1-s2",
+             "chunk_len": 65_536}
+    write(tmp_path, "ops", [
+        {"op": "copy", "impl": "torch", "params": {}, "tb_per_s": 4.26},
+        {"op": "gemm", "impl": "torch", "params": {"m": 8192}, "tflops": 770.1},
+        {"op": "dense_causal", "impl": "ours", "params": square, "tflops": 640.4},
+        {"op": "dense_causal", "impl": "cudnn", "params": square, "tflops": 651.2},
+        {"op": "dense_causal", "impl": "flex", "params": square, "error": "no"},
+        {"op": "decode", "impl": "ours", "params": {"shape": "big", "batch_size": 1,
+                                                    "context_len": 1000}, "tb_per_s": 3.9},
+        {"op": "select", "impl": "ours", "params": chunk, "time_ms": 1.5, "workspace_mib": 40.2},
+        {"op": "sparse_chunk", "impl": "ours", "params": chunk, "time_ms": 9.25, "tflops": 590.0,
+         "kernel_tflops": 621.4, "density": 0.0219},
+        {"op": "whole_sparse", "impl": "ours", "params": whole, "time_ms": 300.0,
+         "selection_ms": 30.0, "dense_ms": 12_000.0, "dense_impl": "cudnn", "ratio": 40.0},
+        {"op": "dense_chunk_dca_over_rope", "impl": "ours", "params": chunk,
+         "slowdown_percent": 1.26}])
+    text = report.build_table("ops", tmp_path)
+    for line in (
+        "| shape | queries | keys | longspan | cuDNN |\n",
+        "| big | 32,768 | 32,768 | 640 | **651** |\n", "| big | 1 | 1,000 | **3.90** |\n",
+        "| big | 32,768 | 1,048,576 | random | 2.19 % | 1.50 ms | 40 MiB | 9.25 ms | 590 | 621 |",
+        "| big | 1,048,576 | local | 300 ms | 10 % | 12,000 ms (cuDNN) | 40.0x | 65,536 | v1-s2 ",
+        "| DCA, dense, 1,048,576 keys | +1.3 % time |\n",
+        "| copy, read and written | 4.26 TB/s |\n",
+        "| bf16 matrix product, 8,192 cubed | 770 TFLOP/s |\n"):
+        assert line in text, line
+
+
+def test_serve(tmp_path: Path) -> None:
+    """Shares and ratios for all devices, plain times for GPUs alone."""
+    rows = [
+        {"scenario": "prefill", "model": "nano", "metric": metric, "value": value, "unit": "",
+         "length": 131_072}
+        for metric, value in (("decode_pause_max_budgets", 0.8318), ("health_p99", 7.537))]
+    rows += [{"scenario": "decode", "model": "nano", "metric": "tag_over_synchronous_batch_16",
+              "value": 1.25, "unit": "x", "length": 131_072}]
+    write(tmp_path, "serve", rows)
+    text = report.build_table("serve", tmp_path)
+    for line in ("### A server beside long prompts", "serving nano (",
+                 "| longest pause of a running answer meanwhile | 131,072 | 0.83 step budgets |\n",
+                 "| /health meanwhile, 99 of 100 within | 131,072 | 7.5 ms |\n",
+                 "| tokens a second, run ahead over synchronous, 16 requests |  | 1.25x |\n"):
+        assert line in text, line
+    (file,) = tmp_path.glob("serve.*.json")
+    file.write_text(file.read_text().replace("Chip", "CPU Chip"))
+    assert "/health" not in report.build_table("serve", tmp_path)
+
+
+def test_the_readme_has_a_place_for_each() -> None:
+    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+    names = [match[2] for match in report.MARKED.finditer(readme)]
+    assert set(names) == {*report.TABLES, *report.SECTIONS}

@@ -1,0 +1,97 @@
+"""`longspan info` says what the engine does."""
+
+from __future__ import annotations
+
+import re
+from itertools import product
+from typing import Any
+
+import pytest
+
+from longspan.commands import info
+from longspan.config import EngineConfig
+from longspan.engine.setup.engine_plan import Blueprint
+from longspan.errors import NotEnoughMemoryError
+from longspan.units import GIB
+
+GRID = [
+    *product((0.001, 0.05, 0.6, 0.8, 1.0, 1.5, 1.76, 1.85, 2.1, 2.27, 2.6, 4.0),
+             ("rope", "dca", "dca+yarn"), (100, 1_001, 65_536, 65_792, 262_145)),
+    # what info once got wrong
+    (1.85, "rope", 65_536), (2.1, "rope", 65_792),
+]
+
+
+def rows_of(monkeypatch: pytest.MonkeyPatch, length: int | None, **options: Any) -> dict[str, str]:
+    """The table that info prints about nano."""
+    shown: list[dict[str, str]] = []
+    monkeypatch.setattr(info, "show_table", lambda title, columns, rows: shown.append(dict(rows)))
+    info.run("nano", length, options)
+    return shown[0]
+
+
+def gib(text: str) -> float:
+    return float(re.search(r"([\d.]+) GiB", text)[1])  # type: ignore[index]
+
+
+@pytest.fixture(autouse=True)
+def large_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The budgets of the grid, whatever this machine has."""
+    from longspan.engine.device import memory
+
+    monkeypatch.setattr(memory, "host_memory", lambda: memory.DeviceMemory(
+        total_bytes=64 * GIB, free_bytes=64 * GIB))
+
+
+@pytest.mark.parametrize(("budget", "positions", "length"), GRID)
+def test_the_verdict_is_the_engines(
+    monkeypatch: pytest.MonkeyPatch, budget: float, positions: Any, length: int,
+) -> None:
+    options: dict[str, Any] = {"device": "cpu", "positions": positions, "memory_gib": budget}
+    rows = rows_of(monkeypatch, length, **options)
+    try:
+        memory = Blueprint.resolve(EngineConfig(
+            model="nano", max_model_len=length, **options)).memory
+    except NotEnoughMemoryError as error:
+        assert "fits: no, " in rows["together"]
+        needed = gib(str(error).split("needs")[1])
+    else:
+        assert rows["together"].endswith("fits: yes")
+        needed = (memory.weights_bytes + memory.workspace_bytes
+                  + -(-length // 128) * 128 * memory.kv_bytes_per_token) / GIB
+    assert gib(rows["together"]) == pytest.approx(needed, abs=0.005)
+    parts = [gib(rows[name]) for name in ("weights", "KV cache", "workspace")]
+    assert sum(parts) == pytest.approx(gib(rows["together"]), abs=0.02)
+    assert ("fits: yes" in rows["together"]) is (gib(rows["together"].split(" of ")[0]) <= budget)
+
+
+@pytest.mark.parametrize("budget", [0.6, 0.8, 1.0, 1.5, 2.0, 4.0])
+@pytest.mark.parametrize("positions", ["rope", "dca"])
+def test_the_longest_prompt_is_what_the_engine_accepts(
+    monkeypatch: pytest.MonkeyPatch, budget: float, positions: Any,
+) -> None:
+    options: dict[str, Any] = {"device": "cpu", "positions": positions, "memory_gib": budget}
+    told = {rows_of(monkeypatch, length, **options)["longest prompt here"]
+            for length in (100, 65_536, None)}
+    try:
+        longest = Blueprint.resolve(EngineConfig(model="nano", **options)).memory.max_model_len
+    except NotEnoughMemoryError:
+        longest = 0
+    assert told == {f"{longest:,} tokens"}
+    if 0 < longest < 1_010_000:
+        with pytest.raises(NotEnoughMemoryError, match=f"lower max_model_len to {longest}"):
+            Blueprint.resolve(EngineConfig(model="nano", max_model_len=longest + 128, **options))
+
+
+def test_a_plan_that_need_not_fit_says_what_is_missing() -> None:
+    config = EngineConfig(model="nano", device="cpu", memory_gib=0.5, max_model_len=65_536)
+    short = Blueprint.resolve(config, must_fit=False).memory
+    assert short.max_model_len == 65_536 and short.num_blocks == 512
+    assert short.missing_bytes == short.needed_bytes - short.budget_bytes > 0
+    enough = EngineConfig(model="nano", device="cpu", max_model_len=65_536,
+                          memory_gib=short.needed_bytes / GIB)
+    assert Blueprint.resolve(enough).memory.missing_bytes == 0
+    less = EngineConfig(model="nano", device="cpu", max_model_len=65_536,
+                        memory_gib=(short.needed_bytes - 1) / GIB)
+    with pytest.raises(NotEnoughMemoryError):
+        Blueprint.resolve(less)

@@ -1,0 +1,301 @@
+"""What steps hold: the bounds that the planner states, on a simulated machine with noisy times."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from longspan.engine.control.chunking import piece_shares
+from longspan.engine.control.latency import Costs, Forecast, LatencyModel
+from longspan.engine.control.planner import SLACK, Planner, prefill_s
+from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
+from longspan.engine.request import Request, SamplingParams
+from longspan.engine.step import ScheduledBatch, StepResult
+
+BUDGET_S = 1.0
+COSTS = Costs(dense=(8e-3, 2.4e-4, 4.5e-8), sparse=(8e-3, 5e-4, 4e-10), decode=(9e-3, 1e-3, 2e-6))
+"""A small model on two CPU cores: 9 s for a sparse chunk, 31 pieces."""
+CONFIG = SchedulerConfig(
+    num_blocks=40_000, block_size=128, max_model_len=1 << 20, prefill_chunk_len=16_384,
+    max_num_requests=64, dense_tail_len=1024, num_layers=6, piece_rows=4096, unit_len=16,
+    step_budget_s=BUDGET_S, prior=COSTS)
+
+
+@dataclass
+class Machine:
+    """Runs a scheduler in simulated time."""
+
+    config: SchedulerConfig = CONFIG
+    costs: Costs = COSTS
+    noise: float = 0.1
+    now_s: float = 0.0
+    rng: random.Random = field(default_factory=lambda: random.Random(0))
+    steps: list[ScheduledBatch] = field(default_factory=list)
+    lengths_s: list[float] = field(default_factory=list)
+    first_s: dict[str, float] = field(default_factory=dict)
+    """When each request's first token came."""
+    arrived_s: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.scheduler = Scheduler(self.config)
+
+    def add(self, request_id: str, prompt_len: int, max_tokens: int = 1) -> Request:
+        """A prompt like no other."""
+        prompt = array("i", [self.rng.randrange(1000), *range(prompt_len - 1)])
+        request = Request(
+            request_id=request_id, prompt_ids=prompt, sparse=prompt_len > 32_768,
+            params=SamplingParams(max_tokens=max_tokens, ignore_eos=True))
+        self.scheduler.add(request)
+        self.arrived_s[request_id] = self.now_s
+        return request
+
+    def step(self) -> bool:
+        """One step; False when there is nothing to do."""
+        batch = self.scheduler.schedule()
+        if batch is None:
+            return False
+        self.steps.append(batch)
+        elapsed_s = self._time(batch) * self.rng.uniform(1 - self.noise, 1 + self.noise)
+        self.now_s += elapsed_s
+        self.lengths_s.append(elapsed_s)
+        sampled = [item.request_id for item in batch.slices if item.sampling is not None]
+        for request_id in sampled:
+            self.first_s.setdefault(request_id, self.now_s)
+        self.scheduler.apply(StepResult(
+            step_id=batch.step_id, token_ids=(1,) * len(sampled), elapsed_s=elapsed_s))
+        return True
+
+    def run(self) -> None:
+        """To the end."""
+        while self.step():
+            pass
+
+    def ttft_s(self, request_id: str) -> float:
+        """Of a finished request."""
+        return self.first_s[request_id] - self.arrived_s[request_id]
+
+    def _time(self, batch: ScheduledBatch) -> float:
+        total_s, decodes = 0.0, [i for i in batch.slices if i.cached_len >= i.prompt_len]
+        for item in batch.slices:
+            if item.pieces is not None:
+                shares = piece_shares(item.cached_len, item.context_len, num_layers=6, rows=4096)
+                share = sum(shares[item.pieces.first:item.pieces.stop])
+                total_s += share * self.costs.sparse_s(item.cached_len, item.query_len)
+            elif item.cached_len < item.prompt_len:
+                total_s += self.costs.dense_s(item.cached_len, item.query_len)
+        if decodes:
+            context_len = sum(item.context_len for item in decodes)
+            total_s += self.costs.decode_s(len(decodes), context_len)
+        return total_s
+
+
+def test_a_short_prompt_waits_two_budgets_at_most_beside_a_long_one() -> None:
+    machine = Machine()
+    machine.add("long", 131_072)
+    for index in range(40):
+        for _ in range(3):
+            machine.step()
+        machine.add(f"short{index}", 200)
+    machine.run()
+    waits_s = [machine.ttft_s(f"short{index}") for index in range(40)]
+    assert max(waits_s) <= 2 * BUDGET_S
+    assert max(machine.lengths_s) <= BUDGET_S
+
+
+def test_running_decodes_never_pause_longer_than_a_budget() -> None:
+    machine = Machine()
+    machine.add("stream", 300, max_tokens=200)
+    machine.step()
+    machine.add("long", 131_072)
+    while "long" not in machine.first_s:
+        machine.step()
+        assert any(item.request_id == "stream" for item in machine.steps[-1].slices)
+    assert max(machine.lengths_s) <= BUDGET_S
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_noisy_machine_keeps_its_budget_after_many_short_prompts(seed: int) -> None:
+    """What was learned from the first long prompt is forgotten when the second one comes."""
+    machine = Machine(noise=0.25, rng=random.Random(seed))
+    for name in ("first", "second"):
+        for index in range(150):
+            machine.add(f"{name}{index}", machine.rng.randrange(100, 108))
+            machine.run()
+        machine.add(name, 131_072)
+        machine.run()
+    assert max(machine.lengths_s) <= 1.5 * BUDGET_S
+
+
+def test_the_budget_holds_before_anything_was_measured() -> None:
+    """The default prior is pessimistic enough for a machine ten times slower or faster."""
+    for factor in (0.1, 1.0):
+        costs = Costs(dense=_times(COSTS.dense, factor), sparse=_times(COSTS.sparse, factor),
+                      decode=_times(COSTS.decode, factor))
+        machine = Machine(costs=costs, config=CONFIG)
+        machine.add("long", 131_072)
+        machine.add("short", 100)
+        machine.run()
+        assert max(machine.lengths_s) <= BUDGET_S
+
+
+def test_an_unknown_kind_begins_with_a_single_piece() -> None:
+    """The prior may think that a whole chunk fits."""
+    config = SchedulerConfig(**{
+        **{name: getattr(CONFIG, name) for name in CONFIG.__dataclass_fields__},
+        "prior": Costs(dense=COSTS.dense, sparse=(0.0, 1e-9, 0.0), decode=COSTS.decode)})
+    machine = Machine(config=config)
+    machine.add("long", 131_072)
+    machine.run()
+    pieces = [item.pieces for batch in machine.steps for item in batch.slices if item.pieces]
+    assert pieces[0].stop == 1 and max(machine.lengths_s) <= BUDGET_S
+
+
+def test_a_stream_of_shorts_cannot_starve_the_long_prompt() -> None:
+    """It gets half of the time at least, so it takes twice its time alone, and a little for the
+    fixed costs of more steps."""
+    alone, busy = Machine(noise=0.0), Machine(noise=0.0)
+    alone.add("long", 131_072)
+    alone.run()
+    busy.add("long", 131_072)
+    count = 0
+    while "long" not in busy.first_s:
+        while busy.scheduler.num_requests < 12:
+            busy.add(f"short{count}", 1500)
+            count += 1
+        busy.step()
+    assert count > 100
+    assert 1.5 < busy.ttft_s("long") / alone.ttft_s("long") < 2.2
+
+
+def test_shorter_prompts_go_first_and_each_becomes_the_head_in_time() -> None:
+    machine = Machine()
+    machine.add("head", 30_000)
+    lengths = {"c": 20_000, "a": 400, "b": 4_000}
+    for name, length in lengths.items():
+        machine.add(name, length)
+    machine.run()
+    order = sorted(machine.first_s, key=machine.first_s.__getitem__)
+    assert order.index("a") < order.index("b") < order.index("c")
+    assert set(order) == {"head", *lengths}
+
+
+def test_sparse_prompts_take_turns_chunk_by_chunk() -> None:
+    machine = Machine()
+    for name in ("old", "young", "younger"):
+        machine.add(name, 66_000)
+    machine.run()
+    begun = [item.request_id for batch in machine.steps for item in batch.slices
+             if item.pieces is not None and item.pieces.first == 0]
+    assert begun[:6] == ["old", "young", "old", "young", "old", "young"]
+    assert len(begun) == 3 * 4
+
+
+def test_without_a_budget_chunks_are_computed_whole() -> None:
+    config = SchedulerConfig(**{
+        name: getattr(CONFIG, name) for name in CONFIG.__dataclass_fields__
+        if name != "step_budget_s"})
+    machine = Machine(config=config)
+    machine.add("long", 50_000)
+    machine.run()
+    assert [batch.slices[0].query_len for batch in machine.steps] == [
+        16_384, 16_384, 48_640 - 2 * 16_384, 512, 50_000 - 3 * 16_384]
+
+
+def test_steps_in_flight_share_the_budget() -> None:
+    machine = Machine()
+    machine.add("long", 131_072)
+    first = machine.scheduler.schedule()
+    assert first is not None and first.expected_s <= (1 - SLACK) * BUDGET_S
+    second = machine.scheduler.schedule(first.expected_s)
+    expected_s = first.expected_s + (second.expected_s if second else 0.0)
+    assert expected_s <= (1 - SLACK) * BUDGET_S
+    assert machine.scheduler.schedule(expected_s) is None
+
+
+def test_a_unit_is_computed_even_where_it_exceeds_the_budget() -> None:
+    config = SchedulerConfig(**{
+        **{name: getattr(CONFIG, name) for name in CONFIG.__dataclass_fields__},
+        "step_budget_s": 1e-3})
+    machine = Machine(config=config)
+    machine.add("long", 40_000)
+    machine.run()
+    assert "long" in machine.first_s
+    pieces = [item.pieces for batch in machine.steps for item in batch.slices if item.pieces]
+    assert all(piece.stop == piece.first + 1 for piece in pieces)
+
+
+@pytest.mark.parametrize("second_len", [131_072, 131_072 + 200])
+def test_two_requests_on_one_document_compute_it_once(second_len: int) -> None:
+    """The second arrives while the first is being prefilled, and waits for its blocks."""
+    machine = Machine()
+    first = machine.add("first", 131_072)
+    for _ in range(5):
+        machine.step()
+    prompt = first.prompt_ids + array("i", range(second_len - 131_072))
+    machine.add("second", second_len)
+    second = machine.scheduler._waiting[-1]
+    second.prompt_ids = prompt
+    machine.add("other", 300)
+    machine.run()
+    assert second.num_cached_tokens >= 112 * 1024
+    assert machine.ttft_s("other") <= 2 * BUDGET_S
+    assert machine.first_s["second"] - machine.first_s["first"] < 12.0
+
+
+def test_waiters_go_on_alone_when_the_owner_is_aborted() -> None:
+    machine = Machine()
+    first = machine.add("first", 131_072)
+    for _ in range(40):
+        machine.step()
+    machine.add("second", 131_072)
+    second = machine.scheduler._waiting[-1]
+    second.prompt_ids = first.prompt_ids
+    machine.step()
+    assert machine.scheduler.load.num_waiting == 1
+    machine.scheduler.abort("first")
+    machine.run()
+    assert "second" in machine.first_s and 0 < second.num_cached_tokens < 131_072
+    machine.scheduler.check()
+
+
+@pytest.mark.parametrize(("num_shared", "num_waiting"), [(256, 0), (8192, 1)])
+def test_a_short_prefix_is_computed_and_not_waited_for(num_shared: int, num_waiting: int) -> None:
+    machine = Machine()
+    owner = machine.add("owner", 30_000)
+    machine.scheduler.schedule()
+    machine.add("other", num_shared + 500)
+    machine.scheduler._waiting[-1].prompt_ids = (
+        owner.prompt_ids[:num_shared] + array("i", [7] * 500))
+    machine.scheduler.schedule()
+    assert machine.scheduler.load.num_waiting == num_waiting
+
+
+def _times(terms: tuple[float, float, float], factor: float) -> tuple[float, float, float]:
+    return terms[0] * factor, terms[1] * factor, terms[2] * factor
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_forecasts_and_plans_agree(seed: int) -> None:
+    """What a server foretells is the sum of the steps that the planner makes, and so is the rest
+    by which it ranks prompts: wherever the dense tail starts, and whatever is cached."""
+    rng = random.Random(seed)
+    config = replace(CONFIG, step_budget_s=None, sparse_above=20_000, prefill_chunk_len=4096,
+                     dense_tail_len=rng.choice([0, 1000, 4096, 5000]))
+    length = rng.choice([rng.randrange(1, 20_001), rng.randrange(20_001, 140_000)])
+    cached = rng.randrange(length // 4096 + 1) * 4096 % length
+    request = Request(request_id="a", prompt_ids=array("i", bytes(4 * length)),
+                      params=SamplingParams(max_tokens=1), sparse=length > 20_000)
+    forecast = Forecast(costs=COSTS, block_size=128, prefill_chunk_len=4096, sparse_above=20_000,
+                        dense_tail_len=config.dense_tail_len)
+    expected_s = forecast.prefill_s(cached, length)
+    assert prefill_s(request, cached, length, config, COSTS) == expected_s
+    planner, request.scheduled_len, total_s = Planner(config, LatencyModel(COSTS)), cached, 0.0
+    while request.is_prefill:
+        plan = planner.plan([request], 0.0)
+        assert plan is not None
+        total_s += plan.expected_s
+        request.scheduled_len += plan.choices[0].query_len
+    assert total_s == pytest.approx(expected_s), (seed, length, cached)

@@ -1,0 +1,189 @@
+"""A sparse chunk in pieces: the same numbers wherever it pauses and whatever runs in between."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from array import array
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from msgspec import structs
+from torch import Tensor
+
+from longspan.attention.sparsity import SparsityPlan
+from longspan.config import EngineConfig, ModelConfig
+from longspan.engine.control.chunking import chunk_stop, piece_shares, sparse_stop
+from longspan.engine.control.loop import LocalTransport, Loop
+from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
+from longspan.engine.device.memory import DeviceMemory, plan_memory
+from longspan.engine.device.runner import Runner
+from longspan.engine.request import Request, SamplingParams
+from longspan.engine.resolve import resolve_positions
+from longspan.engine.step import Pieces, RowSampling, ScheduledBatch, ScheduledSlice, StepResult
+from tests.doubles import write_checkpoint
+
+BLOCK, CHUNK, ROWS, TAIL, LAYERS = 8, 64, 16, 12, 4
+DCA: dict[str, Any] = {
+    "chunk_size": 96, "local_size": 32, "original_max_position_embeddings": 512}
+"""Without a temperature: prompts of other lengths then share exactly."""
+GREEDY = RowSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=1)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("model"), num_hidden_layers=LAYERS,
+                            dual_chunk_attention_config=DCA)
+
+
+def make_plan(**changes: Any) -> SparsityPlan:
+    return replace(SparsityPlan.default(LAYERS, 4), **{
+        "vertical": ((8,) * 4,) * LAYERS, "slash": ((16,) * 4,) * LAYERS, "dense_tail_len": TAIL,
+        "probe_last": 8, "probe_strided": 4, "local": 8, **changes})
+
+
+def load(path: Path, plan: SparsityPlan, num_stages: int = 1) -> Runner:
+    config = EngineConfig(model=str(path), device="cpu", dtype="float32", prefill_chunk_len=CHUNK,
+                          block_size=BLOCK, max_model_len=512, max_num_requests=8)
+    model = ModelConfig.from_dir(path)
+    memory = plan_memory(model, config, max_step_tokens=128, means=True,
+                         device=DeviceMemory(total_bytes=2**34, free_bytes=2**34))
+    runner = Runner.load(path, model, config, memory, plan=plan, num_stages=num_stages,
+                         dca=resolve_positions("auto", model))
+    runner._chunk._rows = ROWS  # several pieces in chunks of a test's size
+    return runner
+
+
+def prompt_of(length: int) -> array[int]:
+    generator = torch.Generator().manual_seed(length)
+    return array("i", torch.randint(256, (length,), generator=generator).tolist())
+
+
+def slices_of(prompt: array[int], tail: int, stops: Iterable[int]) -> list[ScheduledSlice]:
+    """A sparse prompt's slices; chunks pause after the numbers of pieces in ``stops``, which are
+    taken in turn."""
+    num_sparse = sparse_stop(len(prompt), tail, BLOCK)
+    blocks, start, slices = list(range(64)), 0, list[ScheduledSlice]()
+    pauses = itertools.cycle(stops)
+    while start < len(prompt):
+        stop = chunk_stop(start, len(prompt), CHUNK, num_sparse)
+        base = ScheduledSlice(
+            request_id="a", token_ids=prompt[start:stop], cached_len=start, sparse=True,
+            prompt_len=len(prompt), block_ids=blocks, sampling=None)
+        total = len(piece_shares(start, stop, num_layers=LAYERS, rows=ROWS))
+        first = 0
+        while start < num_sparse and first < total:
+            last = min(total, first + next(pauses))
+            slices.append(structs.replace(base, pieces=Pieces(first, last, total)))
+            first = last
+        if start >= num_sparse:
+            slices.append(base)
+        start = stop
+    slices[-1] = structs.replace(slices[-1], sampling=GREEDY)
+    return slices
+
+
+def logits_of(runner: Runner, slices: list[ScheduledSlice]) -> Tensor:
+    """Of the last slice; a decode of another request runs along with every other slice."""
+    found = None
+    for index, item in enumerate(slices):
+        neighbour = ScheduledSlice(
+            request_id="b", token_ids=array("i", [index]), cached_len=index, prompt_len=1,
+            block_ids=list(range(64, 96)), sparse=False, sampling=GREEDY, slot=1)
+        batch = ScheduledBatch(step_id=index, slices=(item, neighbour) if index % 2 else (item,))
+        with torch.inference_mode():
+            apart = runner._advance(batch)
+            found = runner.forward(runner._build(batch), apart)
+    assert found is not None
+    return found[0]
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
+@pytest.mark.parametrize("changes", [
+    {}, {"mode": "paper", "mean_correction": False, "dense_tail_len": 0}, {"dense_tail_len": 0}],
+    ids=["tile", "paper", "no tail"])
+def test_pauses_change_no_bit(path: Path, num_stages: int, changes: dict[str, Any]) -> None:
+    plan = make_plan(**changes)
+    prompt = prompt_of(211)
+    reference = load(path, plan)
+    whole = logits_of(reference, slices_of(prompt, plan.dense_tail_len, [10**6]))
+    runner = load(path, plan, num_stages)
+    for stops in ([1], [7, 1, 4]):
+        logits = logits_of(runner, slices_of(prompt, plan.dense_tail_len, stops))
+        # The tail is packed with its neighbours, which changes the shapes of its products.
+        torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-5)
+        num_blocks = sparse_stop(len(prompt), plan.dense_tail_len, BLOCK) // BLOCK
+        for ours, wanted in zip(caches_of(runner), caches_of(reference), strict=True):
+            assert torch.equal(ours[:num_blocks], wanted[:num_blocks])
+
+
+def caches_of(runner: Runner) -> list[Tensor]:
+    return [cache.k for stage in runner._stages for cache in stage.caches]
+
+
+def test_row_pieces_agree_with_the_whole_forward(path: Path) -> None:
+    """Packed, as transformers' adapter and dense neighbours run: no pieces at all."""
+    plan, prompt = make_plan(), prompt_of(211)
+    packed = [structs.replace(item, pieces=None) for item in slices_of(prompt, TAIL, [10**6])]
+    wanted = logits_of(load(path, plan), packed)
+    logits = logits_of(load(path, plan), slices_of(prompt, TAIL, [1]))
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_chunk_that_begins_replaces_the_paused_one(path: Path) -> None:
+    runner, plan_slices = load(path, make_plan()), slices_of(prompt_of(211), TAIL, [3])
+    other = [structs.replace(item, request_id="c") for item in plan_slices]
+    with torch.inference_mode():
+        runner._advance(ScheduledBatch(step_id=0, slices=(plan_slices[0],)))
+        runner._advance(ScheduledBatch(step_id=1, slices=(other[0],)))
+        runner._advance(ScheduledBatch(step_id=2, slices=(other[1],)))
+        with pytest.raises(AssertionError, match="'a'"):
+            runner._advance(ScheduledBatch(step_id=3, slices=(plan_slices[1],)))
+
+
+class _Clock:
+    """Runs steps and claims random times for them, so that slices vary."""
+
+    def __init__(self, runner: Runner, seed: int) -> None:
+        self._runner, self._rng = runner, random.Random(seed)
+        self.lens = list[tuple[int, ...]]()
+
+    def execute(self, batch: ScheduledBatch) -> StepResult:
+        """Compute."""
+        self.lens.append(tuple(item.query_len for item in batch.slices))
+        return structs.replace(self._runner.execute(batch), elapsed_s=self._rng.uniform(0.01, 0.2))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_answers_do_not_depend_on_the_schedule(path: Path, seed: int) -> None:
+    """Random budgets, times and neighbours: every answer is the one that the request gets alone."""
+    rng = random.Random(seed)
+    prompts = [prompt_of(rng.randrange(20, 260)) for _ in range(5)]
+    prompts += [prompts[0], prompts[1][:150] + prompt_of(30)]
+    runner = load(path, make_plan())
+    alone = [_answers(runner, [prompt], None, 0)[0] for prompt in prompts]
+    assert _answers(runner, prompts, 0.15, seed) == alone
+
+
+def _answers(
+    runner: Runner, prompts: list[array[int]], budget_s: float | None, seed: int,
+) -> list[list[int]]:
+    scheduler = Scheduler(SchedulerConfig(
+        num_blocks=128, block_size=BLOCK, max_model_len=512, prefill_chunk_len=CHUNK,
+        max_num_requests=8, dense_tail_len=TAIL, num_layers=LAYERS, piece_rows=ROWS,
+        step_budget_s=budget_s))
+    clock = _Clock(runner, seed)
+    loop = Loop(scheduler, LocalTransport(clock))
+    requests = [Request(request_id=str(index), prompt_ids=prompt, sparse=len(prompt) > 70,
+                        params=SamplingParams(max_tokens=6, ignore_eos=True))
+                for index, prompt in enumerate(prompts)]
+    for request in requests:
+        loop.add(request)
+        loop.turn()
+    while not loop.is_idle:
+        loop.turn()
+    return [list(request.output_ids) for request in requests]

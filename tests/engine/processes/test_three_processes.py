@@ -1,0 +1,68 @@
+"""The bundled model in three processes answers as `LLM` does in one."""
+
+from __future__ import annotations
+
+import asyncio
+
+from longspan.config import EngineConfig
+from longspan.engine.front.client import AsyncEngine, GenerateRequest
+from longspan.engine.front.llm import LLM
+from longspan.engine.front.stream import Stream
+from longspan.engine.request import RequestOutput, SamplingParams, TokenEvent
+
+TIMEOUT_S = 60.0
+OPTIONS = {"device": "cpu", "num_threads": 1, "max_model_len": 2048, "prefill_chunk_len": 256,
+           "max_num_requests": 8}
+TEXTS = [
+    "Once upon a time", "The capital of France is", "1 2 3 4 5 6", "def main():", "x" * 200,
+    "In the year 1969 " * 40]
+CASES = [
+    *((text, SamplingParams(max_tokens=12)) for text in TEXTS),
+    (TEXTS[0], SamplingParams(max_tokens=12, temperature=0.9, top_p=0.9, seed=5)),
+    (TEXTS[1], SamplingParams(max_tokens=12, repetition_penalty=1.3, frequency_penalty=0.5)),
+    (TEXTS[2], SamplingParams(max_tokens=12, logprobs=2, stop=(" t",))),
+    (TEXTS[0], SamplingParams(max_tokens=20, json_schema='{"type": "integer"}'))]
+
+
+async def last(stream: Stream) -> RequestOutput:
+    """The whole result; the events before must add up to it."""
+    text, token_ids = "", list[int]()
+    async for event in stream:
+        if isinstance(event, TokenEvent):
+            text += event.text
+            token_ids += event.token_ids
+            if event.output is not None:
+                assert (text, tuple(token_ids)) == (event.output.text, event.output.token_ids)
+                return event.output
+    raise AssertionError("the stream ended early")
+
+
+async def answers() -> list[RequestOutput]:
+    engine = AsyncEngine(EngineConfig(model="nano", **OPTIONS))
+    await engine.start()
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            while engine.status().state == "loading":
+                await asyncio.sleep(0.02)
+            assert engine.status().state == "ready", engine.status().reason
+            streams = [await engine.add(GenerateRequest(
+                request_id="r", prompt=prompt, params=params)) for prompt, params in CASES]
+            found = await asyncio.gather(*map(last, streams))
+            while engine.status().num_used_tokens:
+                await asyncio.sleep(0.01)
+            return found
+    finally:
+        await engine.close()
+
+
+def test_same_answers_in_one_process_and_in_three() -> None:
+    """`LLM` waits for each token before the next step; the processes run ahead."""
+    with LLM("nano", **OPTIONS) as llm:
+        wanted = [llm.generate(prompt, params)[0] for prompt, params in CASES]
+    assert {output.finish_reason for output in wanted} == {"stop", "length"}
+    for one, other in zip(asyncio.run(answers()), wanted, strict=True):
+        assert (one.token_ids, one.text, one.finish_reason) == \
+            (other.token_ids, other.text, other.finish_reason)
+        assert len(one.logprobs) == len(other.logprobs)
+        assert one.ttft_s is not None and one.prefill_s is not None
+        assert 0 < one.prefill_s <= one.ttft_s

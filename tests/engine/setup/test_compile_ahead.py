@@ -1,0 +1,60 @@
+"""What a server computes for its compilers alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from longspan.config import EngineConfig
+from longspan.engine.control.loop import LocalTransport, Loop
+from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
+from longspan.engine.request import Request
+from longspan.engine.setup.compile_ahead import NUM_QUERIES, context_lens, rehearsal
+from longspan.engine.setup.engine_plan import Blueprint
+from tests.doubles import make_request, write_checkpoint
+
+CONFIG = SchedulerConfig(
+    num_blocks=9_000, block_size=128, max_model_len=1_000_000, prefill_chunk_len=32_768,
+    max_num_requests=4, dense_tail_len=1_000, sparse_above=65_536)
+
+
+def test_contexts_of_every_power_of_two() -> None:
+    assert context_lens(CONFIG) == [32_768, 65_536, 131_072, 262_144, 524_288, 999_936]
+    assert context_lens(replace(CONFIG, num_blocks=300)) == [32_768, 38_400]
+    assert context_lens(replace(CONFIG, max_model_len=600)) == []
+
+
+@pytest.mark.parametrize("sparse_above", [None, 0])
+def test_steps_stay_within_the_pool(sparse_above: int | None) -> None:
+    steps = list(rehearsal(replace(CONFIG, sparse_above=sparse_above)))
+    assert len(steps) == (6 if sparse_above is None else 12)
+    for step in steps:
+        (item,) = step.slices
+        assert item.query_len == NUM_QUERIES and item.cached_len % CONFIG.block_size == 0
+        assert max(item.block_ids) < CONFIG.num_blocks
+        assert item.context_len == len(item.block_ids) * CONFIG.block_size
+        assert item.prompt_len - item.context_len > CONFIG.dense_tail_len  # a chunk, no tail
+
+
+def test_answers_are_those_without(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, num_hidden_layers=2)
+    blueprint = Blueprint.resolve(EngineConfig(
+        model=str(path), device="cpu", dtype="float32", block_size=16, prefill_chunk_len=1_024,
+        max_model_len=3_000, memory_gib=2.0, attention="sparse"))
+    answers = []
+    for rehearses in (False, True):
+        runner = blueprint.load_runner()
+        if rehearses:
+            runner.rehearse(rehearsal(blueprint.scheduler_config()))
+        loop = Loop(Scheduler(blueprint.scheduler_config()), LocalTransport(runner))
+        request: Request = make_request(
+            "a", [n % 200 for n in range(1_500)], max_tokens=6, sparse=True, ignore_eos=True)
+        loop.add(request)
+        kept = 0.0
+        while not loop.is_idle:
+            kept += loop.turn().kept_pairs
+        answers.append((list(request.output_ids), kept))
+        runner.close()
+    assert answers[0] == answers[1] and answers[0][1] > 0

@@ -1,0 +1,322 @@
+"""Tokenizer: round trips, chat templates, incremental text and stop strings."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+import longspan
+from longspan.engine.text import chat_template
+from longspan.engine.text.tokenizer import Detokenizer, StopMatcher, TextStream, Tokenizer
+from longspan.errors import CheckpointError, InvalidRequestError
+from tests.doubles import begin_texts_with, write_tokenizer
+
+TEXTS = ["plain", "naïve café", "长文本 和 汉字", "🙂👩‍👩‍👧 emoji", "a\nb\t c  ", "\ufffd real"]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(path: Path) -> Tokenizer:
+    return Tokenizer(path)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_round_trip(tokenizer: Tokenizer, text: str) -> None:
+    token_ids = tokenizer.encode(text)
+    assert len(token_ids) == len(text.encode())
+    assert tokenizer.decode(token_ids) == text
+
+
+def test_special_tokens_are_recognised_and_left_out_of_text(tokenizer: Tokenizer) -> None:
+    assert list(tokenizer.encode("<end>")) == [256]
+    assert tokenizer.decode([256, *tokenizer.encode("a"), 257]) == "a"
+    assert tokenizer.eos_token_ids == {256}
+    assert tokenizer.vocab_size == 259
+
+
+def test_end_tokens_come_from_the_generation_config_too(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+    (tmp_path / "config.json").write_text('{"eos_token_id": 5}')
+    assert Tokenizer(tmp_path).eos_token_ids == {3, 4, 5, 256}
+
+
+def test_truncation_in_the_file_is_ignored_and_special_tokens_are_a_choice(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    raw = json.loads((tmp_path / "tokenizer.json").read_text())
+    raw["truncation"] = {
+        "max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    begin_texts_with(tmp_path, "<user>", 257)
+    tokenizer = Tokenizer(tmp_path)
+    whole = tokenizer.encode("x" * 9, add_special_tokens=True)
+    assert len(whole) == 10 and whole[0] == 257
+    assert list(tokenizer.encode("x" * 9)) == list(whole[1:])
+
+
+def test_faulty_checkpoints_are_named_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json there"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not a valid tokenizer"):
+        Tokenizer(tmp_path)
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="not a JSON object"):
+        Tokenizer(tmp_path)
+
+
+def test_text_that_is_not_unicode_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InvalidRequestError, match="not valid Unicode"):
+        tokenizer.encode("lone \ud800 surrogate")
+
+
+# -- chat template ---------------------------------------------------------------------------------
+
+MESSAGES = [{"role": "user", "content": "Hi"}]
+
+
+def test_renders_the_template(tokenizer: Tokenizer) -> None:
+    assert tokenizer.render_chat(MESSAGES) == "<user>Hi<end><assistant>"
+    assert tokenizer.render_chat(MESSAGES, add_generation_prompt=False) == "<user>Hi<end>"
+
+
+@pytest.mark.parametrize(("messages", "reason"), [
+    ([], "there are no messages"),
+    (["Hi"], "must be an object with a role"),
+    ([{"content": "Hi"}], "must be an object with a role"),
+    ([{"role": "wizard", "content": "Hi"}], "unknown role wizard"),
+])
+def test_refuses_messages(
+    tokenizer: Tokenizer, messages: list[dict[str, str]], reason: str,
+) -> None:
+    with pytest.raises(InvalidRequestError, match=reason):
+        tokenizer.render_chat(messages)
+
+
+@pytest.mark.parametrize(("template", "expected"), [
+    ("{{ messages | tojson }}", '[{"role": "user", "content": "Hi"}]'),
+    ("{{ eos_token }}{{ bos_token }}", "<end>"),
+    ("{% for m in messages %}{% break %}{% endfor %}x", "x"),
+    ("{{ strftime_now('%Y') | length }}", "4"),
+    ("  {% if true %}\n  y\n  {% endif %}", "  y\n"),
+    ("{% for m in messages %}{% generation %}{{ m.content }}{% set x = 1 %}"
+     "{%- endgeneration %}{{ x }}{% endfor %}.", "Hi."),
+    ("{{ {'b': 1, 'a': 'é'} | tojson(sort_keys=true, separators=(',', ':')) }}",
+     '{"a":"é","b":1}'),
+    ("{% for m in messages * 3 %}{{ loop.index }}{{ loop.last }}/{{ loop.length }} {% else %}x"
+     "{% endfor %}{% for m in none_such %}y{% else %}z{% endfor %}",
+     "1False/3 2False/3 3True/3 z"),
+    ("{% for m in [1, [2, 3]] recursive %}{{ loop(m) if m is sequence else m }}{% endfor %}",
+     "123"),
+    ("{% set x %}{{ 'a' ~ 1 }}b{% endset %}{{ x | upper }}{{ 'a' | center(5) | length }}", "A1B5"),
+    ("{% set x | upper %}ab{% endset %}{{ x }}{{ '%s-%s' % (1, 2) }}{{ 2 ** 10 * 3 }}",
+     "AB1-23072"),
+    ("{% macro m(a) %}<{{ a }}{{ caller() }}>{% endmacro %}{% call m(10 ** 12) %}c{% endcall %}",
+     "<1000000000000c>"),
+])
+def test_template_environment(tmp_path: Path, template: str, expected: str) -> None:
+    write_tokenizer(tmp_path, chat_template=template)
+    assert Tokenizer(tmp_path).render_chat(MESSAGES) == expected
+
+
+@pytest.mark.parametrize("template", [
+    "{{ messages.__class__.__mro__[1].__subclasses__() }}",
+    "{{ messages.append(1) }}",
+    "{{ 1 / 0 }}",
+    "{{ messages | nosuchfilter }}",
+])
+def test_hostile_or_broken_templates_end_in_one_line(tmp_path: Path, template: str) -> None:
+    write_tokenizer(tmp_path, chat_template=template)
+    with pytest.raises((InvalidRequestError, CheckpointError)) as error:
+        Tokenizer(tmp_path).render_chat(MESSAGES)
+    assert "\n" not in str(error.value)
+
+
+GROWING = {
+    "range": "{% for i in range(10**9) %}{% endfor %}",
+    "product": "{{ 'x' * 10**9 }}",
+    "product of products": "{% set x = 'x' * 10**4 %}{{ x * 10**4 * 10**4 }}",
+    "list": "{{ ([0] * 10**9) | length }}",
+    "power": "{{ 10 ** (10 ** 10) }}",
+    "squares": "{% set n = namespace(x=3) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}"
+               "{% endfor %}",
+    "center": "{{ 'x' | center(10**9) }}",
+    "ljust": "{{ 'x'.ljust(10**9) }}",
+    "indent": "{{ 'x' | indent(10**9, true) }}",
+    "sum": "{% set n = namespace(x='ab') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}"
+           "{% endfor %}",
+    "tilde": "{% set n = namespace(x='ab') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}"
+             "{% endfor %}",
+    "join": "{% set n = namespace(x='ab') %}{% for i in range(99) %}"
+            "{% set n.x = [n.x, n.x] | join %}{% endfor %}",
+    "block": "{% set n = namespace(x='ab') %}{% for i in range(99) %}"
+             "{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}{% endfor %}",
+    "macro": "{% macro twice(x) %}{{ x }}{{ x }}{% endmacro %}{% set n = namespace(x='ab') %}"
+             "{% for i in range(99) %}{% set n.x = twice(n.x) %}{% endfor %}",
+    "output": "{% set x = 'x' * 10**6 %}{% for i in range(99) %}{{ x }}{% endfor %}",
+    "loops": "{% for a in range(10**5) %}{% for b in range(10**5) %}{% endfor %}{% endfor %}",
+    "recursion": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "recursive loop": "{% for x in [1] recursive %}{{ loop([1]) }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_a_template_without_bounds_is_found_when_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str,
+) -> None:
+    monkeypatch.setattr(chat_template, "MAX_RENDER_S", 0.3)
+    write_tokenizer(tmp_path, chat_template=GROWING[name])
+    started_s = time.thread_time()
+    with pytest.raises(CheckpointError, match=r"the chat template (makes|takes|recurses)") as error:
+        Tokenizer(tmp_path)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+    assert time.thread_time() - started_s < 3
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_messages_that_drive_a_template_beyond_its_bounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str,
+) -> None:
+    monkeypatch.setattr(chat_template, "MAX_RENDER_S", 0.3)
+    macros, _, rest = GROWING[name].rpartition("{% endmacro %}")  # are defined outside of blocks
+    write_tokenizer(tmp_path, chat_template=macros + ("{% endmacro %}" if macros else "") +
+                    "{% if messages[0].content == 'more' %}" + rest + "{% endif %}ok")
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.render_chat(MESSAGES) == "ok"
+    with pytest.raises(InvalidRequestError, match=r"template (makes|takes|recurses)") as error:
+        tokenizer.render_chat([{"role": "user", "content": "more"}])
+    assert "\n" not in str(error.value) and str(tmp_path) not in str(error.value)
+    assert tokenizer.render_chat(MESSAGES) == "ok"
+
+
+def test_a_long_conversation_is_within_the_bounds() -> None:
+    nano = Tokenizer(Path(longspan.__file__).parent / "nano")
+    messages = [{"role": role, "content": "word " * 1000} for role in ("user", "assistant")] * 500
+    assert len(nano.render_chat(messages)) > 5_000_000
+
+
+@pytest.mark.parametrize("source", [
+    "{% for m in messages %}", "{{ x | nosuchfilter }}", "{% generation %}", "{{" + "(" * 5000,
+])
+def test_invalid_templates_are_found_when_they_are_loaded(tmp_path: Path, source: str) -> None:
+    write_tokenizer(tmp_path, chat_template=source)
+    with pytest.raises(CheckpointError, match="not valid jinja"):
+        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("value", [
+    [{"name": "default"}], [{"template": "t"}], ["default"], [["name", "template"]], {"a": "b"}, 5,
+    [{"name": "default", "template": 5}], [{"name": ["default"], "template": "t"}],
+])
+def test_chat_templates_of_another_shape(tmp_path: Path, value: object) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
+    with pytest.raises(CheckpointError, match="chat_template in tokenizer_config.json"):
+        Tokenizer(tmp_path)
+
+
+def test_a_template_that_is_no_text(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        Tokenizer(tmp_path)
+
+
+def test_template_sources(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, chat_template=None)
+    with pytest.raises(InvalidRequestError, match="has no chat template") as error:
+        Tokenizer(tmp_path).render_chat(MESSAGES)
+    assert str(tmp_path) not in str(error.value)
+    several = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": several}))
+    assert Tokenizer(tmp_path).render_chat(MESSAGES) == "d"
+    (tmp_path / "chat_template.jinja").write_text("file")
+    assert Tokenizer(tmp_path).render_chat(MESSAGES) == "file"
+
+
+# -- incremental text ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_characters_split_over_tokens_arrive_whole(tokenizer: Tokenizer, text: str) -> None:
+    detokenizer = Detokenizer(tokenizer)
+    pieces = [detokenizer.push(token) for token in tokenizer.encode(text)]
+    assert "".join(pieces) + detokenizer.flush() == text
+    for end in range(len(pieces)):
+        assert text.startswith("".join(pieces[:end]))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_bytes_decode_as_they_would_in_one_go(tokenizer: Tokenizer, seed: int) -> None:
+    rng = random.Random(seed)
+    whole = "".join(rng.choice(TEXTS) for _ in range(3))
+    token_ids = [token for token in tokenizer.encode(whole) if rng.random() < 0.9]
+    detokenizer = Detokenizer(tokenizer)
+    text = "".join(detokenizer.push(token) for token in token_ids) + detokenizer.flush()
+    assert text == tokenizer.decode(token_ids), f"seed {seed}"
+
+
+def test_an_incomplete_character_comes_at_the_end_only(tokenizer: Tokenizer) -> None:
+    detokenizer = Detokenizer(tokenizer)
+    assert [detokenizer.push(token) for token in list(tokenizer.encode("é"))[:1]] == [""]
+    assert detokenizer.flush() == "\ufffd"
+
+
+def test_the_window_stays_short(tokenizer: Tokenizer) -> None:
+    detokenizer = Detokenizer(tokenizer)
+    for token in tokenizer.encode("x" * 500):
+        detokenizer.push(token)
+        assert len(detokenizer._window) <= 2
+
+
+@pytest.mark.parametrize(("stop", "pieces", "expected"), [
+    (["END"], ["abc", "END", "d"], ["abc", ""]),
+    (["END"], ["abE", "N", "D"], ["ab", "", ""]),
+    (["END"], ["abE", "N", "X"], ["ab", "", "ENX"]),
+    (["aab"], ["a", "a", "a", "b"], ["", "", "a", ""]),
+    (["\n\n"], ["x\n", "y\n", "\nz"], ["x", "\ny", ""]),
+    (["b", "ab"], ["xa", "b"], ["x", ""]),
+    (["longer", "on"], ["l", "o", "n"], ["", "", "l"]),
+])
+def test_stop_strings(stop: list[str], pieces: list[str], expected: list[str]) -> None:
+    matcher = StopMatcher(stop)
+    found = []
+    for piece in pieces:
+        found.append(matcher.push(piece))
+        if matcher.is_stopped:
+            break
+    assert found == expected
+    if matcher.is_stopped:
+        assert matcher.push("more") + matcher.flush() == ""
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_stop_matching_does_not_depend_on_the_pieces(seed: int) -> None:
+    rng = random.Random(seed)
+    text = "".join(rng.choice("ab") for _ in range(40))
+    stop = ["".join(rng.choice("ab") for _ in range(rng.randrange(2, 7)))]
+    matcher, output, rest = StopMatcher(stop), "", text
+    while rest and not matcher.is_stopped:
+        cut = rng.randrange(1, 4)
+        output += matcher.push(rest[:cut])
+        rest = rest[cut:]
+    assert output + matcher.flush() == text.split(stop[0])[0], f"seed {seed}"
+
+
+def test_stream_joins_both(tokenizer: Tokenizer) -> None:
+    stream = TextStream(tokenizer, ["é"])
+    pieces = [stream.push(token) for token in tokenizer.encode("café!")]
+    assert (pieces, stream.is_stopped) == (["c", "a", "f", "", "", ""], True)
+    stream = TextStream(tokenizer, ["fin"])
+    assert stream.push(tokenizer.encode("f")[0]) == "" and stream.flush() == "f"
