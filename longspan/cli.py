@@ -39,6 +39,7 @@ SelectionMode = Annotated[str, typer.Option("--mode", help="Selection: tile or p
 Correction = Annotated[bool | None, typer.Option(
     "--correction/--no-correction", help="Dropped tiles take part as their means.")]
 ProbeStrided = Annotated[int | None, typer.Option(help="Probe queries spread over a chunk.")]
+Scouts = Annotated[int | None, typer.Option(help="Rows of a chunk scored against all keys.")]
 DenseTail = Annotated[int | None, typer.Option(help="Last tokens that attend to everything.")]
 Layers = Annotated[int | None, typer.Option(help="Only the first layers; default: all.")]
 Commit = Annotated[str | None, typer.Option(help="Where the source is a copy without git.")]
@@ -225,8 +226,8 @@ def ops(
     max_s: Annotated[float, typer.Option(help="Seconds for the repeats of one figure.")] = 1.0,
     vertical: Vertical = None, slash: Slash = None, mode: SelectionMode = "tile",
     correction: Correction = None, probe_strided: ProbeStrided = None,
-    dense_tail: DenseTail = None, device: Device = None, commit: Commit = None,
-    budget_s: BudgetS = None, out: Results = Path("bench/results"),
+    scouts: Scouts = None, dense_tail: DenseTail = None, device: Device = None,
+    commit: Commit = None, budget_s: BudgetS = None, out: Results = Path("bench/results"),
 ) -> None:
     """Compare attention ops with PyTorch's on one layer of a real shape; checks come first."""
     from longspan.bench.ops.command import run
@@ -236,7 +237,7 @@ def ops(
     from longspan.bench.timing import Repeats
 
     plan = PlanOptions(vertical=vertical, slash=slash, mode=mode, correction=correction,
-                       probe_strided=probe_strided, dense_tail=dense_tail)
+                       probe_strided=probe_strided, scouts=scouts, dense_tail=dense_tail)
     options = OpsOptions(
         lengths=parse_list(lengths, int, "--lengths"), square=parse_list(square, int, "--square"),
         baselines=parse_list(baselines, str, "--baselines"), flex_max=flex_max,
@@ -257,8 +258,9 @@ def ttft(
         int | None, typer.Option(help="Tokens of a prefill chunk.")] = None,
     vertical: Vertical = None, slash: Slash = None, mode: SelectionMode = "tile",
     correction: Correction = None, probe_strided: ProbeStrided = None,
-    dense_tail: DenseTail = None, memory_gib: Memory = None, device: Device = None,
-    commit: Commit = None, budget_s: BudgetS = None, out: Results = Path("bench/results"),
+    scouts: Scouts = None, dense_tail: DenseTail = None, memory_gib: Memory = None,
+    device: Device = None, commit: Commit = None, budget_s: BudgetS = None,
+    out: Results = Path("bench/results"),
 ) -> None:
     """Time to the first token of a real shape with random weights, through the engine."""
     from longspan.bench.engine.ttft import TtftOptions, run
@@ -266,7 +268,7 @@ def ttft(
     from longspan.bench.shapes import PlanOptions, Shape
 
     plan = PlanOptions(vertical=vertical, slash=slash, mode=mode, correction=correction,
-                       probe_strided=probe_strided, dense_tail=dense_tail)
+                       probe_strided=probe_strided, scouts=scouts, dense_tail=dense_tail)
     options = TtftOptions(
         lengths=parse_list(lengths, int, "--lengths"), layers=layers, chunk_len=chunk_len,
         attention=parse_list(attention, str, "--attention"), memory_gib=memory_gib)

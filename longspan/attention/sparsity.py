@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -12,11 +13,14 @@ from longspan.config import read_json
 from longspan.errors import CheckpointError, LongspanError
 from longspan.ops.types import Budget
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SelectionMode = Literal["tile", "paper"]
 MOST = 2**31 - 1
 """Of each number in a plan: kernels take 32 bits."""
-_LEAST = {"probe_last": 1, "probe_strided": 0, "sink": 0, "local": 0, "dense_tail_len": 0}
+_LEAST = {"probe_last": 1, "probe_strided": 0, "sink": 0, "local": 0, "dense_tail_len": 0,
+          "num_scouts": 0, "scout_tiles": 1}
+_BEFORE_SCOUTS = {"schema_version": 1, "num_scouts": 0}
+"""What a file of the first schema leaves unsaid: it was measured without scouts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +45,14 @@ class SparsityPlan:
     """Most recent diagonals, always kept; inside the slash budget."""
     mean_correction: bool = True
     """Dropped tiles take part as their mean key and mean value (tile mode)."""
+    num_scouts: int = 256
+    """Queries of a prefill chunk, for each head those least like its mean query, that are scored
+    against every key, so that their query tiles get the key tiles they miss (tile mode)."""
+    scout_threshold: float = -2.0
+    """A key tile is missed where one of its logits exceeds the LSE of what the scout keeps by more
+    than this: 0 is right for heads that retrieve, diffuse ones need less."""
+    scout_tiles: int = 64
+    """Most key tiles that scouts bring to one query tile."""
     dense_tail_len: int = 2048
     """The prompt's last tokens attend to everything."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -62,8 +74,13 @@ class SparsityPlan:
         if not isinstance(self.mean_correction, bool):
             raise LongspanError(f"sparsity plan: mean_correction is {self.mean_correction!r}, true "
                                 "or false is needed")
-        if self.mode == "paper" and self.mean_correction:
-            raise LongspanError("sparsity plan: mean_correction needs mode 'tile'")
+        threshold = self.scout_threshold
+        if type(threshold) not in (int, float) or not math.isfinite(threshold):
+            raise LongspanError(f"sparsity plan: scout_threshold is {threshold!r}, a finite number "
+                                "is needed")
+        for name in ("mean_correction", "num_scouts"):
+            if self.mode == "paper" and getattr(self, name):
+                raise LongspanError(f"sparsity plan: {name} needs mode 'tile'")
 
     @classmethod
     def default(cls, num_layers: int, num_heads: int, vertical: int = 1000,
@@ -99,6 +116,8 @@ class SparsityPlan:
     def _from_json(cls, raw: Any) -> SparsityPlan:
         if not isinstance(raw, dict):
             raise LongspanError(f"a JSON object is needed, not {type(raw).__name__}")
+        if raw.get("schema_version") == _BEFORE_SCOUTS["schema_version"]:
+            raw = _BEFORE_SCOUTS | raw | {"schema_version": SCHEMA_VERSION}
         version = raw.pop("schema_version", None)
         if version != SCHEMA_VERSION:
             raise LongspanError(f"schema_version {version}, this program reads {SCHEMA_VERSION}; "
@@ -115,10 +134,11 @@ class SparsityPlan:
 
     def paper(self) -> SparsityPlan:
         """MInference's policy on the same budgets: 30 sinks and 100 diagonals forced, a vertical
-        budget of exactly 30 raised to 130, no correction, no tail (report section 5.3)."""
+        budget of exactly 30 raised to 130, no correction, no scouts, no tail (report section
+        5.3)."""
         vertical = tuple(tuple(130 if v == 30 else v for v in row) for row in self.vertical)
         return replace(self, mode="paper", vertical=vertical, probe_strided=0, sink=30, local=100,
-                       mean_correction=False, dense_tail_len=0)
+                       mean_correction=False, num_scouts=0, dense_tail_len=0)
 
     def check_fits(self, num_layers: int, num_heads: int) -> None:
         """Raises `LongspanError` when the plan was made for another model's shape."""
@@ -133,7 +153,8 @@ class SparsityPlan:
         return Budget(
             vertical=self.vertical[index], slash=self.slash[index], mode=self.mode,
             probe_last=self.probe_last, probe_strided=self.probe_strided, sink=self.sink,
-            local=self.local)
+            local=self.local, num_scouts=self.num_scouts,
+            scout_threshold=self.scout_threshold, scout_tiles=self.scout_tiles)
 
 
 def needs_means(plan: SparsityPlan | None) -> bool:

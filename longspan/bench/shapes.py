@@ -44,6 +44,7 @@ class PlanOptions:
     mode: str = "tile"
     correction: bool | None = None
     probe_strided: int | None = None
+    scouts: int | None = None
     dense_tail: int | None = None
 
 
@@ -79,12 +80,15 @@ class Shape:
 
 
 def label_plan(plan: SparsityPlan, source: str) -> str:
-    """Budgets and policy in one word, such as ``released-tile-correction-strided64-tail2048``."""
+    """Budgets and policy in one word, such as
+    ``released-tile-correction-strided64-scouts256-tail2048``."""
     parts = [source, plan.mode]
     if plan.mean_correction:
         parts.append("correction")
     if plan.probe_strided:
         parts.append(f"strided{plan.probe_strided}")
+    if plan.num_scouts:
+        parts.append(f"scouts{plan.num_scouts}")
     if plan.dense_tail_len:
         parts.append(f"tail{plan.dense_tail_len}")
     return "-".join(parts)
@@ -117,7 +121,7 @@ def _plan(name: str, model: ModelConfig, options: PlanOptions) -> tuple[Sparsity
         raise LongspanError(f"--mode {options.mode!r} is not tile or paper")
     changes: Mapping[str, Any] = {
         "mean_correction": options.correction, "probe_strided": options.probe_strided,
-        "dense_tail_len": options.dense_tail}
+        "num_scouts": options.scouts, "dense_tail_len": options.dense_tail}
     changed = {field: value for field, value in changes.items() if value is not None}
     return replace(plan, **changed), source
 

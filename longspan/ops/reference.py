@@ -120,11 +120,11 @@ def sparse_prefill_attention(
     q: Tensor, cache: PagedKV, block_table: Tensor, cached_len: int, rotary: QueryRotary,
     scale: float, selection: Selection, correction: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`prefill_attention` over the selected windows and columns only.
+    """`prefill_attention` over the selected windows, listed tiles and columns only.
 
-    With ``correction`` (tile mode only), every whole tile before the query's own that is not a
-    window takes part as one key and one value, the tile's means, with the logarithm of the number
-    of its keys that are not columns added to the logit (spec: selection findings, 3).
+    With ``correction`` (tile mode only), every whole tile before the query's own that is neither a
+    window nor listed takes part as one key and one value, the tile's means, with the logarithm of
+    the number of its keys that are not columns added to the logit (spec: selection findings, 3).
     Returns: out, lse as in `prefill_attention`, and the number of (query, key) pairs kept, fp64.
     """
     num_queries, num_heads, _ = q.shape
@@ -173,7 +173,20 @@ def kept_pairs(selection: Selection, queries: Tensor, context_len: int) -> Tenso
                 kept[head] |= (keys >= first) & (keys < first + selection.tile_len)
         columns = selection.columns[head]
         kept[head][:, columns[columns >= 0]] = True
+    if selection.tiles is not None:
+        listed = listed_tiles(selection, queries, -(-context_len // selection.tile_len))
+        kept |= listed.repeat_interleave(selection.tile_len, -1)[..., :context_len]
     return kept & (keys <= queries[:, None])
+
+
+def listed_tiles(selection: Selection, queries: Tensor, num_tiles: int) -> Tensor:
+    """Which key tiles the query's tile lists. queries: [T] -> [H, T, num_tiles] bool."""
+    shape = selection.columns.shape[0], len(queries), num_tiles + 1  # the last one takes padding
+    listed = torch.zeros(shape, dtype=torch.bool, device=queries.device)
+    if selection.tiles is not None:
+        tiles = selection.tiles[:, queries // selection.tile_len - selection.first_tile].long()
+        listed.scatter_(2, tiles.where(tiles >= 0, num_tiles), True)
+    return listed[..., :num_tiles]
 
 
 def repeat_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -198,11 +211,12 @@ def _correction(
     table = block_table[:num_tiles]
     scores = dca_scores(q, cache.k_mean[table], queries, tiles * tile_len, rotary) * scale
     gap = (queries // tile_len)[:, None] - tiles
+    listed = listed_tiles(selection, queries, num_tiles)
     for head in range(q.shape[1]):
         columns, offsets = selection.columns[head], selection.offsets[head]
         taken = torch.bincount(columns[columns >= 0] // tile_len, minlength=num_tiles)[:num_tiles]
         windows = -offsets[offsets < tile_len] // tile_len
-        dropped = (gap > 0) & ~torch.isin(gap, windows)
+        dropped = (gap > 0) & ~torch.isin(gap, windows) & ~listed[head]
         bias = torch.where(dropped, (tile_len - taken).float().log(), -math.inf)
         scores[head] += bias
     return scores, repeat_heads(cache.v_mean[table], q.shape[1])

@@ -45,7 +45,9 @@ class Selection(NamedTuple):
     A query tile is P consecutive queries of the segment (in ``tile`` mode tiles lie at absolute
     multiples of P). Window w of a tile that starts at position t covers keys t + offset[w] ...
     t + offset[w] + P - 1. Windows of a head never overlap. Columns are single key positions,
-    ascending, seen by every query of the segment; those inside a window are not counted twice.
+    ascending, seen by every query of the segment. In ``tile`` mode each query tile may list further
+    key tiles, all before it and none a window (see `scouts`). Columns inside a window or a listed
+    tile are not counted twice.
     """
 
     columns: Tensor
@@ -58,6 +60,11 @@ class Selection(NamedTuple):
     """Query tiles lie at absolute multiples of tile_len (``tile`` mode)."""
     max_columns: tuple[int, ...] | None = None
     """Most columns of each head, known to the host without a sync; None: V for every head."""
+    tiles: Tensor | None = None
+    """[H, n, X] int32: the key tiles that each of the segment's n query tiles lists, ascending,
+    padded with -1 at the end; None: nowhere any."""
+    first_tile: int = 0
+    """The query tile that ``tiles[:, 0]`` belongs to."""
 
 
 class Budget(NamedTuple):
@@ -77,3 +84,10 @@ class Budget(NamedTuple):
     """First columns, always kept."""
     local: int
     """Most recent diagonals, always kept, tokens."""
+    num_scouts: int = 0
+    """Queries scored against every key for what they miss (tile mode)."""
+    scout_threshold: float = 0.0
+    """A scout's query tile lists a key tile where a logit exceeds the LSE of the scout's kept keys
+    by more than this."""
+    scout_tiles: int = 0
+    """Most key tiles that a query tile lists."""

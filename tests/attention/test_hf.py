@@ -192,7 +192,8 @@ def test_generate_equals_eager(checkpoint):
 
 def test_sparse_plan_equals_the_engine(checkpoint):
     config = replace(config_of(checkpoint, None), sparse_threshold=256)
-    plan = replace(SparsityPlan.default(2, 4, vertical=8, slash=128), dense_tail_len=16)
+    plan = replace(SparsityPlan.default(2, 4, vertical=8, slash=128), dense_tail_len=16,
+                   num_scouts=4, scout_threshold=1.0)
     ids = token_ids(512)
     model = hf_model(checkpoint, register(config, plan=plan))
     ours = logits_of(model, ids)

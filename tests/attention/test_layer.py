@@ -46,7 +46,7 @@ def make_plan(heads: int = 7, **changes: object) -> SparsityPlan:
     """Budgets differ from head to head; the smallest slash budget is 48."""
     slash = tuple(48 + 20 * (head % 3) for head in range(heads))
     plan = SparsityPlan(vertical=((24,) * heads,) * 2, slash=(slash, slash[::-1]))
-    return replace(plan, local=P, dense_tail_len=50, **changes)  # type: ignore[arg-type]
+    return replace(plan, local=P, dense_tail_len=50, num_scouts=12, **changes)  # type: ignore[arg-type]
 
 
 def make_layer(request: Request, plan: SparsityPlan | None, dca: DcaConfig | None = DCA
@@ -147,6 +147,32 @@ def test_sparse_prefill_follows_the_rules(
     assert_close(out, expected)
     assert layer.causal_pairs == heads * 333 * 334 / 2
     assert float(layer.kept_pairs) == kept < layer.causal_pairs
+
+
+@pytest.mark.parametrize("rows", [P, 3 * P])
+@pytest.mark.parametrize("cuts", CUTS)
+def test_a_chunk_in_pieces_equals_the_whole(cuts: list[int], rows: int) -> None:
+    """Selections, lists of key tiles among them, are of whole prefill chunks; a paused chunk
+    attends some rows at a time."""
+    request, plan = make_request(333), make_plan()
+    whole, cache = run(make_layer(request, plan), request, cuts)
+    layer, num_listed = make_layer(request, plan), 0
+    for start, stop in itertools.pairwise([0, *cuts]):
+        metadata = build_metadata(
+            [SequenceSlice(query_len=stop - start, cached_len=start, prompt_len=333,
+                           block_ids=list(range(3, 60)), sparse=True)],
+            block_size=P, head_dim=D, dca=DCA, device="cpu")
+        (item,) = metadata.prefills
+        parts = layer.prepare(request.q[start:stop], cache, item)
+        for part in parts:
+            if part.selection is not None:
+                assert part.selection.tiles is not None
+                num_listed += int((part.selection.tiles >= 0).sum())
+        borders = [start, *range(start // P * P + rows, stop, rows), stop]
+        outs = [layer.attend(request.q[first:last], cache, item, parts, first)
+                for first, last in itertools.pairwise(borders)]
+        assert_close(torch.cat(outs), whole[start:stop])
+    assert num_listed > 0, "no query tile listed anything"
 
 
 def _scale(prompt_len: int) -> float:

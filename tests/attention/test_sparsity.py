@@ -35,8 +35,9 @@ def make_plan(**changes: Any) -> SparsityPlan:
 
 @pytest.mark.parametrize("plan", [
     make_plan(), make_plan().paper(), SparsityPlan.default(3, 5),
-    make_plan(probe_last=17, probe_strided=0, sink=0, local=1, dense_tail_len=0,
-              mean_correction=False)], ids=["full", "paper", "default", "all-fields"])
+    make_plan(probe_last=17, probe_strided=0, sink=0, local=1, dense_tail_len=0, num_scouts=7,
+              scout_threshold=-0.5, scout_tiles=9, mean_correction=False)],
+    ids=["full", "paper", "default", "all-fields"])
 def test_save_and_load_roundtrip(plan: SparsityPlan, tmp_path: Path) -> None:
     file = tmp_path / "sparsity.json"
     plan.save(file)
@@ -48,6 +49,8 @@ def test_default_is_the_same_for_every_head() -> None:
     plan = SparsityPlan.default(3, 5, vertical=7, slash=256)
     assert plan.vertical == ((7,) * 5,) * 3 and plan.slash == ((256,) * 5,) * 3
     assert plan.mode == "tile" and plan.mean_correction and plan.dense_tail_len == 2048
+    budget = plan.layer(0)
+    assert (budget.num_scouts, budget.scout_threshold, budget.scout_tiles) == (256, -2.0, 64)
 
 
 def test_released_format_keeps_budgets_and_takes_our_policy(tmp_path: Path) -> None:
@@ -73,7 +76,7 @@ def test_paper_mode_is_minference_policy() -> None:
     budget = plan.layer(1)
     assert (budget.mode, budget.sink, budget.local) == ("paper", 30, 100)
     assert (budget.probe_last, budget.probe_strided) == (64, 0)
-    assert not plan.mean_correction and plan.dense_tail_len == 0
+    assert not plan.mean_correction and plan.dense_tail_len == 0 == budget.num_scouts
     assert make_plan().paper().vertical == ((130, 1000), (130, 31))
     assert make_plan(vertical=((29, 0), (30, 31))).paper().vertical == ((29, 0), (130, 31))
 
@@ -112,7 +115,12 @@ def test_fits_only_its_own_shape() -> None:
     ({"sink": "4"}, "sink is '4'"),
     ({"local": 1.5}, "local is 1.5"),
     ({"dense_tail_len": -5}, "dense_tail_len is -5"),
+    ({"num_scouts": -1}, "num_scouts is -1"),
+    ({"scout_tiles": 0}, "scout_tiles is 0"),
+    ({"scout_threshold": "0"}, "scout_threshold is '0'"),
+    ({"scout_threshold": float("nan")}, "scout_threshold is nan"),
     ({"mode": "paper"}, "mean_correction"),
+    ({"mode": "paper", "mean_correction": False}, "num_scouts"),
 ], ids=lambda value: value.split(" is")[0] if isinstance(value, str) else "")
 def test_refused_plans(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(LongspanError, match=message):
@@ -120,14 +128,14 @@ def test_refused_plans(changes: dict[str, Any], message: str) -> None:
 
 
 def file_content(**changes: Any) -> dict[str, Any]:
-    return {"schema_version": 1, "vertical": [[30, 5]], "slash": [[100, 7]], **changes}
+    return {"schema_version": SCHEMA_VERSION, "vertical": [[30, 5]], "slash": [[100, 7]], **changes}
 
 
 REFUSED_FILES: dict[str, tuple[Any, str]] = {
     "not-json": ("{", "not valid JSON"),
     "string": ('"text"', "JSON object"),
     "number": ("7", "JSON object"),
-    "newer-schema": (file_content(schema_version=2), "schema_version 2"),
+    "newer-schema": (file_content(schema_version=3), "schema_version 3"),
     "no-schema": ({"vertical": [[1]], "slash": [[1]]}, "schema_version None"),
     "unknown-fields": (file_content(verticals=[], a=1), "unknown fields a, verticals"),
     "text-budget": (file_content(vertical=[["x", 5]]), "vertical"),
@@ -143,6 +151,14 @@ REFUSED_FILES: dict[str, tuple[Any, str]] = {
     "text-entry": ([{"0": ["vertical_and_slash", "many", 100, 0.9]}], "layer 0 head 0"),
     "layer-is-no-object": ([["vertical_and_slash", 1, 1, 0.9]], "layer 0"),
 }
+
+
+@pytest.mark.parametrize(("version", "num_scouts"), [(1, 0), (SCHEMA_VERSION, 256)])
+def test_plans_from_before_scouts_have_none(version: int, num_scouts: int, tmp_path: Path) -> None:
+    """Their budgets were measured so; released ones carry no policy and take ours."""
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(file_content(schema_version=version)))
+    assert SparsityPlan.load(file).layer(0).num_scouts == num_scouts
 
 
 @pytest.mark.parametrize("name", REFUSED_FILES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from longspan.attention.rope import build_rotary
 from longspan.config import DcaConfig
 from longspan.ops import reference
 from longspan.ops.types import PagedKV, QueryRotary, Selection
+from tests.ops import oracle
 
 pytestmark = [
     pytest.mark.gpu,
@@ -105,18 +108,23 @@ def test_dense_equals_reference_from_the_start(query_len: int) -> None:
     assert relative_error(lse, expected_lse) < TOLERANCE
 
 
+@pytest.mark.parametrize("most", [0, 3, 40], ids=lambda most: f"list{most}")
 @pytest.mark.parametrize("correction", [False, True], ids=["plain", "corrected"])
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(3, 3), (7, 1), (14, 2)])
 @pytest.mark.parametrize(("query_len", "cached_len", "stride"), [
     (128, 0, 2048), (256, 1024, 2048), (384, 1536, 512), (512, 2048, 512), (256, 3840, 1024)])
 def test_sparse_equals_reference(
     query_len: int, cached_len: int, stride: int, num_heads: int, num_kv_heads: int,
-    correction: bool,
+    correction: bool, most: int,
 ) -> None:
+    """Up to ``most`` key tiles on each list; the piece begins inside the lists."""
     from longspan.ops.sparse import hopper as hopper_sparse
 
     q, cache, table = make_case(query_len, cached_len, num_heads, num_kv_heads)
     selection = random_selection(num_heads, cached_len + query_len, seed=stride)
+    if most:
+        selection = oracle.with_lists(random.Random(stride), selection, cached_len,
+                                      cached_len + query_len, most, min(1, cached_len // P))
     args = (q, cache, table, cached_len, make_rotary(stride), 0.088, selection, correction)
     out, lse, kept = hopper_sparse.sparse_prefill_attention(*args)
     expected, expected_lse, expected_kept = reference.sparse_prefill_attention(*args)
@@ -134,4 +142,17 @@ def test_same_numbers_every_time() -> None:
     first = hopper.prefill_attention(*args)
     for _ in range(10):
         again = hopper.prefill_attention(*args)
+        assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+def test_same_sparse_numbers_every_time() -> None:
+    from longspan.ops.sparse import hopper as hopper_sparse
+
+    q, cache, table = make_case(2048, 6144, 28, 4)
+    selection = oracle.with_lists(
+        random.Random(1), random_selection(28, 8192, seed=1), 6144, 8192, 20)
+    args = (q, cache, table, 6144, make_rotary(1024), 0.088, selection, True)
+    first = hopper_sparse.sparse_prefill_attention(*args)
+    for _ in range(10):
+        again = hopper_sparse.sparse_prefill_attention(*args)
         assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))

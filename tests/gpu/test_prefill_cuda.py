@@ -19,6 +19,7 @@ from longspan.ops.sparse import triton as vertical_slash
 from longspan.ops.types import PagedKV, QueryRotary, Selection
 from tests.conftest import SEED, _poisoned, assert_close, write_rotated
 from tests.gpu.syncs import no_syncs
+from tests.ops import oracle
 
 pytestmark = pytest.mark.gpu
 BLOCK, DEVICE, BF16 = 128, "cuda", torch.bfloat16
@@ -68,8 +69,11 @@ def make_case(
     return Case(q, cache, table, rotary, 1.3 / math.sqrt(head_dim))
 
 
-def make_selection(rng: random.Random, heads: int, length: int, aligned: bool) -> Selection:
-    """Budgets that differ between heads; windows beyond the history; one head without columns."""
+def make_selection(
+    rng: random.Random, heads: int, start: int, length: int, aligned: bool
+) -> Selection:
+    """Budgets that differ between heads; windows beyond the history; one head without columns; in
+    tile mode, lists of further key tiles."""
     tile_len = BLOCK if aligned else 64
     columns, offsets = [], []
     for head in range(heads):
@@ -86,10 +90,11 @@ def make_selection(rng: random.Random, heads: int, length: int, aligned: bool) -
                 position -= tile_len + rng.choice([0, 0, 1, rng.randrange(700)])
         offsets.append(torch.tensor(row))
     pad = torch.nn.utils.rnn.pad_sequence
-    return Selection(
+    selection = Selection(
         pad(columns, batch_first=True, padding_value=-1).to(DEVICE),
         pad(offsets, batch_first=True, padding_value=tile_len).to(DEVICE), tile_len, aligned,
         tuple(len(row) for row in columns))
+    return oracle.with_lists(rng, selection, start, length, 12) if aligned else selection
 
 
 # length, first query, chunk_size: lengths without and with history, one, two and three zones
@@ -127,7 +132,7 @@ def test_sparse_equals_reference(
     length: int, start: int, chunk_size: int, head_dim: int, mode: str
 ) -> None:
     case = make_case(length, chunk_size=chunk_size, head_dim=head_dim)
-    selection = make_selection(random.Random(SEED), 28, length, mode != "paper")
+    selection = make_selection(random.Random(SEED), 28, start, length, mode != "paper")
     args = (*case.args(start), selection, mode == "tile-corrected")
     out, lse, kept = vertical_slash.sparse_prefill_attention(*args)
     expected_out, expected_lse, expected_kept = reference.sparse_prefill_attention(*args)
@@ -145,7 +150,7 @@ def test_cache_beyond_two_billion_elements(mode: str) -> None:
         out, _ = prefill.prefill_attention(*case.args(1400))
         expected, _ = reference.prefill_attention(*case.args(1400))
     else:
-        selection = make_selection(random.Random(SEED), 28, 1500, mode == "tile")
+        selection = make_selection(random.Random(SEED), 28, 1400, 1500, mode == "tile")
         args = (*case.args(1400), selection, mode == "tile")
         out, _, _ = vertical_slash.sparse_prefill_attention(*args)
         expected, _, _ = reference.sparse_prefill_attention(*args)
@@ -155,7 +160,7 @@ def test_cache_beyond_two_billion_elements(mode: str) -> None:
 @pytest.mark.parametrize("mode", ["dense", "tile", "paper"])
 def test_nothing_waits_for_the_device(mode: str) -> None:
     case = make_case(4097, chunk_size=1024)
-    selection = make_selection(random.Random(SEED), 28, 4097, mode == "tile")
+    selection = make_selection(random.Random(SEED), 28, 3900, 4097, mode == "tile")
 
     def step() -> Tensor:
         if mode == "dense":

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from longspan.attention.rope import build_rotary
+from longspan.bench.ops.checks import check_sound
 from longspan.config import DcaConfig
+from longspan.ops import reference
 from longspan.ops.select import eager as select
 from longspan.ops.select.probes import PAPER_TILE_LEN, place_probes
 from longspan.ops.types import Budget, PagedKV, QueryRotary, Selection
@@ -40,14 +42,15 @@ def make_rotary(chunk_size: int, local_size: int, max_len: int = 65_536) -> Quer
                         dca=DcaConfig(chunk_size=chunk_size, local_size=local_size))
 
 
-def make_budget(mode: str, strided: int = 0) -> Budget:
+def make_budget(mode: str, strided: int = 0, scouts: int = 0) -> Budget:
     """Heads four times apart."""
     slash = 500 if mode == "tile" else 200
     return Budget(
         vertical=tuple(250 * (1 + head % 4) for head in range(HEADS)),
         slash=tuple(slash * (1 + head % 5) for head in range(HEADS)), mode=mode, probe_last=64,
         probe_strided=strided, sink=4 if mode == "tile" else 30,
-        local=256 if mode == "tile" else 100)
+        local=256 if mode == "tile" else 100, num_scouts=scouts, scout_threshold=-2.0,
+        scout_tiles=64)
 
 
 def select_on_device(*args: object) -> Selection:
@@ -103,10 +106,33 @@ def test_keeps_as_much_mass_as_the_specification(
             assert kept > 0.995 * expected, f"head {head}: {kept} of {expected}"
 
 
+@pytest.mark.parametrize(("chunk_size", "local_size"), [
+    (262_144, 8_192), (20_480, 4_096), (4_096, 128)])
+@pytest.mark.parametrize("scouts", [100, 256])
+def test_lists_the_key_tiles_of_the_specification(
+    scouts: int, chunk_size: int, local_size: int
+) -> None:
+    """Near ties may fall either way, of excesses as of scouts; the same twice."""
+    rotary, limits = make_rotary(chunk_size, local_size), make_budget("tile", 0, scouts)
+    new = min(NEW, LENGTH % rotary.stride or rotary.stride) // BLOCK * BLOCK
+    q, cache, table = make_inputs(LENGTH, new, 2.0)
+    args = q, cache, table, LENGTH - new, rotary, SCALE, limits
+    ours, again, theirs = select_on_device(*args), select_on_device(*args), (
+        select.select_vertical_slash(*args))
+    assert ours.tiles is not None and again.tiles is not None and theirs.tiles is not None
+    assert torch.equal(ours.tiles, again.tiles) and ours.first_tile == theirs.first_tile
+    assert ours.tiles.shape == theirs.tiles.shape
+    queries = torch.arange(LENGTH - new, LENGTH, BLOCK, device=DEVICE)
+    listed = [reference.listed_tiles(s, queries, -(-LENGTH // BLOCK)) for s in (ours, theirs)]
+    both, either = (listed[0] & listed[1]).sum(), (listed[0] | listed[1]).sum()
+    assert either > 500 and both / either > 0.9, f"{both} of {either}"
+    check_sound(ours, LENGTH, HEADS)
+
+
 @pytest.mark.parametrize("mode", ["tile", "paper"])
 def test_never_waits_for_the_device(mode: str) -> None:
     """Not even with budgets it sees for the first time."""
-    rotary, limits = make_rotary(262_144, 8_192), make_budget(mode)
+    rotary, limits = make_rotary(262_144, 8_192), make_budget(mode, 0, 256)
     q, cache, table = make_inputs(LENGTH, NEW, 1.0)
     select_on_device(q, cache, table, LENGTH - NEW, rotary, SCALE, limits)  # compiles
     fresh = limits._replace(vertical=tuple(v + 3 for v in limits.vertical),
@@ -116,12 +142,13 @@ def test_never_waits_for_the_device(mode: str) -> None:
     assert selection.tile_len == (BLOCK if mode == "tile" else PAPER_TILE_LEN)
 
 
-@pytest.mark.parametrize(("mode", "strided"), [("tile", 0), ("tile", 64), ("paper", 0)])
-def test_workspace_of_a_million_keys(mode: str, strided: int) -> None:
+@pytest.mark.parametrize(("mode", "strided", "scouts"), [
+    ("tile", 0, 0), ("tile", 64, 0), ("tile", 64, 256), ("paper", 0, 0)])
+def test_workspace_of_a_million_keys(mode: str, strided: int, scouts: int) -> None:
     length, new = 1_048_576 - 4_096, 28_672
     rotary = make_rotary(262_144, 8_192, 1_048_576)
     q, cache, table = make_inputs(length, new, 1.0)
-    args = q, cache, table, length - new, rotary, SCALE, make_budget(mode, strided)
+    args = q, cache, table, length - new, rotary, SCALE, make_budget(mode, strided, scouts)
     selection = select_on_device(*args)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -95,8 +95,8 @@ def main() -> None:
     hopper.prefill_attention(*args)
     prefill.prefill_attention(*args)
     prefill.split_prefill_attention(*args, 2)
-    for mode, strided in (("tile", 0), ("tile", 64), ("paper", 0)):
-        budget = Budget((900,) * HEADS, (700,) * HEADS, mode, 64, strided, 4, 100)
+    for mode, strided, scouts in (("tile", 0, 256), ("tile", 64, 0), ("paper", 0, 0)):
+        budget = Budget((900,) * HEADS, (700,) * HEADS, mode, 64, strided, 4, 100, scouts, 0.0, 64)
         selection = sparse_index.select_vertical_slash(*args, budget)
         vertical_slash.sparse_prefill_attention(*args, selection, False)
         if mode == "tile":

@@ -6,6 +6,7 @@ Nothing here uses longspan's position arithmetic, masks or rotations.
 from __future__ import annotations
 
 import math
+import random
 from typing import NamedTuple
 
 import torch
@@ -179,6 +180,21 @@ def only_first(case: Case, context_len: int) -> PagedKV:
     return PagedKV(*copies, *means) if case.cache.k_mean is not None else PagedKV(*copies)
 
 
+def with_lists(rng: random.Random, selection: Selection, start: int, length: int, most: int = 4,
+               skipped: int = 0) -> Selection:
+    """A selection in tile mode whose query tiles list further key tiles, from none to ``most``.
+    Lists begin ``skipped`` query tiles before the first one."""
+    first_tile, end_tile = start // selection.tile_len - skipped, -(-length // selection.tile_len)
+    heads = len(selection.offsets)
+    tiles = torch.full((heads, end_tile - first_tile, most), -1, dtype=torch.int32)
+    for head, offsets in enumerate(selection.offsets.tolist()):
+        for row, tile in enumerate(range(first_tile, end_tile)):
+            free = [t for t in range(tile) if (t - tile) * selection.tile_len not in offsets]
+            chosen = sorted(rng.sample(free, min(len(free), rng.randrange(most + 1))))
+            tiles[head, row, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
+    return selection._replace(tiles=tiles.to(selection.offsets.device), first_tile=first_tile)
+
+
 def union(selection: Selection, start: int, length: int) -> Tensor:
     """Which keys each head's queries start ... length - 1 see, key by key as a set union.
 
@@ -191,12 +207,22 @@ def union(selection: Selection, start: int, length: int) -> Tensor:
         for query in range(start, length):
             tile_start = base + (query - base) // tile_len * tile_len
             keys = {column for column in columns[head] if column >= 0}
+            for tile in listed(selection, head, query):
+                keys |= set(range(tile * tile_len, (tile + 1) * tile_len))
             for offset in offsets:
                 if offset != tile_len:  # padding
                     keys |= set(range(tile_start + offset, tile_start + offset + tile_len))
             kept = [key for key in keys if 0 <= key <= query]
             seen[head, query - start, kept] = True
     return seen
+
+
+def listed(selection: Selection, head: int, query: int) -> set[int]:
+    """Key tiles that the query's own tile lists."""
+    if selection.tiles is None:
+        return set()
+    row = query // selection.tile_len - selection.first_tile
+    return set(selection.tiles[head, row].tolist()) - {-1}
 
 
 def sparse(
@@ -219,8 +245,9 @@ def sparse(
 def _mean_terms(
     case: Case, positions: Positions, start: int, selection: Selection
 ) -> tuple[Tensor, Tensor]:
-    """One mean key and value for each whole tile before the query's own that is not a window, with
-    the logarithm of the number of its keys that are not columns. [H, T, n], [n, H, D]."""
+    """One mean key and value for each whole tile before the query's own that is neither a window
+    nor listed, with the logarithm of the number of its keys that are not columns. [H, T, n],
+    [n, H, D]."""
     length, heads, tile_len = case.k.shape[0], case.q.shape[1], selection.tile_len
     group = heads // case.k.shape[1]
     inv_freq = case.rotary.inv_freq.double().cpu()
@@ -241,7 +268,8 @@ def _mean_terms(
             free = tile_len - len(columns & set(range(inside.start, inside.stop)))
             for row, query in enumerate(range(start, length)):
                 gap = query // tile_len - tile
-                if gap > 0 and -gap * tile_len not in offsets and free > 0:
+                whole = -gap * tile_len in offsets or tile in listed(selection, head, query)
+                if gap > 0 and free > 0 and not whole:
                     logits[head, row, tile] = mean_scores[row, head] + math.log(free)
     means = torch.stack([values[i * tile_len : (i + 1) * tile_len].mean(0)
                          for i in range(num_tiles)]) if num_tiles else values[:0]

@@ -11,9 +11,12 @@ KERNELS = {
     "dense/hopper": "_dense_kernel", "dense/triton": "_dense_kernel",
     "sparse/hopper": "_sparse_kernel", "sparse/triton": "_tile_kernel",
     "sparse/triton_unaligned": "_cover_kernel _paper_kernel",
-    "sparse/layout": "_index_kernel _plan_kernel _gather_columns_kernel _gather_means_kernel",
+    "sparse/layout": "_index_kernel _plan_kernel _gather_columns_kernel _gather_means_kernel "
+                     "_list_kernel",
     "select/hopper_tiles": "_mass_kernel",
-    "select/triton_tiles": "rotate_probes tile_masses combine_logs diagonal_masses free_masses",
+    "select/triton_tiles": "rotate_probes rotate_listed tile_masses combine_logs diagonal_masses "
+                           "free_masses",
+    "select/triton_scouts": "mean_differences score_scouts list_tiles",
     "select/triton_keys": "find_blocks tile_columns key_masses",
     "select/top_k": "choose_windows write_largest place_columns group_maxima lower_bounds "
                     "count_reached list_reached coalesce reverse_windows",

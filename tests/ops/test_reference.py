@@ -143,3 +143,15 @@ def test_kept_pairs_of_a_hand_written_selection(aligned: bool) -> None:
         [1, 2, 3, 4, 5, 6, 7, 8, 9]]
     rows = aligned_rows if aligned else own_rows
     assert [row.nonzero().flatten().tolist() for row in kept] == rows
+
+
+def test_kept_pairs_of_hand_written_lists() -> None:
+    """Tiles of 4, queries 6 to 9: the tile at 4 lists nothing, the one at 8 the keys 0 to 3, of
+    which one is a column."""
+    tiles = torch.tensor([[[0, -1], [-1, -1], [0, -1]]], dtype=torch.int32)
+    selection = Selection(torch.tensor([[1, 7]]), torch.tensor([[0]]), 4, True, None, tiles, 0)
+    kept = reference.kept_pairs(selection, torch.arange(6, 10), 10)[0]
+    assert [row.nonzero().flatten().tolist() for row in kept] == [
+        [1, 4, 5, 6], [1, 4, 5, 6, 7], [0, 1, 2, 3, 7, 8], [0, 1, 2, 3, 7, 8, 9]]
+    later = selection._replace(tiles=tiles[:, 1:], first_tile=1)
+    assert torch.equal(reference.kept_pairs(later, torch.arange(6, 10), 10)[0], kept)

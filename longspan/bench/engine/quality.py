@@ -315,4 +315,5 @@ def _describe(plan: SparsityPlan | None) -> dict[str, Any] | None:
     return {"mode": plan.mode, "mean_vertical": round(sum(map(sum, plan.vertical)) / heads),
             "mean_slash": round(sum(map(sum, plan.slash)) / heads),
             "correction": plan.mean_correction, "probe_last": plan.probe_last,
-            "probe_strided": plan.probe_strided, "dense_tail_len": plan.dense_tail_len}
+            "probe_strided": plan.probe_strided, "num_scouts": plan.num_scouts,
+            "scout_threshold": plan.scout_threshold, "dense_tail_len": plan.dense_tail_len}

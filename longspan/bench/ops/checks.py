@@ -167,8 +167,22 @@ def check_sound(selection: Selection, context_len: int, num_heads: int) -> None:
             problems.append(f"windows of head {head} overlap")
         if selection.aligned and ((used % selection.tile_len).any() or int(used[0]) != 0):
             problems.append(f"windows of head {head} are not whole tiles from the diagonal on")
+        if selection.tiles is not None and not _lists_are_sound(selection, head):
+            problems.append(f"listed tiles of head {head} do not ascend, or are windows or ahead")
     if problems:
         raise CheckFailed(f"select_vertical_slash: {problems[0]}; not timed")
+
+
+def _lists_are_sound(selection: Selection, head: int) -> bool:
+    """Ascending, padded at the end, before the query tile and no window of it."""
+    assert selection.tiles is not None
+    windows = -selection.offsets[head] // selection.tile_len
+    for query_tile, row in enumerate(selection.tiles[head], selection.first_tile):
+        found = row[row >= 0]
+        if (found[1:] <= found[:-1]).any() or (row[len(found):] >= 0).any() or (
+                torch.isin(query_tile - found, windows) | (found > query_tile)).any():
+            return False
+    return True
 
 
 def check_rows(
@@ -234,9 +248,11 @@ def _compare(
 def _seen_by(selection: Selection, head: int, position: int) -> Selection:
     """What one query of one head attends to."""
     assert selection.aligned, "other selections are checked on the small case"
-    columns = selection.columns[head : head + 1]
+    own = slice(head, head + 1)
+    columns, tiles = selection.columns[own], selection.tiles
     return selection._replace(columns=columns.masked_fill(columns > position, -1),
-                              offsets=selection.offsets[head : head + 1])
+                              offsets=selection.offsets[own],
+                              tiles=None if tiles is None else tiles[own])
 
 
 def _one_kv_head(cache: PagedKV, kv_head: int) -> PagedKV:

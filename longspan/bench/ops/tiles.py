@@ -10,9 +10,10 @@ from longspan.ops.types import Selection
 def count_tiles(selection: Selection, start: int, num_queries: int, *, correction: bool) -> float:
     """Tiles of P queries by P keys that sparse attention computes, over all heads.
 
-    For each query tile: its windows that exist, the diagonal one whole; its columns up to its last
-    query, in tiles of P, rounded up; with ``correction`` the means of the tiles before it, rounded
-    up as well. Tiles that a kernel splits at DCA borders are not counted twice.
+    For each query tile: its windows that exist, the diagonal one whole; the tiles that it lists;
+    its columns up to its last query, in tiles of P, rounded up; with ``correction`` the means of
+    the tiles before it, rounded up as well. Tiles that a kernel splits at DCA borders are not
+    counted twice.
     """
     tile_len = selection.tile_len
     device = selection.columns.device
@@ -27,6 +28,8 @@ def count_tiles(selection: Selection, start: int, num_queries: int, *, correctio
         count += (used[:, None] + ends > 0).sum()
         visible = torch.searchsorted(columns[columns >= 0], ends)
         count += -(-visible // tile_len).sum()
+    if selection.tiles is not None:
+        count += (selection.tiles[:, tiles - selection.first_tile] >= 0).sum()
     if correction:
         count += (-(-tiles // tile_len)).sum() * selection.columns.shape[0]
     return float(count)

@@ -31,7 +31,8 @@ def prior_costs(model: ModelConfig, config: EngineConfig, plan: SparsityPlan | N
     if plan is not None:
         budgets = [value for rows in (plan.vertical, plan.slash) for row in rows for value in row]
         kept = 2 * sum(budgets) / len(budgets) + config.block_size
-        mean = 1 / config.block_size  # and, through SELECTION_ROWS, the selection
+        # The selection comes through SELECTION_ROWS, but for scouts: scores of some rows alone.
+        mean = 1 / config.block_size + plan.num_scouts / config.prefill_chunk_len / 2
     sparse = (step_s, (linear + pair * kept) / FLOPS[device], pair * mean / FLOPS[device])
     weights_s = element * model.num_parameters / BYTES_PER_S[device]
     decode = (step_s + weights_s, linear / FLOPS[device],

@@ -1,4 +1,5 @@
-"""Vertical-slash selection for one prefill segment: which columns and windows each head attends to.
+"""Vertical-slash selection for one prefill segment: which columns and windows each head attends to,
+and in tile mode which further key tiles each query tile (`scouts`).
 
 Two modes share the probe scores (probe queries against all keys, continuous positions, one softmax
 over the whole row; report sections 5.1 and 5.4):
@@ -18,15 +19,12 @@ over the whole row; report sections 5.1 and 5.4):
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from longspan.ops.geometry import continuous_query_position, spans
-from longspan.ops.reference import rotate
-from longspan.ops.select.probes import PAPER_TILE_LEN, Probe, place_probes
-from longspan.ops.tiles.attend import ordered_kv, scores_fp32
+from longspan.ops.select.probes import PAPER_TILE_LEN, Probe, place_probes, probe_scores
+from longspan.ops.select.scouts import add_scouts
+from longspan.ops.tiles.attend import ordered_kv
 from longspan.ops.types import Budget, PagedKV, QueryRotary, Selection
 
 
@@ -34,7 +32,7 @@ def select_vertical_slash(
     q: Tensor, cache: PagedKV, block_table: Tensor, cached_len: int, rotary: QueryRotary,
     scale: float, budget: Budget,
 ) -> Selection:
-    """Choose columns and windows for queries at cached_len ... cached_len + T - 1.
+    """Choose what queries at cached_len ... cached_len + T - 1 attend to.
 
     q: [T, H, D] not rotated, all in one DCA chunk. Memory: probe rows x S fp32 for one head.
     """
@@ -53,34 +51,20 @@ def select_vertical_slash(
         columns.append(head_columns)
         offsets.append(head_offsets)
     pad = torch.nn.utils.rnn.pad_sequence
-    return Selection(pad(columns, batch_first=True, padding_value=-1),
-                     pad(offsets, batch_first=True, padding_value=tile_len), tile_len,
-                     aligned=budget.mode == "tile")
+    selection = Selection(pad(columns, batch_first=True, padding_value=-1),
+                          pad(offsets, batch_first=True, padding_value=tile_len), tile_len,
+                          aligned=budget.mode == "tile")
+    if budget.mode == "paper" or budget.num_scouts == 0:
+        return selection
+    return add_scouts(selection, q, k, cached_len, rotary, scale, budget)
 
 
 def probe_mass(
     q: Tensor, k: Tensor, probe: Probe, start: int, rotary: QueryRotary, scale: float
 ) -> Tensor:
     """Attention weights of the probe rows, [rows, S] fp32. q: [T, D] of one head; k: [S, D]."""
-    positions = probe.positions(q.device)
-    rows = q[positions - start]
-    scores = torch.empty(probe.num_rows, k.shape[0], device=q.device)
-    for span in spans(start, start + q.shape[0], rotary.stride):
-        continuous = continuous_query_position(positions, span.zone, rotary.stride, rotary.clamp)
-        angles = continuous.float()[:, None] * rotary.inv_freq
-        rotated = rotate(rows[:, None], angles.cos() * scale, angles.sin() * scale)[:, 0]
-        _scores_into(scores[:, span.start : span.stop], rotated, k[span.start : span.stop])
-    future = torch.arange(probe.first, k.shape[0], device=q.device) > positions[:, None]
-    scores[:, probe.first :].masked_fill_(future, -math.inf)
+    scores = probe_scores(q, k, probe.positions(q.device), start, rotary, scale)
     return torch.softmax(scores, -1, out=scores)
-
-
-def _scores_into(out: Tensor, q: Tensor, k: Tensor) -> None:
-    """out: [n, S] fp32, rows apart in memory, is set to q k^T; q: [n, D], k: [S, D]."""
-    if q.dtype == torch.float32:
-        torch.mm(q, k.T, out=out)
-    else:
-        out.copy_(scores_fp32(q[None], k[None])[0])
 
 
 def _choose_tiles(

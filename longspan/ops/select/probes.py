@@ -1,13 +1,18 @@
-"""Probe rows of a prefill segment: the queries that selection estimates attention from."""
+"""Probe rows of a prefill segment: the queries that selection estimates attention from, and their
+scores."""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from longspan.ops.types import Budget
+from longspan.ops.geometry import continuous_query_position, spans
+from longspan.ops.reference import rotate
+from longspan.ops.tiles.attend import scores_fp32
+from longspan.ops.types import Budget, QueryRotary
 
 PAPER_TILE_LEN = 64
 """Rows of a query tile, and keys of a window, in ``paper`` mode."""
@@ -40,3 +45,30 @@ def place_probes(start: int, num_queries: int, tile_len: int, budget: Budget) ->
             step -= (step + apart) % tile_len
         probes.append(Probe(start + (rest - step * (strided - 1)) // 2, step, strided))
     return probes
+
+
+def probe_scores(
+    q: Tensor, k: Tensor, positions: Tensor, start: int, rotary: QueryRotary, scale: float
+) -> Tensor:
+    """Scores of some rows against all keys, [rows, S] fp32; -inf for keys behind the row.
+
+    q: [T, D] of one head, queries from ``start`` on; k: [S, D]; positions: [rows] ascending.
+    """
+    rows = q[positions - start]
+    scores = torch.empty(len(rows), k.shape[0], device=q.device)
+    for span in spans(start, start + q.shape[0], rotary.stride):
+        continuous = continuous_query_position(positions, span.zone, rotary.stride, rotary.clamp)
+        angles = continuous.float()[:, None] * rotary.inv_freq
+        rotated = rotate(rows[:, None], angles.cos() * scale, angles.sin() * scale)[:, 0]
+        _scores_into(scores[:, span.start : span.stop], rotated, k[span.start : span.stop])
+    future = torch.arange(start, k.shape[0], device=q.device) > positions[:, None]
+    scores[:, start:].masked_fill_(future, -math.inf)
+    return scores
+
+
+def _scores_into(out: Tensor, q: Tensor, k: Tensor) -> None:
+    """out: [n, S] fp32, rows apart in memory, is set to q k^T; q: [n, D], k: [S, D]."""
+    if q.dtype == torch.float32:
+        torch.mm(q, k.T, out=out)
+    else:
+        out.copy_(scores_fp32(q[None], k[None])[0])

@@ -43,7 +43,7 @@ def _budget(budgets, head, size, floor):
 
 
 @triton.jit
-def _count_above(bits, source, length, limit, CHUNK: tl.constexpr):
+def count_above(bits, source, length, limit, CHUNK: tl.constexpr):
     """How many of the numbers are above ``limit``: CHUNK ones in registers, the rest in memory."""
     i = tl.arange(0, CHUNK)
     count = tl.sum((bits > limit).to(tl.int32), 0)
@@ -55,7 +55,7 @@ def _count_above(bits, source, length, limit, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _threshold(bits, source, length, k, most, CHUNK: tl.constexpr):
+def threshold_of(bits, source, length, k, most, CHUNK: tl.constexpr):
     """A number that at least k of ``length`` numbers reach, and at most ``most`` or it is the k-th.
 
     bits: the first CHUNK of them, -1 for padding; source: all, None if those are all.
@@ -63,7 +63,7 @@ def _threshold(bits, source, length, k, most, CHUNK: tl.constexpr):
     threshold, reached, bit = 0, length, 30
     while (bit >= 0) & (reached > most):
         raised = threshold | (1 << bit)
-        count = _count_above(bits, source, length, raised - 1, CHUNK)
+        count = count_above(bits, source, length, raised - 1, CHUNK)
         threshold = tl.where(count >= k, raised, threshold)
         reached = tl.where(count >= k, count, reached)
         bit -= 1
@@ -71,7 +71,7 @@ def _threshold(bits, source, length, k, most, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _chosen(bits, threshold, wanted):
+def chosen_of(bits, threshold, wanted):
     """What is above the threshold, and the first ``wanted`` numbers equal to it; and how many of
     those there are up to each number. One scan: of two counts, 16 bits each."""
     is_above, is_equal = bits > threshold, bits == threshold
@@ -112,7 +112,7 @@ def lower_bounds(
     i = tl.arange(0, CHUNK)
     source = maxima + head.to(tl.int64) * stride_maxima
     bits = tl.load(source + i, mask=i < groups, other=-1)
-    tl.store(bounds + head, _threshold(bits, source, groups, k, k + k // 16, CHUNK))
+    tl.store(bounds + head, threshold_of(bits, source, groups, k, k + k // 16, CHUNK))
 
 
 @triton.jit
@@ -161,7 +161,7 @@ def list_reached(
     if (tl.load(here) > 0) | ((tl.load(here + num_blocks) > 0) & (equal < wanted)):
         i = block * BLOCK + tl.arange(0, BLOCK)
         bits = tl.load(values + head.to(tl.int64) * size + i, mask=i < size, other=-1)
-        chosen, place = _chosen(bits, tl.load(bounds + head), wanted - equal)
+        chosen, place = chosen_of(bits, tl.load(bounds + head), wanted - equal)
         place += above + tl.minimum(equal, wanted) - 1
         target = found + head.to(tl.int64) * 2 * capacity + place
         tl.store(target, bits, mask=chosen & (place < capacity))
@@ -189,13 +189,13 @@ def write_largest(
         source, length = found + head.to(tl.int64) * 2 * capacity, count
     i = tl.arange(0, CHUNK)
     bits = tl.load(source + i, mask=i < length, other=-1)
-    threshold = _threshold(bits, source, length, k, k, CHUNK)
-    wanted = k - _count_above(bits, source, length, threshold, CHUNK)
+    threshold = threshold_of(bits, source, length, k, k, CHUNK)
+    wanted = k - count_above(bits, source, length, threshold, CHUNK)
     target = out + head.to(tl.int64) * stride_out
     for start in range(0, length, BLOCK):
         entry = start + tl.arange(0, BLOCK)
         some = tl.load(source + entry, mask=entry < length, other=-1)
-        chosen, place = _chosen(some, threshold, wanted)
+        chosen, place = chosen_of(some, threshold, wanted)
         index = tl.load(source + capacity + entry, mask=chosen & is_listed, other=0)
         index = tl.where(is_listed, index, entry)
         index = size - 1 - index if REVERSED else index
@@ -244,6 +244,13 @@ def select_largest(
         REVERSED=backwards, NB=num_counts, CHUNK=MOST_LISTED, BLOCK=2 * BLOCK, num_warps=32)
 
 
+@functools.lru_cache(maxsize=1024)
+def on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """[n] int32, kept for each layer. From pinned memory, so that the host does not wait."""
+    tensor = torch.tensor(values, dtype=torch.int32)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 @functools.lru_cache(maxsize=64)
 def _forced_ranks(count: int, backwards: bool, device: torch.device) -> Tensor:
     """What ranks above all sums, [count]: see `select`. Kept for each layer."""
@@ -269,9 +276,9 @@ def choose_windows(
     total = tl.where(i < forced, 2e6 - i.to(tl.float32), total)
     bits = tl.where(i < num_tiles, total.to(tl.int32, bitcast=True), -1)
     k = _budget(budgets, head, num_tiles, forced)
-    threshold = _threshold(bits, None, num_tiles, k, k, BLOCK)
-    wanted = k - _count_above(bits, None, num_tiles, threshold, BLOCK)
-    chosen, place = _chosen(bits, threshold, wanted)
+    threshold = threshold_of(bits, None, num_tiles, k, k, BLOCK)
+    wanted = k - count_above(bits, None, num_tiles, threshold, BLOCK)
+    chosen, place = chosen_of(bits, threshold, wanted)
     target = offsets + head.to(tl.int64) * width
     tl.store(target + i, P + tl.zeros_like(i).to(tl.int64), mask=(i >= k) & (i < width))
     tl.store(target + place - 1, -(i.to(tl.int64) * P), mask=chosen)

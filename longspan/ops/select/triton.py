@@ -23,6 +23,7 @@ from torch import Tensor
 
 from longspan.ops.select import top_k as threshold
 from longspan.ops.select import triton_keys as probe_keys
+from longspan.ops.select import triton_scouts as scouts_triton
 from longspan.ops.select import triton_tiles as probe
 from longspan.ops.select.probes import PAPER_TILE_LEN, Probe, place_probes
 from longspan.ops.tiles.splits import num_sms
@@ -155,8 +156,12 @@ def select_vertical_slash(
     for first in range(0, num_kv_heads, at_once):
         choose(call, _Heads(first, min(at_once, num_kv_heads - first)), columns, offsets)
     is_tiles = budget.mode == "tile"
-    return Selection(columns, offsets, call.tile_len if is_tiles else PAPER_TILE_LEN,
-                     aligned=is_tiles, max_columns=call.max_columns)
+    selection = Selection(columns, offsets, call.tile_len if is_tiles else PAPER_TILE_LEN,
+                          aligned=is_tiles, max_columns=call.max_columns)
+    if not is_tiles or budget.num_scouts == 0:
+        return selection
+    return scouts_triton.add_scouts(selection, q, cache, block_table, cached_len, rotary, scale,
+                                    budget, _device_programs(q.device))
 
 
 def _prepare(
@@ -264,7 +269,7 @@ def _choose_columns(
     """The heaviest keys of the heaviest tiles, for the query heads from ``first_head`` on. weights:
     [heads here, tiles], changed; columns: [heads here, V]."""
     num_heads, device, width = len(columns), columns.device, _column_tiles(call)
-    budgets = _budgets(call.max_columns, device)[first_head : first_head + num_heads]
+    budgets = threshold.on_device(call.max_columns, device)[first_head : first_head + num_heads]
     sink = min(call.budget.sink, call.context_len)
     tiles = torch.empty(num_heads, width, dtype=torch.int32, device=device)
     threshold.select_largest(
@@ -287,7 +292,7 @@ def _choose_columns(
 
 def _window_budgets(call: _Call) -> Tensor:
     tiles = tuple(-(-tokens // call.tile_len) for tokens in call.budget.slash)
-    return _budgets(tiles, call.queries.device)
+    return threshold.on_device(tiles, call.queries.device)
 
 
 # -- paper mode -------------------------------------------------------------------------------
@@ -298,7 +303,7 @@ def _choose_paper(call: _Call, heads: _Heads, columns: Tensor, offsets: Tensor) 
     device, size, budget = call.queries.device, call.context_len, call.budget
     num_heads = heads.number * call.group
     own = _own(call, heads)
-    slash = _budgets(budget.slash, device)[own]
+    slash = threshold.on_device(budget.slash, device)[own]
     lse = _pass_one(call, heads, None)
     column_sums = torch.empty(num_heads, size, dtype=torch.float32, device=device)
     diagonals = torch.zeros(num_heads, size, dtype=torch.float32, device=device)
@@ -309,8 +314,8 @@ def _choose_paper(call: _Call, heads: _Heads, columns: Tensor, offsets: Tensor) 
         heads.first, call.num_heads, *call.zones, size, *call.probes,
         GROUP=call.group, QG=min(call.group, DIAGONAL_HEADS), **_constants(call))
     threshold.select_largest(
-        column_sums, _budgets(budget.vertical, device)[own], columns[own], budget.sink, floor=0,
-        backwards=False)
+        column_sums, threshold.on_device(budget.vertical, device)[own], columns[own], budget.sink,
+        floor=0, backwards=False)
     width = min(max(1, *budget.slash), size)
     distances = torch.empty(num_heads, width, dtype=torch.int32, device=device)
     threshold.select_largest(diagonals, slash, distances, budget.local, floor=1, backwards=True)
@@ -379,13 +384,6 @@ def _constants(call: _Call) -> dict[str, Any]:
     return {"RP": call.padded_rows, "P": call.tile_len, "D": call.cache.k.shape[3], "num_stages": 3,
             "PRECISION": "ieee" if call.cache.k.dtype == torch.float32 else "tf32",
             "num_warps": 8}
-
-
-@functools.lru_cache(maxsize=1024)
-def _budgets(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """[H] int32, kept for each layer. From pinned memory, so that the host does not wait."""
-    tensor = torch.tensor(values, dtype=torch.int32)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 @functools.cache

@@ -43,9 +43,33 @@ def rotate_probes(
     """
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     head = tl.program_id(1).to(tl.int64)
-    i = tl.arange(0, HALF)[None, :]
     position = position_of(row, last, last_first, last_step, strided_first, step, num_rows)
-    real = (row < num_rows)[:, None]
+    _rotate(q, inv_freq, out, row, position, head, stride_token, stride_head, start, chunk_start,
+            added_succ, added_inter, factor, num_heads, RP, HALF, ZONES)
+
+
+@triton.jit(do_not_specialize=["start", "chunk_start", "added_succ", "added_inter", "num_rows"])
+def rotate_listed(
+    q, inv_freq, out, rows, stride_token, stride_head, start, chunk_start, added_succ, added_inter,
+    factor, num_rows, num_heads, RP: tl.constexpr, HALF: tl.constexpr, ZONES: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """As `rotate_probes`, for the rows of q that each head lists: rows [H, num_rows] int32."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    head = tl.program_id(1).to(tl.int64)
+    place = tl.load(rows + head * num_rows + row, mask=row < num_rows, other=-1)
+    _rotate(q, inv_freq, out, row, tl.where(place < 0, -1, start + place), head, stride_token,
+            stride_head, start, chunk_start, added_succ, added_inter, factor, num_heads, RP, HALF,
+            ZONES)
+
+
+@triton.jit
+def _rotate(q, inv_freq, out, row, position, head, stride_token, stride_head, start, chunk_start,
+            added_succ, added_inter, factor, num_heads, RP: tl.constexpr, HALF: tl.constexpr,
+            ZONES: tl.constexpr):
+    """Rows of out [ZONES, H, RP, D], from the queries at ``position``; 0 where that is negative."""
+    i = tl.arange(0, HALF)[None, :]
+    real = (position >= 0)[:, None]
     source = q + (position - start).to(tl.int64)[:, None] * stride_token + head * stride_head + i
     x = tl.load(source, mask=real, other=0.0).to(tl.float32)
     y = tl.load(source + HALF, mask=real, other=0.0).to(tl.float32)

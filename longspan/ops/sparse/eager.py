@@ -1,11 +1,12 @@
 """Vertical-slash prefill over PyTorch's fused attention, for CPUs and any GPU.
 
-In tile mode each head is three kinds of work, merged by LSE, none of which materialises scores:
+In tile mode each head is four kinds of work, merged by LSE, none of which materialises scores:
 
 * the local band (windows 0, -P, -2P, ... without a gap) reads keys through overlapping views;
 * the other windows gather whole tiles of keys, once for each query tile;
+* so do the key tiles that single query tiles list, one query tile after another: few have any;
 * columns and tile means are one short key list that all query tiles share, with a bias for each
-  (query tile, key) that drops keys already seen through a window.
+  (query tile, key) that drops keys already seen through a window or a listed tile.
 
 Unaligned windows (``paper`` mode) take a plain gather with materialised scores.
 """
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from longspan.ops.geometry import INTRA, segments, spans
+from longspan.ops.reference import listed_tiles
 from longspan.ops.sparse.eager_unaligned import gathered_attention
 from longspan.ops.tiles.attend import (
     Partial,
@@ -53,9 +55,10 @@ def sparse_prefill_attention(
     kept = torch.zeros((), dtype=torch.float64, device=q.device)
     for start, stop in segments(cached_len, context_len, rotary.stride):
         rows = slice(start - cached_len, stop - cached_len)
-        segment = _Segment(q[rows], k, v, cache, block_table, start, rotary, scale, correction)
+        segment = _Segment(
+            q[rows], k, v, cache, block_table, start, rotary, scale, selection, correction)
         for head in range(q.shape[1]):
-            part, part_lse, pairs = segment.attend_head(head, selection)
+            part, part_lse, pairs = segment.attend_head(head)
             out[rows, head], lse[rows, head] = part.flatten(0, 1), part_lse.flatten()
             kept += pairs
     return out, lse, kept
@@ -66,9 +69,9 @@ class _Segment:
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, cache: PagedKV, block_table: Tensor, start: int,
-        rotary: QueryRotary, scale: float, correction: bool,
+        rotary: QueryRotary, scale: float, selection: Selection, correction: bool,
     ) -> None:
-        self.k, self.v, self.start, self.scale = k, v, start, scale
+        self.k, self.v, self.start, self.scale, self.selection = k, v, start, scale, selection
         self.tile_len = cache.k.shape[1]
         self.num_tiles = q.shape[0] // self.tile_len
         self.first_tile = start // self.tile_len
@@ -86,27 +89,28 @@ class _Segment:
             self.means = cache.k_mean[table], cache.v_mean[table]
         self.tile_gap = self._query_tiles()[:, None] - torch.arange(
             self.first_tile + self.num_tiles, device=q.device)
+        self.listed = listed_tiles(
+            selection, self._query_tiles() * self.tile_len, self.tile_gap.shape[1])
 
-    def attend_head(self, head: int, selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
+    def attend_head(self, head: int) -> tuple[Tensor, Tensor, Tensor]:
         """out [n, P, D], lse [n, P] over n query tiles, and the number of pairs kept."""
-        kv_head = head // self.group
-        offsets = selection.offsets[head]
+        kv_head, offsets = head // self.group, self.selection.offsets[head]
         windows = (-offsets[offsets < self.tile_len] // self.tile_len).tolist()
         band = next((i for i, w in enumerate(windows) if w != i), len(windows))
         assert band > 0, "the diagonal tile is always a window"
-        is_window = torch.zeros(self.tile_gap.shape[1] + 1, dtype=torch.bool, device=offsets.device)
-        is_window[torch.tensor([w for w in windows if w < len(is_window)])] = True
-        parts = [self._diagonal(head, kv_head)]
+        listed = self.listed[head]
+        parts = [self._diagonal(head, kv_head), *self._listed_tiles(head, kv_head, listed)]
         if self._single_zone:
             parts += self._band(head, kv_head, band)
             parts += self._gathered_windows(head, kv_head, windows[band:])
         else:
             parts += self._zoned_windows(head, kv_head, windows[1:])
-        columns = selection.columns[head]
+        columns = self.selection.columns[head]
         columns = columns[(columns >= 0) & (columns < self.start + self.num_tiles * self.tile_len)]
-        shared, pairs = self._shared_keys(head, kv_head, columns, is_window)
+        free = (self.tile_gap > 0) & ~self._is_window(windows) & ~listed
+        shared, pairs = self._shared_keys(head, kv_head, columns, free)
         out, lse = merge([*parts, *shared])
-        return out[:, 0], lse[:, 0], pairs + self._window_pairs(windows)
+        return out[:, 0], lse[:, 0], pairs + self._tile_pairs(windows, listed)
 
     @property
     def _single_zone(self) -> bool:
@@ -114,6 +118,13 @@ class _Segment:
 
     def _query_tiles(self) -> Tensor:
         return self.first_tile + torch.arange(self.num_tiles, device=self.k.device)
+
+    def _is_window(self, windows: list[int]) -> Tensor:
+        """[n, all tiles] bool, true as well for tiles ahead."""
+        num_tiles = self.tile_gap.shape[1]
+        is_window = torch.zeros(num_tiles, dtype=torch.bool, device=self.k.device)
+        is_window[torch.tensor([w for w in windows if w < num_tiles])] = True
+        return is_window[self.tile_gap.clamp(min=0)]
 
     def _query(self, head: int, zone: int) -> Tensor:
         return self.queries[zone][:, None, :, head]  # [n, 1, P, D]
@@ -206,13 +217,30 @@ class _Segment:
                 parts.append(_place(part, rows, self.num_tiles))
         return parts
 
+    def _listed_tiles(self, head: int, kv_head: int, listed: Tensor) -> list[Partial]:
+        """Key tiles that single query tiles list: a fused call for each of those and zone."""
+        parts = []
+        for span in self.spans:
+            tiles = slice(span.start // self.tile_len, -(-span.stop // self.tile_len))
+            k, v = (x[tiles] for x in self._key_tiles(kv_head))
+            q = self._query(head, span.zone)
+            rows = listed[:, tiles].any(1).nonzero().flatten().tolist()
+            out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
+            for row in rows:
+                here = listed[row, tiles]
+                out[row], lse[row] = attend(
+                    q[row][None], k[here].flatten(0, 1)[None, None],
+                    v[here].flatten(0, 1)[None, None], self.scale)
+            parts += [(out, lse)] if rows else []
+        return parts
+
     def _shared_keys(
-        self, head: int, kv_head: int, columns: Tensor, is_window: Tensor
+        self, head: int, kv_head: int, columns: Tensor, free: Tensor
     ) -> tuple[list[Partial], Tensor]:
-        """Columns and tile means, zone by zone; the number of column pairs."""
+        """Columns and tile means, zone by zone; the number of column pairs. free: [n, all tiles]
+        bool, the query tile sees the key tile through these alone."""
         tile = columns // self.tile_len
         parts, pairs = [], torch.zeros((), dtype=torch.float64, device=columns.device)
-        free = (self.tile_gap > 0) & ~is_window[self.tile_gap.clamp(min=0)]  # [n, all tiles]
         taken = torch.bincount(tile, minlength=self.tile_gap.shape[1])
         for span in self.spans:
             in_span = columns[(columns >= span.start) & (columns < span.stop)]
@@ -231,10 +259,11 @@ class _Segment:
                                            v[None, None], self.scale, bias[:, None, None]))
         return parts, pairs
 
-    def _window_pairs(self, windows: list[int]) -> float:
-        """Pairs kept through windows: half a tile on the diagonal, whole tiles elsewhere."""
+    def _tile_pairs(self, windows: list[int], listed: Tensor) -> float:
+        """Pairs kept through whole tiles: half of one on the diagonal."""
         last_tile = self.first_tile + self.num_tiles
         whole = sum(last_tile - max(self.first_tile, w) for w in windows if 0 < w < last_tile)
+        whole += int(listed.sum())
         return whole * self.tile_len**2 + self.num_tiles * self.tile_len * (self.tile_len + 1) / 2
 
 

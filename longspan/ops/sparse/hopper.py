@@ -1,8 +1,8 @@
 """Vertical-slash prefill on Hopper, in Gluon: `tile` mode. See `hopper_tile` for how it works.
 
-Windows are whole KV blocks and come first. Then come keys with a bias, gathered columns and tile
-means as `sparse_work` prepares them: the producer works out which of them a query tile does not
-see, and writes their biases beside the tile.
+Windows and the tiles that the query tile lists are whole KV blocks and come first. Then come keys
+with a bias, gathered columns and tile means as `sparse_work` prepares them: the producer works out
+which of them a query tile does not see, and writes their biases beside the tile.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from longspan.ops.sparse.layout import SparseWork, prepare
+from longspan.ops.sparse.layout import SparseWork, TileLists, prepare
 from longspan.ops.tiles.hopper import (
     HALF,
     STAGES,
@@ -57,15 +57,16 @@ def launch(
     """The attention itself. variants: [Z, H, T, D]; out: [T, H, D]; lse: [T, H]."""
     num_queries, num_heads, _ = out.shape
     k_cols, v_cols, k_means, v_means = _scratch(work, cache)
+    lists = work.lists or TileLists(work.windows, work.windows, work.windows)  # not read
     _sparse_kernel[(num_queries // TILE_LEN * num_heads,)](
         query_halves(variants), key_tiles(cache.k), key_tiles(cache.v), key_tiles(k_cols),
         key_tiles(v_cols), key_tiles(k_means), key_tiles(v_means), block_table, work.windows,
         work.window_flag, work.window_rank, work.column_rank, work.column_tiles, work.col_tile,
-        work.mean_bias, work.head_order, out, lse, num_queries // TILE_LEN, cached_len // TILE_LEN,
-        (cached_len + num_queries) // TILE_LEN, work.borders[1], work.borders[0], num_heads,
-        num_heads // cache.k.shape[2], work.windows.shape[1], work.mean_bias.shape[1],
-        work.mean_parts[1], work.mean_parts[2], variants.shape[0],
-        CORRECTED=work.mean_parts[3] > 0, num_warps=4)
+        work.mean_bias, work.head_order, *lists, out, lse, num_queries // TILE_LEN,
+        cached_len // TILE_LEN, (cached_len + num_queries) // TILE_LEN, work.borders[1],
+        work.borders[0], num_heads, num_heads // cache.k.shape[2], work.windows.shape[1],
+        lists.tiles.shape[-1], work.mean_bias.shape[1], *work.mean_parts[1:3], variants.shape[0],
+        CORRECTED=work.mean_parts[3] > 0, LISTED=work.lists is not None, num_warps=4)
 
 
 def _scratch(work: SparseWork, cache: PagedKV) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -85,11 +86,12 @@ def _cover(keys):
 
 @gluon.jit
 def _sparse_item(
-    head_order, window_rank, column_rank, num_tiles, first_tile, num_key_tiles, start, previous,
-    CORRECTED: gl.constexpr,
+    head_order, window_rank, column_rank, list_ends, num_tiles, first_tile, num_key_tiles, start,
+    previous, CORRECTED: gl.constexpr, LISTED: gl.constexpr,
 ):
-    """This program's query tile, head, and how its steps lie: windows of the zones intra, succ,
-    inter (each bound is where the zone ends), then the biased keys of the same zones.
+    """This program's query tile, head, and how its steps lie: windows and listed tiles of the zones
+    intra, succ, inter (each bound is where the zone ends), then the biased keys of the same zones.
+    Before them, where the zones' windows end, and the list's parts.
 
     Heavy heads come first; a head's query tiles are neighbours, since they share its columns.
     """
@@ -104,7 +106,15 @@ def _sparse_item(
     inter = gl.load(columns + previous)
     succ = gl.load(columns + start) - inter
     intra = gl.load(columns + tile) - inter - succ
-    own_steps = all_windows + _cover(intra)
+    own_whole, near_whole, all_whole = own_windows, near_windows, all_windows
+    inter_list, succ_list, whole_list = tile * 0, tile * 0, tile * 0
+    if LISTED:
+        ends = list_ends + (head * num_tiles + tile - first_tile) * 3
+        inter_list, succ_list, whole_list = gl.load(ends), gl.load(ends + 1), gl.load(ends + 2)
+        own_whole += whole_list - succ_list
+        near_whole += whole_list - inter_list
+        all_whole += whole_list
+    own_steps = all_whole + _cover(intra)
     near_steps = own_steps + _cover(succ)
     steps = near_steps + _cover(inter)
     if CORRECTED:
@@ -113,20 +123,22 @@ def _sparse_item(
         own_steps += own_means
         near_steps += near_means
         steps += near_means + _cover(previous)
-    return (tile, head, own_windows, near_windows, all_windows, intra, succ, inter, own_steps,
-            near_steps, steps)
+    return (tile, head, own_windows, near_windows, all_windows, inter_list, succ_list, whole_list,
+            own_whole, near_whole, all_whole, intra, succ, inter, own_steps, near_steps, steps)
 
 
 @gluon.jit
-def _load_windows(
-    k_desc, v_desc, block_table, gaps, tile, count, column, k_smem, v_smem, k_full, k_empty,
-    v_full, v_empty,
+def _load_whole(
+    i, k_desc, v_desc, block_table, tiles, base, sign, first, stop, column, k_smem, v_smem, k_full,
+    k_empty, v_full, v_empty,
 ):
-    """Steps [0, count): whole KV blocks, the nearest first."""
-    block = gl.load(block_table + tile).to(gl.int32)
-    for i in range(count):
-        gap = gl.load(gaps + gl.minimum(i + 1, count - 1))
-        following = gl.load(block_table + tile - gap).to(gl.int32)
+    """Steps from i on: whole KV blocks, key tiles ``base`` + ``sign`` times the entries [first,
+    stop) of ``tiles``. Returns the next step."""
+    entry = gl.load(tiles + first, first < stop, other=0)
+    block = gl.load(block_table + base + sign * entry).to(gl.int32)
+    for at in range(first, stop):
+        entry = gl.load(tiles + gl.minimum(at + 1, stop - 1))
+        following = gl.load(block_table + base + sign * entry).to(gl.int32)
         slot = i % STAGES
         mbarrier.wait(k_empty.index(slot), parity(i) ^ 1)
         load_tile(k_desc, block * TILE, column, k_full.index(slot), k_smem.index(slot))
@@ -134,6 +146,19 @@ def _load_windows(
         mbarrier.wait(v_empty.index(slot), parity(i) ^ 1)
         load_tile(v_desc, block * TILE, column, v_full.index(slot), v_smem.index(slot))
         block = following
+        i += 1
+    return i
+
+
+@gluon.jit
+def _hidden(flags, bits, tile, key_tile, exists, LISTED: gl.constexpr):
+    """Not 0 where the query tile sees the key tile whole, as a window or listed, or there is
+    none."""
+    hidden = gl.load(flags + tile - key_tile, exists, other=1).to(gl.int32)
+    if LISTED:
+        word = gl.load(bits + key_tile // 32, exists, other=0)
+        hidden = hidden | ((word >> (key_tile % 32)) & 1)
+    return hidden
 
 
 @gluon.jit
@@ -144,11 +169,11 @@ def _set_flag(flag, value):
 
 @gluon.jit
 def _load_columns(
-    i, k_desc, v_desc, column_tile, flags, tile, row, count, k_smem, v_smem, bias_smem, flag_smem,
-    k_full, k_empty, v_full, v_empty,
+    i, k_desc, v_desc, column_tile, flags, bits, tile, row, count, k_smem, v_smem, bias_smem,
+    flag_smem, k_full, k_empty, v_full, v_empty, LISTED: gl.constexpr,
 ):
-    """Steps from i on: ``count`` gathered columns from ``row`` on, hidden where a window of this
-    query tile has them. Returns the next step."""
+    """Steps from i on: ``count`` gathered columns from ``row`` on, hidden where this query tile
+    sees their tile whole. Returns the next step."""
     LANES: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
     lanes = gl.arange(0, TILE, layout=LANES)
     for part in range(_cover(count)):
@@ -157,10 +182,10 @@ def _load_columns(
         mbarrier.wait(k_empty.index(slot), parity(i) ^ 1)
         load_tile(k_desc, first, 0, k_full.index(slot), k_smem.index(slot))
         exists = part * TILE + lanes < count
-        gap = tile - gl.load(column_tile + first + lanes, exists, other=0)
-        hidden = gl.load(flags + gap, exists, other=1)
+        key_tile = gl.load(column_tile + first + lanes, exists, other=0)
+        hidden = _hidden(flags, bits, tile, key_tile, exists, LISTED)
         bias_smem.index(slot).store(gl.where(hidden == 0, 0.0, float("-inf")))
-        _set_flag(flag_smem.index(slot), gl.max(hidden.to(gl.int32), 0))
+        _set_flag(flag_smem.index(slot), gl.max(hidden, 0))
         mbarrier.arrive(k_full.index(slot), count=1)
         mbarrier.wait(v_empty.index(slot), parity(i) ^ 1)
         load_tile(v_desc, first, 0, v_full.index(slot), v_smem.index(slot))
@@ -170,11 +195,11 @@ def _load_columns(
 
 @gluon.jit
 def _load_means(
-    i, k_desc, v_desc, mean_bias, flags, tile, row, first_tile, count, column, k_smem, v_smem,
-    bias_smem, flag_smem, k_full, k_empty, v_full, v_empty,
+    i, k_desc, v_desc, mean_bias, flags, bits, tile, row, first_tile, count, column, k_smem, v_smem,
+    bias_smem, flag_smem, k_full, k_empty, v_full, v_empty, LISTED: gl.constexpr,
 ):
     """Steps from i on: means of the ``count`` tiles from ``first_tile`` on, which begin at ``row``,
-    hidden where the tile is a window. Returns the next step."""
+    hidden where this query tile sees the tile whole. Returns the next step."""
     LANES: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
     lanes = gl.arange(0, TILE, layout=LANES)
     for part in range(_cover(count)):
@@ -183,7 +208,8 @@ def _load_means(
         mbarrier.wait(k_empty.index(slot), parity(i) ^ 1)
         load_tile(k_desc, first, column, k_full.index(slot), k_smem.index(slot))
         exists = part * TILE + lanes < count
-        hidden = gl.load(flags + tile - first_tile - part * TILE - lanes, exists, other=1)
+        key_tile = first_tile + part * TILE + lanes
+        hidden = _hidden(flags, bits, tile, key_tile, exists, LISTED)
         weight = gl.load(mean_bias + first + lanes, exists, other=0.0)
         bias_smem.index(slot).store(gl.where(hidden == 0, weight, float("-inf")))
         _set_flag(flag_smem.index(slot), 1)
@@ -197,20 +223,39 @@ def _load_means(
 @gluon.jit
 def _sparse_producer(
     q_desc, k_desc, v_desc, k_col_desc, v_col_desc, k_mean_desc, v_mean_desc, block_table, windows,
-    window_flag, window_rank, column_rank, column_tiles, column_tile, mean_bias, head_order,
-    q_smem, k_smem, v_smem, bias_smem, flag_smem, q_full, k_full, k_empty, v_full, v_empty,
-    num_tiles, first_tile, num_key_tiles, start, previous, num_heads, group, max_windows, mean_rows,
-    near_mean_part, own_mean_part, num_zones, CORRECTED: gl.constexpr,
+    window_flag, window_rank, column_rank, column_tiles, column_tile, mean_bias, head_order, lists,
+    list_ends, list_bits, q_smem, k_smem, v_smem, bias_smem, flag_smem, q_full, k_full, k_empty,
+    v_full, v_empty, num_tiles, first_tile, num_key_tiles, start, previous, num_heads, group,
+    max_windows, list_width, mean_rows, near_mean_part, own_mean_part, num_zones,
+    CORRECTED: gl.constexpr, LISTED: gl.constexpr,
 ):
-    (tile, head, own_windows, near_windows, all_windows, intra, succ, inter, own_steps, near_steps,
-     steps) = _sparse_item(head_order, window_rank, column_rank, num_tiles, first_tile,
-                           num_key_tiles, start, previous, CORRECTED)
+    (tile, head, own_windows, near_windows, all_windows, inter_list, succ_list, whole_list,
+     own_whole, near_whole, all_whole, intra, succ, inter, own_steps, near_steps, steps) = (
+        _sparse_item(head_order, window_rank, column_rank, list_ends, num_tiles, first_tile,
+                     num_key_tiles, start, previous, CORRECTED, LISTED))
     row = (head * num_tiles + tile - first_tile) * TILE
     load_queries(q_desc, q_smem, q_full, row, num_heads * num_tiles * TILE, num_zones)
     column = head // group * TILE
-    _load_windows(k_desc, v_desc, block_table, windows + head * max_windows, tile, all_windows,
-                  column, k_smem, v_smem, k_full, k_empty, v_full, v_empty)
-    i = all_windows
+    windows += head * max_windows
+    i = tile * 0
+    if LISTED:
+        list_row = head * num_tiles + tile - first_tile
+        lists += list_row * list_width
+        list_bits += list_row.to(gl.int64) * ((num_key_tiles + 31) // 32)
+        for zone in gl.static_range(ZONES):
+            if zone == 0:
+                first, stop, begin, end = tile * 0, own_windows, succ_list, whole_list
+            elif zone == 1:
+                first, stop, begin, end = own_windows, near_windows, inter_list, succ_list
+            else:
+                first, stop, begin, end = near_windows, all_windows, tile * 0, inter_list
+            i = _load_whole(i, k_desc, v_desc, block_table, windows, tile, -1, first, stop, column,
+                            k_smem, v_smem, k_full, k_empty, v_full, v_empty)
+            i = _load_whole(i, k_desc, v_desc, block_table, lists, 0, 1, begin, end, column, k_smem,
+                            v_smem, k_full, k_empty, v_full, v_empty)
+    else:
+        i = _load_whole(i, k_desc, v_desc, block_table, windows, tile, -1, 0, all_windows, column,
+                        k_smem, v_smem, k_full, k_empty, v_full, v_empty)
     flags = window_flag + head * num_key_tiles
     bias = mean_bias + head * mean_rows
     for zone in gl.static_range(ZONES):
@@ -221,35 +266,39 @@ def _sparse_producer(
             first, end, count, mean_part = previous, start, succ, near_mean_part
         else:
             first, end, count, mean_part = previous * 0, previous, inter, previous * 0
-        i = _load_columns(i, k_col_desc, v_col_desc, column_tile, flags, tile, part, count, k_smem,
-                          v_smem, bias_smem, flag_smem, k_full, k_empty, v_full, v_empty)
+        i = _load_columns(
+            i, k_col_desc, v_col_desc, column_tile, flags, list_bits, tile, part, count, k_smem,
+            v_smem, bias_smem, flag_smem, k_full, k_empty, v_full, v_empty, LISTED)
         if CORRECTED:
-            i = _load_means(i, k_mean_desc, v_mean_desc, bias, flags, tile, mean_part * TILE,
-                            first, end - first, column, k_smem, v_smem, bias_smem, flag_smem,
-                            k_full, k_empty, v_full, v_empty)
+            i = _load_means(
+                i, k_mean_desc, v_mean_desc, bias, flags, list_bits, tile, mean_part * TILE, first,
+                end - first, column, k_smem, v_smem, bias_smem, flag_smem, k_full, k_empty, v_full,
+                v_empty, LISTED)
 
 
 @gluon.jit
 def _sparse_consumer(
-    out, lse, head_order, window_rank, column_rank, q_smem, k_smem, v_smem, bias_smem, flag_smem,
-    q_full, k_full, k_empty, v_full, v_empty, num_tiles, first_tile, num_key_tiles, start, previous,
-    num_heads, num_zones, CORRECTED: gl.constexpr, Q_HALF: gl.constexpr,
+    out, lse, head_order, window_rank, column_rank, list_ends, q_smem, k_smem, v_smem, bias_smem,
+    flag_smem, q_full, k_full, k_empty, v_full, v_empty, num_tiles, first_tile, num_key_tiles,
+    start, previous, num_heads, num_zones, CORRECTED: gl.constexpr, LISTED: gl.constexpr,
+    Q_HALF: gl.constexpr,
 ):
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     PROBS: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
-    (tile, head, own_windows, near_windows, all_windows, intra, succ, inter, own_steps, near_steps,
-     steps) = _sparse_item(head_order, window_rank, column_rank, num_tiles, first_tile,
-                           num_key_tiles, start, previous, CORRECTED)
+    (tile, head, own_windows, near_windows, all_windows, inter_list, succ_list, whole_list,
+     own_whole, near_whole, all_whole, intra, succ, inter, own_steps, near_steps, steps) = (
+        _sparse_item(head_order, window_rank, column_rank, list_ends, num_tiles, first_tile,
+                     num_key_tiles, start, previous, CORRECTED, LISTED))
     row = tile * TILE + Q_HALF * HALF
     p, m, total = first_step(q_smem, Q_HALF, k_smem, q_full, k_full, k_empty, v_full, 0, num_zones,
                           tile * TILE, row, SCORES, PROBS)
     acc = gl.zeros([HALF, TILE], gl.float32, SCORES)
-    for i in range(1, all_windows):
-        zone = (i >= own_windows).to(gl.int32) + (i >= near_windows).to(gl.int32)
+    for i in range(1, all_whole):
+        zone = (i >= own_whole).to(gl.int32) + (i >= near_whole).to(gl.int32)
         p, acc, m, total = step(
             i, zone, q_smem, Q_HALF, k_smem, v_smem, bias_smem, flag_smem, k_full, k_empty,
             v_full, v_empty, p, acc, m, total, False, SCORES, PROBS)
-    for i in range(all_windows, steps):
+    for i in range(all_whole, steps):
         zone = (i >= own_steps).to(gl.int32) + (i >= near_steps).to(gl.int32)
         p, acc, m, total = step(
             i, zone, q_smem, Q_HALF, k_smem, v_smem, bias_smem, flag_smem, k_full, k_empty,
@@ -260,14 +309,15 @@ def _sparse_consumer(
 
 @gluon.jit(do_not_specialize=[
     "num_tiles", "first_tile", "num_key_tiles", "start", "previous", "num_heads", "group",
-    "max_windows", "mean_rows", "near_mean_part", "own_mean_part", "num_zones"])
+    "max_windows", "list_width", "mean_rows", "near_mean_part", "own_mean_part", "num_zones"])
 def _sparse_kernel(
     q_desc, k_desc, v_desc, k_col_desc, v_col_desc, k_mean_desc, v_mean_desc, block_table, windows,
-    window_flag, window_rank, column_rank, column_tiles, column_tile, mean_bias, head_order, out,
-    lse, num_tiles, first_tile, num_key_tiles, start, previous, num_heads, group, max_windows,
-    mean_rows, near_mean_part, own_mean_part, num_zones, CORRECTED: gl.constexpr,
+    window_flag, window_rank, column_rank, column_tiles, column_tile, mean_bias, head_order, lists,
+    list_ends, list_bits, out, lse, num_tiles, first_tile, num_key_tiles, start, previous,
+    num_heads, group, max_windows, list_width, mean_rows, near_mean_part, own_mean_part, num_zones,
+    CORRECTED: gl.constexpr, LISTED: gl.constexpr,
 ):
-    """One query tile of one head over its windows, columns and tile means."""
+    """One query tile of one head over its windows, listed tiles, columns and tile means."""
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * ZONES, HALF, TILE], q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, TILE, TILE], k_desc.layout)
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, TILE, TILE], v_desc.layout)
@@ -290,20 +340,20 @@ def _sparse_kernel(
     fence_async_shared()
     gl.warp_specialize([
         (_sparse_consumer, (
-            out, lse, head_order, window_rank, column_rank, q_smem, k_smem, v_smem, bias_smem,
-            flag_smem, q_full, k_full, k_empty, v_full, v_empty, num_tiles, first_tile,
+            out, lse, head_order, window_rank, column_rank, list_ends, q_smem, k_smem, v_smem,
+            bias_smem, flag_smem, q_full, k_full, k_empty, v_full, v_empty, num_tiles, first_tile,
             num_key_tiles, start, previous, num_heads, num_zones, gl.constexpr(CORRECTED),
-            gl.constexpr(0))),
+            gl.constexpr(LISTED), gl.constexpr(0))),
         (_sparse_consumer, (
-            out, lse, head_order, window_rank, column_rank, q_smem, k_smem, v_smem, bias_smem,
-            flag_smem, q_full, k_full, k_empty, v_full, v_empty, num_tiles, first_tile,
+            out, lse, head_order, window_rank, column_rank, list_ends, q_smem, k_smem, v_smem,
+            bias_smem, flag_smem, q_full, k_full, k_empty, v_full, v_empty, num_tiles, first_tile,
             num_key_tiles, start, previous, num_heads, num_zones, gl.constexpr(CORRECTED),
-            gl.constexpr(1))),
+            gl.constexpr(LISTED), gl.constexpr(1))),
         (_sparse_producer, (
             q_desc, k_desc, v_desc, k_col_desc, v_col_desc, k_mean_desc, v_mean_desc, block_table,
             windows, window_flag, window_rank, column_rank, column_tiles, column_tile, mean_bias,
-            head_order, q_smem, k_smem, v_smem, bias_smem, flag_smem, q_full, k_full, k_empty,
-            v_full, v_empty, num_tiles, first_tile, num_key_tiles, start, previous, num_heads,
-            group, max_windows, mean_rows, near_mean_part, own_mean_part, num_zones,
-            gl.constexpr(CORRECTED))),
+            head_order, lists, list_ends, list_bits, q_smem, k_smem, v_smem, bias_smem, flag_smem,
+            q_full, k_full, k_empty, v_full, v_empty, num_tiles, first_tile, num_key_tiles, start,
+            previous, num_heads, group, max_windows, list_width, mean_rows, near_mean_part,
+            own_mean_part, num_zones, gl.constexpr(CORRECTED), gl.constexpr(LISTED))),
     ], [4, 1], [232, 40])

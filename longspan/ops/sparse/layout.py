@@ -3,7 +3,8 @@
 All on the device, without a host sync: sizes follow from bounds that the host knows. Windows of
 all heads get ranks and flags by tile gap; columns of each head are gathered once for all query
 tiles, DCA zone by zone, so that kernels read them as contiguous tiles; tile means are put in
-logical order. Five launches (four without the correction).
+logical order; the key tiles that query tiles list get bits beside their lists. Six launches, one
+less each without the correction and without lists.
 
 n is the number of key tiles up to the segment's last query, P the tile length.
 """
@@ -23,6 +24,17 @@ from longspan.ops.types import PagedKV, Selection
 NO_TILE = 1 << 30
 """Tile gap or key tile of padding: past everything."""
 _LANES = 128
+
+
+class TileLists(NamedTuple):
+    """Key tiles that the segment's m query tiles list."""
+
+    tiles: Tensor
+    """[H, m, X] int32, part by part; padded with -1."""
+    ends: Tensor
+    """[H, m, 3] int32: where each part ends in ``tiles``."""
+    bits: Tensor
+    """[H, m, ceil(n / 32)] int32: bit i of word w says that key tile 32 w + i is listed."""
 
 
 class SparseWork(NamedTuple):
@@ -62,6 +74,8 @@ class SparseWork(NamedTuple):
     """[H, mean_parts[3] * P] fp32: log2 of the tile's keys that are not columns; padding -inf."""
     mean_parts: tuple[int, int, int, int]
     """Where each part begins and the last one ends in ``k_means``, in tiles of P rows."""
+    lists: TileLists | None
+    """What query tiles list; None: nothing."""
 
 
 def prepare(
@@ -96,7 +110,7 @@ def prepare(
         kept=torch.full((), own_pairs, dtype=torch.float64, device=cache.k.device),
         k_means=k_means, v_means=v_means,
         mean_bias=ints.new_empty(num_heads, k_means.shape[0], dtype=torch.float32),
-        mean_parts=mean_parts)
+        mean_parts=mean_parts, lists=_lists(selection, start, num_tiles))
     _launch(work, selection, cache, block_table, start, stop)
     return work
 
@@ -118,6 +132,16 @@ def _column_rows(selection: Selection, cache: PagedKV, num_zones: int) -> tuple[
     tile_len, head_dim = cache.k.shape[1], cache.k.shape[3]
     rows = column_tile_bound(selection, tile_len, num_zones) * tile_len
     return cache.k.new_empty(rows, head_dim), cache.v.new_empty(rows, head_dim)
+
+
+def _lists(selection: Selection, start: int, num_tiles: int) -> TileLists | None:
+    if selection.tiles is None:
+        return None
+    rows = slice(start // selection.tile_len - selection.first_tile,
+                 num_tiles - selection.first_tile)
+    tiles = selection.tiles[:, rows].contiguous()
+    ends, bits = (tiles.new_empty(*tiles.shape[:2], size) for size in (3, -(-num_tiles // 32)))
+    return TileLists(tiles, ends, bits)
 
 
 def _mean_parts(stops: tuple[int, int, int], tile_len: int) -> tuple[int, int, int, int]:
@@ -160,6 +184,12 @@ def _launch(
             cache.k_mean, cache.v_mean, block_table, work.column_rank, work.k_means, work.v_means,
             work.mean_bias, num_kv_heads, num_tiles, succ, intra, work.mean_parts[1],
             work.mean_parts[2], work.mean_parts[3], **shape)
+    if work.lists is not None:
+        tiles, ends, bits = work.lists
+        _list_kernel[tiles.shape[1], num_heads](
+            tiles, ends, bits, work.column_rank, work.kept, tiles.shape[2], bits.shape[2],
+            num_tiles, succ, intra, start, stop, TILE=tile_len,
+            WIDTH=triton.next_power_of_2(tiles.shape[2]), WORDS=32)
 
 
 @triton.jit(do_not_specialize=[
@@ -319,3 +349,32 @@ def _gather_means_kernel(
         target = ((part.to(tl.int64) * TILE + row) * num_kv_heads + kv_head)[:, None] * HEAD_DIM
         tl.store(k_means + target + dims, tl.load(k_mean + source, exists[:, None], other=0.0))
         tl.store(v_means + target + dims, tl.load(v_mean + source, exists[:, None], other=0.0))
+
+
+@triton.jit(do_not_specialize=[
+    "width", "num_words", "num_tiles", "succ", "intra", "start", "stop"])
+def _list_kernel(
+    tiles, ends, bits, column_rank, kept, width, num_words, num_tiles, succ, intra, start, stop,
+    TILE: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr,
+):
+    """The list of one query tile and head: its parts, its bits, and the pairs that it adds."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    place = head.to(tl.int64) * tl.num_programs(0) + row
+    lane = tl.arange(0, WIDTH)
+    tile = tl.load(tiles + place * width + lane, mask=lane < width, other=-1)
+    exists = tile >= 0
+    tl.store(ends + place * 3, tl.sum((exists & (tile < succ)).to(tl.int32), 0))
+    tl.store(ends + place * 3 + 1, tl.sum((exists & (tile < intra)).to(tl.int32), 0))
+    tl.store(ends + place * 3 + 2, tl.sum(exists.to(tl.int32), 0))
+    for first in range(0, num_words, WORDS):
+        word = first + tl.arange(0, WORDS)
+        here = exists[None, :] & (tile[None, :] // 32 == word[:, None])
+        found = tl.sum(tl.where(here, 1 << (tile % 32)[None, :], 0), 1)
+        tl.store(bits + place * num_words + word, found, mask=word < num_words)
+    # columns in these tiles are counted with the columns
+    rank = column_rank + head.to(tl.int64) * (num_tiles + 1) + tile
+    taken = tl.load(rank + 1, mask=exists, other=0) - tl.load(rank, mask=exists, other=0)
+    first_query = (start // TILE + row) * TILE
+    rows = tl.minimum(stop, first_query + TILE) - tl.maximum(start, first_query)
+    keys = tl.sum(tl.where(exists, TILE - taken, 0), 0)
+    tl.atomic_add(kept, (keys * rows).to(tl.float64))

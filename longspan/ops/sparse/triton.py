@@ -1,9 +1,10 @@
 """Vertical-slash prefill in one Triton kernel for each mode, Ampere and later.
 
 In tile mode a program takes one query tile of one head and walks, zone by zone and in one online
-softmax: the windows, whole KV blocks; the gathered columns, which drop out where a window covers
-them; and with the correction the means of all other tiles. Heads with most to do go first, and in
-each head the late query tiles. `paper` mode (windows at any offset) is in `paper_slash`.
+softmax: the windows and the tiles it lists, whole KV blocks; the gathered columns, which drop out
+where one of those covers them; and with the correction the means of all other tiles. Heads with
+most to do go first, and in each head the late query tiles. `paper` mode (windows at any offset) is
+in `paper_slash`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def sparse_prefill_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.sparse_prefill_attention`, for what `splits.supports`. No host sync.
 
-    One launch for the queries, then for each DCA chunk that they touch five to prepare (see
+    One launch for the queries, then for each DCA chunk that they touch six to prepare (see
     `sparse_work`) and one to attend.
     """
     assert selection.aligned or not correction, "tile means belong to tile mode"
@@ -65,29 +66,37 @@ def _launch_tile_segment(
         variants, cache.k, cache.v, block_table, out, lse, work.windows, work.window_rank,
         work.window_flag, work.column_rank, work.k_cols, work.v_cols, work.col_tile,
         work.column_tiles, work.head_order, work.k_means, work.v_means, work.mean_bias,
+        *(work.lists or (None, None, None)),
         cached_len, start, stop, num_rows, num_heads, num_kv_heads, work.windows.shape[1],
-        num_tiles, num_query_tiles, zones, *work.borders, *work.mean_parts[1:],
+        num_tiles, num_query_tiles, zones, 0 if work.lists is None else work.lists.tiles.shape[2],
+        *work.borders, *work.mean_parts[1:],
         GROUP=num_heads // num_kv_heads, CORRECTION=work.mean_parts[3] > 0, TILE=tile_len,
         HEAD_DIM=head_dim, **options)
 
 
 @triton.jit
-def _free(scores, window_flag, gap):
-    """Scores [M, N] of keys whose tile gap [N] is before the query tile and no window; -inf."""
-    taken = tl.load(window_flag + gap, mask=gap > 0, other=1)
+def _free(scores, window_flag, list_bits, tile, key_tile):
+    """Scores [M, N] of keys whose tile [N] is before the query tile, no window and not listed;
+    -inf."""
+    gap = tile - key_tile
+    taken = tl.load(window_flag + gap, mask=gap > 0, other=1).to(tl.int32)
+    if list_bits is not None:
+        word = tl.load(list_bits + key_tile // 32, mask=gap > 0, other=0)
+        taken |= (word >> (key_tile % 32)) & 1
     return tl.where((taken == 0)[None, :], scores, float("-inf"))
 
 
 @triton.jit(do_not_specialize=[
     "cached_len", "start", "stop", "num_rows", "num_heads", "num_kv_heads", "num_windows",
-    "num_tiles", "num_query_tiles", "num_zones", "succ", "intra", "succ_part", "intra_part",
-    "num_parts"])
+    "num_tiles", "num_query_tiles", "num_zones", "list_width", "succ", "intra", "succ_part",
+    "intra_part", "num_parts"])
 def _tile_kernel(
     q, k, v, block_table, out, lse, windows, window_rank, window_flag, column_rank, k_cols, v_cols,
-    col_tile, column_tiles, head_order, k_means, v_means, mean_bias, cached_len, start, stop,
-    num_rows, num_heads, num_kv_heads, num_windows, num_tiles, num_query_tiles, num_zones, succ,
-    intra, succ_part, intra_part, num_parts, GROUP: tl.constexpr, CORRECTION: tl.constexpr,
-    TILE: tl.constexpr, KEYS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    col_tile, column_tiles, head_order, k_means, v_means, mean_bias, lists, list_ends, list_bits,
+    cached_len, start, stop, num_rows, num_heads, num_kv_heads, num_windows, num_tiles,
+    num_query_tiles, num_zones, list_width, succ, intra, succ_part, intra_part, num_parts,
+    GROUP: tl.constexpr, CORRECTION: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
 ):
     """One query tile of one head. Zone by zone, the own one first, so that every row has a key."""
     SUB: tl.constexpr = TILE // KEYS
@@ -98,6 +107,11 @@ def _tile_kernel(
     window_flag += head * num_tiles
     column_rank += head * (num_tiles + 1)
     windows += head * num_windows
+    if list_bits is not None:
+        list_row = head.to(tl.int64) * num_query_tiles + tile - (num_tiles - num_query_tiles)
+        lists += list_row * list_width
+        list_ends += list_row * 3
+        list_bits += list_row * tl.cdiv(num_tiles, 32)
 
     dims = tl.arange(0, HEAD_DIM)
     rows = tl.arange(0, TILE)
@@ -138,6 +152,16 @@ def _tile_kernel(
             value = tl.load(v + base + kv_tile)
             acc, total, top = add_tile(acc, total, top, scores_of(query, key), value)
 
+        if list_bits is not None:
+            begin = tl.load(list_ends + 1 - zone, mask=zone < 2, other=0)
+            end = tl.load(list_ends + 2 - zone)
+            for part in range(begin * SUB, end * SUB):
+                base = tl.load(block_table + tl.load(lists + part // SUB)) * block_size
+                base += part % SUB * KEYS * kv_stride
+                key = tl.load(k + base + kv_tile)
+                value = tl.load(v + base + kv_tile)
+                acc, total, top = add_tile(acc, total, top, scores_of(query, key), value)
+
         begin = tl.load(column_tiles + head * 4 + 2 - zone)
         # columns of later tiles, which stand at the end of the own zone's part, are not seen
         count = tl.load(column_rank + stop_key) - tl.load(column_rank + first_key)
@@ -146,8 +170,8 @@ def _tile_kernel(
             columns = first_row * HEAD_DIM + part * KEYS * HEAD_DIM
             key = tl.load(k_cols + columns + col_rows)
             value = tl.load(v_cols + columns + col_rows)
-            gap = tile - tl.load(col_tile + first_row + part * KEYS + lanes)
-            scores = _free(scores_of(query, key), window_flag, gap)
+            key_tile = tl.load(col_tile + first_row + part * KEYS + lanes)
+            scores = _free(scores_of(query, key), window_flag, list_bits, tile, key_tile)
             acc, total, top = add_tile(acc, total, top, scores, value)
 
         if CORRECTION:
@@ -156,8 +180,9 @@ def _tile_kernel(
                 key = tl.load(k_means + row * kv_stride + kv_tile)
                 value = tl.load(v_means + row * kv_stride + kv_tile)
                 bias = tl.load(mean_bias + head * num_parts * TILE + row + lanes)
-                gap = tile - (first_key + part * KEYS + lanes)
-                scores = _free(scores_of(query, key) + bias[None, :], window_flag, gap)
+                key_tile = first_key + part * KEYS + lanes
+                scores = scores_of(query, key) + bias[None, :]
+                scores = _free(scores, window_flag, list_bits, tile, key_tile)
                 acc, total, top = add_tile(acc, total, top, scores, value)
 
     result, row_lse = finish(acc, total, top)

@@ -156,6 +156,17 @@ def test_unsound_selections(columns: Any, offsets: Any, message: str) -> None:
         checks.check_sound(selection, 700, 1)
 
 
+@pytest.mark.parametrize("tiles", [[1, 0], [-1, 1], [2, 3], [4, -1], [6, -1]])
+def test_unsound_lists_of_tiles(tiles: list[int]) -> None:
+    """Query tiles 4 and 5, whose own and nearest tiles are windows."""
+    selection = Selection(torch.tensor([[2]]), torch.tensor([[0, -128, 128]]), 128, True)
+    lists = torch.tensor([[[0, 2], [-1, -1]]], dtype=torch.int32)
+    checks.check_sound(selection._replace(tiles=lists, first_tile=4), 700, 1)
+    lists[0, 0] = torch.tensor(tiles)
+    with pytest.raises(CheckFailed, match="listed tiles of head 0"):
+        checks.check_sound(selection._replace(tiles=lists, first_tile=4), 700, 1)
+
+
 def test_the_budget_ends_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(session(tmp_path, budget_s=1e-9), tiny_shape(), options()) == 0
     assert "budget" in capsys.readouterr().err and not list(tmp_path.iterdir())
@@ -169,6 +180,9 @@ def test_tiles_are_counted_from_the_selection() -> None:
     columns = 1 + 1
     assert count_tiles(selection, 256, 256, correction=False) == windows + columns
     assert count_tiles(selection, 256, 256, correction=True) == windows + columns + 2
+    lists = torch.tensor([[[9, 9], [-1, -1], [0, -1], [0, 1]]], dtype=torch.int32)
+    listed = selection._replace(tiles=lists)
+    assert count_tiles(listed, 256, 256, correction=False) == windows + columns + 3
     assert causal_flops(2, 3, 1, 1) == 4 * (4 + 5)
 
 

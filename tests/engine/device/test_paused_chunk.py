@@ -104,7 +104,8 @@ def logits_of(runner: Runner, slices: list[ScheduledSlice]) -> Tensor:
 
 @pytest.mark.parametrize("num_stages", [1, 2])
 @pytest.mark.parametrize("changes", [
-    {}, {"mode": "paper", "mean_correction": False, "dense_tail_len": 0}, {"dense_tail_len": 0}],
+    {}, {"mode": "paper", "mean_correction": False, "num_scouts": 0, "dense_tail_len": 0},
+    {"dense_tail_len": 0}],
     ids=["tile", "paper", "no tail"])
 def test_pauses_change_no_bit(path: Path, num_stages: int, changes: dict[str, Any]) -> None:
     plan = make_plan(**changes)

@@ -285,7 +285,8 @@ DCA = {"chunk_size": 320, "local_size": 64, "sparse_attention_threshold": 300}
 def test_long_prompts_are_sparse_and_hits_change_nothing(tmp_path: Path, mode: Any) -> None:
     write_checkpoint(tmp_path, max_position_embeddings=2048, dual_chunk_attention_config=DCA)
     plan = SparsityPlan.default(3, 4, vertical=16, slash=64)
-    plan = replace(plan, local=16, dense_tail_len=64) if mode == "tile" else plan.paper()
+    tile = replace(plan, local=16, dense_tail_len=64, num_scouts=8)
+    plan = tile if mode == "tile" else plan.paper()
     plan.save(tmp_path / "sparsity_plan.json")
     document = [(7 * index * index + index // 3) % 256 for index in range(1500)]
     question = [*document[:-20], 3, 5]

@@ -10,6 +10,7 @@ from longspan.ops import reference
 from longspan.ops.select import eager as select
 from longspan.ops.select import top_k as threshold
 from longspan.ops.select import triton as sparse_index
+from longspan.ops.select import triton_scouts as scouts_triton
 from longspan.ops.select.probes import Probe, place_probes
 from longspan.ops.types import Budget, Selection
 from tests.ops import oracle
@@ -21,10 +22,11 @@ PLAIN = Positions(4096, 96)
 ZONED = Positions(128, 32)  # stride 96: six tiles of 16, three of 32
 
 
-def budget(mode: str, vertical: list[int], slash: list[int], **changes: int) -> Budget:
+def budget(mode: str, vertical: list[int], slash: list[int], **changes: float) -> Budget:
     policy = {"probe_last": 64, "probe_strided": 0, "sink": 4 if mode == "tile" else 30,
               "local": 20 if mode == "tile" else 100}
-    return Budget(vertical=tuple(vertical), slash=tuple(slash), mode=mode, **(policy | changes))
+    return Budget(vertical=tuple(vertical), slash=tuple(slash), mode=mode,
+                  **(policy | changes))  # type: ignore[arg-type]
 
 
 def run(case: Case, start: int, limits: Budget, module: object) -> Selection:
@@ -70,7 +72,20 @@ def check(case: Case, start: int, limits: Budget) -> Selection:
         differing = sorted(set(ours) ^ set(theirs))
         assert limits.mode == "tile" and alike[head, differing].all() or not differing, (
             f"columns {differing} of head {head}")
+    check_lists(actual, expected, differing=bool(set(map(tuple, columns[0])) ^ set(
+        map(tuple, columns[1]))))
     return actual
+
+
+def check_lists(actual: Selection, expected: Selection, *, differing: bool) -> None:
+    """The same key tiles for every query tile, if the columns are the same."""
+    assert (actual.tiles is None) is (expected.tiles is None)
+    if actual.tiles is None or expected.tiles is None or differing:
+        return
+    assert actual.first_tile == expected.first_tile
+    assert actual.tiles.shape == expected.tiles.shape and actual.tiles.dtype == torch.int32
+    for ours, theirs in zip(actual.tiles, expected.tiles, strict=True):
+        assert entries(ours, -1) == entries(theirs, -1)
 
 
 # positions, start, length, tile length, strided probes
@@ -97,6 +112,28 @@ def test_tile_mode(
     case = oracle.make_case(length, positions, num_heads=4, head_dim=32, block_size=tile, gain=1.2,
                             device=kernel_device)
     check(case, start, budget("tile", [5, 10, 20, 0], [16, 32, 64, 48], probe_strided=strided))
+
+
+@interpreted
+@pytest.mark.parametrize(("positions", "start", "length", "tile", "strided"), TILE_CASES)
+@pytest.mark.parametrize("most", [2, 99])
+def test_scouts(
+    positions: Positions, start: int, length: int, tile: int, strided: int, most: int,
+    kernel_device: str, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """More of them than a product takes, and than there are rows; fewer tiles than are missed, and
+    more than there are; heads one after another."""
+    monkeypatch.setattr(scouts_triton, "ROW_BLOCK", 16)
+    monkeypatch.setattr(scouts_triton, "WORKSPACE_BYTES", 1 if most == 2 else 1 << 20)
+    case = oracle.make_case(length, positions, num_heads=4, num_kv_heads=2, head_dim=32,
+                            block_size=tile, gain=1.2, device=kernel_device)
+    limits = budget("tile", [5] * 4, [16, 32, 64, 48], probe_strided=strided, num_scouts=20,
+                    scout_threshold=-1.5, scout_tiles=most)
+    selection = check(case, start, limits)
+    assert selection.tiles is not None
+    if length > start + 1 > 1 and most == 99:
+        found = (selection.tiles >= 0).sum(2)
+        assert found.max() > 1, "nothing was tested"
 
 
 PAPER_CASES = [

@@ -107,6 +107,39 @@ def test_tile_selection_equals_oracle(
     check(impl, case, positions, start, selection, correction)
 
 
+@pytest.mark.parametrize("correction", [False, True], ids=["plain", "corrected"])
+@pytest.mark.parametrize(("positions", "start", "length", "heads", "kv_heads"), TILE_CASES)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_listed_tiles_equal_oracle(
+    impl: ModuleType, positions: Positions, start: int, length: int, heads: int, kv_heads: int,
+    correction: bool, device: str,
+) -> None:
+    """Columns lie in listed tiles too; a piece of a segment begins inside its lists."""
+    rng = random.Random(SEED)
+    case = oracle.make_case(length, positions, num_heads=heads, num_kv_heads=kv_heads,
+                            with_means=True, device=device)
+    selection = tile_selection(rng, heads, length, 16, device)
+    selection = oracle.with_lists(rng, selection, start, length, skipped=min(2, start // 16))
+    check(impl, case, positions, start, selection, correction)
+
+
+# (stride, clamp) as released, 253,952 of 262,144 and 126,976 of 131,072, scaled down to tiles of 16
+RELEASED = [pytest.param(Positions(2048, 64), id="253952"),
+            pytest.param(Positions(1024, 32), id="126976")]
+
+
+@pytest.mark.parametrize("positions", RELEASED)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_listed_tiles_of_all_zones(impl: ModuleType, positions: Positions, device: str) -> None:
+    start = 2 * positions.stride + 32
+    length, rng = start + 48, random.Random(SEED)
+    case = oracle.make_case(length, positions, num_heads=2, with_means=True, device=device)
+    selection = pack([[0, 5, positions.stride + 1, start - 40]] * 2, [[0, -16, -512]] * 2, 16, True,
+                     device)
+    selection = oracle.with_lists(rng, selection, start, length, most=9)
+    check(impl, case, positions, start, selection, correction=True)
+
+
 # tiles of 8 over blocks of 16, ragged starts and ends
 ANY_SHAPES = [
     ("one-query", PLAIN, 62, 63, 7, 1), ("from-zero", PLAIN, 0, 63, 7, 1),
@@ -162,7 +195,8 @@ def _one_hot(case: Case, first: int) -> PagedKV:
 
 
 @pytest.mark.parametrize("positions", [PLAIN, ZONED], ids=["one-zone", "three-zones"])
-@pytest.mark.parametrize("how", ["all-windows", "all-columns", "half-and-half", "unaligned"])
+@pytest.mark.parametrize(
+    "how", ["all-windows", "all-columns", "all-listed", "half-and-half", "unaligned"])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_full_budget_equals_dense(
     impl: ModuleType, how: str, positions: Positions, device: str
@@ -175,11 +209,16 @@ def test_full_budget_equals_dense(
     columns, offsets = {
         "all-windows": ([], [-16 * w for w in tiles]),
         "all-columns": (every, [0]),
+        "all-listed": (every[::9], [0, -32]),
         "half-and-half": (every, [-16 * w for w in tiles if w % 2 == 0]),
         "unaligned": (every[:7], [5 - 16 * w for w in range(length // 16 + 1)]),
     }[how]
     aligned = how != "unaligned"
     selection = pack([columns] * heads, [offsets] * heads, 16, aligned, device)
+    if how == "all-listed":
+        rest = [[t for t in range(tile) if t != tile - 2] for tile in tiles]
+        lists = torch.tensor([row + [-1] * (10 - len(row)) for row in rest], dtype=torch.int32)
+        selection = selection._replace(tiles=lists.expand(heads, -1, -1).to(device))
     out, lse, kept = impl.sparse_prefill_attention(
         case.q[start:], case.cache, case.block_table, start, case.rotary, case.scale, selection,
         aligned)

@@ -97,9 +97,19 @@ def test_work_equals_its_definition(
     case = oracle.make_case(length, positions, num_heads=heads, num_kv_heads=kv_heads,
                             block_size=tile_len, with_means=True, device=kernel_device)
     selection = make_selection(rng, heads, length, tile_len, kernel_device)
+    selection = oracle.with_lists(rng, selection, start, length, 5, min(1, start // tile_len))
     work = prepare(selection, case.cache, case.block_table, start, length, positions.stride,
                    correction=True)
     num_tiles = -(-length // tile_len)
+    assert work.lists is not None
+    for head, rows in enumerate(work.lists.tiles.tolist()):
+        for row, listed in enumerate(rows):
+            tiles = [tile for tile in listed if tile >= 0]
+            assert set(tiles) == oracle.listed(selection, head, start + row * tile_len)
+            assert work.lists.ends[head, row].tolist() == [
+                sum(tile < end for tile in tiles) for end in (*work.borders, num_tiles)]
+            words = work.lists.bits[head, row].tolist()
+            assert [t for t in range(32 * len(words)) if words[t // 32] >> t % 32 & 1] == tiles
     cost = []
     for head in range(heads):
         gaps = [-o // tile_len for o in selection.offsets[head].tolist() if o != tile_len]
@@ -132,5 +142,6 @@ def test_no_column_at_all(max_columns: tuple[int, ...] | None, kernel_device: st
         selection = Selection(columns, offsets, 16, True, max_columns if width else None)
         work = prepare(selection, case.cache, case.block_table, 51, 95, 48, correction=False)
         assert work.column_tiles.eq(0).all() and work.mean_parts == (0, 0, 0, 0)
+        assert work.lists is None
         queries = torch.arange(51, 95, device=kernel_device)
         assert float(work.kept) == float(reference.kept_pairs(selection, queries, 95).sum())

@@ -83,6 +83,34 @@ def test_tile_mode_equals_reference(
     check(case, start, selection, correction)
 
 
+@pytest.mark.parametrize("correction", [False, True], ids=["plain", "correction"])
+@pytest.mark.parametrize(
+    ("positions", "start", "length", "heads", "kv_heads", "head_dim", "tile_len"), TILE_SHAPES)
+def test_listed_tiles_equal_reference(
+    positions: Positions, start: int, length: int, heads: int, kv_heads: int, head_dim: int,
+    tile_len: int, correction: bool, kernel_device: str,
+) -> None:
+    """Also where columns lie in listed tiles, and a piece of a segment begins inside its lists."""
+    case = oracle.make_case(length, positions, num_heads=heads, num_kv_heads=kv_heads,
+                            head_dim=head_dim, block_size=tile_len, with_means=True,
+                            device=kernel_device)
+    rng = random.Random(SEED)
+    selection = tile_selection(rng, heads, length, tile_len, kernel_device)
+    skipped = min(1, start // tile_len)
+    check(case, start, oracle.with_lists(rng, selection, start, length, 5, skipped), correction)
+
+
+# (stride, clamp) as released, 253,952 of 262,144 and 126,976 of 131,072, scaled down to tiles of 16
+@pytest.mark.parametrize("positions", [Positions(2048, 64), Positions(1024, 32)], ids=str)
+def test_listed_tiles_of_all_zones(positions: Positions, kernel_device: str) -> None:
+    start = 2 * positions.stride + 32
+    length = start + 16
+    case = oracle.make_case(length, positions, num_heads=2, with_means=True, device=kernel_device)
+    columns = torch.tensor([0, 5, positions.stride + 1, start - 40])
+    selection = pack([columns] * 2, [torch.tensor([0, -16, -512])] * 2, 16, True, kernel_device)
+    check(case, start, oracle.with_lists(random.Random(SEED), selection, start, length, 9), True)
+
+
 # windows at any offset; tiles begin at the first query
 PAPER_SHAPES = [
     pytest.param(PLAIN, 62, 63, 3, 1, 16, 16, 16, id="one-query"),
@@ -124,7 +152,8 @@ def test_paper_mode_equals_reference(
     check(case, start, selection, correction=False)
 
 
-@pytest.mark.parametrize("how", ["all-windows", "all-columns", "half-and-half", "unaligned"])
+@pytest.mark.parametrize(
+    "how", ["all-windows", "all-columns", "all-listed", "half-and-half", "unaligned"])
 def test_full_budget_equals_dense(how: str, kernel_device: str) -> None:
     """Whatever covers all keys gives dense attention; mean terms of zero keys drop out."""
     length, start, heads = 160, 128, 2
@@ -133,12 +162,17 @@ def test_full_budget_equals_dense(how: str, kernel_device: str) -> None:
     columns, offsets = {
         "all-windows": ([], [-16 * w for w in tiles]),
         "all-columns": (every, [0]),
+        "all-listed": (every[::9], [0, -32]),
         "half-and-half": (every, [-16 * w for w in tiles if w % 2 == 0]),
         "unaligned": (every[:7], [5 - 16 * w for w in range(length // 16 + 1)]),
     }[how]
     aligned = how != "unaligned"
     selection = pack([torch.tensor(columns, dtype=torch.int64)] * heads,
                      [torch.tensor(offsets)] * heads, 16, aligned, kernel_device)
+    if how == "all-listed":
+        rest = [[t for t in range(tile) if t != tile - 2] for tile in tiles]
+        lists = torch.tensor([row + [-1] * (10 - len(row)) for row in rest], dtype=torch.int32)
+        selection = selection._replace(tiles=lists.expand(heads, -1, -1).to(kernel_device))
     out, lse, kept = vertical_slash.sparse_prefill_attention(
         case.q[start:], case.cache, case.block_table, start, case.rotary, case.scale, selection,
         aligned)
