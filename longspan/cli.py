@@ -7,30 +7,33 @@ Exit status: 0 done, 1 the command ran and its result is negative or it failed u
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
+from longspan.commands.eval_app import eval_app
+from longspan.commands.options import (
+    ChunkLen,
+    Device,
+    Dtype,
+    MaxModelLen,
+    Memory,
+    Model,
+    Plan,
+    Results,
+    Threads,
+    parse_list,
+)
 from longspan.errors import LongspanError
 
 # typer re-exports only the leaves of its usage errors.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
-Item = TypeVar("Item")
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if there is one.")]
-Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16; default by device.")]
 Attention = Annotated[str, typer.Option(help="Prefill: auto, dense or sparse.")]
 Positions = Annotated[str, typer.Option(help="auto, rope, dca or dca+yarn.")]
-MaxModelLen = Annotated[int | None, typer.Option(help="Longest prompt and answer, tokens.")]
-ChunkLen = Annotated[int | None, typer.Option(help="Prompt tokens computed in one step.")]
-Plan = Annotated[str | None, typer.Option(help="JSON file of sparsity budgets.")]
-Memory = Annotated[float | None, typer.Option(help="Memory to use at the most, GiB.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; default: all cores.")]
-Model = Annotated[str, typer.Argument(help="Directory, hub id, or nano (bundled).")]
 ModelOption = Annotated[str, typer.Option(help="Directory, hub id, or nano (bundled).")]
-Results = Annotated[Path, typer.Option(help="Folder of result files.")]
 ShapeName = Annotated[str, typer.Option(
     "--shape", help="qwen2.5-7b, qwen2.5-14b or nano; random weights.")]
 Vertical = Annotated[int | None, typer.Option(help="Columns of each head; default: released.")]
@@ -48,7 +51,6 @@ BudgetS = Annotated[float | None, typer.Option(help="Start nothing new after the
 app = typer.Typer(
     help="Read a million tokens: long-context inference, measured.", add_completion=False,
     pretty_exceptions_enable=False, rich_markup_mode=None)
-eval_app = typer.Typer(help="Score a model on long-context tasks.", rich_markup_mode=None)
 bench_app = typer.Typer(help="Measure speed and memory; rebuild tables.", rich_markup_mode=None)
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
@@ -161,37 +163,6 @@ def serve(
         "step_budget_s": step_budget_s})
     if status:
         raise typer.Exit(status)
-
-
-@eval_app.command()
-def passkey(
-    model: Model,
-    lengths: Annotated[str, typer.Option(help="Prompt tokens, with commas between.")],
-    attention: Annotated[str, typer.Option(help="dense, sparse, or both.")] = "dense,sparse",
-    positions: Annotated[str, typer.Option(help="auto, or rope, dca, dca+yarn.")] = "auto",
-    questions: Annotated[int, typer.Option(help="For each length and setting.")] = 100,
-    haystacks: Annotated[int, typer.Option(help="Documents that share the questions.")] = 5,
-    distractors: Annotated[int, typer.Option(help="Further facts in each.")] = 5,
-    seed: Annotated[int, typer.Option(help="Same seed, same prompts.")] = 0,
-    text_root: Annotated[list[Path] | None,
-                         typer.Option(help="Folder of texts; default: Python's library.")] = None,
-    name: Annotated[str | None, typer.Option(help="Model's name in the results.")] = None,
-    device: Device = None, dtype: Dtype = None, prefill_chunk_len: ChunkLen = None,
-    sparsity_plan: Plan = None, threads: Threads = None, out: Results = Path("bench/results"),
-    resume: Annotated[bool, typer.Option("--resume", help="Keep finished samples.")] = False,
-) -> None:
-    """Find numbers hidden in long documents, by length and depth."""
-    from longspan.bench import passkey as bench
-
-    job = bench.PasskeyJob(
-        model=model, name=name, lengths=parse_list(lengths, int, "--lengths"),
-        attention=parse_list(attention, str, "--attention"),
-        positions=parse_list(positions, str, "--positions"), num_questions=questions,
-        num_haystacks=haystacks, num_distractors=distractors, seed=seed,
-        text_roots=tuple(text_root or ()), out=out, resume=resume)
-    bench.run(job, {
-        "device": device, "dtype": dtype, "prefill_chunk_len": prefill_chunk_len,
-        "sparsity_plan": sparsity_plan, "num_threads": threads})
 
 
 @bench_app.command()
@@ -364,20 +335,6 @@ def _exit(status: int) -> None:
     """End a command with a status other than 0."""
     if status:
         raise typer.Exit(status)
-
-
-def parse_list(text: str, convert: Callable[[str], Item], option: str) -> tuple[Item, ...]:
-    """The items of a list with commas; raises `LongspanError` for what is none. Numbers are counts
-    and lengths: positive."""
-    items = []
-    for part in text.split(","):
-        try:
-            items.append(convert(part.strip().replace("_", "")))
-        except ValueError:
-            raise LongspanError(f"{option}: {part.strip()!r} is not a number") from None
-    if not all(items) or any(isinstance(item, int) and item < 0 for item in items):
-        raise LongspanError(f"{option}: {text!r} has an item that is empty or not positive")
-    return tuple(items)
 
 
 def run_command(

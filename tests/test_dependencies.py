@@ -65,7 +65,8 @@ def test_the_list_tells_extras_from_what_is_always_there() -> None:
 
 @pytest.mark.parametrize("module", [
     "longspan", "longspan.cli", "longspan.commands.demo", "longspan.commands.generate",
-    "longspan.commands.info", "longspan.engine.front.llm", "longspan.eval.runner",
+    "longspan.commands.info", "longspan.commands.evaluate", "longspan.engine.front.llm",
+    "longspan.eval.runner", "longspan.eval.endpoint", "longspan.eval.plot",
     "longspan.bench.engine.cpu", "longspan.bench.engine.ttft", "longspan.bench.ops.command",
     "longspan.bench.engine.quality", "longspan.bench.record.report"])
 def test_imports_without_extras(module: str) -> None:

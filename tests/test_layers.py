@@ -216,7 +216,7 @@ def test_imports_follow_the_layer_table(file):
     ("longspan.serve.x", "from longspan.engine.front.client import AsyncEngine", True),
     ("longspan.serve.x", "from longspan.engine import llm", False),
     ("longspan.cli", "def f():\n    from longspan.engine import llm", True),
-    ("longspan.commands.demo", "from longspan.eval import niah", True),
+    ("longspan.commands.demo", "from longspan.eval import task", True),
     ("longspan.ops.dense.x", "from longspan.ops.tiles import splits", True),
     ("longspan.ops.dense.x", "from longspan.ops.select import probes", False),
     ("longspan.ops.x", "from longspan.ops.sparse import eager", True),

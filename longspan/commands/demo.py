@@ -16,8 +16,9 @@ from longspan.commands.console import (
 from longspan.commands.generate import show
 from longspan.engine.front.llm import LLM
 from longspan.engine.request import RequestOutput, SamplingParams
-from longspan.eval.niah import MAX_ANSWER_TOKENS, passkey_haystack, score_number
-from longspan.eval.task import Example, TextBank, TextTokenizer, python_text_roots
+from longspan.eval.task import Example
+from longspan.eval.tasks.passkey import MAX_ANSWER_TOKENS, passkey_haystack, score_number
+from longspan.eval.text import TextBank, TextTokenizer, python_text_roots
 from longspan.units import in_gib
 
 MAX_SEED = 1_000_000

@@ -1,249 +1,202 @@
-"""Runs a task over lengths and attention settings; one JSON line per question, resumable.
+"""Runs tasks over lengths; knows neither tasks nor models. What is done is never asked again.
 
-The order of work is: one haystack for every setting and length, then the further ones. A run that
-is cut off has results everywhere, and starts again where it stopped.
+The order of work is: the first document of every task and length, then the second ones. A run that
+is cut off has results everywhere, and goes on where it stopped.
 """
 
 from __future__ import annotations
 
-import json
-import random
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
 
 from longspan.errors import LongspanError
-from longspan.eval.niah import MAX_ANSWER_TOKENS, passkey_haystack, score_number, spread_depths
-from longspan.eval.stats import wilson_interval
-from longspan.eval.task import Answer, Example, Generate, TextBank, TextTokenizer
+from longspan.eval.prompt import Materials
+from longspan.eval.samples import RunFolder, Sample
+from longspan.eval.task import Answer, Example, Model, Task, rng_for
 
-NUM_DEPTH_BINS = 10
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """How the model attends."""
-
-    attention: str
-    """``dense`` or ``sparse``."""
-    positions: str
-    """``rope``, ``dca`` or ``dca+yarn``."""
-
-    @property
-    def label(self) -> str:
-        """As result rows name it: the positions, with ``sparse-`` before them if so."""
-        return self.positions if self.attention == "dense" else f"sparse-{self.positions}"
+MAX_CHECKED_TOKENS = 32_768
+"""The first prompt of each task and length is checked against its text up to this length."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvalPlan:
-    """What to measure."""
+class Plan:
+    """What to measure. Every task is asked `num_samples` questions at each length; of documents
+    that hold several questions as many as are needed, all of them full."""
 
-    model: str
+    tasks: tuple[Task, ...]
     lengths: tuple[int, ...]
-    """Prompt lengths, tokens."""
-    settings: tuple[Setting, ...]
-    num_questions: int = 100
-    """For each length and setting, over all haystacks."""
-    num_haystacks: int = 5
-    num_distractors: int = 5
-    """Facts in each haystack that nobody asks for."""
+    """Tokens of the longest prompt with its answer."""
+    num_samples: int = 20
     seed: int = 0
-    task: str = "passkey"
-    setup: str = ""
-    """Fingerprint of texts, weights and engine options: samples of another one do not count."""
 
     def __post_init__(self) -> None:
-        if self.num_haystacks < 1 or self.num_questions < self.num_haystacks:
-            raise LongspanError(
-                f"{self.num_questions} questions on {self.num_haystacks} haystacks: both must be "
-                "positive, and at least one question on each haystack is needed")
-
-    def questions_of(self, haystack: int) -> int:
-        """Questions on one haystack: equal shares, earlier ones larger."""
-        share, extra = divmod(self.num_questions, self.num_haystacks)
-        return share + (haystack < extra)
+        if self.num_samples < 1:
+            raise LongspanError(f"{self.num_samples} samples: at least one is needed")
+        if not self.lengths and any(task.is_sized for task in self.tasks):
+            raise LongspanError("no length was named; say for example --lengths 4k,32k")
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
-    """One haystack with its questions in one setting."""
+class Job:
+    """One document of one cell."""
 
-    setting: Setting
+    task: Task
     num_tokens: int
-    haystack: int
+    """0 where the length is that of the data."""
+    index: int
+
+    def key(self, seed: int, question: int) -> str:
+        """Of one question about the document."""
+        length = self.num_tokens or "data"
+        rest = f"/q{question}" if self.task.num_questions > 1 else ""
+        return f"{self.task.name}/{length}/seed{seed}/{self.index}{rest}"
+
+    def keys(self, seed: int) -> list[str]:
+        """Of all questions about the document."""
+        return [self.key(seed, question) for question in range(self.task.num_questions)]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sample:
-    """One question and what came of it."""
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended."""
 
-    key: str
-    """Identifies the question; a run takes samples with the same key as done."""
-    model: str
-    task: str
-    num_tokens: int
-    attention: str
-    haystack: int
-    depth: float
-    position: int
-    answer: str
-    text: str
-    score: float
-    density: float | None
-    ttft_s: float | None
-    num_cached_tokens: int
+    num_new: int
+    num_failed: int
+    is_stopped: bool
+    """The time limit came before the end."""
 
 
-class SampleFile:
-    """Finished samples, one JSON object a line. A line cut short by a crash is dropped."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def read(self) -> dict[str, Sample]:
-        """Samples by key."""
-        if not self._path.is_file():
-            return {}
-        found = {}
-        for line in self._path.read_text(encoding="utf-8").splitlines():
-            sample = _parse(line)
-            if sample is not None:
-                found[sample.key] = sample
-        return found
-
-    def append(self, samples: Iterable[Sample]) -> None:
-        """Write samples and flush."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        old = self._path.read_bytes() if self._path.is_file() else b""
-        with self._path.open("a", encoding="utf-8") as file:
-            if old and not old.endswith(b"\n"):
-                file.write("\n")
-            for sample in samples:
-                file.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._path.unlink(missing_ok=True)
+OnJob = Callable[[Job, Sequence[Sample]], None]
 
 
-OpenModel = Callable[[Setting], AbstractContextManager[Generate]]
-OnCell = Callable[[Cell, Sequence[Sample]], None]
+def work_order(plan: Plan, materials: Materials) -> Iterator[Job]:
+    """All documents: the first of every cell, then the second ones."""
+    cells = [(task, length, task.num_documents(plan.num_samples, materials))
+             for task in plan.tasks for length in (plan.lengths if task.is_sized else (0,))]
+    for index in range(max((count for *_, count in cells), default=0)):
+        yield from (Job(task, length, index) for task, length, count in cells if index < count)
 
 
 def run(
-    plan: EvalPlan, tokenizer: TextTokenizer, bank: TextBank, open_model: OpenModel,
-    samples: SampleFile, on_cell: OnCell | None = None,
-) -> list[Sample]:
-    """Ask every question that has no sample yet. Returns all samples of the plan.
+    plan: Plan, materials: Materials, model: Model, folder: RunFolder, *, concurrency: int = 1,
+    time_limit_s: float | None = None, on_job: OnJob | None = None,
+) -> Outcome:
+    """Ask every question that has no answer yet, `concurrency` documents at a time.
 
-    Args:
-        open_model: loads the model for one setting; closed before the next one is opened.
-        on_cell: called after each haystack, when its samples are written.
+    A prompt without an answer is kept as failed, and asked again by the next run. Errors end the
+    run; answers that are under way are still waited for and kept.
     """
-    done = samples.read()
-    for group in work_order(plan):
-        missing = [cell for cell in group if _samples_of(plan, cell, done) is None]
-        if not missing:
-            continue
-        with open_model(missing[0].setting) as generate:
-            for cell in missing:
-                new = _ask(plan, cell, tokenizer, bank, generate)
-                samples.append(new)
-                done.update((sample.key, sample) for sample in new)
-                if on_cell is not None:
-                    on_cell(cell, new)
-    return finished(plan, done)
+    done = {key for key, sample in folder.read().items() if sample.status == "ok"}
+    jobs = [job for job in work_order(plan, materials)
+            if not done.issuperset(job.keys(plan.seed))]
+    num_done = num_new = num_failed = 0
+
+    def work(job: Job) -> list[Sample]:
+        samples = _ask(plan, job, materials, model, done)
+        folder.append(samples)
+        return samples
+
+    for job, samples in _each(work, _until(jobs, time_limit_s), concurrency):
+        num_done += 1
+        num_new += len(samples)
+        num_failed += sum(sample.status != "ok" for sample in samples)
+        if on_job is not None:
+            on_job(job, samples)
+    return Outcome(num_new, num_failed, num_done < len(jobs))
 
 
-def finished(plan: EvalPlan, done: Mapping[str, Sample]) -> list[Sample]:
-    """The plan's samples among those done, of whole haystacks only."""
-    return [sample for group in work_order(plan) for cell in group
-            for sample in _samples_of(plan, cell, done) or ()]
+def _until(jobs: Sequence[Job], time_limit_s: float | None) -> Iterator[Job]:
+    """The jobs that are begun before the time is over."""
+    start = time.monotonic()
+    for job in jobs:
+        if time_limit_s is not None and time.monotonic() - start >= time_limit_s:
+            return
+        yield job
 
 
-def work_order(plan: EvalPlan) -> Iterator[list[Cell]]:
-    """Groups of cells with one setting each: first one haystack of every length."""
-    for haystacks in (range(1), range(1, plan.num_haystacks)):
-        for setting in plan.settings:
-            yield [Cell(setting, num_tokens, haystack) for haystack in haystacks
-                   for num_tokens in plan.lengths]
+def _each(
+    work: Callable[[Job], list[Sample]], jobs: Iterator[Job], concurrency: int
+) -> Iterator[tuple[Job, list[Sample]]]:
+    """Jobs with their samples, as they are finished. One at a time they run in this thread, where
+    an interrupt reaches them."""
+    if concurrency == 1:
+        yield from ((job, work(job)) for job in jobs)
+        return
+    with ThreadPoolExecutor(concurrency) as pool:
+        running: dict[Future[list[Sample]], Job] = {}
+        for job in jobs:
+            running[pool.submit(work, job)] = job
+            if len(running) == concurrency:
+                yield from _finished(running)
+        while running:
+            yield from _finished(running)
 
 
-def build_cell(
-    plan: EvalPlan, cell: Cell, tokenizer: TextTokenizer, bank: TextBank
-) -> list[Example]:
-    """The prompts of a cell. The seed depends on length and haystack only: all settings answer
-    the same prompts."""
-    rng = random.Random(f"{plan.task}:{cell.num_tokens}:{plan.seed}:{cell.haystack}")
-    depths = spread_depths(plan.questions_of(cell.haystack), rng)
-    return passkey_haystack(bank, tokenizer, num_tokens=cell.num_tokens, depths=depths, rng=rng,
-                            num_distractors=plan.num_distractors)
+def _finished(
+    running: dict[Future[list[Sample]], Job]
+) -> Iterator[tuple[Job, list[Sample]]]:
+    """Wait for at least one job; take those that are finished out."""
+    finished, _ = wait(running, return_when=FIRST_COMPLETED)
+    for future in finished:
+        yield running.pop(future), future.result()
 
 
-def result_rows(samples: Iterable[Sample]) -> list[dict[str, Any]]:
-    """Scores by model, length and attention: over all depths (depth null) and by tenth of the
-    document (depth: its middle). Shares from 0 to 1, with 95 % Wilson intervals."""
-    groups: dict[tuple[Any, ...], list[Sample]] = defaultdict(list)
-    for sample in samples:
-        cell = (sample.model, sample.task, sample.num_tokens, sample.attention)
-        part = min(int(sample.depth * NUM_DEPTH_BINS), NUM_DEPTH_BINS - 1)
-        groups[(*cell, None)].append(sample)
-        groups[(*cell, (part + 0.5) / NUM_DEPTH_BINS)].append(sample)
-    return [_row(key, groups[key]) for key in sorted(groups, key=lambda k: (*k[:4], k[4] or 0.0))]
-
-
-def _row(key: tuple[Any, ...], samples: Sequence[Sample]) -> dict[str, Any]:
-    model, task, num_tokens, attention, depth = key
-    num_right = sum(sample.score for sample in samples)
-    low, high = wilson_interval(num_right, len(samples))
-    # Follow-up questions compute a few tokens only: density is that of whole prefills.
-    densities = [sample.density for sample in samples
-                 if sample.density is not None and sample.num_cached_tokens == 0]
-    return {
-        "model": model, "task": task, "num_tokens": num_tokens, "depth": depth,
-        "attention": attention, "n": len(samples),
-        "num_haystacks": len({sample.haystack for sample in samples}),
-        "score": num_right / len(samples), "ci_low": round(low, 4), "ci_high": round(high, 4),
-        "density": round(sum(densities) / len(densities), 4) if densities else None,
-    }
+def build(plan: Plan, job: Job, materials: Materials) -> list[Example]:
+    """The examples of a document. They depend on task, length, seed and index alone, so that all
+    models and settings answer the same prompts."""
+    rng = rng_for(job.task, job.num_tokens, plan.seed, job.index)
+    examples = job.task.build(materials, job.num_tokens, job.index, rng)
+    assert len(examples) == job.task.num_questions
+    if job.index == 0 and len(examples[0].prompt.ids) <= MAX_CHECKED_TOKENS:
+        examples[0].prompt.check(materials.encoder)
+    return examples
 
 
 def _ask(
-    plan: EvalPlan, cell: Cell, tokenizer: TextTokenizer, bank: TextBank, generate: Generate
+    plan: Plan, job: Job, materials: Materials, model: Model, done: set[str]
 ) -> list[Sample]:
-    examples = build_cell(plan, cell, tokenizer, bank)
-    answers = generate([example.prompt_ids for example in examples], MAX_ANSWER_TOKENS)
-    return [_sample(plan, cell, index, example, answer)
-            for index, (example, answer) in enumerate(zip(examples, answers, strict=True))]
+    """Samples of the questions about a document that are not answered yet."""
+    examples = {key: example for key, example in
+                zip(job.keys(plan.seed), build(plan, job, materials), strict=True)
+                if key not in done}
+    start = time.monotonic()
+    answers = job.task.ask(model, list(examples.values()))
+    total_s = round((time.monotonic() - start) / len(examples), 3)
+    return [_sample(key, job, example, answer, total_s)
+            for (key, example), answer in zip(examples.items(), answers, strict=True)]
 
 
-def _sample(plan: EvalPlan, cell: Cell, index: int, example: Example, answer: Answer) -> Sample:
+def _sample(key: str, job: Job, example: Example, answer: Answer, total_s: float) -> Sample:
+    """The sample of an example, scored if there is an answer."""
+    common = {
+        "key": key, "task": job.task.name, "num_tokens": job.num_tokens or None,
+        "index": job.index, "prompt_tokens": len(example.prompt.ids),
+        "ids_sha256": example.prompt.sha256, "positions": example.positions,
+        "answers": example.gold.answers, "facts": example.gold.facts, "form": example.form}
+    if answer.status != "ok":
+        return Sample(**common, status=answer.status, error=answer.error)  # type: ignore[arg-type]
+    verdict = job.task.score(example.gold, answer)
     return Sample(
-        key=_key(plan, cell, index), model=plan.model, task=plan.task, num_tokens=cell.num_tokens,
-        attention=cell.setting.label, haystack=cell.haystack, depth=round(example.depth, 5),
-        position=example.position, answer=example.answer, text=answer.text,
-        score=score_number(answer.text, example.answer), density=answer.density,
-        ttft_s=answer.ttft_s, num_cached_tokens=answer.num_cached_tokens)
+        **common, text=answer.text, score=verdict.score, hits=verdict.hits,  # type: ignore[arg-type]
+        label=verdict.label, values=verdict.values, density=answer.density, ttft_s=answer.ttft_s,
+        total_s=total_s, num_cached_tokens=answer.num_cached_tokens)
 
 
-def _samples_of(plan: EvalPlan, cell: Cell, done: Mapping[str, Sample]) -> list[Sample] | None:
-    """The cell's samples, None unless all are there."""
-    keys = [_key(plan, cell, index) for index in range(plan.questions_of(cell.haystack))]
-    return [done[key] for key in keys] if all(key in done for key in keys) else None
+def rescore(samples: Mapping[str, Sample], tasks: Mapping[str, Task]) -> dict[str, Sample]:
+    """Samples with the verdicts that today's scorers give their texts; figures that no text holds
+    stay as they are. Raises `LongspanError` for a task that there no longer is."""
+    return {key: _rescored(sample, tasks) for key, sample in samples.items()}
 
 
-def _key(plan: EvalPlan, cell: Cell, index: int) -> str:
-    count = plan.questions_of(cell.haystack)
-    return (f"{plan.task}/{plan.model}/{cell.num_tokens}/{cell.setting.label}/seed{plan.seed}/"
-            f"h{cell.haystack}/q{index}of{count}+{plan.num_distractors}/{plan.setup}")
-
-
-def _parse(line: str) -> Sample | None:
-    try:
-        return Sample(**json.loads(line))
-    except (json.JSONDecodeError, TypeError):
-        return None
+def _rescored(sample: Sample, tasks: Mapping[str, Task]) -> Sample:
+    if sample.task not in tasks:
+        raise LongspanError(f"{sample.key}: no task is called {sample.task!r}; the samples were "
+                            "written by another version")
+    task = tasks[sample.task]
+    if sample.status != "ok" or not task.scores_text:
+        return sample
+    verdict = task.score(sample.gold, Answer(text=sample.text))
+    return replace(sample, score=verdict.score, hits=verdict.hits, label=verdict.label,
+                   values=verdict.values)

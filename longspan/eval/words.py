@@ -1,8 +1,10 @@
-"""Words of evaluation keys (``adjective-noun``), disjoint from those that training data uses."""
+"""Keys (``adjective-noun``) and values of facts; no training row of nano holds the words."""
 
 from __future__ import annotations
 
 import random
+import uuid
+from collections.abc import Collection
 
 _ADJECTIVES = """
     agile ample arid astute avid balmy bashful blunt brisk bubbly candid chilly chubby civil
@@ -51,6 +53,49 @@ ADJECTIVES = tuple(_ADJECTIVES.split())
 NOUNS = tuple(_NOUNS.split())
 
 
+NUM_DIGITS = 7
+_ONSETS = ("b", "bl", "ch", "d", "dw", "f", "fl", "g", "gl", "h", "j", "l", "m", "n", "p", "pl",
+           "s", "sc", "sl", "sp", "t", "th", "v", "w", "y")
+_RIMES = ("ab", "ack", "ade", "alk", "amp", "ane", "ard", "ask", "eft", "elm", "ent", "erp", "ick",
+          "ilt", "imp", "ine", "ish", "oat", "odd", "oft", "olt", "oom", "orb", "uff", "ump", "urn")
+
+
 def draw_key(rng: random.Random) -> str:
     """One ``adjective-noun`` key."""
     return f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
+
+
+def draw_keys(rng: random.Random, count: int, used: Collection[str] = ()) -> list[str]:
+    """Different keys, none of them in `used`."""
+    assert count + len(used) < len(ADJECTIVES) * len(NOUNS) // 2
+    keys: dict[str, None] = {}
+    while len(keys) < count:
+        key = draw_key(rng)
+        if key not in used:
+            keys[key] = None
+    return list(keys)
+
+
+def draw_number(rng: random.Random) -> str:
+    """A number of `NUM_DIGITS` digits."""
+    return str(rng.randrange(10 ** (NUM_DIGITS - 1), 10**NUM_DIGITS))
+
+
+def draw_uuid(rng: random.Random) -> str:
+    """A UUID of random bits."""
+    return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+
+
+def draw_words(rng: random.Random, count: int, words: Collection[str]) -> tuple[list[str], bool]:
+    """Different words out of a list, and invented ones when it does not suffice: (words, whether
+    some are invented)."""
+    pool = sorted(set(words))
+    if count <= len(pool):
+        return rng.sample(pool, count), False
+    invented: dict[str, None] = {}
+    while len(pool) + len(invented) < count:
+        word = "".join(rng.choice(_ONSETS) + rng.choice(_RIMES) for _ in range(rng.choice((2, 3))))
+        invented[word] = None
+    both = [*pool, *invented]
+    rng.shuffle(both)
+    return both[:count], True

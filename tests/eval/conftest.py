@@ -12,7 +12,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
-from longspan.eval.task import TextBank
+from longspan.eval.prompt import Frame, Materials
+from longspan.eval.text import Encoder, TextBank
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 ROOTS = (STDLIB / "json", STDLIB / "email", STDLIB / "logging")
@@ -28,7 +29,7 @@ class ChatTokenizer:
     def __init__(self, backend: Tokenizer, before: str = "<|im_start|>user\n") -> None:
         self.backend, self.before = backend, before
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return list(self.backend.encode(text).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -57,3 +58,9 @@ def tokenizer() -> ChatTokenizer:
 @pytest.fixture(scope="session")
 def bank(tokenizer: ChatTokenizer) -> TextBank:
     return TextBank.from_roots(ROOTS, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def materials(tokenizer: ChatTokenizer, bank: TextBank) -> Materials:
+    """The bank in the tokenizer's chat template."""
+    return Materials(encoder=Encoder(tokenizer), bank=bank, frame=Frame.chat(tokenizer))

@@ -1,151 +1,217 @@
-"""Runs: order, resumption and rows, with a fake model that reads the prompt."""
+"""Runs: order, cuts, files and rows, with a fake model that reads the prompt."""
 
 from __future__ import annotations
 
+import errno
+import json
 import re
-from array import array
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from longspan.errors import LongspanError
-from longspan.eval.runner import (
-    Cell,
-    EvalPlan,
-    Sample,
-    SampleFile,
-    Setting,
-    build_cell,
-    result_rows,
-    run,
-    work_order,
-)
-from longspan.eval.task import Answer, Generate, TextBank
-from tests.eval.conftest import ChatTokenizer
+from longspan.eval.prompt import Materials, Prompt
+from longspan.eval.runner import Plan, rescore, run, work_order
+from longspan.eval.samples import RunFolder, Sample, open_runs
+from longspan.eval.task import Answer, Model
+from longspan.eval.tasks.registry import TaskOptions, all_tasks, make_tasks
 
-DENSE, SPARSE = Setting("dense", "rope"), Setting("sparse", "dca+yarn")
-PLAN = EvalPlan(model="m", lengths=(1000, 2000), settings=(DENSE, SPARSE), num_questions=8,
-                num_haystacks=3, num_distractors=1, setup="abc")
+TASKS = make_tasks(["passkey", "vt", "absent"], TaskOptions(num_questions=4, num_distractors=1))
+PLAN = Plan(tasks=TASKS, lengths=(1024, 2048), num_samples=8)
 
 
 class FakeModel:
-    """Reads the document when dense; sparse, it finds nothing. Counts what it is asked."""
+    """Reads passkeys out of the prompt; counts what it is asked."""
 
-    def __init__(self, tokenizer: ChatTokenizer, fail_after: int = 10**9) -> None:
-        self.tokenizer, self.fail_after = tokenizer, fail_after
-        self.opened: list[Setting] = []
-        self.asked: list[array[int]] = []
+    def __init__(self, fail_after: int = 10**9) -> None:
+        self.fail_after, self.asked = fail_after, list[str]()
 
-    @contextmanager
-    def open(self, setting: Setting) -> Iterator[Generate]:
-        self.opened.append(setting)
-        yield lambda prompts, max_tokens: self.answer(setting, prompts)
+    def __call__(self, prompts: Sequence[Prompt], max_tokens: int) -> list[Answer]:
+        return [self.answer(prompt, bool(i)) for i, prompt in enumerate(prompts)]
 
-    def answer(self, setting: Setting, prompts: Sequence[array[int]]) -> list[Answer]:
+    def answer(self, prompt: Prompt, is_cached: bool) -> Answer:
         if len(self.asked) >= self.fail_after:
             raise KeyboardInterrupt
-        self.asked += prompts
-        return [Answer(text=self.read(prompt) if setting == DENSE else "no idea", ttft_s=0.1,
-                       density=0.5 if index else 0.2, num_cached_tokens=900 if index else 0)
-                for index, prompt in enumerate(prompts)]
-
-    def read(self, prompt: array[int]) -> str:
-        text = self.tokenizer.decode(prompt)
-        key = re.findall(r"number for (\S+) mentioned", text)[-1]
-        return re.findall(rf"numbers for {key} is: (\d+)\.", text)[0]
+        self.asked.append(prompt.sha256)
+        key = re.findall(r"number for (\S+) mentioned", prompt.text)
+        found = re.findall(rf"numbers for {key[-1]} is: (\d+)\.", prompt.text) if key else []
+        return Answer(text=found[0] if found else "not mentioned", ttft_s=0.1,
+                      density=0.5 if is_cached else 0.2, num_cached_tokens=900 * is_cached)
 
 
-def test_scores_density_and_intervals_by_length_and_setting(
-    tmp_path: Path, tokenizer: ChatTokenizer, bank: TextBank
+def run_in(folder: Path, materials: Materials, model: FakeModel, plan: Plan = PLAN,
+           **options: Any) -> dict[str, Sample]:
+    with RunFolder(folder) as out:
+        run(plan, materials, Model(model), out, **options)
+        return out.read()
+
+
+def test_the_first_document_of_everything_comes_first(materials: Materials) -> None:
+    order = [(job.task.name, job.num_tokens, job.index) for job in work_order(PLAN, materials)]
+    first = [(name, length, 0) for name in ("passkey", "vt", "absent") for length in (1024, 2048)]
+    assert order[:6] == first
+    assert order[6:12] == [(name, length, 1) for name, length, _ in first]
+    assert order[12:14] == [("vt", 1024, 2), ("vt", 2048, 2)], "two documents hold 8 passkeys"
+    assert len(order) == 2 * (2 + 8 + 8)
+
+
+def test_samples_hold_recipes_and_verdicts_not_prompts(
+    tmp_path: Path, materials: Materials
 ) -> None:
-    model = FakeModel(tokenizer)
-    cells: list[Cell] = []
-    samples = run(PLAN, tokenizer, bank, model.open, SampleFile(tmp_path / "s.jsonl"),
-                  lambda cell, new: cells.append(cell))
-    rows = [row for row in result_rows(samples) if row["depth"] is None]
-    assert [(row["num_tokens"], row["attention"], row["score"]) for row in rows] == [
-        (1000, "rope", 1.0), (1000, "sparse-dca+yarn", 0.0),
-        (2000, "rope", 1.0), (2000, "sparse-dca+yarn", 0.0)]
-    assert {(row["n"], row["num_haystacks"], row["density"], row["task"], row["model"])
-            for row in rows} == {(8, 3, 0.2, "passkey", "m")}
-    assert (rows[0]["ci_low"], rows[0]["ci_high"]) == (0.6756, 1.0)
-    assert len(cells) == 12 and len(samples) == 32
+    model = FakeModel()
+    samples = run_in(tmp_path, materials, model)
+    assert len(samples) == 48 and [s.ids_sha256 for s in samples.values()] == model.asked
+    sample = samples["passkey/1024/seed0/1/q2"]
+    assert (sample.score, sample.status, sample.prompt_tokens, sample.num_tokens) == (
+        1.0, "ok", 1000, 1024)
+    assert sample.depth is not None and 0.4 < sample.depth < 0.8
+    assert samples["vt/2048/seed0/7"].hits == (False,) * 5
+    assert max(map(len, (tmp_path / "samples.jsonl").read_text().splitlines())) < 900
 
 
-def test_rows_by_depth_add_up(tmp_path: Path, tokenizer: ChatTokenizer, bank: TextBank) -> None:
-    samples = run(PLAN, tokenizer, bank, FakeModel(tokenizer).open, SampleFile(tmp_path / "s"))
-    rows = [row for row in result_rows(samples) if row["num_tokens"] == 2000
-            and row["attention"] == "rope" and row["depth"] is not None]
-    assert sum(row["n"] for row in rows) == 8
-    assert all(round(row["depth"] * 10 - 0.5, 6) in range(10) for row in rows)
-
-
-def test_all_settings_answer_the_same_prompts(
-    tmp_path: Path, tokenizer: ChatTokenizer, bank: TextBank
-) -> None:
-    model = FakeModel(tokenizer)
-    run(replace(PLAN, num_questions=1, num_haystacks=1, lengths=(1000,)), tokenizer, bank,
-        model.open, SampleFile(tmp_path / "s.jsonl"))
-    assert len(model.asked) == 2 and model.asked[0] == model.asked[1]
-
-
-def test_the_first_haystack_of_everything_comes_first() -> None:
-    groups = list(work_order(PLAN))
-    assert [[(c.setting, c.num_tokens, c.haystack) for c in group] for group in groups] == [
-        [(DENSE, 1000, 0), (DENSE, 2000, 0)], [(SPARSE, 1000, 0), (SPARSE, 2000, 0)],
-        [(DENSE, 1000, 1), (DENSE, 2000, 1), (DENSE, 1000, 2), (DENSE, 2000, 2)],
-        [(SPARSE, 1000, 1), (SPARSE, 2000, 1), (SPARSE, 1000, 2), (SPARSE, 2000, 2)]]
-
-
-@pytest.mark.parametrize("num_done", [0, 3, 6, 14, 22])
+@pytest.mark.parametrize("num_done", [0, 1, 6, 9, 47])
 def test_a_run_that_is_cut_off_goes_on_where_it_stopped(
-    tmp_path: Path, tokenizer: ChatTokenizer, bank: TextBank, num_done: int
+    tmp_path: Path, materials: Materials, num_done: int
 ) -> None:
-    file = SampleFile(tmp_path / "s.jsonl")
-    first = FakeModel(tokenizer, fail_after=num_done)
+    first = FakeModel(fail_after=num_done)
     with pytest.raises(KeyboardInterrupt):
-        run(PLAN, tokenizer, bank, first.open, file)
-    with (tmp_path / "s.jsonl").open("a") as torn:
+        run_in(tmp_path / "cut", materials, first)
+    with (tmp_path / "cut" / "samples.jsonl").open("a") as torn:
         torn.write('{"key": "half a li')
-    second = FakeModel(tokenizer)
-    samples = run(PLAN, tokenizer, bank, second.open, file)
-    assert len(first.asked) + len(second.asked) == 32
-    whole = run(PLAN, tokenizer, bank, FakeModel(tokenizer).open, SampleFile(tmp_path / "t"))
-    assert samples == whole
+    second = FakeModel()
+    samples = run_in(tmp_path / "cut", materials, second)
+    whole = run_in(tmp_path / "whole", materials, FakeModel())
+    assert {key: replace(s, total_s=None) for key, s in samples.items()} == {
+        key: replace(s, total_s=None) for key, s in whole.items()}
+    # a document that was cut in the middle is lost, those before it are not asked again
+    assert 48 <= len(first.asked) + len(second.asked) <= 48 + 3
+    assert run_in(tmp_path / "cut", materials, FakeModel(fail_after=0)) == samples
 
 
-def test_a_finished_run_opens_no_model(
-    tmp_path: Path, tokenizer: ChatTokenizer, bank: TextBank
+def test_a_document_of_which_some_questions_are_answered(
+    tmp_path: Path, materials: Materials
 ) -> None:
-    file = SampleFile(tmp_path / "s.jsonl")
-    samples = run(PLAN, tokenizer, bank, FakeModel(tokenizer).open, file)
-    again = FakeModel(tokenizer)
-    assert run(PLAN, tokenizer, bank, again.open, file) == samples
-    assert again.opened == []
-    other = FakeModel(tokenizer)
-    run(replace(PLAN, seed=1), tokenizer, bank, other.open, file)
-    assert len(other.asked) == 32, "samples of another seed do not count"
-    file.clear()
-    assert file.read() == {}
+    run_in(tmp_path, materials, FakeModel())
+    file = tmp_path / "samples.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:2] + lines[4:]))
+    model = FakeModel()
+    assert len(run_in(tmp_path, materials, model)) == 48 and len(model.asked) == 2
 
 
-def test_questions_are_shared_out_over_the_haystacks(
-    tokenizer: ChatTokenizer, bank: TextBank
+def test_more_samples_later_are_only_the_new_ones(tmp_path: Path, materials: Materials) -> None:
+    run_in(tmp_path, materials, FakeModel(), replace(PLAN, num_samples=4))
+    model = FakeModel()
+    samples = run_in(tmp_path, materials, model)
+    assert len(model.asked) == 24
+    assert {s.ids_sha256 for s in samples.values()} == {
+        s.ids_sha256 for s in run_in(tmp_path / "x", materials, FakeModel()).values()}
+
+
+def test_the_time_limit_stops_before_something_new(tmp_path: Path, materials: Materials) -> None:
+    with RunFolder(tmp_path) as out:
+        outcome = run(PLAN, materials, Model(FakeModel()), out, time_limit_s=0.0)
+        assert outcome.is_stopped and outcome.num_new == 0
+        assert not run(PLAN, materials, Model(FakeModel()), out).is_stopped
+
+
+def test_another_seed_asks_other_prompts(tmp_path: Path, materials: Materials) -> None:
+    one, other = FakeModel(), FakeModel()
+    run_in(tmp_path, materials, one)
+    run_in(tmp_path, materials, other, replace(PLAN, seed=1))
+    assert not set(one.asked) & set(other.asked) and len(other.asked) == 48
+
+
+def test_many_at_a_time_give_the_same(tmp_path: Path, materials: Materials) -> None:
+    whole, other = (run_in(tmp_path / str(n), materials, FakeModel(), concurrency=n)
+                    for n in (1, 6))
+    assert {key: (s.ids_sha256, s.score) for key, s in whole.items()} == {
+        key: (s.ids_sha256, s.score) for key, s in other.items()}
+
+
+def test_the_first_answer_counts_whatever_comes_later(tmp_path: Path) -> None:
+    def sample(text: str, status: str = "ok") -> Sample:
+        return Sample(key="k", task="vt", num_tokens=9, index=0, prompt_tokens=5, ids_sha256="x",
+                      text=text, status=status)
+
+    with RunFolder(tmp_path) as out:
+        out.append([sample("", "timeout"), sample("first"), sample("second"), sample("", "error")])
+        assert out.read() == {"k": sample("first")}
+
+
+def test_one_process_writes_at_a_time(tmp_path: Path) -> None:
+    with RunFolder(tmp_path), pytest.raises(LongspanError, match="another run is writing there"), \
+            RunFolder(tmp_path):
+        pass
+    with RunFolder(tmp_path):
+        pass
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(
+    tmp_path: Path, materials: Materials, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert [PLAN.questions_of(index) for index in range(3)] == [3, 3, 2]
-    assert len(build_cell(PLAN, Cell(DENSE, 1000, 2), tokenizer, bank)) == 2
-    for questions, haystacks in ((2, 3), (5, 0), (0, 0)):
-        with pytest.raises(LongspanError, match="at least one question"):
-            replace(PLAN, num_questions=questions, num_haystacks=haystacks)
+    class FullDisk:
+        """A file that has room for some lines and a half."""
+
+        def __init__(self, file: Any) -> None:
+            self.file, self.room = file, 3
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+        def write(self, data: bytes) -> None:
+            self.room -= 1
+            self.file.write(data if self.room > 0 else data[:20])
+            if self.room <= 0:
+                self.file.flush()
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    with RunFolder(tmp_path) as out, pytest.raises(LongspanError) as caught:
+        out._file = FullDisk(out._file)
+        run(PLAN, materials, Model(FakeModel()), out)
+    assert "No space left on device" in str(caught.value) and "run again" in str(caught.value)
+    with RunFolder(tmp_path) as out:
+        kept = out.read()
+    assert len(kept) == 8
+    model = FakeModel()
+    assert len(run_in(tmp_path, materials, model)) == 48 and len(model.asked) == 40
 
 
-def test_density_is_absent_when_nothing_was_measured() -> None:
-    sample = Sample(key="k", model="m", task="passkey", num_tokens=9, attention="rope", haystack=0,
-                    depth=1.0, position=9, answer="1", text="1", score=1.0, density=None,
-                    ttft_s=None, num_cached_tokens=0)
-    rows = result_rows([sample])
-    assert [row["density"] for row in rows] == [None, None]
-    assert rows[1]["depth"] == 0.95
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    inside = tmp_path / "file" / "x"
+    with pytest.raises(LongspanError, match="cannot be written"), RunFolder(inside):
+        pass
+
+
+def test_folders_that_are_no_runs(tmp_path: Path) -> None:
+    with pytest.raises(LongspanError, match="no run there"):
+        open_runs([tmp_path])
+    for content in ("{", "[]", '{"schema": "other"}'):
+        (tmp_path / "run.json").write_text(content)
+        with pytest.raises(LongspanError, match="not the manifest of a run"):
+            open_runs([tmp_path])
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda: replace(PLAN, num_samples=0), "at least one is needed"),
+    (lambda: replace(PLAN, lengths=()), "no length was named"),
+    (lambda: TaskOptions(num_depths=0), "must be positive"),
+    (lambda: TaskOptions(num_distractors=-1), "must not be negative")])
+def test_plans_that_make_no_sense(change: Callable[[], Any], message: str) -> None:
+    with pytest.raises(LongspanError, match=message):
+        change()
+
+
+def test_scoring_again_follows_the_scorers(tmp_path: Path, materials: Materials) -> None:
+    samples = run_in(tmp_path, materials, FakeModel())
+    wrong = {key: replace(s, score=0.5, label="?") for key, s in samples.items()}
+    assert rescore(wrong, all_tasks(TaskOptions())) == samples
+    file = tmp_path / "samples.jsonl"
+    line = json.loads(file.read_text().splitlines()[0])
+    file.write_text(json.dumps({**line, "task": "gone"}) + "\n")
+    with pytest.raises(LongspanError, match="no task is called 'gone'"):
+        rescore(RunFolder(tmp_path).read(), all_tasks(TaskOptions()))

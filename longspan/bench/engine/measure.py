@@ -18,8 +18,8 @@ from longspan.commands.console import note
 from longspan.engine.device.memory import peak_memory_bytes
 from longspan.engine.text.tokenizer import Tokenizer
 from longspan.errors import LongspanError
-from longspan.eval.niah import passkey_haystack
-from longspan.eval.task import TextBank, python_text_roots
+from longspan.eval.tasks.passkey import passkey_haystack
+from longspan.eval.text import TextBank, python_text_roots
 from longspan.model.weights import resolve_checkpoint
 from longspan.units import GIB
 

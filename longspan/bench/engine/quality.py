@@ -33,7 +33,7 @@ from longspan.engine.setup.engine_plan import Blueprint
 from longspan.engine.text.tokenizer import Tokenizer
 from longspan.errors import LongspanError
 from longspan.eval.stats import wilson_interval
-from longspan.eval.task import TextBank, python_text_roots
+from longspan.eval.text import TextBank, python_text_roots
 from longspan.model import TORCH_DTYPES, build_model
 from longspan.model.weights import load_weights
 

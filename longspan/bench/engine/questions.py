@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 from longspan.engine.text.tokenizer import Tokenizer
 from longspan.errors import LongspanError
-from longspan.eval.niah import INSTRUCTION, passkey_haystack, spread_depths
-from longspan.eval.task import Example, TextBank, chat_frame
+from longspan.eval.prompt import Frame
+from longspan.eval.task import Example
+from longspan.eval.tasks.passkey import INSTRUCTION, passkey_haystack, spread_depths
+from longspan.eval.text import TextBank
 
 TOKENS_PER_TURN = 56
 """Room for a question and its answer; prompts with many of them come out a little short."""
@@ -51,7 +53,7 @@ def many_questions(
     examples = passkey_haystack(
         bank, tokenizer, num_tokens=document_len, depths=spread_depths(count, rng), rng=rng)
     rng.shuffle(examples)
-    before, after = chat_frame(tokenizer)
+    after = Frame.chat(tokenizer).after
     between = _between_turns(tokenizer)
     ids = array("i", examples[0].prompt_ids)
     answers = []

@@ -19,7 +19,7 @@ from longspan.bench.engine.quality import QualityOptions, Recall, Subject, scale
 from longspan.commands import results
 from longspan.engine.text.tokenizer import Tokenizer
 from longspan.errors import LongspanError
-from longspan.eval.task import TextBank
+from longspan.eval.text import TextBank
 from longspan.model.weights import resolve_checkpoint
 
 TEXTS = Path(sysconfig.get_paths()["stdlib"]) / "json"

@@ -1,0 +1,153 @@
+"""The models that `longspan eval run` asks: our engine in this process, or an address."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longspan.commands.console import PrefillBar
+from longspan.commands.info import position_label
+from longspan.commands.results import describe_run
+from longspan.config import EngineConfig, ModelConfig
+from longspan.engine.front.llm import LLM
+from longspan.engine.request import RequestOutput, SamplingParams
+from longspan.errors import LongspanError
+from longspan.eval.endpoint import Endpoint, EndpointConfig
+from longspan.eval.prompt import Prompt
+from longspan.eval.task import Answer, Model
+from longspan.model.weights import resolve_checkpoint
+
+HASHED_BYTES = 2**22
+ATTENTION = ("dense", "sparse")
+POSITIONS = ("auto", "rope", "dca", "dca+yarn")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelJob:
+    """Which model is asked, and in which settings."""
+
+    model: str
+    """Checkpoint, or the name at the endpoint."""
+    name: str | None = None
+    endpoint: EndpointConfig | None = None
+    label: str | None = None
+    """How rows name the attention of an endpoint."""
+    attention: tuple[str, ...] = ("dense",)
+    positions: tuple[str, ...] = ("auto",)
+    max_model_len: int | None = None
+    options: Mapping[str, Any]
+    """Fields of `EngineConfig`."""
+
+    @property
+    def shown_name(self) -> str:
+        """The model as rows name it."""
+        return self.name or Path(self.model).name
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How the model attends."""
+
+    attention: str
+    """``dense`` or ``sparse``; empty for an endpoint."""
+    positions: str
+    """``rope``, ``dca`` or ``dca+yarn``; of an endpoint its label."""
+
+    @property
+    def label(self) -> str:
+        """As result rows name it: the positions, with ``sparse-`` before them if so."""
+        return f"sparse-{self.positions}" if self.attention == "sparse" else self.positions
+
+
+def settings(job: ModelJob) -> tuple[Setting, ...]:
+    """What is measured one after the other. Raises `LongspanError` for an unknown word."""
+    if job.endpoint is not None:
+        return (Setting("", job.label or "served"),)
+    for attention in job.attention:
+        if attention not in ATTENTION:
+            raise LongspanError(f"--attention: {attention!r} is not one of {', '.join(ATTENTION)}")
+    for positions in job.positions:
+        if positions not in POSITIONS:
+            raise LongspanError(f"--positions: {positions!r} is not one of {', '.join(POSITIONS)}")
+    facts = ModelConfig.from_dir(resolve_checkpoint(job.model))
+    labels = [position_label(EngineConfig(model=job.model, positions=positions), facts)  # type: ignore[arg-type]
+              for positions in job.positions]
+    return tuple(dict.fromkeys(Setting(a, p) for p in labels for a in job.attention))
+
+
+def model_limit(job: ModelJob) -> int | None:
+    """The longest prompt and answer that the model takes; None where nobody says."""
+    if job.endpoint is not None:
+        with Endpoint(job.endpoint) as endpoint:
+            return job.max_model_len or endpoint.max_model_len()
+    claimed = ModelConfig.from_dir(resolve_checkpoint(job.model)).max_position_embeddings
+    return job.max_model_len or claimed
+
+
+@contextmanager
+def open_model(
+    job: ModelJob, setting: Setting, longest: int
+) -> Iterator[tuple[Model, dict[str, Any]]]:
+    """The model in one setting, and what a result file says about where it ran."""
+    if job.endpoint is not None:
+        about = describe_run("cpu")
+        about["device"] = {"name": "endpoint", "url": job.endpoint.url}
+        with Endpoint(job.endpoint) as endpoint:
+            yield Model(endpoint), about
+        return
+    with LLM(job.model, attention=setting.attention, positions=setting.positions,
+             max_model_len=longest, **job.options) as llm:
+        yield Model(EngineGenerate(llm)), describe_run(str(llm.config.device))
+
+
+class EngineGenerate:
+    """`Generate` by our engine. The first prompt of a document runs alone: the others then find
+    its beginning in the prefix cache."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+
+    def __call__(self, prompts: Sequence[Prompt], max_tokens: int) -> list[Answer]:
+        """Greedy answers, or none when memory runs out."""
+        params = SamplingParams(max_tokens=max_tokens)
+        ids = [prompt.ids for prompt in prompts]
+        try:
+            with PrefillBar() as bar:
+                outputs = self._llm.generate([ids[0]], params, bar.update)
+            if len(ids) > 1:
+                outputs += self._llm.generate(list(ids[1:]), params)
+        except torch.OutOfMemoryError as error:
+            return [Answer(status="oom", error=str(error).split("\n")[0]) for _ in prompts]
+        return [_answer(output) for output in outputs]
+
+
+def fingerprint(job: ModelJob, setting: Setting, prompts: Mapping[str, Any]) -> str:
+    """Changes with everything that answers depend on besides tasks and lengths: prompts' materials,
+    weights, engine options. Weights count with their size and their end: hashing all of a large
+    checkpoint would take minutes."""
+    engine = {name: value for name, value in job.options.items() if name != "num_threads"}
+    endpoint = None if job.endpoint is None else (job.endpoint.model, job.endpoint.api)
+    facts = [dict(prompts), setting.label, engine, endpoint]
+    found = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    if job.endpoint is None:
+        path = resolve_checkpoint(job.model)
+        for file in sorted([*path.glob("*.json"), *path.glob("*.safetensors")]):
+            with file.open("rb") as data:
+                size = data.seek(0, 2)
+                data.seek(max(0, size - HASHED_BYTES))
+                found.update(f"{file.name} {size}".encode() + data.read())
+    return found.hexdigest()[:16]
+
+
+def _answer(output: RequestOutput) -> Answer:
+    return Answer(text=output.text, num_cached_tokens=output.num_cached_tokens,
+                  density=output.density, ttft_s=output.ttft_s)
+
+

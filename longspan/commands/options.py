@@ -1,0 +1,45 @@
+"""Options that several subcommands share, and how lists of them are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from longspan.errors import LongspanError
+
+Item = TypeVar("Item")
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if there is one.")]
+Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16; default by device.")]
+ChunkLen = Annotated[int | None, typer.Option(help="Prompt tokens computed in one step.")]
+Plan = Annotated[str | None, typer.Option(help="JSON file of sparsity budgets.")]
+Memory = Annotated[float | None, typer.Option(help="Memory to use at the most, GiB.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; default: all cores.")]
+MaxModelLen = Annotated[int | None, typer.Option(help="Longest prompt and answer, tokens.")]
+Model = Annotated[str, typer.Argument(help="Directory, hub id, or nano (bundled).")]
+Results = Annotated[Path, typer.Option(help="Folder of result files.")]
+UNITS = {"k": 2**10, "m": 2**20}
+
+
+def parse_list(text: str, convert: Callable[[str], Item], option: str) -> tuple[Item, ...]:
+    """The items of a list with commas; raises `LongspanError` for what is none. Numbers are counts
+    and lengths: positive."""
+    items = []
+    for part in text.split(","):
+        try:
+            items.append(convert(part.strip().replace("_", "") if convert is int else part.strip()))
+        except ValueError:
+            raise LongspanError(f"{option}: {part.strip()!r} is not a number") from None
+    if not all(items) or any(isinstance(item, int) and item < 0 for item in items):
+        raise LongspanError(f"{option}: {text!r} has an item that is empty or not positive")
+    return tuple(items)
+
+
+def parse_length(text: str) -> int:
+    """Tokens: ``4096``, ``4k`` or ``1m``. Raises `ValueError` for anything else."""
+    number, unit = text.lower(), 1
+    if number[-1:] in UNITS:
+        number, unit = number[:-1], UNITS[number[-1]]
+    return int(number.replace("_", "")) * unit

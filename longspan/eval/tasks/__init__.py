@@ -1,0 +1,1 @@
+"""One file for each task or family of tasks; `registry` knows their names."""
