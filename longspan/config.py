@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from longspan.errors import CheckpointError, LongspanError
+from longspan.fields import Fields
+from longspan.rope_config import RopeScaling, read_rope
 
 AttentionMode = Literal["auto", "dense", "sparse"]
 PositionMode = Literal["auto", "rope", "dca", "dca+yarn"]
 
 MAX_THREADS = 1024
 """torch crashes if the operating system cannot give it as many threads as it was told to use."""
-ROPE_KEYS = ("rope_type", "type", "rope_theta", "original_max_position_embeddings")
-"""Keys of `rope_parameters` that unscaled RoPE may have."""
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -29,17 +29,25 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_mo
 class Family:
     """Facts of an architecture that its config.json leaves unsaid."""
 
-    attention_bias: bool
-    """Bias on the q, k and v projections."""
-    qk_norm: bool
+    qkv_bias: bool = False
+    """Bias on the q, k and v projections, and on no other, whatever config.json says."""
+    reads_biases: bool = False
+    """config.json's ``attention_bias`` and ``mlp_bias`` put one on all projections of a part."""
+    qk_norm: bool = False
     """RMSNorm on each query and key head."""
     head_dim: int | None = None
     """Where config.json names none; None: the model dim over the heads."""
+    sliding_window: int | None = None
+    """Where config.json has no such key, tokens; None: every token is seen."""
+    has_window_switch: bool = False
+    """A ``sliding_window`` counts only beside a true ``use_sliding_window``."""
 
 
 FAMILIES = {
-    "Qwen2ForCausalLM": Family(attention_bias=True, qk_norm=False),
-    "Qwen3ForCausalLM": Family(attention_bias=False, qk_norm=True, head_dim=128),
+    "Qwen2ForCausalLM": Family(qkv_bias=True, has_window_switch=True),
+    "Qwen3ForCausalLM": Family(qk_norm=True, head_dim=128, has_window_switch=True),
+    "LlamaForCausalLM": Family(reads_biases=True),
+    "MistralForCausalLM": Family(sliding_window=4096),
 }
 """By class name in config.json. `longspan.model.MODELS` has the class of each."""
 
@@ -87,9 +95,15 @@ class ModelConfig:
     """Longest context that the checkpoint claims, tokens."""
     tie_word_embeddings: bool
     attention_bias: bool
-    """See `Family`."""
+    """Bias on the q, k and v projections."""
     qk_norm: bool
     """See `Family`."""
+    output_bias: bool = False
+    """Bias on the attention's output projection."""
+    mlp_bias: bool = False
+    """Bias on the MLP's three projections."""
+    rope_scaling: RopeScaling | None = None
+    """How the rotary frequencies differ from those of ``rope_theta``; None: not at all."""
     dca: DcaConfig | None = None
     sparse_budgets: tuple[dict[str, Any], ...] | None = None
     """Released per-head budgets: one {head: [type, vertical, slash, score]} for each layer."""
@@ -112,13 +126,15 @@ class ModelConfig:
         """Read a Hugging Face config. Raises `CheckpointError` naming what is not supported."""
         if not isinstance(raw, Mapping):
             raise CheckpointError(f"{source}: a JSON object is needed, not {type(raw).__name__}")
-        need = _Reader(raw, source)
+        need = Fields(raw, source)
         architecture = _architecture(raw, source)
         family = FAMILIES[architecture]
         _refuse_unsupported(need, architecture)
         hidden_size, num_heads = need.integer("hidden_size"), need.integer("num_attention_heads")
         num_layers = need.integer("num_hidden_layers")
         dca_need = need.block("dual_chunk_attention_config")
+        rope_theta, rope_scaling = read_rope(need)
+        has_bias = family.reads_biases and need.boolean("attention_bias")
         return cls(
             architecture=architecture,
             vocab_size=need.integer("vocab_size"),
@@ -129,10 +145,13 @@ class ModelConfig:
             num_kv_heads=need.integer("num_key_value_heads", num_heads),
             head_dim=need.integer("head_dim", family.head_dim or hidden_size // num_heads),
             rms_norm_eps=need.number("rms_norm_eps", 1e-6),
-            rope_theta=_rope_theta(need),
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
             max_position_embeddings=need.integer("max_position_embeddings"),
             tie_word_embeddings=need.boolean("tie_word_embeddings"),
-            attention_bias=family.attention_bias,
+            attention_bias=family.qkv_bias or has_bias,
+            output_bias=has_bias,
+            mlp_bias=family.reads_biases and need.boolean("mlp_bias"),
             qk_norm=family.qk_norm,
             dca=_dca(dca_need),
             sparse_budgets=_released_budgets(dca_need.raw, num_layers, source),
@@ -173,6 +192,8 @@ class ModelConfig:
         """Weights that memory holds, tied embeddings counted once."""
         vectors = 2 * self.hidden_size
         vectors += self._qkv_size if self.attention_bias else 0
+        vectors += self.hidden_size if self.output_bias else 0
+        vectors += 2 * self.intermediate_size + self.hidden_size if self.mlp_bias else 0
         vectors += 2 * self.head_dim if self.qk_norm else 0
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         matrices = self.num_layers * (self._attention_matrices + self._mlp_matrices)
@@ -278,48 +299,6 @@ def read_json(file: Path) -> Any:
         raise CheckpointError(f"{file}: not valid JSON ({error}); fetch the file again") from None
 
 
-class _Reader:
-    """Reads values of a JSON object; errors name the file, the key and the value."""
-
-    def __init__(self, raw: Mapping[str, Any], source: str) -> None:
-        self.raw, self.source = raw, source
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        """A positive integer; absent and null mean the default."""
-        value = self.raw.get(key)
-        value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise self.wrong(key, "a positive integer")
-        return value
-
-    def number(self, key: str, default: float) -> float:
-        """A finite number that is not negative; absent and null mean the default."""
-        value = self.raw.get(key)
-        value = default if value is None else value
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not 0 <= value < math.inf:
-            raise self.wrong(key, "a number >= 0")
-        return float(value)
-
-    def boolean(self, key: str) -> bool:
-        """True or false; absent and null mean false."""
-        value = self.raw.get(key)
-        if value is not None and not isinstance(value, bool):
-            raise self.wrong(key, "true or false")
-        return bool(value)
-
-    def block(self, key: str) -> _Reader:
-        """The JSON object under a key; absent and null mean an empty one."""
-        value = self.raw.get(key)
-        if value is not None and not isinstance(value, Mapping):
-            raise self.wrong(key, "a JSON object")
-        return _Reader(value or {}, f"{self.source}: {key}")
-
-    def wrong(self, key: str, needed: str) -> CheckpointError:
-        """The error that names a key and its value."""
-        return CheckpointError(f"{self.source}: {key} is {self.raw.get(key)!r}, {needed} is needed")
-
-
 def _architecture(raw: Mapping[str, Any], source: str) -> str:
     names = raw.get("architectures") or []
     if not isinstance(names, list):
@@ -333,7 +312,7 @@ def _architecture(raw: Mapping[str, Any], source: str) -> str:
     )
 
 
-def _refuse_unsupported(need: _Reader, architecture: str) -> None:
+def _refuse_unsupported(need: Fields, architecture: str) -> None:
     raw, source = need.raw, need.source
     kinds = raw.get("layer_types") or []
     if not isinstance(kinds, list):
@@ -341,10 +320,16 @@ def _refuse_unsupported(need: _Reader, architecture: str) -> None:
     others = [kind for kind in kinds if kind != "full_attention"]
     if need.boolean("use_sliding_window") or "sliding_attention" in others:
         raise CheckpointError(f"{source}: sliding window attention is not supported")
+    family = FAMILIES[architecture]
+    _refuse_window(need, family)
     if others:
         raise CheckpointError(f"{source}: layer_types names {others[0]!r}, which is not supported")
-    if need.boolean("attention_bias") and not FAMILIES[architecture].attention_bias:
-        raise CheckpointError(f"{source}: attention_bias is true, not supported for {architecture}")
+    for key in ("attention_bias", "mlp_bias"):
+        is_known = family.reads_biases or family.qkv_bias and key == "attention_bias"
+        if need.boolean(key) and not is_known:
+            raise CheckpointError(f"{source}: {key} is true, not supported for {architecture}")
+    if need.number("partial_rotary_factor", 1.0) != 1.0:
+        raise need.wrong("partial_rotary_factor", "1")
     if raw.get("quantization_config") or raw.get("compression_config"):
         raise CheckpointError(
             f"{source}: quantised weights are not supported; use the bf16 checkpoint")
@@ -353,39 +338,18 @@ def _refuse_unsupported(need: _Reader, architecture: str) -> None:
         raise CheckpointError(f"{source}: hidden_act {activation!r} is not supported, only silu")
 
 
-def _rope_theta(need: _Reader) -> float:
-    """The rotary base, and nothing else of RoPE: whatever else a checkpoint asks for is refused.
-
-    transformers 4 states it at the top level and prefers it there; transformers 5 states and
-    prefers it inside ``rope_parameters``. Where both stand, they must agree.
-    """
-    blocks = [need.block(key) for key in ("rope_parameters", "rope_scaling")]
-    for block in blocks:
-        _refuse_scaling(block)
-    holders = [holder for holder in (need, *blocks) if holder.raw.get("rope_theta") is not None]
-    stated = [holder.number("rope_theta", 10_000.0) for holder in holders or [need]]
-    if len(set(stated)) > 1:
-        places = " and ".join(f"{value:g} in {holder.source}"
-                              for holder, value in zip(holders, stated, strict=True))
-        raise CheckpointError(f"rope_theta is {places}; correct config.json so that they agree")
-    if not stated[0]:
-        raise holders[0].wrong("rope_theta", "a number > 0")
-    return stated[0]
+def _refuse_window(need: Fields, family: Family) -> None:
+    """A window that the architecture applies without being told so by another key."""
+    window = need.raw.get("sliding_window", family.sliding_window)
+    if family.has_window_switch or window is None:
+        return
+    stated = "is" if "sliding_window" in need.raw else "is not there, which means"
+    raise CheckpointError(
+        f"{need.source}: sliding_window {stated} {window!r}, and sliding window attention is not "
+        "supported; write null if the checkpoint was trained without one")
 
 
-def _refuse_scaling(block: _Reader) -> None:
-    """Beside a DCA config too: engines disagree on whether such a checkpoint is scaled."""
-    for kind in (block.raw.get("rope_type"), block.raw.get("type")):
-        if kind not in (None, "default"):
-            raise CheckpointError(
-                f"{block.source} of type {kind!r} is not supported; remove it, and for lengths "
-                "beyond the trained one add a dual_chunk_attention_config")
-    for key in block.raw:
-        if key not in ROPE_KEYS:
-            raise CheckpointError(f"{block.source}: {key} is not supported")
-
-
-def _dca(need: _Reader) -> DcaConfig | None:
+def _dca(need: Fields) -> DcaConfig | None:
     if not need.raw:
         return None
     return DcaConfig(

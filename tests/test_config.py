@@ -11,6 +11,7 @@ import pytest
 
 from longspan.config import EngineConfig, ModelConfig
 from longspan.errors import CheckpointError, LongspanError
+from longspan.rope_config import RopeScaling
 
 RELEASED_DCA = {
     "chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144}
@@ -179,7 +180,7 @@ def test_released_budget_files(tmp_path, name, raw):
 
 
 @pytest.mark.parametrize("dca", [RELEASED_DCA, None], ids=["dca", "plain"])
-@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "llama3", "longrope"])
+@pytest.mark.parametrize("kind", ["dynamic", "yarn", "longrope", "proportional"])
 @pytest.mark.parametrize(("block", "key"), [
     ("rope_scaling", "type"), ("rope_scaling", "rope_type"), ("rope_parameters", "rope_type")])
 def test_scaled_rope_is_refused(dca, kind, block, key):
@@ -187,6 +188,70 @@ def test_scaled_rope_is_refused(dca, kind, block, key):
     raw = small(dual_chunk_attention_config=dca) | {block: {key: kind, "factor": 4.0}}
     with pytest.raises(CheckpointError, match=f"{block} of type '{kind}' is not supported; remove"):
         ModelConfig.from_hf(raw)
+
+
+LLAMA3_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 8192}
+LLAMA3_1_8B = {
+    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009], "hidden_act": "silu", "hidden_size": 4096,
+    "intermediate_size": 14336, "max_position_embeddings": 131072, "mlp_bias": False,
+    "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32,
+    "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+    "rope_scaling": {**LLAMA3_ROPE, "rope_type": "llama3"}, "rope_theta": 500000.0,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "vocab_size": 128256,
+}
+MISTRAL_NEMO = {
+    "architectures": ["MistralForCausalLM"], "attention_dropout": 0.0, "head_dim": 128,
+    "hidden_act": "silu", "hidden_size": 5120, "intermediate_size": 14336,
+    "max_position_embeddings": 131072, "model_type": "mistral", "num_attention_heads": 32,
+    "num_hidden_layers": 40, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0, "sliding_window": None, "tie_word_embeddings": False,
+    "vocab_size": 131072,
+}
+
+
+@pytest.mark.parametrize(("raw", "billions"), [(LLAMA3_1_8B, 8.03), (MISTRAL_NEMO, 12.25)])
+def test_llama_shapes(raw, billions):
+    config = ModelConfig.from_hf(raw)
+    assert config.num_parameters / 1e9 == pytest.approx(billions, abs=0.01)
+    assert (config.head_dim, config.num_kv_heads) == (128, 8)
+    assert not (config.attention_bias or config.output_bias or config.mlp_bias or config.qk_norm)
+
+
+@pytest.mark.parametrize("dca", [RELEASED_DCA, None], ids=["dca", "plain"])
+@pytest.mark.parametrize(("block", "key"), [
+    ("rope_scaling", "type"), ("rope_scaling", "rope_type"), ("rope_parameters", "rope_type")])
+@pytest.mark.parametrize(("kind", "values", "expected"), [
+    ("linear", {"factor": 4}, RopeScaling(kind="linear", factor=4.0)),
+    ("llama3", LLAMA3_ROPE, RopeScaling(kind="llama3", factor=8.0)),
+    ("llama3", LLAMA3_ROPE | {"factor": 32.0, "low_freq_factor": 2, "high_freq_factor": 9,
+                              "original_max_position_embeddings": 4096},
+     RopeScaling(kind="llama3", factor=32.0, low_freq_factor=2.0, high_freq_factor=9.0,
+                 original_max_position_embeddings=4096)),
+    ("default", {}, None),
+])
+def test_scaled_rope_is_read(dca, block, key, kind, values, expected):
+    """In every spelling, and as well beside DCA, whose positions turn by the same frequencies."""
+    raw = LLAMA3_1_8B | {"rope_scaling": None, "dual_chunk_attention_config": dca}
+    config = ModelConfig.from_hf(raw | {block: {key: kind, **values}})
+    assert config.rope_scaling == expected and config.rope_theta == 5e5
+
+
+def test_biases_are_those_of_config_json():
+    config = ModelConfig.from_hf(LLAMA3_1_8B | {"attention_bias": True})
+    assert config.attention_bias and config.output_bias and not config.mlp_bias
+    config = ModelConfig.from_hf(LLAMA3_1_8B | {"mlp_bias": True})
+    assert config.mlp_bias and not config.attention_bias and not config.output_bias
+
+
+@pytest.mark.parametrize("window", [4096, None])
+def test_a_window_that_is_switched_off_counts_for_nothing(window):
+    assert ModelConfig.from_hf(small(use_sliding_window=False, sliding_window=window))
+
+
+def without(raw: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in raw.items() if name != key}
 
 
 @pytest.mark.parametrize("block", ["rope_parameters", "rope_scaling"])
@@ -211,7 +276,23 @@ def test_an_adapter_is_refused(tmp_path, name, has_base):
 
 
 REFUSED = [
-    (small(architectures=["LlamaForCausalLM"]), "architecture LlamaForCausalLM is not supported"),
+    (small(architectures=["Phi3ForCausalLM"]), "architecture Phi3ForCausalLM is not supported"),
+    (MISTRAL_NEMO | {"sliding_window": 4096}, "sliding_window is 4096, and sliding window"),
+    (LLAMA3_1_8B | {"sliding_window": 4096}, "sliding_window is 4096, and sliding window"),
+    (without(MISTRAL_NEMO, "sliding_window"), "sliding_window is not there, which means 4096"),
+    (MISTRAL_NEMO | {"attention_bias": True}, "attention_bias is true, not supported for Mistral"),
+    (small(mlp_bias=True), "mlp_bias is true, not supported for Qwen2ForCausalLM"),
+    (LLAMA3_1_8B | {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, 1 is needed"),
+    (LLAMA3_1_8B | {"rope_scaling": {"type": "linear"}}, "rope_scaling: factor is None"),
+    (LLAMA3_1_8B | {"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor 0.5 must be 1"),
+    (LLAMA3_1_8B | {"rope_scaling": {"type": "linear", "rope_type": "llama3", **LLAMA3_ROPE}},
+     "rope_scaling of type 'linear' is not supported"),
+    (LLAMA3_1_8B | {"rope_scaling": {"type": "linear", **LLAMA3_ROPE}},
+     "rope_scaling: low_freq_factor is not supported"),
+    (LLAMA3_1_8B | {"rope_scaling": {"type": "llama3", **LLAMA3_ROPE, "low_freq_factor": 4.0}},
+     "low_freq_factor 4 must be between 0 and high_freq_factor 4"),
+    (LLAMA3_1_8B | {"rope_parameters": {"rope_type": "linear", "factor": 8.0}},
+     "rope_parameters and rope_scaling are of different kinds"),
     (small(architectures=None), "architecture missing is not supported"),
     (small(use_sliding_window=True), "sliding window"),
     (small(layer_types=["full_attention", "sliding_attention"]), "sliding window"),

@@ -21,7 +21,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 NAMES = [str(file.relative_to(ROOT)) for file in FILES]
 
 EVERYTHING = ("longspan",)
-BASE = ("longspan.config", "longspan.errors", "longspan.units")
+BASE = ("longspan.config", "longspan.errors", "longspan.fields", "longspan.rope_config",
+        "longspan.units")
 # What all rooms of the engine speak of.
 WORDS = tuple(f"longspan.engine.{name}" for name in ("request", "step", "intake", "resolve"))
 KERNEL_PARTS = ("longspan.ops.tiles", "longspan.ops.types", "longspan.ops.geometry",
@@ -33,7 +34,9 @@ ALLOWED_OURS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("longspan", *COMMANDS), EVERYTHING),
     "longspan.errors": (),
     "longspan.units": (),
-    "longspan.config": ("longspan.errors",),
+    "longspan.fields": ("longspan.errors",),
+    "longspan.rope_config": ("longspan.errors", "longspan.fields"),
+    "longspan.config": ("longspan.errors", "longspan.fields", "longspan.rope_config"),
     "longspan.ops": ("longspan.ops",),
     "longspan.ops.types": (),
     "longspan.ops.geometry": (),
@@ -68,6 +71,8 @@ ALLOWED_OURS: dict[str, tuple[str, ...]] = {
 ALLOWED_OTHERS: dict[str, tuple[str, ...]] = {
     "longspan.errors": (),
     "longspan.units": (),
+    "longspan.fields": (),
+    "longspan.rope_config": (),
     "longspan.config": (),
     "longspan.ops": ("torch", "triton", "numpy"),
 }

@@ -57,7 +57,8 @@ class _HfAttention:
 
     def __init__(self, config: ModelConfig, plan: SparsityPlan | None) -> None:
         self.config, self.plan = config, plan
-        self.inv_freq = inverse_frequencies(config.head_dim, config.rope_theta)
+        self.inv_freq = inverse_frequencies(
+            config.head_dim, config.rope_theta, config.rope_scaling)
         self.rotary: QueryRotary | None = None
         self.layers: dict[int, DualChunkAttention] = {}
 
@@ -128,7 +129,8 @@ class _HfAttention:
         if self.rotary is None or self.rotary.cos.device != device:
             num_rows = config.dca.chunk_size + 1 if config.dca else 0
             self.rotary = build_rotary(
-                head_dim=config.head_dim, rope_theta=config.rope_theta, dca=config.dca,
+                head_dim=config.head_dim, rope_theta=config.rope_theta,
+                scaling=config.rope_scaling, dca=config.dca,
                 max_model_len=max(config.max_position_embeddings, num_rows), device=device,
             )
             self.layers = {}

@@ -1,7 +1,8 @@
 """RoPE tables and the YaRN attention temperature.
 
-Sources: RoFormer (RoPE); YaRN eq. 21-22 for the temperature; the report's section 5.1 uses only
-the temperature of YaRN, never its frequency interpolation.
+Sources: RoFormer (RoPE); transformers `modeling_rope_utils.py` (scaled frequencies); YaRN eq. 21-22
+for the temperature; the report's section 5.1 uses only the temperature of YaRN, never its frequency
+interpolation.
 """
 
 from __future__ import annotations
@@ -13,17 +14,30 @@ from torch import Tensor
 
 from longspan.config import DcaConfig
 from longspan.ops.types import QueryRotary
+from longspan.rope_config import RopeScaling
 
 
-def inverse_frequencies(head_dim: int, rope_theta: float) -> Tensor:
-    """theta^(-2i/D) for i in 0..D/2-1, as transformers computes it. Returns [D/2] fp32."""
+def inverse_frequencies(
+    head_dim: int, rope_theta: float, scaling: RopeScaling | None = None
+) -> Tensor:
+    """theta^(-2i/D) for i in 0..D/2-1, scaled, as transformers computes it. Returns [D/2] fp32."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-    return 1.0 / (rope_theta**exponents)
+    plain = 1.0 / (rope_theta**exponents)
+    if scaling is None:
+        return plain
+    divided = plain / scaling.factor
+    if scaling.kind == "linear":
+        return divided
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turns = scaling.original_max_position_embeddings / (2 * math.pi / plain)
+    share = (turns - low) / (high - low)  # of the plain frequency, between the two borders
+    between = (1 - share) * plain / scaling.factor + share * plain
+    return torch.where(turns < low, divided, torch.where(turns > high, plain, between))
 
 
 def build_rotary(
     *, head_dim: int, rope_theta: float, max_model_len: int, dca: DcaConfig | None,
-    device: torch.device | str = "cpu",
+    scaling: RopeScaling | None = None, device: torch.device | str = "cpu",
 ) -> QueryRotary:
     """Rotation tables for contexts up to ``max_model_len``.
 
@@ -33,7 +47,7 @@ def build_rotary(
     stride = dca.dca_chunk_len if dca else max_model_len
     clamp = dca.chunk_size if dca else max_model_len
     num_rows = min(max_model_len, clamp + 1)
-    inv_freq = inverse_frequencies(head_dim, rope_theta)
+    inv_freq = inverse_frequencies(head_dim, rope_theta, scaling)
     angles = torch.outer(torch.arange(num_rows, dtype=torch.float32), inv_freq)
     return QueryRotary(
         cos=angles.cos().to(device), sin=angles.sin().to(device), inv_freq=inv_freq.to(device),

@@ -14,7 +14,8 @@ from longspan.units import DTYPE_BYTES
 __all__ = ["MODELS", "TORCH_DTYPES", "CausalLM", "build_model", "load_weights", "random_weights",
            "resolve_checkpoint"]
 
-MODELS: dict[str, type[CausalLM]] = {"Qwen2ForCausalLM": CausalLM, "Qwen3ForCausalLM": CausalLM}
+MODELS: dict[str, type[CausalLM]] = dict.fromkeys(
+    ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM"), CausalLM)
 """Class of each architecture in `longspan.config.FAMILIES`."""
 TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_BYTES}
 

@@ -1,11 +1,14 @@
-"""Qwen2, Qwen2.5 and Qwen3 dense decoders over packed tokens, in reading order.
+"""Dense decoders of the Qwen2, Qwen3 and Llama shape over packed tokens, in reading order.
+
+They differ in biases, head norms and rotary frequencies, all facts of `ModelConfig`.
 
 A pipeline stage is the same class with a slice of the layers: the embedding lives on the stage
 that holds layer 0, the final norm and the head on the one that holds the last layer.
 
 Shape legend: T packed tokens of one step, H query heads, K KV heads, D head dim, M model dim,
 I MLP dim, V vocabulary. There is no batch dimension; requests lie one after the other.
-Sources: transformers `modeling_qwen2.py`, `modeling_qwen3.py` (numerics, tensor names).
+Sources: transformers `modeling_qwen2.py`, `modeling_qwen3.py`, `modeling_llama.py` (numerics,
+tensor names).
 """
 
 from __future__ import annotations
@@ -49,9 +52,10 @@ class Linear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
     def add_to(self, sums: Tensor, x: Tensor) -> None:
-        """Add the product to [T, out], in place, without writing it first. There is no bias."""
-        assert self.bias is None
+        """Add the product, and the bias, to [T, out], in place, without writing it first."""
         sums.addmm_(x, self.weight.t())
+        if self.bias is not None:
+            sums.add_(self.bias)
 
     def part(self, x: Tensor, outputs: slice) -> Tensor:
         """Some of the outputs only."""
@@ -92,7 +96,8 @@ class Attention(nn.Module):
             bias=config.attention_bias, dtype=dtype, device=device,
         )
         self.o_proj = Linear(
-            config.num_heads * config.head_dim, config.hidden_size, dtype=dtype, device=device)
+            config.num_heads * config.head_dim, config.hidden_size, bias=config.output_bias,
+            dtype=dtype, device=device)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype, device=device)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype, device=device)
@@ -125,7 +130,7 @@ class Attention(nn.Module):
             for kind, merged in self.qkv_proj.named_parameters()
             for name, part in zip(
                 "qkv", merged.split([n * self.head_dim for n in heads]), strict=True)}
-        targets["o_proj.weight"] = self.o_proj.weight
+        targets |= _named("o_proj", self.o_proj)
         if self.qk_norm:
             targets |= {"q_norm.weight": self.q_norm.weight, "k_norm.weight": self.k_norm.weight}
         return targets
@@ -150,9 +155,11 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         self.gate_up_proj = Linear(
-            config.hidden_size, 2 * config.intermediate_size, dtype=dtype, device=device)
+            config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias,
+            dtype=dtype, device=device)
         self.down_proj = Linear(
-            config.intermediate_size, config.hidden_size, dtype=dtype, device=device)
+            config.intermediate_size, config.hidden_size, bias=config.mlp_bias,
+            dtype=dtype, device=device)
 
     def add_to(self, hidden: Tensor, x: Tensor) -> None:
         """x: [T, M]; the result is added to ``hidden`` [T, M], in place."""
@@ -160,9 +167,11 @@ class MLP(nn.Module):
 
     def weight_targets(self) -> dict[str, Tensor]:
         """As `CausalLM.weight_targets`: gate and up are stored apart."""
-        gate, up = self.gate_up_proj.weight.chunk(2)
-        return {"gate_proj.weight": gate, "up_proj.weight": up,
-                "down_proj.weight": self.down_proj.weight}
+        targets: dict[str, Tensor] = {
+            f"{name}_proj.{kind}": part
+            for kind, merged in self.gate_up_proj.named_parameters()
+            for name, part in zip(("gate", "up"), merged.chunk(2), strict=True)}
+        return targets | _named("down_proj", self.down_proj)
 
 
 class DecoderLayer(nn.Module):
@@ -356,6 +365,11 @@ class CausalLM(nn.Module):
 def mlp_rows(device_type: str) -> int:
     """Rows that the MLP computes at a time on ``cpu`` or ``cuda``; memory plans need it too."""
     return MLP_ROWS_CPU if device_type == "cpu" else MLP_ROWS
+
+
+def _named(name: str, linear: Linear) -> dict[str, Tensor]:
+    """Weight and bias by their names in a checkpoint."""
+    return {f"{name}.{kind}": tensor for kind, tensor in linear.named_parameters()}
 
 
 def _parameter(*shape: int, dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:

@@ -9,6 +9,7 @@ import torch
 
 from longspan.attention.rope import build_rotary, inverse_frequencies, yarn_temperature
 from longspan.config import DcaConfig
+from longspan.rope_config import RopeScaling
 from tests.conftest import assert_close
 
 RELEASED = DcaConfig(chunk_size=262_144, local_size=8_192,
@@ -22,6 +23,32 @@ def test_inverse_frequencies(head_dim: int, theta: float) -> None:
     frequencies = inverse_frequencies(head_dim, theta)
     assert frequencies.dtype == torch.float32
     assert_close(frequencies, expected)
+
+
+@pytest.mark.parametrize(("scaling", "block"), [
+    (RopeScaling(kind="linear", factor=4.0), {"rope_type": "linear", "factor": 4.0}),
+    (RopeScaling(kind="llama3", factor=8.0),
+     {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+      "original_max_position_embeddings": 8192}),
+    (RopeScaling(kind="llama3", factor=32.0, low_freq_factor=2.0, high_freq_factor=8.0,
+                 original_max_position_embeddings=4096),
+     {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 2.0, "high_freq_factor": 8.0,
+      "original_max_position_embeddings": 4096}),
+], ids=["linear", "llama3.1", "llama3-other"])
+def test_scaled_frequencies_are_transformers_bit_for_bit(
+    scaling: RopeScaling, block: dict[str, float | str]
+) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = LlamaConfig(hidden_size=256, num_attention_heads=2, max_position_embeddings=131_072,
+                         rope_parameters={"rope_theta": 5e5, **block})
+    expected = LlamaRotaryEmbedding(config).inv_freq
+    assert torch.equal(inverse_frequencies(128, 5e5, scaling), expected)
+    assert not torch.equal(inverse_frequencies(128, 5e5), expected)
+    rotary = build_rotary(head_dim=128, rope_theta=5e5, scaling=scaling, max_model_len=64, dca=None)
+    assert torch.equal(rotary.inv_freq, expected)
+    assert torch.equal(rotary.cos, (torch.arange(64).float()[:, None] * expected).cos())
 
 
 def test_tables_are_transformers_fp32_tables() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,24 @@ MAX_DIFFERENCE = 1e-4
 BLOCK_SIZE = 16
 FP32_CPU = {"dtype": torch.float32, "device": "cpu"}
 
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5_000.0, "factor": 8.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LINEAR = {"rope_type": "linear", "rope_theta": 5_000.0, "factor": 4.0}
+BIASES = {"attention_bias": True, "mlp_bias": True}
+# Of each: family, and what its config.json says beyond the others'.
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 24}),  # free of hidden_size
+    "llama": ("Llama", {}),
+    "llama-biases": ("Llama", BIASES),
+    "llama-attention-bias": ("Llama", {"attention_bias": True, "head_dim": 24}),
+    "llama-mlp-bias": ("Llama", {"mlp_bias": True}),
+    "llama3-rope": ("Llama", {"rope_parameters": LLAMA3}),
+    "linear-rope": ("Llama", {"rope_parameters": LINEAR}),
+    "qwen2-linear-rope": ("Qwen2", {"rope_parameters": LINEAR}),
+    "mistral": ("Mistral", {"sliding_window": None, "head_dim": 24}),
+}
+
 # family, query heads, KV heads, tied embeddings: GQA 7:1, 5:1, 4:1, 1:1 as in Qwen2.5 and Qwen3
 SHAPES = [
     pytest.param("qwen2", 7, 1, False, id="qwen2-gqa7-untied"),
@@ -37,24 +56,31 @@ SHAPES = [
     pytest.param("qwen3", 8, 2, False, id="qwen3-gqa4-untied"),
     pytest.param("qwen3", 7, 1, True, id="qwen3-gqa7-tied"),
     pytest.param("qwen3", 3, 3, True, id="qwen3-gqa1-tied"),
+    pytest.param("llama", 9, 3, True, id="llama-gqa3-tied"),
+    pytest.param("llama", 8, 2, False, id="llama-gqa4-untied"),
+    pytest.param("llama-biases", 4, 4, False, id="llama-biases-gqa1-untied"),
+    pytest.param("llama-attention-bias", 6, 2, True, id="llama-attention-bias-gqa3-tied"),
+    pytest.param("llama-mlp-bias", 6, 3, True, id="llama-mlp-bias-gqa2-tied"),
+    pytest.param("llama3-rope", 8, 2, False, id="llama3-rope-gqa4-untied"),
+    pytest.param("linear-rope", 4, 1, True, id="linear-rope-gqa4-tied"),
+    pytest.param("qwen2-linear-rope", 4, 2, False, id="qwen2-linear-rope-gqa2-untied"),
+    pytest.param("mistral", 8, 2, False, id="mistral-gqa4-untied"),
 ]
 
 
 def save_model(path: Path, family: str, num_heads: int, num_kv_heads: int, tied: bool):
     """A random transformers model with biases and norms that matter, saved to `path`."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    import transformers
 
-    classes = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
-    config_class, model_class = classes[family]
+    name, facts = KINDS[family]
     torch.manual_seed(num_heads)
-    head_dim = {"head_dim": 24} if family == "qwen3" else {}  # Qwen3's is free of hidden_size
-    config = config_class(
-        vocab_size=101, hidden_size=16 * num_heads, intermediate_size=72, num_hidden_layers=3,
-        num_attention_heads=num_heads, num_key_value_heads=num_kv_heads, rms_norm_eps=1e-5,
-        max_position_embeddings=256, tie_word_embeddings=tied, rope_theta=5_000.0,
-        attn_implementation="eager", **head_dim,
-    )
-    model = model_class(config).eval()
+    config = getattr(transformers, f"{name}Config")(**{
+        "vocab_size": 101, "hidden_size": 16 * num_heads, "intermediate_size": 72,
+        "num_hidden_layers": 3, "num_attention_heads": num_heads,
+        "num_key_value_heads": num_kv_heads, "rms_norm_eps": 1e-5, "max_position_embeddings": 256,
+        "tie_word_embeddings": tied, "rope_theta": 5_000.0, "attn_implementation": "eager",
+        **facts})
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("bias", "norm.weight")):
@@ -69,7 +95,8 @@ def load(path: Path, cuts: tuple[int, ...] = ()) -> list[CausalLM]:
     """The checkpoint as pipeline stages cut at the given layers."""
     config = ModelConfig.from_dir(path)
     rotary = build_rotary(
-        head_dim=config.head_dim, rope_theta=config.rope_theta, max_model_len=256, dca=None)
+        head_dim=config.head_dim, rope_theta=config.rope_theta,
+        scaling=config.rope_scaling, max_model_len=256, dca=None)
     edges = (0, *cuts, config.num_layers)
     stages = []
     for start, stop in itertools.pairwise(edges):
@@ -143,9 +170,10 @@ def test_logits_equal_transformers(tmp_path, family, num_heads, num_kv_heads, ti
 
 
 @pytest.mark.parametrize("cuts", [(1,), (2,), (1, 2)], ids=["1+2", "2+1", "1+1+1"])
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_pipeline_stages_equal_the_whole_model(tmp_path, cuts, tied):
-    save_model(tmp_path, "qwen2", 4, 2, tied)
+@pytest.mark.parametrize(("family", "tied"), [
+    ("qwen2", False), ("qwen2", True), ("llama-biases", True)])
+def test_pipeline_stages_equal_the_whole_model(tmp_path, cuts, family, tied):
+    save_model(tmp_path, family, 4, 2, tied)
     ids = token_ids(61)
     whole = run_planned(load(tmp_path), ids, prompt_len=55, seed=1)
     stages = load(tmp_path, cuts)
@@ -153,8 +181,9 @@ def test_pipeline_stages_equal_the_whole_model(tmp_path, cuts, tied):
     assert not hasattr(stages[0], "lm_head") and not hasattr(stages[-1], "embed_tokens")
 
 
-def test_stages_hold_only_their_own_weights(tmp_path):
-    save_model(tmp_path, "qwen2", 4, 2, tied=False)
+@pytest.mark.parametrize("family", KINDS)
+def test_stages_hold_only_their_own_weights(tmp_path, family):
+    save_model(tmp_path, family, 4, 2, tied=False)
     whole, *stages = load(tmp_path) + load(tmp_path, (1, 2))
     counts = [sum(p.numel() for p in m.parameters()) for m in (whole, *stages)]
     assert counts[0] == sum(counts[1:]) == whole.config.num_parameters
@@ -169,7 +198,8 @@ def test_active_parameters_are_those_of_the_layers_matrices(tmp_path, family):
 
 
 @pytest.mark.parametrize("cuts", [(), (1,)], ids=["whole", "stages"])
-@pytest.mark.parametrize(("family", "tied"), [("qwen2", False), ("qwen3", False), ("qwen3", True)])
+@pytest.mark.parametrize(("family", "tied"), [
+    ("qwen2", False), ("qwen3", False), ("qwen3", True), ("llama-biases", False)])
 def test_every_weight_is_filled_from_one_place(tmp_path, family, tied, cuts):
     save_model(tmp_path, family, 4, 2, tied)
     for stage in load(tmp_path, cuts):
@@ -241,7 +271,7 @@ def test_mlp_row_pieces_change_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("cuts", [(), (2,)], ids=["whole", "2+1"])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama-biases"])
 def test_last_layer_computes_only_the_wanted_rows(tmp_path, family, cuts):
     save_model(tmp_path, family, 4, 2, tied=False)
     stages, ids = load(tmp_path, cuts), token_ids(53)

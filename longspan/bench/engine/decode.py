@@ -159,7 +159,7 @@ def _attention(
     cache = engine.caches[0]
     q = torch.randn(batch, model.num_heads, model.head_dim, device=device, dtype=cache.k.dtype)
     rotary = build_rotary(head_dim=model.head_dim, rope_theta=model.rope_theta, device=device,
-                          max_model_len=context, dca=model.dca)
+                          scaling=model.rope_scaling, max_model_len=context, dca=model.dca)
     turn = iter(range(10**9))
 
     def work() -> None:

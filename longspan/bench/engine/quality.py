@@ -112,7 +112,7 @@ class Subject:
         dtype = TORCH_DTYPES[made.config.dtype]
         rotary = build_rotary(
             head_dim=made.model.head_dim, rope_theta=made.model.rope_theta, device=device,
-            max_model_len=longest, dca=made.dca)
+            scaling=made.model.rope_scaling, max_model_len=longest, dca=made.dca)
         self.model = build_model(made.model, layers=range(made.model.num_layers), rotary=rotary,
                                  plan=made.plan, dtype=dtype, device=device)
         load_weights(self.model, made.path)

@@ -67,7 +67,8 @@ class LayerInput:
 def make_rotary(shape: Shape, num_tokens: int, device: str, dca: DcaConfig | None) -> QueryRotary:
     """Rotations of a shape; without ``dca`` plain RoPE."""
     return build_rotary(head_dim=shape.model.head_dim, rope_theta=shape.model.rope_theta,
-                        max_model_len=num_tokens, dca=dca, device=device)
+                        scaling=shape.model.rope_scaling, max_model_len=num_tokens, dca=dca,
+                        device=device)
 
 
 def make_input(

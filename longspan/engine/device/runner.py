@@ -73,7 +73,7 @@ class Runner:
         dtype = TORCH_DTYPES[config.dtype]
         rotary = build_rotary(
             head_dim=model.head_dim, rope_theta=model.rope_theta, device=config.device,
-            max_model_len=memory.max_model_len, dca=dca)
+            scaling=model.rope_scaling, max_model_len=memory.max_model_len, dca=dca)
         stages = []
         for layers in split_layers(model.num_layers, num_stages):
             part = build_model(model, layers=layers, rotary=rotary, plan=plan, dtype=dtype,
