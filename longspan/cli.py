@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from longspan.commands.eval_app import eval_app
+from longspan.commands.import_gguf import import_gguf
 from longspan.commands.options import (
     ChunkLen,
     Device,
@@ -54,6 +55,7 @@ app = typer.Typer(
 bench_app = typer.Typer(help="Measure speed and memory; rebuild tables.", rich_markup_mode=None)
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
+app.command("import")(import_gguf)
 
 
 @app.command()
