@@ -45,6 +45,8 @@ KNOWN_KEYS = frozenset({
     "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear",
     "rope.scaling.original_context_length", "rope.scaling.finetuned"})
 PART_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+UNKNOWN_TYPE = re.compile(r"(\d+)\)? is not a valid GGMLQuantizationType")
+"""In gguf-py's error."""
 FULL_PRECISION = ("F32", "F16", "BF16")
 MAX_COPY_ERROR = 0.1
 """Mean difference of two quantisations of one matrix, over its mean size: 4 bits and more stay
@@ -228,9 +230,10 @@ def _open(path: Path) -> Any:
     try:
         reader = GGUFReader(path)
     except (ValueError, IndexError, KeyError) as error:
-        if "GGMLQuantizationType" in str(error):
-            raise CheckpointError(f"{path}: holds a tensor type that is not known ({error}); take "
-                                  "a file of another quantisation") from None
+        unknown = UNKNOWN_TYPE.search(str(error))
+        if unknown:
+            raise CheckpointError(f"{path}: holds tensors of type {unknown[1]}, which is not "
+                                  "known; take a file of another quantisation") from None
         raise CheckpointError(
             f"{path}: truncated or damaged ({error}); fetch the file again") from None
     if reader.byte_order == "S":
