@@ -19,6 +19,7 @@ from longspan.attention.sparsity import SparsityPlan
 from longspan.config import DcaConfig, ModelConfig
 from longspan.errors import InvalidRequestError, LongspanError, MissingDependencyError
 from longspan.model import build_model, load_weights
+from longspan.rope_config import RopeScaling
 
 MAX_DIFFERENCE = 1e-4
 DCA = DcaConfig(chunk_size=48, local_size=16)  # DCA chunks of 32 tokens
@@ -145,7 +146,7 @@ def pair_by_pair(q: Tensor, k: Tensor, v: Tensor, config: ModelConfig) -> Tensor
     query = torch.where(gap == 0, i % stride, torch.where(
         gap == 1, (i % stride + stride).clamp(max=clamp), min(2 * stride - 1, clamp)))
     angles = (query - j % stride)[..., None] * inverse_frequencies(
-        config.head_dim, config.rope_theta).double()
+        config.head_dim, config.rope_theta, config.rope_scaling).double()
     pairs = torch.view_as_complex(torch.stack(q.double().chunk(2, -1), -1).contiguous())
     keys = torch.view_as_complex(torch.stack(k.double().chunk(2, -1), -1).contiguous())
     keys = keys.repeat_interleave(q.shape[1] // k.shape[1], 1)
@@ -160,14 +161,17 @@ def pair_by_pair(q: Tensor, k: Tensor, v: Tensor, config: ModelConfig) -> Tensor
 
 @pytest.mark.parametrize("dca", [DCA, YARN, DcaConfig(chunk_size=30, local_size=5)],
                          ids=["dca", "dca+yarn", "clamp-2s"])
-def test_one_layer_equals_the_definition(checkpoint, dca):
+@pytest.mark.parametrize("scaling", [None, RopeScaling(kind="linear", factor=4.0)],
+                         ids=["plain", "linear"])
+def test_one_layer_equals_the_definition(checkpoint, dca, scaling):
     from transformers import AttentionInterface
 
-    config = config_of(checkpoint, dca)
+    config = replace(config_of(checkpoint, dca), rope_scaling=scaling)
     attend = AttentionInterface()[register(config, name="longspan_definition")]
     generator = torch.Generator().manual_seed(2)
     q, k, v = (torch.randn(140, n, 16, generator=generator) for n in (4, 2, 2))
-    angles = torch.arange(140)[:, None].float() * inverse_frequencies(16, config.rope_theta)
+    angles = torch.arange(140)[:, None].float() * inverse_frequencies(
+        16, config.rope_theta, scaling)
 
     def hand_over(x: Tensor) -> Tensor:
         """Rotated at true positions, [1, heads, T, D], as transformers does."""

@@ -420,6 +420,21 @@ def test_dca_runs_beyond_the_window(tmp_path):
     assert len(answer.token_ids) == 3
 
 
+@pytest.mark.parametrize("kind", ["llama-biases", "linear-rope"])
+def test_the_engine_answers_as_the_original(tmp_path, kind):
+    model, out = write_gguf(tmp_path / "x.gguf", kind), tmp_path / "out"
+    import_gguf(tmp_path / "x.gguf", out)
+    prompt = "What was written on the third page of the book?"
+    ids = list(Tokenizer(out).encode(prompt))
+    expected = list[int]()
+    for _ in range(12):
+        with torch.no_grad():
+            expected.append(int(model(torch.tensor([ids + expected])).logits[0, -1].argmax()))
+    llm = LLM(str(out), device="cpu", num_threads=1)
+    (answer,) = llm.generate(prompt, SamplingParams(max_tokens=12, ignore_eos=True))
+    assert list(answer.token_ids) == expected
+
+
 @pytest.mark.parametrize(("window", "local"), [
     (262_144, 8192), (131_072, 4096), (32_768, 1024), (8192, 256), (2048, 128), (1_010_000, 31_568),
     (100, 3)])
