@@ -139,6 +139,23 @@ def add_tokenizer(writer: Any, pre: str = "qwen2", model: str = "gpt2") -> None:
     writer.add_chat_template(TEMPLATE)
 
 
+def add_sentencepiece(writer: Any) -> None:
+    """As of Llama 2 and Mistral: pieces with scores, no merges, a space before the text."""
+    pieces = ["\u2581", *"abdehlortw", "he", "ll", "\u2581a", "lo", "hello"]
+    others = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokens = [*others[: VOCAB - len(pieces)], *pieces]
+    plain = range(len(tokens) - len(pieces), len(tokens))
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([-float(idx) if idx in plain else 0.0 for idx in range(len(tokens))])
+    writer.add_token_types([1 if idx in plain else 2 if idx == 0 else 3 if idx < 3 else 6
+                            for idx in range(len(tokens))])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+
+
 def finish(writer: Any, tensors: dict[str, Any], types: dict[str, Any] | None = None) -> None:
     """Write the tensors, those that ``types`` names quantised."""
     for name, values in tensors.items():
@@ -457,6 +474,19 @@ def test_tokens_that_begin_and_end(tmp_path):
     assert list(tokenizer.encode(chat)) == [
         bos, BASE + 3, *tokenizer.encode("hi"), BASE]
     assert json.loads(tokenizer.to_json())["model"]["ignore_merges"]
+
+
+def test_a_sentencepiece_vocabulary(tmp_path):
+    writer = begin(tmp_path / "x.gguf", "llama")
+    add_sentencepiece(writer)
+    finish(writer, stored_tensors("llama", make_model("llama")))
+    import_gguf(tmp_path / "x.gguf", tmp_path / "out")
+    tokenizer = Tokenizer(tmp_path / "out")
+    ids = tokenizer.encode("a he wall", add_special_tokens=True)
+    assert [tokenizer.piece(idx) for idx in ids] == [
+        "<s>", "\u2581a", "\u2581", "he", "\u2581", "w", "a", "ll"]
+    assert tokenizer.decode(ids) == "a he wall"
+    assert tokenizer.eos_token_ids == {2}
 
 
 @pytest.mark.parametrize(("pre", "text", "pieces"), [
