@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass
 from typing import Protocol
 
 from longspan.engine.control.scheduler import Scheduler
@@ -135,7 +134,7 @@ class Loop:
         self._scheduler, self._transport = scheduler, transport
         self._queues_prefill, self._ahead_s = queues_prefill, ahead_s
         self._mailbox: deque[Request | str] = deque()
-        self._in_flight: deque[_Submission] = deque()
+        self._in_flight = scheduler.in_flight
         self._freed_s = 0.0
         """When the latest result came: the step behind it began."""
 
@@ -162,7 +161,6 @@ class Loop:
         """After an exception in `turn`: abort the steps in flight, keep the engine usable."""
         self._transport.discard()
         self._scheduler.drop_in_flight()
-        self._in_flight.clear()
         return tuple(self._scheduler.take_updates())
 
     def _receive(self) -> None:
@@ -178,8 +176,7 @@ class Loop:
             batch = self._scheduler.schedule(self._prefill_rest_s)
             if batch is None:
                 return
-            self._in_flight.append(
-                _Submission(time.monotonic(), batch.expected_s, _prefills(batch)))
+            self._in_flight[-1].submitted_s = time.monotonic()
             self._transport.submit(batch)
 
     def _may_submit(self) -> bool:
@@ -199,8 +196,8 @@ class Loop:
         soon that the next one should be on its way."""
         if not self._prefills_in_flight:
             return 0.0
-        begun_s = max(self._freed_s, self._in_flight[0].time_s)
-        end_s = begun_s + sum(step.expected_s for step in self._in_flight)
+        begun_s = max(self._freed_s, self._in_flight[0].submitted_s)
+        end_s = begun_s + sum(step.batch.expected_s for step in self._in_flight)
         rest_s = end_s - time.monotonic()
         return rest_s if rest_s > PREFILL_AHEAD_S else 0.0
 
@@ -216,7 +213,7 @@ class Loop:
     def _are_short(self) -> bool:
         """The steps in flight end so soon that the runner might wait for the next one."""
         return (len(self._in_flight) < MAX_SHORT_STEPS
-                and sum(step.expected_s for step in self._in_flight) < self._ahead_s)
+                and sum(step.batch.expected_s for step in self._in_flight) < self._ahead_s)
 
     def _process(self) -> StepReport:
         if not self._in_flight:
@@ -226,20 +223,10 @@ class Loop:
         result = self._transport.collect(self._patience_s)
         if result is None or result.epoch != self._scheduler.epoch:
             return StepReport(updates=tuple(self._scheduler.take_updates()))
+        step = self._in_flight[0]
         updates = self._scheduler.apply(result)
         self._freed_s = time.monotonic()
         return StepReport(
-            updates=tuple(updates), submitted_s=self._in_flight.popleft().time_s,
+            updates=tuple(updates), submitted_s=step.submitted_s,
             finished_s=self._freed_s, kept_pairs=result.kept_pairs,
             causal_pairs=result.causal_pairs)
-
-
-@dataclass(frozen=True, slots=True)
-class _Submission:
-    time_s: float
-    expected_s: float
-    prefills: bool
-
-
-def _prefills(batch: ScheduledBatch) -> bool:
-    return any(item.cached_len < item.prompt_len for item in batch.slices)

@@ -73,7 +73,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class StepPlan:
     """One step to be."""
 
     choices: tuple[Choice, ...]
@@ -94,7 +94,7 @@ class Planner:
         self._debt = ("", 0.0)
         """The head and what it is owed, seconds."""
 
-    def plan(self, running: Sequence[Request], in_flight_s: float) -> Plan | None:
+    def plan(self, running: Sequence[Request], in_flight_s: float) -> StepPlan | None:
         """The next step; None when there is nothing to compute now.
 
         Args:
@@ -202,13 +202,13 @@ class _Step:
         if choice is not None:
             self._prefills.insert(0 if is_head else len(self._prefills), choice)
 
-    def finish(self) -> Plan | None:
+    def finish(self) -> StepPlan | None:
         """The plan; None if nothing was taken."""
         self._prefills.sort(key=lambda choice: choice.pieces is None)
         choices = [*self._prefills, *(Choice(request=r, query_len=1) for r in self._decodes)]
         if not choices:
             return None
-        return Plan(choices=tuple(choices), work=self._work, expected_s=self.expected_s)
+        return StepPlan(choices=tuple(choices), work=self._work, expected_s=self.expected_s)
 
     def _pieces(
         self, request: Request, stop: int, room_s: float, must_progress: bool,

@@ -24,13 +24,14 @@ written by its new owner after the old one's last step.
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from longspan.engine.control.blocks import BlockPool
-from longspan.engine.control.latency import Costs, Forecast, LatencyModel, Work
-from longspan.engine.control.planner import Choice, Plan, Planner, PlannerConfig
+from longspan.engine.control.latency import Costs, Forecast, LatencyModel
+from longspan.engine.control.planner import Choice, Planner, PlannerConfig, StepPlan
 from longspan.engine.control.prefixes import Prefixes
 from longspan.engine.intake import check_fits
 from longspan.engine.request import FinishReason, Request, finish_reason
@@ -86,6 +87,19 @@ class Load:
     """What prompts will take, as known after the latest prefill; None: nothing was measured."""
 
 
+@dataclass(slots=True)
+class InFlightStep:
+    """A step that was handed out and whose result has not come."""
+
+    batch: ScheduledBatch
+    plan: StepPlan
+    """Its choices are the batch's slices, in the same order."""
+    prefills: bool
+    """Some slice computes prompt tokens."""
+    submitted_s: float = 0.0
+    """When the loop handed it to the runner, by ``time.monotonic``."""
+
+
 class Scheduler:
     """Owns the requests and the blocks; `schedule` hands out work, `apply` takes results."""
 
@@ -94,7 +108,8 @@ class Scheduler:
         self.pool = BlockPool(config.num_blocks)
         self._waiting: list[Request] = []
         self._running: dict[str, Request] = {}
-        self._in_flight: list[_Submission] = []
+        self.in_flight = deque[InFlightStep]()
+        """Steps handed out whose results have not come, oldest first."""
         self.latency = LatencyModel(config.prior)
         """Fitted by every step whose time is known."""
         self.forecast: Forecast | None = None
@@ -110,7 +125,7 @@ class Scheduler:
     @property
     def is_idle(self) -> bool:
         """No request is waiting or running, no step in flight, no update uncollected."""
-        return not (self._waiting or self._running or self._in_flight or self._updates)
+        return not (self._waiting or self._running or self.in_flight or self._updates)
 
     @property
     def num_requests(self) -> int:
@@ -156,7 +171,7 @@ class Scheduler:
             [request for request in self._running.values() if not request.is_finished],
             in_flight_s)
         if plan is None:
-            assert self._in_flight or not self._waiting, "an empty engine admits any request"
+            assert self.in_flight or not self._waiting, "an empty engine admits any request"
             return None
         repeats = self._repeats(plan)
         batch = ScheduledBatch(
@@ -165,8 +180,7 @@ class Scheduler:
         for choice in plan.choices:
             _advance_schedule(choice, repeats)
         self._num_steps += 1
-        requests = tuple(choice.request for choice in plan.choices)
-        self._in_flight.append(_Submission(batch, requests, plan.work))
+        self.in_flight.append(InFlightStep(batch, plan, batch.prefills))
         return batch
 
     def apply(self, result: StepResult) -> list[Update]:
@@ -176,17 +190,17 @@ class Scheduler:
         """
         if result.epoch != self.epoch:
             return self.take_updates()
-        step = self._in_flight.pop(0)
+        step = self.in_flight.popleft()
         batch = step.batch
         assert result.step_id == batch.step_id, "results are applied in the order of their steps"
         samples = [item.sampling is not None for item in batch.slices]
         num_rows = sum(samples)
         assert len(result.token_ids) == batch.repeats * num_rows, "a token for each that samples"
         row = 0
-        for item, request, is_sampled in zip(batch.slices, step.requests, samples, strict=True):
+        for item, choice, is_sampled in zip(batch.slices, step.plan.choices, samples, strict=True):
             tokens = result.token_ids[row::num_rows] if is_sampled else (None,)
             logprobs = result.logprobs[row] if is_sampled and result.logprobs else None
-            self._advance(request, item, tokens, logprobs, result.failure(row))
+            self._advance(choice.request, item, tokens, logprobs, result.failure(row))
             row += is_sampled
         self._learn(step, result.elapsed_s)
         return self.take_updates()
@@ -195,15 +209,15 @@ class Scheduler:
         """Forget the steps in flight (an interrupt): their requests are aborted, and results that
         still come belong to an earlier epoch."""
         self.epoch += 1
-        for step in self._in_flight:
-            for request in step.requests:
+        for step in self.in_flight:
+            for request in (choice.request for choice in step.plan.choices):
                 request.num_in_flight = 0
                 if not request.is_finished:
                     self._finish(request, "abort")
                     self._updates.append(_update(request, None))
                 elif request.request_id in self._running:
                     self._release(request)
-        self._in_flight.clear()
+        self.in_flight.clear()
 
     def take_updates(self) -> list[Update]:
         """Changes not yet handed out."""
@@ -261,7 +275,7 @@ class Scheduler:
 
     # -- plan ----------------------------------------------------------------------------------
 
-    def _repeats(self, plan: Plan) -> int:
+    def _repeats(self, plan: StepPlan) -> int:
         """How often to compute a plan before the next one. Longer bursts would make requests that
         arrive wait, and compute more in vain behind a stop token."""
         requests = [choice.request for choice in plan.choices]
@@ -307,9 +321,9 @@ class Scheduler:
             self._finish(request, reason)
         self._updates.append(_update(request, token, logprobs, done_len))
 
-    def _learn(self, step: _Submission, elapsed_s: float) -> None:
-        self.latency.observe(step.work, elapsed_s / step.batch.repeats)
-        if step.batch.prefills and self.latency.num_observations:
+    def _learn(self, step: InFlightStep, elapsed_s: float) -> None:
+        self.latency.observe(step.plan.work, elapsed_s / step.batch.repeats)
+        if step.prefills and self.latency.num_observations:
             config = self.config
             self.forecast = Forecast(
                 costs=self.latency.costs, block_size=config.block_size,
@@ -334,16 +348,6 @@ def max_step_tokens(prefill_chunk_len: int, max_num_requests: int) -> int:
     """Most tokens that one step holds on the device: a prefill chunk (the head's, or a paused one),
     half as many tokens of others, one token of each decoding request."""
     return prefill_chunk_len + prefill_chunk_len // 2 + max_num_requests
-
-
-@dataclass(frozen=True, slots=True)
-class _Submission:
-    """A step in flight."""
-
-    batch: ScheduledBatch
-    requests: tuple[Request, ...]
-    """Of its slices."""
-    work: Work
 
 
 def _slice(choice: Choice) -> ScheduledSlice:

@@ -218,7 +218,7 @@ class World:
         self.scheduler.check()
         if is_waiting:
             assert self.front.load == self.scheduler.load, "an old load was told"
-        for step in self.scheduler._in_flight:
+        for step in self.scheduler.in_flight:
             for item in step.batch.slices:
                 owner = self.scheduler._running[item.request_id]
                 assert list(owner.block_ids) == list(item.block_ids) and owner.slot == item.slot
