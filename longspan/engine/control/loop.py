@@ -1,19 +1,20 @@
 """One loop, four verbs: receive, schedule, run, process. No torch.
 
 The loop knows a runner only as a `Transport`: batches go in, results come out in the same order.
-In one process on a CPU the transport computes when its result is asked for and holds one step. On a
-GPU it launches a step behind another, and the one of a server
-(`longspan.engine.processes.sockets`) hands batches to another process: the next step is scheduled
-and sent before the last one's tokens are back. Nothing here changes with that.
+In one process the transport launches them (`LocalTransport`): one at a time on a CPU, a step behind
+another on a GPU. A server's (`longspan.engine.processes.sockets.RunnerTransport`) hands them to
+another process: the next step is scheduled and sent before the last one's tokens are back. Nothing
+here changes with that. Whoever wants to know what happens passes callbacks.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
-from longspan.engine.control.scheduler import Scheduler
+from longspan.engine.control.scheduler import InFlightStep, Scheduler
 from longspan.engine.request import Request
 from longspan.engine.step import ScheduledBatch, StepReport, StepResult, Update
 
@@ -43,14 +44,7 @@ class Transport(Protocol):
         earlier epoch."""
 
 
-class Executor(Protocol):
-    """What computes a step: `longspan.engine.device.runner.Runner`, or a double in tests."""
-
-    def execute(self, batch: ScheduledBatch) -> StepResult:
-        """Compute the step and sample."""
-
-
-class Launched(Protocol):
+class PendingStep(Protocol):
     """A step that was handed to the device."""
 
     def wait_for(self, timeout_s: float) -> bool:
@@ -61,21 +55,24 @@ class Launched(Protocol):
 
 
 class Launcher(Protocol):
-    """What hands steps to a device: `longspan.engine.device.runner.Runner` on a GPU."""
+    """What hands steps to a device: `longspan.engine.device.runner.Runner`, or a test double."""
 
-    def launch(self, batch: ScheduledBatch) -> Launched:
+    def launch(self, batch: ScheduledBatch) -> PendingStep:
         """Hand over the step; may return before it is computed."""
 
 
-class AheadTransport:
-    """Launches each step in this thread, as it is submitted: a GPU has the next one before it is
-    done with the last."""
+class LocalTransport:
+    """Launches each step in this thread, as it is submitted.
 
-    max_in_flight = 2
+    Args:
+        max_in_flight: 2 for a GPU, where a launch returns at once and the next step is there when
+            the last one ends; 1 for a CPU, where the launch computes the step.
+    """
 
-    def __init__(self, launcher: Launcher) -> None:
+    def __init__(self, launcher: Launcher, max_in_flight: int = 1) -> None:
+        self.max_in_flight = max_in_flight
         self._launcher = launcher
-        self._launched: deque[Launched] = deque()
+        self._launched: deque[PendingStep] = deque()
 
     def submit(self, batch: ScheduledBatch) -> None:
         """Launch the step."""
@@ -92,28 +89,6 @@ class AheadTransport:
         self._launched.clear()
 
 
-class LocalTransport:
-    """Runs each step in this thread, when its result is collected."""
-
-    max_in_flight = 1
-
-    def __init__(self, executor: Executor) -> None:
-        self._executor = executor
-        self._batches: deque[ScheduledBatch] = deque()
-
-    def submit(self, batch: ScheduledBatch) -> None:
-        """Keep the step until `collect`."""
-        self._batches.append(batch)
-
-    def collect(self, timeout_s: float | None = None) -> StepResult:
-        """Compute the oldest step."""
-        return self._executor.execute(self._batches.popleft())
-
-    def discard(self) -> None:
-        """Forget steps that were not computed."""
-        self._batches.clear()
-
-
 class Loop:
     """Drives a scheduler and a transport. Commands wait in a mailbox until the next turn.
 
@@ -125,14 +100,20 @@ class Loop:
         ahead_s: a transport that may hold several steps is given more of them, up to
             `MAX_SHORT_STEPS`, while those in flight only decode and are predicted to take less time
             than this. Else a device whose steps are shorter than the way there and back would wait.
+        on_submit: called with each step before it is handed over.
+        on_wait: called before each wait for a result.
+        on_result: called with each result before it is applied, and with its step.
     """
 
     def __init__(
         self, scheduler: Scheduler, transport: Transport, *, queues_prefill: bool = True,
-        ahead_s: float = 0.0,
+        ahead_s: float = 0.0, on_submit: Callable[[ScheduledBatch], None] | None = None,
+        on_wait: Callable[[], None] | None = None,
+        on_result: Callable[[InFlightStep, StepResult], None] | None = None,
     ) -> None:
         self._scheduler, self._transport = scheduler, transport
         self._queues_prefill, self._ahead_s = queues_prefill, ahead_s
+        self._on_submit, self._on_wait, self._on_result = on_submit, on_wait, on_result
         self._mailbox: deque[Request | str] = deque()
         self._in_flight = scheduler.in_flight
         self._freed_s = 0.0
@@ -177,6 +158,8 @@ class Loop:
             if batch is None:
                 return
             self._in_flight[-1].submitted_s = time.monotonic()
+            if self._on_submit is not None:
+                self._on_submit(batch)
             self._transport.submit(batch)
 
     def _may_submit(self) -> bool:
@@ -220,10 +203,14 @@ class Loop:
             if self._scheduler.num_requests == 0:
                 self._scheduler.check()  # idle: the moment to notice a leak
             return StepReport(updates=tuple(self._scheduler.take_updates()))
+        if self._on_wait is not None:
+            self._on_wait()
         result = self._transport.collect(self._patience_s)
         if result is None or result.epoch != self._scheduler.epoch:
             return StepReport(updates=tuple(self._scheduler.take_updates()))
         step = self._in_flight[0]
+        if self._on_result is not None:
+            self._on_result(step, result)
         updates = self._scheduler.apply(result)
         self._freed_s = time.monotonic()
         return StepReport(

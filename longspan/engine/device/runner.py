@@ -19,7 +19,7 @@ from longspan.attention.rope import build_rotary
 from longspan.attention.sparsity import SparsityPlan, needs_means
 from longspan.config import DcaConfig, EngineConfig, ModelConfig
 from longspan.engine.control.chunking import piece_rows
-from longspan.engine.control.loop import AheadTransport, LocalTransport, Transport
+from longspan.engine.control.loop import LocalTransport, Transport
 from longspan.engine.device.batch import DeviceBatch, build_batch, is_greedy
 from longspan.engine.device.graphs import CudaRecorder, DecodeGraphs, DecodeState
 from longspan.engine.device.host_memory import keep_buffers_in_heap
@@ -103,7 +103,7 @@ class Runner:
 
     def transport(self) -> Transport:
         """For a loop in this process."""
-        return AheadTransport(self) if self._device.startswith("cuda") else LocalTransport(self)
+        return LocalTransport(self, max_in_flight=2 if self._device.startswith("cuda") else 1)
 
     def record_graphs(self) -> None:
         """Record all decode graphs now, where there are any: a server has no time for it later."""

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import Protocol
 
 from longspan.config import EngineConfig
-from longspan.engine.control.loop import Executor
+from longspan.engine.control.loop import Launcher
 from longspan.engine.control.scheduler import SchedulerConfig
 from longspan.engine.processes.wire import Begin, Command, FromEngine
 
 Send = Callable[[FromEngine], None]
 
 
-class Engine(Executor, Protocol):
+class Engine(Launcher, Protocol):
     """What computes, and can be freed."""
 
     def close(self) -> None:

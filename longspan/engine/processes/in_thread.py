@@ -13,9 +13,9 @@ from queue import Empty, SimpleQueue
 
 from longspan.config import EngineConfig
 from longspan.engine.control.loop import LocalTransport
-from longspan.engine.control.scheduler import Scheduler
-from longspan.engine.processes.backend import Engine, Loader, Send, Start
-from longspan.engine.processes.serving_loop import Conductor
+from longspan.engine.control.scheduler import InFlightStep, Scheduler
+from longspan.engine.processes.backend import Loader, Send, Start
+from longspan.engine.processes.serving_loop import ServingLoop
 from longspan.engine.processes.wire import (
     Begin,
     Close,
@@ -26,7 +26,7 @@ from longspan.engine.processes.wire import (
     Stepped,
     last_words,
 )
-from longspan.engine.step import ScheduledBatch, StepResult
+from longspan.engine.step import StepResult
 
 
 def on_a_thread(load: Loader) -> Start:
@@ -61,8 +61,8 @@ class Worker:
             scheduler, engine = self._load(self._config, self._send)
             try:
                 self._send(Loaded())
-                Conductor(Scheduler(scheduler), _TellingTransport(engine, self._send), self._take,
-                          self._send).run()
+                ServingLoop(Scheduler(scheduler), LocalTransport(engine), self._take, self._send,
+                            on_result=self._tell_result).run()
             finally:
                 engine.close()
             self._send(Died("it was shut down"))
@@ -78,24 +78,8 @@ class Worker:
             if not isinstance(message, Begin):  # it knows
                 return message
 
-
-class _TellingTransport(LocalTransport):
-    """Tells the front end what each step brought, as a runner process does."""
-
-    def __init__(self, engine: Engine, send: Send) -> None:
-        super().__init__(engine)
-        self._send = send
-        self._rows: tuple[Row, ...] = ()
-
-    def submit(self, batch: ScheduledBatch) -> None:
-        super().submit(batch)
-        self._rows = tuple(map(Row.of, batch.slices))
-
-    def collect(self, timeout_s: float | None = None) -> StepResult:
-        started_s = time.monotonic()
-        result = super().collect(timeout_s)
-        self._send(Stepped(rows=self._rows, result=result, started_s=started_s,
-                           finished_s=time.monotonic()))
-        return result
-
-
+    def _tell_result(self, step: InFlightStep, result: StepResult) -> None:
+        """As a runner process tells it."""
+        self._send(Stepped(
+            rows=tuple(map(Row.of, step.batch.slices)), result=result, started_s=step.submitted_s,
+            finished_s=time.monotonic()))

@@ -18,8 +18,8 @@ from typing import Any, cast
 
 import zmq
 
-from longspan.engine.control.loop import Launched, Launcher
-from longspan.engine.processes.backend import Loader
+from longspan.engine.control.loop import PendingStep
+from longspan.engine.processes.backend import Engine, Loader
 from longspan.engine.processes.child_orders import Orders
 from longspan.engine.processes.sockets import Inbox, Outbox, Tables
 from longspan.engine.processes.wire import Computed, Loaded, Row, Step, Stepped, last_words
@@ -31,7 +31,7 @@ SWITCH_S = 5e-4
 @dataclass(frozen=True, slots=True)
 class _Started:
     rows: tuple[Row, ...]
-    launched: Launched
+    launched: PendingStep
     time_s: float
 
 
@@ -52,7 +52,7 @@ def run(orders: Orders) -> int:
     # It alone uses the sockets of `results` from here on.
     collector = threading.Thread(target=results.run, args=(started,), name="longspan-collect")
     collector.start()
-    _launch(inbox, cast(Launcher, engine), started)
+    _launch(inbox, engine, started)
     collector.join()
     return 1
 
@@ -62,7 +62,7 @@ def _loader(name: str) -> Loader:
     return cast(Loader, getattr(importlib.import_module(module), function))
 
 
-def _launch(inbox: Inbox, engine: Launcher, started: SimpleQueue[_Started | BaseException]) -> None:
+def _launch(inbox: Inbox, engine: Engine, started: SimpleQueue[_Started | BaseException]) -> None:
     """Until a step fails. On the thread that loaded the model, whose settings some libraries keep.
     """
     tables = Tables()

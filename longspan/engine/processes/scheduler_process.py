@@ -9,7 +9,7 @@ import zmq
 
 from longspan.engine.control.scheduler import Scheduler
 from longspan.engine.processes.child_orders import Orders
-from longspan.engine.processes.serving_loop import Conductor
+from longspan.engine.processes.serving_loop import ServingLoop
 from longspan.engine.processes.sockets import Inbox, Outbox, RunnerTransport
 from longspan.engine.processes.wire import Begin, ToScheduler, last_words
 
@@ -25,7 +25,7 @@ def run(orders: Orders) -> int:
             pass
         transport = RunnerTransport(inbox, runner, orders.max_in_flight)
         config = begin.config if orders.max_in_flight > 1 else replace(begin.config, burst_s=0.0)
-        Conductor(Scheduler(config), transport, transport.command, front.put).run()
+        ServingLoop(Scheduler(config), transport, transport.command, front.put).run()
         return 0
     except BaseException as error:
         front.put(last_words(error))

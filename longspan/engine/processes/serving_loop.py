@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from longspan.engine.control.loop import Loop, Transport
-from longspan.engine.control.scheduler import Load, Scheduler
+from longspan.engine.control.scheduler import InFlightStep, Load, Scheduler
 from longspan.engine.control.self_measurement import warm_up
 from longspan.engine.processes.backend import Send
 from longspan.engine.processes.wire import Add, Close, Command, LoadChanged, Submitted
@@ -21,28 +21,36 @@ AHEAD_S = 5e-3
 request that arrives meanwhile."""
 TakeCommand = Callable[[bool], Command | None]
 """The next command; waits for one if the argument says so, else None where there is none."""
+OnResult = Callable[[InFlightStep, StepResult], None]
 
 
-class Conductor:
-    """Runs one scheduler until `Close`."""
+class ServingLoop:
+    """Runs one scheduler until `Close`.
+
+    Args:
+        on_result: called with each result, where nobody else tells it to the front end.
+    """
 
     def __init__(
         self, scheduler: Scheduler, transport: Transport, take: TakeCommand, send: Send,
+        on_result: OnResult | None = None,
     ) -> None:
-        self._scheduler = scheduler
-        self._news = _News(scheduler, transport, send)
-        self._loop = Loop(scheduler, self._news, queues_prefill=False, ahead_s=AHEAD_S)
-        self._take = take
+        self._scheduler, self._take, self._send = scheduler, take, send
+        # The load is told before each wait, so that the status is current in a step of seconds.
+        self._loop = Loop(
+            scheduler, transport, queues_prefill=False, ahead_s=AHEAD_S,
+            on_submit=self._tell_prefills, on_wait=self._tell_load, on_result=on_result)
+        self._load: Load | None = None
 
     def run(self) -> None:
         """Serve. What the runner or the scheduler raises comes out here."""
-        self._news.tell_load()
+        self._tell_load()
         warm_up(self._scheduler, self._loop)
-        self._news.tell_load()
+        self._tell_load()
         while self._receive():
             self._loop.turn()
             if self._loop.is_idle:
-                self._news.tell_load()
+                self._tell_load()
 
     def _receive(self) -> bool:
         """Take all commands that wait, or wait for one if there is nothing to compute. False: end.
@@ -58,41 +66,16 @@ class Conductor:
                 self._loop.abort(command.request_id)
         return True
 
+    def _tell_prefills(self, batch: ScheduledBatch) -> None:
+        """Callers learn what the prefix cache supplied before a step that may take seconds."""
+        if batch.prefills:
+            self._tell_load()
+            self._send(Submitted(tuple(
+                (item.request_id, item.cached_len) for item in batch.slices
+                if item.cached_len < item.prompt_len)))
 
-class _News:
-    """A transport that tells when a step with prefills begins: it may take seconds, and its callers
-    can learn already now what the prefix cache supplied."""
-
-    def __init__(self, scheduler: Scheduler, transport: Transport, send: Send) -> None:
-        self._scheduler, self._transport, self._send = scheduler, transport, send
-        self._load: Load | None = None
-
-    @property
-    def max_in_flight(self) -> int:
-        """That of the transport."""
-        return self._transport.max_in_flight
-
-    def submit(self, batch: ScheduledBatch) -> None:
-        """Hand over, and tell."""
-        self._transport.submit(batch)
-        prefills = tuple((item.request_id, item.cached_len) for item in batch.slices
-                         if item.cached_len < item.prompt_len)
-        if prefills:
-            self.tell_load()
-            self._send(Submitted(prefills))
-
-    def collect(self, timeout_s: float | None = None) -> StepResult | None:
-        """The oldest result. The load is told before the wait for it, so that the status is current
-        during a step of seconds."""
-        self.tell_load()
-        return self._transport.collect(timeout_s)
-
-    def discard(self) -> None:
-        """Drop what is in flight."""
-        self._transport.discard()
-
-    def tell_load(self) -> None:
-        """Unless the front end knows it."""
+    def _tell_load(self) -> None:
+        """Tell the front end, unless it knows."""
         load = self._scheduler.load
         if load != self._load:
             self._load = load

@@ -1,5 +1,5 @@
-"""Seeded fuzz of the whole control plane: conductor, loop, scheduler, the way to the runner and
-back.
+"""Seeded fuzz of the whole control plane: serving loop, loop, scheduler, the way to the runner
+and back.
 
 Everything is real but the sockets, the clock and the runner, which checks every key that it reads.
 Messages pass through their encoding. Commands come at any moment; the runner computes when it
@@ -26,7 +26,7 @@ from longspan.engine.control.blocks import SHORT_TAIL, BlockPool
 from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
 from longspan.engine.front.tracking import Tracker
 from longspan.engine.processes import sockets as transport
-from longspan.engine.processes.serving_loop import Conductor
+from longspan.engine.processes.serving_loop import ServingLoop
 from longspan.engine.processes.sockets import Inbox, Outbox, RunnerTransport, Tables
 from longspan.engine.processes.wire import (
     Abort,
@@ -118,7 +118,7 @@ class World:
         self.pool = self.scheduler.pool = WatchedPool(config.num_blocks)
         self.scheduler._prefixes._pool = self.pool
         way = RunnerTransport(cast(Inbox, self), cast(Outbox, self), rng.choice([1, 2, 3]))
-        self.conductor = Conductor(self.scheduler, way, way.command, self.hear)
+        self.serving = ServingLoop(self.scheduler, way, way.command, self.hear)
         self.runner = FakeRunner(
             num_blocks=config.num_blocks, block_size=block_size,
             prefill_chunk_len=config.prefill_chunk_len, dense_tail_len=config.dense_tail_len)
@@ -131,11 +131,11 @@ class World:
         """Until everything that arrived is finished."""
         while True:
             try:
-                self.conductor.run()
+                self.serving.run()
                 return
             except Interrupted:
                 self.num_interrupts += 1
-                for update in self.conductor._loop.interrupt():
+                for update in self.serving._loop.interrupt():
                     self.front.take(update)
 
     # -- the scheduler's inbox and the runner's outbox -----------------------------------------
@@ -163,8 +163,8 @@ class World:
             elif kind == "interrupt" and self.steps:
                 raise Interrupted
             elif self.num_events >= EVENTS and not (self.steps or self.results):
-                assert self.conductor._loop.is_idle or not must_answer, "nothing will come"
-                return Close() if self.conductor._loop.is_idle else None
+                assert self.serving._loop.is_idle or not must_answer, "nothing will come"
+                return Close() if self.serving._loop.is_idle else None
 
     def put(self, step: Step) -> None:
         """A step for the runner."""
@@ -204,7 +204,7 @@ class World:
                                    started_s=started_s, finished_s=self.clock.now_s))
 
     def hear(self, message: FromEngine) -> None:
-        """What the conductor tells the front end."""
+        """What the serving loop tells the front end."""
         assert isinstance(message, LoadChanged | Submitted)
         if isinstance(message, LoadChanged):
             self.front.load = message.load

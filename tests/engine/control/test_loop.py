@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from longspan.engine.control.latency import Costs
-from longspan.engine.control.loop import PREFILL_AHEAD_S, AheadTransport, LocalTransport, Loop
+from longspan.engine.control.loop import PREFILL_AHEAD_S, LocalTransport, Loop
 from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
 from longspan.engine.step import ScheduledBatch, StepResult
 from tests.doubles import DeepTransport, FakeRunner, complete, make_request
@@ -71,7 +71,7 @@ class Device:
 
 def test_steps_are_launched_ahead_in_one_process() -> None:
     device = Device()
-    loop = Loop(Scheduler(CONFIG), AheadTransport(device))
+    loop = Loop(Scheduler(CONFIG), LocalTransport(device, max_in_flight=2))
     requests = [make_request(name, range(1, 21), max_tokens=5, ignore_eos=True) for name in "ab"]
     for request in requests:
         loop.add(request)
@@ -84,7 +84,7 @@ def test_steps_are_launched_ahead_in_one_process() -> None:
 
 def test_what_was_launched_before_an_interrupt_is_forgotten() -> None:
     device = Device()
-    loop = Loop(Scheduler(CONFIG), AheadTransport(device))
+    loop = Loop(Scheduler(CONFIG), LocalTransport(device, max_in_flight=2))
     loop.add(make_request("a", range(1, 21), max_tokens=5))
     loop.turn()
     loop.interrupt()

@@ -24,8 +24,8 @@ from longspan.engine.device.memory import DeviceMemory, plan_memory
 from longspan.engine.device.runner import Runner
 from longspan.engine.request import Request, SamplingParams
 from longspan.engine.resolve import resolve_positions
-from longspan.engine.step import Pieces, RowSampling, ScheduledBatch, ScheduledSlice, StepResult
-from tests.doubles import write_checkpoint
+from longspan.engine.step import Pieces, RowSampling, ScheduledBatch, ScheduledSlice
+from tests.doubles import ComputedStep, write_checkpoint
 
 BLOCK, CHUNK, ROWS, TAIL, LAYERS = 8, 64, 16, 12, 4
 DCA: dict[str, Any] = {
@@ -153,10 +153,11 @@ class _Clock:
         self._runner, self._rng = runner, random.Random(seed)
         self.lens = list[tuple[int, ...]]()
 
-    def execute(self, batch: ScheduledBatch) -> StepResult:
+    def launch(self, batch: ScheduledBatch) -> ComputedStep:
         """Compute."""
         self.lens.append(tuple(item.query_len for item in batch.slices))
-        return structs.replace(self._runner.execute(batch), elapsed_s=self._rng.uniform(0.01, 0.2))
+        result = self._runner.execute(batch)
+        return ComputedStep(structs.replace(result, elapsed_s=self._rng.uniform(0.01, 0.2)))
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 import pytest
@@ -612,12 +612,12 @@ def test_hanging_up_cancels(path: Path) -> None:
 
 
 def test_failures_reach_the_client(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def lost(*_: object) -> StepResult:
+    def lost(*_: object) -> NoReturn:
         raise RuntimeError("device lost")
 
     async def work() -> None:
         async with tiny(path) as (engine, client, _):
-            monkeypatch.setattr("longspan.engine.device.runner.Runner.execute", lost)
+            monkeypatch.setattr("longspan.engine.device.runner.Runner.launch", lost)
             reply = await client.post("/v1/completions", json={
                 "prompt": "x", "stream": True, "temperature": 0})
             assert '"error"' in reply.text and "device lost" in reply.text

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -14,7 +14,7 @@ import longspan
 from longspan.attention.sparsity import SparsityPlan
 from longspan.engine.front.llm import LLM
 from longspan.engine.request import Progress, SamplingParams, TokenEvent
-from longspan.engine.step import ScheduledBatch, StepResult
+from longspan.engine.step import ScheduledBatch
 from longspan.errors import (
     CheckpointError,
     InvalidRequestError,
@@ -224,13 +224,13 @@ def test_wrong_prompts_are_refused_before_computing(
 def test_an_interrupt_leaves_a_working_engine(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with load(path) as llm:
         wanted = llm.generate(PROMPTS, PARAMS)
-        execute = llm._runner.execute
+        launch = llm._runner.launch
 
-        def interrupted(batch: ScheduledBatch) -> StepResult:
-            execute(batch)
+        def interrupted(batch: ScheduledBatch) -> NoReturn:
+            launch(batch)
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(llm._runner, "execute", interrupted)
+        monkeypatch.setattr(llm._runner, "launch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             llm.generate([*PROMPTS, "x" * 250], PARAMS)
         monkeypatch.undo()

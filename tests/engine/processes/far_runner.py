@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +17,13 @@ from longspan.engine.control.scheduler import SchedulerConfig
 from longspan.engine.intake import Intake
 from longspan.engine.processes.backend import Send
 from longspan.engine.processes.wire import Planned
-from longspan.engine.step import ScheduledBatch, StepResult
+from longspan.engine.step import ScheduledBatch
 from longspan.errors import CheckpointError
-from tests.doubles import FakeRunner, write_tokenizer
+from tests.doubles import ComputedStep, FakeRunner, write_tokenizer
 
 LOADER = f"{__name__}:load"
 BLOCK, CHUNK, NUM_BLOCKS, MAX_LEN = 4, 8, 40, 64
 POLL_S = 0.002
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """A result that is there already."""
-
-    result: StepResult
-
-    def wait(self) -> StepResult:
-        """At once."""
-        return self.result
 
 
 class FarRunner(FakeRunner):
@@ -45,7 +33,7 @@ class FarRunner(FakeRunner):
         super().__init__(num_blocks=NUM_BLOCKS, block_size=BLOCK, prefill_chunk_len=CHUNK)
         self.path, self.step_s = path, step_s
 
-    def launch(self, batch: ScheduledBatch) -> Done:
+    def launch(self, batch: ScheduledBatch) -> ComputedStep:
         """Compute now, as CPUs do."""
         rows = [(item.request_id, item.query_len * batch.repeats, item.is_run_ahead)
                 for item in batch.slices]
@@ -54,7 +42,7 @@ class FarRunner(FakeRunner):
         time.sleep(self.step_s)
         while (self.path / "hold").exists():
             time.sleep(POLL_S)
-        return Done(self.execute(batch))
+        return super().launch(batch)
 
     def close(self) -> None:
         """Nothing to free."""
