@@ -45,7 +45,7 @@ from longspan.engine.processes.wire import (
 )
 from longspan.engine.request import Request, SamplingParams
 from longspan.engine.step import StepReport, Update
-from longspan.engine.text.completion import Session
+from longspan.engine.text.completion import Completion
 from longspan.engine.text.tokenizer import Tokenizer, load_tokenizer
 from longspan.errors import LongspanError
 
@@ -123,7 +123,7 @@ class AsyncEngine:
         self._tokenizer: Tokenizer | None = None
         self._schemas: SchemaChecker | None = None
         self._channels = dict[str, Channel]()
-        self._sessions = dict[str, Session]()
+        self._completions = dict[str, Completion]()
         self._trackers = dict[str, Tracker]()
         self._epoch = 0
         self._missing = {"scheduler", "runner", "text"}
@@ -180,7 +180,7 @@ class AsyncEngine:
         made = await self._aside(self._make, request, tokenizer)
         self._ready_tokenizer()  # it may have died meanwhile
         # Nothing is awaited from here on, so that a request is either handed in or not.
-        return self._open(made, Session(made, tokenizer))
+        return self._open(made, Completion(made, tokenizer))
 
     async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> Sequence[int]:
         """Token ids of a text."""
@@ -209,13 +209,13 @@ class AsyncEngine:
         hash_prompt(made, self._planned.scheduler)
         return made
 
-    def _open(self, made: Request, session: Session) -> Stream:
+    def _open(self, made: Request, completion: Completion) -> Stream:
         # Callers may use an id again before the engine has seen the end of its first owner.
         engine_id = f"{made.request_id}/{next(self._numbers)}"
         request = replace(made, request_id=engine_id, prompt_ids=made.prompt_ids[:])
         self._send(Add(request))  # first, so that nothing waits for what cannot be sent
-        channel = self._channels[engine_id] = Channel(session)
-        self._sessions[engine_id] = session
+        channel = self._channels[engine_id] = Channel(completion)
+        self._completions[engine_id] = completion
         self._trackers[engine_id] = Tracker(request)
         self._idle.clear()
         return Stream(channel, partial(self._cancel, engine_id), self._loop)
@@ -227,7 +227,7 @@ class AsyncEngine:
 
     def _forget(self, engine_id: str) -> None:
         self._channels.pop(engine_id, None)
-        self._sessions.pop(engine_id, None)
+        self._completions.pop(engine_id, None)
         self._trackers.pop(engine_id, None)
         if not self._channels:
             self._idle.set()
@@ -326,7 +326,7 @@ class AsyncEngine:
     def _admit(self, message: Submitted) -> None:
         for engine_id, num_cached_tokens in message.prefills:
             if engine_id in self._channels:
-                self._sessions[engine_id].admit(num_cached_tokens)
+                self._completions[engine_id].admit(num_cached_tokens)
                 self._channels[engine_id].wake()
 
     def _deliver(self, message: Stepped) -> None:
@@ -350,7 +350,7 @@ class AsyncEngine:
     def _push(self, update: Update, report: StepReport) -> None:
         engine_id = update.request_id
         channel = self._channels[engine_id]
-        deliver(self._sessions, update, report, self._abort)
+        deliver(self._completions, update, report, self._abort)
         channel.wake()
         if channel.is_over:
             self._forget(engine_id)
@@ -365,7 +365,7 @@ class AsyncEngine:
         self._status = replace(self._status, state="dead", reason=reason, is_mendable=is_mendable)
         for channel in self._channels.values():
             channel.fail(EngineUnavailableError(_last_words(reason)))
-        for held in (self._channels, self._sessions, self._trackers):
+        for held in (self._channels, self._completions, self._trackers):
             held.clear()
         self._idle.set()
         self._helpers.shutdown(wait=False)

@@ -18,7 +18,7 @@ from longspan.engine.intake import Prompt, as_prompts
 from longspan.engine.request import Progress, Request, RequestOutput, SamplingParams, TokenEvent
 from longspan.engine.setup.engine_plan import Blueprint
 from longspan.engine.step import StepReport
-from longspan.engine.text.completion import Session
+from longspan.engine.text.completion import Completion
 from longspan.engine.text.grammar import Grammars
 from longspan.engine.text.tokenizer import load_tokenizer
 from longspan.errors import LongspanError
@@ -67,7 +67,7 @@ class LLM:
         self._intake = blueprint.intake()
         self._runner = blueprint.load_runner()
         self._loop = Loop(Scheduler(blueprint.scheduler_config()), self._runner.transport())
-        self._sessions: dict[str, Session] = {}
+        self._completions: dict[str, Completion] = {}
         self._lock = threading.Lock()
         self._ids = itertools.count()
         self._is_closed = False
@@ -93,15 +93,15 @@ class LLM:
                 or its JSON schema cannot be followed any further. All prompts of the call end.
         """
         params = sampling_params or SamplingParams()
-        sessions = self._start([self._make_request(p, params) for p in as_prompts(prompts)])
+        completions = self._start([self._make_request(p, params) for p in as_prompts(prompts)])
         try:
-            _report_progress(sessions, on_progress)
-            while not _are_finished(sessions):
+            _report_progress(completions, on_progress)
+            while not _are_finished(completions):
                 self._turn()
-                _report_progress(sessions, on_progress)
+                _report_progress(completions, on_progress)
         finally:
-            self._end(sessions)
-        return [cast(RequestOutput, session.output) for session in sessions]
+            self._end(completions)
+        return [cast(RequestOutput, completion.output) for completion in completions]
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
@@ -145,7 +145,7 @@ class LLM:
 
     def close(self) -> None:
         """Cancel what runs and free weights and cache. The object is of no use afterwards."""
-        self._end(list(self._sessions.values()))
+        self._end(list(self._completions.values()))
         self._is_closed = True
         self._runner.close()
 
@@ -162,16 +162,16 @@ class LLM:
 
     def _stream(self, request: Request) -> Iterator[Progress | TokenEvent]:
         # Started at the first `next`: an iterator that nobody reads never occupies the engine.
-        (session,) = self._start([request])
+        (completion,) = self._start([request])
         try:
             while True:
-                while session.events:
-                    yield session.events.popleft()
-                if _are_finished([session]):
+                while completion.events:
+                    yield completion.events.popleft()
+                if _are_finished([completion]):
                     return
                 self._turn()
         finally:
-            self._end([session])
+            self._end([completion])
 
     def _turn(self) -> None:
         """One step for everybody. An interrupt aborts the step's requests, not the engine."""
@@ -187,30 +187,30 @@ class LLM:
         self._pairs[0] += report.kept_pairs
         self._pairs[1] += report.causal_pairs
         for update in report.updates:
-            session = deliver(self._sessions, update, report, self._loop.abort)
-            if session is not None and session.output is not None:
-                self._count(session.output)
+            completion = deliver(self._completions, update, report, self._loop.abort)
+            if completion is not None and completion.output is not None:
+                self._count(completion.output)
 
-    def _start(self, requests: Sequence[Request]) -> list[Session]:
+    def _start(self, requests: Sequence[Request]) -> list[Completion]:
         if self._is_closed:
             raise LongspanError("this LLM is closed; make a new one")
-        sessions = [Session(request, self.tokenizer) for request in requests]
-        for session, request in zip(sessions, requests, strict=True):
-            self._sessions[session.request_id] = session
+        completions = [Completion(request, self.tokenizer) for request in requests]
+        for completion, request in zip(completions, requests, strict=True):
+            self._completions[completion.request_id] = completion
             self._loop.add(request)
-        return sessions
+        return completions
 
-    def _end(self, sessions: Sequence[Session]) -> None:
+    def _end(self, completions: Sequence[Completion]) -> None:
         """Cancel what still runs and let the engine take notice, so that blocks come free.
 
         Never waits for the lock: an abandoned iterator may be collected in the middle of a turn.
         Whoever holds it then takes notice instead.
         """
-        for session in sessions:
-            self._sessions.pop(session.request_id, None)
-            if not session.is_finished:
-                self._loop.abort(session.request_id)
-        while not (self._sessions or self._loop.is_idle or self._lock.locked()):
+        for completion in completions:
+            self._completions.pop(completion.request_id, None)
+            if not completion.is_finished:
+                self._loop.abort(completion.request_id)
+        while not (self._completions or self._loop.is_idle or self._lock.locked()):
             self._turn()
 
     def _count(self, output: RequestOutput) -> None:
@@ -233,17 +233,17 @@ class LLM:
             str(next(self._ids)), prompt, params, self.tokenizer.eos_token_ids)
 
 
-def _are_finished(sessions: Sequence[Session]) -> bool:
+def _are_finished(completions: Sequence[Completion]) -> bool:
     """All results are there. Raises the first error, if there is one."""
-    for session in sessions:
-        if session.error is not None:
-            raise session.error
-    return all(session.is_finished for session in sessions)
+    for completion in completions:
+        if completion.error is not None:
+            raise completion.error
+    return all(completion.is_finished for completion in completions)
 
 
-def _report_progress(sessions: Sequence[Session], on_progress: OnProgress | None) -> None:
-    for session in sessions:
-        while session.events:
-            event = session.events.popleft()
+def _report_progress(completions: Sequence[Completion], on_progress: OnProgress | None) -> None:
+    for completion in completions:
+        while completion.events:
+            event = completion.events.popleft()
             if on_progress is not None and isinstance(event, Progress):
                 on_progress(event)

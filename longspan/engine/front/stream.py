@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from longspan.engine.request import Progress, TokenEvent
-from longspan.engine.text.completion import Event, Session
+from longspan.engine.text.completion import Completion, Event
 
 MAX_UNREAD = 64
 """Events that wait for a slow reader; more are joined to fewer and longer ones."""
@@ -18,8 +18,8 @@ MAX_UNREAD = 64
 class Channel:
     """Between the client, which fills it, and the stream's reader. Event loop only."""
 
-    def __init__(self, session: Session) -> None:
-        self.session = session
+    def __init__(self, completion: Completion) -> None:
+        self.completion = completion
         self.is_closed = False
         self.error: Exception | None = None
         """Raised once the events before it are read."""
@@ -28,12 +28,12 @@ class Channel:
     @property
     def is_over(self) -> bool:
         """Nothing comes any more."""
-        return self.session.is_finished or self.is_closed or self.error is not None
+        return self.completion.is_finished or self.is_closed or self.error is not None
 
     def wake(self) -> None:
         """There is news for the reader."""
-        if len(self.session.events) > MAX_UNREAD:
-            _join_pairs(self.session.events)
+        if len(self.completion.events) > MAX_UNREAD:
+            _join_pairs(self.completion.events)
         self._news.set()
 
     def fail(self, error: Exception) -> None:
@@ -45,20 +45,20 @@ class Channel:
     def close(self) -> None:
         """End without an error; what is unread is dropped."""
         self.is_closed = True
-        self.session.events.clear()
+        self.completion.events.clear()
         self._news.set()
 
     async def read(self) -> Event | None:
-        """The next event; None at the end. Raises `error`, or the session's."""
-        while not self.session.events:
-            error = self.error or self.session.error
+        """The next event; None at the end. Raises `error`, or the completion's."""
+        while not self.completion.events:
+            error = self.error or self.completion.error
             if error is not None and not self.is_closed:
                 raise error
             if self.is_over:
                 return None
             self._news.clear()
             await self._news.wait()
-        return self.session.events.popleft()
+        return self.completion.events.popleft()
 
 
 class Stream:

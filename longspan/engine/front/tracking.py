@@ -11,7 +11,7 @@ from collections.abc import Callable, MutableMapping
 
 from longspan.engine.request import FinishReason, Request, finish_reason
 from longspan.engine.step import RowLogprobs, StepReport, Update
-from longspan.engine.text.completion import Session
+from longspan.engine.text.completion import Completion
 
 
 class Tracker:
@@ -51,26 +51,26 @@ class Tracker:
 
 
 def deliver(
-    sessions: MutableMapping[str, Session], update: Update, report: StepReport,
+    completions: MutableMapping[str, Completion], update: Update, report: StepReport,
     abort: Callable[[str], None],
-) -> Session | None:
-    """Hand an update to its session, which leaves ``sessions`` when it is finished. An exception
-    of one request's text is its own: it ends up in the session.
+) -> Completion | None:
+    """Hand an update to its completion, which leaves ``completions`` when it is finished. An
+    exception of one request's text is its own: it ends up in the completion.
 
     Args:
         abort: called with the id of a request that its text has ended (a stop string, a fault).
 
-    Returns the session; None for one that nobody waits for any more.
+    Returns the completion; None for one that nobody waits for any more.
     """
-    session = sessions.get(update.request_id)
-    if session is None:
+    completion = completions.get(update.request_id)
+    if completion is None:
         return None
     try:
-        must_stop = session.push(update, report)
+        must_stop = completion.push(update, report)
     except Exception as error:
-        session.error, must_stop = error, True
+        completion.error, must_stop = error, True
     if must_stop:
         abort(update.request_id)
-    if session.is_finished:
-        sessions.pop(update.request_id, None)
-    return session
+    if completion.is_finished:
+        completions.pop(update.request_id, None)
+    return completion

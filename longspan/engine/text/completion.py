@@ -25,7 +25,7 @@ from longspan.errors import RequestFailedError
 Event = Progress | TokenEvent
 
 
-class Session:
+class Completion:
     """Collects what happens to one request, and times it. Events wait in ``events``."""
 
     def __init__(self, request: Request, tokenizer: Tokenizer) -> None:

@@ -479,7 +479,7 @@ def test_a_fault_in_one_text_ends_one_stream(
         async with fake(model) as engine:
             bad = await hold(model, engine, PROMPTS[1])
             good = await engine.add(ask(PROMPTS[0]))
-            monkeypatch.setattr(bad._channel.session, "push", lambda *_: 1 / 0)
+            monkeypatch.setattr(bad._channel.completion, "push", lambda *_: 1 / 0)
             model.runner.may_step.set()
             with pytest.raises(ZeroDivisionError):
                 await tokens(bad)

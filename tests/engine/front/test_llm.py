@@ -116,7 +116,7 @@ def test_a_stream_that_nobody_reads_costs_nothing(path: Path) -> None:
     with load(path) as llm:
         stream = llm.stream(PROMPTS[0], PARAMS)
         del stream
-        assert llm._loop.is_idle and not llm._sessions
+        assert llm._loop.is_idle and not llm._completions
 
 
 def test_a_stream_abandoned_during_a_step_is_cancelled_by_the_next(path: Path) -> None:
