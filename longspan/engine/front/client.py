@@ -36,10 +36,10 @@ from longspan.engine.processes.wire import (
     Abort,
     Add,
     Begin,
+    Described,
     FromEngine,
     LoadChanged,
     Loaded,
-    Planned,
     Stepped,
     Submitted,
 )
@@ -119,7 +119,7 @@ class AsyncEngine:
         name = _model_name(config.model)
         self._status = EngineStatus(state="loading", model=name, reason=f"loading {name}")
         self._config, self._start = config, start or in_processes()
-        self._planned: Planned | None = None
+        self._described: Described | None = None
         self._tokenizer: Tokenizer | None = None
         self._schemas: SchemaChecker | None = None
         self._channels = dict[str, Channel]()
@@ -200,13 +200,13 @@ class AsyncEngine:
 
     def _make(self, request: GenerateRequest, tokenizer: Tokenizer) -> Request:
         """On a helper thread."""
-        assert self._planned is not None
+        assert self._described is not None
         prompt = request.prompt
         if isinstance(prompt, str):
             prompt = tokenizer.encode(prompt, add_special_tokens=True)
-        made = self._planned.intake.make(
+        made = self._described.intake.make(
             request.request_id, prompt, request.params, tokenizer.eos_token_ids)
-        hash_prompt(made, self._planned.scheduler)
+        hash_prompt(made, self._described.scheduler)
         return made
 
     def _open(self, made: Request, completion: Completion) -> Stream:
@@ -275,24 +275,24 @@ class AsyncEngine:
             self._arrive("scheduler")
         elif isinstance(message, Submitted):
             self._admit(message)
-        elif isinstance(message, Planned):
-            self._plan(message)
+        elif isinstance(message, Described):
+            self._take_description(message)
         elif isinstance(message, Loaded):
             self._arrive("runner")
         else:
             self._die(message.reason, is_mendable=message.is_mendable)
 
-    def _plan(self, planned: Planned) -> None:
-        self._planned = planned
-        self._send(Begin(planned.scheduler))
-        config = planned.scheduler
+    def _take_description(self, described: Described) -> None:
+        self._described = described
+        self._send(Begin(described.scheduler))
+        config = described.scheduler
         self._status = replace(
-            self._status, max_model_len=planned.intake.max_model_len,
+            self._status, max_model_len=described.intake.max_model_len,
             capacity_tokens=config.num_blocks * config.block_size,
-            memory_bytes=planned.memory_bytes)
+            memory_bytes=described.memory_bytes)
         # While the engine reads the weights.
         self._text_loaded = asyncio.ensure_future(
-            self._aside(_load_text, planned.path, planned.intake.vocab_size))
+            self._aside(_load_text, described.path, described.intake.vocab_size))
         self._text_loaded.add_done_callback(self._take_text)
 
     def _take_text(self, loaded: asyncio.Future[tuple[Tokenizer, dict[str, float]]]) -> None:
@@ -300,9 +300,9 @@ class AsyncEngine:
             return
         error = loaded.exception()
         if error is None:
-            assert self._planned is not None
+            assert self._described is not None
             self._tokenizer, advice = loaded.result()
-            self._schemas = SchemaChecker(self._planned.path, self._planned.intake.vocab_size)
+            self._schemas = SchemaChecker(self._described.path, self._described.intake.vocab_size)
             self._status = replace(self._status, default_sampling=advice)
             self._arrive("text")
         elif isinstance(error, LongspanError):

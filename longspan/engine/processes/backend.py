@@ -21,7 +21,7 @@ class Engine(Launcher, Protocol):
 
 
 Loader = Callable[[EngineConfig, Send], tuple[SchedulerConfig, Engine]]
-"""Sends `Planned`, then reads the weights."""
+"""Sends `Described`, then reads the weights."""
 
 
 class Backend(Protocol):

@@ -79,7 +79,7 @@ class Step(Message, frozen=True):
 # -- to the front end ------------------------------------------------------------------------------
 
 
-class Planned(Message, frozen=True, kw_only=True):
+class Described(Message, frozen=True, kw_only=True):
     """What the engine will be; sent before the weights are read."""
 
     path: Path
@@ -143,7 +143,7 @@ class Died(Message, frozen=True):
     """A person can do something about it, and the reason says what."""
 
 
-FromEngine = Planned | Loaded | Submitted | LoadChanged | Stepped | Died
+FromEngine = Described | Loaded | Submitted | LoadChanged | Stepped | Died
 
 # -- encoding --------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from longspan.config import EngineConfig
 from longspan.engine.control.scheduler import SchedulerConfig
 from longspan.engine.processes.backend import Engine, Send
-from longspan.engine.processes.wire import Planned
+from longspan.engine.processes.wire import Described
 from longspan.engine.setup.compile_ahead import rehearsal
 from longspan.engine.setup.engine_plan import Blueprint
 
@@ -14,7 +14,7 @@ def load_engine(config: EngineConfig, send: Send) -> tuple[SchedulerConfig, Engi
     """The real thing. Raises `LongspanError` when the model cannot be loaded."""
     blueprint = Blueprint.resolve(config)
     scheduler, memory = blueprint.scheduler_config(), blueprint.memory
-    send(Planned(
+    send(Described(
         path=blueprint.path, intake=blueprint.intake(), scheduler=scheduler,
         memory_bytes={"weights": memory.weights_bytes, "workspace": memory.workspace_bytes,
                       "KV cache": memory.kv_bytes}))

@@ -24,7 +24,7 @@ from longspan.engine.front.stream import Stream
 from longspan.engine.intake import Intake, default_sampling
 from longspan.engine.processes.backend import Send
 from longspan.engine.processes.in_thread import on_a_thread
-from longspan.engine.processes.wire import Planned
+from longspan.engine.processes.wire import Described
 from longspan.engine.request import Progress, SamplingParams, TokenEvent
 from longspan.engine.setup.load import load_engine
 from longspan.engine.step import ScheduledBatch, StepResult
@@ -79,7 +79,7 @@ class Model:
         scheduler = SchedulerConfig(
             num_blocks=NUM_BLOCKS, block_size=BLOCK, max_model_len=64, prefill_chunk_len=CHUNK,
             max_num_requests=4, burst_s=self.burst_s)
-        send(Planned(
+        send(Described(
             path=self.path, intake=Intake(vocab_size=self.vocab_size, max_model_len=64),
             scheduler=scheduler))
         assert self.may_load.wait(TIMEOUT_S)

@@ -16,7 +16,7 @@ from longspan.config import EngineConfig
 from longspan.engine.control.scheduler import SchedulerConfig
 from longspan.engine.intake import Intake
 from longspan.engine.processes.backend import Send
-from longspan.engine.processes.wire import Planned
+from longspan.engine.processes.wire import Described
 from longspan.engine.step import ScheduledBatch
 from longspan.errors import CheckpointError
 from tests.doubles import ComputedStep, FakeRunner, write_tokenizer
@@ -56,7 +56,7 @@ def load(config: EngineConfig, send: Send) -> tuple[SchedulerConfig, FarRunner]:
     scheduler = SchedulerConfig(
         num_blocks=NUM_BLOCKS, block_size=BLOCK, max_model_len=MAX_LEN, prefill_chunk_len=CHUNK,
         max_num_requests=4, burst_s=options.get("burst_s", 0.0))
-    send(Planned(path=path, intake=Intake(vocab_size=300, max_model_len=MAX_LEN),
+    send(Described(path=path, intake=Intake(vocab_size=300, max_model_len=MAX_LEN),
                  scheduler=scheduler))
     if "error" in options:
         raise CheckpointError(options["error"])
