@@ -31,10 +31,10 @@ from longspan.engine.step import StepResult
 
 def on_a_thread(load: Loader) -> Start:
     """Engines on threads of this process."""
-    return lambda config, send: Worker(config, load, send)
+    return lambda config, send: EngineThread(config, load, send)
 
 
-class Worker:
+class EngineThread:
     """One engine on its thread, from loading to its end: the last message says why it ended."""
 
     def __init__(self, config: EngineConfig, load: Loader, send: Send) -> None:
