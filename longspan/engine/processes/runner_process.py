@@ -21,7 +21,7 @@ import zmq
 from longspan.engine.control.loop import PendingStep
 from longspan.engine.processes.backend import Engine, Loader
 from longspan.engine.processes.child_orders import Orders
-from longspan.engine.processes.sockets import Inbox, Outbox, Tables
+from longspan.engine.processes.sockets import BlockTableCache, Inbox, Outbox
 from longspan.engine.processes.wire import Computed, Loaded, Row, Step, Stepped, last_words
 
 SWITCH_S = 5e-4
@@ -65,7 +65,7 @@ def _loader(name: str) -> Loader:
 def _launch(inbox: Inbox, engine: Engine, started: SimpleQueue[_Started | BaseException]) -> None:
     """Until a step fails. On the thread that loaded the model, whose settings some libraries keep.
     """
-    tables = Tables()
+    tables = BlockTableCache()
     try:
         while True:
             batch = tables.restore(inbox.get())

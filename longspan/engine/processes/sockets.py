@@ -116,7 +116,7 @@ class RunnerTransport:
     def __init__(self, inbox: Inbox, runner: Outbox, max_in_flight: int) -> None:
         self.max_in_flight = max_in_flight
         self._inbox, self._runner = inbox, runner
-        self._tables = Tables()
+        self._tables = BlockTableCache()
         self._commands: deque[Command] = deque()
         self._results: deque[StepResult] = deque()
         self._expected: deque[ScheduledBatch] = deque()  # the steps in flight
@@ -187,9 +187,9 @@ class RunnerTransport:
             self._commands.append(message)
 
 
-class Tables:
-    """Block tables of the requests in each slot, on both sides of the wire: a table of a million
-    tokens travels once, not with each token."""
+class BlockTableCache:
+    """Block tables of the requests in each slot, kept on both sides of the wire: a table of a
+    million tokens travels once, not with each token."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[str, array[int]]] = {}

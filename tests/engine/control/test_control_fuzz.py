@@ -27,7 +27,7 @@ from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
 from longspan.engine.front.tracking import Tracker
 from longspan.engine.processes import sockets as transport
 from longspan.engine.processes.serving_loop import ServingLoop
-from longspan.engine.processes.sockets import Inbox, Outbox, RunnerTransport, Tables
+from longspan.engine.processes.sockets import BlockTableCache, Inbox, Outbox, RunnerTransport
 from longspan.engine.processes.wire import (
     Abort,
     Add,
@@ -122,7 +122,7 @@ class World:
         self.runner = FakeRunner(
             num_blocks=config.num_blocks, block_size=block_size,
             prefill_chunk_len=config.prefill_chunk_len, dense_tail_len=config.dense_tail_len)
-        self.tables, self.steps, self.results = Tables(), deque[bytes](), deque[bytes]()
+        self.tables, self.steps, self.results = BlockTableCache(), deque[bytes](), deque[bytes]()
         self.front = Front()
         self.stems = [[rng.randrange(50) for _ in range(60)] for _ in range(3)]
         self.num_waits, self.num_events, self.num_interrupts, self.num_late = 0, 0, 0, 0

@@ -13,11 +13,11 @@ from msgspec.structs import replace
 
 from longspan.engine.processes import sockets as transport
 from longspan.engine.processes.sockets import (
+    BlockTableCache,
     Inbox,
     Outbox,
     RunnerTransport,
     StuckRunnerError,
-    Tables,
 )
 from longspan.engine.processes.wire import Abort, Begin, Close, Computed, Step, ToScheduler
 from longspan.engine.step import ScheduledBatch, ScheduledSlice, StepResult
@@ -135,7 +135,7 @@ def test_a_wait_may_be_limited(ends: Ends) -> None:
 
 
 def test_tables_travel_once() -> None:
-    sender, receiver = Tables(), Tables()
+    sender, receiver = BlockTableCache(), BlockTableCache()
     script = [
         (make_batch(0, ("a", 0, [5, 6]), ("b", 1, [7])), {"a", "b"}),
         (make_batch(1, ("a", 0, [5, 6]), ("b", 1, [7])), set()),
