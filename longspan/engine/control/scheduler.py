@@ -62,8 +62,8 @@ class SchedulerConfig(PlannerConfig):
     """Longer prompts prefill sparsely (forecasts only; a request says it itself)."""
     burst_s: float = 0.0
     """Steps that only decode are sent in bursts of up to this duration (`MAX_REPEATS` at most)."""
-    warm_up_len: int = 0
-    """Tokens of a prompt that a server computes before the first request (`warmup`); 0: none."""
+    self_measurement_len: int = 0
+    """Longest prompt of a server's `self_measurement`, tokens; 0: it does not measure itself."""
 
     @property
     def longest_len(self) -> int:

@@ -1,5 +1,5 @@
-"""The first requests of an engine that serves: nobody asked for them, and the latency model learns
-from them how fast the machine is. No torch."""
+"""An engine that serves measures itself before the first request: it computes prompts that nobody
+asked for, and the latency model learns from them how fast the machine is. No torch."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from longspan.engine.control.scheduler import Scheduler
 from longspan.engine.request import Request, SamplingParams
 
 COLD_LEN = 64
-"""Tokens of a first prompt, whose time tells only how long compilers take."""
+"""Length of the first prompt, whose time tells only how long compilers take."""
 NUM_TOKENS = 8
-"""Completion of each."""
+"""Length of each completion."""
 
 
-def warm_up(scheduler: Scheduler, loop: Loop) -> None:
-    """Compute prompts of up to ``warm_up_len`` tokens; a sparse one too, where there are any.
+def measure_itself(scheduler: Scheduler, loop: Loop) -> None:
+    """Compute prompts of up to ``self_measurement_len`` tokens, and a sparse one where the engine
+    has sparse prefill.
 
     The time of the sparse one is forgotten: in a chunk as short as this, most rows are dense. The
     planner measures the first real chunk a piece at a time.
     """
     config = scheduler.config
     room = config.longest_len - NUM_TOKENS
-    length = min(config.warm_up_len, room)
+    length = min(config.self_measurement_len, room)
     if length < 1:
         return
     _compute(loop, 0, min(COLD_LEN, length), sparse=False)
@@ -35,9 +36,10 @@ def warm_up(scheduler: Scheduler, loop: Loop) -> None:
 
 
 def _compute(loop: Loop, number: int, prompt_len: int, *, sparse: bool) -> None:
-    """A prompt that begins as no other one, the warm-up's included: nothing of it is cached."""
+    """Compute a prompt whose first token no other one has, so that nothing of it is cached."""
     request = Request(
-        request_id=f"warm-up {number}", prompt_ids=array("i", [number, *[0] * (prompt_len - 1)]),
+        request_id=f"self-measurement {number}",
+        prompt_ids=array("i", [number, *[0] * (prompt_len - 1)]),
         params=SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True), sparse=sparse)
     loop.add(request)
     while not loop.is_idle:

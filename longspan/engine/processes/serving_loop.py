@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from longspan.engine.control.loop import Loop, Transport
 from longspan.engine.control.scheduler import InFlightStep, Load, Scheduler
-from longspan.engine.control.self_measurement import warm_up
+from longspan.engine.control.self_measurement import measure_itself
 from longspan.engine.processes.backend import Send
 from longspan.engine.processes.wire import Add, Close, Command, LoadChanged, Submitted
 from longspan.engine.step import ScheduledBatch, StepResult
@@ -45,7 +45,7 @@ class ServingLoop:
     def run(self) -> None:
         """Serve. What the runner or the scheduler raises comes out here."""
         self._tell_load()
-        warm_up(self._scheduler, self._loop)
+        measure_itself(self._scheduler, self._loop)
         self._tell_load()
         while self._receive():
             self._loop.turn()

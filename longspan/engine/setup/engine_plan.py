@@ -25,7 +25,7 @@ from longspan.engine.resolve import (
 from longspan.engine.setup.prior_costs import prior_costs
 from longspan.model.weights import resolve_checkpoint
 
-WARM_UP_LEN = {"cpu": 1_024, "cuda": 8_192}
+MEASURED_LEN = {"cpu": 1_024, "cuda": 8_192}
 """Tokens of a server's first prompts: less than a second of them on a small model."""
 BURST_S = 2.5e-3
 """On GPUs shorter decode steps are sent several at a time: a small model's take less than the host
@@ -102,7 +102,7 @@ class Blueprint:
             unit_len=unit_len(device_type, self.config.block_size),
             sparse_above=self._sparse_above,
             prior=prior_costs(self.model, self.config, self.plan),
-            warm_up_len=min(WARM_UP_LEN[device_type], self.memory.max_model_len // 2),
+            self_measurement_len=min(MEASURED_LEN[device_type], self.memory.max_model_len // 2),
             burst_s=BURST_S if device_type == "cuda" else 0.0)
 
     @property

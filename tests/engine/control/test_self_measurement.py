@@ -10,7 +10,7 @@ from longspan.attention.sparsity import SparsityPlan
 from longspan.config import EngineConfig, ModelConfig
 from longspan.engine.control.loop import LocalTransport, Loop
 from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
-from longspan.engine.control.self_measurement import warm_up
+from longspan.engine.control.self_measurement import measure_itself
 from longspan.engine.setup.prior_costs import prior_costs
 from tests.doubles import MODEL, FakeRunner
 
@@ -24,9 +24,9 @@ RESOLVED = EngineConfig(model="m", device="cpu", dtype="float32", prefill_chunk_
 
 @pytest.mark.parametrize(("sparse_above", "num_requests"), [(None, 3), (40, 4)])
 def test_the_machine_is_measured(sparse_above: int | None, num_requests: int) -> None:
-    scheduler = Scheduler(replace(CONFIG, warm_up_len=100, sparse_above=sparse_above))
+    scheduler = Scheduler(replace(CONFIG, self_measurement_len=100, sparse_above=sparse_above))
     runner = FakeRunner(num_blocks=64, block_size=4, prefill_chunk_len=32, dense_tail_len=5)
-    warm_up(scheduler, Loop(scheduler, LocalTransport(runner)))
+    measure_itself(scheduler, Loop(scheduler, LocalTransport(runner)))
     assert scheduler.is_idle and scheduler.forecast is not None
     ids = {item.request_id for batch in runner.batches for item in batch.slices}
     assert len(ids) == num_requests
@@ -41,7 +41,7 @@ def test_the_machine_is_measured(sparse_above: int | None, num_requests: int) ->
 def test_without_a_length_nothing_is_computed() -> None:
     scheduler = Scheduler(CONFIG)
     runner = FakeRunner(num_blocks=64, block_size=4, prefill_chunk_len=32)
-    warm_up(scheduler, Loop(scheduler, LocalTransport(runner)))
+    measure_itself(scheduler, Loop(scheduler, LocalTransport(runner)))
     assert not runner.batches and scheduler.forecast is None
 
 
