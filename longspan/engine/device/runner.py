@@ -111,7 +111,7 @@ class Runner:
             with torch.inference_mode():
                 self._graphs.record_all(len(self._last_tokens) - 1)
 
-    def rehearse(self, steps: Iterable[ScheduledBatch]) -> None:
+    def compile_ahead(self, steps: Iterable[ScheduledBatch]) -> None:
         """Compute steps for what they compile, before any request has KV blocks."""
         for stage in self._stages:
             for cache in stage.caches:

@@ -27,14 +27,14 @@ def context_lens(config: SchedulerConfig) -> list[int]:
     return [length for length in found if length > NUM_QUERIES]
 
 
-def rehearsal(config: SchedulerConfig) -> Iterator[ScheduledBatch]:
+def compile_steps(config: SchedulerConfig) -> Iterator[ScheduledBatch]:
     """Prefill steps at the end of ever longer contexts, dense and, where the engine has it, sparse.
     They write to blocks that no request has yet, and sample nothing."""
     modes = [False] if config.sparse_above is None else [False, True]
     for length in context_lens(config):
         for is_sparse in modes:
             item = ScheduledSlice(
-                request_id="rehearsal", token_ids=array("i", [0] * NUM_QUERIES), sampling=None,
+                request_id="compile-ahead", token_ids=array("i", [0] * NUM_QUERIES), sampling=None,
                 cached_len=length - NUM_QUERIES, sparse=is_sparse,
                 # not the prompt's last tokens: those may be dense
                 prompt_len=length + config.dense_tail_len + config.block_size,

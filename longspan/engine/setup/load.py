@@ -6,7 +6,7 @@ from longspan.config import EngineConfig
 from longspan.engine.control.scheduler import SchedulerConfig
 from longspan.engine.processes.backend import Engine, Send
 from longspan.engine.processes.wire import Described
-from longspan.engine.setup.compile_ahead import rehearsal
+from longspan.engine.setup.compile_ahead import compile_steps
 from longspan.engine.setup.engine_plan import Blueprint
 
 
@@ -21,5 +21,5 @@ def load_engine(config: EngineConfig, send: Send) -> tuple[SchedulerConfig, Engi
     runner = blueprint.load_runner()
     runner.record_graphs()
     if blueprint.config.device != "cpu":  # whose operations need no compiler
-        runner.rehearse(rehearsal(scheduler))
+        runner.compile_ahead(compile_steps(scheduler))
     return scheduler, runner

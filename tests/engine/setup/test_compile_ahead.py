@@ -11,7 +11,7 @@ from longspan.config import EngineConfig
 from longspan.engine.control.loop import LocalTransport, Loop
 from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
 from longspan.engine.request import Request
-from longspan.engine.setup.compile_ahead import NUM_QUERIES, context_lens, rehearsal
+from longspan.engine.setup.compile_ahead import NUM_QUERIES, compile_steps, context_lens
 from longspan.engine.setup.engine_plan import Blueprint
 from tests.doubles import make_request, write_checkpoint
 
@@ -28,7 +28,7 @@ def test_contexts_of_every_power_of_two() -> None:
 
 @pytest.mark.parametrize("sparse_above", [None, 0])
 def test_steps_stay_within_the_pool(sparse_above: int | None) -> None:
-    steps = list(rehearsal(replace(CONFIG, sparse_above=sparse_above)))
+    steps = list(compile_steps(replace(CONFIG, sparse_above=sparse_above)))
     assert len(steps) == (6 if sparse_above is None else 12)
     for step in steps:
         (item,) = step.slices
@@ -44,10 +44,10 @@ def test_answers_are_those_without(tmp_path: Path) -> None:
         model=str(path), device="cpu", dtype="float32", block_size=16, prefill_chunk_len=1_024,
         max_model_len=3_000, memory_gib=2.0, attention="sparse"))
     answers = []
-    for rehearses in (False, True):
+    for ahead in (False, True):
         runner = blueprint.load_runner()
-        if rehearses:
-            runner.rehearse(rehearsal(blueprint.scheduler_config()))
+        if ahead:
+            runner.compile_ahead(compile_steps(blueprint.scheduler_config()))
         loop = Loop(Scheduler(blueprint.scheduler_config()), LocalTransport(runner))
         request: Request = make_request(
             "a", [n % 200 for n in range(1_500)], max_tokens=6, sparse=True, ignore_eos=True)
