@@ -176,7 +176,7 @@ class ScheduledBatch(Data, frozen=True, kw_only=True):
                 for item in self.slices]))
 
 
-class StepResult(Data, frozen=True, kw_only=True):
+class StepResult(Data, frozen=True, kw_only=True, tag=True):
     """What a step sampled, in the order of its slices that sample."""
 
     step_id: int

@@ -92,8 +92,8 @@ def rate_and_idle(steps: Sequence[Stepped], batch: int) -> tuple[float, float]:
     """Tokens a second, and the share of the time that the device had no step, over the steps in
     which all requests of the batch decode."""
     full = [step for step in steps
-            if len(step.rows) == batch and all(row.samples and row.computed_len > PROMPT_LEN
-                                               for row in step.rows)]
+            if len(step.slices) == batch and all(item.samples and item.computed_len > PROMPT_LEN
+                                                 for item in step.slices)]
     if len(full) < 3:
         raise LongspanError("too few steps decoded the whole batch; ask for more tokens")
     # From the end of the first one: its own beginning may have waited for a prefill.

@@ -340,11 +340,11 @@ class AsyncEngine:
         sampled = enumerate(zip_longest(result.token_ids, result.logprobs))
         nothing = 0, (None, None)
         for index in range(result.repeats):
-            for row in message.rows:
-                place, (token, logprobs) = next(sampled, nothing) if row.samples else nothing
-                tracker = self._trackers.get(row.request_id)
+            for item in message.slices:
+                place, (token, logprobs) = next(sampled, nothing) if item.samples else nothing
+                tracker = self._trackers.get(item.request_id)
                 if tracker is not None:  # else it has ended: what was computed past its end
-                    self._push(tracker.update(row.cached_len + index, row.computed_len + index,
+                    self._push(tracker.update(item.cached_len + index, item.computed_len + index,
                                               token, logprobs, result.failure(place)), report)
 
     def _push(self, update: Update, report: StepReport) -> None:

@@ -22,8 +22,8 @@ from longspan.engine.processes.wire import (
     Command,
     Died,
     Loaded,
-    Row,
     Stepped,
+    computed_slices,
     last_words,
 )
 from longspan.engine.step import StepResult
@@ -81,5 +81,5 @@ class EngineThread:
     def _tell_result(self, step: InFlightStep, result: StepResult) -> None:
         """As a runner process tells it."""
         self._send(Stepped(
-            rows=tuple(map(Row.of, step.batch.slices)), result=result, started_s=step.submitted_s,
+            slices=computed_slices(step.batch), result=result, started_s=step.submitted_s,
             finished_s=time.monotonic()))

@@ -22,7 +22,8 @@ from longspan.engine.control.loop import PendingStep
 from longspan.engine.processes.backend import Engine, Loader
 from longspan.engine.processes.child_orders import Orders
 from longspan.engine.processes.sockets import BlockTableCache, Inbox, Outbox
-from longspan.engine.processes.wire import Computed, Loaded, Row, Step, Stepped, last_words
+from longspan.engine.processes.wire import Loaded, Step, Stepped, computed_slices, last_words
+from longspan.engine.step import ScheduledBatch
 
 SWITCH_S = 5e-4
 """Longest that a thread keeps the interpreter from the other one."""
@@ -30,8 +31,8 @@ SWITCH_S = 5e-4
 
 @dataclass(frozen=True, slots=True)
 class _Started:
-    rows: tuple[Row, ...]
-    launched: PendingStep
+    batch: ScheduledBatch
+    pending: PendingStep
     time_s: float
 
 
@@ -69,9 +70,8 @@ def _launch(inbox: Inbox, engine: Engine, started: SimpleQueue[_Started | BaseEx
     try:
         while True:
             batch = tables.restore(inbox.get())
-            rows = tuple(map(Row.of, batch.slices))
             time_s = time.monotonic()
-            started.put(_Started(rows, engine.launch(batch), time_s))
+            started.put(_Started(batch, engine.launch(batch), time_s))
     except BaseException as error:
         started.put(error)
 
@@ -104,8 +104,9 @@ class Results:
         self._context.term()
 
     def _send(self, item: _Started) -> None:
-        result = item.launched.wait()
+        slices = computed_slices(item.batch)  # before the wait, which leaves time for it
+        result = item.pending.wait()
         finished_s = time.monotonic()
-        self.scheduler.put(Computed(result))
-        self.front.put(Stepped(rows=item.rows, result=result, started_s=item.time_s,
+        self.scheduler.put(result)
+        self.front.put(Stepped(slices=slices, result=result, started_s=item.time_s,
                                finished_s=finished_s))

@@ -23,7 +23,6 @@ from longspan.engine.processes.wire import (
     Begin,
     Codec,
     Command,
-    Computed,
     Message,
     Step,
     ToScheduler,
@@ -91,7 +90,7 @@ class Outbox:
         self._socket.set(zmq.LINGER, LINGER_MS)
         self._socket.connect(address)
 
-    def put(self, message: Message) -> None:
+    def put(self, message: Message | StepResult) -> None:
         """Send. Only one thread may do so."""
         self._socket.send(encode(message), zmq.NOBLOCK)
 
@@ -170,17 +169,16 @@ class RunnerTransport:
             self._deadline_s = time.monotonic() + WATCHDOG_S + WATCHDOG_FACTOR * expected_s
 
     def _sort(self, message: ToScheduler) -> None:
-        if isinstance(message, Computed):
-            result = message.result
+        if isinstance(message, StepResult):
             if self._expected and (self._expected[0].epoch, self._expected[0].step_id) == (
-                    result.epoch, result.step_id):
+                    message.epoch, message.step_id):
                 self._expected.popleft()
-                self._results.append(result)
+                self._results.append(message)
                 self._is_warm = True
                 self._wind_up()
             else:
                 logger.warning("a result was dropped: nobody waits for step %d of epoch %d",
-                               result.step_id, result.epoch)
+                               message.step_id, message.epoch)
         elif isinstance(message, Begin):
             logger.warning("a second Begin was dropped")
         else:

@@ -21,7 +21,7 @@ import msgspec
 from longspan.engine.control.scheduler import Load, SchedulerConfig
 from longspan.engine.intake import Intake
 from longspan.engine.request import Request
-from longspan.engine.step import ScheduledBatch, ScheduledSlice, StepResult
+from longspan.engine.step import ScheduledBatch, StepResult
 from longspan.errors import LongspanError
 
 logger = logging.getLogger("longspan.engine")
@@ -52,18 +52,13 @@ class Abort(Message, frozen=True):
     request_id: str
 
 
-class Computed(Message, frozen=True):
-    """The runner's result of a step."""
-
-    result: StepResult
-
-
 class Close(Message, frozen=True):
     """End after the step that is being computed."""
 
 
 Command = Add | Abort | Close
-ToScheduler = Begin | Add | Abort | Close | Computed
+ToScheduler = Begin | Add | Abort | Close | StepResult
+"""Commands of the front end, and the runner's results."""
 
 # -- to the runner ---------------------------------------------------------------------------------
 
@@ -107,7 +102,7 @@ class LoadChanged(Message, frozen=True):
     load: Load
 
 
-class Row(msgspec.Struct, frozen=True, array_like=True):
+class ComputedSlice(msgspec.Struct, frozen=True, array_like=True):
     """What a step did for one request."""
 
     request_id: str
@@ -116,22 +111,23 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
     computed_len: int
     """Tokens there now; a paused prefill chunk counts in proportion."""
     samples: bool
-    """One of the result's tokens is its."""
+    """The result holds a token of this request."""
 
-    @classmethod
-    def of(cls, item: ScheduledSlice) -> Row:
-        """The row of a slice."""
-        return cls(item.request_id, item.cached_len, item.done_len, item.sampling is not None)
+
+def computed_slices(batch: ScheduledBatch) -> tuple[ComputedSlice, ...]:
+    """What the front end is told of a step's slices."""
+    return tuple([ComputedSlice(item.request_id, item.cached_len, item.done_len,
+                                item.sampling is not None) for item in batch.slices])
 
 
 class Stepped(Message, frozen=True, kw_only=True):
     """A step has ended: straight from the runner, so that no text waits for the scheduler."""
 
-    rows: tuple[Row, ...]
-    """Where the result has repeats, of the first step."""
+    slices: tuple[ComputedSlice, ...]
+    """Those of the first step, where the result has repeats."""
     result: StepResult
     started_s: float
-    """Of ``time.monotonic``, as all processes of one machine see it."""
+    """By ``time.monotonic``, which all processes of one machine share."""
     finished_s: float
 
 
@@ -170,7 +166,7 @@ class Codec:
             raise BadFrameError(f"{len(frame)} bytes: {error}") from None
 
 
-def encode(message: Message) -> bytes:
+def encode(message: Message | StepResult) -> bytes:
     """The frame of a message."""
     return _ENCODER.encode(message)
 

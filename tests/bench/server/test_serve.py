@@ -13,7 +13,7 @@ from longspan.bench.server import serve, soak
 from longspan.bench.server.serve import ServeJob, longest_pause_s, run
 from longspan.bench.server.server import Server, Usage, lag_quantile_s, quantile, running
 from longspan.bench.server.tag import PROMPT_LEN, rate_and_idle
-from longspan.engine.processes.wire import Row, Stepped
+from longspan.engine.processes.wire import ComputedSlice, Stepped
 from longspan.engine.step import StepResult
 from longspan.errors import LongspanError
 from tests.doubles import write_checkpoint
@@ -159,7 +159,8 @@ def test_quantiles() -> None:
 def test_rate_and_idle_share() -> None:
     def step(finished_s: float, num_rows: int, computed_len: int = PROMPT_LEN + 1) -> Stepped:
         return Stepped(
-            rows=tuple(Row(str(i), computed_len - 1, computed_len, True) for i in range(num_rows)),
+            slices=tuple(ComputedSlice(str(i), computed_len - 1, computed_len, True)
+                         for i in range(num_rows)),
             result=StepResult(step_id=0, token_ids=(1,) * num_rows, elapsed_s=0.09),
             started_s=0.0, finished_s=finished_s)
 

@@ -34,19 +34,18 @@ from longspan.engine.processes.wire import (
     Close,
     Codec,
     Command,
-    Computed,
     FromEngine,
     LoadChanged,
     Message,
-    Row,
     Step,
     Stepped,
     Submitted,
     ToScheduler,
+    computed_slices,
     encode,
 )
 from longspan.engine.request import Request
-from longspan.engine.step import Update
+from longspan.engine.step import StepResult, Update
 from tests.doubles import FakeRunner, complete, make_request
 
 SEEDS = 12
@@ -140,7 +139,7 @@ class World:
 
     # -- the scheduler's inbox and the runner's outbox -----------------------------------------
 
-    def get(self, timeout_s: float | None = None) -> Computed | Command | None:
+    def get(self, timeout_s: float | None = None) -> StepResult | Command | None:
         """The next message to the scheduler, or none within the time."""
         self.check(is_waiting=timeout_s != 0.0)
         self.num_waits += 1
@@ -155,7 +154,7 @@ class World:
             if kind == "compute" and self.steps:
                 self.compute()
             elif kind == "result" and self.results:
-                return cast(Computed, self.decoded(self.results.popleft()))
+                return cast(StepResult, self.decoded(self.results.popleft()))
             elif kind == "nothing" and not must_answer:
                 self.num_late += bool(self.steps)
                 self.clock.now_s += timeout_s or 0.0
@@ -170,10 +169,10 @@ class World:
         """A step for the runner."""
         self.steps.append(encode(step))
 
-    def decoded(self, message: bytes | Message) -> Computed | Command:
+    def decoded(self, message: bytes | Message) -> StepResult | Command:
         """As it arrives."""
         frame = message if isinstance(message, bytes) else encode(message)
-        found = cast(Computed | Command, Codec(ToScheduler).decode(frame))
+        found = cast(StepResult | Command, Codec(ToScheduler).decode(frame))
         if isinstance(found, Add):
             self.front.theirs[found.request.request_id] = found.request
         return found
@@ -199,8 +198,8 @@ class World:
         started_s = self.clock.now_s
         result = self.runner.execute(batch)
         self.clock.now_s += result.elapsed_s
-        self.results.append(encode(Computed(result)))
-        self.front.deliver(Stepped(rows=tuple(map(Row.of, batch.slices)), result=result,
+        self.results.append(encode(result))
+        self.front.deliver(Stepped(slices=computed_slices(batch), result=result,
                                    started_s=started_s, finished_s=self.clock.now_s))
 
     def hear(self, message: FromEngine) -> None:
@@ -252,13 +251,13 @@ class Front:
         sampled = enumerate(zip_longest(result.token_ids, result.logprobs))
         nothing = 0, (None, None)
         for index in range(result.repeats):
-            for row in message.rows:
-                place, (token, logprobs) = next(sampled, nothing) if row.samples else nothing
-                if row.request_id in self.open:
-                    _, tracker, _ = self.open[row.request_id]
-                    assert row.cached_len >= self.begun.get(row.request_id, 1 << 30), "not told"
+            for item in message.slices:
+                place, (token, logprobs) = next(sampled, nothing) if item.samples else nothing
+                if item.request_id in self.open:
+                    _, tracker, _ = self.open[item.request_id]
+                    assert item.cached_len >= self.begun.get(item.request_id, 1 << 30), "not told"
                     self.take(tracker.update(
-                        row.cached_len + index, row.computed_len + index, token, logprobs,
+                        item.cached_len + index, item.computed_len + index, token, logprobs,
                         result.failure(place)))
 
     def take(self, update: Update) -> None:

@@ -29,7 +29,7 @@ from longspan.engine.control.loop import MAX_SHORT_STEPS
 from longspan.engine.front.client import AsyncEngine, EngineUnavailableError, GenerateRequest
 from longspan.engine.front.stream import MAX_UNREAD, Stream
 from longspan.engine.processes.launch import Processes, in_processes, private_directory
-from longspan.engine.processes.wire import Computed, Loaded, Stepped, encode
+from longspan.engine.processes.wire import Loaded, Stepped, encode
 from longspan.engine.request import Progress, SamplingParams, TokenEvent
 from longspan.engine.step import StepResult
 from longspan.errors import LongspanError
@@ -171,7 +171,7 @@ def test_a_slow_reader_holds_up_nobody(tmp_path: Path) -> None:
             fast = [await tokens(await engine.add(ask([n]))) for n in range(2, 6)]
             assert fast == [complete([n], SamplingParams(max_tokens=6)) for n in range(2, 6)]
             await until(lambda: engine.status().num_running == 0)
-            assert len(slow._channel.session.events) <= MAX_UNREAD
+            assert len(slow._channel.completion.events) <= MAX_UNREAD
             assert await tokens(slow) == \
                 complete([1], SamplingParams(max_tokens=60, ignore_eos=True))
 
@@ -276,8 +276,8 @@ def test_garbage_on_every_socket(tmp_path: Path) -> None:
     and bytes that are not even ZeroMQ's."""
     stale = StepResult(step_id=0, epoch=7, token_ids=(1,))
     frames = [b"", b"\x00", b"\xc1" * 99, b"\x91" * 99_999, random.Random(1).randbytes(5000),
-              encode(Loaded()) + b"x", encode(Computed(stale)), b"\x93\xa3Add\xff\xff",
-              encode(Stepped(rows=(), result=stale, started_s=0.0, finished_s=0.0))[:-3]]
+              encode(Loaded()) + b"x", encode(stale), b"\x93\xa3Add\xff\xff",
+              encode(Stepped(slices=(), result=stale, started_s=0.0, finished_s=0.0))[:-3]]
 
     async def work() -> None:
         async with far(write_model(tmp_path)) as engine:

@@ -19,7 +19,7 @@ from longspan.engine.processes.sockets import (
     RunnerTransport,
     StuckRunnerError,
 )
-from longspan.engine.processes.wire import Abort, Begin, Close, Computed, Step, ToScheduler
+from longspan.engine.processes.wire import Abort, Begin, Close, Step, ToScheduler
 from longspan.engine.step import ScheduledBatch, ScheduledSlice, StepResult
 from tests.engine.processes.test_wire import CONFIG
 
@@ -33,8 +33,8 @@ def make_batch(step_id: int, *items: tuple[str, int, list[int]], epoch: int = 0)
         for name, slot, blocks in items))
 
 
-def result(step_id: int, epoch: int = 0) -> Computed:
-    return Computed(StepResult(step_id=step_id, epoch=epoch, token_ids=()))
+def result(step_id: int, epoch: int = 0) -> StepResult:
+    return StepResult(step_id=step_id, epoch=epoch, token_ids=())
 
 
 @pytest.fixture

@@ -17,18 +17,17 @@ from longspan.engine.processes.wire import (
     BadFrameError,
     Begin,
     Codec,
-    Computed,
     Described,
     Died,
     FromEngine,
     LoadChanged,
     Loaded,
     Message,
-    Row,
     Step,
     Stepped,
     Submitted,
     ToScheduler,
+    computed_slices,
     encode,
     last_words,
 )
@@ -61,6 +60,7 @@ SLICES = (
         request_id="é", slot=1, token_ids=array("i"), cached_len=50, prompt_len=40, block_ids=[],
         sparse=False, extras=EXTRAS, sampling=RowSampling(
             temperature=0.5, top_k=1, top_p=0.5, min_p=0.0, seed=2**63 - 1)))
+BATCH = ScheduledBatch(step_id=5, epoch=2, slices=SLICES)
 PARAMS = SamplingParams(
     stop=("x",), stop_token_ids=(1,), logit_bias=((3, 1.5),), logprobs=2, seed=2**63 - 1)
 
@@ -73,21 +73,21 @@ def request_with(params: SamplingParams) -> Add:
 
 @pytest.mark.parametrize(("kind", "message"), [
     (ToScheduler, Begin(CONFIG)), (ToScheduler, request_with(PARAMS)), (ToScheduler, Abort("a/0")),
-    (ToScheduler, Computed(RESULT)),
-    (Step, Step(ScheduledBatch(step_id=5, epoch=2, slices=SLICES), {"é": b"\x01\0\0\0"})),
+    (ToScheduler, RESULT),
+    (Step, Step(BATCH, {"é": b"\x01\0\0\0"})),
     (FromEngine, Described(path=Path("/a/b"), intake=Intake(vocab_size=9, max_model_len=64),
                          scheduler=CONFIG, memory_bytes={"weights": 2**40})),
     (FromEngine, Loaded()), (FromEngine, Submitted((("a", 3),))),
     (FromEngine, LoadChanged(Load(num_waiting=3))), (FromEngine, Died("why", is_mendable=True)),
-    (FromEngine, Stepped(rows=tuple(map(Row.of, SLICES)), result=RESULT, started_s=1.5,
+    (FromEngine, Stepped(slices=computed_slices(BATCH), result=RESULT, started_s=1.5,
                          finished_s=2.5))],
     ids=lambda value: type(value).__name__ if isinstance(value, Message) else "")
-def test_there_and_back(kind: object, message: Message) -> None:
+def test_there_and_back(kind: object, message: Message | StepResult) -> None:
     assert Codec(kind).decode(encode(message)) == message
 
 
-def test_rows_tell_how_far_a_slice_got() -> None:
-    paused, decode = map(Row.of, SLICES)
+def test_computed_slices_tell_how_far_a_slice_got() -> None:
+    paused, decode = computed_slices(BATCH)
     assert (paused.cached_len, paused.computed_len, paused.samples) == (8, 12, False)
     assert (decode.cached_len, decode.computed_len, decode.samples) == (50, 51, True)
 
