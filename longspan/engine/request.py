@@ -239,10 +239,19 @@ class Request:
 
 
 def finish_reason(
-    params: SamplingParams, eos_token_ids: frozenset[int], token: int, num_outputs: int,
+    params: SamplingParams, eos_token_ids: frozenset[int], token: int | None, num_outputs: int,
 ) -> FinishReason | None:
-    """Whether a completion of ``num_outputs`` tokens ends with ``token``. Stop strings are not
-    seen here: they need text."""
+    """Whether a completion of ``num_outputs`` tokens ends with ``token``, and why. The scheduler
+    and the front end conclude it separately, from the same results. Stop strings are not seen
+    here: they need text.
+
+    Args:
+        token: None: the step sampled none for this request. Negative: sampling failed.
+    """
+    if token is None:
+        return None
+    if token < 0:
+        return "abort"
     if token in params.stop_token_ids or token in eos_token_ids and not params.ignore_eos:
         return "stop"
     return "length" if num_outputs >= params.max_tokens else None

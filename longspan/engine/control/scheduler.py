@@ -291,35 +291,33 @@ class Scheduler:
         self, request: Request, item: ScheduledSlice, tokens: Sequence[int | None],
         logprobs: RowLogprobs | None, failure: str,
     ) -> None:
-        """Take what was sampled, one token after another; None: nothing was, negative: nothing
-        could be, for the reason given."""
+        """Take what was sampled, one token after another.
+
+        Args:
+            tokens: None: nothing was sampled. Negative: sampling failed, ``failure`` says why.
+        """
         request.num_in_flight -= 1
         if request.is_finished:  # stopped or aborted while the step was in flight
             self._release(request)
             return
-        for index, token in enumerate(tokens):
-            if token is not None and token < 0:
-                self._finish(request, "abort")
+        is_whole = item.pieces is None or item.pieces.is_last
+        for done_len, token in enumerate(tokens, item.done_len):
+            reason = finish_reason(request.params, request.eos_token_ids, token,
+                                   len(request.output_ids) + 1)
+            if reason == "abort":
+                self._finish(request, reason)
                 self._updates.append(_update(request, None, failure=failure))
                 return
-            self._take(request, item, token, logprobs, item.done_len + index)
-            if request.is_finished:
+            if is_whole:
+                request.computed_len = done_len
+            if token is not None:
+                request.output_ids.append(token)
+            self._prefixes.register(request)
+            if reason is not None:
+                self._finish(request, reason)
+            self._updates.append(_update(request, token, logprobs, done_len))
+            if reason is not None:
                 return
-
-    def _take(
-        self, request: Request, item: ScheduledSlice, token: int | None,
-        logprobs: RowLogprobs | None, done_len: int,
-    ) -> None:
-        if item.pieces is None or item.pieces.is_last:
-            request.computed_len = done_len
-        if token is not None:
-            request.output_ids.append(token)
-        self._prefixes.register(request)
-        reason = None if token is None else finish_reason(
-            request.params, request.eos_token_ids, token, len(request.output_ids))
-        if reason is not None:
-            self._finish(request, reason)
-        self._updates.append(_update(request, token, logprobs, done_len))
 
     def _learn(self, step: InFlightStep, elapsed_s: float) -> None:
         self.latency.observe(step.plan.work, elapsed_s / step.batch.repeats)

@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -27,7 +26,7 @@ from longspan.engine.control.latency import Forecast
 from longspan.engine.control.prefixes import hash_prompt
 from longspan.engine.control.scheduler import Load
 from longspan.engine.front.stream import Channel, Stream
-from longspan.engine.front.tracking import Tracker, deliver
+from longspan.engine.front.tracking import Tracker, deliver, updates
 from longspan.engine.intake import Prompt, as_token_ids, default_sampling
 from longspan.engine.processes.backend import Backend, Start
 from longspan.engine.processes.launch import in_processes
@@ -337,15 +336,8 @@ class AsyncEngine:
         report = StepReport(
             submitted_s=message.started_s, finished_s=message.finished_s,
             kept_pairs=result.kept_pairs, causal_pairs=result.causal_pairs)
-        sampled = enumerate(zip_longest(result.token_ids, result.logprobs))
-        nothing = 0, (None, None)
-        for index in range(result.repeats):
-            for item in message.slices:
-                place, (token, logprobs) = next(sampled, nothing) if item.samples else nothing
-                tracker = self._trackers.get(item.request_id)
-                if tracker is not None:  # else it has ended: what was computed past its end
-                    self._push(tracker.update(item.cached_len + index, item.computed_len + index,
-                                              token, logprobs, result.failure(place)), report)
+        for update in updates(message, self._trackers):
+            self._push(update, report)
 
     def _push(self, update: Update, report: StepReport) -> None:
         engine_id = update.request_id

@@ -1,4 +1,4 @@
-"""Who waits for what: results followed to a request's end, updates delivered to its text. No torch.
+"""Follows results to a request's end, and delivers updates to its text. No torch.
 
 `longspan.engine.front.llm.LLM` does this beside the loop;
 `longspan.engine.front.client.AsyncEngine` on the caller's side, where it knows the engine by its
@@ -7,17 +7,18 @@ messages only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from itertools import zip_longest
 
-from longspan.engine.request import FinishReason, Request, finish_reason
+from longspan.engine.processes.wire import Stepped
+from longspan.engine.request import Request, finish_reason
 from longspan.engine.step import RowLogprobs, StepReport, Update
 from longspan.engine.text.completion import Completion
 
 
 class Tracker:
-    """Follows one request by the runner's results alone, to the scheduler's conclusions: the
-    caller's side need not wait for them. What a step in flight computes past the end never gets
-    here, for nobody follows a finished request."""
+    """Follows one request by the runner's results alone, and comes to the scheduler's conclusions
+    without waiting for them."""
 
     def __init__(self, request: Request) -> None:
         self._request_id, self._params = request.request_id, request.params
@@ -32,22 +33,33 @@ class Tracker:
         """What a step changed that computed tokens ``cached_len`` to ``computed_len - 1``.
 
         Args:
-            token: the one sampled; None: none was. Negative: none could be.
-            failure: why none could be.
+            token: the one sampled; None: none was. Negative: sampling failed.
+            failure: why it failed.
         """
         if self._num_cached_tokens is None:  # the first step begins where the cache ends
             self._num_cached_tokens = cached_len
-        reason: FinishReason | None = None
-        if token is not None and token < 0:
-            return Update(
-                request_id=self._request_id, computed_len=computed_len, token_id=None,
-                num_cached_tokens=self._num_cached_tokens, finish_reason="abort", failure=failure)
-        if token is not None:
-            self._num_outputs += 1
-            reason = finish_reason(self._params, self._eos_token_ids, token, self._num_outputs)
+        self._num_outputs += token is not None
+        reason = finish_reason(self._params, self._eos_token_ids, token, self._num_outputs)
+        has_failed = reason == "abort"
         return Update(
-            request_id=self._request_id, computed_len=computed_len, token_id=token,
-            num_cached_tokens=self._num_cached_tokens, finish_reason=reason, logprobs=logprobs)
+            request_id=self._request_id, computed_len=computed_len,
+            token_id=None if has_failed else token, num_cached_tokens=self._num_cached_tokens,
+            finish_reason=reason, logprobs=logprobs, failure=failure if has_failed else "")
+
+
+def updates(message: Stepped, trackers: Mapping[str, Tracker]) -> Iterator[Update]:
+    """What a step changed for the requests that are followed, token by token. Those that have
+    ended are followed no longer: what was computed past their end is dropped."""
+    result = message.result
+    sampled = enumerate(zip_longest(result.token_ids, result.logprobs))
+    nothing = 0, (None, None)
+    for index in range(result.repeats):
+        for item in message.slices:
+            place, (token, logprobs) = next(sampled, nothing) if item.samples else nothing
+            tracker = trackers.get(item.request_id)
+            if tracker is not None:
+                yield tracker.update(item.cached_len + index, item.computed_len + index, token,
+                                     logprobs, result.failure(place))
 
 
 def deliver(

@@ -16,15 +16,15 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Sequence
-from itertools import zip_longest
 from typing import Any, cast
 
 import pytest
+from msgspec.structs import replace
 
 from longspan.engine.control import loop
 from longspan.engine.control.blocks import SHORT_TAIL, BlockPool
 from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
-from longspan.engine.front.tracking import Tracker
+from longspan.engine.front.tracking import Tracker, updates
 from longspan.engine.processes import sockets as transport
 from longspan.engine.processes.serving_loop import ServingLoop
 from longspan.engine.processes.sockets import BlockTableCache, Inbox, Outbox, RunnerTransport
@@ -197,6 +197,10 @@ class World:
         batch = self.tables.restore(Codec(Step).decode(self.steps.popleft()))
         started_s = self.clock.now_s
         result = self.runner.execute(batch)
+        if result.token_ids and self.rng.random() < 0.02:
+            place = self.rng.randrange(len(result.token_ids))
+            result = replace(result, failures={place: "no way on"}, token_ids=tuple(
+                -1 if index == place else token for index, token in enumerate(result.token_ids)))
         self.clock.now_s += result.elapsed_s
         self.results.append(encode(result))
         self.front.deliver(Stepped(slices=computed_slices(batch), result=result,
@@ -227,19 +231,22 @@ class Front:
     """Those who wait for answers."""
 
     def __init__(self) -> None:
-        self.open = dict[str, tuple[Request, Tracker, list[int]]]()
+        self.open = dict[str, tuple[Request, list[int]]]()
+        self.trackers = dict[str, Tracker]()
         self.theirs = dict[str, Request]()
         """The scheduler's own copies."""
         self.begun = dict[str, int]()
         """Cached tokens of requests whose first step was told."""
         self.load: Any = None
+        self.num_failures = 0
         self.reasons = dict[str, str]()
         self.outputs = dict[str, list[int]]()
         self.epoch = 0
 
     def ask(self, request: Request) -> Request:
         """Wait for an answer to it."""
-        self.open[request.request_id] = request, Tracker(request), []
+        self.open[request.request_id] = request, []
+        self.trackers[request.request_id] = Tracker(request)
         return request
 
     def deliver(self, message: Stepped) -> None:
@@ -248,27 +255,20 @@ class Front:
         if result.epoch < self.epoch:
             return
         self.epoch = result.epoch
-        sampled = enumerate(zip_longest(result.token_ids, result.logprobs))
-        nothing = 0, (None, None)
-        for index in range(result.repeats):
-            for item in message.slices:
-                place, (token, logprobs) = next(sampled, nothing) if item.samples else nothing
-                if item.request_id in self.open:
-                    _, tracker, _ = self.open[item.request_id]
-                    assert item.cached_len >= self.begun.get(item.request_id, 1 << 30), "not told"
-                    self.take(tracker.update(
-                        item.cached_len + index, item.computed_len + index, token, logprobs,
-                        result.failure(place)))
+        for update in updates(message, self.trackers):
+            assert update.num_cached_tokens == self.begun[update.request_id], "not told"
+            self.take(update)
 
     def take(self, update: Update) -> None:
         """The next token of a request, or its end."""
         if update.request_id not in self.open:
             return
-        request, _, outputs = self.open[update.request_id]
+        request, outputs = self.open[update.request_id]
         outputs += [] if update.token_id is None else [update.token_id]
         if update.finish_reason is None:
             return
         self.forget(request.request_id)
+        self.num_failures += update.failure == "no way on"
         self.reasons[request.request_id] = update.finish_reason
         wanted = complete(request.prompt_ids, request.params)
         if update.finish_reason != "abort":
@@ -279,7 +279,7 @@ class Front:
 
     def forget(self, request_id: str) -> str:
         """Wait no longer."""
-        del self.open[request_id]
+        del self.open[request_id], self.trackers[request_id]
         return request_id
 
     def check(self) -> None:
@@ -326,6 +326,7 @@ def test_the_fuzz_meets_what_it_is_for(clock: Clock) -> None:
     def pool_count(attribute: str) -> int:
         return sum(getattr(world.pool, attribute) for world in worlds)
 
+    assert sum(world.front.num_failures for world in worlds) > 10
     assert count("num_interrupts") > 10 and count("num_late") > 100
     assert pool_count("num_kept") > 50 and pool_count("num_given_up") > 0
     assert pool_count("num_evictions_seen") > 100
