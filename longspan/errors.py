@@ -18,7 +18,19 @@ class InvalidRequestError(LongspanError):
 
 
 class PromptTooLongError(LongspanError):
-    """The prompt and the requested completion do not fit the model's limit."""
+    """The prompt and the requested completion do not fit the model's limit.
+
+    Args:
+        limit: most tokens of prompt and completion together.
+    """
+
+    def __init__(self, prompt_len: int, max_tokens: int, limit: int) -> None:
+        total_len = prompt_len + max_tokens
+        remedy = (f"ask for at most {limit - prompt_len}" if prompt_len < limit
+                  else f"shorten the prompt by at least {total_len - limit}")
+        super().__init__(f"prompt of {prompt_len} tokens plus max_tokens {max_tokens} is "
+                         f"{total_len}, over the limit of {limit} tokens; {remedy}")
+        self.prompt_len, self.max_tokens, self.limit = prompt_len, max_tokens, limit
 
 
 class RequestFailedError(LongspanError):

@@ -16,9 +16,9 @@ from typing import cast
 import numpy as np
 
 from longspan.config import AttentionMode, read_json
-from longspan.engine.request import MAX_SEED, Request, SamplingParams
+from longspan.engine.request import MAX_SEED, Request, SamplingParams, check_fits
 from longspan.engine.resolve import resolve_attention
-from longspan.errors import CheckpointError, InvalidRequestError, PromptTooLongError
+from longspan.errors import CheckpointError, InvalidRequestError
 
 ADVISED_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 """Fields of `SamplingParams` that generation_config.json has under the same name and meaning."""
@@ -127,13 +127,3 @@ def as_token_ids(values: Sequence[int], vocab_size: int) -> array[int]:
 def _is_token_id(value: object, vocab_size: int) -> bool:
     return (isinstance(value, Integral) and not isinstance(value, bool)
             and 0 <= int(value) < vocab_size)
-
-
-def check_fits(prompt_len: int, max_tokens: int, longest_len: int) -> None:
-    """Raises `PromptTooLongError` unless prompt and completion fit ``longest_len`` tokens."""
-    if prompt_len + max_tokens > longest_len:
-        remedy = (f"ask for at most {longest_len - prompt_len}" if prompt_len < longest_len
-                  else f"shorten the prompt by at least {prompt_len + max_tokens - longest_len}")
-        raise PromptTooLongError(
-            f"prompt of {prompt_len} tokens plus max_tokens {max_tokens} is "
-            f"{prompt_len + max_tokens}, over the limit of {longest_len} tokens; {remedy}")

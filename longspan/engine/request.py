@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal
 
-from longspan.errors import InvalidRequestError
+from longspan.errors import InvalidRequestError, PromptTooLongError
 
 if TYPE_CHECKING:
     TokenIds = array[int]
@@ -236,6 +236,12 @@ class Request:
         if start >= prompt_len:
             return self.output_ids[start - prompt_len : stop - prompt_len]
         return self.prompt_ids[start:] + self.output_ids[:stop - prompt_len]
+
+
+def check_fits(prompt_len: int, max_tokens: int, longest_len: int) -> None:
+    """Raises `PromptTooLongError` unless prompt and completion fit ``longest_len`` tokens."""
+    if prompt_len + max_tokens > longest_len:
+        raise PromptTooLongError(prompt_len, max_tokens, longest_len)
 
 
 def finish_reason(

@@ -59,26 +59,17 @@ class ClientGone(Exception):
     """The client hung up; there is nobody to answer."""
 
 
-def too_long(prompt_len: int, max_tokens: int | None, limit: int) -> ApiError:
-    """A prompt, or prompt and completion together, above the model's limit."""
-    if max_tokens is None:
-        text = (f"The prompt has {prompt_len} tokens; the limit is {limit} tokens for prompt and "
-                f"completion together. Shorten the prompt by {prompt_len + 1 - limit} tokens.")
-    else:
-        text = (f"The prompt has {prompt_len} tokens and max_tokens is {max_tokens}: together "
-                f"{prompt_len + max_tokens}, above the limit of {limit} tokens. Shorten the prompt "
-                f"or lower max_tokens by {prompt_len + max_tokens - limit}.")
-    return ApiError(400, text, code="context_length_exceeded", param="prompt", details={
-        "prompt_tokens": prompt_len, "max_tokens": max_tokens, "limit": limit})
-
-
 def as_api_error(error: Exception) -> ApiError:
     """Any exception as a reply; what nobody expected is logged and not shown."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, PromptTooLongError):
+        return ApiError(
+            error.http_status, str(error), code="context_length_exceeded", param="prompt",
+            details={"prompt_tokens": error.prompt_len, "max_tokens": error.max_tokens,
+                     "limit": error.limit})
     if isinstance(error, LongspanError):
-        code = "context_length_exceeded" if isinstance(error, PromptTooLongError) else None
-        return ApiError(error.http_status, " ".join(str(error).split()), code=code)
+        return ApiError(error.http_status, " ".join(str(error).split()))
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail), headers=error.headers)
     logger.error("unexpected error", exc_info=error)

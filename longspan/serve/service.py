@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from longspan.engine.request import SamplingParams, TokenEvent
+from longspan.engine.request import SamplingParams, TokenEvent, check_fits
 from longspan.serve.admission import Gate, Ticket
 from longspan.serve.body import (
     Disconnect,
@@ -24,7 +24,7 @@ from longspan.serve.body import (
 )
 from longspan.serve.config import ServeConfig
 from longspan.serve.engine import AsyncEngine
-from longspan.serve.errors import ApiError, ClientGone, too_long
+from longspan.serve.errors import ApiError, ClientGone
 from longspan.serve.format import ChatFormat, CompletionFormat, Delta, Format
 from longspan.serve.generation import Generation, Job, millis
 from longspan.serve.metrics import Metrics
@@ -138,8 +138,7 @@ class Service:
         limit = self.engine.status().max_model_len
         if prompt_len == 0:
             raise ApiError(400, "The prompt is empty.", param="prompt")
-        if prompt_len + (asked or 1) > limit:
-            raise too_long(prompt_len, asked, limit)
+        check_fits(prompt_len, asked or 1, limit)
         return params if asked else replace(
             params, max_tokens=min(params.max_tokens, limit - prompt_len))
 

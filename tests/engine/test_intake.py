@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from longspan.engine.intake import as_prompts, as_token_ids, check_fits
+from longspan.engine.intake import as_prompts, as_token_ids
+from longspan.engine.request import check_fits
 from longspan.errors import InvalidRequestError, PromptTooLongError
 
 

@@ -168,7 +168,7 @@ def test_too_long(client):
         client.completions.create(model=MODEL, prompt="x" * 4000, max_tokens=200)
     assert caught.value.code == "context_length_exceeded"
     assert caught.value.body["prompt_tokens"] == 4000
-    for number in ("4000", "200", "4200", "4096"):
+    for number in ("4000", "200", "4200", "4096", "ask for at most 96"):
         assert number in caught.value.message
 
 

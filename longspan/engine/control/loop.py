@@ -125,7 +125,7 @@ class Loop:
         return not self._mailbox and self._scheduler.is_idle
 
     def add(self, request: Request) -> None:
-        """Queue a request that fits (see `longspan.engine.prompts.check_fits`)."""
+        """Queue a request that fits (see `longspan.engine.request.check_fits`)."""
         self._mailbox.append(request)
 
     def abort(self, request_id: str) -> None:

@@ -33,8 +33,7 @@ from longspan.engine.control.blocks import BlockPool
 from longspan.engine.control.latency import Costs, Forecast, LatencyModel
 from longspan.engine.control.planner import Choice, Planner, PlannerConfig, StepPlan
 from longspan.engine.control.prefixes import Prefixes
-from longspan.engine.intake import check_fits
-from longspan.engine.request import FinishReason, Request, finish_reason
+from longspan.engine.request import FinishReason, Request, check_fits, finish_reason
 from longspan.engine.step import (
     RowLogprobs,
     RowSampling,
