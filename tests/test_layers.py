@@ -62,7 +62,8 @@ ALLOWED_OURS: dict[str, tuple[str, ...]] = {
     "longspan.engine.front": (
         "longspan.engine.control", "longspan.engine.processes", "longspan.engine.setup",
         "longspan.engine.text", *WORDS, *BASE),
-    "longspan.serve": ("longspan.engine.front.client", "longspan.engine.request", *BASE),
+    "longspan.serve": ("longspan.engine.front.client", "longspan.engine.front.stream",
+                       "longspan.engine.request", *BASE),
     "longspan.train": ("longspan.attention.rope", "longspan.attention.hf", *BASE),
     "longspan.data": BASE,
     "longspan.eval": BASE,

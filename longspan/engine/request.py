@@ -337,6 +337,10 @@ class TokenEvent:
     their text; without those that ended the completion."""
 
 
+Event = Progress | TokenEvent
+"""What a streaming request gives."""
+
+
 def _require(condition: bool, name: str, value: object, wanted: str) -> None:
     if not condition:
         raise InvalidRequestError(f"{name} is {value!r}; it must be {wanted}")

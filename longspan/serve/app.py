@@ -20,12 +20,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from longspan.engine.front.client import AsyncEngine
 from longspan.errors import LongspanError
 from longspan.serve import replies
 from longspan.serve.auth import EdgeMiddleware
 from longspan.serve.body import cancel
 from longspan.serve.config import ServeConfig
-from longspan.serve.engine import AsyncEngine
 from longspan.serve.errors import ApiError, ClientGone, error_response
 from longspan.serve.generation import millis
 from longspan.serve.protocol import (

@@ -20,14 +20,13 @@ import uvicorn
 
 from longspan.config import EngineConfig
 from longspan.engine.front import client
-from longspan.engine.front.client import EngineStatus
+from longspan.engine.front.client import AsyncEngine, EngineStatus
 from longspan.errors import LongspanError
 from longspan.serve.admission import Gate
 from longspan.serve.app import create_app
 from longspan.serve.body import cancel
 from longspan.serve.config import ServeConfig
 from longspan.serve.connection import MAX_HEAD_BYTES, Connection
-from longspan.serve.engine import AsyncEngine
 from longspan.units import in_gib
 
 POLL_S = 0.1

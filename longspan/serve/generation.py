@@ -7,11 +7,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from longspan.engine.front.client import GenerateRequest
-from longspan.engine.request import MAX_SEED, Progress, SamplingParams, TokenEvent
+from longspan.engine.front.client import AsyncEngine, GenerateRequest
+from longspan.engine.front.stream import Stream
+from longspan.engine.request import MAX_SEED, Event, Progress, SamplingParams, TokenEvent
 from longspan.serve.admission import Gate, Ticket
 from longspan.serve.body import cancel
-from longspan.serve.engine import AsyncEngine, Event, EventStream
 from longspan.serve.errors import ApiError, as_api_error
 
 QUEUE_LEN = 256
@@ -154,7 +154,7 @@ class Generation:
             return
         await self._pump(number, stream)
 
-    async def _pump(self, number: int, stream: EventStream) -> None:
+    async def _pump(self, number: int, stream: Stream) -> None:
         try:
             async for event in stream:
                 await self._queue.put((number, event))

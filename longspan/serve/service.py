@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from longspan.engine.front.client import AsyncEngine
 from longspan.engine.request import SamplingParams, TokenEvent, check_fits
 from longspan.serve.admission import Gate, Ticket
 from longspan.serve.body import (
@@ -23,7 +24,6 @@ from longspan.serve.body import (
     read_body,
 )
 from longspan.serve.config import ServeConfig
-from longspan.serve.engine import AsyncEngine
 from longspan.serve.errors import ApiError, ClientGone
 from longspan.serve.format import ChatFormat, CompletionFormat, Delta, Format
 from longspan.serve.generation import Generation, Job, millis

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from longspan.engine.request import TokenEvent
+from longspan.engine.request import Event, TokenEvent
 from longspan.serve.admission import Gate, Ticket
 from longspan.serve.body import Disconnect
-from longspan.serve.engine import Event
 from longspan.serve.errors import ClientGone, as_api_error
 from longspan.serve.format import Delta, Format, Json
 from longspan.serve.generation import Generation, millis

@@ -15,7 +15,7 @@ from longspan.engine.control.loop import Loop
 from longspan.engine.control.scheduler import Scheduler
 from longspan.engine.front.tracking import deliver
 from longspan.engine.intake import Prompt, as_prompts
-from longspan.engine.request import Progress, Request, RequestOutput, SamplingParams, TokenEvent
+from longspan.engine.request import Event, Progress, Request, RequestOutput, SamplingParams
 from longspan.engine.setup.engine_plan import Blueprint
 from longspan.engine.step import StepReport
 from longspan.engine.text.completion import Completion
@@ -105,7 +105,7 @@ class LLM:
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
-    ) -> Iterator[Progress | TokenEvent]:
+    ) -> Iterator[Event]:
         """Complete one prompt, event by event: progress of the prefill, then text.
 
         The last event is a `TokenEvent` with ``output`` set. Closing the iterator cancels the
@@ -130,7 +130,7 @@ class LLM:
     def stream_chat(
         self, messages: Sequence[Mapping[str, Any]], sampling_params: SamplingParams | None = None,
         **template_values: Any,
-    ) -> Iterator[Progress | TokenEvent]:
+    ) -> Iterator[Event]:
         """`chat`, event by event as `stream` gives them."""
         return self.stream(self._chat_prompt(messages, template_values), sampling_params)
 
@@ -160,7 +160,7 @@ class LLM:
 
     # -- the loop ------------------------------------------------------------------------------
 
-    def _stream(self, request: Request) -> Iterator[Progress | TokenEvent]:
+    def _stream(self, request: Request) -> Iterator[Event]:
         # Started at the first `next`: an iterator that nobody reads never occupies the engine.
         (completion,) = self._start([request])
         try:

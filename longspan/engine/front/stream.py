@@ -8,8 +8,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
-from longspan.engine.request import Progress, TokenEvent
-from longspan.engine.text.completion import Completion, Event
+from longspan.engine.request import Event, Progress, TokenEvent
+from longspan.engine.text.completion import Completion
 
 MAX_UNREAD = 64
 """Events that wait for a slow reader; more are joined to fewer and longer ones."""

@@ -10,6 +10,7 @@ from array import array
 from collections import deque
 
 from longspan.engine.request import (
+    Event,
     FinishReason,
     Progress,
     Request,
@@ -21,8 +22,6 @@ from longspan.engine.step import StepReport, Update
 from longspan.engine.text.token_bytes import TokenBytes
 from longspan.engine.text.tokenizer import TextStream, Tokenizer
 from longspan.errors import RequestFailedError
-
-Event = Progress | TokenEvent
 
 
 class Completion:
