@@ -178,10 +178,10 @@ class Request:
     """While it waits for a prefix that another request computes: the last block's."""
     slot: int = 0
     """Place among the running requests, while it is one."""
-    num_skips: int = 0
+    num_overtaken: int = 0
     """Later requests admitted while this one waited for blocks."""
-    asks_more: bool = False
-    """Its sampling needs more than the device has (`SamplingExtras`)."""
+    has_extras: bool = False
+    """Its sampling needs `SamplingExtras`."""
     finish_reason: FinishReason | None = None
 
     @property
@@ -244,23 +244,25 @@ def check_fits(prompt_len: int, max_tokens: int, longest_len: int) -> None:
         raise PromptTooLongError(prompt_len, max_tokens, longest_len)
 
 
-def finish_reason(
-    params: SamplingParams, eos_token_ids: frozenset[int], token: int | None, num_outputs: int,
-) -> FinishReason | None:
-    """Whether a completion of ``num_outputs`` tokens ends with ``token``, and why. The scheduler
-    and the front end conclude it separately, from the same results. Stop strings are not seen
-    here: they need text.
+def conclude(
+    params: SamplingParams, eos_token_ids: frozenset[int], sampled: int | None, num_outputs: int,
+) -> tuple[int | None, FinishReason | None]:
+    """Decide what a step's sample means for its request. The scheduler and the front end both do,
+    each from the same results. Stop strings are not seen here: they need text.
 
     Args:
-        token: None: the step sampled none for this request. Negative: sampling failed.
+        sampled: None: the step sampled nothing for this request. Negative: sampling failed.
+        num_outputs: tokens of the completion before.
+
+    Returns the token to append, None for none, and why the completion ends, None if it goes on.
     """
-    if token is None:
-        return None
-    if token < 0:
-        return "abort"
-    if token in params.stop_token_ids or token in eos_token_ids and not params.ignore_eos:
-        return "stop"
-    return "length" if num_outputs >= params.max_tokens else None
+    if sampled is None:
+        return None, None
+    if sampled < 0:
+        return None, "abort"
+    if sampled in params.stop_token_ids or sampled in eos_token_ids and not params.ignore_eos:
+        return sampled, "stop"
+    return sampled, "length" if num_outputs + 1 >= params.max_tokens else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from longspan.engine.request import SamplingParams
+from longspan.engine.request import SamplingParams, conclude
 from longspan.errors import InvalidRequestError
 from tests.doubles import make_request
 
@@ -92,6 +92,19 @@ def test_lengths_and_states() -> None:
     assert not request.is_prefill and request.awaits_token
     request.output_ids.append(9)
     assert (request.total_len, request.awaits_token) == (4, False)
+
+
+@pytest.mark.parametrize(("sampled", "num_outputs", "wanted"), [
+    (None, 0, (None, None)), (-1, 0, (None, "abort")), (5, 0, (5, None)), (5, 2, (5, "length")),
+    (7, 0, (7, "stop")), (0, 2, (0, "stop"))])
+def test_what_a_sample_means_for_its_request(
+    sampled: int | None, num_outputs: int, wanted: tuple[int | None, str | None],
+) -> None:
+    params = SamplingParams(max_tokens=3, stop_token_ids=(7,))
+    assert conclude(params, frozenset({0}), sampled, num_outputs) == wanted
+    if sampled == 0:
+        goes_on = replace(params, ignore_eos=True)
+        assert conclude(goes_on, frozenset({0}), sampled, 1) == (0, None)
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 2), (1, 3), (2, 4), (3, 5), (0, 5), (4, 4)])

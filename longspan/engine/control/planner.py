@@ -64,8 +64,8 @@ class PlannerConfig:
     """Longest step that prefills, seconds; None: prefill chunks are computed whole."""
 
 
-class Choice(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """One slice to be."""
+class PlannedSlice(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """What the next step computes of one request."""
 
     request: Request
     query_len: int
@@ -74,9 +74,9 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepPlan:
-    """One step to be."""
+    """What the next step computes."""
 
-    choices: tuple[Choice, ...]
+    slices: tuple[PlannedSlice, ...]
     """Prefills, a sparse chunk in pieces first of all, then decodes."""
     work: Work
     expected_s: float
@@ -165,7 +165,7 @@ class _Step:
         self._known_reach = FAR * latency.dense_reach
         self._knows_sparse = latency.has_seen("sparse") or config.step_budget_s is None
         self._decodes = decodes
-        self._prefills: list[Choice] = []
+        self._prefills: list[PlannedSlice] = []
         self._dense: Terms = (0.0, 0.0, 0.0)
         self._sparse: Terms = (0.0, 0.0, 0.0)
         context_len = float(sum(request.scheduled_len + 1 for request in decodes))
@@ -185,7 +185,7 @@ class _Step:
 
     def holds(self, request: Request) -> bool:
         """Some of this prompt is in the step."""
-        return any(choice.request is request for choice in self._prefills)
+        return any(item.request is request for item in self._prefills)
 
     def take(
         self, request: Request, room_s: float, *, is_head: bool = False,
@@ -196,23 +196,23 @@ class _Step:
         stop = chunk_stop(start, request.prompt_len, config.prefill_chunk_len,
                           num_sparse_tokens(request, config))
         if start < num_sparse_tokens(request, config):
-            choice = self._pieces(request, stop, room_s, must_progress)
+            item = self._pieces(request, stop, room_s, must_progress)
         else:
-            choice = self._tokens(request, stop, room_s, is_head, must_progress)
-        if choice is not None:
-            self._prefills.insert(0 if is_head else len(self._prefills), choice)
+            item = self._tokens(request, stop, room_s, is_head, must_progress)
+        if item is not None:
+            self._prefills.insert(0 if is_head else len(self._prefills), item)
 
     def finish(self) -> StepPlan | None:
-        """The plan; None if nothing was taken."""
-        self._prefills.sort(key=lambda choice: choice.pieces is None)
-        choices = [*self._prefills, *(Choice(request=r, query_len=1) for r in self._decodes)]
-        if not choices:
+        """Make the plan; None if nothing was taken."""
+        self._prefills.sort(key=lambda item: item.pieces is None)
+        slices = [*self._prefills, *(PlannedSlice(request=r, query_len=1) for r in self._decodes)]
+        if not slices:
             return None
-        return StepPlan(choices=tuple(choices), work=self._work, expected_s=self.expected_s)
+        return StepPlan(slices=tuple(slices), work=self._work, expected_s=self.expected_s)
 
     def _pieces(
         self, request: Request, stop: int, room_s: float, must_progress: bool,
-    ) -> Choice | None:
+    ) -> PlannedSlice | None:
         config, start, first = self._config, request.scheduled_len, request.num_pieces
         shares = piece_shares(start, stop, num_layers=config.num_layers, rows=config.piece_rows)
         fixed_s = self._costs.sparse[0]
@@ -227,12 +227,12 @@ class _Step:
                 return None
             share, last = shares[first], first + 1
         self._sparse = add_terms(self._sparse, sparse_terms(start, stop - start), share)
-        return Choice(request=request, query_len=stop - start,
+        return PlannedSlice(request=request, query_len=stop - start,
                       pieces=Pieces(first, last, len(shares)))
 
     def _tokens(
         self, request: Request, stop: int, room_s: float, is_head: bool, must_progress: bool,
-    ) -> Choice | None:
+    ) -> PlannedSlice | None:
         config, start = self._config, request.scheduled_len
         room = config.prefill_chunk_len
         if self.has_chunk or not is_head:
@@ -249,7 +249,7 @@ class _Step:
         if not is_head:
             self._num_others += query_len
         self._dense = add_terms(self._dense, dense_terms(start, query_len))
-        return Choice(request=request, query_len=query_len)
+        return PlannedSlice(request=request, query_len=query_len)
 
     def _longest(self, request: Request, stop: int, room: int, room_s: float) -> int:
         """Tokens up to the chunk's end, or else up to a unit's, that fit rows and time."""

@@ -78,7 +78,7 @@ class Prefixes:
         blocks, size = self._look(request).blocks, self._config.block_size
         return blocks[: self._reusable_len(request, len(blocks) * size) // size]
 
-    def awaits(self, request: Request) -> bool:
+    def must_wait(self, request: Request) -> bool:
         """Another request is computing a longer prefix of this prompt than the cache holds, and
         will have it no much later than this one would by itself."""
         if request.awaited_hash in self._promises:

@@ -1,22 +1,26 @@
-"""Which tokens of which requests the next step computes. Ordinary Python: no torch, no sockets.
+"""Decides which tokens of which requests the next step computes. No torch, no sockets.
 
-Policy, in the order of the functions below:
+A request is *waiting* until it has KV blocks, then *running*: in prefill until its prompt is
+computed, in decode until it is finished. `Scheduler.schedule` makes a step in two moves:
 
-- *submit*: a request that can never fit is refused at once, with the numbers.
-- *admit*: first come, first served. KV blocks for the prompt and all of ``max_tokens`` are taken
-  at admission, so an admitted request always finishes: nothing is preempted, and no million-token
-  prefill is ever thrown away. Of the first `LOOKAHEAD` in line, a shorter one may pass one that
-  waits for blocks, but only `LOOKAHEAD` times, so that the long one is not starved.
-- *share*: a request whose prompt begins as one that is being prefilled waits for those blocks
-  instead of computing them a second time (`longspan.engine.control.prefixes`).
-- *plan*: what a step computes, within its time: `longspan.engine.control.planner`. Steps that only
-  decode and are over sooner than news travel are sent several at a time.
-- *apply*: results come back in order and change lengths, the prefix cache and the states.
+- *Admit* waiting requests, first come, first served, while KV blocks and places last. A request
+  takes blocks for its prompt and for all of ``max_tokens``, so it always finishes once admitted:
+  nothing is preempted, and no million-token prefill is ever thrown away. A short request may
+  overtake a long one that waits for blocks, but only `LOOKAHEAD` times, so that the long one is not
+  starved. A request whose prompt begins as one in prefill waits for those blocks instead of
+  computing them a second time (`longspan.engine.control.prefixes`).
+- *Plan* the step: a token for every request in decode, then as much prefill as the step's time
+  allows (`longspan.engine.control.planner`). Steps that only decode and are shorter than the way to
+  the runner are sent several at a time.
 
-Several steps may be in flight: `schedule` only looks at ``scheduled_len``. A request whose next
+`Scheduler.apply` takes the results, in the order of the steps: it appends tokens, registers blocks
+with the prefix cache, and ends requests. A request that could never fit is refused by
+`Scheduler.add`.
+
+Several steps may be in flight, for `schedule` only looks at ``scheduled_len``. A request whose next
 token is still being sampled goes on all the same: its slice says so, and the runner, which has the
-token, feeds it in. Only a stop token comes as a surprise: slices that are in flight by then are
-computed for nothing, their tokens are dropped here, and blocks come back with the last of them.
+token, feeds it in. Only a stop token comes as a surprise. The slices that are in flight by then are
+computed for nothing, `apply` drops their tokens, and the blocks come back with the last of them.
 Steps run in the order of their submission, so a block that is given away after an interrupt is
 written by its new owner after the old one's last step.
 """
@@ -31,9 +35,9 @@ from heapq import heappop, heappush
 
 from longspan.engine.control.blocks import BlockPool
 from longspan.engine.control.latency import Costs, Forecast, LatencyModel
-from longspan.engine.control.planner import Choice, Planner, PlannerConfig, StepPlan
+from longspan.engine.control.planner import PlannedSlice, Planner, PlannerConfig, StepPlan
 from longspan.engine.control.prefixes import Prefixes
-from longspan.engine.request import FinishReason, Request, check_fits, finish_reason
+from longspan.engine.request import FinishReason, Request, check_fits, conclude
 from longspan.engine.step import (
     RowLogprobs,
     RowSampling,
@@ -45,22 +49,24 @@ from longspan.engine.step import (
 )
 
 LOOKAHEAD = 16
+"""Waiting requests that are tried, and times that a request may be overtaken."""
 MAX_REPEATS = 8
+"""Most decode steps that are sent at a time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SchedulerConfig(PlannerConfig):
-    """Numbers that the scheduler works with."""
+    """An engine's sizes and times, as its scheduler needs them."""
 
     num_blocks: int
     max_model_len: int
     max_num_requests: int
     prior: Costs = Costs()
-    """What steps are thought to cost before any was measured."""
+    """Costs of steps before any was measured."""
     sparse_above: int | None = None
-    """Longer prompts prefill sparsely (forecasts only; a request says it itself)."""
+    """Longer prompts prefill sparsely. Forecasts need it; a request knows its own mode."""
     burst_s: float = 0.0
-    """Steps that only decode are sent in bursts of up to this duration (`MAX_REPEATS` at most)."""
+    """Steps that only decode are sent in bursts of up to this duration, seconds."""
     self_measurement_len: int = 0
     """Longest prompt of a server's `self_measurement`, tokens; 0: it does not measure itself."""
 
@@ -72,7 +78,7 @@ class SchedulerConfig(PlannerConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Load:
-    """What a scheduler has to do at one moment."""
+    """How much work a scheduler has at one moment."""
 
     num_waiting: int = 0
     """Requests without KV blocks."""
@@ -83,7 +89,7 @@ class Load:
     num_used_tokens: int = 0
     """Tokens of KV reserved for running requests, in whole blocks."""
     forecast: Forecast | None = None
-    """What prompts will take, as known after the latest prefill; None: nothing was measured."""
+    """How long prompts will take, as known after the latest prefill; None: nothing was measured."""
 
 
 @dataclass(slots=True)
@@ -92,7 +98,7 @@ class InFlightStep:
 
     batch: ScheduledBatch
     plan: StepPlan
-    """Its choices are the batch's slices, in the same order."""
+    """Its slices become the batch's, in the same order."""
     prefills: bool
     """Some slice computes prompt tokens."""
     submitted_s: float = 0.0
@@ -104,15 +110,18 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
-        self.pool = BlockPool(config.num_blocks)
         self._waiting: list[Request] = []
+        """Requests without KV blocks, in the order of their arrival."""
         self._running: dict[str, Request] = {}
+        """Requests in prefill or decode, in the order of admission. Finished ones stay until no
+        step in flight writes their blocks."""
         self.in_flight = deque[InFlightStep]()
         """Steps handed out whose results have not come, oldest first."""
+        self.pool = BlockPool(config.num_blocks)
         self.latency = LatencyModel(config.prior)
         """Fitted by every step whose time is known."""
         self.forecast: Forecast | None = None
-        """What prompts will take, as known after the latest prefill."""
+        """How long prompts will take, as known after the latest prefill."""
         self._planner = Planner(config, self.latency)
         self._prefixes = Prefixes(config, self.pool, self.latency)
         self._updates: list[Update] = []
@@ -133,7 +142,7 @@ class Scheduler:
 
     @property
     def load(self) -> Load:
-        """What there is to do now."""
+        """The work that there is now."""
         num_used = self.pool.num_blocks - self.pool.num_available
         return Load(
             num_waiting=len(self._waiting), num_running=len(self._running),
@@ -155,35 +164,33 @@ class Scheduler:
             self._waiting.remove(waiting)
         request = waiting or self._running.get(request_id)
         if request is not None and not request.is_finished:
-            self._finish(request, "abort")
-            self._updates.append(_update(request, None))
+            self._abort(request)
 
     def schedule(self, in_flight_s: float = 0.0) -> ScheduledBatch | None:
-        """Work for the next step, or None when nothing can be computed now.
+        """Make the next step; None when nothing can be computed now.
 
         Args:
             in_flight_s: predicted time until the steps in flight that prefill are computed; they
-                share the budget.
+                share the step's time.
         """
         self._admit()
-        plan = self._planner.plan(
-            [request for request in self._running.values() if not request.is_finished],
-            in_flight_s)
+        running = [request for request in self._running.values() if not request.is_finished]
+        plan = self._planner.plan(running, in_flight_s)
         if plan is None:
             assert self.in_flight or not self._waiting, "an empty engine admits any request"
             return None
-        repeats = self._repeats(plan)
+        repeats = self._num_repeats(plan)
         batch = ScheduledBatch(
             step_id=self._num_steps, epoch=self.epoch, expected_s=repeats * plan.expected_s,
-            slices=tuple(_slice(choice) for choice in plan.choices), repeats=repeats)
-        for choice in plan.choices:
-            _advance_schedule(choice, repeats)
+            slices=tuple(map(_scheduled_slice, plan.slices)), repeats=repeats)
+        for planned in plan.slices:
+            _note_scheduled(planned, repeats)
         self._num_steps += 1
         self.in_flight.append(InFlightStep(batch, plan, batch.prefills))
         return batch
 
     def apply(self, result: StepResult) -> list[Update]:
-        """Take the result of the oldest step in flight. Returns what changed, aborts included.
+        """Take the result of the oldest step in flight, and return what changed, aborts included.
 
         A result of an earlier epoch changes nothing.
         """
@@ -196,30 +203,29 @@ class Scheduler:
         num_rows = sum(samples)
         assert len(result.token_ids) == batch.repeats * num_rows, "a token for each that samples"
         row = 0
-        for item, choice, is_sampled in zip(batch.slices, step.plan.choices, samples, strict=True):
-            tokens = result.token_ids[row::num_rows] if is_sampled else (None,)
+        for item, planned, is_sampled in zip(batch.slices, step.plan.slices, samples, strict=True):
+            sampled = result.token_ids[row::num_rows] if is_sampled else (None,)
             logprobs = result.logprobs[row] if is_sampled and result.logprobs else None
-            self._advance(choice.request, item, tokens, logprobs, result.failure(row))
+            self._apply_slice(planned.request, item, sampled, logprobs, result.failure(row))
             row += is_sampled
         self._learn(step, result.elapsed_s)
         return self.take_updates()
 
     def drop_in_flight(self) -> None:
-        """Forget the steps in flight (an interrupt): their requests are aborted, and results that
-        still come belong to an earlier epoch."""
+        """Forget the steps in flight after an interrupt: their requests are aborted, and results
+        that still come belong to an earlier epoch."""
         self.epoch += 1
         for step in self.in_flight:
-            for request in (choice.request for choice in step.plan.choices):
+            for request in (planned.request for planned in step.plan.slices):
                 request.num_in_flight = 0
                 if not request.is_finished:
-                    self._finish(request, "abort")
-                    self._updates.append(_update(request, None))
+                    self._abort(request)
                 elif request.request_id in self._running:
                     self._release(request)
         self.in_flight.clear()
 
     def take_updates(self) -> list[Update]:
-        """Changes not yet handed out."""
+        """Hand out the changes that were not handed out yet."""
         updates, self._updates = self._updates, []
         return updates
 
@@ -236,27 +242,28 @@ class Scheduler:
     # -- admit ---------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """Move waiting requests to running as long as blocks and places last."""
+        """Move waiting requests to running while blocks and places last."""
         position = num_blocked = 0
         while (position < len(self._waiting) and num_blocked < LOOKAHEAD
                and len(self._running) < self.config.max_num_requests):
             request = self._waiting[position]
-            if self._prefixes.awaits(request):
+            if self._prefixes.must_wait(request):
                 position += 1
             elif self._allocate(request):
                 del self._waiting[position]
                 request.slot = heappop(self._free_slots)
-                request.asks_more = SamplingExtras.of(request) is not None
+                request.has_extras = SamplingExtras.of(request) is not None
                 self._running[request.request_id] = request
-                for passed in self._waiting[:position]:
-                    passed.num_skips += not passed.awaited_hash
-            elif request.num_skips >= LOOKAHEAD:
+                for overtaken in self._waiting[:position]:
+                    overtaken.num_overtaken += not overtaken.awaited_hash
+            elif request.num_overtaken >= LOOKAHEAD:
                 return
             else:
                 position, num_blocked = position + 1, num_blocked + 1
 
     def _allocate(self, request: Request) -> bool:
-        """Take all blocks a request can ever need, cached ones first; False if too few are left."""
+        """Take all blocks that a request can ever need, cached ones first; False if too few are
+        left."""
         cached = self._prefixes.known_blocks(request)
         num_new = -(-request.reserved_len // self.config.block_size) - len(cached)
         room = self.pool.num_available - num_new
@@ -274,11 +281,11 @@ class Scheduler:
 
     # -- plan ----------------------------------------------------------------------------------
 
-    def _repeats(self, plan: StepPlan) -> int:
-        """How often to compute a plan before the next one. Longer bursts would make requests that
-        arrive wait, and compute more in vain behind a stop token."""
-        requests = [choice.request for choice in plan.choices]
-        if any(request.is_prefill or request.asks_more for request in requests):
+    def _num_repeats(self, plan: StepPlan) -> int:
+        """Decide how many steps of a plan are sent at a time. Longer bursts would make requests
+        that arrive wait, and compute more in vain behind a stop token."""
+        requests = [planned.request for planned in plan.slices]
+        if any(request.is_prefill or request.has_extras for request in requests):
             return 1
         fitting = self.config.burst_s / plan.expected_s if plan.expected_s > 0 else MAX_REPEATS
         left = min(request.num_unscheduled for request in requests)
@@ -286,35 +293,33 @@ class Scheduler:
 
     # -- apply ---------------------------------------------------------------------------------
 
-    def _advance(
-        self, request: Request, item: ScheduledSlice, tokens: Sequence[int | None],
+    def _apply_slice(
+        self, request: Request, item: ScheduledSlice, samples: Sequence[int | None],
         logprobs: RowLogprobs | None, failure: str,
     ) -> None:
-        """Take what was sampled, one token after another.
+        """Take what one slice sampled, one token after another.
 
         Args:
-            tokens: None: nothing was sampled. Negative: sampling failed, ``failure`` says why.
+            samples: as `conclude` takes them.
+            failure: why a sampling failed, if one did.
         """
         request.num_in_flight -= 1
         if request.is_finished:  # stopped or aborted while the step was in flight
             self._release(request)
             return
         is_whole = item.pieces is None or item.pieces.is_last
-        for done_len, token in enumerate(tokens, item.done_len):
-            reason = finish_reason(request.params, request.eos_token_ids, token,
-                                   len(request.output_ids) + 1)
-            if reason == "abort":
-                self._finish(request, reason)
-                self._updates.append(_update(request, None, failure=failure))
-                return
-            if is_whole:
-                request.computed_len = done_len
-            if token is not None:
-                request.output_ids.append(token)
-            self._prefixes.register(request)
+        for done_len, sampled in enumerate(samples, item.done_len):
+            token, reason = conclude(
+                request.params, request.eos_token_ids, sampled, len(request.output_ids))
+            if reason != "abort":  # else nothing that this slice wrote may be shared
+                request.computed_len = done_len if is_whole else request.computed_len
+                if token is not None:
+                    request.output_ids.append(token)
+                self._prefixes.register(request)
             if reason is not None:
                 self._finish(request, reason)
-            self._updates.append(_update(request, token, logprobs, done_len))
+            self._updates.append(_update(
+                request, token, logprobs, done_len, failure if reason == "abort" else ""))
             if reason is not None:
                 return
 
@@ -326,6 +331,10 @@ class Scheduler:
                 costs=self.latency.costs, block_size=config.block_size,
                 prefill_chunk_len=config.prefill_chunk_len, sparse_above=config.sparse_above,
                 dense_tail_len=config.dense_tail_len)
+
+    def _abort(self, request: Request) -> None:
+        self._finish(request, "abort")
+        self._updates.append(_update(request, None, None, request.computed_len))
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         request.finish_reason = reason
@@ -343,13 +352,13 @@ class Scheduler:
 
 def max_step_tokens(prefill_chunk_len: int, max_num_requests: int) -> int:
     """Most tokens that one step holds on the device: a prefill chunk (the head's, or a paused one),
-    half as many tokens of others, one token of each decoding request."""
+    half as many tokens of others, one token of each request in decode."""
     return prefill_chunk_len + prefill_chunk_len // 2 + max_num_requests
 
 
-def _slice(choice: Choice) -> ScheduledSlice:
-    request, pieces, params = choice.request, choice.pieces, choice.request.params
-    start, stop = request.scheduled_len, request.scheduled_len + choice.query_len
+def _scheduled_slice(planned: PlannedSlice) -> ScheduledSlice:
+    request, pieces, params = planned.request, planned.pieces, planned.request.params
+    start, stop = request.scheduled_len, request.scheduled_len + planned.query_len
     prompt_len = request.prompt_len
     is_last = stop >= prompt_len and (pieces is None or pieces.is_last)
     sampling = RowSampling(
@@ -362,22 +371,22 @@ def _slice(choice: Choice) -> ScheduledSlice:
         extras=SamplingExtras.of(request) if is_last and start < prompt_len else None)
 
 
-def _advance_schedule(choice: Choice, repeats: int) -> None:
-    request, pieces = choice.request, choice.pieces
+def _note_scheduled(planned: PlannedSlice, repeats: int) -> None:
+    """Move the request on, for the steps that are scheduled before this one's result is there."""
+    request, pieces = planned.request, planned.pieces
     request.num_in_flight += 1
     if pieces is None or pieces.is_last:
-        request.scheduled_len += repeats * choice.query_len
+        request.scheduled_len += repeats * planned.query_len
         request.num_pieces = 0
     else:
         request.num_pieces = pieces.stop
 
 
 def _update(
-    request: Request, token: int | None, logprobs: RowLogprobs | None = None,
-    done_len: int | None = None, failure: str = "",
+    request: Request, token: int | None, logprobs: RowLogprobs | None, computed_len: int,
+    failure: str = "",
 ) -> Update:
     return Update(
-        request_id=request.request_id,
-        computed_len=request.computed_len if done_len is None else done_len,
+        request_id=request.request_id, computed_len=computed_len,
         num_cached_tokens=request.num_cached_tokens, token_id=token,
         finish_reason=request.finish_reason, logprobs=logprobs, failure=failure)

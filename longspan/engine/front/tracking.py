@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from itertools import zip_longest
 
 from longspan.engine.processes.wire import Stepped
-from longspan.engine.request import Request, finish_reason
+from longspan.engine.request import Request, conclude
 from longspan.engine.step import RowLogprobs, StepReport, Update
 from longspan.engine.text.completion import Completion
 
@@ -27,29 +27,29 @@ class Tracker:
         self._num_outputs = 0
 
     def update(
-        self, cached_len: int, computed_len: int, token: int | None, logprobs: RowLogprobs | None,
-        failure: str,
+        self, cached_len: int, computed_len: int, sampled: int | None,
+        logprobs: RowLogprobs | None, failure: str,
     ) -> Update:
-        """What a step changed that computed tokens ``cached_len`` to ``computed_len - 1``.
+        """Take a step that computed tokens ``cached_len`` to ``computed_len - 1``.
 
         Args:
-            token: the one sampled; None: none was. Negative: sampling failed.
+            sampled: None: the step sampled nothing. Negative: sampling failed.
             failure: why it failed.
         """
         if self._num_cached_tokens is None:  # the first step begins where the cache ends
             self._num_cached_tokens = cached_len
+        token, reason = conclude(
+            self._params, self._eos_token_ids, sampled, self._num_outputs)
         self._num_outputs += token is not None
-        reason = finish_reason(self._params, self._eos_token_ids, token, self._num_outputs)
-        has_failed = reason == "abort"
         return Update(
-            request_id=self._request_id, computed_len=computed_len,
-            token_id=None if has_failed else token, num_cached_tokens=self._num_cached_tokens,
-            finish_reason=reason, logprobs=logprobs, failure=failure if has_failed else "")
+            request_id=self._request_id, computed_len=computed_len, token_id=token,
+            num_cached_tokens=self._num_cached_tokens, finish_reason=reason, logprobs=logprobs,
+            failure=failure if reason == "abort" else "")
 
 
 def updates(message: Stepped, trackers: Mapping[str, Tracker]) -> Iterator[Update]:
-    """What a step changed for the requests that are followed, token by token. Those that have
-    ended are followed no longer: what was computed past their end is dropped."""
+    """Yield what a step changed for the requests that are followed, token by token. Those that
+    have ended are followed no longer: what was computed past their end is dropped."""
     result = message.result
     sampled = enumerate(zip_longest(result.token_ids, result.logprobs))
     nothing = 0, (None, None)

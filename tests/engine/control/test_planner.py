@@ -297,5 +297,5 @@ def test_forecasts_and_plans_agree(seed: int) -> None:
         plan = planner.plan([request], 0.0)
         assert plan is not None
         total_s += plan.expected_s
-        request.scheduled_len += plan.choices[0].query_len
+        request.scheduled_len += plan.slices[0].query_len
     assert total_s == pytest.approx(expected_s), (seed, length, cached)
