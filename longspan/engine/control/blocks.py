@@ -1,4 +1,4 @@
-"""KV blocks: who holds which, and which tokens a free one still remembers. No torch.
+"""KV blocks: which are held by requests, and which content free ones still have. No torch.
 
 Every block is in exactly one state::
 
@@ -45,10 +45,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 SHORT_TAIL = 16
-"""What continues a prefix in the cache may make way for another continuation if it is at most one
-part in so many of it, for example an earlier question about the same document."""
+"""A cached continuation may make way for another one if the prefix is this many times as long: for
+example an earlier question about the same document."""
 SPARE_FACTOR = 2
-"""A run may cost the content of at most so many times the blocks that have to be evicted."""
+"""A run of blocks may cost the content of at most this many times the blocks that must be evicted.
+"""
 
 
 def extend_hashes(
@@ -57,7 +58,7 @@ def extend_hashes(
     """Append the chain hashes of the full blocks of ``tokens`` (all tokens, from the first).
 
     Args:
-        salts: by block index, what besides the tokens this block and all after it depend on.
+        salts: by block index, what this block and all after it depend on besides the tokens.
     """
     data, size = memoryview(tokens).cast("B"), block_size * tokens.itemsize
     parent = hashes[-1] if hashes else b""
@@ -111,16 +112,17 @@ class BlockPool:
         return found
 
     def num_cached(self, block_ids: array[int]) -> int:
-        """How many of these known blocks nobody holds: `acquire` makes so many unavailable."""
+        """Count the blocks among these that no request holds, which `acquire` would make
+        unavailable."""
         refs = np.frombuffer(self._refs, np.int32)
         return int((refs[np.frombuffer(block_ids, np.int32)] == 0).sum()) if block_ids else 0
 
     def knows(self, value: bytes) -> bool:
-        """Some block holds the content with this hash."""
+        """Tell whether some block holds the content with this hash."""
         return value in self._block_of
 
     def acquire(self, block_ids: Sequence[int]) -> None:
-        """Hold known blocks (from `match`) once more; cached ones become used."""
+        """Hold known blocks (from `match`) for one more request; cached ones become used."""
         for block in block_ids:
             if self._refs[block] == 0:
                 assert self._hash_of[block] is not None
@@ -217,8 +219,9 @@ class BlockPool:
         return list(range(start, start + count)) if start >= 0 else self._least_valuable(count)
 
     def _continues(self, start: int, count: int, most_lost: int) -> bool:
-        """The run that starts here is free, but for at most so many blocks at its start: those that
-        continue the block before, and which nothing else in the cache continues."""
+        """Tell whether the run that starts here may be taken: all of it is free, except at most
+        ``most_lost`` blocks at its start that continue the block before it, and that nothing else
+        in the cache continues."""
         if start + count > self.num_blocks or any(self._refs[start:start + count]):
             return False
         end = start
@@ -231,7 +234,7 @@ class BlockPool:
         return not goes_on and all(self._free[end:start + count])
 
     def _least_valuable(self, count: int) -> list[int]:
-        """Free blocks and, as far as they do not suffice, cached ones released longest ago."""
+        """Choose free blocks and, where they do not suffice, cached ones released longest ago."""
         stamps = np.frombuffer(self._stamps, np.int64)
         available = np.flatnonzero(np.frombuffer(self._refs, np.int32) == 0)
         by_value = available[np.argsort(stamps[available], kind="stable")]
@@ -242,7 +245,7 @@ class BlockPool:
             sorted(by_value[:count].tolist())
 
     def _cheapest_run(self, count: int, blocks: NDArray[np.intp]) -> int:
-        """Start of the run of these blocks whose cached content is least and oldest, or -1."""
+        """Find the run of these blocks with the least and oldest content; its start, or -1."""
         stamps = np.frombuffer(self._stamps, np.int64)
         is_usable = np.zeros(self.num_blocks, np.bool_)
         is_usable[blocks] = True

@@ -1,4 +1,4 @@
-"""How a prompt is cut: numbers in, numbers out. No torch.
+"""Cuts prompts into prefill chunks, and chunks into slices and pieces. Numbers only, no torch.
 
 **Prefill chunks** end at absolute multiples of ``prefill_chunk_len``, counted from the prompt's
 first token, and at the start of a sparse prompt's dense tail. Sparse attention selects keys once
@@ -23,34 +23,34 @@ from itertools import pairwise
 from longspan.config import dense_tail_start
 
 PIECE_ROWS = {"cpu": 4_096, "cuda": 65_536}
-"""Rows of one piece: a tenth of a second to half of one for a small model on a CPU, a few dozen
-milliseconds for one of 7B parameters on an H200, where a step's budget is a tenth of a second."""
+"""Rows of one piece. They take a tenth to half of a second with a small model on a CPU, and a few
+dozen milliseconds with 7B parameters on an H200, where a step's budget is a tenth of a second."""
 
 
 PROJECTION, SELECTION = 0.18, 0.15
-"""Time of these pieces over that of all rows' attention and MLP in one layer, measured on a CPU."""
+"""Time of these pieces relative to all rows' attention and MLP in one layer, measured on a CPU."""
 UNIT_LEN_CPU = 16
 """Dense tokens of the shortest slice on CPUs; on GPUs one KV block, as many queries as a kernel's
 tile has."""
 
 
 def unit_len(device_type: str, block_size: int) -> int:
-    """Dense tokens of the shortest slice worth computing on ``cpu`` or ``cuda``."""
+    """Choose the shortest dense slice worth computing on ``cpu`` or ``cuda``, tokens."""
     return min(UNIT_LEN_CPU, block_size) if device_type == "cpu" else block_size
 
 
 def piece_rows(device_type: str, prefill_chunk_len: int) -> int:
-    """Rows of one piece on ``cpu`` or ``cuda``."""
+    """Choose the rows of one piece on ``cpu`` or ``cuda``."""
     return min(PIECE_ROWS[device_type], prefill_chunk_len)
 
 
 def row_cuts(start: int, stop: int, rows: int) -> list[int]:
-    """Positions that part a chunk's rows: its ends, and the multiples of ``rows`` in between."""
+    """List the positions that part a chunk's rows: its ends, and the multiples of ``rows``."""
     return [start, *range((start // rows + 1) * rows, stop, rows), stop]
 
 
 def piece_shares(start: int, stop: int, *, num_layers: int, rows: int) -> list[float]:
-    """About what each piece of a sparse prefill chunk takes of its time, in order; the sum is 1."""
+    """Estimate each piece's share of a sparse prefill chunk's time, in order; their sum is 1."""
     cuts = row_cuts(start, stop, rows)
     attention = [(end - begin) / (stop - start) for begin, end in pairwise(cuts)]
     shares = (num_layers - 1) * [PROJECTION, SELECTION, *attention] + [PROJECTION]
@@ -59,13 +59,13 @@ def piece_shares(start: int, stop: int, *, num_layers: int, rows: int) -> list[f
 
 
 def sparse_stop(prompt_len: int, dense_tail_len: int, block_size: int) -> int:
-    """End of a sparse prompt's last sparse chunk: the dense tail's start, in whole blocks."""
+    """Find the end of a prompt's last sparse chunk: the dense tail's start, in whole blocks."""
     start = dense_tail_start(prompt_len, dense_tail_len)
     return start if start == prompt_len else start // block_size * block_size
 
 
 def chunk_stop(cached_len: int, prompt_len: int, prefill_chunk_len: int, num_sparse: int) -> int:
-    """End of the prefill chunk that holds position ``cached_len``.
+    """Find the end of the prefill chunk that holds position ``cached_len``.
 
     Args:
         num_sparse: leading tokens that are computed sparsely (`sparse_stop`), 0 for dense prompts.
@@ -79,7 +79,7 @@ def cacheable_len(
     *, num_tokens: int, prompt_len: int, prefill_chunk_len: int, block_size: int,
     sparse: bool, dense_tail_len: int,
 ) -> int:
-    """Leading tokens, at most ``num_tokens``, whose keys and values other requests may reuse.
+    """Count leading tokens, up to ``num_tokens``, whose keys and values others may reuse.
 
     Dense: every full block. Sparse: whole prefill chunks before the prompt's dense tail; and once
     the tail is reached every full block, for its hash names where the tail starts (see `blocks`).

@@ -1,4 +1,4 @@
-"""How long steps take: one model, fitted while serving. Pure numbers, no torch.
+"""Predicts how long steps take: one model, fitted while serving. Numbers only, no torch.
 
 Three kinds of work, three terms each, seconds:
 
@@ -34,18 +34,18 @@ Kind = Literal["dense", "sparse", "decode"]
 NOISE = 0.15
 """Relative error of one step's time."""
 DOUBT = (10.0, 0.5, 0.5)
-"""Relative error of the scaled prior's terms; what a step costs as such is hardly known."""
+"""Relative error of the scaled prior's terms; the fixed cost of a step is hardly known."""
 FORGET = 0.97
 """Weight of what is known after each observation; half is gone after 23 of them."""
 SURPRISE = 2.5
-"""A time that is off by this factor is a surprise ..."""
+"""A time that is off by this factor is a surprise."""
 MAX_SURPRISES = 4
-"""... and so many in a row mean that the machine has changed."""
+"""This many surprises in a row mean that the machine has changed."""
 NUM_TERMS = 3
 SELECTION_ROWS = 8_192
-"""Measured on a CPU; for chunks of one length it makes no difference."""
+"""S above. Measured on a CPU; for chunks of one length it makes no difference."""
 DECODE_FITS = 16
-"""Decode steps are many and alike: coefficients follow them once in so many."""
+"""Decode steps are many and alike: coefficients are fitted again after this many."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,18 +57,19 @@ class Costs:
     decode: Terms = (5e-3, 1e-3, 1e-6)
 
     def dense_s(self, cached_len: int, query_len: float) -> float:
-        """Time of dense prefill after ``cached_len`` tokens, the fixed cost of a step included."""
+        """Predict the time of dense prefill after ``cached_len`` tokens, the fixed cost of a step
+        included."""
         return _dot(self.dense, dense_terms(cached_len, query_len))
 
     def sparse_s(self, cached_len: int, query_len: float) -> float:
-        """Time of one sparse prefill chunk, the fixed cost of a step included."""
+        """Predict the time of one sparse prefill chunk, the fixed cost of a step included."""
         return _dot(self.sparse, sparse_terms(cached_len, query_len))
 
     def prefill_s(
         self, start: int, stop: int, *, num_sparse: int, prefill_chunk_len: int,
     ) -> float:
-        """Time to prefill tokens ``start`` to ``stop - 1`` of a prompt while nothing else runs, a
-        chunk a step.
+        """Predict the time to prefill tokens ``start`` to ``stop - 1`` of a prompt while nothing
+        else runs, a chunk a step.
 
         Args:
             num_sparse: leading tokens of the prompt that are computed sparsely.
@@ -84,27 +85,28 @@ class Costs:
         return total_s + self.dense_s(start, stop - start) + (num_steps - 1) * self.dense[0]
 
     def decode_s(self, num_requests: int, context_len: int) -> float:
-        """Time of one token for each request, ``context_len`` tokens in their caches together."""
+        """Predict the time of one token for each request, with ``context_len`` tokens in their
+        caches together."""
         return _dot(self.decode, (1.0, float(num_requests), float(context_len)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """What one step computes, in the terms of `Costs`; a kind that is absent is all zeros."""
+    """The work of one step, in the terms of `Costs`; a kind that is absent is all zeros."""
 
     dense: Terms = (0.0, 0.0, 0.0)
     sparse: Terms = (0.0, 0.0, 0.0)
     decode: Terms = (0.0, 0.0, 0.0)
 
     def seconds(self, costs: Costs) -> float:
-        """Predicted time."""
+        """Predict the time."""
         return (_dot(costs.dense, self.dense) + _dot(costs.sparse, self.sparse)
                 + _dot(costs.decode, self.decode))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Forecast:
-    """What an engine expects of itself: costs, and what prompts of some length become."""
+    """An engine's prediction of its own prefill times."""
 
     costs: Costs
     block_size: int
@@ -115,8 +117,8 @@ class Forecast:
     """Last tokens of a sparse prompt that are computed densely."""
 
     def prefill_s(self, start: int, stop: int) -> float:
-        """Time to prefill tokens ``start`` to ``stop - 1`` of a prompt of ``stop`` tokens while
-        nothing else runs, seconds."""
+        """Predict the time to prefill tokens ``start`` to ``stop - 1`` of a prompt of ``stop``
+        tokens while nothing else runs, seconds."""
         is_sparse = self.sparse_above is not None and stop > self.sparse_above
         num_sparse = sparse_stop(stop, self.dense_tail_len, self.block_size) if is_sparse else 0
         return self.costs.prefill_s(
@@ -124,17 +126,17 @@ class Forecast:
 
 
 def dense_terms(cached_len: int, query_len: float) -> Terms:
-    """Of one dense prefill slice."""
+    """Make the terms of one dense prefill slice."""
     return 1.0, query_len, query_len * (2 * cached_len + query_len)
 
 
 def sparse_terms(cached_len: int, query_len: float) -> Terms:
-    """Of one sparse prefill chunk; a part of it has that share of each."""
+    """Make the terms of one sparse prefill chunk; a part of it has that share of each."""
     return 1.0, query_len, (query_len + SELECTION_ROWS) * cached_len
 
 
 def add_terms(left: Terms, right: Terms, share: float = 1.0) -> Terms:
-    """Sum, with the fixed cost counted once."""
+    """Add terms, with the fixed cost counted once."""
     return (1.0, left[1] + share * right[1], left[2] + share * right[2])
 
 
@@ -151,7 +153,7 @@ class LatencyModel:
         return self._costs
 
     def has_seen(self, kind: Kind) -> bool:
-        """Work of this kind was measured."""
+        """Tell whether work of this kind was measured."""
         return self._kinds[kind].num_observations > 0
 
     def reset(self) -> None:
@@ -163,7 +165,7 @@ class LatencyModel:
             "dense": _Fit(prior.dense), "sparse": _Fit(prior.sparse), "decode": _Fit(prior.decode)}
 
     def observe(self, work: Work, seconds: float) -> None:
-        """A step took this long."""
+        """Learn from a step that took this long."""
         if not 0 < seconds < 1e6:
             return
         parts: dict[Kind, float] = {
@@ -184,7 +186,8 @@ class LatencyModel:
         self._refresh()
 
     def _refresh(self) -> None:
-        """Kinds that were never seen run at the speed of those that were, against the prior."""
+        """Refresh the costs. Kinds that were never seen run at the speed of those that were,
+        against the prior."""
         seen = [fit for fit in self._kinds.values() if fit.num_observations]
         speed = sum(fit.speed for fit in seen) / len(seen)
         found = {name: fit.coefficients if fit.num_observations else fit.scaled(speed)
@@ -204,12 +207,12 @@ class _Fit:
         self._forget_all()
 
     def scaled(self, speed: float) -> Terms:
-        """The prior at some speed."""
+        """Scale the prior to a speed."""
         c, b, a = self._prior
         return c * speed, b * speed, a * speed
 
     def observe(self, row: Terms, seconds: float, *, is_rare: bool) -> None:
-        """Work of these terms took this long."""
+        """Learn that work of these terms took this long."""
         expected_s = _dot(self.coefficients, row) if self.num_observations else seconds
         is_surprise = not 1 / SURPRISE < seconds / max(expected_s, 1e-9) < SURPRISE
         self._num_surprises = self._num_surprises + 1 if is_surprise else 0
@@ -253,8 +256,8 @@ def _dot(left: Sequence[float], right: Sequence[float]) -> float:
 def _solve_non_negative(
     matrix: NDArray[np.float64], right: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """The best solution that is not negative: tries every set of terms (there are 7). The matrix is
-    positive definite."""
+    """Find the best solution that is not negative, by trying every set of terms (there are 7). The
+    matrix is positive definite."""
     best, best_gain = np.zeros(len(right)), 0.0
     for size in range(len(right), 0, -1):
         for terms in map(list, combinations(range(len(right)), size)):

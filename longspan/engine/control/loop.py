@@ -4,7 +4,7 @@ The loop knows a runner only as a `Transport`: batches go in, results come out i
 In one process the transport launches them (`LocalTransport`): one at a time on a CPU, a step behind
 another on a GPU. A server's (`longspan.engine.processes.sockets.RunnerTransport`) hands them to
 another process: the next step is scheduled and sent before the last one's tokens are back. Nothing
-here changes with that. Whoever wants to know what happens passes callbacks.
+here changes with that. Callbacks tell others what happens.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from longspan.engine.request import Request
 from longspan.engine.step import ScheduledBatch, StepReport, StepResult, Update
 
 MAX_SHORT_STEPS = 8
-"""Steps in flight, however short they are: so many are computed for nothing after a stop token."""
+"""Most steps in flight, however short: after a stop token they are computed for nothing."""
 PREFILL_AHEAD_S = 5e-3
-"""A step is queued behind one that prefills so long before that one's predicted end: what it takes
-to schedule and launch it. A device would wait for that behind each of a long prompt's steps."""
+"""The next step is queued this long before the predicted end of one that prefills: the time that it
+takes to schedule and launch it. A device would otherwise wait for that behind each of a long
+prompt's steps."""
 
 
 class Transport(Protocol):
@@ -30,17 +31,17 @@ class Transport(Protocol):
 
     @property
     def max_in_flight(self) -> int:
-        """Steps that may be submitted and not yet collected; see `Loop` for short ones."""
+        """Most steps that are submitted and not yet collected; `Loop` allows more short ones."""
 
     def submit(self, batch: ScheduledBatch) -> None:
         """Hand over a step; returns at once."""
 
     def collect(self, timeout_s: float | None = None) -> StepResult | None:
-        """Wait up to ``timeout_s`` for the oldest step's result; None when the time is over, or
-        when a command came first."""
+        """Wait up to ``timeout_s`` for the oldest result. None when the time is over, or when a
+        command came first."""
 
     def discard(self) -> None:
-        """Drop what is in flight, after an interrupt. Results that come nevertheless are of an
+        """Drop the steps in flight, after an interrupt. A result that comes nevertheless is of an
         earlier epoch."""
 
 
@@ -51,7 +52,7 @@ class PendingStep(Protocol):
         """Wait up to ``timeout_s``; True if the step is computed."""
 
     def wait(self) -> StepResult:
-        """Its result."""
+        """Wait for the result, and return it."""
 
 
 class Launcher(Protocol):
@@ -85,7 +86,7 @@ class LocalTransport:
         return self._launched.popleft().wait()
 
     def discard(self) -> None:
-        """Forget results; what was launched is still computed, before anything launched later."""
+        """Forget results. Launched steps are still computed, before any that is launched later."""
         self._launched.clear()
 
 
@@ -93,13 +94,13 @@ class Loop:
     """Drives a scheduler and a transport. Commands wait in a mailbox until the next turn.
 
     Args:
-        queues_prefill: submit further steps as soon as one that prefills is in flight. It keeps a
-            pipeline full; without one it only makes a request that arrives meanwhile wait for two
-            long steps instead of one. If false, the next step is submitted `PREFILL_AHEAD_S`
-            before the last one's end.
-        ahead_s: a transport that may hold several steps is given more of them, up to
-            `MAX_SHORT_STEPS`, while those in flight only decode and are predicted to take less time
-            than this. Else a device whose steps are shorter than the way there and back would wait.
+        queues_prefill: submit further steps while one that prefills is in flight. That keeps a
+            pipeline full; without a pipeline it only makes a request that arrives meanwhile wait
+            for two long steps instead of one. If false, the next step is submitted
+            `PREFILL_AHEAD_S` before the predicted end of the one in flight.
+        ahead_s: decode-only steps are submitted until those in flight are predicted to take this
+            long together, up to `MAX_SHORT_STEPS`. A device whose steps are shorter than the way
+            there and back would otherwise wait. No effect where ``max_in_flight`` is 1.
         on_submit: called with each step before it is handed over.
         on_wait: called before each wait for a result.
         on_result: called with each result before it is applied, and with its step.
@@ -117,7 +118,7 @@ class Loop:
         self._mailbox: deque[Request | str] = deque()
         self._in_flight = scheduler.in_flight
         self._freed_s = 0.0
-        """When the latest result came: the step behind it began."""
+        """When the latest result came, which is when the step behind it began."""
 
     @property
     def is_idle(self) -> bool:
@@ -133,7 +134,7 @@ class Loop:
         self._mailbox.append(request_id)
 
     def turn(self) -> StepReport:
-        """Receive, schedule, run, process: at most one result is waited for."""
+        """Receive, schedule, run, process. Waits for at most one result."""
         self._receive()
         self._schedule_and_run()
         return self._process()
@@ -175,8 +176,8 @@ class Loop:
 
     @property
     def _prefill_rest_s(self) -> float:
-        """Predicted time until the steps in flight are computed, if they prefill; 0 when that is so
-        soon that the next one should be on its way."""
+        """Predicted time until the steps in flight are computed, if any prefills; 0 when it is so
+        short that the next step should be on its way."""
         if not self._prefills_in_flight:
             return 0.0
         begun_s = max(self._freed_s, self._in_flight[0].submitted_s)
@@ -186,7 +187,7 @@ class Loop:
 
     @property
     def _patience_s(self) -> float | None:
-        """How long to wait before the next step is due; None: for a result."""
+        """Longest wait for a result, until the next step must be submitted; None: no limit."""
         if len(self._in_flight) >= self._transport.max_in_flight:
             return None
         rest_s = self._prefill_rest_s
@@ -194,7 +195,7 @@ class Loop:
 
     @property
     def _are_short(self) -> bool:
-        """The steps in flight end so soon that the runner might wait for the next one."""
+        """The steps in flight are few, and end so soon that the runner might run out of work."""
         return (len(self._in_flight) < MAX_SHORT_STEPS
                 and sum(step.batch.expected_s for step in self._in_flight) < self._ahead_s)
 

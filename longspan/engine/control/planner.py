@@ -1,19 +1,20 @@
-"""What one step computes of whom, so that it fits its time. No torch.
+"""Chooses what the next step computes of each request, so that the step fits its time. No torch.
 
 The rule, for each step:
 
-1. Every decoding request gets its token.
-2. The *head*, the prompt that was admitted first, is sure of half of the time that is left. The
-   other half goes to the other prompts, the one with the shortest predicted rest first; the head
-   takes what they leave. What units keep it from taking is owed to it in the next steps.
+1. Every request in decode gets its token.
+2. The *head*, the prompt that was admitted first, is sure of half of the remaining time. The other
+   half goes to the other prompts, the one with the shortest predicted rest first; the head takes
+   what they leave. Work comes in units, so the head may get less than its half: the next steps owe
+   it the difference.
 3. Something is always computed: the head gets one unit (a piece of a sparse chunk, or
    ``unit_len`` dense tokens) even where that exceeds the time.
 
-So a short prompt waits for the step that runs and is then computed in the next one, if half a
-step suffices. A prompt that is the head takes at most twice its time alone, decodes not counted,
-and every prompt becomes the head when those before it are finished: nobody starves. The longest
-step is the budget, or a unit where that is longer, plus what predictions err by, for which a
-share of the budget (`SLACK`) is left free.
+So a short prompt waits for the step that runs and is computed in the next one, if half a step
+suffices. The head takes at most twice the time that it would need alone, decodes not counted, and
+every prompt becomes the head when those before it are finished: none starves. A step takes its
+budget at most, or one unit where that is longer; a share of the budget (`SLACK`) is left free for
+errors of prediction.
 
 One sparse chunk at a time may be paused, because its hidden states stay on the device; another
 prompt's sparse chunk begins when it is complete. Where several prompts want to begin one, the head
@@ -41,15 +42,16 @@ from longspan.engine.request import Request
 from longspan.engine.step import Pieces
 
 SLACK = 0.3
-"""Share of the budget that predictions may err by."""
+"""Share of a step's budget that is left free for errors of prediction."""
 UNLIMITED_S = 1e9
 FAR = 4
-"""Times the history of anything measured, beyond which dense slices begin with half the time."""
+"""Dense slices get half the time where their history is more than this many times the longest one
+measured: costs that far in are a guess."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannerConfig:
-    """Numbers that cut prompts and steps."""
+    """The sizes and times by which prompts are cut into steps."""
 
     block_size: int
     prefill_chunk_len: int
@@ -59,7 +61,7 @@ class PlannerConfig:
     piece_rows: int = 1 << 30
     """Rows of one piece of a sparse chunk."""
     unit_len: int = 1
-    """Dense slices end at multiples of so many tokens: fewer would not take less time."""
+    """Dense slices end at multiples of this, tokens: shorter ones would take as long."""
     step_budget_s: float | None = None
     """Longest step that prefills, seconds; None: prefill chunks are computed whole."""
 
@@ -90,15 +92,15 @@ class Planner:
         budget_s = config.step_budget_s
         self._target_s = UNLIMITED_S if budget_s is None else (1 - SLACK) * budget_s
         self._last_owner = ""
-        """Id of the request whose sparse chunk began last."""
+        """Id of the request that began a sparse chunk last."""
         self._debt = ("", 0.0)
-        """The head and what it is owed, seconds."""
+        """Id of the head, and the time that is owed to it, seconds."""
 
     def plan(self, running: Sequence[Request], in_flight_s: float) -> StepPlan | None:
-        """The next step; None when there is nothing to compute now.
+        """Plan the next step; None when there is nothing to compute now.
 
         Args:
-            running: those that are not finished, in the order of admission.
+            running: unfinished requests in the order of admission.
             in_flight_s: predicted time of the steps in flight that prefill; they share the budget.
         """
         decodes = [request for request in running if request.can_decode]
@@ -133,11 +135,11 @@ class Planner:
             self._last_owner = owner.request_id
 
     def _owed(self, head: Request) -> float:
-        """Time by which the head is behind its half: units do not fit every step exactly."""
+        """Return the time by which the head is behind its half, seconds."""
         return self._debt[1] if self._debt[0] == head.request_id else 0.0
 
     def _owner(self, prefills: Sequence[Request]) -> Request | None:
-        """Whose sparse chunk may be worked on in this step."""
+        """Find the request whose sparse chunk may be worked on in this step."""
         paused = [request for request in prefills if request.num_pieces]
         if paused:
             assert len(paused) == 1, "one sparse chunk is paused at a time"
@@ -172,11 +174,11 @@ class _Step:
         self._decode: Terms = (1.0, float(len(decodes)), context_len) if decodes else (0.0,) * 3
         self._num_others = 0
         self.has_chunk = False
-        """A sparse chunk is paused or begins: its rows take half of the workspace's."""
+        """A sparse chunk is paused or begins: beside it the workspace has room for half a chunk."""
 
     @property
     def expected_s(self) -> float:
-        """Predicted time of what was taken so far."""
+        """Predicted time of the step as it is so far."""
         return self._work.seconds(self._costs)
 
     @property
@@ -184,7 +186,7 @@ class _Step:
         return Work(dense=self._dense, sparse=self._sparse, decode=self._decode)
 
     def holds(self, request: Request) -> bool:
-        """Some of this prompt is in the step."""
+        """Tell whether some of this prompt is in the step."""
         return any(item.request is request for item in self._prefills)
 
     def take(
@@ -252,7 +254,8 @@ class _Step:
         return PlannedSlice(request=request, query_len=query_len)
 
     def _longest(self, request: Request, stop: int, room: int, room_s: float) -> int:
-        """Tokens up to the chunk's end, or else up to a unit's, that fit rows and time."""
+        """Count the tokens up to the chunk's end that fit rows and time; where not all do, those up
+        to the last unit's end that do."""
         start, size = request.scheduled_len, self._config.unit_len
 
         def fits(end: int) -> bool:
@@ -270,7 +273,7 @@ class _Step:
 def prefill_s(
     request: Request, start: int, stop: int, config: PlannerConfig, costs: Costs,
 ) -> float:
-    """Predicted time for tokens ``start`` to ``stop - 1`` of a prompt, seconds."""
+    """Predict the time for tokens ``start`` to ``stop - 1`` of a prompt, seconds."""
     return costs.prefill_s(start, stop, num_sparse=num_sparse_tokens(request, config),
                            prefill_chunk_len=config.prefill_chunk_len)
 

@@ -1,8 +1,9 @@
-"""Which blocks of a prompt are known, and which are on their way: sharing of prefixes. No torch.
+"""Sharing of prefixes: blocks of a prompt that are cached, and blocks that another request is
+computing. No torch.
 
-A request whose prompt begins as one that is being prefilled does not compute the same blocks a
-second time: it waits until they are in the prefix cache. The running request *promises* the
-blocks that it will register; promises end when they are kept, or when it is aborted.
+A request whose prompt begins as one in prefill does not compute the same blocks a second time: it
+waits until they are in the prefix cache. The running request *promises* the blocks that it will
+register. A promise ends when the block is registered, or when the request is aborted.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ times its own time."""
 
 
 def hash_prompt(request: Request, config: PlannerConfig) -> None:
-    """Work out the hashes of the prompt's full blocks, unless they are known.
+    """Hash the prompt's full blocks, unless that was done.
 
-    A million tokens take 10 ms and more. Who makes a request does this beside everything else;
-    in the scheduler, which does it for requests that come without, nobody gets a token meanwhile.
+    A million tokens take 10 ms and more. A front end does it on a helper thread when it makes a
+    request. The scheduler does it for requests that come without, and no request gets a token
+    meanwhile.
     """
     if not request.block_hashes:
         extend_hashes(request.block_hashes, request.prompt_ids, config.block_size,
@@ -37,7 +39,8 @@ def hash_prompt(request: Request, config: PlannerConfig) -> None:
 
 
 def _salts(request: Request, config: PlannerConfig) -> dict[int, bytes]:
-    """What blocks not yet hashed depend on besides the tokens up to their end: see `blocks`."""
+    """Collect what blocks not yet hashed depend on besides the tokens up to their end; see
+    `longspan.engine.control.blocks`."""
     if not request.sparse:
         return {0: b"dense"}
     tail_start = dense_tail_start(request.prompt_len, config.dense_tail_len)
@@ -53,18 +56,18 @@ def _salts(request: Request, config: PlannerConfig) -> dict[int, bytes]:
 
 @dataclass(slots=True)
 class _Found:
-    """What was found of a waiting request's prompt."""
+    """The part of a waiting request's prompt that is cached or promised."""
 
     blocks: array[int]
-    """In the prefix cache."""
+    """Leading blocks in the prefix cache."""
     num_expected: int
-    """Leading blocks that are there or promised."""
+    """Leading blocks that are cached or promised."""
     num_losses: int
-    """As it stood then."""
+    """`Prefixes._num_losses` at the time of the search."""
 
 
 class Prefixes:
-    """The prefix cache of one scheduler, seen from its requests."""
+    """The prefix cache of one scheduler, in terms of requests."""
 
     def __init__(self, config: PlannerConfig, pool: BlockPool, latency: LatencyModel) -> None:
         self._config, self._pool, self._latency = config, pool, latency
@@ -74,13 +77,13 @@ class Prefixes:
         self._worth_waiting_s = WORTH_WAITING * (config.step_budget_s or 0.0)
 
     def known_blocks(self, request: Request) -> array[int]:
-        """Known blocks of a waiting request's prompt."""
+        """Find the cached blocks that a waiting request can reuse."""
         blocks, size = self._look(request).blocks, self._config.block_size
         return blocks[: self._reusable_len(request, len(blocks) * size) // size]
 
     def must_wait(self, request: Request) -> bool:
-        """Another request is computing a longer prefix of this prompt than the cache holds, and
-        will have it no much later than this one would by itself."""
+        """Tell whether another request is computing a longer prefix of this prompt than the cache
+        holds, and will have it within `PATIENCE` times this one's own time."""
         if request.awaited_hash in self._promises:
             return True
         request.awaited_hash = b""
@@ -100,7 +103,7 @@ class Prefixes:
         return True
 
     def promise(self, request: Request) -> None:
-        """The request was admitted: note which blocks its prefill will add to the prefix cache."""
+        """Note which blocks an admitted request's prefill will add to the prefix cache."""
         self._found.pop(request.request_id, None)
         stop = self._cacheable_len(request, request.prompt_len) // self._config.block_size
         for value in request.block_hashes[request.num_registered:stop]:
@@ -110,7 +113,7 @@ class Prefixes:
         """Tell the prefix cache about the blocks that are complete now."""
         size = self._config.block_size
         if request.computed_len // size <= request.num_registered:
-            return  # none has filled: so it is after nearly every decode
+            return  # no block has filled, as after nearly every decode
         num_blocks = self._cacheable_len(request, request.computed_len) // size
         if num_blocks > len(request.block_hashes):
             tokens = request.tokens(0, request.computed_len)
@@ -123,13 +126,13 @@ class Prefixes:
         request.num_registered = max(request.num_registered, num_blocks)
 
     def forget(self, request: Request) -> None:
-        """Nothing more of this request will be registered."""
+        """Drop a request that will register nothing more."""
         self._found.pop(request.request_id, None)
         self._num_broken += self._keep_promises(request, request.num_registered)
 
     def check(self, waiting: Sequence[Request]) -> None:
         """Assert that only requests in prefill have promised anything, and that what is remembered
-        of those that wait is what a new look would find."""
+        of those that wait is what a new search would find."""
         assert all(not request.is_finished and request.computed_len < request.prompt_len
                    for request in self._promises.values()), "a promise that nobody keeps"
         assert self._found.keys() <= {request.request_id for request in waiting}
@@ -142,12 +145,13 @@ class Prefixes:
 
     @property
     def _num_losses(self) -> int:
-        """Counts what makes known prefixes shorter; all else can only make them longer."""
+        """Number of events that made known prefixes shorter: blocks evicted, promises broken. All
+        other events can only make them longer."""
         return self._pool.num_evictions + self._num_broken
 
     def _look(self, request: Request) -> _Found:
-        """What there is of a waiting request's prompt. A prefix is walked through once, and again
-        only after a loss: dozens of prompts of a million tokens may wait while others decode."""
+        """Search for a waiting request's prompt. A prefix is walked through once, and again only
+        after a loss: dozens of prompts of a million tokens may wait while others decode."""
         hash_prompt(request, self._config)
         hashes, num_losses = request.block_hashes, self._num_losses
         found = self._found.get(request.request_id)
@@ -164,12 +168,13 @@ class Prefixes:
         return value in self._promises or self._pool.knows(value)
 
     def _reusable_len(self, request: Request, num_tokens: int) -> int:
-        """Of so many known tokens, those to reuse. The last one is always computed anew."""
+        """Count the tokens to reuse where ``num_tokens`` are known. The prompt's last one is always
+        computed anew."""
         return self._cacheable_len(request, min(num_tokens, request.prompt_len - 1))
 
     def _keep_promises(self, request: Request, start: int, stop: int | None = None) -> int:
-        """Blocks ``start`` to ``stop - 1`` are registered, or never will be. Returns how many of
-        them were promised."""
+        """End the promises of blocks ``start`` to ``stop - 1``, which are registered or never will
+        be. Returns how many there were."""
         kept = [value for value in request.block_hashes[start:stop]
                 if self._promises.get(value) is request]
         for value in kept:

@@ -1,1 +1,1 @@
-"""The caller's side of an engine: `LLM`, `AsyncEngine`, who waits for what."""
+"""The caller's side of an engine: `LLM`, `AsyncEngine`, and streams of events."""

@@ -2,10 +2,10 @@
 
 The engine itself runs elsewhere: a scheduler and a runner, each a process of its own
 (`longspan.engine.processes.launch`). Only the messages of `longspan.engine.processes.wire` pass
-between, and sampled tokens come straight from the runner. Here, on the event loop: who is waiting
-for what, and text made of tokens, which takes some 20 microseconds for each. Whatever takes longer
-(tokenising, templates, checks of a million ids) is done on a few helper threads, JSON schemas are
-checked in processes of their own.
+between, and sampled tokens come straight from the runner. On the event loop updates are delivered
+to the requests that wait for them, and tokens become text, some 20 microseconds for each token.
+Work that takes longer (tokenising, templates, checks of a million ids) is done on a few helper
+threads; JSON schemas are checked in processes of their own.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from longspan.errors import LongspanError
 
 NUM_HELPERS = 4
 CLOSE_TIMEOUT_S = 30.0
-"""Longest wait for the step, or the loading, that a closing engine on a thread is in."""
+"""Longest wait when an engine closes; one on a thread ends after its step, or its loading."""
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -69,7 +69,7 @@ class GenerateRequest:
     """One completion to compute."""
 
     request_id: str
-    """What the events of the request are marked with."""
+    """The ``request_id`` of the request's events."""
     prompt: Prompt
     """Text, or token ids."""
     params: SamplingParams
@@ -81,11 +81,11 @@ class EngineStatus:
 
     state: EngineState
     reason: str = ""
-    """Why it is dead, or what is being loaded."""
+    """Why the engine is dead, or what it is loading."""
     is_mendable: bool = False
-    """It is dead for a reason that a person can do something about: see ``reason``."""
+    """The engine is dead, and ``reason`` tells a person what to do about it."""
     model: str = ""
-    """Name of the model, as clients should write it."""
+    """The model's name, as clients should write it."""
     max_model_len: int = 0
     """Longest prompt plus completion, tokens."""
     capacity_tokens: int = 0
@@ -99,9 +99,9 @@ class EngineStatus:
     num_used_tokens: int = 0
     """Tokens of KV in use by running requests."""
     latency: Forecast | None = None
-    """What prompts will take, learned from the steps so far; None: nothing was measured yet."""
+    """How long prompts will take, learned from the steps so far; None: nothing was measured yet."""
     memory_bytes: Mapping[str, int] = field(default_factory=dict)
-    """Weights, workspace, KV cache."""
+    """Sizes of weights, workspace and KV cache."""
     default_sampling: Mapping[str, float] = field(default_factory=dict)
     """Sampling fields that the checkpoint recommends."""
 
@@ -110,7 +110,7 @@ class AsyncEngine:
     """One engine and the requests given to it. All methods belong to the event loop of `start`.
 
     Args:
-        start: brings the engine up; default: in processes. Benchmarks put a synchronous one here
+        start: starts the engine; None: in processes. Benchmarks pass a synchronous one
             (`in_processes(max_in_flight=1)`), tests a double.
     """
 
@@ -141,7 +141,7 @@ class AsyncEngine:
         self._backend = self._start(self._config, self._post)
 
     def status(self) -> EngineStatus:
-        """The present state; never waits."""
+        """Return the present state; never waits."""
         return self._status
 
     async def drain(self) -> None:
@@ -182,23 +182,23 @@ class AsyncEngine:
         return self._open(made, Completion(made, tokenizer))
 
     async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> Sequence[int]:
-        """Token ids of a text."""
+        """Encode a text as token ids."""
         encode = self._loaded_tokenizer().encode
         return await self._aside(encode, text, add_special_tokens=add_special_tokens)
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids. Raises `InvalidRequestError` for ids that do not exist."""
+        """Decode token ids. Raises `InvalidRequestError` for ids that do not exist."""
         return await self._aside(_decode, self._loaded_tokenizer(), token_ids)
 
     async def render_chat(
         self, messages: Sequence[Mapping[str, Any]], **template_values: Any
     ) -> str:
-        """The prompt text for a conversation, by the checkpoint's template, sandboxed."""
+        """Render a conversation as prompt text by the checkpoint's template, sandboxed."""
         render = self._loaded_tokenizer().render_chat
         return await self._aside(partial(render, **template_values), messages)
 
     def _make(self, request: GenerateRequest, tokenizer: Tokenizer) -> Request:
-        """On a helper thread."""
+        """Make the engine's request; runs on a helper thread."""
         assert self._described is not None
         prompt = request.prompt
         if isinstance(prompt, str):
@@ -232,7 +232,7 @@ class AsyncEngine:
             self._idle.set()
 
     def _ready_tokenizer(self) -> Tokenizer:
-        """Raises unless requests are taken."""
+        """Return the tokenizer. Raises unless requests are taken."""
         tokenizer = self._loaded_tokenizer()
         if self._status.state == "draining":
             raise EngineUnavailableError("the engine is stopping; it takes no further requests")
@@ -253,10 +253,10 @@ class AsyncEngine:
     # -- messages of the engine ----------------------------------------------------------------
 
     def _post(self, message: FromEngine) -> None:
-        """Called by the engine, on a thread of its own."""
+        """Take a message of the engine, on one of its threads."""
         try:
             self._loop.call_soon_threadsafe(self._receive, message)
-        except RuntimeError:  # the event loop has ended without `close`: nobody listens
+        except RuntimeError:  # the event loop has ended without `close`
             if self._backend is not None:
                 self._backend.stop()
 
@@ -289,7 +289,7 @@ class AsyncEngine:
             self._status, max_model_len=described.intake.max_model_len,
             capacity_tokens=config.num_blocks * config.block_size,
             memory_bytes=described.memory_bytes)
-        # While the engine reads the weights.
+        # The tokenizer is loaded while the engine reads the weights.
         self._text_loaded = asyncio.ensure_future(
             self._aside(_load_text, described.path, described.intake.vocab_size))
         self._text_loaded.add_done_callback(self._take_text)
@@ -311,7 +311,7 @@ class AsyncEngine:
             self._die(f"the tokenizer cannot be loaded ({type(error).__name__}: {error})")
 
     def _arrive(self, part: Literal["scheduler", "runner", "text"]) -> None:
-        """A part of the engine is there; when all are, requests are taken."""
+        """Note that a part of the engine is there; when all are, requests are taken."""
         self._missing.discard(part)
         if not self._missing and self._status.state == "loading":
             self._status = replace(self._status, state="ready", reason="")
@@ -377,7 +377,7 @@ def _decode(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
 
 
 def _model_name(model: str) -> str:
-    """A directory is known by its last part, wherever it lies."""
+    """Name a model that is a directory by the last part of its path."""
     path = os.path.expanduser(model)
     return Path(path).resolve().name if model and os.path.isdir(path) else model
 

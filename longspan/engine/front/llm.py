@@ -1,4 +1,4 @@
-"""`LLM`: one process, one call. Drives the same loop as a server would."""
+"""`LLM`: answers in the caller's process, driving the loop that a server drives."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ OnProgress = Callable[[Progress], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
-    """What the engine did so far."""
+    """What an engine has done so far."""
 
     num_requests: int
-    """Finished ones; cancelled ones do not count."""
+    """Finished requests; cancelled ones do not count."""
     num_prompt_tokens: int
     num_cached_tokens: int
     num_output_tokens: int
     density: float | None
     """Attention pairs computed over causal pairs, over all prefills."""
     peak_memory_bytes: int
-    """Of the process on CPUs, of the GPU's allocator otherwise."""
+    """Peak of the process on CPUs, of the GPU's allocator otherwise."""
 
 
 class LLM:
@@ -57,7 +57,7 @@ class LLM:
     """
 
     def __init__(self, model: str, **options: Any) -> None:
-        # Nobody waits for single tokens here: prefill chunks are computed whole.
+        # No reader waits for single tokens here, so prefill chunks are computed whole.
         options = {"step_budget_s": math.inf, **options}
         blueprint = Blueprint.resolve(EngineConfig(model=str(model), **options))
         self.config, self.model_config = blueprint.config, blueprint.model
@@ -135,7 +135,7 @@ class LLM:
         return self.stream(self._chat_prompt(messages, template_values), sampling_params)
 
     def stats(self) -> EngineStats:
-        """Totals since the start."""
+        """Return totals since the start."""
         num_requests, num_prompt, num_cached, num_output = self._totals
         kept, causal = self._pairs
         return EngineStats(
@@ -203,8 +203,8 @@ class LLM:
     def _end(self, completions: Sequence[Completion]) -> None:
         """Cancel what still runs and let the engine take notice, so that blocks come free.
 
-        Never waits for the lock: an abandoned iterator may be collected in the middle of a turn.
-        Whoever holds it then takes notice instead.
+        Never waits for the lock: an abandoned iterator may be collected in the middle of a turn,
+        and the thread that holds the lock then takes notice.
         """
         for completion in completions:
             self._completions.pop(completion.request_id, None)
@@ -234,7 +234,7 @@ class LLM:
 
 
 def _are_finished(completions: Sequence[Completion]) -> bool:
-    """All results are there. Raises the first error, if there is one."""
+    """Tell whether all results are there. Raises the first error, if there is one."""
     for completion in completions:
         if completion.error is not None:
             raise completion.error

@@ -12,26 +12,27 @@ from longspan.engine.request import Event, Progress, TokenEvent
 from longspan.engine.text.completion import Completion
 
 MAX_UNREAD = 64
-"""Events that wait for a slow reader; more are joined to fewer and longer ones."""
+"""Most events that wait for a slow reader; more are joined to fewer and longer ones."""
 
 
 class Channel:
-    """Between the client, which fills it, and the stream's reader. Event loop only."""
+    """Holds the events between the client, which adds them, and the stream's reader. It belongs to
+    the event loop."""
 
     def __init__(self, completion: Completion) -> None:
         self.completion = completion
         self.is_closed = False
         self.error: Exception | None = None
-        """Raised once the events before it are read."""
+        """To be raised once the events before it are read."""
         self._news = asyncio.Event()
 
     @property
     def is_over(self) -> bool:
-        """Nothing comes any more."""
+        """No further event will come."""
         return self.completion.is_finished or self.is_closed or self.error is not None
 
     def wake(self) -> None:
-        """There is news for the reader."""
+        """Tell the reader that there are new events."""
         if len(self.completion.events) > MAX_UNREAD:
             _join_pairs(self.completion.events)
         self._news.set()
@@ -49,7 +50,7 @@ class Channel:
         self._news.set()
 
     async def read(self) -> Event | None:
-        """The next event; None at the end. Raises `error`, or the completion's."""
+        """Wait for the next event; None at the end. Raises `error`, or the completion's."""
         while not self.completion.events:
             error = self.error or self.completion.error
             if error is not None and not self.is_closed:
@@ -91,16 +92,16 @@ class Stream:
             self._cancel()
 
     def __del__(self) -> None:
-        # Any thread may collect it. A closed event loop has no engine behind it any more.
+        # Any thread may collect it. A closed event loop has no engine any more.
         if not self._channel.is_over:
             with suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._cancel)
 
 
 def _join_pairs(events: deque[Event]) -> None:
-    """Join each event with the next one where both are of a kind: half as many, all text in them.
+    """Join each event with the next one where both are of a kind: half as many hold all the text.
 
-    Pairs, not all at once: a text is copied once for each doubling, however slow its reader.
+    In pairs and not all at once, so that a text is copied once for each doubling of its length.
     """
     before = list(events)
     events.clear()

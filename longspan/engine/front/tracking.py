@@ -67,12 +67,12 @@ def deliver(
     abort: Callable[[str], None],
 ) -> Completion | None:
     """Hand an update to its completion, which leaves ``completions`` when it is finished. An
-    exception of one request's text is its own: it ends up in the completion.
+    exception while text is made ends that request alone: the completion keeps it.
 
     Args:
-        abort: called with the id of a request that its text has ended (a stop string, a fault).
+        abort: called with the id of a request that has ended by its text (a stop string, a fault).
 
-    Returns the completion; None for one that nobody waits for any more.
+    Returns the completion; None where it was cancelled.
     """
     completion = completions.get(update.request_id)
     if completion is None:

@@ -1,1 +1,1 @@
-"""A server's processes: messages, sockets, how they start and end. No torch."""
+"""A server's processes: their messages, their sockets, their start and end. No torch."""

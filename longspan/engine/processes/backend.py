@@ -1,4 +1,4 @@
-"""What an engine is to those who start it: a loader, a backend, messages. No torch."""
+"""The types by which a front end starts an engine and talks to it. No torch."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ Send = Callable[[FromEngine], None]
 
 
 class Engine(Launcher, Protocol):
-    """What computes, and can be freed."""
+    """A launcher of steps that can be freed."""
 
     def close(self) -> None:
         """Free weights and caches."""
 
 
 Loader = Callable[[EngineConfig, Send], tuple[SchedulerConfig, Engine]]
-"""Sends `Described`, then reads the weights."""
+"""Sends `Described`, then reads the weights and returns the engine."""
 
 
 class Backend(Protocol):
-    """An engine that was started, as the front end sees it; its messages go to the front end's
-    ``post``."""
+    """A started engine, as the front end sees it. Its messages go to the `Send` that it was started
+    with."""
 
     def send(self, message: Begin | Command) -> None:
-        """Hand a command over; returns at once. One thread only."""
+        """Hand a command over; returns at once. Only one thread may call it."""
 
     def stop(self) -> None:
-        """Ask for the end; returns at once. Any thread, any number of times."""
+        """Ask for the end; returns at once. Any thread may call it, any number of times."""
 
     def join(self, timeout_s: float) -> None:
-        """Wait for the end after `stop`, at most so long where waiting is all that can be done."""
+        """Wait for the end after `stop`. Processes that do not end in time are killed; a thread is
+        left alone."""
 
 
 Start = Callable[[EngineConfig, Send], Backend]

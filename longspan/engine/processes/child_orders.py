@@ -1,4 +1,4 @@
-"""What a child process of an engine is told, and where the sockets are. No torch."""
+"""The orders that a child process of an engine gets, and the sockets' addresses. No torch."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ ROLES: tuple[Role, ...] = ("scheduler", "runner")
 
 
 class Orders(msgspec.Struct, frozen=True, kw_only=True):
-    """What a child is to do: the first line of its standard input."""
+    """A child's task, sent as the first line of its standard input."""
 
     role: Role
     directory: str
-    """Of the sockets; removed by whoever is the last to notice the end."""
+    """Private directory of the sockets, removed at the end."""
     config: EngineConfig
     max_in_flight: int
     loader: str
-    """module:function that builds what computes."""
+    """``module:function`` of the `longspan.engine.processes.backend.Loader`."""
 
-    def address(self, who: Role | Literal["front"]) -> str:
-        """Of an inbox."""
-        return socket_address(self.directory, who)
+    def address(self, role: Role | Literal["front"]) -> str:
+        """Return the socket address of one process's inbox."""
+        return socket_address(self.directory, role)
 
 
-def socket_address(directory: str, who: str) -> str:
-    """Of the inbox of ``who``, in a private directory."""
-    return f"ipc://{directory}/{who}"
+def socket_address(directory: str, role: str) -> str:
+    """Return the socket address of one process's inbox in a private directory."""
+    return f"ipc://{directory}/{role}"

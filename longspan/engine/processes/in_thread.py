@@ -1,8 +1,8 @@
-"""The whole engine on one thread of the caller's process: for tests, whose doubles cannot travel,
-and for programs that want no processes. No torch at import.
+"""The whole engine on one thread of the caller's process: for tests, whose doubles cannot travel
+between processes. No torch at import.
 
-`inbox` is its only entrance, ``send`` its only exit; the messages are those that travel between
-processes (`longspan.engine.processes.launch`), only not encoded.
+Commands come in by `EngineThread.send`, and messages go out by the ``send`` that it was made with.
+They are the messages that travel between processes, only not encoded.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from longspan.engine.step import StepResult
 
 
 def on_a_thread(load: Loader) -> Start:
-    """Engines on threads of this process."""
+    """Start engines on threads of this process."""
     return lambda config, send: EngineThread(config, load, send)
 
 
@@ -53,7 +53,7 @@ class EngineThread:
         self._inbox.put(Close())
 
     def join(self, timeout_s: float) -> None:
-        """Wait."""
+        """Wait for the thread's end."""
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
@@ -75,11 +75,11 @@ class EngineThread:
                 message = self._inbox.get(block=must_wait)
             except Empty:
                 return None
-            if not isinstance(message, Begin):  # it knows
+            if not isinstance(message, Begin):  # whose configuration came from the loader
                 return message
 
     def _tell_result(self, step: InFlightStep, result: StepResult) -> None:
-        """As a runner process tells it."""
+        """Tell the front end what a step brought, as a runner process does."""
         self._send(Stepped(
             slices=computed_slices(step.batch), result=result, started_s=step.submitted_s,
             finished_s=time.monotonic()))

@@ -1,9 +1,9 @@
 """An engine in processes: started, watched and ended from the front end's process. No torch.
 
-A child learns what it is from the first line of its standard input, and that pipe is also its
-lifeline: when the other end goes, because the parent closed it or is gone, in whatever way, the
-child ends at once. Children ignore SIGINT and SIGTERM, which a terminal or a service manager sends
-to everybody: the parent decides when its children end.
+A child reads its orders from the first line of its standard input. That pipe is also its lifeline:
+when the parent closes it or is gone, in whatever way, the child ends at once. Children ignore
+SIGINT and SIGTERM, which a terminal or a service manager sends to the whole group: the parent
+decides when its children end.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ from longspan.errors import LongspanError
 
 LOADER = "longspan.engine.setup.load:load_engine"
 MAX_IN_FLIGHT = 2
-"""Steps: one that is computed, and the next one, so that the runner never waits. Short ones are
-more (`longspan.engine.control.loop`)."""
+"""Steps: one that is computed, and the next one, so that the runner never waits. There may be more
+short ones (`longspan.engine.control.loop.Loop`)."""
 POLL_S = 0.1
 LAST_WORDS_S = 1.0
-"""From a child's end until its own explanation, if there is any, must have arrived."""
+"""Longest wait after a child's end for the message in which it explains itself."""
 STOP_S = 2.0
-"""For a child to end when its lifeline is cut; then it is killed."""
+"""Time that a child has to end when its lifeline is cut; then it is killed."""
 MAX_SOCKET_PATH = 90
 """Unix sockets allow about 100 bytes."""
 
 
 def in_processes(*, max_in_flight: int = MAX_IN_FLIGHT, loader: str = LOADER) -> Start:
-    """Engines in processes of their own.
+    """Start engines in processes of their own.
 
     Args:
-        max_in_flight: steps; 1 waits for each step's result before the next one is scheduled: the
-            synchronous baseline that benchmarks compare with.
-        loader: as ``module:function`` a `longspan.engine.processes.backend.Loader`; tests name
+        max_in_flight: steps. 1 waits for each step's result before the next one is scheduled; it is
+            the synchronous baseline that benchmarks compare with.
+        loader: ``module:function`` of a `longspan.engine.processes.backend.Loader`; tests name
             doubles.
     """
     return lambda config, send: Processes(config, send, max_in_flight, loader)
@@ -87,7 +87,7 @@ class Processes:
             thread.start()
 
     def send(self, message: Begin | Command) -> None:
-        """A command to the scheduler."""
+        """Send a command to the scheduler."""
         self._scheduler.put(message)
 
     def stop(self) -> None:
@@ -98,7 +98,7 @@ class Processes:
             child.stdin.close()
 
     def join(self, timeout_s: float) -> None:
-        """Until both are gone; they are killed when they take long."""
+        """Wait until both are gone; they are killed when they take long."""
         end_s = time.monotonic() + min(timeout_s, STOP_S)
         for child in self.children.values():
             try:
@@ -128,7 +128,7 @@ class Processes:
 
 
 def private_directory() -> str:
-    """A new directory that only this user may enter, with a path short enough for sockets.
+    """Make a directory that only this user may enter, with a path short enough for sockets.
 
     Raises `LongspanError` when there can be none.
     """
@@ -145,7 +145,8 @@ def private_directory() -> str:
 
 
 def python_command(module: str, *arguments: str) -> list[str]:
-    """Runs ``main`` of a module in a fresh interpreter that finds modules where this one does.
+    """Build the command that runs ``main`` of a module in a fresh interpreter, which finds modules
+    where this one does.
 
     Args:
         arguments: the first one is a name for people who list processes.
@@ -159,7 +160,7 @@ def _spawn(orders: Orders) -> subprocess.Popen[bytes]:
         python_command(__name__, f"longspan-{orders.role}"), stdin=subprocess.PIPE,
         start_new_session=True)
     assert child.stdin is not None
-    # In hexadecimal: a line of its own, and unlike JSON it knows an infinite budget.
+    # MessagePack, for JSON has no infinite budget; in hexadecimal, so that it is one line.
     child.stdin.write(msgspec.msgpack.encode(orders).hex().encode() + b"\n")
     child.stdin.flush()
     return child
@@ -177,7 +178,7 @@ def _ending(status: int) -> str:
 
 
 def main() -> None:
-    """A child's life."""
+    """Live a child's life: read the orders, then run as what they say."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     orders = msgspec.msgpack.decode(bytes.fromhex(_first_line().decode()), type=Orders)
@@ -191,7 +192,7 @@ def main() -> None:
 
 
 def _first_line() -> bytes:
-    """Of standard input, and not a byte more: a buffer could not be waited on."""
+    """Read one line unbuffered: a buffer would hide the end of the pipe, which is the lifeline."""
     line = bytearray()
     while (byte := os.read(0, 1)) not in (b"", b"\n"):
         line += byte
@@ -199,7 +200,7 @@ def _first_line() -> bytes:
 
 
 def _hang_on(directory: str) -> None:
-    """Ends this process when its parent lets go, whatever it is doing."""
+    """End this process when its parent lets go, whatever it is doing."""
     while os.read(0, 1):
         pass
     shutil.rmtree(Path(directory), ignore_errors=True)

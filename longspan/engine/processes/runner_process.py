@@ -26,7 +26,7 @@ from longspan.engine.processes.wire import Loaded, Step, Stepped, computed_slice
 from longspan.engine.step import ScheduledBatch
 
 SWITCH_S = 5e-4
-"""Longest that a thread keeps the interpreter from the other one."""
+"""Longest time that a thread keeps the interpreter from the other one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,7 @@ class _Started:
 
 
 def run(orders: Orders) -> int:
-    """Load, then compute steps until the parent lets go or a step fails. Returns the exit status.
-    """
+    """Load, then compute until the parent lets go or a step fails. Returns the exit status."""
     sys.setswitchinterval(SWITCH_S)
     incoming: zmq.Context[Any] = zmq.Context()
     results = Results(orders)
@@ -50,7 +49,7 @@ def run(orders: Orders) -> int:
         results.end(error)
         return 1
     started: SimpleQueue[_Started | BaseException] = SimpleQueue()
-    # It alone uses the sockets of `results` from here on.
+    # From here on only this thread uses the sockets of `results`.
     collector = threading.Thread(target=results.run, args=(started,), name="longspan-collect")
     collector.start()
     _launch(inbox, engine, started)
@@ -64,8 +63,8 @@ def _loader(name: str) -> Loader:
 
 
 def _launch(inbox: Inbox, engine: Engine, started: SimpleQueue[_Started | BaseException]) -> None:
-    """Until a step fails. On the thread that loaded the model, whose settings some libraries keep.
-    """
+    """Launch steps until one fails, on the thread that loaded the model: libraries keep settings by
+    thread."""
     tables = BlockTableCache()
     try:
         while True:
@@ -77,7 +76,7 @@ def _launch(inbox: Inbox, engine: Engine, started: SimpleQueue[_Started | BaseEx
 
 
 class Results:
-    """The way out of this process."""
+    """The collecting thread, and the messages that leave this process."""
 
     def __init__(self, orders: Orders) -> None:
         self._context: zmq.Context[Any] = zmq.Context()
@@ -97,7 +96,7 @@ class Results:
             os._exit(1)  # the other thread may be waiting or computing
 
     def end(self, error: BaseException) -> None:
-        """Send last words, and see them off."""
+        """Send last words, and wait until they have left."""
         self.front.put(last_words(error))
         self.front.close()
         self.scheduler.close()

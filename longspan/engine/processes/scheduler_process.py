@@ -31,4 +31,4 @@ def run(orders: Orders) -> int:
         front.put(last_words(error))
         return 1
     finally:
-        context.destroy()  # once what is said has left
+        context.destroy()  # waits until the messages have left

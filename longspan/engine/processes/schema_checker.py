@@ -1,10 +1,10 @@
-"""JSON schemas are checked in processes of their own, so that none holds up a server. No torch.
+"""Checks JSON schemas in processes of their own, so that none holds up a server. No torch.
 
 llguidance limits the size of a grammar, but not the work of getting there from a schema: two
 kilobytes of nested ``allOf`` take gigabytes and minutes, and a call of the library cannot be
 stopped. So a child process that has read the vocabulary forks for each schema; the fork's
-processor time and memory are limited, and it ends when nobody waits for it any more. What passes is
-compiled once more where tokens are sampled, at the same price.
+processor time and memory are limited, and it ends when its request is cancelled. A schema that
+passes is compiled once more where tokens are sampled, at the same price.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class SchemaChecker:
 
     Args:
         path: the checkpoint's directory.
-        vocab_size: of the model's logits; the tokenizer may know fewer.
+        vocab_size: number of the model's logits; the tokenizer may know fewer tokens.
     """
 
     def __init__(self, path: Path, vocab_size: int) -> None:
@@ -64,7 +64,7 @@ class SchemaChecker:
         self._control: socket.socket | None = None
 
     async def check(self, json_schema: str) -> None:
-        """Cancelling this call ends the work.
+        """Check one schema. Cancelling this call ends the work.
 
         Raises:
             InvalidRequestError: the schema cannot be followed, or takes too much to compile.
@@ -92,7 +92,7 @@ class SchemaChecker:
     async def _ask(self, schema: bytes) -> str:
         await self._slots.acquire()
         ours, theirs = socket.socketpair()
-        # The task outlives a cancelled call: its place is free when the fork has ended.
+        # The task outlives a cancelled call, for its slot is free only when the fork has ended.
         task = asyncio.create_task(self._exchange(schema, ours, theirs))
         try:
             return await asyncio.shield(task)
@@ -108,16 +108,16 @@ class SchemaChecker:
                 with theirs:
                     socket.send_fds(await self._ready(), [b"\0"], [theirs.fileno()])
                 ours.setblocking(False)
-                with contextlib.suppress(ConnectionError):  # it ended before it had read all
+                with contextlib.suppress(ConnectionError):  # the fork ended early
                     await loop.sock_sendall(ours, struct.pack("!I", len(schema)) + schema)
-                    while piece := await loop.sock_recv(ours, 4096):
-                        reply += piece
+                    while received := await loop.sock_recv(ours, 4096):
+                        reply += received
         finally:
             self._slots.release()
         return reply.decode() or f"{InvalidRequestError.__name__}:{TOO_LARGE}"
 
     async def _ready(self) -> socket.socket:
-        """The way to a child that has read the vocabulary."""
+        """Return the socket of a child that has read the vocabulary; start one if need be."""
         async with self._starting:
             if self._child is None or self._child.poll() is not None:
                 self.close()
@@ -148,7 +148,7 @@ def _encode(json_schema: str) -> bytes:
 
 
 def main() -> None:
-    """The child's life, until the other end of its standard input is closed."""
+    """Live the child's life, until the other end of its standard input is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
@@ -185,7 +185,7 @@ def _answer(grammars: Grammars, connection: socket.socket) -> None:
 
 
 def _watch(connection: socket.socket, replying: threading.Lock) -> None:
-    """Ends the process when its time is up, or when nobody waits for it."""
+    """End the process when its time is up, or when its request is cancelled."""
     while time.process_time() < MAX_COMPILE_S:
         if select.select([connection], [], [], WATCH_S)[0]:
             os._exit(0)
@@ -193,20 +193,21 @@ def _watch(connection: socket.socket, replying: threading.Lock) -> None:
 
 
 def _reply(connection: socket.socket, replying: threading.Lock, reply: str) -> None:
-    """Ends the process, so that it never replies twice."""
+    """Reply and end the process, so that it never replies twice."""
     with replying:
         connection.sendall(reply.encode())
         os._exit(0)
 
 
 def _limit() -> None:
-    """Without memory the library aborts; it says so on standard error, which is nobody's."""
+    """Limit memory and processor time. Without memory the library aborts and writes to standard
+    error, which is dropped."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     if sys.platform == "linux":  # others do not keep this limit
         num_pages = int(Path("/proc/self/statm").read_text().split()[0])
         num_bytes = num_pages * resource.getpagesize() + MAX_COMPILE_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (num_bytes, num_bytes))
-    # Kept by the kernel, in whole seconds, where the watch should not get its turn.
+    # The kernel counts whole seconds; its limit holds where the watch does not get its turn.
     num_s = int(MAX_COMPILE_S) + 2
     resource.setrlimit(resource.RLIMIT_CPU, (num_s, num_s))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

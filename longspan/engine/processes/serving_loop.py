@@ -1,8 +1,8 @@
-"""The scheduler's life: takes commands, turns the loop, tells the front end what it decided.
+"""The scheduler's life: it takes commands, turns the loop, and tells the front end what it decided.
 No torch.
 
-The same for an engine on a thread and for one in processes; only where commands come from, and
-which transport leads to the runner, differ.
+An engine on a thread and one in processes differ only in where commands come from, and in the
+transport that leads to the runner.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ AHEAD_S = 5e-3
 """Decode work that is queued ahead: several round trips between processes, yet negligible for a
 request that arrives meanwhile."""
 TakeCommand = Callable[[bool], Command | None]
-"""The next command; waits for one if the argument says so, else None where there is none."""
+"""Returns the next command. Waits for one if the argument says so; None where there is none."""
 OnResult = Callable[[InFlightStep, StepResult], None]
 
 
@@ -28,7 +28,7 @@ class ServingLoop:
     """Runs one scheduler until `Close`.
 
     Args:
-        on_result: called with each result, where nobody else tells it to the front end.
+        on_result: called with each result; None where the runner tells the front end itself.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class ServingLoop:
         self._load: Load | None = None
 
     def run(self) -> None:
-        """Serve. What the runner or the scheduler raises comes out here."""
+        """Serve. Errors of the runner and of the scheduler are raised here."""
         self._tell_load()
         measure_itself(self._scheduler, self._loop)
         self._tell_load()
@@ -53,8 +53,7 @@ class ServingLoop:
                 self._tell_load()
 
     def _receive(self) -> bool:
-        """Take all commands that wait, or wait for one if there is nothing to compute. False: end.
-        """
+        """Take all commands that wait, or wait for one if nothing is to compute. False: `Close`."""
         must_wait = self._loop.is_idle
         while (command := self._take(must_wait)) is not None:
             must_wait = False
@@ -67,7 +66,7 @@ class ServingLoop:
         return True
 
     def _tell_prefills(self, batch: ScheduledBatch) -> None:
-        """Callers learn what the prefix cache supplied before a step that may take seconds."""
+        """Tell what the prefix cache supplied, before a step that may take seconds."""
         if batch.prefills:
             self._tell_load()
             self._send(Submitted(tuple(
@@ -75,7 +74,7 @@ class ServingLoop:
                 if item.cached_len < item.prompt_len)))
 
     def _tell_load(self) -> None:
-        """Tell the front end, unless it knows."""
+        """Tell the load, unless the front end knows it."""
         load = self._scheduler.load
         if load != self._load:
             self._load = load

@@ -2,7 +2,7 @@
 runner. No torch.
 
 The sockets lie in a directory that only their owner may enter. A frame that is no message is
-logged and dropped: whoever sends it harms nobody.
+logged and dropped, and does no harm.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from longspan.errors import LongspanError
 MAX_FRAME_BYTES = 256 * 1024**2
 """A prompt of a million tokens takes 4 MB, and some schemas and biases with it."""
 WATCHDOG_S, WATCHDOG_FACTOR = 120.0, 20.0
-"""A step may take so long, and so many times its predicted time, before the runner counts as
-stuck; kernels that are compiled on their first use take a while."""
+"""A runner counts as stuck when the steps in flight take longer than this time plus this many times
+their predicted time. Kernels that are compiled on their first use take a while."""
 SOCKET_REMEDY = "free some space, or name a directory that takes sockets in TMPDIR"
 LINGER_MS = 2000
-"""How long last words may take to leave a process."""
+"""Longest time that last words may take to leave a process, milliseconds."""
 logger = logging.getLogger("longspan.engine")
 
 
 class Inbox:
-    """Where messages to this process arrive, from whomever.
+    """Receives the messages to this process, from any other.
 
     Args:
-        address: of the socket, bound here.
+        address: the socket's; it is bound here.
         kind: the messages taken, a union of those in `longspan.engine.processes.wire`.
 
     Raises `LongspanError` when the address cannot be bound.
@@ -67,7 +67,7 @@ class Inbox:
                 f"{os.strerror(error.errno or 0)}; {SOCKET_REMEDY}") from None
 
     def get(self, timeout_s: float | None = None) -> Any:
-        """The next message; None when none comes within the time (None: however long)."""
+        """Wait for the next message; None when none comes in time. No ``timeout_s``: no limit."""
         timeout_ms = None if timeout_s is None else round(1e3 * timeout_s)
         while self._socket.poll(timeout_ms):
             try:
@@ -77,12 +77,12 @@ class Inbox:
         return None
 
     def close(self) -> None:
-        """Drop what is unread."""
+        """Close the socket and drop what is unread."""
         self._socket.close()
 
 
 class Outbox:
-    """To the inbox of one process. Never waits: messages queue up here until they are taken."""
+    """Sends to the inbox of one process. Never waits: messages queue up here until they leave."""
 
     def __init__(self, context: zmq.Context[Any], address: str) -> None:
         self._socket = context.socket(zmq.PUSH)
@@ -95,7 +95,7 @@ class Outbox:
         self._socket.send(encode(message), zmq.NOBLOCK)
 
     def close(self) -> None:
-        """What is unsent still goes out."""
+        """Close the socket; what is unsent still goes out."""
         self._socket.close()
 
 
@@ -104,11 +104,11 @@ class StuckRunnerError(RuntimeError):
 
 
 class RunnerTransport:
-    """Steps to the runner process and results back. Also takes the scheduler's commands, which come
-    to the same inbox, so that one wait serves both.
+    """Carries steps to the runner process and results back. It also takes the scheduler's commands,
+    which come to the same inbox, so that one wait serves both.
 
     Args:
-        inbox: of the scheduler.
+        inbox: the scheduler's.
         max_in_flight: 2 or more runs ahead; 1 is the synchronous baseline of benchmarks.
     """
 
@@ -120,18 +120,18 @@ class RunnerTransport:
         self._results: deque[StepResult] = deque()
         self._expected: deque[ScheduledBatch] = deque()  # the steps in flight
         self._deadline_s = math.inf
-        """When the runner counts as stuck. Loading and the first step take what they take."""
+        """When the runner counts as stuck. Loading and the first step have no limit."""
         self._is_warm = False
 
     def submit(self, batch: ScheduledBatch) -> None:
         """Send a step."""
         self._expected.append(batch)
         if len(self._expected) == 1:
-            self._wind_up()
+            self._set_deadline()
         self._runner.put(self._tables.strip(batch))
 
     def collect(self, timeout_s: float | None = None) -> StepResult | None:
-        """Wait for the oldest step's result; None when a command comes first, or the time is over.
+        """Wait for the oldest result; None when a command comes first, or the time is over.
 
         Raises `StuckRunnerError` when it takes far longer than predicted.
         """
@@ -151,10 +151,10 @@ class RunnerTransport:
         return self._results.popleft()
 
     def discard(self) -> None:
-        """Nothing to do: results of an earlier epoch are dropped when they come."""
+        """Do nothing: results of an earlier epoch are dropped when they come."""
 
     def command(self, must_wait: bool) -> Command | None:
-        """The next command; None when there is none and nobody must wait."""
+        """Take the next command; None when there is none and ``must_wait`` is false."""
         while not self._commands:
             message = self._inbox.get(None if must_wait else 0.0)
             if message is None:
@@ -162,8 +162,8 @@ class RunnerTransport:
             self._sort(message)
         return self._commands.popleft()
 
-    def _wind_up(self) -> None:
-        """Give the runner time for what is in flight."""
+    def _set_deadline(self) -> None:
+        """Set the deadline by the steps in flight."""
         if self._is_warm:
             expected_s = sum(batch.expected_s for batch in self._expected)
             self._deadline_s = time.monotonic() + WATCHDOG_S + WATCHDOG_FACTOR * expected_s
@@ -175,7 +175,7 @@ class RunnerTransport:
                 self._expected.popleft()
                 self._results.append(message)
                 self._is_warm = True
-                self._wind_up()
+                self._set_deadline()
             else:
                 logger.warning("a result was dropped: nobody waits for step %d of epoch %d",
                                message.step_id, message.epoch)
@@ -193,7 +193,7 @@ class BlockTableCache:
         self._known: dict[int, tuple[str, array[int]]] = {}
 
     def strip(self, batch: ScheduledBatch) -> Step:
-        """The sender's side: leave out what the other side has."""
+        """On the sender's side, leave out the tables that the other side has."""
         tables: dict[str, bytes] = {}
         for item in batch.slices:
             known = self._known.get(item.slot)
@@ -205,7 +205,7 @@ class BlockTableCache:
         return Step(replace(batch, slices=slices), tables)
 
     def restore(self, step: Step) -> ScheduledBatch:
-        """The receiver's side."""
+        """On the receiver's side, put the tables back."""
         for item in step.batch.slices:
             if item.request_id in step.tables:
                 table = array("i")
@@ -213,7 +213,7 @@ class BlockTableCache:
                 self._known[item.slot] = item.request_id, table
             owner, table = self._known[item.slot]
             assert owner == item.request_id, "a slot's table is sent with its owner's first slice"
-            # Just decoded: nobody else has seen it. A copy of each slice in each step would cost
-            # more than all the rest of the way.
+            # The slice was just decoded, and nothing else holds it. A copy of each slice in each
+            # step would cost more than all the rest of the way.
             force_setattr(item, "block_ids", table)
         return step.batch

@@ -1,8 +1,8 @@
 """Messages between front end, scheduler and runner, and their encoding. No torch.
 
-Each process has one inbox; whoever knows its address puts frames there, and nothing else is shared.
-A frame is one message in MessagePack, checked against the classes below when it is read: nothing
-in it is ever executed, and what fits no class is `BadFrameError`.
+Each process has one inbox, to which the others send frames, and nothing else is shared. A frame is
+one message in MessagePack, checked against the classes below when it is read: nothing in it is ever
+executed, and a frame that fits no class raises `BadFrameError`.
 
 Stale frames do no harm: engine-side request ids are never used twice, and steps and their results
 carry the scheduler's epoch, which moves when it forgets what is in flight.
@@ -28,14 +28,14 @@ logger = logging.getLogger("longspan.engine")
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, array_like=True, forbid_unknown_fields=True):
-    """A list whose first item names the class."""
+    """Base of messages: encoded as a list whose first item names the class."""
 
 
 # -- to the scheduler ------------------------------------------------------------------------------
 
 
 class Begin(Message, frozen=True):
-    """What there is to schedule for; the first command."""
+    """Begin to schedule for an engine of these sizes; the first command."""
 
     config: SchedulerConfig
 
@@ -47,7 +47,7 @@ class Add(Message, frozen=True):
 
 
 class Abort(Message, frozen=True):
-    """Forget a request, whatever its state; takes effect before the next step."""
+    """Cancel a request, whatever its state; takes effect before the next step."""
 
     request_id: str
 
@@ -64,25 +64,25 @@ ToScheduler = Begin | Add | Abort | Close | StepResult
 
 
 class Step(Message, frozen=True):
-    """Compute this. Block tables that the runner has are left out of the slices."""
+    """Compute this step. Block tables that the runner has are left out of the slices."""
 
     batch: ScheduledBatch
     tables: dict[str, bytes]
-    """By request: the KV blocks of those whose table is new or has grown, 32-bit integers."""
+    """By request id: new and grown block tables, as bytes of 32-bit integers."""
 
 
 # -- to the front end ------------------------------------------------------------------------------
 
 
 class Described(Message, frozen=True, kw_only=True):
-    """What the engine will be; sent before the weights are read."""
+    """The engine as it will be; sent before the weights are read."""
 
     path: Path
-    """Directory of the checkpoint, for the tokenizer."""
+    """The checkpoint's directory, for the tokenizer."""
     intake: Intake
     scheduler: SchedulerConfig
     memory_bytes: Mapping[str, int] = {}
-    """Weights, workspace, KV cache."""
+    """Sizes of weights, workspace and KV cache."""
 
 
 class Loaded(Message, frozen=True):
@@ -93,17 +93,17 @@ class Submitted(Message, frozen=True):
     """A step that prefills has been handed to the runner."""
 
     prefills: tuple[tuple[str, int], ...]
-    """Id of each request that is being prefilled, and its tokens in the KV cache before."""
+    """Id of each request in prefill, and its tokens in the KV cache before the step."""
 
 
 class LoadChanged(Message, frozen=True):
-    """What the scheduler has to do now. The first one says that it is there."""
+    """The scheduler's work has changed. The first one says that the scheduler is there."""
 
     load: Load
 
 
 class ComputedSlice(msgspec.Struct, frozen=True, array_like=True):
-    """What a step did for one request."""
+    """One request's part in a computed step."""
 
     request_id: str
     cached_len: int
@@ -115,13 +115,13 @@ class ComputedSlice(msgspec.Struct, frozen=True, array_like=True):
 
 
 def computed_slices(batch: ScheduledBatch) -> tuple[ComputedSlice, ...]:
-    """What the front end is told of a step's slices."""
+    """List a step's slices as the front end needs them."""
     return tuple([ComputedSlice(item.request_id, item.cached_len, item.done_len,
                                 item.sampling is not None) for item in batch.slices])
 
 
 class Stepped(Message, frozen=True, kw_only=True):
-    """A step has ended: straight from the runner, so that no text waits for the scheduler."""
+    """A step has ended. Comes straight from the runner, so that no text waits for the scheduler."""
 
     slices: tuple[ComputedSlice, ...]
     """Those of the first step, where the result has repeats."""
@@ -132,11 +132,11 @@ class Stepped(Message, frozen=True, kw_only=True):
 
 
 class Died(Message, frozen=True):
-    """The last message: nothing is computed any more."""
+    """The engine has ended; the last message."""
 
     reason: str
     is_mendable: bool = False
-    """A person can do something about it, and the reason says what."""
+    """The reason tells a person what to do about it."""
 
 
 FromEngine = Described | Loaded | Submitted | LoadChanged | Stepped | Died
@@ -152,14 +152,14 @@ class Codec:
     """Frames of one inbox.
 
     Args:
-        kind: the messages that it takes, a union.
+        kind: the messages that the inbox takes, a union.
     """
 
     def __init__(self, kind: Any) -> None:
         self._decoder = msgspec.msgpack.Decoder(kind, dec_hook=_from_plain)
 
     def decode(self, frame: bytes) -> Any:
-        """A message. Raises `BadFrameError` for anything else."""
+        """Decode a message. Raises `BadFrameError` for anything else."""
         try:
             return self._decoder.decode(frame)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
@@ -167,7 +167,7 @@ class Codec:
 
 
 def encode(message: Message | StepResult) -> bytes:
-    """The frame of a message."""
+    """Encode a message as a frame."""
     return _ENCODER.encode(message)
 
 
@@ -176,7 +176,7 @@ def _to_plain(value: object) -> object:
         return value.tobytes()
     if isinstance(value, Path):
         return str(value)
-    raise NotImplementedError(type(value).__name__)  # msgspec's word for a type without a hook
+    raise NotImplementedError(type(value).__name__)  # as msgspec wants it
 
 
 def _from_plain(kind: type, value: Any) -> object:
@@ -193,7 +193,8 @@ _ENCODER = msgspec.msgpack.Encoder(enc_hook=_to_plain)
 
 
 def last_words(error: BaseException) -> Died:
-    """Why an engine ends, in one line; what only a programmer can mend is logged in full."""
+    """Say in one line why an engine ends. An error that only a programmer can mend is logged in
+    full."""
     if isinstance(error, LongspanError):
         return Died(" ".join(str(error).split()), is_mendable=True)
     logger.error("the engine failed", exc_info=error)
