@@ -104,7 +104,7 @@ class Planner:
             in_flight_s: predicted time of the steps in flight that prefill; they share the budget.
         """
         decodes = [request for request in running if request.can_decode]
-        step = _Step(self._config, self._latency, decodes)
+        step = _PlanBuilder(self._config, self._latency, decodes)
         prefills = [request for request in running if request.is_prefill]
         if prefills:
             room_s = self._target_s - in_flight_s - step.expected_s
@@ -113,11 +113,14 @@ class Planner:
         return step.finish()
 
     def _fill(
-        self, step: _Step, prefills: Sequence[Request], room_s: float, *, must_progress: bool,
+        self, step: _PlanBuilder, prefills: Sequence[Request], room_s: float, *,
+        must_progress: bool,
     ) -> None:
-        owner = self._owner(prefills)
-        able = [r for r in prefills if r is owner or not self._begins_sparse(r)]
-        head, others = able[0], able[1:]
+        """Share ``room_s`` seconds among the prompts, by the rule above."""
+        owner = self._chunk_owner(prefills)
+        # The others' sparse chunks have to wait for the owner's.
+        ready = [r for r in prefills if r is owner or not self._begins_sparse(r)]
+        head, others = ready[0], ready[1:]
         begins = owner is not None and owner.num_pieces == 0
         step.has_chunk = owner is not None
         reserve_s, before_s = 0.0, step.expected_s
@@ -138,7 +141,7 @@ class Planner:
         """Return the time by which the head is behind its half, seconds."""
         return self._debt[1] if self._debt[0] == head.request_id else 0.0
 
-    def _owner(self, prefills: Sequence[Request]) -> Request | None:
+    def _chunk_owner(self, prefills: Sequence[Request]) -> Request | None:
         """Find the request whose sparse chunk may be worked on in this step."""
         paused = [request for request in prefills if request.num_pieces]
         if paused:
@@ -157,8 +160,8 @@ class Planner:
                          self._latency.costs)
 
 
-class _Step:
-    """A plan in the making."""
+class _PlanBuilder:
+    """Adds up slices and their predicted time until the plan is complete."""
 
     def __init__(
         self, config: PlannerConfig, latency: LatencyModel, decodes: Sequence[Request],
@@ -223,14 +226,14 @@ class _Step:
         while last < len(shares) and fixed_s + chunk_s * (share + shares[last]) <= room_s:
             share, last = share + shares[last], last + 1
             if not self._knows_sparse:
-                break  # the first one tells how long pieces are
+                break  # the time of the first one tells how long pieces are
         if last == first:
             if not must_progress:
                 return None
             share, last = shares[first], first + 1
         self._sparse = add_terms(self._sparse, sparse_terms(start, stop - start), share)
         return PlannedSlice(request=request, query_len=stop - start,
-                      pieces=Pieces(first, last, len(shares)))
+                            pieces=Pieces(first, last, len(shares)))
 
     def _tokens(
         self, request: Request, stop: int, room_s: float, is_head: bool, must_progress: bool,

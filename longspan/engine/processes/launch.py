@@ -178,7 +178,7 @@ def _ending(status: int) -> str:
 
 
 def main() -> None:
-    """Live a child's life: read the orders, then run as what they say."""
+    """Run a child: read its orders, then take its role until the end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     orders = msgspec.msgpack.decode(bytes.fromhex(_first_line().decode()), type=Orders)

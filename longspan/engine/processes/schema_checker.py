@@ -148,7 +148,7 @@ def _encode(json_schema: str) -> bytes:
 
 
 def main() -> None:
-    """Live the child's life, until the other end of its standard input is closed."""
+    """Run the child until the other end of its standard input is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks

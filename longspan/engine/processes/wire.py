@@ -90,7 +90,7 @@ class Loaded(Message, frozen=True):
 
 
 class Submitted(Message, frozen=True):
-    """A step that prefills has been handed to the runner."""
+    """A step that prefills is handed to the runner."""
 
     prefills: tuple[tuple[str, int], ...]
     """Id of each request in prefill, and its tokens in the KV cache before the step."""
@@ -176,7 +176,7 @@ def _to_plain(value: object) -> object:
         return value.tobytes()
     if isinstance(value, Path):
         return str(value)
-    raise NotImplementedError(type(value).__name__)  # as msgspec wants it
+    raise NotImplementedError(type(value).__name__)  # the error that msgspec expects
 
 
 def _from_plain(kind: type, value: Any) -> object:

@@ -45,6 +45,23 @@ def test_reports_carry_times_and_pair_counts() -> None:
     assert loop.is_idle
 
 
+def test_callbacks_come_before_a_step_is_computed_and_before_its_result_counts() -> None:
+    log, runner, scheduler = list[tuple[str, int, int]](), make_runner(), Scheduler(CONFIG)
+
+    def note(what: str) -> None:
+        log.append((what, len(runner.batches), len(scheduler.in_flight)))
+
+    loop = Loop(
+        scheduler, LocalTransport(runner), on_submit=lambda batch: note(f"submit {batch.step_id}"),
+        on_wait=lambda: note("wait"), on_result=lambda step, result: note(
+            f"result {result.step_id} {step.batch.step_id} {step.submitted_s > 0}"))
+    loop.add(make_request("a", [1, 2], max_tokens=2, ignore_eos=True))
+    loop.turn()
+    assert log == [("submit 0", 0, 1), ("wait", 1, 1), ("result 0 0 True", 1, 1)]
+    loop.turn()
+    assert log[3:] == [("submit 1", 1, 1), ("wait", 2, 1), ("result 1 1 True", 2, 1)]
+
+
 class Device:
     """Computes in order; counts the steps that were launched and not waited for."""
 
