@@ -19,12 +19,13 @@ INSTALLED_DEV := $(VENV)/installed-dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-browser check bench clean
+.PHONY: help demo test test-gpu test-browser check bench report clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
 	@echo "check: linters and types | test-gpu: tests that need a CUDA GPU"
 	@echo "test-browser: the playground in headless Chromium | bench: CPU figures"
+	@echo "report: README's tables and plots from bench/results"
 
 demo: $(INSTALLED)
 	$(BIN)/longspan demo
@@ -46,6 +47,9 @@ test-browser: $(INSTALLED_DEV)
 
 bench: $(INSTALLED_DEV)
 	$(BIN)/longspan bench cpu
+
+report: $(INSTALLED_DEV)
+	$(BIN)/python -m bench.report
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

@@ -52,7 +52,7 @@ BudgetS = Annotated[float | None, typer.Option(help="Start nothing new after the
 app = typer.Typer(
     help="Read a million tokens: long-context inference, measured.", add_completion=False,
     pretty_exceptions_enable=False, rich_markup_mode=None)
-bench_app = typer.Typer(help="Measure speed and memory; rebuild tables.", rich_markup_mode=None)
+bench_app = typer.Typer(help="Measure speed and memory.", rich_markup_mode=None)
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
 app.command("import")(import_gguf)
@@ -205,7 +205,7 @@ def ops(
     """Compare attention ops with PyTorch's on one layer of a real shape; checks come first."""
     from longspan.bench.ops.command import run
     from longspan.bench.ops.dense import SECTIONS, OpsOptions
-    from longspan.bench.record.session import BenchOptions, BenchSession
+    from longspan.bench.session import BenchOptions, BenchSession
     from longspan.bench.shapes import PlanOptions, Shape
     from longspan.bench.timing import Repeats
 
@@ -237,7 +237,7 @@ def ttft(
 ) -> None:
     """Time to the first token of a real shape with random weights, through the engine."""
     from longspan.bench.engine.ttft import TtftOptions, run
-    from longspan.bench.record.session import BenchOptions, BenchSession
+    from longspan.bench.session import BenchOptions, BenchSession
     from longspan.bench.shapes import PlanOptions, Shape
 
     plan = PlanOptions(vertical=vertical, slash=slash, mode=mode, correction=correction,
@@ -261,7 +261,7 @@ def decode(
 ) -> None:
     """Time of a decode step of a real shape behind long contexts, against its bytes."""
     from longspan.bench.engine.decode import DecodeOptions, run
-    from longspan.bench.record.session import BenchOptions, BenchSession
+    from longspan.bench.session import BenchOptions, BenchSession
     from longspan.bench.shapes import Shape
 
     options = DecodeOptions(
@@ -287,7 +287,7 @@ def quality(
 ) -> None:
     """What sparse prefill answers and keeps of attention, beside dense, at equal cost."""
     from longspan.bench.engine.quality import QualityOptions, run
-    from longspan.bench.record.session import BenchOptions, BenchSession
+    from longspan.bench.session import BenchOptions, BenchSession
 
     options = QualityOptions(
         model=model, lengths=parse_list(lengths, int, "--lengths"), num_single=single,
@@ -320,17 +320,6 @@ def bench_serve(
         device=device, threads=threads, commit=commit, out=out))
     if not is_sound:
         raise typer.Exit(1)
-
-
-@bench_app.command()
-def report(
-    readme: Annotated[Path, typer.Option(help="File with the markers.")] = Path("README.md"),
-    results: Results = Path("bench/results"),
-) -> None:
-    """Rebuild the tables and plots of the README from the result files."""
-    from longspan.bench.record.report import run
-
-    run(readme, results)
 
 
 def _exit(status: int) -> None:

@@ -68,7 +68,7 @@ def test_the_list_tells_extras_from_what_is_always_there() -> None:
     "longspan.commands.info", "longspan.commands.evaluate", "longspan.engine.front.llm",
     "longspan.eval.runner", "longspan.eval.endpoint", "longspan.eval.plot",
     "longspan.bench.engine.cpu", "longspan.bench.engine.ttft", "longspan.bench.ops.command",
-    "longspan.bench.engine.quality", "longspan.bench.record.report"])
+    "longspan.bench.engine.quality", "bench.report"])
 def test_imports_without_extras(module: str) -> None:
     """As after `pip install .`, with which `make demo` begins."""
     code = BLOCKED.format(names=packages_of_extras_alone(), module=module)

@@ -30,7 +30,7 @@ from longspan.bench.engine.engine import (
 )
 from longspan.bench.ops import checks
 from longspan.bench.ops.dense import copy_row
-from longspan.bench.record.session import BenchSession
+from longspan.bench.session import BenchSession
 from longspan.bench.shapes import Shape
 from longspan.bench.timing import Repeats, measure, rounded, synchronize
 from longspan.commands.console import show_table

@@ -18,7 +18,7 @@ from torch import Tensor
 from longspan import ops
 from longspan.attention.layer import allocate_cache
 from longspan.attention.sparsity import needs_means
-from longspan.bench.record.session import CheckFailed
+from longspan.bench.session import CheckFailed
 from longspan.bench.shapes import Shape
 from longspan.bench.timing import swapped
 from longspan.config import EngineConfig

@@ -25,7 +25,7 @@ from longspan.attention.metadata import SequenceSlice, build_metadata
 from longspan.attention.rope import build_rotary
 from longspan.attention.sparsity import SparsityPlan
 from longspan.bench.engine.questions import Quiz, common_prefix, many_questions, single_questions
-from longspan.bench.record.session import BenchSession
+from longspan.bench.session import BenchSession
 from longspan.bench.timing import rounded, swapped
 from longspan.commands.console import note, percent, show_table
 from longspan.config import EngineConfig, dense_tail_start

@@ -25,7 +25,7 @@ from longspan.bench.engine.engine import (
     warm_up,
 )
 from longspan.bench.ops import checks
-from longspan.bench.record.session import BenchSession
+from longspan.bench.session import BenchSession
 from longspan.bench.shapes import Shape
 from longspan.bench.timing import Regions, rounded, synchronize
 from longspan.commands.console import percent, seconds, show_table

@@ -16,7 +16,7 @@ from torch import Tensor
 from longspan import ops
 from longspan.bench.ops.baselines import Plain
 from longspan.bench.ops.inputs import BLOCK_SIZE, LayerInput, make_input, make_rotary
-from longspan.bench.record.session import CheckFailed
+from longspan.bench.session import CheckFailed
 from longspan.bench.shapes import Shape
 from longspan.config import DcaConfig
 from longspan.ops import reference

@@ -13,7 +13,7 @@ import torch
 
 from longspan.bench.ops.dense import SECTIONS, LayerBench, OpsOptions
 from longspan.bench.ops.sparse import SparseBench
-from longspan.bench.record.session import BenchSession
+from longspan.bench.session import BenchSession
 from longspan.bench.shapes import Shape
 from longspan.commands.console import show_table
 

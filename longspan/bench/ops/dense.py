@@ -16,7 +16,7 @@ from longspan.bench.ops import checks
 from longspan.bench.ops.baselines import FLEX, Plain, prepare, prepare_decode
 from longspan.bench.ops.inputs import BLOCK_SIZE, CONTENTS, LayerInput, make_input
 from longspan.bench.ops.tiles import causal_flops
-from longspan.bench.record.session import BenchSession, CheckFailed
+from longspan.bench.session import BenchSession, CheckFailed
 from longspan.bench.shapes import Shape
 from longspan.bench.timing import Repeats, Timing, measure, rate, rounded
 from longspan.errors import LongspanError

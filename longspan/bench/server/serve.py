@@ -3,7 +3,8 @@
 - ``prefill``: while one long prompt is read, how long short requests wait, how long a running
   answer pauses, how fast /health answers, how late the front end's event loop is;
 - ``followup``: two further questions on one document, against the first;
-- ``decode``: tokens a second with steps run ahead (TAG) and without (`longspan.bench.server.tag`).
+- ``decode``: tokens a second with steps run ahead (TAG) and without
+  (`longspan.bench.server.run_ahead`).
 
 `longspan.bench.server.soak` holds the long run that looks for leaks.
 """
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 
+from longspan.bench.server.run_ahead import measure_decode
 from longspan.bench.server.server import (
     Answer,
     HealthProbe,
@@ -32,7 +34,6 @@ from longspan.bench.server.server import (
     running,
 )
 from longspan.bench.server.soak import soak, write_pool
-from longspan.bench.server.tag import measure_decode
 from longspan.commands.console import note, show_table
 from longspan.commands.results import describe_run, make_folder, write_rows
 from longspan.engine.resolve import STEP_BUDGET_S, resolve_device

@@ -12,7 +12,7 @@ from longspan import ops
 from longspan.bench.engine import decode, engine, ttft
 from longspan.bench.engine.decode import DecodeOptions
 from longspan.bench.engine.ttft import TtftOptions
-from longspan.bench.record.session import BenchOptions, BenchSession, CheckFailed
+from longspan.bench.session import BenchOptions, BenchSession, CheckFailed
 from longspan.commands import results
 from longspan.errors import LongspanError, NotEnoughMemoryError
 from longspan.model.qwen2 import CausalLM

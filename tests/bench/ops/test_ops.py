@@ -18,7 +18,7 @@ from longspan.bench.ops.dense import SECTIONS, OpsOptions
 from longspan.bench.ops.inputs import CONTENTS, last_segment, make_input, make_rotary
 from longspan.bench.ops.sparse import dense_sum, spread, typical_layer
 from longspan.bench.ops.tiles import causal_flops, count_tiles
-from longspan.bench.record.session import BenchOptions, BenchSession, CheckFailed, Unavailable
+from longspan.bench.session import BenchOptions, BenchSession, CheckFailed, Unavailable
 from longspan.bench.timing import Repeats
 from longspan.commands import results
 from longspan.errors import LongspanError

@@ -10,9 +10,9 @@ from typing import Any, cast
 import pytest
 
 from longspan.bench.server import serve, soak
+from longspan.bench.server.run_ahead import PROMPT_LEN, rate_and_idle
 from longspan.bench.server.serve import ServeJob, longest_pause_s, run
 from longspan.bench.server.server import Server, Usage, lag_quantile_s, quantile, running
-from longspan.bench.server.tag import PROMPT_LEN, rate_and_idle
 from longspan.engine.processes.wire import ComputedSlice, Stepped
 from longspan.engine.step import StepResult
 from longspan.errors import LongspanError

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from longspan import cli
-from longspan.bench.record import report
+from bench import report
 from longspan.errors import LongspanError
 
 README = """# Title
@@ -50,8 +49,8 @@ def folder(tmp_path: Path) -> Path:
 def test_tables_are_rebuilt_between_the_markers(folder: Path) -> None:
     readme = folder / "README.md"
     readme.write_text(README)
-    arguments = ["bench", "report", "--readme", str(readme), "--results", str(folder)]
-    assert cli.run_command(arguments) == 0
+    arguments = ["--readme", str(readme), "--results", str(folder)]
+    assert report.main(arguments) == 0
     text = readme.read_text()
     assert "| tokens | rope | sparse-dca |\n| --- | ---: | ---: |\n" in text
     assert "| 4,096 | 97 % (92-99; 100) | 97 % (92-99; 100) |" in text
@@ -60,12 +59,16 @@ def test_tables_are_rebuilt_between_the_markers(folder: Path) -> None:
     assert "3.2 times as fast as dense at 131,072 tokens" in text
     assert "(2 x Chip, 2025-01-02)" in text
     assert "old" not in text and "between" in text and text.endswith("end\n")
-    assert cli.run_command(arguments) == 0
+    assert report.main(arguments) == 0
     assert readme.read_text() == text
 
 
-def test_what_is_missing_is_said(folder: Path, tmp_path: Path) -> None:
+def test_what_is_missing_is_said(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     readme = folder / "README.md"
+    assert report.main(["--readme", str(readme)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {readme}: no such file")
     with pytest.raises(LongspanError, match="no such file"):
         report.run(readme, folder)
     readme.write_text("nothing marked")

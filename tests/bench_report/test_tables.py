@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from longspan.bench.record import plots, report
+from bench import plots, report
 from longspan.errors import LongspanError
 
 SHARE = {"linear": 0.6, "selection": 0.05, "attention": 0.3, "rest": 0.05}
@@ -152,6 +152,6 @@ def test_serve(tmp_path: Path) -> None:
 
 
 def test_the_readme_has_a_place_for_each() -> None:
-    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     names = [match[2] for match in report.MARKED.finditer(readme)]
     assert set(names) == {*report.TABLES, *report.SECTIONS}

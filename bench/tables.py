@@ -1,4 +1,4 @@
-"""Markdown of the GPU benchmarks' result files, for `longspan bench report`.
+"""Markdown of the GPU benchmarks' result files, for `bench.report`.
 
 Each function gives the body of one README section, heading included: the section is there once
 there is something to show. Rows that hold an error are left out.

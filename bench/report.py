@@ -1,4 +1,4 @@
-"""`longspan bench report`: the README's tables and plots, rebuilt from the result files.
+"""`make report`: the README's tables and plots, rebuilt from the result files.
 
 A table stands between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``; the text around the
 markers is left alone. Sections of benchmarks that need a GPU bring their headings along and are
@@ -7,13 +7,15 @@ empty as long as there are no result files.
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from longspan.bench.record.plots import draw_ttft
-from longspan.bench.record.tables import (
+from bench.plots import draw_ttft
+from bench.tables import (
     Content,
     caption,
     decode_section,
@@ -28,6 +30,20 @@ from longspan.commands.results import read_bench, read_file
 from longspan.errors import LongspanError
 
 MARKED = re.compile(r"(<!-- bench:(\w+) -->\n)(.*?)(<!-- /bench:\2 -->)", re.DOTALL)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="with the markers")
+    parser.add_argument("--results", type=Path, default=Path("bench/results"), help="folder")
+    asked = parser.parse_args(arguments)
+    try:
+        run(asked.readme, asked.results)
+    except LongspanError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def run(readme: Path, results: Path) -> None:
@@ -114,3 +130,7 @@ def _score(row: Content | None) -> str:
         return "not run"
     return (f"{100 * row['score']:.0f} % ({100 * row['ci_low']:.0f}-{100 * row['ci_high']:.0f}; "
             f"{row['n']})")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,1 +1,0 @@
-"""Runs of benchmarks, and the tables and plots made of their rows."""
