@@ -9,7 +9,7 @@ from longspan.commands.console import percent, show_table
 from longspan.config import EngineConfig, ModelConfig
 from longspan.engine.device.memory import MemoryPlan
 from longspan.engine.resolve import resolve_attention, resolve_positions
-from longspan.engine.setup.engine_plan import Blueprint
+from longspan.engine.setup.engine_plan import ResolvedEngine
 from longspan.errors import LongspanError
 from longspan.model.weights import resolve_checkpoint
 from longspan.units import in_gib
@@ -22,7 +22,7 @@ def run(model: str, length: int | None, options: dict[str, Any]) -> None:
         length = ModelConfig.from_dir(resolve_checkpoint(model)).max_position_embeddings
     if length <= 0:
         raise LongspanError(f"length must be positive, not {length}")
-    engine = Blueprint.resolve(
+    engine = ResolvedEngine.resolve(
         EngineConfig(model=model, max_model_len=length, **options), must_fit=False)
     rows = [*_model_rows(engine), *_memory_rows(engine.memory, engine.model),
             *_attention_rows(engine, length)]
@@ -37,7 +37,7 @@ def position_label(config: EngineConfig, model: ModelConfig) -> str:
     return "dca+yarn" if dca.original_max_position_embeddings else "dca"
 
 
-def _model_rows(engine: Blueprint) -> list[tuple[str, str]]:
+def _model_rows(engine: ResolvedEngine) -> list[tuple[str, str]]:
     model = engine.model
     heads = f"{model.num_heads} heads, {model.num_kv_heads} of keys and values"
     return [
@@ -62,7 +62,7 @@ def _memory_rows(memory: MemoryPlan, model: ModelConfig) -> list[tuple[str, str]
     ]
 
 
-def _attention_rows(engine: Blueprint, length: int) -> list[tuple[str, str]]:
+def _attention_rows(engine: ResolvedEngine, length: int) -> list[tuple[str, str]]:
     config, model = engine.config, engine.model
     positions = ("positions", position_label(config, model))
     is_sparse = resolve_attention(

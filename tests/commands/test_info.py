@@ -10,7 +10,7 @@ import pytest
 
 from longspan.commands import info
 from longspan.config import EngineConfig
-from longspan.engine.setup.engine_plan import Blueprint
+from longspan.engine.setup.engine_plan import ResolvedEngine
 from longspan.errors import NotEnoughMemoryError
 from longspan.units import GIB
 
@@ -50,7 +50,7 @@ def test_the_verdict_is_the_engines(
     options: dict[str, Any] = {"device": "cpu", "positions": positions, "memory_gib": budget}
     rows = rows_of(monkeypatch, length, **options)
     try:
-        memory = Blueprint.resolve(EngineConfig(
+        memory = ResolvedEngine.resolve(EngineConfig(
             model="nano", max_model_len=length, **options)).memory
     except NotEnoughMemoryError as error:
         assert "fits: no, " in rows["together"]
@@ -74,24 +74,25 @@ def test_the_longest_prompt_is_what_the_engine_accepts(
     told = {rows_of(monkeypatch, length, **options)["longest prompt here"]
             for length in (100, 65_536, None)}
     try:
-        longest = Blueprint.resolve(EngineConfig(model="nano", **options)).memory.max_model_len
+        longest = ResolvedEngine.resolve(EngineConfig(model="nano", **options)).memory.max_model_len
     except NotEnoughMemoryError:
         longest = 0
     assert told == {f"{longest:,} tokens"}
     if 0 < longest < 1_010_000:
         with pytest.raises(NotEnoughMemoryError, match=f"lower max_model_len to {longest}"):
-            Blueprint.resolve(EngineConfig(model="nano", max_model_len=longest + 128, **options))
+            ResolvedEngine.resolve(
+                EngineConfig(model="nano", max_model_len=longest + 128, **options))
 
 
 def test_a_plan_that_need_not_fit_says_what_is_missing() -> None:
     config = EngineConfig(model="nano", device="cpu", memory_gib=0.5, max_model_len=65_536)
-    short = Blueprint.resolve(config, must_fit=False).memory
+    short = ResolvedEngine.resolve(config, must_fit=False).memory
     assert short.max_model_len == 65_536 and short.num_blocks == 512
     assert short.missing_bytes == short.needed_bytes - short.budget_bytes > 0
     enough = EngineConfig(model="nano", device="cpu", max_model_len=65_536,
                           memory_gib=short.needed_bytes / GIB)
-    assert Blueprint.resolve(enough).memory.missing_bytes == 0
+    assert ResolvedEngine.resolve(enough).memory.missing_bytes == 0
     less = EngineConfig(model="nano", device="cpu", max_model_len=65_536,
                         memory_gib=(short.needed_bytes - 1) / GIB)
     with pytest.raises(NotEnoughMemoryError):
-        Blueprint.resolve(less)
+        ResolvedEngine.resolve(less)

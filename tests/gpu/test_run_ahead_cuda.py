@@ -13,7 +13,7 @@ from longspan.config import EngineConfig
 from longspan.engine.device.graphs import BATCH_SIZES
 from longspan.engine.device.launched_step import LaunchedStep
 from longspan.engine.device.runner import Runner
-from longspan.engine.setup.engine_plan import Blueprint
+from longspan.engine.setup.engine_plan import ResolvedEngine
 from longspan.engine.step import RowSampling, ScheduledBatch, ScheduledSlice, StepResult
 from tests.doubles import write_checkpoint
 from tests.gpu.syncs import no_syncs
@@ -31,10 +31,10 @@ PROMPTS = [array("i", [(7 * slot + 3 * place) % 250 for place in range(20 + 9 * 
 def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
     path: Path = write_checkpoint(
         tmp_path_factory.mktemp("model"), hidden_size=256, intermediate_size=256)
-    blueprint = Blueprint.resolve(EngineConfig(
+    resolved = ResolvedEngine.resolve(EngineConfig(
         model=str(path), device="cuda", block_size=BLOCK, prefill_chunk_len=64, memory_gib=2.0,
         max_model_len=1024))
-    runner = blueprint.load_runner()
+    runner = resolved.load_runner()
     runner.record_graphs()
     yield runner
     runner.close()

@@ -26,7 +26,7 @@ from longspan.engine.device import runner as runner_module
 from longspan.engine.device.memory import device_memory
 from longspan.engine.device.runner import Runner
 from longspan.engine.resolve import resolve_config
-from longspan.engine.setup.engine_plan import Blueprint, _plan_memory
+from longspan.engine.setup.engine_plan import ResolvedEngine, _plan_memory
 from longspan.engine.step import RowSampling, ScheduledBatch, ScheduledSlice
 from longspan.model.qwen2 import CausalLM, Linear
 from longspan.model.weights import random_weights
@@ -63,13 +63,13 @@ class EngineOptions:
 class RandomEngine:
     """A shape with random weights and a KV cache full of random numbers."""
 
-    blueprint: Blueprint
+    blueprint: ResolvedEngine
     runner: Runner
     caches: tuple[PagedKV, ...]
     """Of all layers."""
 
 
-def make_blueprint(shape: Shape, device: str, options: EngineOptions) -> Blueprint:
+def make_blueprint(shape: Shape, device: str, options: EngineOptions) -> ResolvedEngine:
     """What an engine for this shape decides. Raises `NotEnoughMemoryError`."""
     free_memory(device)
     free_bytes = device_memory(device).free_bytes
@@ -81,7 +81,7 @@ def make_blueprint(shape: Shape, device: str, options: EngineOptions) -> Bluepri
     needed = replace(config, max_model_len=max(options.max_model_len, options.num_tokens))
     memory = _plan_memory(needed, shape.model, means=needs_means(shape.plan))
     num_blocks = -(-options.num_tokens // config.block_size)
-    return Blueprint(
+    return ResolvedEngine(
         path=Path("."), config=config, model=shape.model, dca=shape.model.dca, has_plan=True,
         plan=shape.plan, memory=replace(
             memory, max_model_len=options.max_model_len, num_blocks=num_blocks))

@@ -29,7 +29,7 @@ from longspan.bench.session import BenchSession
 from longspan.bench.timing import rounded, swapped
 from longspan.commands.console import note, percent, show_table
 from longspan.config import EngineConfig, dense_tail_start
-from longspan.engine.setup.engine_plan import Blueprint
+from longspan.engine.setup.engine_plan import ResolvedEngine
 from longspan.engine.text.tokenizer import Tokenizer
 from longspan.errors import LongspanError
 from longspan.eval.stats import wilson_interval
@@ -102,7 +102,7 @@ class Subject:
 
     def __init__(self, options: QualityOptions, device: str) -> None:
         longest = max(options.lengths) + 64
-        made = Blueprint.resolve(EngineConfig(
+        made = ResolvedEngine.resolve(EngineConfig(
             model=options.model, device=device, attention="sparse", max_model_len=longest,
             prefill_chunk_len=options.chunk_len, max_num_requests=1))
         assert made.plan is not None and made.config.dtype and made.config.prefill_chunk_len

@@ -16,7 +16,7 @@ from longspan.engine.control.scheduler import Scheduler
 from longspan.engine.front.tracking import deliver
 from longspan.engine.intake import Prompt, as_prompts
 from longspan.engine.request import Event, Progress, Request, RequestOutput, SamplingParams
-from longspan.engine.setup.engine_plan import Blueprint
+from longspan.engine.setup.engine_plan import ResolvedEngine
 from longspan.engine.step import StepReport
 from longspan.engine.text.completion import Completion
 from longspan.engine.text.grammar import Grammars
@@ -59,14 +59,14 @@ class LLM:
     def __init__(self, model: str, **options: Any) -> None:
         # No reader waits for single tokens here, so prefill chunks are computed whole.
         options = {"step_budget_s": math.inf, **options}
-        blueprint = Blueprint.resolve(EngineConfig(model=str(model), **options))
-        self.config, self.model_config = blueprint.config, blueprint.model
-        self.memory, self.sparsity_plan = blueprint.memory, blueprint.plan
-        self.tokenizer = load_tokenizer(blueprint.path, blueprint.model.vocab_size)
-        self._grammars = Grammars(self.tokenizer, blueprint.model.vocab_size)
-        self._intake = blueprint.intake()
-        self._runner = blueprint.load_runner()
-        self._loop = Loop(Scheduler(blueprint.scheduler_config()), self._runner.transport())
+        engine = ResolvedEngine.resolve(EngineConfig(model=str(model), **options))
+        self.config, self.model_config = engine.config, engine.model
+        self.memory, self.sparsity_plan = engine.memory, engine.plan
+        self.tokenizer = load_tokenizer(engine.path, engine.model.vocab_size)
+        self._grammars = Grammars(self.tokenizer, engine.model.vocab_size)
+        self._intake = engine.intake()
+        self._runner = engine.load_runner()
+        self._loop = Loop(Scheduler(engine.scheduler_config()), self._runner.transport())
         self._completions: dict[str, Completion] = {}
         self._lock = threading.Lock()
         self._ids = itertools.count()

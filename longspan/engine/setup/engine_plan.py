@@ -33,7 +33,7 @@ needs for each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Blueprint:
+class ResolvedEngine:
     """One engine's choices, all of them made."""
 
     path: Path

@@ -7,19 +7,19 @@ from longspan.engine.control.scheduler import SchedulerConfig
 from longspan.engine.processes.backend import Engine, Send
 from longspan.engine.processes.wire import Described
 from longspan.engine.setup.compile_ahead import compile_steps
-from longspan.engine.setup.engine_plan import Blueprint
+from longspan.engine.setup.engine_plan import ResolvedEngine
 
 
 def load_engine(config: EngineConfig, send: Send) -> tuple[SchedulerConfig, Engine]:
     """The real thing. Raises `LongspanError` when the model cannot be loaded."""
-    blueprint = Blueprint.resolve(config)
-    scheduler, memory = blueprint.scheduler_config(), blueprint.memory
+    engine = ResolvedEngine.resolve(config)
+    scheduler, memory = engine.scheduler_config(), engine.memory
     send(Described(
-        path=blueprint.path, intake=blueprint.intake(), scheduler=scheduler,
+        path=engine.path, intake=engine.intake(), scheduler=scheduler,
         memory_bytes={"weights": memory.weights_bytes, "workspace": memory.workspace_bytes,
                       "KV cache": memory.kv_bytes}))
-    runner = blueprint.load_runner()
+    runner = engine.load_runner()
     runner.record_graphs()
-    if blueprint.config.device != "cpu":  # whose operations need no compiler
+    if engine.config.device != "cpu":  # whose operations need no compiler
         runner.compile_ahead(compile_steps(scheduler))
     return scheduler, runner

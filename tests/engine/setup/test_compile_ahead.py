@@ -12,7 +12,7 @@ from longspan.engine.control.loop import LocalTransport, Loop
 from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
 from longspan.engine.request import Request
 from longspan.engine.setup.compile_ahead import NUM_QUERIES, compile_steps, context_lens
-from longspan.engine.setup.engine_plan import Blueprint
+from longspan.engine.setup.engine_plan import ResolvedEngine
 from tests.doubles import make_request, write_checkpoint
 
 CONFIG = SchedulerConfig(
@@ -40,15 +40,15 @@ def test_steps_stay_within_the_pool(sparse_above: int | None) -> None:
 
 def test_answers_are_those_without(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, num_hidden_layers=2)
-    blueprint = Blueprint.resolve(EngineConfig(
+    resolved = ResolvedEngine.resolve(EngineConfig(
         model=str(path), device="cpu", dtype="float32", block_size=16, prefill_chunk_len=1_024,
         max_model_len=3_000, memory_gib=2.0, attention="sparse"))
     answers = []
     for ahead in (False, True):
-        runner = blueprint.load_runner()
+        runner = resolved.load_runner()
         if ahead:
-            runner.compile_ahead(compile_steps(blueprint.scheduler_config()))
-        loop = Loop(Scheduler(blueprint.scheduler_config()), LocalTransport(runner))
+            runner.compile_ahead(compile_steps(resolved.scheduler_config()))
+        loop = Loop(Scheduler(resolved.scheduler_config()), LocalTransport(runner))
         request: Request = make_request(
             "a", [n % 200 for n in range(1_500)], max_tokens=6, sparse=True, ignore_eos=True)
         loop.add(request)
