@@ -62,6 +62,9 @@ ALLOWED_OURS: dict[str, tuple[str, ...]] = {
     "longspan.engine.front": (
         "longspan.engine.control", "longspan.engine.processes", "longspan.engine.setup",
         "longspan.engine.text", *WORDS, *BASE),
+    "longspan.engine.front.llm": (
+        "longspan.attention.observer", "longspan.engine.control", "longspan.engine.front",
+        "longspan.engine.setup", "longspan.engine.text", *WORDS, *BASE),
     "longspan.serve": ("longspan.engine.front.client", "longspan.engine.front.stream",
                        "longspan.engine.request", *BASE),
     "longspan.train": ("longspan.attention.rope", "longspan.attention.hf", *BASE),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from longspan import ops
 from longspan.attention.metadata import AttentionMetadata, DecodeGroup, PrefillSlice
+from longspan.attention.observer import UNWATCHED, AttendedRows, AttentionObserver, Region
 from longspan.attention.sparsity import SparsityPlan
 from longspan.config import dense_tail_start
 from longspan.ops.geometry import segments
@@ -48,16 +50,22 @@ class DualChunkAttention:
 
     Knows no engine type. Counts the (query, key) pairs that prefill kept and could have kept, over
     all heads, for the density report.
+
+    Args:
+        observer: told what each prefill does; see `longspan.attention.observer`.
     """
 
     def __init__(
         self, *, layer_idx: int, num_heads: int, num_kv_heads: int, head_dim: int,
         rotary: QueryRotary, plan: SparsityPlan | None,
+        observer: AttentionObserver | None = None,
     ) -> None:
+        self.layer_idx = layer_idx
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.rotary = rotary
         self.plan = plan
         self.budget = plan.layer(layer_idx) if plan else None
+        self.observer = observer
         self.reset_stats()
 
     def reset_stats(self) -> None:
@@ -134,7 +142,10 @@ class DualChunkAttention:
 
     def _dense(self, q: Tensor, cache: PagedKV, item: PrefillSlice, start: int) -> Tensor:
         self._count(q, start, None)
-        out, _ = ops.prefill_attention(q, cache, item.block_table, start, self.rotary, item.scale)
+        with self._region("dense"):
+            out, lse = ops.prefill_attention(
+                q, cache, item.block_table, start, self.rotary, item.scale)
+        self._tell(q, cache, item, start, None, lse)
         return out
 
     def _select(
@@ -142,18 +153,34 @@ class DualChunkAttention:
     ) -> Selection:
         assert self.budget is not None
         rows = q[start - item.cached_len : stop - item.cached_len]
-        return ops.select_vertical_slash(
-            rows, cache, item.block_table, start, self.rotary, item.scale, self.budget)
+        with self._region("selection"):
+            return ops.select_vertical_slash(
+                rows, cache, item.block_table, start, self.rotary, item.scale, self.budget)
 
     def _sparse(
         self, q: Tensor, cache: PagedKV, item: PrefillSlice, start: int, selection: Selection,
     ) -> Tensor:
         assert self.plan is not None
-        out, _, kept = ops.sparse_prefill_attention(
-            q, cache, item.block_table, start, self.rotary, item.scale, selection,
-            self.plan.mean_correction)
+        with self._region("sparse"):
+            out, lse, kept = ops.sparse_prefill_attention(
+                q, cache, item.block_table, start, self.rotary, item.scale, selection,
+                self.plan.mean_correction)
         self._count(q, start, kept)
+        self._tell(q, cache, item, start, selection, lse)
         return out
+
+    def _region(self, name: Region) -> AbstractContextManager[None]:
+        return UNWATCHED if self.observer is None else self.observer.region(name)
+
+    def _tell(
+        self, q: Tensor, cache: PagedKV, item: PrefillSlice, start: int,
+        selection: Selection | None, lse: Tensor,
+    ) -> None:
+        if self.observer is not None:
+            self.observer.attended(AttendedRows(
+                layer_idx=self.layer_idx, q=q, start=start, cache=cache, item=item,
+                rotary=self.rotary, selection=selection, lse=lse,
+                correction=self.plan is not None and self.plan.mean_correction))
 
     def _count(self, q: Tensor, start: int, kept: Tensor | None) -> None:
         num_queries = q.shape[0]

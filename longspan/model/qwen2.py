@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from longspan.attention.layer import DualChunkAttention
 from longspan.attention.metadata import AttentionMetadata
+from longspan.attention.observer import AttentionObserver
 from longspan.attention.sparsity import SparsityPlan
 from longspan.config import ModelConfig
 from longspan.ops import add_rms_norm, rms_norm, silu_mul
@@ -327,6 +328,11 @@ class CausalLM(nn.Module):
         cores = self._attention_cores()
         return sum((core.kept_pairs for core in cores), 0.0), sum(
             core.causal_pairs for core in cores)
+
+    def observe_attention(self, observer: AttentionObserver | None) -> None:
+        """Tell ``observer`` what every layer's prefill does; None: nobody."""
+        for core in self._attention_cores():
+            core.observer = observer
 
     def reset_attention_stats(self) -> None:
         """Start counting pairs anew."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from longspan.attention.layer import allocate_cache
 from longspan.attention.metadata import AttentionMetadata
+from longspan.attention.observer import AttentionObserver
 from longspan.attention.rope import build_rotary
 from longspan.attention.sparsity import SparsityPlan, needs_means
 from longspan.config import DcaConfig, EngineConfig, ModelConfig
@@ -105,6 +106,16 @@ class Runner:
         """For a loop in this process."""
         return LocalTransport(self, max_in_flight=2 if self._device.startswith("cuda") else 1)
 
+    @property
+    def caches(self) -> list[PagedKV]:
+        """Keys and values of all layers in order."""
+        return [cache for stage in self._stages for cache in stage.caches]
+
+    def observe(self, observer: AttentionObserver | None) -> None:
+        """Tell ``observer`` what attention does in every prefill; None: nobody."""
+        for stage in self._stages:
+            stage.model.observe_attention(observer)
+
     def record_graphs(self) -> None:
         """Record all decode graphs now, where there are any: a server has no time for it later."""
         if self._graphs is not None:
@@ -113,11 +124,10 @@ class Runner:
 
     def compile_ahead(self, steps: Iterable[ScheduledBatch]) -> None:
         """Compute steps for what they compile, before any request has KV blocks."""
-        for stage in self._stages:
-            for cache in stage.caches:
-                for part in cache:
-                    if part is not None:
-                        part.zero_()  # what memory held may be NaN
+        for cache in self.caches:
+            for part in cache:
+                if part is not None:
+                    part.zero_()  # what memory held may be NaN
         for step in steps:
             self.execute(step)
         self._take_attention_pairs()

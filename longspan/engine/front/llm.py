@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, cast
 
+from longspan.attention.observer import AttentionObserver
 from longspan.config import EngineConfig
 from longspan.engine.control.loop import Loop
 from longspan.engine.control.scheduler import Scheduler
@@ -142,6 +143,10 @@ class LLM:
             num_requests=num_requests, num_prompt_tokens=num_prompt, num_cached_tokens=num_cached,
             num_output_tokens=num_output, density=kept / causal if causal else None,
             peak_memory_bytes=self._runner.peak_memory_bytes())
+
+    def observe(self, observer: AttentionObserver | None) -> None:
+        """Tell ``observer`` what attention does in every prefill from now on; None: nobody."""
+        self._runner.observe(observer)
 
     def close(self) -> None:
         """Cancel what runs and free weights and cache. The object is of no use afterwards."""

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import pytest
 
 import longspan
+from longspan.attention.observer import AttendedRows, AttentionObserver
 from longspan.attention.sparsity import SparsityPlan
 from longspan.engine.front.llm import LLM
 from longspan.engine.request import Progress, SamplingParams, TokenEvent
@@ -309,3 +310,23 @@ def test_plain_models_get_the_default_plan_on_demand(path: Path) -> None:
     with load(path, attention="sparse") as llm:
         assert llm.sparsity_plan == SparsityPlan.default(3, 4)
         assert llm.generate(PROMPTS[1], PARAMS)[0].density == 1.0  # within the slash budget
+
+
+def test_attention_is_observed_while_somebody_listens(path: Path) -> None:
+    class Layers(AttentionObserver):
+        def __init__(self) -> None:
+            self.seen: list[tuple[int, int, int]] = []
+
+        def attended(self, rows: AttendedRows) -> None:
+            self.seen.append((rows.layer_idx, rows.start, rows.q.shape[0]))
+
+    layers = Layers()
+    with load(path, attention="dense") as llm:
+        prompt = list(range(5, 105))
+        llm.observe(layers)
+        llm.generate(prompt, SamplingParams(max_tokens=4, ignore_eos=True))
+        # two prefill chunks; the last layer computes what is sampled; decode is not observed
+        assert layers.seen == [(0, 0, 64), (1, 0, 64), (0, 64, 36), (1, 64, 36), (2, 99, 1)]
+        llm.observe(None)
+        llm.generate(prompt[::-1], PARAMS)
+        assert len(layers.seen) == 5
