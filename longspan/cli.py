@@ -34,6 +34,8 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 Attention = Annotated[str, typer.Option(help="Prefill: auto, dense or sparse.")]
 Positions = Annotated[str, typer.Option(help="auto, rope, dca or dca+yarn.")]
+Weights = Annotated[str, typer.Option(
+    help="checkpoint, or random: the same sizes and no weights read, to measure with.")]
 ModelOption = Annotated[str, typer.Option(help="Directory, hub id, or nano (bundled).")]
 ShapeName = Annotated[str, typer.Option(
     "--shape", help="qwen2.5-7b, qwen2.5-14b or nano; random weights.")]
@@ -73,7 +75,7 @@ def generate(
     device: Device = None, dtype: Dtype = None, attention: Attention = "auto",
     positions: Positions = "auto", max_model_len: MaxModelLen = None,
     prefill_chunk_len: ChunkLen = None, sparsity_plan: Plan = None, memory_gib: Memory = None,
-    threads: Threads = None,
+    weights: Weights = "checkpoint", threads: Threads = None,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -86,7 +88,8 @@ def generate(
     run(model, PromptSource(file=prompt_file, question=question, raw=raw), params, json, {
         "device": device, "dtype": dtype, "attention": attention, "positions": positions,
         "max_model_len": max_model_len, "prefill_chunk_len": prefill_chunk_len,
-        "sparsity_plan": sparsity_plan, "memory_gib": memory_gib, "num_threads": threads})
+        "sparsity_plan": sparsity_plan, "memory_gib": memory_gib, "weights": weights,
+        "num_threads": threads})
 
 
 @app.command()
@@ -144,7 +147,7 @@ def serve(
     device: Device = None, dtype: Dtype = None, attention: Attention = "auto",
     positions: Positions = "auto", max_model_len: MaxModelLen = None,
     prefill_chunk_len: ChunkLen = None, sparsity_plan: Plan = None, memory_gib: Memory = None,
-    threads: Threads = None,
+    weights: Weights = "checkpoint", threads: Threads = None,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API does, with a page to try it."""
     from longspan.serve import check_dependencies
@@ -161,8 +164,8 @@ def serve(
     status = run(model, config, {
         "device": device, "dtype": dtype, "attention": attention, "positions": positions,
         "max_model_len": max_model_len, "prefill_chunk_len": prefill_chunk_len,
-        "sparsity_plan": sparsity_plan, "memory_gib": memory_gib, "num_threads": threads,
-        "step_budget_s": step_budget_s})
+        "sparsity_plan": sparsity_plan, "memory_gib": memory_gib, "weights": weights,
+        "num_threads": threads, "step_budget_s": step_budget_s})
     if status:
         raise typer.Exit(status)
 

@@ -19,6 +19,7 @@ from longspan.rope_config import RopeScaling, read_rope
 
 AttentionMode = Literal["auto", "dense", "sparse"]
 PositionMode = Literal["auto", "rope", "dca", "dca+yarn"]
+WeightSource = Literal["checkpoint", "random"]
 
 MAX_THREADS = 1024
 """torch crashes if the operating system cannot give it as many threads as it was told to use."""
@@ -237,6 +238,9 @@ class EngineConfig:
     """``auto``: DCA with the YaRN temperature when the checkpoint has a DCA config."""
     sparsity_plan: str | None = None
     """JSON file of budgets; default: the plan beside the checkpoint, else the built-in policy."""
+    weights: WeightSource = "checkpoint"
+    """``random``: the checkpoint's sizes with random weights; none are downloaded or read. For
+    measuring time and memory."""
     prefill_chunk_len: int | None = None
     """Prompt tokens of one request computed in one step; default 32,768 on GPUs, 16,384 on CPUs."""
     step_budget_s: float | None = None
@@ -268,7 +272,8 @@ class EngineConfig:
                                 "it out for all cores")
         if self.memory_gib == math.inf:
             raise LongspanError("memory_gib must be finite; leave it out for what is free")
-        for name, modes in (("attention", AttentionMode), ("positions", PositionMode)):
+        for name, modes in (("attention", AttentionMode), ("positions", PositionMode),
+                            ("weights", WeightSource)):
             value = getattr(self, name)
             if value not in get_args(modes):
                 raise LongspanError(

@@ -379,6 +379,7 @@ def test_engine_config_refuses_numbers_of_another_kind(field, value, kind):
     ("max_model_len", 1.5, "max_model_len is 1.5, an integer is needed"),
     ("memory_gib", "8", "memory_gib is '8', a number is needed"),
     ("attention", "flash", "attention 'flash' is not one of auto, dense, sparse"),
+    ("weights", "dummy", "weights 'dummy' is not one of checkpoint, random"),
     ("positions", "alibi", "positions 'alibi' is not one of auto, rope, dca, dca\\+yarn"),
     ("memory_gib", float("inf"), "memory_gib must be finite"),
     ("num_threads", 10**8, "num_threads is 100000000, at most 1024; leave it out"),

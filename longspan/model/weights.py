@@ -29,7 +29,8 @@ from longspan.model.qwen2 import EMBEDDING, HEAD, CausalLM
 BUNDLED_MODEL = "nano"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model"]
+HUB_PATTERNS = ("*.json", "*.jinja", "merges.txt", "tokenizer.model")
+HUB_WEIGHTS = "*.safetensors"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_HEADER_BYTES = 100_000_000
@@ -49,10 +50,11 @@ class StoredTensor:
     """Byte behind the last one."""
 
 
-def resolve_checkpoint(name: str) -> Path:
+def resolve_checkpoint(name: str, *, with_weights: bool = True) -> Path:
     """Directory of a checkpoint: ``nano`` (bundled), a directory, or a hub id.
 
-    A hub id is downloaded to the hub's cache, or taken from there. Raises `CheckpointError` when
+    A hub id is downloaded to the hub's cache, or taken from there; without its weights where they
+    are not asked for. Raises `CheckpointError` when
     there is no such checkpoint, `MissingDependencyError` without huggingface_hub.
     """
     if name == BUNDLED_MODEL:
@@ -67,7 +69,7 @@ def resolve_checkpoint(name: str) -> Path:
             f"{name or 'no name'}: no such directory; name a directory, a hub id such as "
             f"Qwen/Qwen2.5-7B-Instruct-1M, or {BUNDLED_MODEL} for the bundled model"
         )
-    return _download(name)
+    return _download(name, [*HUB_PATTERNS, HUB_WEIGHTS] if with_weights else [*HUB_PATTERNS])
 
 
 def load_weights(model: CausalLM, path: Path) -> None:
@@ -108,7 +110,7 @@ def _bundled_model() -> Path:
     return path
 
 
-def _download(name: str) -> Path:
+def _download(name: str, patterns: list[str]) -> Path:
     try:
         import huggingface_hub as hub
         from huggingface_hub import errors
@@ -117,7 +119,7 @@ def _download(name: str) -> Path:
             f"{name} is a hub id, and huggingface_hub is not installed: pip install huggingface_hub"
         ) from None
     try:
-        return Path(hub.snapshot_download(name, allow_patterns=HUB_PATTERNS))
+        return Path(hub.snapshot_download(name, allow_patterns=patterns))
     except errors.GatedRepoError:
         reason = "the repository is gated; accept its terms on its page, then run `hf auth login`"
     except errors.RepositoryNotFoundError:

@@ -408,6 +408,9 @@ def test_hub_id_downloads_only_what_is_read(monkeypatch, checkpoint):
     assert resolve_checkpoint("Qwen/Qwen2.5-7B-Instruct-1M") == checkpoint
     assert calls[0]["name"] == "Qwen/Qwen2.5-7B-Instruct-1M"
     assert not any(pattern.endswith(".bin") for pattern in calls[0]["allow_patterns"])
+    assert "*.safetensors" in calls[0]["allow_patterns"]
+    resolve_checkpoint("Qwen/Qwen2.5-7B-Instruct-1M", with_weights=False)
+    assert {*calls[0]["allow_patterns"]} - {*calls[1]["allow_patterns"]} == {"*.safetensors"}
 
 
 def hub_errors() -> list:

@@ -33,7 +33,7 @@ from longspan.engine.step import ScheduledBatch, StepResult
 from longspan.engine.text.grammar import Grammars
 from longspan.engine.text.tokenizer import Tokenizer
 from longspan.model import TORCH_DTYPES, build_model
-from longspan.model.weights import load_weights
+from longspan.model.weights import load_weights, random_weights
 from longspan.ops.types import PagedKV
 
 
@@ -79,7 +79,10 @@ class Runner:
         for layers in split_layers(model.num_layers, num_stages):
             part = build_model(model, layers=layers, rotary=rotary, plan=plan, dtype=dtype,
                                device=config.device)
-            load_weights(part, path)
+            if config.weights == "random":
+                random_weights(part, seed=layers.start)
+            else:
+                load_weights(part, path)
             caches = _allocate(len(layers), model, memory, dtype, config.device,
                                means=needs_means(plan))
             stages.append(PipelineStage(model=part, caches=caches))

@@ -62,18 +62,34 @@ class ResolvedEngine:
             LongspanError: a field is out of range.
         """
         config = resolve_config(asked, has_cuda=torch.cuda.is_available())
-        path = resolve_checkpoint(config.model)
+        path = resolve_checkpoint(config.model, with_weights=config.weights == "checkpoint")
         model = ModelConfig.from_dir(path)
+        return cls.of(model, config, path=path, plan=resolve_plan(path, model, config),
+                      must_fit=must_fit)
+
+    @classmethod
+    def of(
+        cls, model: ModelConfig, asked: EngineConfig, *, path: Path, plan: SparsityPlan | None,
+        must_fit: bool = True,
+    ) -> Self:
+        """Decide everything for a model whose facts are known; nothing is read.
+
+        Args:
+            path: where weights and tokenizer are read later, if ever: not where weights are random
+                and requests are token ids.
+            plan: the budgets that there are; None: the built-in ones where prefill is sparse.
+            must_fit: as in `resolve`; errors too.
+        """
+        config = resolve_config(asked, has_cuda=torch.cuda.is_available())
         dca = resolve_positions(config.positions, model)
-        found = resolve_plan(path, model, config)
-        plan = plan_in_effect(config, model, found, has_dca=dca is not None)
-        memory = _plan_memory(config, replace(model, dca=dca), means=needs_means(plan),
+        in_effect = plan_in_effect(config, model, plan, has_dca=dca is not None)
+        memory = _plan_memory(config, replace(model, dca=dca), means=needs_means(in_effect),
                               must_fit=must_fit)
-        if plan is not None and plan.mode == "tile":
+        if in_effect is not None and in_effect.mode == "tile":
             check_tiles(dca, block_size=config.block_size, max_model_len=memory.max_model_len)
         return cls(
             path=path, config=replace(config, max_model_len=memory.max_model_len), model=model,
-            dca=dca, has_plan=found is not None, plan=plan, memory=memory)
+            dca=dca, has_plan=plan is not None, plan=in_effect, memory=memory)
 
     def load_runner(self) -> Runner:
         """Read the weights and allocate the caches. Raises `CheckpointError`."""

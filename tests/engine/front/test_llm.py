@@ -258,6 +258,18 @@ def test_start_up_faults(path: Path, tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
 
 
+def test_random_weights_need_no_weights_file(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, max_position_embeddings=512)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no safetensors file"):
+        load(tmp_path)
+    answers = set()
+    for _ in range(2):
+        with load(tmp_path, weights="random") as llm:
+            answers.add(llm.generate(PROMPTS[1], PARAMS)[0].token_ids)
+    assert len(answers) == 1  # the seed is always the same
+
+
 @pytest.mark.gpu
 def test_a_gpu_answers_like_the_cpu(
     path: Path, alone: dict[SamplingParams, list[tuple[int, ...]]],
