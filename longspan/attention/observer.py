@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -58,9 +58,10 @@ class AttendedRows:
                 self.item.scale)
 
 
-class AttentionObserver(Protocol):
-    """Told what prefill does, layer by layer. A subclass overrides what it is interested in; its
-    methods run in the middle of the pass and must change nothing. Decode is not observed."""
+class AttentionObserver:
+    """Told what prefill does, layer by layer; this one does not listen. A subclass overrides what
+    it is interested in: it runs in the middle of the pass and must change nothing. Decode is not
+    observed."""
 
     def region(self, name: Region) -> AbstractContextManager[None]:
         """Entered around each call of an op, for timing."""

@@ -5,16 +5,22 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from longspan.attention.observer import AttentionObserver
 
 Run = Callable[[], object]
 FLUSH_BYTES = 256 * 1024**2
 """Written before a timed call that must not find its data in the L2 cache: several caches full."""
+LINEAR_FUNCTIONS = (F.linear, torch.Tensor.addmm_)
+"""What products with weights are made of (`longspan.model.qwen2.Linear`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,10 +89,9 @@ def rate(amount: float, timing: Timing) -> float:
     return float(f"{amount / timing.median_ms / 1e9:.4g}")
 
 
-class Regions:
-    """Device time by name: wraps functions so that each call is timed and the calls add up.
-
-    Reading waits for the device; recording does not. Calls inside a timed call are not counted.
+class Regions(AttentionObserver):
+    """Device time by name: the parts of attention, where it observes, and what `region` is put
+    around. Reading waits for the device; recording does not. Regions inside a region do not count.
     """
 
     def __init__(self, device: str) -> None:
@@ -94,48 +99,41 @@ class Regions:
         self._reads: defaultdict[str, list[Callable[[], float]]] = defaultdict(list)
         self._is_inside = False
 
-    def wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, with its time added to ``name``."""
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            if self._is_inside:
-                return function(*args, **kwargs)
-            self._is_inside = True
-            try:
-                stop = _start(self._device)
-                result = function(*args, **kwargs)
-                self._reads[name].append(stop())
-            finally:
-                self._is_inside = False
-            return result
-        return timed
-
     @contextmanager
-    def watch(self, targets: Sequence[tuple[Any, str, str]]) -> Iterator[None]:
-        """Time attributes (owner, attribute, name) while the context lasts."""
-        with ExitStack() as stack:
-            for owner, attribute, name in targets:
-                stack.enter_context(
-                    swapped(owner, attribute, self.wrap(name, getattr(owner, attribute))))
+    def region(self, name: str) -> Iterator[None]:
+        """Add the time until the context's end to ``name``."""
+        if self._is_inside:
             yield
+            return
+        self._is_inside = True
+        try:
+            stop = _start(self._device)
+            yield
+            self._reads[name].append(stop())
+        finally:
+            self._is_inside = False
 
     def totals_ms(self) -> dict[str, float]:
-        """Sum by name since the last `reset`."""
+        """Sum by name."""
         return {name: sum(read() for read in reads) for name, reads in self._reads.items()}
 
-    def reset(self) -> None:
-        """Forget everything."""
-        self._reads.clear()
 
+class LinearRegions(TorchFunctionMode):
+    """While entered, all products with weights are a region of their own."""
 
-@contextmanager
-def swapped(owner: Any, attribute: str, value: Any) -> Iterator[None]:
-    """Put ``value`` in the place of an attribute for a while."""
-    old = getattr(owner, attribute)
-    setattr(owner, attribute, value)
-    try:
-        yield
-    finally:
-        setattr(owner, attribute, old)
+    def __init__(self, regions: Regions, name: str) -> None:
+        super().__init__()
+        self._regions, self._name = regions, name
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Called for each torch function."""
+        if func not in LINEAR_FUNCTIONS:
+            return func(*args, **(kwargs or {}))
+        with self._regions.region(self._name):
+            return func(*args, **(kwargs or {}))
 
 
 def _time(device: str, run: Run) -> Callable[[], float]:

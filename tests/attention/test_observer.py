@@ -88,11 +88,7 @@ def test_dense_prefill_and_the_defaults(item: LayerInput) -> None:
     notes = Notes()
     out = prefill(item, notes, sparse=False)
     assert notes.regions == ["dense"] and len(notes.rows) == 1
-
-    class Nobody(AttentionObserver):
-        pass
-
-    assert torch.equal(prefill(item, Nobody(), sparse=False), out)
+    assert torch.equal(prefill(item, AttentionObserver(), sparse=False), out)
 
 
 def test_recall_is_the_mass_that_is_kept(item: LayerInput) -> None:

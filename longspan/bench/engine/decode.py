@@ -21,11 +21,11 @@ from msgspec.structs import replace
 from longspan import ops
 from longspan.attention.rope import build_rotary
 from longspan.bench.engine.engine import (
-    EngineOptions,
-    RandomEngine,
-    make_blueprint,
+    EngineSizes,
+    ShapeEngine,
+    decode_step,
     open_engine,
-    step_of,
+    plan_engine,
     weight_bytes_read,
 )
 from longspan.bench.ops import checks
@@ -88,13 +88,13 @@ def run(session: BenchSession, shape: Shape, options: DecodeOptions) -> int:
 
 
 def _measure(
-    session: BenchSession, shape: Shape, options: DecodeOptions, engine: RandomEngine,
+    session: BenchSession, shape: Shape, options: DecodeOptions, engine: ShapeEngine,
     pair: tuple[int, int], total_layers: int, copy_tb_per_s: float,
 ) -> dict[str, Any]:
     context, batch = pair
     device = session.device
     checks.check_decode(shape, device)
-    step = step_of(engine, 0, [(context - 1, context, context - 1)] * batch, sparse=False)
+    step = decode_step(engine, context, batch)
     sync_ms = time_steps(engine, step, device, options.steps, in_flight=1)
     step_ms = time_steps(engine, step, device, options.steps, in_flight=IN_FLIGHT)
     attention_ms, kv_bytes = _attention(shape, engine, device, context, batch)
@@ -113,7 +113,7 @@ def _measure(
 
 
 def time_steps(
-    engine: RandomEngine, step: ScheduledBatch, device: str, count: int, *, in_flight: int
+    engine: ShapeEngine, step: ScheduledBatch, device: str, count: int, *, in_flight: int
 ) -> list[float]:
     """Wall times between the results of steps that end with ``step``, each a token further, ms;
     ``in_flight`` are launched at a time."""
@@ -146,38 +146,37 @@ def steps_before(step: ScheduledBatch, count: int) -> Iterator[ScheduledBatch]:
 
 
 def _attention(
-    shape: Shape, engine: RandomEngine, device: str, context: int, batch: int
+    shape: Shape, engine: ShapeEngine, device: str, context: int, batch: int
 ) -> tuple[float, int]:
     """Time of one layer's decode attention, ms, and the bytes of keys and values it reads. The
     layers' caches take turns, so that none is found in the L2 cache."""
-    model, size = shape.model, engine.blueprint.config.block_size
+    model, size = shape.model, engine.plan.config.block_size
     num_blocks = -(-context // size)
     first = torch.arange(batch, device=device)[:, None] * num_blocks
     tables = first + torch.arange(num_blocks, device=device)
     lens = torch.full((batch,), context, device=device)
     scales = torch.full((batch,), model.head_dim**-0.5, device=device)
-    cache = engine.caches[0]
-    q = torch.randn(batch, model.num_heads, model.head_dim, device=device, dtype=cache.k.dtype)
+    caches = engine.runner.caches
+    q = torch.randn(batch, model.num_heads, model.head_dim, device=device, dtype=caches[0].k.dtype)
     rotary = build_rotary(head_dim=model.head_dim, rope_theta=model.rope_theta, device=device,
                           scaling=model.rope_scaling, max_model_len=context, dca=model.dca)
     turn = iter(range(10**9))
 
     def work() -> None:
-        layer = next(turn) % len(engine.caches)
-        ops.decode_attention(q, engine.caches[layer], tables, lens, rotary, scales)
+        ops.decode_attention(q, caches[next(turn) % len(caches)], tables, lens, rotary, scales)
     with torch.inference_mode():
         timing = measure(work, device, flush_cache=True)
-    kv_bytes = 2 * batch * context * model.num_kv_heads * model.head_dim * cache.k.element_size()
+    kv_bytes = 2 * batch * context * model.num_kv_heads * model.head_dim * q.element_size()
     return timing.median_ms, kv_bytes
 
 
 def _sizes(
     options: DecodeOptions, context: int, batch: int, pairs: Sequence[tuple[int, int]]
-) -> EngineOptions:
+) -> EngineSizes:
     """An engine for the largest of the pairs."""
     size = 128
     num_tokens = max(batch * -(-context // size) * size for context, batch in pairs)
-    return EngineOptions(
+    return EngineSizes(
         max_model_len=max(context for context, _ in pairs), num_tokens=num_tokens,
         max_num_requests=max(batch for _, batch in pairs), memory_gib=options.memory_gib)
 
@@ -194,7 +193,7 @@ def _refuse(
     shape: Shape, device: str, options: DecodeOptions, context: int, batch: int
 ) -> Mapping[str, Any]:
     """Raises `NotEnoughMemoryError` with the numbers."""
-    make_blueprint(shape, device, _sizes(options, context, batch, [(context, batch)]))
+    plan_engine(shape, device, _sizes(options, context, batch, [(context, batch)]))
     return {}
 
 

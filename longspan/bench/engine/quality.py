@@ -9,6 +9,8 @@ exp(lse_sparse - lse_full), over the queries of the last prefill chunk that are 
 from __future__ import annotations
 
 import random
+import tempfile
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,28 +21,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan import ops
-from longspan.attention.layer import allocate_cache
-from longspan.attention.metadata import SequenceSlice, build_metadata
-from longspan.attention.rope import build_rotary
+from longspan.attention.metadata import AttentionMetadata
+from longspan.attention.observer import AttendedRows, AttentionObserver
 from longspan.attention.sparsity import SparsityPlan
-from longspan.bench.engine.questions import Quiz, common_prefix, many_questions, single_questions
+from longspan.bench.engine.questions import Quiz, many_questions, single_questions
 from longspan.bench.session import BenchSession
-from longspan.bench.timing import rounded, swapped
+from longspan.bench.timing import rounded
 from longspan.commands.console import note, percent, show_table
 from longspan.config import EngineConfig, dense_tail_start
+from longspan.engine.front.llm import LLM
+from longspan.engine.request import RequestOutput, SamplingParams
 from longspan.engine.setup.engine_plan import ResolvedEngine
 from longspan.engine.text.tokenizer import Tokenizer
 from longspan.errors import LongspanError
 from longspan.eval.stats import wilson_interval
 from longspan.eval.text import TextBank, python_text_roots
-from longspan.model import TORCH_DTYPES, build_model
-from longspan.model.weights import load_weights
+from longspan.model import CausalLM
 
 SETTINGS = ("dense", "tile", "paper")
 MATCH_ROUNDS = 4
 MATCHED = 0.03
 """Costs this close count as equal."""
+GUESSED_ROWS = 256
+"""Rows whose logits are computed at a time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,174 +101,142 @@ def _work(
 
 
 class Subject:
-    """A model, and room for one prompt."""
+    """A model, and an engine for each of its measurements: nothing is cached when one begins."""
 
     def __init__(self, options: QualityOptions, device: str) -> None:
-        longest = max(options.lengths) + 64
-        made = ResolvedEngine.resolve(EngineConfig(
-            model=options.model, device=device, attention="sparse", max_model_len=longest,
-            prefill_chunk_len=options.chunk_len, max_num_requests=1))
-        assert made.plan is not None and made.config.dtype and made.config.prefill_chunk_len
-        self.device, self.dca, self.config = device, made.dca, made.model
+        self._options: dict[str, Any] = {
+            "device": device, "max_model_len": max(options.lengths) + 64, "max_num_requests": 1,
+            "prefill_chunk_len": options.chunk_len}
+        self._model = options.model
+        made = ResolvedEngine.resolve(
+            EngineConfig(model=options.model, attention="sparse", **self._options))
+        assert made.plan is not None and made.config.prefill_chunk_len
         self.plan, self.tokenizer = made.plan, Tokenizer(made.path)
         self.chunk_len, self.block_size = made.config.prefill_chunk_len, made.config.block_size
-        dtype = TORCH_DTYPES[made.config.dtype]
-        rotary = build_rotary(
-            head_dim=made.model.head_dim, rope_theta=made.model.rope_theta, device=device,
-            scaling=made.model.rope_scaling, max_model_len=longest, dca=made.dca)
-        self.model = build_model(made.model, layers=range(made.model.num_layers), rotary=rotary,
-                                 plan=made.plan, dtype=dtype, device=device)
-        load_weights(self.model, made.path)
-        self.caches = [allocate_cache(
-            num_blocks=-(-longest // self.block_size), block_size=self.block_size, dtype=dtype,
-            num_kv_heads=made.model.num_kv_heads, head_dim=made.model.head_dim, device=device,
-            means=True) for _ in range(made.model.num_layers)]
 
     def measure(self, prompts: Sequence[Quiz], plan: SparsityPlan | None) -> dict[str, Any]:
         """Scores of all prompts; density and recall of the first one."""
-        shared = common_prefix([quiz.ids for quiz in prompts])
-        shared = min(shared, prompts[0].prompt_len - 1) // self.chunk_len * self.chunk_len
         recall = Recall(from_position=self._last_sparse_chunk(prompts[0].prompt_len, plan))
-        with torch.inference_mode(), self._using(plan):
-            self.model.reset_attention_stats()
-            with recall.watch():
-                hits = self._ask(prompts[0], 0, plan)
-            kept, causal = self.model.attention_stats()
+        with self._engine(plan) as llm:
+            llm.observe(recall)
+            hits, output = ask(llm, prompts[0])
+            llm.observe(None)
             for quiz in prompts[1:]:
-                hits += self._ask(quiz, shared, plan)
-        found = recall.by_layer(self.caches)
+                hits += ask(llm, quiz)[0]
+        assert output.density is not None and not output.num_cached_tokens
+        found = recall.by_layer()
         low, high = wilson_interval(sum(hits), len(hits))
         return {"score": rounded(sum(hits) / len(hits)), "n": len(hits), "ci_low": rounded(low),
-                "ci_high": rounded(high), "density": rounded(kept / causal, 4),
-                "cost": rounded(kept / causal + self._mean_cost(plan), 4),
+                "ci_high": rounded(high), "density": rounded(output.density, 4),
+                "cost": rounded(self._cost(output, plan), 4),
                 "plan": _describe(plan), "recall": summary(found),
                 "recall_by_head": [[[round(value, 4) for value in head] for head in layer]
                                    for layer in found]}
 
     def match(self, quiz: Quiz, start: SparsityPlan | None) -> SparsityPlan:
-        """MInference's policy with budgets scaled until it costs what the tile plan does on this
-        prompt, estimated on its last prefill chunk, and the one before if that is short."""
-        plan = start or self.plan.paper()
-        last = max(0, quiz.prompt_len - self.chunk_len // 2) // self.chunk_len * self.chunk_len
-        with torch.inference_mode(), self._using(self.plan):
-            self.model.reset_attention_stats()
-            self._prefill(quiz, 0, quiz.prompt_len, self.plan)
-            kept, causal = self.model.attention_stats()
-        wanted = kept / causal + self._mean_cost(self.plan)
+        """MInference's policy with budgets scaled until this prompt costs what it costs with the
+        tile plan."""
+        plan, wanted = start or self.plan.paper(), self._cost_of(quiz, self.plan)
         for _ in range(MATCH_ROUNDS):
-            with torch.inference_mode(), self._using(plan):
-                self.model.reset_attention_stats()
-                self._prefill(quiz, last, quiz.prompt_len, plan)
-                density = whole_density(*self.model.attention_stats(), last, quiz.prompt_len)
-            note(f"paper budgets: about {percent(density)} of all pairs, {percent(wanted)} wanted")
-            if abs(density / wanted - 1) <= MATCHED:
+            cost = self._cost_of(quiz, plan)
+            note(f"paper budgets: {percent(cost)} of all pairs, {percent(wanted)} wanted")
+            if abs(cost / wanted - 1) <= MATCHED:
                 break
-            plan = scaled(plan, wanted / density)
+            plan = scaled(plan, wanted / cost)
         return plan
+
+    def _cost_of(self, quiz: Quiz, plan: SparsityPlan) -> float:
+        with self._engine(plan) as llm:
+            return self._cost(llm.generate([quiz.ids], SamplingParams(max_tokens=1))[0], plan)
+
+    def _cost(self, output: RequestOutput, plan: SparsityPlan | None) -> float:
+        """The density, and what tile means add to it: one key for each tile."""
+        assert output.density is not None
+        means = plan is not None and plan.mean_correction
+        return output.density + (1 / self.block_size if means else 0.0)
 
     def _last_sparse_chunk(self, prompt_len: int, plan: SparsityPlan | None) -> int:
         """Where the last prefill chunk begins that has queries before the dense tail."""
         stop = dense_tail_start(prompt_len, plan.dense_tail_len if plan else 0)
         return max(0, stop - 1) // self.chunk_len * self.chunk_len
 
-    def _mean_cost(self, plan: SparsityPlan | None) -> float:
-        """What tile means add to the density: one key for each tile."""
-        return 1 / self.block_size if plan is not None and plan.mean_correction else 0.0
-
     @contextmanager
-    def _using(self, plan: SparsityPlan | None) -> Iterator[None]:
-        """The layers attend by this plan for a while."""
-        if plan is None:
-            yield
-            return
-        cores = [layer.self_attn.core for layer in self.model.decoder_layers()]
-        old = [(core.plan, core.budget) for core in cores]
-        for index, core in enumerate(cores):
-            core.plan, core.budget = plan, plan.layer(index)
-        try:
-            yield
-        finally:
-            for core, (old_plan, old_budget) in zip(cores, old, strict=True):
-                core.plan, core.budget = old_plan, old_budget
-
-    def _ask(self, quiz: Quiz, start: int, plan: SparsityPlan | None) -> list[bool]:
-        """Which answers are right. ``start``: tokens already in the cache."""
-        first = quiz.answers[0][0] - 1
-        logits = self._prefill(quiz, start, quiz.prompt_len, plan, outputs_from=first)
-        if quiz.answers[-1][0] == quiz.prompt_len:  # the answer is not part of the prompt
-            answer = quiz.answers[-1][1]
-            if len(answer) > 1:
-                logits = torch.cat((logits, self._step(
-                    answer[:-1], quiz.prompt_len, quiz.prompt_len, False, len(answer) - 1)))
-        guesses = logits.argmax(-1).tolist()
-        return [tuple(guesses[place - 1 - first :][: len(answer)]) == answer
-                for place, answer in quiz.answers]
-
-    def _prefill(
-        self, quiz: Quiz, start: int, stop: int, plan: SparsityPlan | None,
-        outputs_from: int | None = None,
-    ) -> Tensor:
-        """Compute tokens start ... stop - 1 in prefill chunks; logits of those from
-        ``outputs_from`` on. Returns [n, V]."""
-        outputs_from = stop if outputs_from is None else outputs_from
-        found = []
-        while start < stop:
-            end = min(stop, (start // self.chunk_len + 1) * self.chunk_len)
-            found.append(self._step(quiz.ids[start:end], start, quiz.prompt_len, plan is not None,
-                                    max(0, end - max(start, outputs_from))))
-            start = end
-        return torch.cat(found)
-
-    def _step(
-        self, ids: Sequence[int], start: int, prompt_len: int, sparse: bool, num_outputs: int,
-    ) -> Tensor:
-        stop = start + len(ids)
-        metadata = build_metadata(
-            [SequenceSlice(query_len=len(ids), cached_len=start, prompt_len=prompt_len,
-                           block_ids=range(-(-stop // self.block_size)), sparse=sparse,
-                           num_outputs=num_outputs)],
-            block_size=self.block_size, head_dim=self.config.head_dim, dca=self.dca,
-            device=self.device)
-        tokens = torch.tensor(ids, dtype=torch.int64).to(self.device)
-        return self.model.logits(self.model(tokens, metadata, self.caches))
+    def _engine(self, plan: SparsityPlan | None) -> Iterator[LLM]:
+        """An engine with these budgets; None: a dense one."""
+        with tempfile.TemporaryDirectory() as folder:
+            if plan is None:
+                engine = LLM(self._model, attention="dense", **self._options)
+            else:
+                file = Path(folder) / "plan.json"
+                plan.save(file)
+                engine = LLM(
+                    self._model, attention="sparse", sparsity_plan=str(file), **self._options)
+            with engine:
+                yield engine
 
 
-class Recall:
-    """Watches sparse attention and asks dense attention for the mass that was there to keep."""
+def ask(llm: LLM, quiz: Quiz) -> tuple[list[bool], RequestOutput]:
+    """Which answers are right, and the output: an answer behind the prompt is generated, those
+    inside it are forced, and each token's predecessor must find it the most probable."""
+    place, answer = quiz.answers[-1]
+    if place == quiz.prompt_len:
+        params = SamplingParams(max_tokens=len(answer), ignore_eos=True)
+        (output,) = llm.generate([quiz.ids], params)
+        return [output.token_ids == answer], output
+    first = quiz.answers[0][0] - 1
+    with forced(llm._runner._stages[-1].model, first) as guesses:
+        (output,) = llm.generate([quiz.ids], SamplingParams(max_tokens=1))
+    return [tuple(guesses[place - 1 - first :][: len(answer)]) == answer
+            for place, answer in quiz.answers], output
+
+
+@contextmanager
+def forced(model: CausalLM, first: int) -> Iterator[list[int]]:
+    """Computes all rows of the last layer meanwhile. Gives the most probable next token of each
+    position from ``first`` on of the one prompt that is prefilled."""
+    guesses: list[int] = []
+    layer, wanted = model.decoder_layers()[-1], list[Tensor | None]()
+
+    def widen(_: object, args: tuple[Tensor, AttentionMetadata, object]) -> tuple[object, ...]:
+        hidden, metadata, cache = args
+        wanted.append(metadata.output_rows)
+        return hidden, replace(metadata, output_rows=None, output=None), cache
+
+    def take(_: object, args: tuple[Tensor, AttentionMetadata, object], hidden: Tensor) -> Tensor:
+        begin, rows = int(args[1].positions[0]), wanted.pop()
+        for part in hidden[max(0, first - begin) :].split(GUESSED_ROWS):
+            guesses.extend(model.logits(model.norm(part)).argmax(-1).tolist())
+        return hidden if rows is None else hidden[rows]
+
+    hooks = layer.register_forward_pre_hook(widen), layer.register_forward_hook(take)
+    try:
+        yield guesses
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class Recall(AttentionObserver):
+    """Attention mass that sparse prefill keeps from a position on, by layer and head."""
 
     def __init__(self, from_position: int) -> None:
         self._from = from_position
-        self._found: list[tuple[int, Tensor]] = []
+        self._found: defaultdict[int, list[Tensor]] = defaultdict(list)
 
-    @contextmanager
-    def watch(self) -> Iterator[None]:
-        """Record the calls whose queries stand at ``from_position`` or later."""
-        attend: Any = ops.sparse_prefill_attention
-        dense: Any = ops.prefill_attention
+    def attended(self, rows: AttendedRows) -> None:
+        """Compare with dense attention of the same queries."""
+        if rows.selection is not None and rows.start >= self._from:
+            self._found[rows.layer_idx].append(rows.recall())
 
-        def watched(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-            result: tuple[Tensor, Tensor, Tensor] = attend(*args)
-            if args[3] >= self._from:
-                # tile means are no keys: their mass is not kept
-                lse = attend(*args[:7], False)[1] if args[7] else result[1]
-                full = dense(*args[:6])[1]
-                self._found.append((args[1].k.data_ptr(), torch.exp(lse - full)))
-            return result
-
-        with swapped(ops, "sparse_prefill_attention", watched):
-            yield
-
-    def by_layer(self, caches: Sequence[Any]) -> list[list[tuple[float, float, float]]]:
+    def by_layer(self) -> list[list[tuple[float, float, float]]]:
         """[layers][heads] of (mean, 5th percentile, least) over the queries; no layers where
         nothing was sparse."""
         found = []
-        for cache in caches:
-            parts = [recall for place, recall in self._found if place == cache.k.data_ptr()]
-            if parts:
-                rows = torch.cat(parts).double()
-                fifth = torch.quantile(rows, 0.05, dim=0)
-                found.append([(float(mean), float(low), float(least)) for mean, low, least in
-                              zip(rows.mean(0), fifth, rows.amin(0), strict=True)])
+        for _, parts in sorted(self._found.items()):
+            rows = torch.cat(parts).double()
+            fifth = torch.quantile(rows, 0.05, dim=0)
+            found.append([(float(mean), float(low), float(least)) for mean, low, least in
+                          zip(rows.mean(0), fifth, rows.amin(0), strict=True)])
         return found
 
 
@@ -277,16 +248,6 @@ def summary(by_layer: Sequence[Sequence[Sequence[float]]]) -> dict[str, float] |
     values = torch.tensor(means, dtype=torch.float64)
     return {"mean": round(float(values.mean()), 4),
             "p5": round(float(torch.quantile(values, 0.05)), 4), "min": round(means[0], 4)}
-
-
-def whole_density(kept: float, causal: float, start: int, stop: int) -> float:
-    """Density of a prompt from that of its last chunk: each query keeps the same number of keys,
-    or all it has."""
-    num_queries = stop - start
-    keys_there = num_queries * (start + (num_queries + 1) / 2)
-    num_kept = kept / causal * keys_there / num_queries
-    share = min(1.0, num_kept / stop)
-    return 2 * share - share * share
 
 
 def scaled(plan: SparsityPlan, factor: float) -> SparsityPlan:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from longspan.engine.text.tokenizer import Tokenizer
@@ -68,16 +67,6 @@ def many_questions(
         raise LongspanError(f"{count} questions and answers take {len(ids) - document_len} tokens, "
                             f"{num_tokens - document_len} are set aside; ask fewer")
     return Quiz(ids, tuple(answers))
-
-
-def common_prefix(prompts: Sequence[array[int]]) -> int:
-    """Tokens that all prompts begin with."""
-    first = prompts[0]
-    length = min(map(len, prompts))
-    for other in prompts[1:]:
-        if other[:length] != first[:length]:
-            length = next(i for i, (a, b) in enumerate(zip(first, other, strict=False)) if a != b)
-    return length
 
 
 def _answer(tokenizer: Tokenizer, example: Example) -> tuple[int, ...]:

@@ -12,30 +12,22 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from longspan.bench.engine.engine import (
-    ATTENTION,
-    LINEAR,
-    SELECTION,
-    WATCHED,
-    EngineOptions,
-    RandomEngine,
-    check_once,
-    open_engine,
-    random_ids,
-    warm_up,
-)
+from longspan.bench.engine.engine import EngineSizes, ShapeEngine, open_engine, random_ids
 from longspan.bench.ops import checks
-from longspan.bench.session import BenchSession
+from longspan.bench.session import BenchSession, CheckFailed
 from longspan.bench.shapes import Shape
-from longspan.bench.timing import Regions, rounded, synchronize
+from longspan.bench.timing import LinearRegions, Regions, rounded, synchronize
 from longspan.commands.console import percent, seconds, show_table
 from longspan.config import EngineConfig
 from longspan.engine.control.loop import Loop
 from longspan.engine.control.scheduler import Scheduler
 from longspan.engine.request import Request, SamplingParams
 from longspan.engine.resolve import resolve_config
+from longspan.engine.setup.compile_ahead import rehearsal
 from longspan.errors import LongspanError
 from longspan.units import GIB
+
+LINEAR = "linear"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,15 +78,16 @@ def _measure(
     if attention not in checked:
         _check(shape, device, is_sparse)
         checked.add(attention)
-    sizes = EngineOptions(max_model_len=length + 1, num_tokens=length + 1,
-                          chunk_len=options.chunk_len, memory_gib=options.memory_gib)
+    sizes = EngineSizes(max_model_len=length + 1, num_tokens=length + 1,
+                        chunk_len=options.chunk_len, memory_gib=options.memory_gib)
     with open_engine(shape, device, sizes) as engine:
-        chunk = engine.blueprint.config.prefill_chunk_len
+        chunk = engine.plan.config.prefill_chunk_len
         assert chunk is not None
-        warm_up(engine, length, sparse=is_sparse)
+        engine.runner.rehearse(rehearsal(engine.plan.scheduler_config()))
         prefill(engine, min(length, chunk + chunk // 2), device, sparse=is_sparse)
         regions = Regions(device)
-        with regions.watch(WATCHED):
+        engine.runner.observe(regions)
+        with LinearRegions(regions, LINEAR):
             ttft_s, density = prefill(engine, length, device, sparse=is_sparse)
         peak_bytes = engine.runner.peak_memory_bytes()
     share = shares(regions.totals_ms(), ttft_s)
@@ -118,25 +111,24 @@ def scaled(ttft_s: float, share: Mapping[str, float], layers: int, total_layers:
 
 
 def _check(shape: Shape, device: str, is_sparse: bool) -> None:
-    found = [partial(checks.check_dense, shape, device)]
+    checks.check_dense(shape, device)
     if is_sparse:
-        found.append(partial(checks.check_sparse, shape, device, shape.plan.layer(0),
-                             shape.plan.mean_correction))
-    check_once(found)
+        checks.check_sparse(shape, device, shape.plan.layer(0), shape.plan.mean_correction)
 
 
 def prefill(
-    engine: RandomEngine, length: int, device: str, *, sparse: bool
+    engine: ShapeEngine, length: int, device: str, *, sparse: bool
 ) -> tuple[float, float]:
     """One prompt through scheduler, loop and runner. Returns (seconds to the first token, density).
 
-    The peak of the device's allocator is counted from here on.
+    The peak of the device's allocator is counted from here on. Raises `CheckFailed` when the
+    engine gives the request up: logits are not finite.
     """
     import torch
 
-    loop = Loop(Scheduler(engine.blueprint.scheduler_config()), engine.runner.transport())
+    loop = Loop(Scheduler(engine.plan.scheduler_config()), engine.runner.transport())
     request = Request(
-        request_id="0", prompt_ids=random_ids(length, engine.blueprint.model.vocab_size, length),
+        request_id="0", prompt_ids=random_ids(length, engine.plan.model.vocab_size, length),
         params=SamplingParams(max_tokens=1, ignore_eos=True), sparse=sparse)
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
@@ -148,22 +140,26 @@ def prefill(
     while not has_token:
         report = loop.turn()
         kept, causal = kept + report.kept_pairs, causal + report.causal_pairs
-        has_token = any(update.token_id is not None for update in report.updates)
+        for update in report.updates:
+            if update.failure:
+                raise CheckFailed(f"{update.failure}; not timed")
+            has_token |= update.token_id is not None
     synchronize(device)
     return time.perf_counter() - started_s, kept / causal
 
 
 def shares(totals_ms: Mapping[str, float], ttft_s: float) -> dict[str, float]:
     """Of the time to first token; rest: norms, activations, KV writes, sampling, the host."""
-    found = {name: totals_ms.get(name, 0.0) / 1000 / ttft_s
-             for name in (LINEAR, SELECTION, ATTENTION)}
+    parts = {LINEAR: (LINEAR,), "selection": ("selection",), "attention": ("sparse", "dense")}
+    found = {part: sum(totals_ms.get(name, 0.0) for name in names) / 1000 / ttft_s
+             for part, names in parts.items()}
     found["rest"] = 1 - sum(found.values())
     return {name: round(value, 4) for name, value in found.items()}
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
     """Times and shares as a table on stdout."""
-    names = (LINEAR, SELECTION, ATTENTION, "rest")
+    names = (LINEAR, "selection", "attention", "rest")
     show_table("time to first token", (
         "shape", "tokens", "attention", "layers", "measured", "all layers", "density", "GiB",
         *names), [

@@ -22,13 +22,8 @@ from longspan.errors import LongspanError
 from longspan.ops.types import PagedKV, QueryRotary, Selection
 
 MIB = 1024**2
-SELECT, ATTEND, DENSE = "selection", "attention", "dense"
-WATCHED = ((ops, "select_vertical_slash", SELECT), (ops, "sparse_prefill_attention", ATTEND),
-           (ops, "prefill_attention", DENSE))
-"""What the attention layer calls during prefill."""
-KERNEL = "launch"
-PARTS = ("rotated_query_variants", "prepare", KERNEL)
-"""What sparse prefill consists of on Hopper."""
+PARTS = {"selection_ms": "selection", "attention_ms": "sparse", "dense_ms": "dense"}
+"""Row field to region of the attention layer."""
 
 
 class Segment(NamedTuple):
@@ -130,20 +125,31 @@ class SparseBench:
     def _parts(
         self, segment: Segment, selection: Selection, repeats: int, flops: float,
     ) -> dict[str, Any]:
-        """Where the time goes, and the kernel's own rate over the tiles that it computes."""
+        """Where the time goes on Hopper, and the kernel's own rate over the tiles that it
+        computes."""
         if not self.device.startswith("cuda"):
             return {}
-        from longspan.ops.sparse import hopper as hopper_sparse
+        from longspan.ops.sparse.hopper import launch
+        from longspan.ops.sparse.layout import prepare
+        from longspan.ops.tiles.hopper import TILE_LEN, supports
+        from longspan.ops.tiles.rotary import rotated_query_variants
 
-        regions = Regions(self.device)
-        with regions.watch([(hopper_sparse, name, name) for name in PARTS]):
-            for _ in range(repeats):
-                self._run(segment, selection)
-        parts = {name: total / repeats for name, total in regions.totals_ms().items()}
-        if KERNEL not in parts:  # another path
+        q, cache, table, start, rotary, scale = segment.args
+        if not (selection.aligned and supports(q, cache, rotary, segment.stop)):
             return {}
+        regions = Regions(self.device)
+        out, lse = torch.empty_like(q), torch.empty(q.shape[:2], device=q.device)
+        for _ in range(repeats):
+            with regions.region("prepare"):
+                work = prepare(selection, cache, table, start, segment.stop, rotary.stride,
+                               self.plan.mean_correction)
+            with regions.region("rotated_query_variants"):
+                variants = rotated_query_variants(q, start, rotary, scale, TILE_LEN)
+            with regions.region("launch"):
+                launch(variants, cache, table, work, out, lse, start)
+        parts = {name: total / repeats for name, total in regions.totals_ms().items()}
         return {"parts_ms": {name: rounded(value, 4) for name, value in parts.items()},
-                "kernel_tflops": rounded(flops / parts[KERNEL] / 1e9, 4)}
+                "kernel_tflops": rounded(flops / parts["launch"] / 1e9, 4)}
 
     def _shares(self, start: int, count: int, kept: float, flops: float) -> dict[str, Any]:
         dense = causal_flops(count, start, self.model.num_heads, self.model.head_dim)
@@ -191,11 +197,11 @@ class SparseBench:
             self._pass(item, length, layer)
         totals = [self._pass(item, length, layer) for layer in layers]
         sums = [sum(total.values()) for total in totals]
-        mean = {name: statistics.mean(total.get(name, 0.0) for total in totals)
-                for name in (SELECT, ATTEND, DENSE)}
+        mean = {field: statistics.mean(total.get(region, 0.0) for total in totals)
+                for field, region in PARTS.items()}
         row = {"time_ms": rounded(statistics.mean(sums), 5), "low_ms": rounded(min(sums), 5),
                "high_ms": rounded(max(sums), 5), "n": 1, "layers_measured": layers,
-               **{f"{name}_ms": rounded(value, 5) for name, value in mean.items()}}
+               **{field: rounded(value, 5) for field, value in mean.items()}}
         return row | self._against_dense(statistics.mean(sums), length)
 
     def _against_dense(self, time_ms: float, length: int) -> dict[str, Any]:
@@ -210,10 +216,11 @@ class SparseBench:
 
     def _pass(self, item: LayerInput, length: int, layer_idx: int) -> dict[str, float]:
         """One layer's attention over a prompt, chunk by chunk as the engine does it, ms by part."""
+        regions = Regions(self.device)
         core = DualChunkAttention(
             layer_idx=layer_idx, num_heads=self.model.num_heads, head_dim=self.model.head_dim,
-            num_kv_heads=self.model.num_kv_heads, rotary=item.rotary, plan=self.plan)
-        regions = Regions(self.device)
+            num_kv_heads=self.model.num_kv_heads, rotary=item.rotary, plan=self.plan,
+            observer=regions)
         for start in range(0, length, self.options.chunk_len):
             stop = min(start + self.options.chunk_len, length)
             metadata = build_metadata(
@@ -222,8 +229,7 @@ class SparseBench:
                 block_size=BLOCK_SIZE, head_dim=self.model.head_dim, dca=self.model.dca,
                 device=self.device)
             q = item.make_queries(start, stop - start)
-            with regions.watch(WATCHED):
-                core(q, item.k[start:stop], item.v[start:stop], item.cache, metadata)
+            core(q, item.k[start:stop], item.v[start:stop], item.cache, metadata)
         return regions.totals_ms()
 
     # -- plain RoPE ----------------------------------------------------------------------------

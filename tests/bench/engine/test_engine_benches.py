@@ -13,9 +13,10 @@ from longspan.bench.engine import decode, engine, ttft
 from longspan.bench.engine.decode import DecodeOptions
 from longspan.bench.engine.ttft import TtftOptions
 from longspan.bench.session import BenchOptions, BenchSession, CheckFailed
+from longspan.bench.timing import LinearRegions, Regions
 from longspan.commands import results
 from longspan.errors import LongspanError, NotEnoughMemoryError
-from longspan.model.qwen2 import CausalLM
+from longspan.model.qwen2 import CausalLM, Linear
 from tests.bench.shapes_for_tests import tiny_shape
 
 
@@ -99,18 +100,41 @@ def test_what_is_wrong_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_logits_must_be_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     compute = CausalLM.logits
     monkeypatch.setattr(CausalLM, "logits", lambda model, hidden: compute(model, hidden) / 0)
-    sizes = engine.EngineOptions(max_model_len=601, num_tokens=601, chunk_len=512)
+    sizes = engine.EngineSizes(max_model_len=601, num_tokens=601, chunk_len=512)
     with engine.open_engine(tiny_shape(), "cpu", sizes) as opened, \
             pytest.raises(CheckFailed, match="not finite"):
-        engine.warm_up(opened, 600, sparse=False)
+        ttft.prefill(opened, 600, "cpu", sparse=False)
+
+
+def test_caches_hold_random_numbers() -> None:
+    sizes = engine.EngineSizes(max_model_len=601, num_tokens=601, chunk_len=512)
+    with engine.open_engine(tiny_shape(), "cpu", sizes) as opened:
+        parts = [part for cache in opened.runner.caches for part in cache if part is not None]
+        assert len(parts) == 12 and all(0.8 < float(part.std()) < 1.2 for part in parts)
+
+
+def test_shares_of_linear_layers_are_all_products_with_weights() -> None:
+    layer = Linear(4, 3, dtype=torch.float32, device="cpu")
+    torch.nn.init.ones_(layer.weight)
+    x, sums = torch.ones(2, 4), torch.zeros(2, 3)
+    regions = Regions("cpu")
+    with LinearRegions(regions, "linear"):
+        for work, count in ((lambda: layer(x), 1), (lambda: layer.part(x, slice(2)), 2),
+                            (lambda: layer.add_to(sums, x), 3), (lambda: x + x @ x.T[:, :1], 3)):
+            work()
+            assert len(regions._reads["linear"]) == count
+        with regions.region("outer"):
+            layer(x)
+    layer(x)
+    assert len(regions._reads["linear"]) == 3 and regions.totals_ms()["outer"] > 0
 
 
 def test_the_kv_pool_is_no_larger_than_needed() -> None:
-    sizes = engine.EngineOptions(max_model_len=1501, num_tokens=1501, chunk_len=512)
-    memory = engine.make_blueprint(tiny_shape(), "cpu", sizes).memory
+    sizes = engine.EngineSizes(max_model_len=1501, num_tokens=1501, chunk_len=512)
+    memory = engine.plan_engine(tiny_shape(), "cpu", sizes).memory
     assert memory.num_blocks == 12 and memory.max_model_len == 1501
     with pytest.raises(NotEnoughMemoryError, match="needs"):
-        engine.make_blueprint(tiny_shape(), "cpu", engine.EngineOptions(
+        engine.plan_engine(tiny_shape(), "cpu", engine.EngineSizes(
             max_model_len=1501, num_tokens=1501, memory_gib=1e-3))
 
 
@@ -157,7 +181,7 @@ def test_contexts_that_do_not_fit_are_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shape = tiny_shape()
-    small = engine.make_blueprint(shape, "cpu", decode._sizes(
+    small = engine.plan_engine(shape, "cpu", decode._sizes(
         DecodeOptions(contexts=(), batches=(), layers=None, steps=1, memory_gib=None), 300, 1,
         [(300, 1)])).memory.needed_bytes
     options = DecodeOptions(contexts=(300, 2_000_000), batches=(1,), layers=None, steps=2,
