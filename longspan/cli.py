@@ -312,7 +312,8 @@ def bench_serve(
     soak: Annotated[float, typer.Option(
         help="Seconds of mixed requests and hang-ups instead; fails if anything leaks.")] = 0.0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    threads: Threads = None, commit: Commit = None, out: Results = Path("bench/results"),
+    weights: Weights = "checkpoint", threads: Threads = None, commit: Commit = None,
+    out: Results = Path("bench/results"),
 ) -> None:
     """Measure what users of a real server feel while a long prompt is read."""
     from longspan.bench.server.serve import ServeJob, run
@@ -320,7 +321,7 @@ def bench_serve(
     is_sound = run(ServeJob(
         model=model, scenarios=parse_list(scenario, str, "--scenario"), length=length,
         budget_s=budget_s, batches=parse_list(batches, int, "--batches"), soak_s=soak,
-        device=device, threads=threads, commit=commit, out=out))
+        device=device, weights=weights, threads=threads, commit=commit, out=out))
     if not is_sound:
         raise typer.Exit(1)
 

@@ -111,12 +111,13 @@ class Subject:
         made = ResolvedEngine.resolve(
             EngineConfig(model=options.model, attention="sparse", **self._options))
         assert made.plan is not None and made.config.prefill_chunk_len
+        self._last_layer = made.model.num_layers - 1
         self.plan, self.tokenizer = made.plan, Tokenizer(made.path)
         self.chunk_len, self.block_size = made.config.prefill_chunk_len, made.config.block_size
 
     def measure(self, prompts: Sequence[Quiz], plan: SparsityPlan | None) -> dict[str, Any]:
         """Scores of all prompts; density and recall of the first one."""
-        recall = Recall(from_position=self._last_sparse_chunk(prompts[0].prompt_len, plan))
+        recall = Recall(self._last_sparse_chunk(prompts[0].prompt_len, plan), self._last_layer)
         with self._engine(plan) as llm:
             llm.observe(recall)
             hits, output = ask(llm, prompts[0])
@@ -217,15 +218,17 @@ def forced(model: CausalLM, first: int) -> Iterator[list[int]]:
 
 
 class Recall(AttentionObserver):
-    """Attention mass that sparse prefill keeps from a position on, by layer and head."""
+    """Attention mass that sparse prefill keeps from a position on, by layer and head. The last
+    layer, which computes few rows or all of them, is left out."""
 
-    def __init__(self, from_position: int) -> None:
-        self._from = from_position
+    def __init__(self, from_position: int, last_layer: int) -> None:
+        self._from, self._last_layer = from_position, last_layer
         self._found: defaultdict[int, list[Tensor]] = defaultdict(list)
 
     def attended(self, rows: AttendedRows) -> None:
         """Compare with dense attention of the same queries."""
-        if rows.selection is not None and rows.start >= self._from:
+        is_counted = rows.layer_idx < self._last_layer and rows.start >= self._from
+        if rows.selection is not None and is_counted:
             self._found[rows.layer_idx].append(rows.recall())
 
     def by_layer(self) -> list[list[tuple[float, float, float]]]:

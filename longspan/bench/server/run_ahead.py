@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections.abc import Sequence
+from dataclasses import replace
 
 from longspan.bench.ops.inputs import BLOCK_SIZE
 from longspan.config import EngineConfig
@@ -32,12 +33,12 @@ Figure = tuple[str, float, str]
 
 
 def measure_decode(
-    model: str, batches: Sequence[int], *, device: str, threads: int | None,
-    num_tokens: int = NUM_TOKENS,
+    model: EngineConfig, batches: Sequence[int], *, num_tokens: int = NUM_TOKENS,
 ) -> list[Figure]:
-    """Tokens a second and the device's idle share between steps, for each batch size and mode."""
-    config = EngineConfig(
-        model=model, device=device, num_threads=threads, max_num_requests=max(batches),
+    """Tokens a second and the device's idle share between steps, for each batch size and mode.
+    ``model``: with sizes left open."""
+    config = replace(
+        model, max_num_requests=max(batches),
         # on CPUs the KV pool holds a few requests of full length: here the whole batch, in blocks
         max_model_len=max(batches) * (PROMPT_LEN + num_tokens + BLOCK_SIZE))
     rates = dict[tuple[str, int], float]()

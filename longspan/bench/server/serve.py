@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -36,6 +36,7 @@ from longspan.bench.server.server import (
 from longspan.bench.server.soak import soak, write_pool
 from longspan.commands.console import note, show_table
 from longspan.commands.results import describe_run, make_folder, write_rows
+from longspan.config import EngineConfig, WeightSource
 from longspan.engine.resolve import STEP_BUDGET_S, resolve_device
 from longspan.errors import LongspanError
 
@@ -67,6 +68,8 @@ class ServeJob:
     device: str
     threads: int | None
     out: Path
+    weights: str = "checkpoint"
+    """As `longspan serve --weights`."""
     commit: str | None = None
     """Where the source is a copy without git."""
 
@@ -86,14 +89,15 @@ def run(job: ServeJob) -> bool:
     resolve_device(job.device, has_cuda=torch.cuda.is_available())
     make_folder(job.out)
     about, found, file = describe_run(job.device, job.commit), list[Row](), None
+    model = f"{job.model} ({job.weights} weights)" if job.weights != "checkpoint" else job.model
     wanted = list(job.scenarios) if not job.soak_s else ["soak"]
     for scenario in wanted:
         note(f"measuring {scenario}")
-        rows = [{"scenario": scenario, "model": job.model, **row}
+        rows = [{"scenario": scenario, "model": model, **row}
                 for row in (SCENARIOS | {"soak": _soak})[scenario](job)]
         found += rows
         file = write_rows(job.out, "serve", rows, job.device, about=about)
-    show_table(f"serving {job.model}", ("scenario", "metric", "value", "unit"), [
+    show_table(f"serving {model}", ("scenario", "metric", "value", "unit"), [
         (row["scenario"], row["metric"], f"{row['value']:,.4g}", row["unit"]) for row in found])
     note(f"rows in {file}")
     return not any(row["metric"] == "leaks" and row["value"] for row in found)
@@ -103,7 +107,7 @@ def server_options(job: ServeJob, length: int | None = None) -> list[str]:
     """Of `longspan serve`, for prompts of this length."""
     longest = max(length or job.length, len(STREAM_PROMPT))  # a token is a character or more
     options = ["--device", job.device, "--max-model-len", str(longest + ROOM),
-               "--step-budget-s", str(budget_s(job))]
+               "--step-budget-s", str(budget_s(job)), "--weights", job.weights]
     return options if job.threads is None else [*options, "--threads", str(job.threads)]
 
 
@@ -221,7 +225,8 @@ def _follow_up(job: ServeJob) -> list[Row]:
 
 def _decode(job: ServeJob) -> list[Row]:
     return [_row(job, *row) for row in measure_decode(
-        job.model, job.batches, device=job.device, threads=job.threads)]
+        EngineConfig(model=job.model, device=job.device, num_threads=job.threads,
+                     weights=cast(WeightSource, job.weights)), job.batches)]
 
 
 def _soak(job: ServeJob) -> list[Row]:

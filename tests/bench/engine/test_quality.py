@@ -108,7 +108,7 @@ def test_nano_answers_and_the_rows_say_so(
             assert 0 < row["density"] < 1 and row["plan"]["mode"] == name
             assert 0 < row["recall"]["min"] <= row["recall"]["mean"] <= 1
             heads = [head for layer in row["recall_by_head"] for head in layer]
-            assert len(heads) in (20, 24)  # the last layer computes the last rows only
+            assert len(heads) == 20  # without the last layer
             assert all(0 < least <= low <= 1.0001 for _, low, least in heads)
     assert rows["paper", 1]["cost"] == pytest.approx(rows["tile", 1]["cost"], rel=0.25)
     captured = capsys.readouterr()
@@ -135,7 +135,7 @@ def test_recall_is_that_of_the_last_rows(subject: Subject, bank: TextBank) -> No
     plan = replace(scaled(subject.plan, 0.1), dense_tail_len=256)
     found = []
     for start in (0, 1024, 2600):
-        recall = quality.Recall(start)
+        recall = quality.Recall(start, last_layer=5)
         with subject._engine(plan) as llm:
             llm.observe(recall)
             llm.generate([quiz.ids], SamplingParams(max_tokens=1))

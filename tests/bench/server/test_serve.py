@@ -169,3 +169,17 @@ def test_rate_and_idle_share() -> None:
     assert rate == pytest.approx(20.0) and idle == pytest.approx(0.1)
     with pytest.raises(LongspanError, match="too few steps"):
         rate_and_idle(steps, 5)
+
+
+def test_random_weights_have_rows_of_their_own(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"metric": "long_ttft", "value": 1.0, "unit": "s", "length": 2000}
+    monkeypatch.setitem(serve.SCENARIOS, "prefill", lambda job: [row])
+    for weights in ("checkpoint", "random"):
+        job = job_of(model, tmp_path, weights=weights)
+        assert serve.server_options(job)[-4:] == ["--weights", weights, "--threads", "1"]
+        assert run(job)
+    (file,) = tmp_path.glob("serve.*.json")
+    assert {found["model"] for found in json.loads(file.read_text())["rows"]} == {
+        str(model), f"{model} (random weights)"}
