@@ -24,6 +24,7 @@ from torch import Tensor
 from longspan.attention.metadata import AttentionMetadata
 from longspan.attention.observer import AttendedRows, AttentionObserver
 from longspan.attention.sparsity import SparsityPlan
+from longspan.bench.engine.engine import free_memory
 from longspan.bench.engine.questions import Quiz, many_questions, single_questions
 from longspan.bench.session import BenchSession
 from longspan.bench.timing import rounded
@@ -164,6 +165,7 @@ class Subject:
     @contextmanager
     def _engine(self, plan: SparsityPlan | None) -> Iterator[LLM]:
         """An engine with these budgets; None: a dense one."""
+        free_memory(str(self._options["device"]))
         with tempfile.TemporaryDirectory() as folder:
             if plan is None:
                 engine = LLM(self._model, attention="dense", **self._options)
