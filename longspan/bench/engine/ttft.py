@@ -23,7 +23,7 @@ from longspan.engine.control.loop import Loop
 from longspan.engine.control.scheduler import Scheduler
 from longspan.engine.request import Request, SamplingParams
 from longspan.engine.resolve import resolve_config
-from longspan.engine.setup.compile_ahead import rehearsal
+from longspan.engine.setup.compile_ahead import compile_steps
 from longspan.errors import LongspanError
 from longspan.units import GIB
 
@@ -83,7 +83,7 @@ def _measure(
     with open_engine(shape, device, sizes) as engine:
         chunk = engine.plan.config.prefill_chunk_len
         assert chunk is not None
-        engine.runner.rehearse(rehearsal(engine.plan.scheduler_config()))
+        engine.runner.compile_ahead(compile_steps(engine.plan.scheduler_config()))
         prefill(engine, min(length, chunk + chunk // 2), device, sparse=is_sparse)
         regions = Regions(device)
         engine.runner.observe(regions)
