@@ -81,7 +81,7 @@ class Shape:
 
 def label_plan(plan: SparsityPlan, source: str) -> str:
     """Budgets and policy in one word, such as
-    ``released-tile-correction-strided64-scouts256-tail2048``."""
+    ``released-tile-correction-strided64-tail2048``."""
     parts = [source, plan.mode]
     if plan.mean_correction:
         parts.append("correction")
