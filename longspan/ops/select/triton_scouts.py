@@ -64,6 +64,7 @@ def add_scouts(
             tiles.shape[2], budget.scout_threshold * math.log2(math.e), RP=padded,
             P=tile_len, BLOCK=max(1024, triton.next_power_of_2(num_tiles)),
             WIDTH=triton.next_power_of_2(tiles.shape[2]), num_warps=8)
+        del missed, lse  # or the next heads' would be allocated beside them
     return selection._replace(tiles=tiles, first_tile=first_tile)
 
 
