@@ -52,10 +52,14 @@ class Intake:
         """
         self._check_tokens("stop_token_ids", params.stop_token_ids)
         self._check_tokens("logit_bias", [token for token, _ in params.logit_bias])
-        if (params.logprobs or 0) > self.vocab_size:
-            raise InvalidRequestError(f"logprobs asks for {params.logprobs} alternatives; this "
-                                      f"model has {self.vocab_size} tokens")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(params, name) or 0) > self.vocab_size:
+                raise InvalidRequestError(f"{name} asks for {getattr(params, name)} alternatives; "
+                                          f"this model has {self.vocab_size} tokens")
         token_ids = as_token_ids(prompt_ids, self.vocab_size)
+        if params.prompt_logprobs_start > len(token_ids):
+            raise InvalidRequestError(f"prompt_logprobs_start is {params.prompt_logprobs_start}, "
+                                      f"but the prompt has {len(token_ids)} tokens")
         check_fits(len(token_ids), params.max_tokens, self.max_model_len)
         return Request(
             request_id=request_id, prompt_ids=token_ids, params=params,

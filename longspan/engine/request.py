@@ -10,7 +10,10 @@ from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from longspan.errors import InvalidRequestError, PromptTooLongError
 
@@ -30,7 +33,8 @@ MAX_LOGIT_BIAS = 100.0
 MAX_NUM_BIASES = 1024
 MAX_SCHEMA_CHARS = 65_536
 NUMBERS = ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens", "min_tokens",
-           "presence_penalty", "frequency_penalty", "repetition_penalty", "logprobs")
+           "presence_penalty", "frequency_penalty", "repetition_penalty", "logprobs",
+           "prompt_logprobs", "prompt_logprobs_start")
 """Fields of `SamplingParams`."""
 
 
@@ -53,7 +57,7 @@ class SamplingParams:
     seed: int | None = None
     """Same seed, same prompt, same answer, whatever else runs; None: a fresh one per request."""
     max_tokens: int = 256
-    """Longest completion, tokens."""
+    """Longest completion, tokens. 0: none, with ``prompt_logprobs`` alone."""
     stop: tuple[str, ...] = ()
     """Strings that end the completion; they are not part of its text."""
     stop_token_ids: tuple[int, ...] = ()
@@ -73,6 +77,10 @@ class SamplingParams:
     logprobs: int | None = None
     """Log-probabilities of each token and of this many most probable ones; None: none at all.
     They are the model's own: before penalties, temperature and filters."""
+    prompt_logprobs: int | None = None
+    """The same for each token of the prompt, given those before it. None: none at all."""
+    prompt_logprobs_start: int = 0
+    """Prompt tokens before this place have none; only they may come from the prefix cache."""
     json_schema: str | None = None
     """JSON text of a JSON schema that the completion must fit; a dict becomes that."""
 
@@ -100,13 +108,18 @@ class SamplingParams:
                  "min_p", self.min_p, "between 0 and 1")
         _require(self.seed is None or _is_integer(self.seed) and 0 <= self.seed <= MAX_SEED,
                  "seed", self.seed, "an integer from 0 to 2^63 - 1")
-        _require(self.logprobs is None
-                 or _is_integer(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS,
-                 "logprobs", self.logprobs, f"None or an integer from 0 to {MAX_LOGPROBS}")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            _require(value is None or _is_integer(value) and 0 <= value <= MAX_LOGPROBS,
+                     name, value, f"None or an integer from 0 to {MAX_LOGPROBS}")
+        start, is_scored = self.prompt_logprobs_start, self.prompt_logprobs is not None
+        _require(_is_integer(start) and (start == 0 or start > 0 and is_scored),
+                 "prompt_logprobs_start", start, "0, or with prompt_logprobs a place in the prompt")
 
     def _check_end(self) -> None:
-        _require(_is_integer(self.max_tokens) and self.max_tokens >= 1,
-                 "max_tokens", self.max_tokens, "a positive integer")
+        _require(_is_integer(self.max_tokens)
+                 and self.max_tokens >= (self.prompt_logprobs is None),
+                 "max_tokens", self.max_tokens, "a positive integer, or 0 with prompt_logprobs")
         _require(all(map(_is_text, self.stop)),
                  "stop", self.stop, "one or several strings of valid Unicode, none of them empty")
         _require(isinstance(self.ignore_eos, bool), "ignore_eos", self.ignore_eos, "True or False")
@@ -260,6 +273,8 @@ def conclude(
         return None, None
     if sampled < 0:
         return None, "abort"
+    if params.max_tokens == 0:
+        return None, "length"  # the prompt alone was wanted
     if sampled in params.stop_token_ids or sampled in eos_token_ids and not params.ignore_eos:
         return sampled, "stop"
     return sampled, "length" if num_outputs + 1 >= params.max_tokens else None
@@ -294,6 +309,20 @@ class TokenLogprob:
     """The ``params.logprobs`` most probable tokens at this place, best first."""
 
 
+class PromptLogprobs(NamedTuple):
+    """Log-probabilities of T prompt tokens, as `TokenLogprob` has them, with K alternatives.
+
+    NaN, and -1 in place of token ids: the first token, and those before
+    ``params.prompt_logprobs_start``."""
+
+    logprobs: NDArray[np.float32]
+    """[T]"""
+    top_ids: NDArray[np.int32]
+    """[T, K], best first."""
+    top_logprobs: NDArray[np.float32]
+    """[T, K]"""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RequestOutput:
     """A finished request. Times are wall clock."""
@@ -318,7 +347,13 @@ class RequestOutput:
     """Attention pairs computed over causal pairs, in the steps that prefilled this prompt;
     1 is dense, None when nothing was measured."""
     logprobs: tuple[TokenLogprob, ...] = ()
-    """For each token of the text, if ``params.logprobs`` is not None."""
+    """For each token of the text, if ``params.logprobs`` is not None; with
+    ``params.prompt_logprobs`` also for a token that ended the completion."""
+    prompt_logprobs: NDArray[np.float32] | None = field(default=None, compare=False)
+    """[T] of the prompt's tokens, if ``params.prompt_logprobs`` is not None; NaN where there is
+    none, as for the first token."""
+    prompt_alternatives: PromptLogprobs | None = field(default=None, compare=False)
+    """The same with the most probable tokens at each place, if any were asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -337,6 +372,8 @@ class TokenEvent:
     logprobs: tuple[TokenLogprob, ...] = ()
     """For the tokens of ``text``, if ``params.logprobs`` is not None. Held back together with
     their text; without those that ended the completion."""
+    prompt_logprobs: PromptLogprobs | None = field(default=None, compare=False)
+    """On the first event, if ``params.prompt_logprobs`` is not None."""
 
 
 Event = Progress | TokenEvent

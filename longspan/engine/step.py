@@ -79,6 +79,32 @@ class RowLogprobs(Data, frozen=True):
     top_logprobs: tuple[float, ...] = ()
 
 
+class ScoredTokens(Data, frozen=True, kw_only=True):
+    """Prompt tokens whose log-probabilities a slice gives: each by the row before it."""
+
+    first: int
+    """Place of the first one in the prompt; the row before it is in the slice."""
+    token_ids: TokenIds
+    """[n], one more than the slice's own where the prompt goes on behind it."""
+    num_top: int
+    """Alternatives for each."""
+
+
+class PromptLogprobs(Data, frozen=True, kw_only=True):
+    """Of n consecutive tokens of a prompt, natural logarithms. Bytes, for there may be a million.
+    """
+
+    request_id: str
+    first: int
+    """Place of the first one in the prompt."""
+    logprobs: bytes
+    """[n] fp32"""
+    top_ids: bytes
+    """[n, K] int32, the most probable tokens, best first."""
+    top_logprobs: bytes
+    """[n, K] fp32"""
+
+
 class Pieces(Data, frozen=True):
     """Part of a sparse prefill chunk's work; `longspan.engine.control.chunking` says what a piece
     is."""
@@ -115,6 +141,8 @@ class ScheduledSlice(Data, frozen=True, kw_only=True):
     """The request's place among those running, from 0 to max_num_requests - 1, for what the runner
     keeps of it (the token sampled last). The next owner's first step comes after the last one of
     this request."""
+    scored: ScoredTokens | None = None
+    """Where the request asks for log-probabilities of these prompt tokens."""
     pieces: Pieces | None = None
     """Of a sparse prefill chunk, which is computed apart from all other slices and may be paused
     after any piece. At most one chunk is paused at a time; one that begins replaces it. None:
@@ -187,6 +215,8 @@ class StepResult(Data, frozen=True, kw_only=True, tag=True):
     with repeats, one step after another."""
     logprobs: tuple[RowLogprobs | None, ...] = ()
     """For each of ``token_ids``, None where not asked for; empty when nobody asked."""
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
+    """Of the slices that have `ScoredTokens`, some for each."""
     failures: dict[int, str] = {}
     """By place in ``token_ids``: why sampling failed for this request, where the host knows it."""
     repeats: int = 1
@@ -213,7 +243,8 @@ class Update(Data, frozen=True, kw_only=True):
     num_cached_tokens: int
     """Of those, tokens that came from the prefix cache."""
     token_id: int | None
-    """The token sampled; None after a prefill chunk that is not the last, or an abort."""
+    """The token sampled; None after a prefill chunk that is not the last, an abort, or a prompt
+    without completion."""
     finish_reason: FinishReason | None = None
     logprobs: RowLogprobs | None = None
     """Of ``token_id``, where asked for."""
@@ -231,3 +262,4 @@ class StepReport:
     finished_s: float = 0.0
     kept_pairs: float = 0.0
     causal_pairs: float = 0.0
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()

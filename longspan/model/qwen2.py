@@ -284,7 +284,7 @@ class CausalLM(nn.Module):
 
     def forward_in_pieces(
         self, hidden_or_ids: Tensor, metadata: AttentionMetadata, caches: Sequence[PagedKV],
-        cuts: Sequence[int],
+        cuts: Sequence[int], *, cut_last: bool = False,
     ) -> Generator[None, None, Tensor]:
         """`forward`, with pauses: yields between two pieces, which are the same operations on the
         same rows whether there is a pause or not. What the pieces are:
@@ -294,6 +294,7 @@ class CausalLM(nn.Module):
             hidden_or_ids, metadata, caches: as there; with ``cuts`` a single prefill slice.
             cuts: positions that part the slice's rows, its start and end included; none: the
                 pass is one piece.
+            cut_last: all rows are wanted, and the last layer is cut as the others are.
         """
         hidden = hidden_or_ids
         if self.is_first:
@@ -303,8 +304,8 @@ class CausalLM(nn.Module):
         for idx, layer, cache in zip(self.layer_range, self.decoder_layers(), caches, strict=True):
             if cuts and idx > self.layer_range.start:
                 yield
-            if self.is_last and idx == last:  # keys of all rows, queries of few: one piece
-                hidden = layer(hidden, metadata, cache)
+            if self.is_last and idx == last and not cut_last:
+                hidden = layer(hidden, metadata, cache)  # keys of all rows, queries of few
             elif cuts:
                 yield from layer.forward_in_pieces(hidden, wide, cache, cuts)
             else:

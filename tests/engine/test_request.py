@@ -26,7 +26,7 @@ from tests.doubles import make_request
     ("min_p", True, "between 0 and 1"),
     ("seed", -1, "an integer from 0 to 2^63 - 1"),
     ("seed", 2**63, "an integer from 0 to 2^63 - 1"),
-    ("max_tokens", 0, "a positive integer"),
+    ("max_tokens", 0, "a positive integer, or 0 with prompt_logprobs"),
     ("stop", ("",),
      "one or several strings of valid Unicode, none of them empty"),
     ("stop", (3,),
@@ -105,6 +105,15 @@ def test_what_a_sample_means_for_its_request(
     if sampled == 0:
         goes_on = replace(params, ignore_eos=True)
         assert conclude(goes_on, frozenset({0}), sampled, 1) == (0, None)
+
+
+@pytest.mark.parametrize(("sampled", "wanted"), [
+    (None, (None, None)), (-1, (None, "abort")), (5, (None, "length")), (0, (None, "length"))])
+def test_a_prompt_that_is_only_scored_ends_without_a_token(
+    sampled: int | None, wanted: tuple[None, str | None]
+) -> None:
+    params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+    assert conclude(params, frozenset({0}), sampled, 0) == wanted
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 2), (1, 3), (2, 4), (3, 5), (0, 5), (4, 4)])

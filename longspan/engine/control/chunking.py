@@ -11,9 +11,10 @@ the tokens before it were computed or cached.
   some of the chunk's tokens;
 - a sparse chunk cannot be cut by tokens, so it is cut by work: in every layer one piece for
   projections and keys, one for the selection, then one for each `row_cuts` range of its rows
-  (attention and MLP), and one for the model's last layer. The rows are computed in these ranges
-  whether the chunk pauses between them or not, and apart from all other requests, so the numbers
-  are the same whatever the slices were.
+  (attention and MLP), and one for the model's last layer. Where the prompt's log-probabilities are
+  wanted, the last layer is like the others, and the head has one piece for each range. The
+  rows are computed in these ranges whether the chunk pauses between them or not, and apart from all
+  other requests, so the numbers are the same whatever the slices were.
 """
 
 from __future__ import annotations
@@ -49,11 +50,18 @@ def row_cuts(start: int, stop: int, rows: int) -> list[int]:
     return [start, *range((start // rows + 1) * rows, stop, rows), stop]
 
 
-def piece_shares(start: int, stop: int, *, num_layers: int, rows: int) -> list[float]:
-    """Estimate each piece's share of a sparse prefill chunk's time, in order; their sum is 1."""
+def piece_shares(
+    start: int, stop: int, *, num_layers: int, rows: int, is_scored: bool = False,
+) -> list[float]:
+    """Estimate each piece's share of a sparse prefill chunk's time, in order; their sum is 1.
+
+    Args:
+        is_scored: log-probabilities of its tokens are wanted.
+    """
     cuts = row_cuts(start, stop, rows)
     attention = [(end - begin) / (stop - start) for begin, end in pairwise(cuts)]
-    shares = (num_layers - 1) * [PROJECTION, SELECTION, *attention] + [PROJECTION]
+    layer = [PROJECTION, SELECTION, *attention]
+    shares = (num_layers - 1) * layer + (layer + attention if is_scored else [PROJECTION])
     total = sum(shares)
     return [share / total for share in shares]
 

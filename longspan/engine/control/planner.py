@@ -39,7 +39,7 @@ from longspan.engine.control.latency import (
     sparse_terms,
 )
 from longspan.engine.request import Request
-from longspan.engine.step import Pieces
+from longspan.engine.step import Pieces, ScoredTokens
 
 SLACK = 0.3
 """Share of a step's budget that is left free for errors of prediction."""
@@ -219,7 +219,8 @@ class _PlanBuilder:
         self, request: Request, stop: int, room_s: float, must_progress: bool,
     ) -> PlannedSlice | None:
         config, start, first = self._config, request.scheduled_len, request.num_pieces
-        shares = piece_shares(start, stop, num_layers=config.num_layers, rows=config.piece_rows)
+        shares = piece_shares(start, stop, num_layers=config.num_layers, rows=config.piece_rows,
+                              is_scored=scored_tokens(request, start, stop) is not None)
         fixed_s = self._costs.sparse[0]
         chunk_s = self._costs.sparse_s(start, stop - start) - fixed_s
         last, share = first, 0.0
@@ -279,6 +280,18 @@ def prefill_s(
     """Predict the time for tokens ``start`` to ``stop - 1`` of a prompt, seconds."""
     return costs.prefill_s(start, stop, num_sparse=num_sparse_tokens(request, config),
                            prefill_chunk_len=config.prefill_chunk_len)
+
+
+def scored_tokens(request: Request, start: int, stop: int) -> ScoredTokens | None:
+    """Those whose log-probabilities tokens ``start`` to ``stop - 1`` of a request give; None: none
+    are wanted."""
+    params = request.params
+    first = max(start + 1, params.prompt_logprobs_start)
+    end = min(stop + 1, request.prompt_len)
+    if params.prompt_logprobs is None or first >= end:
+        return None
+    return ScoredTokens(
+        first=first, token_ids=request.prompt_ids[first:end], num_top=params.prompt_logprobs)
 
 
 def num_sparse_tokens(request: Request, config: PlannerConfig) -> int:

@@ -169,8 +169,12 @@ class Prefixes:
 
     def _reusable_len(self, request: Request, num_tokens: int) -> int:
         """Count the tokens to reuse where ``num_tokens`` are known. The prompt's last one is always
-        computed anew."""
-        return self._cacheable_len(request, min(num_tokens, request.prompt_len - 1))
+        computed anew, and so is what log-probabilities of the prompt come from: the cache has none.
+        """
+        end, params = request.prompt_len - 1, request.params
+        if params.prompt_logprobs is not None:
+            end = min(end, max(0, params.prompt_logprobs_start - 1))
+        return self._cacheable_len(request, min(num_tokens, end))
 
     def _keep_promises(self, request: Request, start: int, stop: int | None = None) -> int:
         """End the promises of blocks ``start`` to ``stop - 1``, which are registered or never will

@@ -35,7 +35,13 @@ from heapq import heappop, heappush
 
 from longspan.engine.control.blocks import BlockPool
 from longspan.engine.control.latency import Costs, Forecast, LatencyModel
-from longspan.engine.control.planner import PlannedSlice, Planner, PlannerConfig, StepPlan
+from longspan.engine.control.planner import (
+    PlannedSlice,
+    Planner,
+    PlannerConfig,
+    StepPlan,
+    scored_tokens,
+)
 from longspan.engine.control.prefixes import Prefixes
 from longspan.engine.request import FinishReason, Request, check_fits, conclude
 from longspan.engine.step import (
@@ -324,7 +330,9 @@ class Scheduler:
                 return
 
     def _learn(self, step: InFlightStep, elapsed_s: float) -> None:
-        self.latency.observe(step.plan.work, elapsed_s / step.batch.repeats)
+        # The head on all rows, for log-probabilities of prompts, is no part of the model.
+        if not (step.prefills and any(item.scored for item in step.batch.slices)):
+            self.latency.observe(step.plan.work, elapsed_s / step.batch.repeats)
         if step.prefills and self.latency.num_observations:
             config = self.config
             self.forecast = Forecast(
@@ -368,6 +376,7 @@ def _scheduled_slice(planned: PlannedSlice) -> ScheduledSlice:
         request_id=request.request_id, slot=request.slot, token_ids=request.tokens(start, stop),
         cached_len=start, prompt_len=prompt_len, block_ids=request.block_ids,
         sparse=request.sparse, sampling=sampling, pieces=pieces,
+        scored=scored_tokens(request, start, stop),
         extras=SamplingExtras.of(request) if is_last and start < prompt_len else None)
 
 

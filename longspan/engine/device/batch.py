@@ -30,6 +30,8 @@ class DeviceBatch:
     slots: Tensor
     """[n] int64, of the requests that sample"""
     all_greedy: bool
+    scored: tuple[ScheduledSlice, ...] = ()
+    """The slices that are packed together, if any of them has `ScoredTokens`."""
 
 
 def build_batch(
@@ -57,7 +59,8 @@ def build_batch(
         token_ids=_as_tensor(packed), metadata=metadata,
         sampling=_sampling_rows(sampled),
         slots=torch.tensor([item.slot for item in sampled], dtype=torch.int64),
-        all_greedy=is_greedy(sampled))
+        all_greedy=is_greedy(sampled),
+        scored=tuple(together) if any(item.scored for item in together) else ())
     there = upload(here, device)
     if ahead:
         assert last_tokens is not None
@@ -77,11 +80,18 @@ def _as_tensor(token_ids: TokenIds) -> Tensor:
     return torch.frombuffer(token_ids, dtype=torch.int32).to(torch.int64)
 
 
+def num_outputs(item: ScheduledSlice) -> int:
+    """How many of a slice's last rows are wanted after the last layer."""
+    if item.scored is None:
+        return int(item.context_len >= item.prompt_len)
+    # Sparse attention selects keys for all rows of a chunk together.
+    return item.query_len if item.sparse else item.context_len - item.scored.first + 1
+
+
 def _sequence_slice(item: ScheduledSlice) -> SequenceSlice:
     return SequenceSlice(
         query_len=item.query_len, cached_len=item.cached_len, prompt_len=item.prompt_len,
-        block_ids=item.block_ids, sparse=item.sparse,
-        num_outputs=int(item.context_len >= item.prompt_len))
+        block_ids=item.block_ids, sparse=item.sparse, num_outputs=num_outputs(item))
 
 
 def _sampling_rows(items: Sequence[ScheduledSlice]) -> SamplingRows:

@@ -59,7 +59,7 @@ class LaunchedStep:
     """Made right after its work was queued; `wait` may be called on another thread.
 
     Args:
-        sampled: None when no slice samples.
+        sampled: None when no slice samples or scores.
         pairs: attention pairs kept, where they were counted, and causal.
         watch: started before the work was queued.
         copies: for the way to the host, beside the next step's work; None on CPUs.
@@ -91,7 +91,8 @@ class LaunchedStep:
             step_id=self._batch.step_id, epoch=self._batch.epoch, repeats=self._batch.repeats,
             token_ids=token_ids, logprobs=logprobs, kept_pairs=float(kept), causal_pairs=causal,
             failures={} if self._sampled is None else self._sampled.failures,
-            elapsed_s=elapsed_s)
+            prompt_logprobs=() if self._sampled is None else tuple(
+                rows.as_message() for rows in self._sampled.scored), elapsed_s=elapsed_s)
 
     def _fetch(self, sampled: SampledTokens, copies: torch.cuda.Stream) -> SampledTokens:
         kept, causal = self._pairs

@@ -28,6 +28,9 @@ ATTENTION_SCRATCH_BYTES = 512 * 1024**2
 SAMPLING_BYTES = 49
 """For each row and token of the vocabulary: logits and log-probabilities, 4 each, and beside them
 sorted values, their order, probabilities and sums in fp64, 41 at once."""
+LOGIT_BYTES = 16
+"""The same where tokens are scored, not sampled (`head_rows`): logits as computed and in fp32,
+exponentials, the choice of the most probable ones."""
 RANK_BYTES = 8
 """Sampling needs this for each token of the vocabulary, however many rows there are."""
 
@@ -177,6 +180,12 @@ def workspace_bytes(
     rotary = 4 * model.head_dim * (min(rows, model.dca.chunk_size + 1) if model.dca else rows)
     graphs = _graph_bytes(model, config) if config.device.startswith("cuda") else 0
     return num_tokens * per_token + mlp + sampling + rotary + graphs + ATTENTION_SCRATCH_BYTES
+
+
+def head_rows(vocab_size: int) -> int:
+    """Rows that the head is applied to at a time for log-probabilities of a prompt. They fit what
+    attention has needed just before, so that no plan grows for them."""
+    return max(1, ATTENTION_SCRATCH_BYTES // (LOGIT_BYTES * vocab_size))
 
 
 def _graph_bytes(model: ModelConfig, config: EngineConfig) -> int:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from itertools import pairwise
 
 from torch import Tensor
 
 from longspan.engine.control.chunking import row_cuts
 from longspan.engine.device.batch import DeviceBatch
+from longspan.engine.device.prompt_logprobs import PromptScorer
 from longspan.engine.device.stage import PipelineStage
 from longspan.engine.step import ScheduledSlice
 
@@ -17,10 +19,13 @@ class PausableChunk:
 
     Args:
         rows: of one piece; the scheduler's `SchedulerConfig.piece_rows`.
+        scorer: takes the log-probabilities of prompts that ask for them.
     """
 
-    def __init__(self, stages: Sequence[PipelineStage], rows: int) -> None:
-        self._stages, self._rows = stages, rows
+    def __init__(
+        self, stages: Sequence[PipelineStage], rows: int, scorer: PromptScorer,
+    ) -> None:
+        self._stages, self._rows, self._scorer = stages, rows, scorer
         self._work: Generator[None, None, Tensor] | None = None
         self._place = ("", 0, 0)
         """Request, first token and pieces done of the chunk in ``_work``."""
@@ -39,7 +44,7 @@ class PausableChunk:
         assert pieces is not None
         if pieces.first == 0:
             cuts = row_cuts(item.cached_len, item.context_len, self._rows)
-            self._work = self._compute(build(), cuts)
+            self._work = self._compute(item, build(), cuts)
             self._place = (item.request_id, item.cached_len, 0)
         assert self._work is not None and self._place == (
             item.request_id, item.cached_len, pieces.first), (self._place, item.request_id, pieces)
@@ -56,13 +61,20 @@ class PausableChunk:
         return None
 
     def _compute(
-        self, inputs: DeviceBatch, cuts: Sequence[int]
+        self, item: ScheduledSlice, inputs: DeviceBatch, cuts: Sequence[int],
     ) -> Generator[None, None, Tensor]:
         """Yields between pieces: n pieces, n - 1 pauses."""
+        is_scored = item.scored is not None
         hidden = inputs.token_ids
         for number, stage in enumerate(self._stages):
             if number:
                 yield
             hidden = yield from stage.model.forward_in_pieces(
-                hidden, inputs.metadata, stage.caches, cuts)
-        return hidden
+                hidden, inputs.metadata, stage.caches, cuts, cut_last=is_scored)
+        if not is_scored:
+            return hidden
+        for start, stop in pairwise(cuts):
+            yield
+            rows = hidden[start - item.cached_len : stop - item.cached_len]
+            self._scorer.score(self._stages[-1].model.logits, item, rows, start)
+        return hidden[len(hidden) - int(stop == item.prompt_len):]

@@ -21,15 +21,16 @@ from longspan.attention.sparsity import SparsityPlan, needs_means
 from longspan.config import DcaConfig, EngineConfig, ModelConfig
 from longspan.engine.control.chunking import piece_rows
 from longspan.engine.control.loop import LocalTransport, Transport
-from longspan.engine.device.batch import DeviceBatch, build_batch, is_greedy
+from longspan.engine.device.batch import DeviceBatch, build_batch, is_greedy, num_outputs
 from longspan.engine.device.graphs import CudaRecorder, DecodeGraphs, DecodeState
 from longspan.engine.device.host_memory import keep_buffers_in_heap
 from longspan.engine.device.launched_step import LaunchedStep, Stopwatch
-from longspan.engine.device.memory import MemoryPlan, peak_memory_bytes
+from longspan.engine.device.memory import MemoryPlan, head_rows, peak_memory_bytes
 from longspan.engine.device.paused_chunk import PausableChunk
+from longspan.engine.device.prompt_logprobs import PromptScorer
 from longspan.engine.device.sampling import SampledTokens, Sampler
 from longspan.engine.device.stage import PipelineStage
-from longspan.engine.step import ScheduledBatch, StepResult
+from longspan.engine.step import ScheduledBatch, ScheduledSlice, StepResult
 from longspan.engine.text.grammar import Grammars
 from longspan.engine.text.tokenizer import Tokenizer
 from longspan.model import TORCH_DTYPES, build_model
@@ -47,7 +48,8 @@ class Runner:
         self._stages, self._sampler = tuple(stages), sampler
         self._block_size = stages[0].caches[0].k.shape[1]
         self._head_dim, self._dca, self._device = head_dim, dca, device
-        self._chunk = PausableChunk(stages, piece_rows)
+        self._scorer = PromptScorer(head_rows(stages[-1].model.config.vocab_size))
+        self._chunk = PausableChunk(stages, piece_rows, self._scorer)
         # Sampled last by each slot's request: the input of steps that run ahead of the host. One
         # more for the padding of decode graphs.
         self._last_tokens = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
@@ -164,7 +166,8 @@ class Runner:
         """
         rows = [] if apart is None else [apart]
         if inputs.token_ids.shape[0]:
-            rows.append(self._hidden(inputs.token_ids, inputs.metadata))
+            hidden = self._hidden(inputs.token_ids, inputs.metadata)
+            rows.append(self._score(inputs.scored, hidden) if inputs.scored else hidden)
         sampled = torch.cat(rows) if len(rows) > 1 else rows[0] if rows else None
         if sampled is None or not sampled.shape[0]:
             return None
@@ -190,7 +193,7 @@ class Runner:
     def close(self) -> None:
         """Free weights and caches."""
         self._stages, self._graphs = (), None
-        self._chunk = PausableChunk((), 1)
+        self._chunk = PausableChunk((), 1, self._scorer)
         if self._device.startswith("cuda"):
             torch.cuda.empty_cache()
 
@@ -209,13 +212,27 @@ class Runner:
         apart = self._advance(batch)
         inputs = self._build(batch)
         logits = self.forward(inputs, apart)
+        scored = self._scorer.take()
         if logits is None:
-            return None
+            return SampledTokens(inputs.slots, None, scored=scored) if scored else None
         items = [item for item in batch.slices if item.sampling is not None]
         sampled = self._sampler.sample(
             logits, items, inputs.sampling, all_greedy=inputs.all_greedy)
         self._last_tokens[inputs.slots] = sampled.token_ids.clamp_min(0)  # an index it must be
-        return sampled
+        return sampled._replace(scored=scored) if scored else sampled
+
+    def _score(self, items: Sequence[ScheduledSlice], hidden: Tensor) -> Tensor:
+        """Take the log-probabilities of prompts from the wanted rows, [n, M]. Returns those that
+        sample."""
+        rows = list[Tensor]()
+        parts = hidden.split([num_outputs(item) for item in items])
+        for item, part in zip(items, parts, strict=True):
+            if item.scored is not None:
+                head = self._stages[-1].model.logits
+                self._scorer.score(head, item, part, item.context_len - len(part))
+                part = part[len(part) - (item.sampling is not None):]
+            rows.append(part)
+        return torch.cat(rows)
 
     def _replay(self, graphs: DecodeGraphs, batch: ScheduledBatch) -> SampledTokens:
         """The step of decodes that the graphs are prepared for, and those that follow it."""

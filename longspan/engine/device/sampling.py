@@ -21,6 +21,7 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from longspan.attention.upload import upload
+from longspan.engine.device.prompt_logprobs import ScoredRows
 from longspan.engine.step import RowLogprobs, SamplingExtras, ScheduledSlice
 from longspan.engine.text.grammar import Grammar, Grammars
 from longspan.errors import LongspanError, RequestFailedError
@@ -56,6 +57,8 @@ class SampledTokens(NamedTuple):
     logprobs: LogprobRows | None
     failures: dict[int, str] = {}
     """As in `StepResult`."""
+    scored: tuple[ScoredRows, ...] = ()
+    """Log-probabilities of prompts."""
 
     def cpu(self, *, non_blocking: bool = False) -> SampledTokens:
         """A copy on the host; with ``non_blocking`` it is complete when the stream is."""
@@ -65,7 +68,8 @@ class SampledTokens(NamedTuple):
         found = self.logprobs
         return SampledTokens(fetch(self.token_ids), None if found is None else LogprobRows(
             found.rows, found.num_top, fetch(found.chosen), fetch(found.top_ids),
-            fetch(found.top)), self.failures)
+            fetch(found.top)), self.failures,
+            tuple(rows.cpu(non_blocking=non_blocking) for rows in self.scored))
 
     def as_tuples(self) -> tuple[tuple[int, ...], tuple[RowLogprobs | None, ...]]:
         """As `StepResult` wants them; waits for the device where they are still there."""

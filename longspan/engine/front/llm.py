@@ -14,7 +14,7 @@ from longspan.attention.observer import AttentionObserver
 from longspan.config import EngineConfig
 from longspan.engine.control.loop import Loop
 from longspan.engine.control.scheduler import Scheduler
-from longspan.engine.front.tracking import deliver
+from longspan.engine.front.tracking import deliver, deliver_scores
 from longspan.engine.intake import Prompt, as_prompts
 from longspan.engine.request import Event, Progress, Request, RequestOutput, SamplingParams
 from longspan.engine.setup.engine_plan import ResolvedEngine
@@ -22,7 +22,7 @@ from longspan.engine.step import StepReport
 from longspan.engine.text.completion import Completion
 from longspan.engine.text.grammar import Grammars
 from longspan.engine.text.tokenizer import load_tokenizer
-from longspan.errors import LongspanError
+from longspan.errors import InvalidRequestError, LongspanError
 
 OnProgress = Callable[[Progress], None]
 
@@ -78,23 +78,29 @@ class LLM:
     # -- answering -----------------------------------------------------------------------------
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | None = None,
+        self, prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         on_progress: OnProgress | None = None,
     ) -> list[RequestOutput]:
         """Complete one prompt or several together; results in the order of the prompts.
 
         Args:
             prompts: text, token ids, or a list of either.
+            sampling_params: for all prompts, or for each of them. With ``prompt_logprobs`` the
+                prompts are scored as well; their `RequestOutput.prompt_logprobs` are arrays.
             on_progress: called before the first and after every prefill chunk of each prompt.
 
         Raises:
-            InvalidRequestError: a prompt is empty, or a token id is not in the vocabulary.
+            InvalidRequestError: a prompt is empty, a token id is not in the vocabulary, or there
+                are not as many ``sampling_params`` as prompts.
             PromptTooLongError: a prompt and its completion do not fit; nothing is computed then.
             RequestFailedError: a completion cannot go on, for the model's numbers are not finite,
                 or its JSON schema cannot be followed any further. All prompts of the call end.
         """
-        params = sampling_params or SamplingParams()
-        completions = self._start([self._make_request(p, params) for p in as_prompts(prompts)])
+        every = as_prompts(prompts)
+        each = _for_each(sampling_params or SamplingParams(), len(every))
+        completions = self._start([
+            self._make_request(prompt, params) for prompt, params in zip(every, each, strict=True)])
         try:
             _report_progress(completions, on_progress)
             while not _are_finished(completions):
@@ -191,6 +197,7 @@ class LLM:
     def _deliver(self, report: StepReport) -> None:
         self._pairs[0] += report.kept_pairs
         self._pairs[1] += report.causal_pairs
+        deliver_scores(self._completions, report.prompt_logprobs)
         for update in report.updates:
             completion = deliver(self._completions, update, report, self._loop.abort)
             if completion is not None and completion.output is not None:
@@ -236,6 +243,18 @@ class LLM:
             prompt = self.tokenizer.encode(prompt, add_special_tokens=True)
         return self._intake.make(
             str(next(self._ids)), prompt, params, self.tokenizer.eos_token_ids)
+
+
+def _for_each(
+    params: SamplingParams | Sequence[SamplingParams], num_prompts: int
+) -> Sequence[SamplingParams]:
+    if isinstance(params, SamplingParams):
+        return [params] * num_prompts
+    if len(params) != num_prompts:
+        raise InvalidRequestError(
+            f"{num_prompts} prompts and {len(params)} sampling_params; give one for all, or one "
+            "for each")
+    return params
 
 
 def _are_finished(completions: Sequence[Completion]) -> bool:

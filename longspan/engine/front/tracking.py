@@ -7,12 +7,12 @@ messages only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from itertools import zip_longest
 
 from longspan.engine.processes.wire import Stepped
 from longspan.engine.request import Request, conclude
-from longspan.engine.step import RowLogprobs, StepReport, Update
+from longspan.engine.step import PromptLogprobs, RowLogprobs, StepReport, Update
 from longspan.engine.text.completion import Completion
 
 
@@ -60,6 +60,16 @@ def updates(message: Stepped, trackers: Mapping[str, Tracker]) -> Iterator[Updat
             if tracker is not None:
                 yield tracker.update(item.cached_len + index, item.computed_len + index, token,
                                      logprobs, result.failure(place))
+
+
+def deliver_scores(
+    completions: Mapping[str, Completion], parts: Sequence[PromptLogprobs]
+) -> None:
+    """Hand a step's log-probabilities of prompts to those who wait, before the step's updates."""
+    for part in parts:
+        completion = completions.get(part.request_id)
+        if completion is not None:
+            completion.score(part)
 
 
 def deliver(

@@ -17,6 +17,7 @@ from queue import SimpleQueue
 from typing import Any, cast
 
 import zmq
+from msgspec.structs import replace
 
 from longspan.engine.control.loop import PendingStep
 from longspan.engine.processes.backend import Engine, Loader
@@ -106,6 +107,7 @@ class Results:
         slices = computed_slices(item.batch)  # before the wait, which leaves time for it
         result = item.pending.wait()
         finished_s = time.monotonic()
-        self.scheduler.put(result)
+        # Which tokens were how probable is nothing to schedule by.
+        self.scheduler.put(replace(result, prompt_logprobs=()))
         self.front.put(Stepped(slices=slices, result=result, started_s=item.time_s,
                                finished_s=finished_s))

@@ -18,7 +18,8 @@ from longspan.engine.request import (
     TokenEvent,
     TokenLogprob,
 )
-from longspan.engine.step import StepReport, Update
+from longspan.engine.step import NOT_FINITE, PromptLogprobs, StepReport, Update
+from longspan.engine.text.prompt_scores import PromptScores
 from longspan.engine.text.token_bytes import TokenBytes
 from longspan.engine.text.tokenizer import TextStream, Tokenizer
 from longspan.errors import RequestFailedError
@@ -41,9 +42,11 @@ class Completion:
         self._logprobs: list[TokenLogprob] = []
         self._held_logprobs: deque[tuple[int, TokenLogprob]] = deque()
         """With the place in the text where each token begins."""
+        num_top = request.params.prompt_logprobs
+        self._scores = None if num_top is None else PromptScores(request.prompt_len, num_top)
         self._token_ids = array("i")
         self._num_cached_tokens = 0
-        self._is_admitted = False
+        self._is_admitted = self._has_token_event = False
         self._pairs = [0.0, 0.0]  # kept, causal
         self._arrived_s = time.monotonic()
         self._started_s: float | None = None
@@ -66,6 +69,12 @@ class Completion:
         if num_cached_tokens:
             self._push_progress(num_cached_tokens)
 
+    def score(self, part: PromptLogprobs) -> None:
+        """Take log-probabilities of some of the prompt's tokens; they come before the update of the
+        same step."""
+        if self._scores is not None:
+            self._scores.take(part)
+
     def push(self, update: Update, report: StepReport) -> bool:
         """Take an update of the loop. True if the request must be stopped by the caller: a stop
         string was found, which only the text shows."""
@@ -74,6 +83,8 @@ class Completion:
         if update.failure:
             self.error = RequestFailedError(update.failure)
             return False
+        if self._scores is not None and self._scores.is_broken:
+            raise RequestFailedError(NOT_FINITE)
         self._num_cached_tokens = update.num_cached_tokens
         if self._first_s is None and update.finish_reason != "abort":
             self._note_prefill(update, report)
@@ -91,6 +102,7 @@ class Completion:
             self.output = self._result(reason)
         if reason is not None or update.token_id is not None:
             self.events.append(self._token_event(text, update.token_id, reason, logprobs))
+            self._has_token_event = True
         return was_stopped and update.finish_reason is None
 
     def _note_prefill(self, update: Update, report: StepReport) -> None:
@@ -107,13 +119,13 @@ class Completion:
         self._last_s = report.finished_s
         self._token_ids.append(update.token_id)
         # A token that ends the completion is no part of its text.
-        if update.finish_reason == "stop":
-            return ""
-        if update.logprobs is not None:
+        is_text = update.finish_reason != "stop"
+        # Beside the prompt's log-probabilities nothing is left out: some count from the end.
+        if update.logprobs is not None and (is_text or self._scores is not None):
             self._held_logprobs.append((
                 self._num_chars + self._stream.num_held,
                 self._token_bytes.describe(update.token_id, update.logprobs)))
-        return self._stream.push(update.token_id)
+        return self._stream.push(update.token_id) if is_text else ""
 
     def _take_logprobs(self) -> tuple[TokenLogprob, ...]:
         """Those whose text was handed out: a token of a stop string never is."""
@@ -137,10 +149,13 @@ class Completion:
         return TokenEvent(
             request_id=self.request_id, text=text, finish_reason=reason, output=self.output,
             token_ids=() if token_id is None else (token_id,), logprobs=logprobs,
-            num_prompt_tokens=self._prompt_len, num_cached_tokens=self._num_cached_tokens)
+            num_prompt_tokens=self._prompt_len, num_cached_tokens=self._num_cached_tokens,
+            prompt_logprobs=None if self._has_token_event or self._scores is None
+            else self._scores.found)
 
     def _result(self, reason: FinishReason) -> RequestOutput:
         kept, causal = self._pairs
+        found = None if self._scores is None else self._scores.found
         return RequestOutput(
             request_id=self.request_id, text="".join(self._text),
             token_ids=tuple(self._token_ids), finish_reason=reason,
@@ -148,7 +163,9 @@ class Completion:
             ttft_s=_span(self._arrived_s, self._first_s),
             prefill_s=_span(self._started_s, self._first_s),
             decode_tokens_per_s=self._decode_rate(), density=kept / causal if causal else None,
-            logprobs=tuple(self._logprobs))
+            logprobs=tuple(self._logprobs),
+            prompt_logprobs=None if found is None else found.logprobs,
+            prompt_alternatives=found if found is not None and found.top_ids.size else None)
 
     def _decode_rate(self) -> float | None:
         elapsed_s = _span(self._first_s, self._last_s)

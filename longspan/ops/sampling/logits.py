@@ -53,6 +53,16 @@ def keep_allowed(logits: Tensor, bits: Tensor) -> Tensor:
     return logits.masked_fill(~allowed & (logits < torch.inf), -torch.inf)
 
 
+def token_logprobs(
+    logits: Tensor, token_ids: Tensor, num_top: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Natural log-probabilities of one token for each row, and of the most probable ones, best
+    first. [B, V] fp32 and [B] int64 to [B], [B, K] ids and [B, K] values."""
+    total = logits.logsumexp(dim=-1, keepdim=True)
+    top, ids = logits.topk(num_top, dim=-1)
+    return (logits.gather(1, token_ids[:, None]) - total)[:, 0], ids, top - total
+
+
 def top_logprobs(logits: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
     """Natural log-probabilities. [B, V] fp32 to [B, V] of all tokens, [B, K] ids and [B, K] values
     of the ``num_top`` most probable ones, best first."""

@@ -41,12 +41,14 @@ def test_rows_are_cut_at_absolute_multiples() -> None:
 
 
 def test_pieces_of_a_chunk() -> None:
-    def shares(stop: int, **sizes: int) -> list[float]:
-        return piece_shares(32, stop, **sizes)
+    def shares(stop: int, is_scored: bool = False, **sizes: int) -> list[float]:
+        return piece_shares(32, stop, is_scored=is_scored, **sizes)
 
     assert len(shares(64, num_layers=6, rows=16)) == 5 * (2 + 2) + 1
     assert len(shares(60, num_layers=6, rows=64)) == 5 * (2 + 1) + 1
     assert shares(64, num_layers=1, rows=16) == [1.0]
+    scored = shares(64, num_layers=6, rows=16, is_scored=True)  # the head has pieces too
+    assert len(scored) == 6 * (2 + 2) + 2 and sum(scored) == pytest.approx(1)
     found = shares(60, num_layers=3, rows=16)  # rows 32-47 and 48-59
     assert sum(found) == pytest.approx(1) and found[:4] == found[4:8]
     assert found[3] / found[2] == pytest.approx(12 / 16)
