@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import codecs
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from longspan.engine.request import TokenEvent, TokenLogprob
 from longspan.serve.generation import Usage
 
 Json = dict[str, Any]
+Value = TypeVar("Value")
 
 
 @dataclass(slots=True)
@@ -128,8 +130,10 @@ class CompletionFormat:
             return None
         place = self._places.setdefault(delta.index, _TextPlace())
         return {"tokens": [_name(item) for item in delta.logprobs],
-                "token_logprobs": [_finite(item.logprob) for item in delta.logprobs],
-                "top_logprobs": [_by_name([*item.top, item]) for item in delta.logprobs],
+                "token_logprobs": [_or_null(item, _finite(item.logprob))
+                                   for item in delta.logprobs],
+                "top_logprobs": [_or_null(item, _by_name([*item.top, item]))
+                                 for item in delta.logprobs],
                 "text_offset": [place.advance(item.data) for item in delta.logprobs]}
 
 
@@ -153,6 +157,11 @@ def _name(item: TokenLogprob) -> str:
         return item.data.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in item.data)
+
+
+def _or_null(item: TokenLogprob, value: Value) -> Value | None:
+    """Nothing comes before the first token of a prompt, so it has no probability."""
+    return None if math.isnan(item.logprob) else value
 
 
 def _by_name(items: Sequence[TokenLogprob]) -> dict[str, float]:

@@ -9,7 +9,14 @@ from dataclasses import dataclass, replace
 
 from longspan.engine.front.client import AsyncEngine, GenerateRequest
 from longspan.engine.front.stream import Stream
-from longspan.engine.request import MAX_SEED, Event, Progress, SamplingParams, TokenEvent
+from longspan.engine.request import (
+    MAX_SEED,
+    Event,
+    Progress,
+    SamplingParams,
+    TokenEvent,
+    TokenLogprob,
+)
 from longspan.serve.admission import Gate, Ticket
 from longspan.serve.body import cancel
 from longspan.serve.errors import ApiError, as_api_error
@@ -27,6 +34,8 @@ class Job:
     params: Sequence[SamplingParams]
     """For each prompt."""
     n: int = 1
+    echoes: Sequence[str] = ()
+    """Text in front of each prompt's completions; empty: none."""
 
 
 @dataclass(slots=True)
@@ -89,6 +98,8 @@ class Generation:
         self._leaders = list[asyncio.Event]()
         self._cached_tokens = list[int]()
         self._num_copies = 1
+        self._scored = dict[int, Sequence[TokenLogprob]]()
+        """Of prompts that are echoed, by their place."""
 
     @property
     def is_finished(self) -> bool:
@@ -115,7 +126,7 @@ class Generation:
             self._unfinished.update(range(index * job.n, (index + 1) * job.n))
         for index in range(len(job.prompts)):
             stream = await self._engine.add(self._request(job, index, 0))
-            self._tasks.append(asyncio.create_task(self._pump(index * job.n, stream)))
+            self._tasks.append(asyncio.create_task(self._pump(job, index, 0, stream)))
             for copy in range(1, job.n):
                 self._tasks.append(asyncio.create_task(self._follow(job, index, copy)))
 
@@ -141,6 +152,9 @@ class Generation:
         params = job.params[index]
         if copy and params.seed is not None:
             params = replace(params, seed=(params.seed + copy) & MAX_SEED)
+        if copy and params.prompt_logprobs is not None:  # the first one has scored the prompt
+            params = replace(params, prompt_logprobs=0,
+                             prompt_logprobs_start=len(job.prompts[index]))
         return GenerateRequest(request_id=f"{job.request_id}-{index * job.n + copy}",
                                prompt=job.prompts[index], params=params)
 
@@ -152,11 +166,14 @@ class Generation:
         except Exception as error:
             await self._queue.put((number, error))
             return
-        await self._pump(number, stream)
+        await self._pump(job, index, copy, stream)
 
-    async def _pump(self, number: int, stream: Stream) -> None:
+    async def _pump(self, job: Job, index: int, copy: int, stream: Stream) -> None:
+        number, is_first = index * job.n + copy, bool(job.echoes)
         try:
             async for event in stream:
+                if is_first and isinstance(event, TokenEvent):
+                    event, is_first = await self._echo(job, index, copy, event), False
                 await self._queue.put((number, event))
                 if isinstance(event, TokenEvent) and event.finish_reason is not None:
                     return
@@ -165,6 +182,14 @@ class Generation:
             await self._queue.put((number, error))
         finally:
             await stream.aclose()
+
+    async def _echo(self, job: Job, index: int, copy: int, event: TokenEvent) -> TokenEvent:
+        """The first event of a completion, with the prompt in front."""
+        if copy == 0 and event.prompt_logprobs is not None:
+            self._scored[index] = await self._engine.describe(
+                job.prompts[index], event.prompt_logprobs)
+        return replace(event, text=job.echoes[index] + event.text,
+                       logprobs=(*self._scored.get(index, ()), *event.logprobs))
 
     # -- what is learnt from events ------------------------------------------------------------
 

@@ -245,13 +245,17 @@ class CompletionRequest(SamplingFields):
     prompt: Prompts
     """Text or token ids, or a list of either; here always a list."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    """Return log-probabilities of each token and of this many alternatives."""
+    """Return log-probabilities of each token and of this many alternatives; with echo, of the
+    prompt's tokens too."""
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_INT)] | None = None
+    """Longest completion, tokens; null: the server's default, less if there is less room. 0, with
+    echo and logprobs: the prompt is scored, and nothing is added to it."""
     add_special_tokens: bool = True
     """Put the checkpoint's beginning-of-text token in front, if it has one."""
 
     best_of: None = None
     echo: bool | None = None
-    """Only false is served: the prompt is not repeated."""
+    """Put the prompt in front of the completion."""
     suffix: None = None
 
 

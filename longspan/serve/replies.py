@@ -111,11 +111,12 @@ class ChatReply(Reply):
 
 
 class CompletionLogprobs(Reply):
-    """For each token of the completion."""
+    """For each token of the completion, after those of the prompt where it is echoed; null for the
+    prompt's first."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 

@@ -40,6 +40,8 @@ def _asked(request: ChatRequest | CompletionRequest) -> dict[str, Any]:
         (int(token), bias) for token, bias in request.logit_bias.items())
     values["logprobs"] = _num_logprobs(request)
     values["json_schema"] = _json_schema(request)
+    if isinstance(request, CompletionRequest) and request.echo:
+        values["prompt_logprobs"] = request.logprobs
     return {name: tuple(value) if isinstance(value, list) else value
             for name, value in values.items() if value is not None}
 
@@ -70,6 +72,13 @@ def _json_schema(request: ChatRequest | CompletionRequest) -> str | None:
     if isinstance(wanted, JsonSchemaFormat):
         return json.dumps(wanted.json_schema.schema_)
     return ANY_OBJECT
+
+
+def check_scoring(request: CompletionRequest) -> None:
+    """Raises 400 where nothing is asked for."""
+    if request.max_tokens == 0 and not (request.echo and request.logprobs is not None):
+        raise ApiError(400, "max_tokens: 0 needs echo: true and logprobs, or there is nothing to "
+                       "return.", param="max_tokens")
 
 
 def check_streaming(request: SamplingFields) -> None:

@@ -29,7 +29,12 @@ from longspan.serve.format import ChatFormat, CompletionFormat, Delta, Format
 from longspan.serve.generation import Generation, Job, millis
 from longspan.serve.metrics import Metrics
 from longspan.serve.protocol import ChatRequest, CompletionRequest, TemplateValues, TokenizeRequest
-from longspan.serve.sampling import asked_max_tokens, check_streaming, sampling_params
+from longspan.serve.sampling import (
+    asked_max_tokens,
+    check_scoring,
+    check_streaming,
+    sampling_params,
+)
 from longspan.serve.stream import EventStreamResponse, EventWriter, StreamOptions
 
 RESERVED_VALUES = frozenset({"messages", "add_generation_prompt", "tools", "documents"})
@@ -79,7 +84,9 @@ class Service:
             return await self._stream(body, prepared, generation, format, watcher, ticket, stack)
         await watcher.race(_wait(prepared))
         deltas = await watcher.race(_collect(generation))
-        return JSONResponse(format.reply(deltas, generation.usage))
+        # aside, for a prompt's log-probabilities may be a million
+        return await asyncio.to_thread(
+            lambda: JSONResponse(format.reply(deltas, generation.usage)))
 
     def _count_gone(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: object,
@@ -116,7 +123,8 @@ class Service:
             asked = asked_max_tokens(body)
             each = [self._fit(params, len(prompt), asked) for prompt in prompts]
             await generation.start(Job(
-                request_id=request_id, prompts=prompts, params=each, n=body.n or 1))
+                request_id=request_id, prompts=prompts, params=each, n=body.n or 1,
+                echoes=await self._echoes(body)))
 
     def _check(self, body: GenerateBody) -> SamplingParams:
         """Everything that can be refused before tokenising."""
@@ -125,8 +133,7 @@ class Service:
         num_prompts = 1
         if isinstance(body, CompletionRequest):
             num_prompts = len(body.prompt)
-            if body.echo:
-                raise ApiError(400, "echo is not supported by this server.", param="echo")
+            check_scoring(body)
         if num_prompts * (body.n or 1) > self.config.max_choices:
             raise ApiError(400, f"{num_prompts * (body.n or 1)} completions in one request; at "
                            f"most {self.config.max_choices}.", param="n")
@@ -138,8 +145,8 @@ class Service:
         limit = self.engine.status().max_model_len
         if prompt_len == 0:
             raise ApiError(400, "The prompt is empty.", param="prompt")
-        check_fits(prompt_len, asked or 1, limit)
-        return params if asked else replace(
+        check_fits(prompt_len, 1 if asked is None else asked, limit)
+        return params if asked is not None else replace(
             params, max_tokens=min(params.max_tokens, limit - prompt_len))
 
     async def _prompts(self, body: GenerateBody) -> list[Sequence[int]]:
@@ -149,6 +156,13 @@ class Service:
             return [await self.engine.tokenize(text, add_special_tokens=False)]
         return [await self.engine.tokenize(each, add_special_tokens=body.add_special_tokens)
                 if isinstance(each, str) else each for each in body.prompt]
+
+    async def _echoes(self, body: GenerateBody) -> Sequence[str]:
+        """Text to put in front of each prompt's completions; none where that is not wanted."""
+        if isinstance(body, ChatRequest) or not body.echo:
+            return ()
+        return [each if isinstance(each, str) else await self.engine.detokenize(each)
+                for each in body.prompt]
 
     def _format(self, request_id: str, body: GenerateBody) -> Format:
         with_logprobs = body.logprobs is not None and body.logprobs is not False

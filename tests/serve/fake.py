@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import uvicorn
 
 from longspan.engine.front.client import EngineStatus, GenerateRequest
-from longspan.engine.request import Progress, TokenEvent, TokenLogprob
+from longspan.engine.request import Progress, PromptLogprobs, TokenEvent, TokenLogprob
 from longspan.errors import InvalidRequestError, LongspanError
 from longspan.serve.app import create_app
 from longspan.serve.config import ServeConfig
@@ -89,6 +90,14 @@ class FakeEngine:
             raise InvalidRequestError("there is no such token")
         return "".join(map(chr, token_ids))
 
+    async def describe(
+        self, token_ids: Sequence[int], found: PromptLogprobs
+    ) -> Sequence[TokenLogprob]:
+        """Each with itself as the only alternative, where any are wanted."""
+        num_top = found.top_ids.shape[1]
+        return [_logprob(chr(token), value, (_logprob(chr(token), value),) * min(num_top, 1))
+                for token, value in zip(token_ids, found.logprobs.tolist(), strict=True)]
+
     async def render_chat(self, messages: Sequence[Mapping[str, Any]], **values: Any) -> str:
         """Roles in angle brackets."""
         text = "".join(f"<{message['role']}>{message['content']}" for message in messages)
@@ -128,6 +137,12 @@ class FakeEngine:
     async def _decode(self, request: GenerateRequest, cached: int) -> AsyncIterator[TokenEvent]:
         params = request.params
         text = ""
+        found = _prompt_logprobs(len(request.prompt), params.prompt_logprobs)
+        if params.max_tokens == 0:
+            yield TokenEvent(
+                request_id=request.request_id, text="", token_ids=(), finish_reason="length",
+                num_prompt_tokens=len(request.prompt), num_cached_tokens=cached,
+                prompt_logprobs=found)
         for index in range(params.max_tokens):
             await asyncio.sleep(self.token_s)
             self._check_alive()
@@ -139,7 +154,8 @@ class FakeEngine:
                 request_id=request.request_id, text="" if is_stop else char,
                 token_ids=(ord(char),), finish_reason=reason,
                 num_prompt_tokens=len(request.prompt), num_cached_tokens=cached,
-                logprobs=_logprobs(char, params.logprobs))
+                logprobs=_logprobs(char, params.logprobs),
+                prompt_logprobs=None if index else found)
             if reason:
                 return
 
@@ -163,6 +179,15 @@ class FakeEngine:
         return Progress(
             request_id=request.request_id, num_prefilled_tokens=done,
             num_prompt_tokens=len(request.prompt), num_cached_tokens=cached, elapsed_s=0.0)
+
+
+def _prompt_logprobs(length: int, count: int | None) -> PromptLogprobs | None:
+    """-1, -2 and so on, behind the first token."""
+    if count is None:
+        return None
+    values = np.array([math.nan, *range(-1, -length, -1)], np.float32)
+    return PromptLogprobs(values, np.zeros((length, count), np.int32),
+                          np.zeros((length, count), np.float32))
 
 
 def _logprobs(char: str, count: int | None) -> tuple[TokenLogprob, ...]:

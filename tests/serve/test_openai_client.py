@@ -98,6 +98,49 @@ def test_streamed_logprobs(client):
     assert all(item.top_logprobs == [] for item in items)
 
 
+def test_echo(client):
+    reply = client.completions.create(
+        model=MODEL, prompt=["ab", [99, 100, 233]], max_tokens=3, echo=True, n=2)
+    assert [choice.text for choice in reply.choices] == [
+        *["ab" + ANSWER[:3]] * 2, *["cd\xe9" + ANSWER[:3]] * 2]
+    assert all(choice.logprobs is None for choice in reply.choices)
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (5, 12)
+
+
+@pytest.mark.parametrize("max_tokens", [0, 2])
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_with_logprobs(server, client, stream, max_tokens):
+    reply = client.completions.create(
+        model=MODEL, prompt="x\xe9z", max_tokens=max_tokens, echo=True, logprobs=1, n=2,
+        stream=stream)
+    choices = [choice for chunk in (reply if stream else [reply]) for choice in chunk.choices]
+    for index in range(2):
+        mine = [choice for choice in choices if choice.index == index]
+        assert "".join(choice.text for choice in mine) == "x\xe9z" + ANSWER[:max_tokens]
+        assert mine[-1].finish_reason == "length"
+        parts = [choice.logprobs for choice in mine if choice.logprobs is not None]
+        tokens = ["x", "\xe9", "z", *ANSWER[:max_tokens]]
+        values = [None, -1.0, -2.0, *[-0.5] * max_tokens]
+        assert [token for part in parts for token in part.tokens] == tokens
+        assert [value for part in parts for value in part.token_logprobs] == values
+        assert [top for part in parts for top in part.top_logprobs] == [
+            None if value is None else {token: value}
+            for token, value in zip(tokens, values, strict=True)]
+        assert [place for part in parts for place in part.text_offset] == list(range(len(tokens)))
+    scored, copied = (request.params for request in server.engine.requests[-2:])
+    assert (scored.prompt_logprobs, scored.prompt_logprobs_start) == (1, 0)
+    assert copied.prompt_logprobs_start == 3  # it takes the whole prompt from the cache
+
+
+def test_scoring_takes_prompts_of_the_full_length(server, client):
+    limit = server.engine.status().max_model_len
+    values = {"model": MODEL, "max_tokens": 0, "echo": True, "logprobs": 0}
+    reply = client.completions.create(prompt="x" * limit, **values)
+    assert len(reply.choices[0].logprobs.tokens) == limit
+    with pytest.raises(openai.BadRequestError, match="4097 tokens plus max_tokens 0 is 4097"):
+        client.completions.create(prompt="x" * (limit + 1), **values)
+
+
 def test_completion_logprobs(client):
     reply = client.completions.create(model=MODEL, prompt="x", max_tokens=4, logprobs=2)
     logprobs = reply.choices[0].logprobs

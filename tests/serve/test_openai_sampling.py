@@ -16,6 +16,8 @@ import uvicorn
 
 from longspan.config import EngineConfig
 from longspan.engine.front.client import AsyncEngine
+from longspan.engine.front.llm import LLM
+from longspan.engine.request import SamplingParams
 from longspan.serve.app import create_app
 from longspan.serve.config import ServeConfig
 from tests.serve.fake import wait_for
@@ -180,6 +182,45 @@ def complete_stream(client: openai.OpenAI, **values: Any) -> list[Any]:
         model="nano", prompt=PROMPT, max_tokens=24, temperature=0, stream=True,
         extra_body={"ignore_eos": True}, **values)
     return [chunk.choices[0].logprobs for chunk in stream if chunk.choices[0].logprobs]
+
+
+@pytest.mark.parametrize("max_tokens", [0, 3])
+def test_echo_has_the_log_probabilities_of_llm(client: openai.OpenAI, max_tokens: int) -> None:
+    """For text and for token ids, cached or not, and every token's place in the text."""
+    text = PROMPT + " é🙂漢 who lived in a forest." * 12
+    params = SamplingParams(max_tokens=max_tokens, prompt_logprobs=2, logprobs=2, ignore_eos=True)
+    with LLM("nano", device="cpu", max_model_len=2048) as llm:
+        token_ids = list(llm.tokenizer.encode(text))
+        (wanted,) = llm.generate(token_ids, params)
+    assert wanted.prompt_logprobs is not None
+    logprobs = [*wanted.prompt_logprobs.tolist(), *(item.logprob for item in wanted.logprobs)]
+    for prompt in (text, token_ids):
+        choice = complete(client, prompt=prompt, max_tokens=max_tokens, echo=True, logprobs=2)
+        found = choice.logprobs
+        assert choice.text == text + wanted.text and len(found.tokens) == len(logprobs)
+        assert found.token_logprobs[0] is None and found.top_logprobs[0] is None
+        assert found.token_logprobs[1:] == pytest.approx(logprobs[1:], abs=1e-3)
+        for token, value, top in list(zip(
+                found.tokens, found.token_logprobs, found.top_logprobs, strict=True))[1:]:
+            assert top[token] == value and max(top.values()) >= value and 2 <= len(top) <= 3
+        assert found.text_offset == sorted(found.text_offset)
+        for token, offset in zip(found.tokens, found.text_offset, strict=True):
+            assert token.startswith("bytes:") or choice.text.startswith(token, offset)
+
+
+def test_echo_streams_the_prompt_first(client: openai.OpenAI) -> None:
+    whole = complete(client, logprobs=1, echo=True)
+    chunks = complete_stream(client, logprobs=1, echo=True)
+    assert [token for chunk in chunks for token in chunk.tokens] == whole.logprobs.tokens
+    assert [place for chunk in chunks for place in chunk.text_offset] == whole.logprobs.text_offset
+    assert whole.text.startswith(PROMPT)
+
+
+def test_a_prompt_of_alternatives_shares_what_it_scores(client: openai.OpenAI) -> None:
+    reply = client.completions.create(
+        model="nano", prompt=PROMPT * 20, max_tokens=2, n=3, echo=True, logprobs=0, temperature=1)
+    tokens = [choice.logprobs.token_logprobs[:-2] for choice in reply.choices]
+    assert tokens[0] == tokens[1] == tokens[2] and len(tokens[0]) > 100
 
 
 # -- JSON ------------------------------------------------------------------------------------------

@@ -42,9 +42,10 @@ from longspan.engine.processes.wire import (
     Stepped,
     Submitted,
 )
-from longspan.engine.request import Request, SamplingParams
+from longspan.engine.request import PromptLogprobs, Request, SamplingParams, TokenLogprob
 from longspan.engine.step import StepReport, Update
 from longspan.engine.text.completion import Completion
+from longspan.engine.text.token_bytes import TokenBytes
 from longspan.engine.text.tokenizer import Tokenizer, load_tokenizer
 from longspan.errors import LongspanError
 
@@ -189,6 +190,13 @@ class AsyncEngine:
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """Decode token ids. Raises `InvalidRequestError` for ids that do not exist."""
         return await self._aside(_decode, self._loaded_tokenizer(), token_ids)
+
+    async def describe(
+        self, token_ids: Sequence[int], found: PromptLogprobs
+    ) -> Sequence[TokenLogprob]:
+        """Log-probabilities of a prompt's tokens as those of completions are, NaN included."""
+        token_bytes = TokenBytes(self._loaded_tokenizer())
+        return await self._aside(token_bytes.describe_all, token_ids, found)
 
     async def render_chat(
         self, messages: Sequence[Mapping[str, Any]], **template_values: Any

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from longspan.engine.request import TokenLogprob
+from longspan.engine.request import PromptLogprobs, TokenLogprob
 from longspan.engine.step import RowLogprobs
 from longspan.engine.text.tokenizer import Tokenizer
 
@@ -45,6 +45,16 @@ class TokenBytes:
         top = zip(found.top_ids, found.top_logprobs, strict=True)
         return self._describe(token_id, found.logprob, [
             self._describe(other, logprob) for other, logprob in top])
+
+    def describe_all(
+        self, token_ids: Sequence[int], found: PromptLogprobs
+    ) -> list[TokenLogprob]:
+        """What callers get of a prompt's tokens."""
+        rows = zip(token_ids, found.logprobs.tolist(), found.top_ids.tolist(),
+                   found.top_logprobs.tolist(), strict=True)
+        return [self.describe(token, RowLogprobs(logprob, tuple(ids), tuple(top)))
+                if logprob == logprob else self._describe(token, logprob)  # NaN: none
+                for token, logprob, ids, top in rows]
 
     def _describe(
         self, token_id: int, logprob: float, top: Sequence[TokenLogprob] = ()
