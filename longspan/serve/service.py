@@ -161,8 +161,8 @@ class Service:
         """Text to put in front of each prompt's completions; none where that is not wanted."""
         if isinstance(body, ChatRequest) or not body.echo:
             return ()
-        return [each if isinstance(each, str) else await self.engine.detokenize(each)
-                for each in body.prompt]
+        return [each if isinstance(each, str)
+                else await self.engine.detokenize(each, with_special=True) for each in body.prompt]
 
     def _format(self, request_id: str, body: GenerateBody) -> Format:
         with_logprobs = body.logprobs is not None and body.logprobs is not False

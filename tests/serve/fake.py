@@ -84,7 +84,7 @@ class FakeEngine:
             self.num_tokenizing -= 1
         return [ord(char) for char in text]
 
-    async def detokenize(self, token_ids: Sequence[int]) -> str:
+    async def detokenize(self, token_ids: Sequence[int], *, with_special: bool = False) -> str:
         """Characters."""
         if any(token > 0x10FFFF or 0xD800 <= token < 0xE000 for token in token_ids):
             raise InvalidRequestError("there is no such token")

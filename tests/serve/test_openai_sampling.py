@@ -187,7 +187,7 @@ def complete_stream(client: openai.OpenAI, **values: Any) -> list[Any]:
 @pytest.mark.parametrize("max_tokens", [0, 3])
 def test_echo_has_the_log_probabilities_of_llm(client: openai.OpenAI, max_tokens: int) -> None:
     """For text and for token ids, cached or not, and every token's place in the text."""
-    text = PROMPT + " é🙂漢 who lived in a forest." * 12
+    text = "<|im_start|>user\n" + PROMPT + " é🙂漢 who lived in a forest." * 12 + "<|im_end|>"
     params = SamplingParams(max_tokens=max_tokens, prompt_logprobs=2, logprobs=2, ignore_eos=True)
     with LLM("nano", device="cpu", max_model_len=2048) as llm:
         token_ids = list(llm.tokenizer.encode(text))
@@ -204,7 +204,9 @@ def test_echo_has_the_log_probabilities_of_llm(client: openai.OpenAI, max_tokens
                 found.tokens, found.token_logprobs, found.top_logprobs, strict=True))[1:]:
             assert top[token] == value and max(top.values()) >= value and 2 <= len(top) <= 3
         assert found.text_offset == sorted(found.text_offset)
-        for token, offset in zip(found.tokens, found.text_offset, strict=True):
+        # the completion leaves special tokens out of its text
+        for token, offset in list(zip(
+                found.tokens, found.text_offset, strict=True))[:len(token_ids)]:
             assert token.startswith("bytes:") or choice.text.startswith(token, offset)
 
 

@@ -187,9 +187,10 @@ class AsyncEngine:
         encode = self._loaded_tokenizer().encode
         return await self._aside(encode, text, add_special_tokens=add_special_tokens)
 
-    async def detokenize(self, token_ids: Sequence[int]) -> str:
-        """Decode token ids. Raises `InvalidRequestError` for ids that do not exist."""
-        return await self._aside(_decode, self._loaded_tokenizer(), token_ids)
+    async def detokenize(self, token_ids: Sequence[int], *, with_special: bool = False) -> str:
+        """Decode token ids as `Tokenizer.decode` does. Raises `InvalidRequestError` for ids that do
+        not exist."""
+        return await self._aside(_decode, self._loaded_tokenizer(), token_ids, with_special)
 
     async def describe(
         self, token_ids: Sequence[int], found: PromptLogprobs
@@ -380,9 +381,9 @@ def _load_text(path: Path, vocab_size: int) -> tuple[Tokenizer, dict[str, float]
     return load_tokenizer(path, vocab_size), default_sampling(path)
 
 
-def _decode(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
+def _decode(tokenizer: Tokenizer, token_ids: Sequence[int], with_special: bool) -> str:
     checked = as_token_ids(token_ids, tokenizer.vocab_size) if len(token_ids) else ()
-    return tokenizer.decode(checked)
+    return tokenizer.decode(checked, with_special=with_special)
 
 
 def _model_name(model: str) -> str:

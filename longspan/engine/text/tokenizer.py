@@ -60,6 +60,18 @@ class Tokenizer:
         named = self._tokenizer.token_to_id(text)
         return frozenset(found if named is None else found | {named})
 
+    @cached_property
+    def text_start(self) -> int:
+        """What stands in front of a text: the token for its beginning, or else for the end of the
+        text before. Raises `CheckpointError` where there is neither."""
+        names = self._special_tokens()
+        text = names.get("bos_token") or names.get("eos_token") or ""
+        found = self._tokenizer.token_to_id(text)
+        if found is None:
+            raise CheckpointError(f"{self._path / 'tokenizer_config.json'}: names no bos_token and "
+                                  "no eos_token of the vocabulary; correct the file")
+        return int(found)
+
     def to_json(self) -> str:
         """The text of tokenizer.json as it is used here."""
         return str(self._tokenizer.to_str())
@@ -98,9 +110,9 @@ class Tokenizer:
             raise InvalidRequestError("the prompt is not valid Unicode text") from None
         return array("i", encoding.ids)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of the tokens, special ones left out."""
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+    def decode(self, token_ids: Sequence[int], *, with_special: bool = False) -> str:
+        """Text of the tokens, special ones left out or written as the vocabulary has them."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=not with_special))
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **values: Any) -> str:
         """The prompt for a conversation, by the checkpoint's template. It holds its
