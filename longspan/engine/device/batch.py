@@ -81,11 +81,11 @@ def _as_tensor(token_ids: TokenIds) -> Tensor:
 
 
 def num_outputs(item: ScheduledSlice) -> int:
-    """How many of a slice's last rows are wanted after the last layer."""
+    """How many of a slice's last rows are wanted after the last layer. (A scored slice in pieces
+    has all of them: sparse attention selects keys for all rows of a chunk together.)"""
     if item.scored is None:
         return int(item.context_len >= item.prompt_len)
-    # Sparse attention selects keys for all rows of a chunk together.
-    return item.query_len if item.sparse else item.context_len - item.scored.first + 1
+    return item.context_len - item.scored.first + 1
 
 
 def _sequence_slice(item: ScheduledSlice) -> SequenceSlice:

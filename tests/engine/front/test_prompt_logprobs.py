@@ -251,6 +251,20 @@ def test_more_alternatives_than_tokens_are_refused(tmp_path: Path) -> None:
             llm.generate([1], SCORE)
 
 
+def test_a_log_probability_that_is_no_number_ends_the_request(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would look like one that nobody asked for."""
+    with load(path) as llm:
+        take = llm._runner._scorer.take
+        monkeypatch.setattr(llm._runner._scorer, "take", lambda: tuple(
+            rows._replace(logprobs=rows.logprobs * torch.nan) for rows in take()))
+        with pytest.raises(RequestFailedError, match="not finite"):
+            llm.generate(prompt_of(150), SCORE)
+        assert llm._loop.is_idle
+        assert llm.generate(prompt_of(20), PARAMS)[0].finish_reason == "length"
+
+
 def test_numbers_that_are_not_finite_end_the_request(tmp_path: Path) -> None:
     with load(write_checkpoint(tmp_path)) as llm:
         weight = llm._runner._stages[0].model.embed_tokens.weight
