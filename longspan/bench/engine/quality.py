@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.attention.metadata import AttentionMetadata
 from longspan.attention.observer import AttendedRows, AttentionObserver
 from longspan.attention.sparsity import SparsityPlan
 from longspan.bench.engine.engine import free_memory
@@ -37,14 +36,11 @@ from longspan.engine.text.tokenizer import Tokenizer
 from longspan.errors import LongspanError
 from longspan.eval.stats import wilson_interval
 from longspan.eval.text import TextBank, python_text_roots
-from longspan.model import CausalLM
 
 SETTINGS = ("dense", "tile", "paper")
 MATCH_ROUNDS = 4
 MATCHED = 0.03
 """Costs this close count as equal."""
-GUESSED_ROWS = 256
-"""Rows whose logits are computed at a time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,37 +182,13 @@ def ask(llm: LLM, quiz: Quiz) -> tuple[list[bool], RequestOutput]:
         params = SamplingParams(max_tokens=len(answer), ignore_eos=True)
         (output,) = llm.generate([quiz.ids], params)
         return [output.token_ids == answer], output
-    first = quiz.answers[0][0] - 1
-    with forced(llm._runner._stages[-1].model, first) as guesses:
-        (output,) = llm.generate([quiz.ids], SamplingParams(max_tokens=1))
-    return [tuple(guesses[place - 1 - first :][: len(answer)]) == answer
+    params = SamplingParams(max_tokens=0, prompt_logprobs=1,
+                            prompt_logprobs_start=quiz.answers[0][0])
+    (output,) = llm.generate([quiz.ids], params)
+    assert output.prompt_alternatives is not None
+    guesses = output.prompt_alternatives.top_ids[:, 0]
+    return [tuple(guesses[place : place + len(answer)].tolist()) == answer
             for place, answer in quiz.answers], output
-
-
-@contextmanager
-def forced(model: CausalLM, first: int) -> Iterator[list[int]]:
-    """Computes all rows of the last layer meanwhile. Gives the most probable next token of each
-    position from ``first`` on of the one prompt that is prefilled."""
-    guesses: list[int] = []
-    layer, wanted = model.decoder_layers()[-1], list[Tensor | None]()
-
-    def widen(_: object, args: tuple[Tensor, AttentionMetadata, object]) -> tuple[object, ...]:
-        hidden, metadata, cache = args
-        wanted.append(metadata.output_rows)
-        return hidden, replace(metadata, output_rows=None, output=None), cache
-
-    def take(_: object, args: tuple[Tensor, AttentionMetadata, object], hidden: Tensor) -> Tensor:
-        begin, rows = int(args[1].positions[0]), wanted.pop()
-        for part in hidden[max(0, first - begin) :].split(GUESSED_ROWS):
-            guesses.extend(model.logits(model.norm(part)).argmax(-1).tolist())
-        return hidden if rows is None else hidden[rows]
-
-    hooks = layer.register_forward_pre_hook(widen), layer.register_forward_hook(take)
-    try:
-        yield guesses
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class Recall(AttentionObserver):
