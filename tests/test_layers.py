@@ -24,7 +24,8 @@ EVERYTHING = ("longspan",)
 BASE = ("longspan.config", "longspan.errors", "longspan.fields", "longspan.rope_config",
         "longspan.units")
 # What all rooms of the engine speak of.
-WORDS = tuple(f"longspan.engine.{name}" for name in ("request", "step", "intake", "resolve"))
+WORDS = tuple(f"longspan.engine.{name}"
+              for name in ("plain", "request", "step", "intake", "resolve"))
 KERNEL_PARTS = ("longspan.ops.tiles", "longspan.ops.types", "longspan.ops.geometry",
                 "longspan.ops.reference")
 # The command line and the bodies of its subcommands: nothing else may import them.

@@ -5,16 +5,23 @@ Lengths are named once, as properties of `Request`; nobody else does arithmetic 
 
 from __future__ import annotations
 
-import json
 from array import array
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from longspan.engine.plain import (
+    as_json,
+    as_pairs,
+    as_plain,
+    as_plain_tuple,
+    is_integer,
+    is_number,
+    is_text,
+    require,
+)
 from longspan.errors import InvalidRequestError, PromptTooLongError
 
 if TYPE_CHECKING:
@@ -31,7 +38,6 @@ MAX_LOGPROBS = 20
 MAX_PENALTY = 2.0
 MAX_LOGIT_BIAS = 100.0
 MAX_NUM_BIASES = 1024
-MAX_SCHEMA_CHARS = 65_536
 NUMBERS = ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens", "min_tokens",
            "presence_penalty", "frequency_penalty", "repetition_penalty", "logprobs",
            "prompt_logprobs", "prompt_logprobs_start")
@@ -86,46 +92,46 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name in NUMBERS:
-            object.__setattr__(self, name, _as_plain(getattr(self, name)))
+            object.__setattr__(self, name, as_plain(getattr(self, name)))
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        object.__setattr__(self, "stop", _as_plain_tuple("stop", stop))
+        object.__setattr__(self, "stop", as_plain_tuple("stop", stop))
         object.__setattr__(
-            self, "stop_token_ids", _as_plain_tuple("stop_token_ids", self.stop_token_ids))
-        object.__setattr__(self, "logit_bias", _as_pairs(self.logit_bias))
-        object.__setattr__(self, "json_schema", _as_json(self.json_schema))
+            self, "stop_token_ids", as_plain_tuple("stop_token_ids", self.stop_token_ids))
+        object.__setattr__(self, "logit_bias", as_pairs(self.logit_bias))
+        object.__setattr__(self, "json_schema", as_json(self.json_schema))
         self._check_choice()
         self._check_end()
         self._check_penalties()
 
     def _check_choice(self) -> None:
-        _require(_is_number(self.temperature) and 0 <= self.temperature <= MAX_TEMPERATURE,
+        require(is_number(self.temperature) and 0 <= self.temperature <= MAX_TEMPERATURE,
                  "temperature", self.temperature, f"between 0 (greedy) and {MAX_TEMPERATURE:g}")
-        _require(_is_integer(self.top_k) and 0 <= self.top_k <= MAX_TOP_K,
+        require(is_integer(self.top_k) and 0 <= self.top_k <= MAX_TOP_K,
                  "top_k", self.top_k, "an integer from 0 (all tokens) to 2^31 - 1")
-        _require(_is_number(self.top_p) and 0 < self.top_p <= 1,
+        require(is_number(self.top_p) and 0 < self.top_p <= 1,
                  "top_p", self.top_p, "above 0 and at most 1")
-        _require(_is_number(self.min_p) and 0 <= self.min_p <= 1,
+        require(is_number(self.min_p) and 0 <= self.min_p <= 1,
                  "min_p", self.min_p, "between 0 and 1")
-        _require(self.seed is None or _is_integer(self.seed) and 0 <= self.seed <= MAX_SEED,
+        require(self.seed is None or is_integer(self.seed) and 0 <= self.seed <= MAX_SEED,
                  "seed", self.seed, "an integer from 0 to 2^63 - 1")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
-            _require(value is None or _is_integer(value) and 0 <= value <= MAX_LOGPROBS,
+            require(value is None or is_integer(value) and 0 <= value <= MAX_LOGPROBS,
                      name, value, f"None or an integer from 0 to {MAX_LOGPROBS}")
         start, is_scored = self.prompt_logprobs_start, self.prompt_logprobs is not None
-        _require(_is_integer(start) and (start == 0 or start > 0 and is_scored),
+        require(is_integer(start) and (start == 0 or start > 0 and is_scored),
                  "prompt_logprobs_start", start, "0, or with prompt_logprobs a place in the prompt")
 
     def _check_end(self) -> None:
-        _require(_is_integer(self.max_tokens)
+        require(is_integer(self.max_tokens)
                  and self.max_tokens >= (self.prompt_logprobs is None),
                  "max_tokens", self.max_tokens, "a positive integer, or 0 with prompt_logprobs")
-        _require(all(map(_is_text, self.stop)),
+        require(all(map(is_text, self.stop)),
                  "stop", self.stop, "one or several strings of valid Unicode, none of them empty")
-        _require(isinstance(self.ignore_eos, bool), "ignore_eos", self.ignore_eos, "True or False")
-        _require(all(_is_integer(token) and token >= 0 for token in self.stop_token_ids),
+        require(isinstance(self.ignore_eos, bool), "ignore_eos", self.ignore_eos, "True or False")
+        require(all(is_integer(token) and token >= 0 for token in self.stop_token_ids),
                  "stop_token_ids", self.stop_token_ids, "token ids")
-        _require(_is_integer(self.min_tokens) and 0 <= self.min_tokens <= self.max_tokens,
+        require(is_integer(self.min_tokens) and 0 <= self.min_tokens <= self.max_tokens,
                  "min_tokens", self.min_tokens,
                  f"an integer from 0 to max_tokens, which is {self.max_tokens}")
         for name in ("ignore_eos", "min_tokens"):
@@ -136,18 +142,18 @@ class SamplingParams:
     def _check_penalties(self) -> None:
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
-            _require(_is_number(value) and abs(value) <= MAX_PENALTY,
+            require(is_number(value) and abs(value) <= MAX_PENALTY,
                      name, value, f"between -{MAX_PENALTY:g} and {MAX_PENALTY:g}")
         least, most = MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY
-        _require(_is_number(self.repetition_penalty) and least <= self.repetition_penalty <= most,
+        require(is_number(self.repetition_penalty) and least <= self.repetition_penalty <= most,
                  "repetition_penalty", self.repetition_penalty,
                  f"between {least:g} and {most:g}; 1: none")
         if len(self.logit_bias) > MAX_NUM_BIASES:
             raise InvalidRequestError(
                 f"logit_bias names {len(self.logit_bias)} tokens; at most {MAX_NUM_BIASES}")
         for token, bias in self.logit_bias:
-            _require(_is_integer(token) and token >= 0, "a key of logit_bias", token, "a token id")
-            _require(_is_number(bias) and abs(bias) <= MAX_LOGIT_BIAS,
+            require(is_integer(token) and token >= 0, "a key of logit_bias", token, "a token id")
+            require(is_number(bias) and abs(bias) <= MAX_LOGIT_BIAS,
                      f"logit_bias of token {token}", bias,
                      f"between -{MAX_LOGIT_BIAS:g} and {MAX_LOGIT_BIAS:g}")
 
@@ -378,63 +384,3 @@ class TokenEvent:
 
 Event = Progress | TokenEvent
 """What a streaming request gives."""
-
-
-def _require(condition: bool, name: str, value: object, wanted: str) -> None:
-    if not condition:
-        raise InvalidRequestError(f"{name} is {value!r}; it must be {wanted}")
-
-
-def _as_pairs(
-    bias: Mapping[int, float] | Iterable[tuple[int, float]]
-) -> tuple[tuple[int, float], ...]:
-    try:
-        return tuple((_as_plain(token), _as_plain(number)) for token, number in dict(bias).items())
-    except (TypeError, ValueError):
-        raise InvalidRequestError(
-            "logit_bias must map token ids to numbers, for example {13: -100}") from None
-
-
-def _as_json(schema: object) -> str | None:
-    """Text of the schema. Raises `InvalidRequestError` for what is no JSON, or too long."""
-    if schema is None:
-        return None
-    try:
-        text = str(schema) if isinstance(schema, str) else json.dumps(schema, allow_nan=False)
-        text.encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidRequestError(f"json_schema is no JSON: {error}") from None
-    if len(text) > MAX_SCHEMA_CHARS:
-        raise InvalidRequestError(
-            f"json_schema has {len(text)} characters; at most {MAX_SCHEMA_CHARS}")
-    return text
-
-
-def _as_plain(value: Any) -> Any:
-    """Numbers and texts of other classes (numpy's, for example) as Python's own: no other class
-    travels between processes."""
-    if isinstance(value, str):
-        return str(value)
-    if isinstance(value, Integral) and not isinstance(value, bool):
-        return int(value)
-    return float(value) if isinstance(value, Real) and not isinstance(value, Integral) else value
-
-
-def _as_plain_tuple(name: str, values: Any) -> tuple[Any, ...]:
-    try:
-        return tuple(map(_as_plain, values))
-    except TypeError:
-        raise InvalidRequestError(f"{name} is {values!r}; it must be a list") from None
-
-
-def _is_text(value: object) -> bool:
-    """A string that is not empty and has no lone surrogates, which no message can carry."""
-    return isinstance(value, str) and "" != value == value.encode(errors="ignore").decode()
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
