@@ -100,23 +100,31 @@ def open_model(
         about = describe_run("cpu")
         about["device"] = {"name": "endpoint", "url": job.endpoint.url}
         with Endpoint(job.endpoint) as endpoint:
-            yield Model(endpoint), about
+            scores = job.endpoint.api == "completions"
+            yield Model(endpoint, endpoint.score if scores else None), about
         return
     with LLM(job.model, attention=setting.attention, positions=setting.positions,
              max_model_len=longest, **job.options) as llm:
-        yield Model(EngineGenerate(llm)), describe_run(str(llm.config.device))
+        engine = EngineModel(llm)
+        yield Model(engine, engine.score), describe_run(str(llm.config.device))
 
 
-class EngineGenerate:
-    """`Generate` by our engine. The first prompt of a document runs alone: the others then find
-    its beginning in the prefix cache."""
+class EngineModel:
+    """`Generate` and `Score` by our engine. The first prompt of a document runs alone: the others
+    then find its beginning in the prefix cache."""
 
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
 
     def __call__(self, prompts: Sequence[Prompt], max_tokens: int) -> list[Answer]:
         """Greedy answers, or none when memory runs out."""
-        params = SamplingParams(max_tokens=max_tokens)
+        return self._ask(prompts, SamplingParams(max_tokens=max_tokens))
+
+    def score(self, prompts: Sequence[Prompt]) -> list[Answer]:
+        """Log-probabilities, or none when memory runs out."""
+        return self._ask(prompts, SamplingParams(max_tokens=0, prompt_logprobs=0))
+
+    def _ask(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Answer]:
         ids = [prompt.ids for prompt in prompts]
         try:
             with PrefillBar() as bar:
@@ -147,7 +155,9 @@ def fingerprint(job: ModelJob, setting: Setting, prompts: Mapping[str, Any]) -> 
 
 
 def _answer(output: RequestOutput) -> Answer:
+    found = output.prompt_logprobs
     return Answer(text=output.text, num_cached_tokens=output.num_cached_tokens,
-                  density=output.density, ttft_s=output.ttft_s)
+                  density=output.density, ttft_s=output.ttft_s,
+                  logprobs=None if found is None else found[1:])
 
 

@@ -12,12 +12,14 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
 
 from longspan.errors import LongspanError, MissingDependencyError
 from longspan.eval.prompt import Prompt
@@ -81,7 +83,7 @@ class _Retry(Exception):
 
 
 class Endpoint:
-    """`Generate` over HTTP, a context manager. Safe to use from several threads.
+    """`Generate` and `Score` over HTTP, a context manager. Safe to use from several threads.
 
     Args:
         sleep: for tests.
@@ -106,7 +108,13 @@ class Endpoint:
 
     def __call__(self, prompts: Sequence[Prompt], max_tokens: int) -> list[Answer]:
         """One answer for each prompt, one after the other: prefixes are cached then."""
-        return [self._answer(prompt, max_tokens) for prompt in prompts]
+        return [self._answer(prompt, {"max_tokens": max_tokens}) for prompt in prompts]
+
+    def score(self, prompts: Sequence[Prompt]) -> list[Answer]:
+        """Log-probabilities of each prompt, which a server of ``completions`` echoes. Raises
+        `LongspanError` when it does not."""
+        fields = {"max_tokens": 0, "echo": True, "logprobs": 1}  # some take 0 for none at all
+        return [self._answer(prompt, fields) for prompt in prompts]
 
     def say(self, messages: Sequence[dict[str, str]], max_tokens: int) -> str:
         """The reply to a conversation, whatever the API of prompts is. Raises `NoAnswerError` when
@@ -130,16 +138,16 @@ class Endpoint:
             return None  # many servers have no such list, or another one
         return limits[0] if limits and isinstance(limits[0], int) else None
 
-    def _answer(self, prompt: Prompt, max_tokens: int) -> Answer:
+    def _answer(self, prompt: Prompt, asked: Mapping[str, Any]) -> Answer:
         try:
-            return self._patiently(prompt, max_tokens)
+            return self._patiently(prompt, asked)
         except NoAnswerError as error:
             return Answer(status=error.status, error=str(error))
 
-    def _patiently(self, prompt: Prompt, max_tokens: int) -> Answer:
+    def _patiently(self, prompt: Prompt, asked: Mapping[str, Any]) -> Answer:
         if self._config.api == "chat":
-            return self._chat([{"role": "user", "content": prompt.message}], max_tokens)
-        fields = {"prompt": prompt.ids.tolist(), "max_tokens": max_tokens}
+            return self._chat([{"role": "user", "content": prompt.message}], asked["max_tokens"])
+        fields = {"prompt": prompt.ids.tolist(), **asked}
         return self._with_retries(
             lambda: self._attempt("completions", fields, len(prompt.ids)))
 
@@ -185,7 +193,11 @@ class Endpoint:
             raise _Retry(f"no word for {self._config.timeout_s:g} s", "timeout") from None
         except httpx.TransportError as error:
             raise _Retry(_reason(error)) from None
-        return stream.answer(prompt_len)
+        answer = stream.answer(prompt_len)
+        if not fields.get("echo"):
+            return answer
+        assert prompt_len is not None
+        return replace(answer, text="", logprobs=stream.prompt_logprobs(prompt_len))
 
     def _of_status(self, response: httpx.Response) -> Exception:
         """What an HTTP status means for the prompt, or for the run."""
@@ -203,6 +215,7 @@ class _Stream:
 
     start_s: float
     parts: list[str] = field(default_factory=list)
+    logprobs: list[float | None] = field(default_factory=list)
     is_whole: bool = False
     ttft_s: float | None = None
     prompt_tokens: int | None = None
@@ -231,6 +244,7 @@ class _Stream:
         if text and self.ttft_s is None:
             self.ttft_s = round(time.monotonic() - self.start_s, 4)
         self.parts.append(text)
+        self.logprobs += (choice.get("logprobs") or {}).get("token_logprobs") or ()
         self.is_whole = self.is_whole or choice.get("finish_reason") is not None
 
     def answer(self, prompt_len: int | None) -> Answer:
@@ -244,6 +258,15 @@ class _Stream:
                                 "tokens: it cuts long prompts; raise its limit or ask for less")
         return Answer(text="".join(self.parts), ttft_s=self.ttft_s,
                       num_cached_tokens=self.cached_tokens)
+
+    def prompt_logprobs(self, prompt_len: int) -> np.ndarray:
+        """[T - 1] of an echoed prompt. Raises `LongspanError` where there are not as many."""
+        found = np.array(self.logprobs[1:], np.float64)  # NaN for null
+        if len(found) != prompt_len - 1 or np.isnan(found).any():
+            raise LongspanError(
+                f"the server gave log-probabilities of {np.isfinite(found).sum():,} of "
+                f"{prompt_len - 1:,} prompt tokens (echo with max_tokens 0); leave perplexity out")
+        return found
 
 
 def retry_after_s(value: str | None) -> float | None:

@@ -42,8 +42,8 @@ class Generate(Protocol):
 class Score(Protocol):
     """A model that can say how probable it finds each token of a prompt."""
 
-    def __call__(self, prompts: Sequence[Prompt]) -> Sequence[np.ndarray]:
-        """Log-probabilities [T - 1] of every prompt's tokens but the first."""
+    def __call__(self, prompts: Sequence[Prompt]) -> Sequence[Answer]:
+        """One answer without text for each prompt, in order, with `Answer.logprobs`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,9 @@ class NastyServer:
     """Serves faults in turn, a good answer after each; counts what it was asked and answered."""
 
     def __init__(self, read: Read, faults: tuple[str, ...] = (), max_model_len: int | None = None,
-                 cut_prompts_at: int | None = None) -> None:
+                 cut_prompts_at: int | None = None,
+                 score: Callable[[Any], list[float | None]] | None = None) -> None:
+        self.score = score  # log-probabilities of a prompt that is echoed
         self.read, self.faults, self.max_model_len = read, faults, max_model_len
         self.cut_prompts_at = cut_prompts_at
         self.requests: list[dict[str, Any]] = []
@@ -52,6 +54,11 @@ class NastyServer:
             server.shutdown()
             thread.join()
             server.server_close()
+
+
+def halves(items: Any) -> tuple[Any, Any]:
+    """A text or list in two."""
+    return items[: len(items) // 2], items[len(items) // 2:]
 
 
 def handler_of(nasty: NastyServer) -> type[BaseHTTPRequestHandler]:
@@ -123,9 +130,10 @@ def handler_of(nasty: NastyServer) -> type[BaseHTTPRequestHandler]:
             if fault == "empty body":
                 return
             chat = "messages" in body
-            half = len(text) // 2
-            for part in (text[:half], text[half:]):
-                yield {"choices": [{"delta": {"content": part}} if chat else {"text": part}]}
+            scores = nasty.score(body["prompt"]) if nasty.score and body.get("echo") else []
+            for part, found in zip(halves(text), halves(scores), strict=True):
+                yield {"choices": [{"delta": {"content": part}} if chat else {
+                    "text": part, "logprobs": {"token_logprobs": found} if found else None}]}
                 if fault == "half stream":
                     return
                 if fault == "error in stream":

@@ -10,14 +10,19 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 import uvicorn
 
+from longspan.commands.models import EngineModel
 from longspan.config import EngineConfig
 from longspan.engine.front.client import AsyncEngine
 from longspan.engine.front.llm import LLM
 from longspan.engine.request import SamplingParams
+from longspan.eval.endpoint import Endpoint, EndpointConfig
+from longspan.eval.prompt import Frame, Prompt
+from longspan.eval.text import Encoder
 from longspan.serve.app import create_app
 from longspan.serve.config import ServeConfig
 from tests.serve.fake import wait_for
@@ -208,6 +213,19 @@ def test_echo_has_the_log_probabilities_of_llm(client: openai.OpenAI, max_tokens
         for token, offset in list(zip(
                 found.tokens, found.text_offset, strict=True))[:len(token_ids)]:
             assert token.startswith("bytes:") or choice.text.startswith(token, offset)
+
+
+def test_perplexity_is_the_same_over_http(client: openai.OpenAI) -> None:
+    """What `longspan eval` takes from an endpoint, and what it computes itself."""
+    with LLM("nano", device="cpu", max_model_len=2048) as llm:
+        text = Encoder(llm.tokenizer).piece(PROMPT + " é🙂漢 who lived." * 30)
+        prompt = Prompt([text], Frame("", ""))
+        (wanted,) = EngineModel(llm).score([prompt])
+    config = EndpointConfig(url=str(client.base_url), model="nano")
+    with Endpoint(config) as endpoint:
+        (found,) = endpoint.score([prompt])
+    assert found.text == wanted.text == "" and len(found.logprobs) == len(prompt.ids) - 1
+    np.testing.assert_allclose(found.logprobs, wanted.logprobs, atol=1e-3)
 
 
 def test_echo_streams_the_prompt_first(client: openai.OpenAI) -> None:

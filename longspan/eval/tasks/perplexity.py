@@ -47,8 +47,7 @@ class PerplexityTask(Task):
         if model.score is None:
             raise LongspanError(f"{self.name} needs log-probabilities of the prompt, which this "
                                 "model does not give; leave the task out")
-        return [Answer(text="", logprobs=found)
-                for found in model.score([example.prompt for example in examples])]
+        return model.score([example.prompt for example in examples])
 
     def score(self, gold: Gold, answer: Answer) -> Verdict:
         """Mean nats a token: over everything, and by position."""
