@@ -12,6 +12,7 @@ from longspan.commands.options import (
     Device,
     Dtype,
     MaxModelLen,
+    Memory,
     Model,
     Plan,
     Threads,
@@ -99,7 +100,7 @@ def run(
     questions: Questions = 20, distractors: Distractors = 5, template: Template = "chat",
     prefix: Prefix = "assistant", max_model_len: MaxModelLen = None, device: Device = None,
     dtype: Dtype = None, prefill_chunk_len: ChunkLen = None, sparsity_plan: Plan = None,
-    threads: Threads = None,
+    memory_gib: Memory = None, threads: Threads = None,
 ) -> None:
     """Ask a model, in this process or behind an address. Goes on where it was cut off."""
     from longspan.commands.evaluate import run as run_job
@@ -123,7 +124,8 @@ def run(
         attention=parse_list(attention, str, "--attention"),
         positions=parse_list(positions, str, "--positions"),
         options={"device": device, "dtype": dtype, "prefill_chunk_len": prefill_chunk_len,
-                 "sparsity_plan": sparsity_plan, "num_threads": threads}),
+                 "sparsity_plan": sparsity_plan, "memory_gib": memory_gib,
+                 "num_threads": threads}),
         out, concurrency, time_limit_s)
     if status:
         raise typer.Exit(status)

@@ -140,7 +140,8 @@ def fingerprint(job: ModelJob, setting: Setting, prompts: Mapping[str, Any]) -> 
     """Changes with everything that answers depend on besides tasks and lengths: prompts' materials,
     weights, engine options. Weights count with their size and their end: hashing all of a large
     checkpoint would take minutes."""
-    engine = {name: value for name, value in job.options.items() if name != "num_threads"}
+    engine = {name: value for name, value in job.options.items()
+              if name not in ("memory_gib", "num_threads")}
     endpoint = None if job.endpoint is None else (job.endpoint.model, job.endpoint.api)
     facts = [dict(prompts), setting.label, engine, endpoint]
     found = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())

@@ -72,7 +72,7 @@ def _place(q: Tensor, count: int) -> Tensor:
     """`scouts.place_scouts` of all heads: [H, R] int32."""
     num_queries, num_heads, head_dim = q.shape
     count = min(count, num_queries)
-    mean = q.mean(0, dtype=torch.float32)
+    mean = _mean(q)
     differences = torch.empty(num_heads, num_queries, dtype=torch.float32, device=q.device)
     mean_differences[(triton.cdiv(num_queries, 64), num_heads)](
         q, mean, differences, q.stride(0), q.stride(1), num_queries, D=head_dim, BLOCK=64)
@@ -81,6 +81,17 @@ def _place(q: Tensor, count: int) -> Tensor:
         differences, threshold.on_device((count,) * num_heads, q.device), rows, 0, floor=0,
         backwards=False)
     return rows
+
+
+def _mean(q: Tensor) -> Tensor:
+    """Mean query of each head, [H, D] fp32. PyTorch's own mean over so many rows takes twice the
+    workspace of all the rest for its partial sums."""
+    num_queries, num_heads, head_dim = q.shape
+    sums = torch.empty(triton.cdiv(num_queries, 128), num_heads, head_dim, dtype=torch.float32,
+                       device=q.device)
+    sum_queries[(len(sums), num_heads)](
+        q, sums, q.stride(0), q.stride(1), num_queries, num_heads, D=head_dim, BLOCK=128)
+    return sums.sum(0) / num_queries
 
 
 def _rotated(
@@ -139,6 +150,20 @@ def _flags(selection: Selection, heads: slice, num_tiles: int) -> tuple[Tensor, 
     is_column = columns.new_zeros(len(columns), (num_tiles + 1) * tile_len, dtype=torch.int8)
     is_column.scatter_(1, columns.where(columns >= 0, num_tiles * tile_len), 1)
     return is_window, is_column
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_heads"])
+def sum_queries(
+    q, sums, stride_token, stride_head, num_queries, num_heads, D: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Sums of BLOCK queries of one head. q: [T, H, D]; sums: [T / BLOCK, H, D] fp32. Grid
+    (T / BLOCK, H)."""
+    block, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    row, d = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, D)
+    source = q + row[:, None] * stride_token + head * stride_head + d[None, :]
+    x = tl.load(source, mask=(row < num_queries)[:, None], other=0.0).to(tl.float32)
+    tl.store(sums + (block * num_heads + head) * D + d, tl.sum(x, 0))
 
 
 @triton.jit(do_not_specialize=["num_queries"])
