@@ -38,8 +38,11 @@ check: $(INSTALLED_DEV)
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
+# Hopper's own kernels run nowhere else.
+COMPUTE_CAPABILITY = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null)
+GPU_TESTS = gpu$(if $(filter 9.0,$(firstword $(COMPUTE_CAPABILITY))),, and not hopper)
 test-gpu: $(INSTALLED_DEV)
-	$(BIN)/python -m pytest -q -m gpu
+	$(BIN)/python -m pytest -q -m "$(GPU_TESTS)"
 
 # Needs chromium and chromedriver.
 test-browser: $(INSTALLED_DEV)

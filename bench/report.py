@@ -33,7 +33,7 @@ MARKED = re.compile(r"(<!-- bench:(\w+) -->\n)(.*?)(<!-- /bench:\2 -->)", re.DOT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("--readme", type=Path, default=Path("README.md"), help="with the markers")
     parser.add_argument("--results", type=Path, default=Path("bench/results"), help="folder")
@@ -63,7 +63,7 @@ def run(readme: Path, results: Path) -> None:
 
 
 def build_table(name: str, results: Path) -> str:
-    """The markdown of one table, with a line end at its end."""
+    """Return one table as markdown, with a line end at its end."""
     known = sorted([*TABLES, *SECTIONS])
     if name not in known:
         raise LongspanError(f"no table is called {name!r}; there are {', '.join(known)}")

@@ -17,14 +17,14 @@ TITLES = {"ours": "longspan", "cudnn": "cuDNN", "fa2": "FlashAttention-2",
 
 
 def caption(content: Content, what: str) -> str:
-    """What was measured, on what, when."""
+    """Say what was measured, on what, and when."""
     device = content["device"]
     count = f"{device['count']} x " if device["count"] > 1 else ""
     return f"{what} ({count}{device['name']}, {content['date'][:10]})\n\n"
 
 
 def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """A table; numbers to the right."""
+    """Return a table as markdown; numbers stand to the right."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -62,8 +62,8 @@ def _ttft_order(row: Row) -> tuple[str, int, str, int]:
 
 
 def _dense_of(row: Row, rows: Sequence[Row]) -> Row | None:
-    """The dense row of the same prompt, the one with most layers, then the fastest: the length of
-    prefill chunks is its own."""
+    """Find the dense row to compare with: the same prompt, most layers, then the fastest one, since
+    the length of prefill chunks is each row's own."""
     found = [other for other in rows if other["attention"] == "dense"
              and (other["shape"], other["num_tokens"]) == (row["shape"], row["num_tokens"])]
     return max(found, key=lambda other: (other["layers"], -other["ttft_scaled_s"]), default=None)
@@ -125,7 +125,7 @@ OF_MACHINE = frozenset({"health_p99", "loop_lag_p99_below", "long_ttft"})
 
 
 def serve_section(contents: Sequence[Content]) -> str:
-    """What a server's users feel."""
+    """Describe what a server's users feel."""
     text = "### A server beside long prompts\n\n`longspan bench serve`: a real server over HTTP. " \
            "A step budget is the longest step that the server allows itself " \
            "(`--step-budget-s`).\n\n"

@@ -288,7 +288,7 @@ def quality(
     device: Device = None, commit: Commit = None, budget_s: BudgetS = None,
     out: Results = Path("bench/results"),
 ) -> None:
-    """What sparse prefill answers and keeps of attention, beside dense, at equal cost."""
+    """Measure what sparse prefill answers and keeps of attention, beside dense, at equal cost."""
     from longspan.bench.engine.quality import QualityOptions, run
     from longspan.bench.session import BenchOptions, BenchSession
 

@@ -185,7 +185,7 @@ class ModelConfig:
 
     @property
     def kv_elements_per_token(self) -> int:
-        """Numbers that the keys and values of one token are, over all layers."""
+        """Numbers in the keys and values of one token, over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
     @property
@@ -344,7 +344,7 @@ def _refuse_unsupported(need: Fields, architecture: str) -> None:
 
 
 def _refuse_window(need: Fields, family: Family) -> None:
-    """A window that the architecture applies without being told so by another key."""
+    """Refuse a window that the architecture applies without being told so by another key."""
     window = need.raw.get("sliding_window", family.sliding_window)
     if family.has_window_switch or window is None:
         return

@@ -17,7 +17,7 @@ class Fields:
         self.raw, self.source = raw, source
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """A positive integer; absent and null mean the default."""
+        """Read a positive integer; absent and null mean the default."""
         value = self.raw.get(key)
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
@@ -25,7 +25,7 @@ class Fields:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A finite number that is not negative; absent and null mean the default."""
+        """Read a finite number that is not negative; absent and null mean the default."""
         value = self.raw.get(key)
         value = default if value is None else value
         if (not isinstance(value, (int, float)) or isinstance(value, bool)
@@ -34,19 +34,19 @@ class Fields:
         return float(value)
 
     def boolean(self, key: str) -> bool:
-        """True or false; absent and null mean false."""
+        """Read true or false; absent and null mean false."""
         value = self.raw.get(key)
         if value is not None and not isinstance(value, bool):
             raise self.wrong(key, "true or false")
         return bool(value)
 
     def block(self, key: str) -> Fields:
-        """The JSON object under a key; absent and null mean an empty one."""
+        """Read the JSON object under a key; absent and null mean an empty one."""
         value = self.raw.get(key)
         if value is not None and not isinstance(value, Mapping):
             raise self.wrong(key, "a JSON object")
         return Fields(value or {}, f"{self.source}: {key}")
 
     def wrong(self, key: str, needed: str) -> CheckpointError:
-        """The error that names a key and its value."""
+        """Make the error that names a key and its value."""
         return CheckpointError(f"{self.source}: {key} is {self.raw.get(key)!r}, {needed} is needed")

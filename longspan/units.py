@@ -13,5 +13,5 @@ def default_dtype(device: str) -> str:
 
 
 def in_gib(num_bytes: float) -> str:
-    """An amount of memory for a person."""
+    """Format an amount of memory for a person."""
     return f"{num_bytes / GIB:.2f} GiB"

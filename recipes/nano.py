@@ -30,7 +30,7 @@ KIND_WEIGHTS: dict[int, float] = {Kind.PLANTED: 0.0, Kind.ANSWER: 5.0, Kind.COPY
 
 
 def nano() -> Recipe:
-    """The report's five lengths and bases with nano's tokens and rates."""
+    """Return nano's recipe: the report's five lengths and bases with nano's tokens and rates."""
     return Recipe(
         name="nano", vocab_size=4096, new_model=build_model, kind_weights=KIND_WEIGHTS,
         warmup_steps=150, gate_lengths=(4096, 32_768, 131_072, 262_144), gate_documents=4,
@@ -48,7 +48,7 @@ def nano() -> Recipe:
 
 
 def smoke() -> Recipe:
-    """A two-layer toy in two tiny phases: everything in seconds on a CPU."""
+    """Make a two-layer toy in two tiny phases: everything in seconds on a CPU."""
     tiny = partial(Phase, num_tokens=8192, tokens_per_step=1024)
     return Recipe(
         name="smoke", vocab_size=4096, kind_weights=KIND_WEIGHTS, warmup_steps=4,

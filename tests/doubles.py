@@ -194,7 +194,7 @@ class DeepTransport:
         """Compute now."""
         self.results.append(self.executor.execute(batch))
 
-    def collect(self, timeout_s: float | None = None) -> StepResult:
+    def collect(self, timeout_s: float | None = None) -> StepResult | None:
         """The oldest result."""
         return self.results.popleft()
 

@@ -14,6 +14,7 @@ import pytest
 from longspan import cli
 from longspan.commands import generate
 from longspan.commands.console import PrefillBar, prefill_rate
+from longspan.commands.options import parse_list
 from longspan.engine.front.llm import LLM
 from longspan.engine.intake import Intake
 from longspan.engine.request import Progress, SamplingParams
@@ -101,7 +102,7 @@ def test_the_engine_is_sized_for_one_request(
     """A GPU's KV pool has room for all that may run together."""
     sizes: list[int] = []
 
-    class Sized(generate.LLM):
+    class Sized(LLM):
         def __init__(self, model: str, **options: Any) -> None:
             sizes.append(options["max_num_requests"])
             super().__init__(model, **options)
@@ -307,11 +308,11 @@ def test_a_closed_pipe_is_quiet(model: str, prompt: str) -> None:
 
 
 def test_lists() -> None:
-    assert cli.parse_list("4096, 1_000", int, "--lengths") == (4096, 1000)
-    assert cli.parse_list("dense,sparse", str, "--attention") == ("dense", "sparse")
+    assert parse_list("4096, 1_000", int, "--lengths") == (4096, 1000)
+    assert parse_list("dense,sparse", str, "--attention") == ("dense", "sparse")
     for text in ("4k", "1,,2", "0", "", "1,-2"):
         with pytest.raises(LongspanError, match="--lengths"):
-            cli.parse_list(text, int, "--lengths")
+            parse_list(text, int, "--lengths")
 
 
 def progress(done: int, elapsed_s: float, cached: int = 0) -> Progress:

@@ -25,7 +25,7 @@ import {module}
 
 
 def name_of(requirement: str) -> str:
-    """Of a distribution, as package indexes write it."""
+    """Name of a distribution, as package indexes write it."""
     found = re.match(r"[A-Za-z0-9._-]+", requirement)
     assert found is not None
     return re.sub(r"[-_.]+", "-", found[0]).lower()

@@ -66,7 +66,7 @@ class _HfAttention:
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
         attention_mask: Tensor | None, **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """query: [B, H, T, D]; key, value: [B, K, S, D]. Returns [B, T, H, D]."""
+        """Attend. query: [B, H, T, D]; key, value: [B, K, S, D]. Returns [B, T, H, D]."""
         context_len, query_len = key.shape[2], query.shape[2]
         if torch.is_grad_enabled() and query.requires_grad:
             raise LongspanError("longspan attention computes no gradients; use torch.no_grad()")
@@ -84,7 +84,8 @@ class _HfAttention:
         return torch.stack(rows), None
 
     def _attend(self, layer: DualChunkAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One request. q: [T, H, D], k, v: [S, K, D], none rotated; returns [T, H, D]."""
+        """Attend for one request. q: [T, H, D], k, v: [S, K, D], none rotated; returns
+        [T, H, D]."""
         context_len, query_len = k.shape[0], q.shape[0]
         cached_len = context_len - query_len
         cache = self._filled_cache(layer.rotary, k[:cached_len], v[:cached_len], context_len)
@@ -105,7 +106,7 @@ class _HfAttention:
     def _filled_cache(
         self, rotary: QueryRotary, k: Tensor, v: Tensor, context_len: int
     ) -> PagedKV:
-        """A cache for `context_len` tokens that holds the earlier ones. k, v: [S', K, D]."""
+        """Build a cache for `context_len` tokens that holds the earlier ones. k, v: [S', K, D]."""
         cache = allocate_cache(
             num_blocks=-(-context_len // BLOCK_SIZE), block_size=BLOCK_SIZE,
             num_kv_heads=self.config.num_kv_heads, head_dim=self.config.head_dim, dtype=k.dtype,
@@ -164,7 +165,7 @@ def _check_positions(position_ids: Tensor | None, expected: Tensor) -> None:
 
 
 def _no_mask(*, attention_mask: Tensor | None = None, **kwargs: Any) -> None:
-    """The causal mask is implied; a padding mask (or one of a static cache) is refused."""
+    """Refuse a padding mask, or one of a static cache; the causal mask is implied."""
     if attention_mask is not None and not bool(attention_mask.all()):
         raise InvalidRequestError(
             "longspan attention takes no padding: the attention mask has zeros; pass requests of "

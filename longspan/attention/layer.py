@@ -22,7 +22,7 @@ def allocate_cache(
     *, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype,
     device: torch.device | str, means: bool,
 ) -> PagedKV:
-    """One layer's KV cache, uninitialised: on CPUs memory is taken as blocks are written.
+    """Allocate one layer's KV cache, uninitialised: on CPUs memory is taken as blocks are written.
 
     Args:
         means: with each block's mean key and mean value, for plans with the mean correction.
@@ -76,7 +76,7 @@ class DualChunkAttention:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, cache: PagedKV, metadata: AttentionMetadata
     ) -> Tensor:
-        """q: [T, H, D], k, v: [T, K, D], none rotated. Returns [T, H, D]."""
+        """Attend. q: [T, H, D], k, v: [T, K, D], none rotated. Returns [T, H, D]."""
         self.store(k, v, cache, metadata)
         outs = [self._prefill(q[item.start : item.start + item.query_len], cache, item)
                 for item in metadata.prefills]
@@ -104,7 +104,7 @@ class DualChunkAttention:
         self, q: Tensor, cache: PagedKV, item: PrefillSlice, parts: Sequence[PrefillPart],
         start: int,
     ) -> Tensor:
-        """Attention of some rows of a prepared slice.
+        """Attend with some rows of a prepared slice.
 
         q: [n, H, D], queries at positions start ... start + n - 1; in tile mode ``start`` and, but
         at the part's end, n are multiples of the tile length. Returns [n, H, D].
@@ -127,8 +127,8 @@ class DualChunkAttention:
         return self.attend(q, cache, item, self.prepare(q, cache, item), item.cached_len)
 
     def _sparse_range(self, item: PrefillSlice, block_size: int) -> tuple[int, int]:
-        """Positions [first, stop) computed sparsely: in tile mode whole tiles, and never the
-        prompt's dense tail, nor tiles that the slash budget covers wholly."""
+        """Return the positions [first, stop) computed sparsely: in tile mode whole tiles, and never
+        the prompt's dense tail, nor tiles that the slash budget covers wholly."""
         if not item.sparse or self.plan is None or self.budget is None:
             return 0, 0
         tail = dense_tail_start(item.prompt_len, self.plan.dense_tail_len)
@@ -190,5 +190,5 @@ class DualChunkAttention:
 
 
 def _joined(outs: list[Tensor]) -> Tensor:
-    """Rows one after the other; a copy only where there are several parts."""
+    """Return the rows one after the other; a copy only where there are several parts."""
     return outs[0] if len(outs) == 1 else torch.cat(outs)

@@ -128,8 +128,8 @@ class _Tokens(NamedTuple):
 
 
 def _tokens(slices: Sequence[SequenceSlice], block_size: int) -> _Tokens:
-    """All rows at once: a step of many decodes is short, and so must be what is done for it here.
-    """
+    """List all rows at once: a step of many decodes is short, and so must be what is done for it
+    here."""
     lens = np.array([item.query_len for item in slices], dtype=np.int64)
     cached = np.array([item.cached_len for item in slices], dtype=np.int64)
     positions = np.arange(lens.sum()) + np.repeat(cached - np.cumsum(lens) + lens, lens)
@@ -178,7 +178,7 @@ def _table(item: SequenceSlice, context_len: int, block_size: int) -> NDArray[np
 
 
 def _output_rows(slices: Sequence[SequenceSlice]) -> tuple[Tensor, list[SequenceSlice]]:
-    """Packed rows [n] of the wanted outputs, and the slices cut down to them."""
+    """Return the packed rows [n] of the wanted outputs, and the slices cut down to them."""
     rows, narrow, stop = list[int](), [], 0
     for item in slices:
         stop += item.query_len
@@ -193,15 +193,15 @@ def _output_rows(slices: Sequence[SequenceSlice]) -> tuple[Tensor, list[Sequence
 
 
 def softmax_scale(head_dim: int, length: int, dca: DcaConfig | None) -> float:
-    """m^2 / sqrt(D): the YaRN factor stands on the query side only, so cached keys stay free of
-    the request's length (DESIGN decision 2)."""
+    """Compute m^2 / sqrt(D). The YaRN factor m^2 stands on the query side only, so that cached keys
+    do not depend on the request's length."""
     trained = dca.original_max_position_embeddings if dca else 0
     return yarn_temperature(length, trained) ** 2 / math.sqrt(head_dim)
 
 
 def softmax_scales(lengths: Tensor, head_dim: int, dca: DcaConfig | None) -> Tensor:
-    """`softmax_scale` of each of [B] lengths, on their device. In fp64, so that the fp32 result is
-    the host's. [B] int64 to [B] fp32."""
+    """Return `softmax_scale` of each of [B] lengths, on their device. In fp64, so that the fp32
+    result is the host's. [B] int64 to [B] fp32."""
     temperature = torch.ones_like(lengths, dtype=torch.float64)
     if dca is not None and dca.original_max_position_embeddings > 0:
         trained = dca.original_max_position_embeddings
@@ -214,7 +214,8 @@ def decode_metadata(
     block_tables: Tensor, context_lens: Tensor, prompt_lens: Tensor, *, block_size: int,
     head_dim: int, dca: DcaConfig | None,
 ) -> AttentionMetadata:
-    """What `build_metadata` makes of B decodes, from numbers on the device and without the host.
+    """Build what `build_metadata` makes of B decodes, from numbers on the device and without the
+    host.
 
     Args:
         block_tables: [B, max blocks] int64; may go on beyond the lengths.

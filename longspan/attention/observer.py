@@ -37,23 +37,23 @@ class AttendedRows:
     """[n, H] fp32, tile means included."""
 
     def full_lse(self) -> Tensor:
-        """LSE over all keys, [n, H] fp32, by dense attention."""
+        """Return the LSE over all keys, [n, H] fp32, by dense attention."""
         if self.selection is None:
             return self.lse
         return ops.prefill_attention(*self._args())[1]
 
     def kept_lse(self) -> Tensor:
-        """LSE over the selected keys alone, [n, H] fp32: tile means are no keys."""
+        """Return the LSE over the selected keys alone, [n, H] fp32: tile means are no keys."""
         if self.selection is None or not self.correction:
             return self.lse
         return ops.sparse_prefill_attention(*self._args(), self.selection, False)[1]
 
     def recall(self) -> Tensor:
-        """Share of each query's attention mass that its selection keeps, [n, H] fp32."""
+        """Return the share of each query's attention mass that its selection keeps, [n, H] fp32."""
         return torch.exp(self.kept_lse() - self.full_lse())
 
     def _args(self) -> tuple[Tensor, PagedKV, Tensor, int, QueryRotary, float]:
-        """As the attention ops take them."""
+        """Return the arguments as the attention ops take them."""
         return (self.q, self.cache, self.item.block_table, self.start, self.rotary,
                 self.item.scale)
 
@@ -64,8 +64,8 @@ class AttentionObserver:
     observed."""
 
     def region(self, name: Region) -> AbstractContextManager[None]:
-        """Entered around each call of an op, for timing."""
+        """Return a context that is entered around each call of an op, for timing."""
         return UNWATCHED
 
     def attended(self, rows: AttendedRows) -> None:
-        """Called after each call of dense or sparse attention, outside of its region."""
+        """Observe one call of dense or sparse attention, after it and outside of its region."""

@@ -20,7 +20,8 @@ from longspan.rope_config import RopeScaling
 def inverse_frequencies(
     head_dim: int, rope_theta: float, scaling: RopeScaling | None = None
 ) -> Tensor:
-    """theta^(-2i/D) for i in 0..D/2-1, scaled, as transformers computes it. Returns [D/2] fp32."""
+    """Compute theta^(-2i/D) for i in 0..D/2-1, scaled, as transformers computes it. Returns [D/2]
+    fp32."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     plain = 1.0 / (rope_theta**exponents)
     if scaling is None:
@@ -39,7 +40,7 @@ def build_rotary(
     *, head_dim: int, rope_theta: float, max_model_len: int, dca: DcaConfig | None,
     scaling: RopeScaling | None = None, device: torch.device | str = "cpu",
 ) -> QueryRotary:
-    """Rotation tables for contexts up to ``max_model_len``.
+    """Build the rotation tables for contexts up to ``max_model_len``.
 
     Without a DCA config the stride is ``max_model_len``, so that every pair lies in the intra
     zone: plain RoPE. Memory: R * D * 4 bytes, R = min(max_model_len, chunk_size + 1).
@@ -56,7 +57,7 @@ def build_rotary(
 
 
 def yarn_temperature(length: int, trained_len: int) -> float:
-    """m = max(1, 0.1 ln(length / trained_len) + 1); logits are multiplied by m^2.
+    """Compute m = max(1, 0.1 ln(length / trained_len) + 1); logits are multiplied by m^2.
 
     ``trained_len`` 0 means no temperature (released configs without the key).
     """

@@ -16,7 +16,7 @@ from longspan.ops.types import Budget
 SCHEMA_VERSION = 2
 SelectionMode = Literal["tile", "paper"]
 MOST = 2**31 - 1
-"""Of each number in a plan: kernels take 32 bits."""
+"""The largest number that a plan may hold: kernels take 32 bits."""
 _LEAST = {"probe_last": 1, "probe_strided": 0, "sink": 0, "local": 0, "dense_tail_len": 0,
           "num_scouts": 0, "scout_tiles": 1}
 _BEFORE_SCOUTS = {"schema_version": 1, "num_scouts": 0}
@@ -27,7 +27,7 @@ _BEFORE_SCOUTS = {"schema_version": 1, "num_scouts": 0}
 class SparsityPlan:
     """Budgets for every layer and query head, and the policy around them.
 
-    Defaults are the engine's own policy (spec: selection findings); `paper` gives MInference's.
+    Defaults are the engine's own policy; `paper` gives MInference's.
     """
 
     vertical: tuple[tuple[int, ...], ...]
@@ -85,7 +85,7 @@ class SparsityPlan:
     @classmethod
     def default(cls, num_layers: int, num_heads: int, vertical: int = 1000,
                 slash: int = 4096) -> SparsityPlan:
-        """The same budget for every head, for checkpoints without a plan."""
+        """Make a plan with the same budget for every head, for checkpoints without a plan."""
         return cls(vertical=((vertical,) * num_heads,) * num_layers,
                    slash=((slash,) * num_heads,) * num_layers,
                    provenance={"source": "built-in default"})
@@ -137,15 +137,15 @@ class SparsityPlan:
         Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     def paper(self) -> SparsityPlan:
-        """MInference's policy on the same budgets: 30 sinks and 100 diagonals forced, a vertical
-        budget of exactly 30 raised to 130, no correction, no scouts, no tail (report section
-        5.3)."""
+        """Apply MInference's policy to the same budgets: 30 sinks and 100 diagonals forced, a
+        vertical budget of exactly 30 raised to 130, no correction, no scouts, no tail (arXiv
+        2501.15383, section 5.3)."""
         vertical = tuple(tuple(130 if v == 30 else v for v in row) for row in self.vertical)
         return replace(self, mode="paper", vertical=vertical, probe_strided=0, sink=30, local=100,
                        mean_correction=False, num_scouts=0, dense_tail_len=0)
 
     def check_fits(self, num_layers: int, num_heads: int) -> None:
-        """Raises `LongspanError` when the plan was made for another model's shape."""
+        """Raise `LongspanError` when the plan was made for another model's shape."""
         shape = (len(self.vertical), len(self.vertical[0]) if self.vertical else 0)
         if shape != (num_layers, num_heads) or any(len(row) != num_heads for row in self.vertical):
             raise LongspanError(
@@ -153,7 +153,7 @@ class SparsityPlan:
                 f"{num_layers} of {num_heads}; calibrate a plan for this model or leave it out")
 
     def layer(self, index: int) -> Budget:
-        """Budgets of one layer in the form that the ops take."""
+        """Return the budgets of one layer in the form that the ops take."""
         return Budget(
             vertical=self.vertical[index], slash=self.slash[index], mode=self.mode,
             probe_last=self.probe_last, probe_strided=self.probe_strided, sink=self.sink,
@@ -162,7 +162,7 @@ class SparsityPlan:
 
 
 def needs_means(plan: SparsityPlan | None) -> bool:
-    """Whether an engine with this plan keeps the mean key and value of each KV block."""
+    """Return whether an engine with this plan keeps the mean key and value of each KV block."""
     return plan is not None and plan.mean_correction
 
 

@@ -15,7 +15,8 @@ Value = TypeVar("Value")
 
 
 def upload(value: Value, device: torch.device | str) -> Value:
-    """``value``, its tensors moved to the device; tuples and dataclasses are searched for them.
+    """Return ``value``, its tensors moved to the device; tuples and dataclasses are searched for
+    them.
 
     All of them travel in one copy from pinned memory, and the host goes on at once; the allocator
     keeps that memory until it has been read. A tensor found twice stays one. On a CPU nothing is
@@ -30,7 +31,7 @@ def upload(value: Value, device: torch.device | str) -> Value:
 
 
 def pack(tensors: list[Tensor], *, pin_memory: bool = False) -> Tensor:
-    """One tensor of bytes with all of them, each at a multiple of `ALIGNMENT`."""
+    """Pack all of them into one tensor of bytes, each at a multiple of `ALIGNMENT`."""
     packed = torch.empty(sum(map(_room, tensors)), dtype=torch.uint8, pin_memory=pin_memory)
     for piece, tensor in zip(unpack(packed, tensors), tensors, strict=True):
         piece.copy_(tensor)
@@ -38,7 +39,7 @@ def pack(tensors: list[Tensor], *, pin_memory: bool = False) -> Tensor:
 
 
 def unpack(packed: Tensor, like: list[Tensor]) -> list[Tensor]:
-    """Views into what `pack` made, in the shapes and types of ``like``."""
+    """Return views into what `pack` made, in the shapes and types of ``like``."""
     found, start = list[Tensor](), 0
     for tensor in like:
         num_bytes = tensor.numel() * tensor.element_size()

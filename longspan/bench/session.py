@@ -41,7 +41,8 @@ class BenchOptions:
     @classmethod
     def make(cls, device: str | None, out: Path, commit: str | None,
              budget_s: float | None) -> BenchOptions:
-        """With the device decided. Raises `LongspanError` for one that is not there."""
+        """Make the options, with the device decided. Raises `LongspanError` for one that is not
+        there."""
         device = resolve_device(device, has_cuda=torch.cuda.is_available())
         if budget_s is not None and not budget_s > 0:  # nan too
             raise LongspanError(f"--budget-s must be positive, not {budget_s}")

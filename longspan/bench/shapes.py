@@ -56,18 +56,20 @@ class Shape:
     model: ModelConfig
     plan: SparsityPlan
     plan_label: str
-    """Of the plan, as result rows name it."""
+    """The plan's name in result rows."""
 
     @classmethod
     def make(cls, name: str, options: PlanOptions | None = None) -> Shape:
-        """Raises `LongspanError` for a shape that is not known or options out of range."""
+        """Make a shape. Raises `LongspanError` for one that is not known or options out of
+        range."""
         model = _model(name)
         options = options or PlanOptions()
         plan, source = _plan(name, model, options)
         return cls(name=name, model=model, plan=plan, plan_label=label_plan(plan, source))
 
     def cut(self, num_layers: int | None) -> Shape:
-        """The first layers only; None: all. Raises `LongspanError` when there are not so many."""
+        """Keep the first layers only; None: all. Raises `LongspanError` when there are not so
+        many."""
         total = self.model.num_layers
         if num_layers is None or num_layers == total:
             return self
@@ -127,7 +129,7 @@ def _plan(name: str, model: ModelConfig, options: PlanOptions) -> tuple[Sparsity
 
 
 def released_budgets(name: str) -> list[dict[str, Any]]:
-    """The budgets released for a shape: one {head: [type, vertical, slash, score]} a layer."""
+    """Read the budgets released for a shape: one {head: [type, vertical, slash, score]} a layer."""
     file = files("longspan.bench") / "data" / BUDGET_FILES[name]
     budgets: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
     return budgets

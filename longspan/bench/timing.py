@@ -35,7 +35,7 @@ class Timing:
     n: int
 
     def fields(self) -> dict[str, Any]:
-        """As result rows hold it."""
+        """Return it as result rows hold it."""
         return {"time_ms": round(self.median_ms, 4), "low_ms": round(self.low_ms, 4),
                 "high_ms": round(self.high_ms, 4), "n": self.n}
 
@@ -52,14 +52,14 @@ class Repeats:
 def measure(
     run: Run, device: str, repeats: Repeats | None = None, *, flush_cache: bool = False,
 ) -> Timing:
-    """One warm-up, then timed runs."""
+    """Time runs after one warm-up."""
     return measure_together([run], device, repeats, flush_cache=flush_cache)[0]
 
 
 def measure_together(
     runs: Sequence[Run], device: str, repeats: Repeats | None = None, *, flush_cache: bool = False,
 ) -> list[Timing]:
-    """Several things run in turn, so that drift of clocks and power meets all of them alike."""
+    """Run several things in turn, so that drift of clocks and power meets all of them alike."""
     repeats = repeats or Repeats()
     warm_ms = max(_time(device, run)() for run in runs)
     fitting = int(1000 * repeats.max_s / max(warm_ms * len(runs), 1e-3))
@@ -80,12 +80,12 @@ def synchronize(device: str) -> None:
 
 
 def rounded(value: float | None, digits: int = 3) -> float | None:
-    """To some significant digits, so that files stay readable."""
+    """Round to some significant digits, so that files stay readable."""
     return None if value is None else float(f"{value:.{digits}g}")
 
 
 def rate(amount: float, timing: Timing) -> float:
-    """Amount in units of 1e12 a second."""
+    """Return the amount in units of 1e12 a second."""
     return float(f"{amount / timing.median_ms / 1e9:.4g}")
 
 
@@ -129,7 +129,7 @@ class LinearRegions(TorchFunctionMode):
         self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Called for each torch function."""
+        """Call a torch function, a product with weights inside the region."""
         if func not in LINEAR_FUNCTIONS:
             return func(*args, **(kwargs or {}))
         with self._regions.region(self._name):

@@ -77,19 +77,19 @@ def prefill_rate(event: Progress) -> float:
 
 
 def note(text: str) -> None:
-    """One line on stderr."""
+    """Write one line on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def write_answer(text: str) -> None:
-    """Text of an answer on stdout, at once."""
+    """Write text of an answer on stdout, at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]],
                to_stderr: bool = False) -> None:
-    """A table that reads well in a terminal and in a plain log; numbers to the right."""
+    """Print a table that reads well in a terminal and in a plain log; numbers to the right."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -109,7 +109,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[objec
 
 
 def report_rows(output: RequestOutput, peak_bytes: int) -> list[tuple[str, str]]:
-    """What a finished request cost, as (name, value with unit)."""
+    """Return what a finished request cost, as (name, value with unit)."""
     tokens = f"{output.num_prompt_tokens:,}"
     if output.num_cached_tokens:
         tokens += f" ({output.num_cached_tokens:,} cached)"
@@ -125,17 +125,17 @@ def report_rows(output: RequestOutput, peak_bytes: int) -> list[tuple[str, str]]
 
 
 def seconds(value: float | None) -> str:
-    """A duration; a dash for none."""
+    """Format a duration; a dash for none."""
     return "-" if value is None else f"{value:.2f} s" if value < 100 else f"{value:.0f} s"
 
 
 def per_second(value: float | None) -> str:
-    """A rate of tokens; a dash for none."""
+    """Format a rate of tokens; a dash for none."""
     return "-" if value is None else f"{value:,.1f} tokens/s"
 
 
 def percent(value: float | None) -> str:
-    """A share; a dash for none."""
+    """Format a share; a dash for none."""
     return "-" if value is None else f"{100 * value:.1f} %"
 
 

@@ -50,7 +50,7 @@ def build(tokenizer: TextTokenizer, length: int, seed: int, num_facts: int) -> l
 
 
 def _ask_all(llm: LLM, examples: Sequence[Example]) -> Iterator[RequestOutput]:
-    """The first question computes the document, the others find it in the prefix cache."""
+    """Ask in order: the first computes the document, the others find it in the prefix cache."""
     params = SamplingParams(max_tokens=MAX_ANSWER_TOKENS)
     for number, example in enumerate(examples, 1):
         _say("")
@@ -67,7 +67,7 @@ def _on_one_line(text: str) -> str:
 
 
 def _say(text: str) -> None:
-    """One line, at once: logs hold it before the progress that follows."""
+    """Write one line at once, so that logs hold it before the progress that follows."""
     print(text, flush=True)
 
 

@@ -127,7 +127,7 @@ def _begin(
     folder: RunFolder, job: PromptsJob, model: ModelJob, setting: Setting, materials: Materials,
     about: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The manifest of a new run, or that of an old one with what is planned now added.
+    """Return the manifest of a new run, or that of an old one with what is planned now added.
 
     Raises `LongspanError` when the folder holds samples of something else.
     """
@@ -225,7 +225,7 @@ def show_summary(summary: Mapping[str, Any]) -> None:
 
 
 def _summarise(folder: RunFolder) -> dict[str, Any]:
-    """The summary of a run, rebuilt and written beside its samples."""
+    """Rebuild the summary of a run and write it beside its samples."""
     manifest = folder.manifest()
     tasks = all_tasks(TaskOptions())
     arm = Arm(manifest["model"], manifest["attention"], {
@@ -237,7 +237,7 @@ def _summarise(folder: RunFolder) -> dict[str, Any]:
 
 
 def _samples(folder: RunFolder) -> dict[str, Sample]:
-    """Samples with today's verdicts, and those of judges."""
+    """Read the samples, with today's verdicts and those of judges."""
     samples = rescore(folder.read(), all_tasks(TaskOptions()))
     judged = _judged(folder)
     return {key: replace(sample, score=judged[key]["score"], label="") if key in judged else sample
@@ -312,7 +312,7 @@ def _write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _write_predictions(folder: Path, samples: Mapping[str, Sample]) -> None:
-    """A file for each task and length, as NVIDIA's evaluate.py reads them."""
+    """Write a file for each task and length, as NVIDIA's evaluate.py reads them."""
     cells: dict[tuple[str, int | None], list[Sample]] = {}
     for sample in samples.values():
         if sample.status == "ok":
@@ -328,7 +328,8 @@ def _write_predictions(folder: Path, samples: Mapping[str, Sample]) -> None:
 
 @contextmanager
 def _writing(file: Path) -> Iterator[TextIO]:
-    """A file to write text to. Raises `LongspanError` where there can be none, or no more of it."""
+    """Open a file to write text to. Raises `LongspanError` where there can be none, or no more of
+    it."""
     make_folder(file.parent)
     try:
         with file.open("w", encoding="utf-8", newline="") as out:

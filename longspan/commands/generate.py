@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from longspan.commands.console import PrefillBar, note, report_rows, write_answe
 from longspan.engine.front.llm import LLM
 from longspan.engine.request import Progress, RequestOutput, SamplingParams, TokenEvent
 from longspan.errors import InvalidRequestError
+from longspan.text_files import STANDARD_INPUT, read_standard_input, read_text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,10 +27,15 @@ class PromptSource:
     """The text as it is, without the chat template."""
 
     def read(self) -> str:
-        """The user's text. Raises `InvalidRequestError`: unreadable, not UTF-8, or empty."""
-        text = read_text(self.file)
+        """Read the user's text. Raises `LongspanError`: unreadable, not UTF-8, or empty."""
+        if not self.file:
+            raise InvalidRequestError("the file's name is empty; name a text file, or - for "
+                                      "standard input")
+        is_file = self.file != "-"
+        text = read_text(Path(self.file)) if is_file else read_standard_input()
         if not text.strip():
-            raise InvalidRequestError(f"{_name(self.file)}: the prompt is empty; give some text")
+            name = self.file if is_file else STANDARD_INPUT
+            raise InvalidRequestError(f"{name}: the prompt is empty; give some text")
         return text if self.question is None else f"{text.rstrip()}\n\n{self.question}"
 
 
@@ -70,28 +75,3 @@ def show(
     if not quiet:
         write_answer("\n")
     return output
-
-
-def read_text(file: str) -> str:
-    """A UTF-8 file, or standard input for ``-``."""
-    if not file:
-        raise InvalidRequestError("the file's name is empty; name a text file, or - for standard "
-                                  "input")
-    try:
-        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-    except FileNotFoundError:
-        raise InvalidRequestError(f"{file}: no such file") from None
-    except IsADirectoryError:
-        raise InvalidRequestError(f"{file} is a directory; name a text file") from None
-    except OSError as error:
-        raise InvalidRequestError(f"{file}: {error.strerror}") from None
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InvalidRequestError(
-            f"{_name(file)}: not UTF-8 text (byte 0x{data[error.start]:02x} at offset "
-            f"{error.start}); convert it first, for example with iconv") from None
-
-
-def _name(file: str) -> str:
-    return "standard input" if file == "-" else file

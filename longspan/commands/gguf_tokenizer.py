@@ -27,8 +27,8 @@ END_TEXTS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_o
 
 
 def build_tokenizer(gguf: GgufModel) -> Any:
-    """A transformers tokenizer. Raises `CheckpointError` for kinds that would not come out as the
-    original."""
+    """Build a transformers tokenizer. Raises `CheckpointError` for kinds that would not come out as
+    the original."""
     from transformers import AutoTokenizer
 
     kind, split = (gguf.fields.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))

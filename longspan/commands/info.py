@@ -30,7 +30,7 @@ def run(model: str, length: int | None, options: dict[str, Any]) -> None:
 
 
 def position_label(config: EngineConfig, model: ModelConfig) -> str:
-    """The position scheme in effect, as result rows name it."""
+    """Name the position scheme in effect, as result rows do."""
     dca = resolve_positions(config.positions, model)
     if dca is None:
         return "rope"

@@ -33,7 +33,7 @@ class Instance(Protocol):
 
 
 def as_lm(llm: LLM) -> Any:
-    """An ``lm_eval.api.model.LM``. Raises `MissingDependencyError` without lm-eval."""
+    """Make an ``lm_eval.api.model.LM``. Raises `MissingDependencyError` without lm-eval."""
     try:
         from lm_eval.api.model import LM
     except ImportError:
@@ -69,7 +69,7 @@ class Backend:
     def apply_chat_template(
         self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True,
     ) -> str:
-        """The prompt of a conversation."""
+        """Render the prompt of a conversation."""
         if not add_generation_prompt:
             raise InvalidRequestError("answers that are begun by the task are not supported; set "
                                       "no gen_prefix with a chat template")
@@ -166,7 +166,7 @@ def windows(token_ids: Sequence[int], length: int) -> Iterator[tuple[Sequence[in
 
 
 def sampling_params(asked: Mapping[str, Any]) -> SamplingParams:
-    """A task's settings as ours. Raises `InvalidRequestError` for one that there is not."""
+    """Translate a task's settings. Raises `InvalidRequestError` for one that there is not."""
     values = dict(asked)
     lengths = [values.pop(name, None) for name in MAX_TOKENS_NAMES]
     given = [length for length in lengths if length is not None]

@@ -67,7 +67,7 @@ class Setting:
 
 
 def settings(job: ModelJob) -> tuple[Setting, ...]:
-    """What is measured one after the other. Raises `LongspanError` for an unknown word."""
+    """List what is measured one after the other. Raises `LongspanError` for an unknown word."""
     if job.endpoint is not None:
         return (Setting("", job.label or "served"),)
     for attention in job.attention:
@@ -83,7 +83,7 @@ def settings(job: ModelJob) -> tuple[Setting, ...]:
 
 
 def model_limit(job: ModelJob) -> int | None:
-    """The longest prompt and answer that the model takes; None where nobody says."""
+    """Return the longest prompt and answer that the model takes; None where nobody says."""
     if job.endpoint is not None:
         with Endpoint(job.endpoint) as endpoint:
             return job.max_model_len or endpoint.max_model_len()
@@ -95,7 +95,7 @@ def model_limit(job: ModelJob) -> int | None:
 def open_model(
     job: ModelJob, setting: Setting, longest: int
 ) -> Iterator[tuple[Model, dict[str, Any]]]:
-    """The model in one setting, and what a result file says about where it ran."""
+    """Open the model in one setting; yields it and what a result file says about where it ran."""
     if job.endpoint is not None:
         about = describe_run("cpu")
         about["device"] = {"name": "endpoint", "url": job.endpoint.url}
@@ -137,7 +137,7 @@ class EngineModel:
 
 
 def fingerprint(job: ModelJob, setting: Setting, prompts: Mapping[str, Any]) -> str:
-    """Changes with everything that answers depend on besides tasks and lengths: prompts' materials,
+    """Hash everything that answers depend on besides tasks and lengths: prompts' materials,
     weights, engine options. Weights count with their size and their end: hashing all of a large
     checkpoint would take minutes."""
     engine = {name: value for name, value in job.options.items()

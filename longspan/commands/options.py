@@ -24,8 +24,8 @@ UNITS = {"k": 2**10, "m": 2**20}
 
 
 def parse_list(text: str, convert: Callable[[str], Item], option: str) -> tuple[Item, ...]:
-    """The items of a list with commas; raises `LongspanError` for what is none. Numbers are counts
-    and lengths: positive."""
+    """Split a list at its commas; raises `LongspanError` for what is none. Numbers are counts and
+    lengths: positive."""
     items = []
     for part in text.split(","):
         try:

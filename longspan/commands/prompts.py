@@ -42,7 +42,7 @@ class PromptsJob:
 def make_plan(
     tasks: Sequence[str], lengths: Sequence[int], num_samples: int, seed: int, options: TaskOptions
 ) -> Plan:
-    """The plan for tasks and suites, each text a name or several with commas between.
+    """Make the plan for tasks and suites, each text a name or several with commas between.
 
     Raises `LongspanError` for names that there are not.
     """
@@ -52,7 +52,7 @@ def make_plan(
 
 
 def gather(job: PromptsJob) -> tuple[Materials, dict[str, Any]]:
-    """What prompts are built of, and what the manifest says about it."""
+    """Gather what prompts are built of, and what the manifest says about it."""
     path = resolve_checkpoint(job.tokenizer)
     tokenizer = Tokenizer(path)
     roots = list(job.text_roots or held_out_roots())

@@ -35,7 +35,7 @@ KEY_FIELDS: dict[str, tuple[str, ...]] = {
 }
 """What identifies a row of each bench."""
 ORIGIN = ("command", "date", "commit", "versions")
-"""Of a run; the device is the file's."""
+"""Facts of a run that its rows repeat; the device is the file's."""
 PACKAGES = ("torch", "triton", "transformers", "numpy")
 
 
@@ -50,7 +50,7 @@ def write_rows(
     Args:
         device: ``cpu`` or ``cuda``: what the rows were measured on.
         summary: figures derived from several rows, merged by name.
-        about: of `describe_run`, for those who write often: asking git and the driver takes time.
+        about: a kept `describe_run`, for frequent writers: asking git and the driver takes time.
     """
     about = about or describe_run(device)
     file = directory / f"{bench}.{_slug(about['device']['name'])}.json"
@@ -70,13 +70,13 @@ def write_rows(
 def _with_origin(
     row: Mapping[str, Any], old: Mapping[str, Any], about: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """A row of an earlier run, with what the file's head is going to say of another one."""
+    """Return a row of an earlier run, with what the file's head will say of another run."""
     origin = {name: old[name] for name in ORIGIN if name in old and old[name] != about[name]}
     return {**row, **{name: value for name, value in origin.items() if name not in row}}
 
 
 def describe_run(device: str, commit_id: str | None = None) -> dict[str, Any]:
-    """What a result file says about its run: command, date, commit, device, versions.
+    """Return what a result file says about its run: command, date, commit, device, versions.
 
     Args:
         commit_id: where the source is a copy without git; default: asked of git.
@@ -89,7 +89,7 @@ def describe_run(device: str, commit_id: str | None = None) -> dict[str, Any]:
 
 
 def make_folder(directory: Path) -> None:
-    """For result files. Raises `LongspanError` where there can be none."""
+    """Make a folder for result files. Raises `LongspanError` if it cannot be made."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -99,7 +99,7 @@ def make_folder(directory: Path) -> None:
 
 
 def read_file(file: Path) -> dict[str, Any]:
-    """One result file. Raises `LongspanError` when it is none."""
+    """Read one result file. Raises `LongspanError` if it is not one."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -111,7 +111,7 @@ def read_file(file: Path) -> dict[str, Any]:
 
 
 def read_bench(directory: Path, bench: str) -> list[dict[str, Any]]:
-    """The bench's files of all devices, by name."""
+    """Read the bench's files of all devices, by name."""
     return [read_file(file) for file in sorted(directory.glob(f"{bench}.*.json"))]
 
 
@@ -150,7 +150,7 @@ def num_cpus() -> int:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that matter for speed."""
+    """Return the versions of Python and of the packages that matter for speed."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -161,7 +161,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Of the source that runs, with ``-dirty`` if the package was changed since; None: no git."""
+    """Return the source's commit, with ``-dirty`` if it was changed since; None: no git."""
     root = Path(__file__).resolve().parents[2]
     name = _output_of(["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"])
     if not name:

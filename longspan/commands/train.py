@@ -1,7 +1,7 @@
 """The commands of a training recipe: raw text to corpus, training, export, result file.
 
-Here the two halves meet that never import each other: rows come from ``longspan.data``, the loop is
-``longspan.train``.
+This file joins two halves that never import each other: ``longspan.data`` makes the rows,
+``longspan.train`` is the loop.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class TrainOptions:
     data: Path
     out: Path
     num_tokens: Mapping[str, int]
-    """Tokens of phases that shall not have the recipe's."""
+    """Tokens of phases, by name, in place of the recipe's."""
     resume: bool
     eager: bool
     recompute: bool
@@ -112,7 +112,7 @@ def run_config(recipe: Recipe, options: TrainOptions) -> RunConfig:
 
 
 def open_rows(data: Path) -> RowMaker:
-    """The rows of a corpus."""
+    """Open the rows of a corpus."""
     return partial(compose_batch, source=load_source(data))
 
 
@@ -126,7 +126,7 @@ def haystacks(recipe: Recipe, data: Path, length: int) -> Iterator[Haystack]:
 
 @contextmanager
 def stopped_by_sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets."""
+    """Return an event that SIGTERM sets."""
     stop = threading.Event()
     previous = signal.signal(signal.SIGTERM, lambda *_: stop.set())
     try:
@@ -148,7 +148,7 @@ def export(
 
 
 def parse_amounts(option: str, texts: Sequence[str]) -> dict[str, int]:
-    """``NAME=MILLIONS`` each, as numbers by name. Raises `LongspanError` for anything else."""
+    """Parse ``NAME=MILLIONS`` items to numbers by name. Raises `LongspanError` for others."""
     amounts = {}
     for text in texts:
         name, _, number = text.rpartition("=")
@@ -193,7 +193,7 @@ def _make_app(choose: Callable[[bool], Recipe]) -> typer.Typer:
     def train_command(
         data: Data, out: Out, smoke: bool = False,
         tokens: Annotated[list[str] | None, typer.Option(
-            metavar="PHASE=MILLIONS", help="Other tokens than the recipe's.")] = None,
+            metavar="PHASE=MILLIONS", help="Tokens of one phase; repeatable.")] = None,
         resume: bool = False,
         eager: Annotated[bool, typer.Option(help="Do not compile.")] = False,
         recompute: Annotated[bool, typer.Option(help="Recompute activations.")] = False,

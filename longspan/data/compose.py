@@ -1,6 +1,6 @@
-"""One training row: filler text, planted facts, questions; exact length, one seed.
+r"""One training row: filler text, planted facts, questions; exact length, one seed.
 
-Two frames. *Raw* rows are plain text with ``Question: ...\\nAnswer: ...`` lines. *Chat* rows are
+Two frames. *Raw* rows are plain text with ``Question: ...\nAnswer: ...`` lines. *Chat* rows are
 ChatML: the document stands in a user turn, a question follows it after a blank line, the answer
 is the assistant's turn, and the document may go on in the next user turn.
 """
@@ -21,7 +21,7 @@ from longspan.data.tokens import IM_END, IM_START, Kind, Part, Piece, TokenTable
 from longspan.data.vocabulary import Words
 
 SLACK = 512
-"""Filler drawn beyond the need, so that the document can end at a line end."""
+"""Filler drawn in excess, so that the document can end at a line end."""
 INTRO = (
     "Some special magic {n}s are hidden within the following text. Make sure to memorize them. "
     "I will quiz you about the {n}s afterwards.",
@@ -75,7 +75,7 @@ def num_questions(length: int) -> int:
 
 
 def compose_retrieval(rng: random.Random, source: Source, length: int) -> Piece:
-    """A retrieval row of exactly ``length`` tokens."""
+    """Compose a retrieval row of exactly ``length`` tokens."""
     wanted = max(2, round(num_questions(length) * rng.uniform(0.4, 1.4)))
     for _ in range(8):
         plan = draw_plan(rng, source, wanted, length)
@@ -186,7 +186,7 @@ def _ask_lists(rng: random.Random, plan: RowPlan, count: int) -> list[Question]:
 def _render(
     rng: random.Random, is_chat: bool, ask: tuple[str, str], value: str, noun: str
 ) -> tuple[Part, ...]:
-    """A question and its answer in the row's frame."""
+    """Render a question and its answer in the row's frame."""
     question, prefix = ask
     if is_chat:
         return _render_chat(rng, ask, value, noun)
@@ -250,7 +250,7 @@ def _fact_parts(fact: Fact, is_inline: bool) -> tuple[Part, ...]:
 def _fit_needles(
     plan: RowPlan, facts: list[Piece], inline: list[bool], fixed: int, length: int
 ) -> tuple[list[Piece], list[bool], int]:
-    """Empty facts nobody asks for, from the last one, until the row fits."""
+    """Empty facts that no question needs, from the last one, until the row fits."""
     asked = {q.after for q in plan.questions} | _asked_at_end(plan)
     empty = Piece(np.zeros(0, np.uint32), np.zeros(0, np.uint8))
     for i in range(len(facts) - 1, -1, -1):
@@ -308,7 +308,7 @@ class _Layout:
         self.events.sort(key=lambda e: e[:3])
 
     def render(self, length: int) -> Piece:
-        """The row: head, filler and events in order; surplus filler is cut from the front."""
+        """Render head, filler and events in order; surplus filler is cut from the front."""
         pieces: list[Piece] = []
         total = sum(len(e[3]) for e in self.events) + len(self.head) + self.end
         turns = sum(e[1] for e in self.events) if self.is_chat else 0
@@ -356,7 +356,7 @@ class _Layout:
 
 
 def _snap(grid: np.ndarray, spot: int, fallback: np.ndarray) -> int:
-    """The first allowed position at or after ``spot``; the last one when there is none."""
+    """Find the first allowed position at or after ``spot``; else the last one."""
     grid = grid if len(grid) else fallback
     if not len(grid):
         return spot
@@ -364,7 +364,7 @@ def _snap(grid: np.ndarray, spot: int, fallback: np.ndarray) -> int:
 
 
 def _snap_up(grid: np.ndarray, spot: int, limit: int) -> int:
-    """The first allowed position at or after ``spot``, at most ``limit``."""
+    """Find the first allowed position at or after ``spot``, at most ``limit``."""
     index = int(np.searchsorted(grid, spot))
     return min(int(grid[index]), limit) if index < len(grid) else min(spot, limit)
 

@@ -80,7 +80,7 @@ def _parts(text: str) -> Iterator[str]:
 
 
 def frequent_words(documents: Sequence[Document], limit: int = 12_000) -> list[str]:
-    """The most frequent lower-case words of the training documents, sorted."""
+    """Find the most frequent lower-case words of the training documents, sorted."""
     counter: Counter[str] = Counter()
     for document in documents:
         if not document.is_held_out:
@@ -116,7 +116,7 @@ class Corpus:
         return cls(np.load(path, mmap_mode="r"), offsets, words)
 
     def span(self, rng: random.Random, max_tokens: int) -> np.ndarray:
-        """A random contiguous span of one document; documents weighted by length."""
+        """Draw a random contiguous span of one document; documents weighted by length."""
         index = rng.choices(range(len(self._starts)), weights=self._lengths)[0]
         length = min(max_tokens, self._lengths[index])
         start = self._starts[index] + rng.randrange(self._lengths[index] - length + 1)

@@ -164,7 +164,7 @@ class Group:
     asks: tuple[tuple[str, str], ...]
 
     def make(self, rng: random.Random, words: Words, used: set[str]) -> Fact:
-        """A fact with a key not in ``used`` (which is extended)."""
+        """Make a fact with a key not in ``used`` (which is extended)."""
         key = self._new_key(rng, words, used)
         value = make_value(rng, self.value_kind, words)
         noun = value_noun(self.value_kind)
@@ -194,7 +194,7 @@ class Group:
 
 
 def draw_group(rng: random.Random, family: str | None = None) -> Group:
-    """A random group, of a given family or any."""
+    """Draw a random group, of a given family or any."""
     family = family or rng.choices(FAMILIES, FAMILY_WEIGHTS)[0]
     key_kind = rng.choices(KEY_KINDS, KEY_WEIGHTS)[0]
     value_kind = rng.choices(VALUE_KINDS, VALUE_WEIGHTS)[0]
@@ -214,18 +214,18 @@ def draw_group(rng: random.Random, family: str | None = None) -> Group:
 
 
 def plain_passkey(rng: random.Random) -> Fact:
-    """The passkey without a key: at most one in a document."""
+    """Make the passkey without a key: at most one in a document."""
     value = digits(rng, rng.choices((7, 5, 10), (6, 3, 1))[0])
     return _fact("passkey", ("", value, "number"), PASSKEY, PASSKEY_ASKS)
 
 
 def with_key(fact: Fact, other: Fact) -> Fact:
-    """RULER fact ``fact`` retold for the key of ``other`` (one key with several values)."""
+    """Retell RULER fact ``fact`` for the key of ``other`` (one key with several values)."""
     return _fact(fact.family, (other.key, fact.value, fact.noun), RULER, RULER_ASKS)
 
 
 def join_list(items: list[str]) -> str:
-    """``a``, ``a and b``, ``a, b, and c`` (RULER's style)."""
+    """Join to ``a``, ``a and b``, ``a, b, and c`` (RULER's style)."""
     if len(items) < 3:
         return " and ".join(items)
     return ", ".join(items[:-1]) + ", and " + items[-1]

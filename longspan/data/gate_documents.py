@@ -28,10 +28,10 @@ def gate_documents(
 def gate_document(
     seed: Sequence[int], source: Source, length: int, num_needles: int, hard: bool
 ) -> GateDocument:
-    """A document of about ``length`` tokens (never more) with 7-digit RULER needles.
+    r"""Compose a document of about ``length`` tokens (never more) with 7-digit RULER needles.
 
-    ``document + question`` is `<|im_start|>user\\n{text}\\n\\n{question} Answer with the number
-    only.<|im_end|>\\n<|im_start|>assistant\\n`; the answer is the number and <|im_end|>. When
+    ``document + question`` is `<|im_start|>user\n{text}\n\n{question} Answer with the number
+    only.<|im_end|>\n<|im_start|>assistant\n`; the answer is the number and <|im_end|>. When
     ``hard``, the keys share their words.
     """
     rng = random.Random(repr(tuple(seed)))
@@ -66,7 +66,7 @@ def gate_document(
 
 
 def _close(ids: np.ndarray, lines: np.ndarray, table: TokenTable) -> tuple[np.ndarray, list[int]]:
-    """The text up to its last line break, and the tokens that end it with a blank line.
+    """Return the text up to its last line break, and the tokens that add a blank line.
 
     Where one token can stand for the end of the line and the blank one, it replaces the last.
     """
@@ -78,7 +78,7 @@ def _close(ids: np.ndarray, lines: np.ndarray, table: TokenTable) -> tuple[np.nd
 
 
 def _line_at(lines: np.ndarray, spot: int, limit: int) -> int:
-    """The first line start at or after ``spot``, else the last one before ``limit``."""
+    """Find the first line start at or after ``spot``, else the last one before ``limit``."""
     index = min(int(np.searchsorted(lines, spot)), int(np.searchsorted(lines, limit)) - 1)
     return int(lines[max(index, 0)]) if int(lines[0]) < limit else 0
 

@@ -17,7 +17,7 @@ NOISE = (
 
 
 def draw_haystack(rng: random.Random) -> str:
-    """A haystack name from HAYSTACKS."""
+    """Draw a haystack name from HAYSTACKS."""
     return rng.choices(HAYSTACKS, HAYSTACK_WEIGHTS)[0]
 
 

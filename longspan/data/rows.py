@@ -75,7 +75,7 @@ def compose_pack(rng: random.Random, source: Source, length: int, mixture: Mixtu
 def compose_row(
     seed: Sequence[int], source: Source, length: int, mixture: Mixture | None = None
 ) -> Piece:
-    """The row of a seed: ``ids`` uint32 [length], ``kinds`` uint8 [length]."""
+    """Compose the row of a seed: ``ids`` uint32 [length], ``kinds`` uint8 [length]."""
     if length < MIN_ROW:
         raise LongspanError(f"row length {length} is below {MIN_ROW}: use longer rows")
     mixture = mixture or Mixture()

@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from longspan.errors import LongspanError
+from longspan.text_files import read_text
 
 SUFFIXES = frozenset({".py", ".md", ".rst", ".txt", ".html", ".pod", ".c", ".h", ".toml"})
 MIN_BYTES = 400
@@ -74,7 +75,7 @@ def html_to_text(page: str) -> str:
 
 
 def is_clean(text: str) -> bool:
-    """True for text a person wrote: mostly ASCII, normal lines, no chat control tokens."""
+    """Return whether text is a person's: mostly ASCII, normal lines, no chat control tokens."""
     if "<|" in text or "\x00" in text:
         return False
     lines = text.count("\n") + 1
@@ -86,17 +87,17 @@ def is_clean(text: str) -> bool:
     return good > 0.97 * len(sample) and letters > 0.5 * len(sample)
 
 
-def read_text(path: Path) -> str | None:
-    """Cleaned content of a file, ending in one newline; None when the filters refuse it."""
-    try:
-        if path.is_symlink() or not MIN_BYTES <= path.stat().st_size <= MAX_BYTES:
-            return None
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+def clean_text(path: Path) -> str | None:
+    """Read and clean a file, ending in one newline; None when the filters refuse it."""
+    if path.is_symlink():
         return None
+    try:
+        text = read_text(path, MAX_BYTES)
+    except LongspanError:
+        return None  # one of many files; `read_documents` reports when none is left
     if path.suffix == ".html":
         text = html_to_text(text)
-    text = text.replace("\r\n", "\n").strip()
+    text = text.replace("\r\n", "\n").replace("\r", "\n").strip()
     if len(text) < MIN_BYTES or not is_clean(text):
         return None
     return text + "\n"
@@ -147,7 +148,7 @@ def read_root(root: Root, seen: set[bytes]) -> list[Document]:
 
 def _fresh_texts(paths: Iterable[Path], seen: set[bytes]) -> Iterator[str]:
     for path in paths:
-        text = read_text(path)
+        text = clean_text(path)
         if text is None:
             continue
         digest = hashlib.sha256(text.encode()).digest()

@@ -64,7 +64,7 @@ def _natural(paragraphs: Sequence[np.ndarray]) -> list[Piece]:
 def fill_in_the_middle(
     rng: random.Random, paragraphs: Sequence[np.ndarray], table: TokenTable
 ) -> Sample:
-    """A run of paragraphs is taken out and asked for, given both sides (PSM or SPM order)."""
+    """Take out a run of paragraphs and ask for it, given both sides (PSM or SPM order)."""
     count = rng.choice((1, 1, 1, 2))
     start = rng.randrange(1, len(paragraphs) - count)
     prefix, suffix = _natural(paragraphs[:start]), _natural(paragraphs[start + count :])
@@ -78,7 +78,7 @@ def fill_in_the_middle(
 def keywords_to_paragraph(
     rng: random.Random, paragraphs: Sequence[np.ndarray], table: TokenTable
 ) -> Sample:
-    """The document, then three keywords of one paragraph; the answer is that paragraph."""
+    """Give the document, then three keywords of one paragraph, which is the answer."""
     index = rng.randrange(len(paragraphs))
     text = table.tokenizer.decode(paragraphs[index].tolist(), skip_special_tokens=False)
     pool = sorted(set(_WORD.findall(text))) or ["text"]
@@ -91,7 +91,7 @@ def keywords_to_paragraph(
 def paragraph_at_position(
     rng: random.Random, paragraphs: Sequence[np.ndarray], table: TokenTable
 ) -> Sample:
-    """The document, then one of its paragraphs; the answer is the one before or after it."""
+    """Give the document, then one of its paragraphs; the one before or after is the answer."""
     index = rng.randrange(1, len(paragraphs) - 1)
     step = rng.choice((-1, 1))
     side = "before" if step < 0 else "after"
@@ -104,7 +104,7 @@ def paragraph_at_position(
 def reorder_paragraphs(
     rng: random.Random, paragraphs: Sequence[np.ndarray], table: TokenTable
 ) -> Sample:
-    """Shuffled, numbered paragraphs; the answer lists the numbers in the original order."""
+    """Shuffle and number paragraphs; the answer lists the numbers in the original order."""
     order = list(range(len(paragraphs)))
     rng.shuffle(order)
     before: list[Piece] = []
@@ -116,7 +116,7 @@ def reorder_paragraphs(
 
 
 def copy_span(rng: random.Random, paragraphs: Sequence[np.ndarray], table: TokenTable) -> Sample:
-    """A marked run of paragraphs, then other text, then the run again."""
+    """Mark a run of paragraphs; other text follows, then the run again."""
     count = rng.randrange(1, min(4, len(paragraphs) - 1))
     start = rng.randrange(len(paragraphs) - count)
     name = f"{rng.randrange(100, 1000)}"
@@ -136,7 +136,7 @@ REORDER_MAX_PARAGRAPHS = 12
 
 
 def draw_task(rng: random.Random, paragraphs: Sequence[np.ndarray], table: TokenTable) -> Sample:
-    """A random task over the paragraphs; reordering takes only the first few of them."""
+    """Draw a random task over the paragraphs; reordering takes only the first few of them."""
     task = rng.choices(TASKS, TASK_WEIGHTS)[0]
     if task is reorder_paragraphs:
         paragraphs = paragraphs[:REORDER_MAX_PARAGRAPHS]

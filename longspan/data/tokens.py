@@ -1,4 +1,4 @@
-"""What each token of the vocabulary looks like as text, and marked text to token ids.
+"""Tokens of the vocabulary as text, and marked text to token ids.
 
 Rows are composed from token pieces, so every cut must fall where the tokenizer would cut the
 joined text anyway. ``TokenTable`` answers that with one numpy lookup per question.
@@ -98,7 +98,7 @@ class TokenTable:
         return np.flatnonzero(self.ends_newline[ids[:-2]] & ~follows) + 1
 
     def blank_line_places(self, ids: np.ndarray, lines: np.ndarray) -> np.ndarray:
-        """Those of ``lines`` where another token for the line end before makes a blank line.
+        """Select of ``lines`` the places where another token for the line end makes a blank line.
 
         The token before that one is not blank: the tokenizer would merge it with the line end.
         """

@@ -74,7 +74,7 @@ _CODAS = ["", "", "", "n", "r", "s", "l", "x", "m", "th"]
 
 
 def pseudo_word(rng: random.Random, syllables: int = 3) -> str:
-    """A pronounceable word that no corpus holds."""
+    """Make a pronounceable word that no corpus holds."""
     return "".join(
         rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in range(syllables))
 
@@ -85,7 +85,7 @@ def digits(rng: random.Random, count: int) -> str:
 
 
 def uuid4(rng: random.Random) -> str:
-    """A version-4 UUID in its 36-character form."""
+    """Draw a version-4 UUID in its 36-character form."""
     h = f"{rng.getrandbits(128):032x}"
     return f"{h[:8]}-{h[8:12]}-4{h[13:16]}-{rng.choice('89ab')}{h[17:20]}-{h[20:]}"
 
@@ -147,5 +147,5 @@ def make_value(rng: random.Random, kind: str, words: Words) -> str:
 
 
 def value_noun(kind: str) -> str:
-    """What RULER calls such a value: number, uuid or word."""
+    """Return RULER's name of a kind of value: number, uuid or word."""
     return {"uuid": "uuid", "words": "word"}.get(kind, "number")

@@ -1,4 +1,4 @@
-"""What comes in: prompts checked, requests made of them, the checkpoint's sampling defaults.
+"""Requests as they come in: checked prompts and the checkpoint's sampling defaults.
 
 No torch.
 """
@@ -31,24 +31,24 @@ class Intake:
     """Turns token ids into requests: what one engine accepts, and how it computes it."""
 
     vocab_size: int
-    """Of the model; the tokenizer may know fewer."""
+    """Token ids that the model knows; the tokenizer may know fewer."""
     max_model_len: int
     """Longest prompt plus completion, tokens."""
     attention: AttentionMode = "auto"
     sparse_threshold: int = 32_768
     """Prompts longer than this are sparse, tokens."""
     has_plan: bool = False
-    """The user or the checkpoint brought sparsity budgets."""
+    """Whether the user or the checkpoint brought sparsity budgets."""
     has_dca: bool = False
 
     def make(
         self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams,
         eos_token_ids: frozenset[int],
     ) -> Request:
-        """A request that can be computed.
+        """Make a request that can be computed.
 
-        Raises `InvalidRequestError` for a prompt that is empty, and where prompt or parameters name
-        what is no token of the model, `PromptTooLongError` when it does not fit.
+        Raises `InvalidRequestError` for a prompt that is empty, or an id in prompt or parameters
+        that is not a token of the model, `PromptTooLongError` when it does not fit.
         """
         self._check_tokens("stop_token_ids", params.stop_token_ids)
         self._check_tokens("logit_bias", [token for token, _ in params.logit_bias])
@@ -78,7 +78,7 @@ class Intake:
 
 
 def default_sampling(path: Path) -> dict[str, float]:
-    """Sampling fields that the checkpoint recommends (generation_config.json).
+    """Read the sampling fields that the checkpoint recommends (generation_config.json).
 
     Raises `CheckpointError` when they cannot be used.
     """
@@ -86,7 +86,7 @@ def default_sampling(path: Path) -> dict[str, float]:
     raw = read_json(file) if file.is_file() else {}
     if not isinstance(raw, dict):
         raise CheckpointError(f"{file}: not a JSON object; fetch the file again")
-    is_greedy = raw.get("do_sample") is False  # what else is said of sampling is void then
+    is_greedy = raw.get("do_sample") is False  # without sampling its other fields mean nothing
     names = ("repetition_penalty",) if is_greedy else ADVISED_FIELDS
     values = {name: raw[name] for name in names if raw.get(name) is not None}
     if is_greedy:
@@ -99,7 +99,7 @@ def default_sampling(path: Path) -> dict[str, float]:
 
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or several, as a list. Raises `InvalidRequestError` for anything else."""
+    """Return one prompt or several as a list. Raises `InvalidRequestError` for anything else."""
     if isinstance(prompts, str):
         return [prompts]
     if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray):
@@ -110,7 +110,7 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 def as_token_ids(values: Sequence[int], vocab_size: int) -> array[int]:
-    """Checked token ids. Raises `InvalidRequestError` for none, or naming the first wrong one."""
+    """Check token ids. Raises `InvalidRequestError` for none; names the first wrong one."""
     if isinstance(values, bytes | bytearray) or not isinstance(values, Sequence | np.ndarray):
         raise InvalidRequestError(
             f"a prompt must be text or a list of token ids, not {type(values).__name__}")
@@ -119,7 +119,7 @@ def as_token_ids(values: Sequence[int], vocab_size: int) -> array[int]:
     if isinstance(values, array) and values.typecode == "i":
         numbers = np.frombuffer(values, dtype=np.int32)
         if numbers.min() >= 0 and numbers.max() < vocab_size:
-            return values  # a tokenizer's: a million tokens in a millisecond
+            return values  # made by a tokenizer: a million tokens in a millisecond
     for index, value in enumerate(values):
         if not _is_token_id(value, vocab_size):
             raise InvalidRequestError(

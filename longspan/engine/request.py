@@ -53,7 +53,7 @@ class SamplingParams:
     """
 
     temperature: float = 0.0
-    """0: greedy, the most probable token; else logits are divided by it."""
+    """Divides the logits; 0: greedy, the most probable token."""
     top_k: int = 0
     """Keep only the k most probable tokens; 0: all."""
     top_p: float = 1.0
@@ -194,7 +194,7 @@ class Request:
     num_pieces: int = 0
     """Pieces scheduled of the sparse prefill chunk that is paused; 0: none is."""
     awaited_hash: bytes = b""
-    """While it waits for a prefix that another request computes: the last block's."""
+    """Hash of the last block of a prefix that this request waits for while another computes it."""
     slot: int = 0
     """Place among the running requests, while it is one."""
     num_overtaken: int = 0
@@ -220,17 +220,17 @@ class Request:
 
     @property
     def is_prefill(self) -> bool:
-        """Prompt tokens are left to schedule."""
+        """Whether prompt tokens are left to schedule."""
         return self.scheduled_len < len(self.prompt_ids)
 
     @property
     def is_finished(self) -> bool:
-        """Nothing more will be computed for it."""
+        """Whether nothing more will be computed for it."""
         return self.finish_reason is not None
 
     @property
     def awaits_token(self) -> bool:
-        """The next token to compute is still being sampled by a step in flight."""
+        """Whether a step in flight is still sampling the next token to compute."""
         return self.scheduled_len >= self.total_len
 
     @property
@@ -258,7 +258,7 @@ class Request:
 
 
 def check_fits(prompt_len: int, max_tokens: int, longest_len: int) -> None:
-    """Raises `PromptTooLongError` unless prompt and completion fit ``longest_len`` tokens."""
+    """Raise `PromptTooLongError` unless prompt and completion fit ``longest_len`` tokens."""
     if prompt_len + max_tokens > longest_len:
         raise PromptTooLongError(prompt_len, max_tokens, longest_len)
 
@@ -295,9 +295,9 @@ class Progress:
     """Prompt tokens in the KV cache, cached ones included."""
     num_prompt_tokens: int
     num_cached_tokens: int
-    """Of the prefilled tokens, those that the prefix cache already held."""
+    """Number of prefilled tokens that the prefix cache already held."""
     elapsed_s: float
-    """Since the request arrived."""
+    """Seconds since the request arrived."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -346,9 +346,9 @@ class RequestOutput:
     ttft_s: float | None
     """Arrival to first token, waiting included."""
     prefill_s: float | None
-    """First prefill chunk's start to first token."""
+    """Start of the first prefill chunk to first token."""
     decode_tokens_per_s: float | None
-    """After the first token; None for completions of one token."""
+    """Rate after the first token; None for completions of one token."""
     density: float | None
     """Attention pairs computed over causal pairs, in the steps that prefilled this prompt;
     1 is dense, None when nothing was measured."""

@@ -16,7 +16,7 @@ DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 
 
 def resolve_config(config: EngineConfig, *, has_cuda: bool) -> EngineConfig:
-    """A new configuration with device, dtype and prefill chunk decided."""
+    """Return a new configuration with device, dtype and prefill chunk decided."""
     device = resolve_device(config.device, has_cuda=has_cuda)
     dtype = config.dtype or default_dtype(device)
     if dtype not in DTYPE_BYTES:
@@ -29,7 +29,7 @@ def resolve_config(config: EngineConfig, *, has_cuda: bool) -> EngineConfig:
 
 
 def resolve_device(device: str | None, *, has_cuda: bool) -> str:
-    """The device; None: a GPU if there is one. Raises `LongspanError` for one that cannot be."""
+    """Choose the device; None: a GPU if there is one. Raises `LongspanError` for an unknown one."""
     device = device or ("cuda" if has_cuda else "cpu")
     if not DEVICE.fullmatch(device):
         raise LongspanError(f"device {device!r} is not supported; use cpu or cuda (cuda:1 for the "
@@ -40,7 +40,7 @@ def resolve_device(device: str | None, *, has_cuda: bool) -> str:
 
 
 def resolve_positions(mode: PositionMode, model: ModelConfig) -> DcaConfig | None:
-    """The DCA settings in effect; None is plain RoPE. Raises `LongspanError` if there are none."""
+    """Choose the DCA settings in effect; None is plain RoPE. Raises `LongspanError` without any."""
     if mode == "rope" or (mode == "auto" and model.dca is None):
         return None
     if model.dca is None:
@@ -57,7 +57,7 @@ def resolve_positions(mode: PositionMode, model: ModelConfig) -> DcaConfig | Non
 
 
 def check_tiles(dca: DcaConfig | None, *, block_size: int, max_model_len: int) -> None:
-    """Raises `LongspanError` unless each sparse tile, a KV block, lies in one DCA chunk."""
+    """Raise `LongspanError` unless each sparse tile, a KV block, lies in one DCA chunk."""
     if dca is None or dca.dca_chunk_len % block_size == 0 or max_model_len <= dca.dca_chunk_len:
         return
     raise LongspanError(
@@ -67,14 +67,14 @@ def check_tiles(dca: DcaConfig | None, *, block_size: int, max_model_len: int) -
 
 
 def may_be_sparse(mode: AttentionMode, *, has_plan: bool, has_dca: bool) -> bool:
-    """Any request of this engine may prefill sparsely: the caches keep block means then."""
+    """Return whether a request may prefill sparsely: the caches keep block means then."""
     return mode == "sparse" or (mode == "auto" and (has_plan or has_dca))
 
 
 def resolve_attention(
     mode: AttentionMode, prompt_len: int, *, threshold: int, has_plan: bool, has_dca: bool,
 ) -> bool:
-    """Whether a prompt of this length prefills sparsely.
+    """Return whether a prompt of this length prefills sparsely.
 
     ``auto``: prompts above the checkpoint's threshold, if the checkpoint was meant for long
     contexts, that is, it has budgets or DCA.

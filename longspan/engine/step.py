@@ -21,7 +21,7 @@ NOT_FINITE = (
 
 
 class Data(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
-    """Unchanging and without cycles, so that the garbage collector need not look at it."""
+    """Base of messages: immutable and without cycles, so the garbage collector can skip them."""
 
 
 class RowSampling(Data, frozen=True, kw_only=True):
@@ -35,7 +35,7 @@ class RowSampling(Data, frozen=True, kw_only=True):
 
 
 class SamplingExtras(Data, frozen=True, kw_only=True):
-    """What only some requests ask of their sampling. The runner is told once, with the slice that
+    """Sampling options that only some requests use. The runner is told once, with the slice that
     samples first, and remembers it, and counts the tokens that follow, until another request
     samples first in the same slot.
 
@@ -48,7 +48,7 @@ class SamplingExtras(Data, frozen=True, kw_only=True):
     """The whole prompt for a repetition penalty, cached tokens included; empty otherwise."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     min_tokens: int = 0
-    """No token of ``end_ids`` before the completion has this many."""
+    """Tokens that the completion must have before any of ``end_ids`` may come."""
     end_ids: tuple[int, ...] = ()
     logprobs: int | None = None
     """Log-probabilities of the token and of this many most probable ones; None: none at all."""
@@ -56,7 +56,7 @@ class SamplingExtras(Data, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, request: Request) -> SamplingExtras | None:
-        """What a request asks for; None: nothing."""
+        """Return a request's extras; None: it has none."""
         params = request.params
         ends = params.stop_token_ids
         if not params.ignore_eos:
@@ -71,7 +71,7 @@ class SamplingExtras(Data, frozen=True, kw_only=True):
 
 
 class RowLogprobs(Data, frozen=True):
-    """Of one sampled token: natural logarithms, before penalties, temperature and filters."""
+    """Log-probabilities of one sampled token, before penalties, temperature and filters."""
 
     logprob: float
     top_ids: tuple[int, ...] = ()
@@ -91,8 +91,7 @@ class ScoredTokens(Data, frozen=True, kw_only=True):
 
 
 class PromptLogprobs(Data, frozen=True, kw_only=True):
-    """Of n consecutive tokens of a prompt, natural logarithms. Bytes, for there may be a million.
-    """
+    """Log-probabilities of consecutive prompt tokens, as bytes: there may be a million."""
 
     request_id: str
     first: int
@@ -110,14 +109,14 @@ class Pieces(Data, frozen=True):
     is."""
 
     first: int
-    """0: the chunk begins; else the runner goes on where the chunk was paused."""
+    """First piece; 0: the chunk begins, else the runner goes on where it was paused."""
     stop: int
     total: int
-    """Where ``stop`` equals it, the chunk is complete."""
+    """Pieces of the chunk; where ``stop`` equals it, the chunk is complete."""
 
     @property
     def is_last(self) -> bool:
-        """The chunk is complete afterwards."""
+        """Whether the chunk is complete afterwards."""
         return self.stop == self.total
 
 
@@ -136,7 +135,7 @@ class ScheduledSlice(Data, frozen=True, kw_only=True):
     sampling: RowSampling | None
     """None: a prefill chunk that is not the prompt's last; no token is sampled."""
     extras: SamplingExtras | None = None
-    """With the slice that ends the prompt, where the request asks for any."""
+    """Sent with the slice that ends the prompt, where the request asks for any."""
     slot: int = 0
     """The request's place among those running, from 0 to max_num_requests - 1, for what the runner
     keeps of it (the token sampled last). The next owner's first step comes after the last one of
@@ -144,13 +143,13 @@ class ScheduledSlice(Data, frozen=True, kw_only=True):
     scored: ScoredTokens | None = None
     """Where the request asks for log-probabilities of these prompt tokens."""
     pieces: Pieces | None = None
-    """Of a sparse prefill chunk, which is computed apart from all other slices and may be paused
+    """Part of a sparse prefill chunk, which is computed apart from all other slices and paused
     after any piece. At most one chunk is paused at a time; one that begins replaces it. None:
     the whole slice, packed with the others."""
 
     @property
     def is_run_ahead(self) -> bool:
-        """The input token is still on the device."""
+        """Whether the input token is still on the device."""
         return not self.token_ids
 
     @property
@@ -182,12 +181,12 @@ class ScheduledBatch(Data, frozen=True, kw_only=True):
     expected_s: float = 0.0
     """Predicted time on the runner, seconds: what a watchdog may compare with."""
     repeats: int = 1
-    """So many steps in one (multi-step scheduling), each a token further: of decodes without
-    `SamplingExtras` alone, whose steps are shorter than the way to the runner and back."""
+    """Number of steps in this batch (multi-step scheduling), each a token further. Only decodes
+    without `SamplingExtras` have several: their steps are shorter than the way to the runner."""
 
     @property
     def prefills(self) -> bool:
-        """Some slice computes prompt tokens."""
+        """Whether some slice computes prompt tokens."""
         return bool(self.slices) and self.slices[0].cached_len < self.slices[0].prompt_len
 
     @property
@@ -196,7 +195,7 @@ class ScheduledBatch(Data, frozen=True, kw_only=True):
         return self.repeats * sum(item.query_len for item in self.slices)
 
     def each(self) -> Iterator[ScheduledBatch]:
-        """The steps in it, one by one."""
+        """Return the steps in the burst, one by one."""
         yield self if self.repeats == 1 else replace(self, repeats=1)
         for index in range(1, self.repeats):
             yield replace(self, repeats=1, slices=tuple([
@@ -209,18 +208,18 @@ class StepResult(Data, frozen=True, kw_only=True, tag=True):
 
     step_id: int
     epoch: int = 0
-    """As in the batch; the result of an earlier epoch is thrown away."""
+    """Epoch of the batch; the result of an earlier epoch is thrown away."""
     token_ids: tuple[int, ...]
-    """Negative: there is none, and the request must be given up; `failure` says why. Of a batch
-    with repeats, one step after another."""
+    """Sampled tokens, with repeats one step after another. Negative: there is none, and the
+    request must be given up; `failure` says why."""
     logprobs: tuple[RowLogprobs | None, ...] = ()
     """For each of ``token_ids``, None where not asked for; empty when nobody asked."""
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
-    """Of the slices that have `ScoredTokens`, some for each."""
+    """Scores of the slices that have `ScoredTokens`, some for each."""
     failures: dict[int, str] = {}
-    """By place in ``token_ids``: why sampling failed for this request, where the host knows it."""
+    """Why sampling failed, by place in ``token_ids``, where the host knows it."""
     repeats: int = 1
-    """As in the batch."""
+    """Number of steps, as in the batch."""
     kept_pairs: float = 0.0
     """Attention pairs that prefill computed, over all layers and heads."""
     causal_pairs: float = 0.0
@@ -230,7 +229,7 @@ class StepResult(Data, frozen=True, kw_only=True, tag=True):
     measured. The latency model learns from it."""
 
     def failure(self, place: int) -> str:
-        """Why there is no token at this place of ``token_ids``, where there is none."""
+        """Return why there is no token at a place of ``token_ids``."""
         return self.failures.get(place, NOT_FINITE)
 
 
@@ -241,15 +240,15 @@ class Update(Data, frozen=True, kw_only=True):
     computed_len: int
     """Tokens in the KV cache now; a paused prefill chunk counts in proportion."""
     num_cached_tokens: int
-    """Of those, tokens that came from the prefix cache."""
+    """Number of these tokens that came from the prefix cache."""
     token_id: int | None
     """The token sampled; None after a prefill chunk that is not the last, an abort, or a prompt
     without completion."""
     finish_reason: FinishReason | None = None
     logprobs: RowLogprobs | None = None
-    """Of ``token_id``, where asked for."""
+    """Log-probabilities of ``token_id``, where asked for."""
     failure: str = ""
-    """Why the engine has given the request up, which is an abort to it; empty: it has not."""
+    """Why the engine aborted the request; empty: it did not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -258,7 +257,7 @@ class StepReport:
 
     updates: tuple[Update, ...] = ()
     submitted_s: float = 0.0
-    """When the step was handed to the runner."""
+    """Time at which the step was handed to the runner."""
     finished_s: float = 0.0
     kept_pairs: float = 0.0
     causal_pairs: float = 0.0

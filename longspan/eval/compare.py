@@ -25,8 +25,8 @@ def compare_runs(
     first: Mapping[str, Sample], second: Mapping[str, Sample], tasks: Mapping[str, Task],
     margin: float = TASK_MARGIN,
 ) -> list[dict[str, Any]]:
-    """One row for each task and length that both runs answered, and for each group of tasks at
-    each length: second minus first.
+    """Return one row for each task and length that both runs answered, and for each group of tasks
+    at each length: second minus first.
 
     Raises `LongspanError` where they have no prompt in common.
     """
@@ -58,7 +58,7 @@ def _figures(means: np.ndarray, result: Comparison) -> dict[str, Any]:
 def _macro_rows(
     found: Mapping[tuple[str, int | None], tuple[np.ndarray, Comparison]]
 ) -> list[dict[str, Any]]:
-    """Differences of macro scores, where all tasks of a group were compared."""
+    """Return the differences of macro scores, where all tasks of a group were compared."""
     rows = []
     for name, members in MACROS.items():
         for length in sorted({n for task, n in found if task in members and n is not None}):
@@ -81,7 +81,7 @@ def _macro_rows(
 def _pairs(
     first: Mapping[str, Sample], second: Mapping[str, Sample]
 ) -> dict[tuple[str, int | None], list[tuple[Sample, Sample]]]:
-    """Answered prompts of both runs, by task and length.
+    """Return the answered prompts of both runs, by task and length.
 
     Raises `LongspanError` if a key stands for different prompts.
     """

@@ -12,7 +12,7 @@ from longspan.errors import LongspanError
 
 
 def find_file(folder: Path | None, names: Sequence[str], what: str) -> Path:
-    """The first of these files that there is. Raises `LongspanError` when there is none."""
+    """Find the first of these files that there is. Raises `LongspanError` when there is none."""
     if folder is None:
         raise LongspanError(f"{what} needs its data files; name their folder with --data "
                             f"(it must hold {' or '.join(names)})")
@@ -24,8 +24,8 @@ def find_file(folder: Path | None, names: Sequence[str], what: str) -> Path:
 
 @lru_cache(maxsize=64)
 def read_lines(file: Path, fields: tuple[str, ...]) -> tuple[dict[str, Any], ...]:
-    """The objects of a JSONL file. Raises `LongspanError` for a line that is cut short, that is no
-    object, or that lacks a field."""
+    """Read the objects of a JSONL file. Raises `LongspanError` for a line that is cut short, that
+    is no object, or that lacks a field."""
     found = []
     for number, line in enumerate(_read(file).split("\n"), 1):
         if line.strip():
@@ -38,12 +38,12 @@ def read_lines(file: Path, fields: tuple[str, ...]) -> tuple[dict[str, Any], ...
 
 @lru_cache(maxsize=8)
 def read_json(file: Path) -> Any:
-    """The content of a JSON file. Raises `LongspanError` when it is cut short or none."""
+    """Read a JSON file. Raises `LongspanError` when it is cut short or none."""
     return _parse(_read(file), str(file))
 
 
 def items(content: Any, place: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
-    """A list of objects that have these fields. Raises `LongspanError` for anything else."""
+    """Return a list of objects that have these fields. Raises `LongspanError` for anything else."""
     if not isinstance(content, list) or not content:
         raise LongspanError(f"{place}: a list of objects is expected; this is another file")
     return [_checked(item, fields, f"{place}, item {number}")

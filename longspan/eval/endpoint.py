@@ -39,7 +39,7 @@ class EndpointConfig:
     """Where the model is and how patient to be."""
 
     url: str
-    """Of the API, with ``/v1`` if the server wants it."""
+    """The API's address, with ``/v1`` if the server wants it."""
     model: str
     api: str = "completions"
     """``completions`` or ``chat``."""
@@ -117,13 +117,13 @@ class Endpoint:
         return [self._answer(prompt, fields) for prompt in prompts]
 
     def say(self, messages: Sequence[dict[str, str]], max_tokens: int) -> str:
-        """The reply to a conversation, whatever the API of prompts is. Raises `NoAnswerError` when
-        there is none after all attempts."""
+        """Return the reply to a conversation, whatever the API of prompts is. Raises
+        `NoAnswerError` when there is none after all attempts."""
         return self._chat(messages, max_tokens).text
 
     def max_model_len(self) -> int | None:
-        """Longest prompt and answer, where the server says so. Raises `LongspanError` when nobody
-        answers there."""
+        """Return the longest prompt and answer, where the server says so. Raises `LongspanError`
+        when nobody answers there."""
         import httpx
 
         try:
@@ -156,7 +156,7 @@ class Endpoint:
         return self._with_retries(lambda: self._attempt("chat/completions", fields))
 
     def _with_retries(self, attempt: Callable[[], Answer]) -> Answer:
-        """The first whole answer. Raises `NoAnswerError` when patience is at its end."""
+        """Return the first whole answer. Raises `NoAnswerError` when patience is at its end."""
         waited_s = 0.0
         for number in range(1, self._config.max_attempts + 1):
             try:
@@ -176,7 +176,7 @@ class Endpoint:
     def _attempt(
         self, path: str, fields: dict[str, Any], prompt_len: int | None = None
     ) -> Answer:
-        """One request. Raises `_Retry` for what passes, `LongspanError` for what does not."""
+        """Send one request. Raises `_Retry` for what passes, `LongspanError` for what does not."""
         import httpx
 
         body = {"model": self._config.model, "temperature": 0.0, "stream": True,
@@ -200,7 +200,7 @@ class Endpoint:
         return replace(answer, text="", logprobs=stream.prompt_logprobs(prompt_len))
 
     def _of_status(self, response: httpx.Response) -> Exception:
-        """What an HTTP status means for the prompt, or for the run."""
+        """Return what an HTTP status means for the prompt, or for the run."""
         reason = f"HTTP {response.status_code}: {_error_text(response)}"
         if response.status_code in PASSING_STATUS:
             status = "timeout" if response.status_code in TIMEOUT_STATUS else "error"
@@ -248,8 +248,8 @@ class _Stream:
         self.is_whole = self.is_whole or choice.get("finish_reason") is not None
 
     def answer(self, prompt_len: int | None) -> Answer:
-        """The whole answer. Raises `_Retry` when it was cut short, `LongspanError` when the server
-        cut the prompt."""
+        """Return the whole answer. Raises `_Retry` when it was cut short, `LongspanError` when the
+        server cut the prompt."""
         if not self.is_whole:
             raise _Retry("the stream ended before the answer did")
         read = self.prompt_tokens
@@ -270,7 +270,8 @@ class _Stream:
 
 
 def retry_after_s(value: str | None) -> float | None:
-    """Seconds of a Retry-After header, which holds a number or a date; None for neither."""
+    """Return the seconds of a Retry-After header, which holds a number or a date; None for
+    neither."""
     if value is None:
         return None
     try:
@@ -297,7 +298,7 @@ def _client(config: EndpointConfig) -> httpx.Client:
 
 
 def _error_text(response: httpx.Response) -> str:
-    """What the server says is wrong, on one line."""
+    """Return what the server says is wrong, on one line."""
     try:
         content = response.json()
         error = content.get("error", content)

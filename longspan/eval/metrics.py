@@ -27,40 +27,41 @@ EPSILON = 1e-8
 
 
 def clean_prediction(text: str) -> str:
-    """RULER's: outer white space removed, control characters become line ends."""
+    """Clean an answer as RULER does: outer white space is removed, control characters become line
+    ends."""
     return CONTROL.sub("\n", text.strip()).strip()
 
 
 def string_hits(text: str, answers: Sequence[str]) -> tuple[bool, ...]:
-    """Which answers the text contains, whatever their case."""
+    """Return which answers the text contains, whatever their case."""
     found = clean_prediction(text).lower()
     return tuple(answer.lower() in found for answer in answers)
 
 
 def string_match_all(text: str, answers: Sequence[str]) -> float:
-    """RULER's: share of the answers that the text contains."""
+    """Score as RULER does: the share of the answers that the text contains."""
     return sum(string_hits(text, answers)) / len(answers)
 
 
 def string_match_part(text: str, answers: Sequence[str]) -> float:
-    """RULER's: 1 if the text contains any of the answers."""
+    """Score as RULER does: 1 if the text contains any of the answers."""
     return float(any(string_hits(text, answers)))
 
 
 def first_number(text: str) -> str | None:
-    """The first run of digits."""
+    """Return the first run of digits."""
     found = re.search(r"\d+", text)
     return found.group() if found else None
 
 
 def english_words(text: str) -> list[str]:
-    """Words without punctuation, articles and capitals."""
+    """Return words without punctuation, articles and capitals."""
     bare = "".join(char for char in text.lower() if char not in string.punctuation)
     return ARTICLES.sub(" ", bare).split()
 
 
 def chinese_words(text: str) -> list[str]:
-    """Words as jieba cuts them, without punctuation and capitals.
+    """Return the words as jieba cuts them, without punctuation and capitals.
 
     Raises `MissingDependencyError` without jieba.
     """
@@ -69,7 +70,7 @@ def chinese_words(text: str) -> list[str]:
 
 
 def cut_chinese(text: str) -> list[str]:
-    """Chinese text cut into words. Raises `MissingDependencyError` without jieba."""
+    """Cut Chinese text into words. Raises `MissingDependencyError` without jieba."""
     try:
         import jieba
     except ImportError:
@@ -80,7 +81,8 @@ def cut_chinese(text: str) -> list[str]:
 
 
 def f1(prediction: Sequence[str], answer: Sequence[str]) -> float:
-    """Harmonic mean of precision and recall of words, counted as often as they occur."""
+    """Compute the harmonic mean of precision and recall of words, counted as often as they
+    occur."""
     num_same = sum((Counter(prediction) & Counter(answer)).values())
     if not num_same:
         return 0.0
@@ -91,14 +93,15 @@ def f1(prediction: Sequence[str], answer: Sequence[str]) -> float:
 def keyword_recall(
     prediction: Sequence[str], keywords: Sequence[str], ignored: Collection[str]
 ) -> float:
-    """LV-Eval's: share of the key words in the prediction; ignored words count as not found."""
+    """Score as LV-Eval does: the share of the key words in the prediction; ignored words count as
+    not found."""
     common = Counter(prediction) & Counter(keywords)
     found = sum(count for word, count in common.items() if word not in ignored)
     return found / len(keywords) if keywords else 0.0
 
 
 def rouge_l(prediction: str, answer: str) -> float:
-    """ROUGE-L of summaries: F1 of the words in longest common subsequences of all pairs of
+    """Compute ROUGE-L of summaries: F1 of the words in longest common subsequences of all pairs of
     sentences, each word counted once; sentences end in full stops, words at white space."""
     mine, gold = _sentences(prediction), _sentences(answer)
     if not mine or not gold:
@@ -113,7 +116,8 @@ def rouge_l(prediction: str, answer: str) -> float:
 
 
 def edit_similarity(prediction: str, answer: str) -> float:
-    """LongBench's for code: similarity of the answer and the first line that is no comment."""
+    """Score code as LongBench does: similarity of the answer and the first line that is no
+    comment."""
     lines = [line for line in prediction.lstrip("\n").split("\n")
              if not any(mark in line for mark in ("`", "#", "//"))]
     matcher = difflib.SequenceMatcher(None, lines[0] if lines else "", answer)
@@ -121,22 +125,23 @@ def edit_similarity(prediction: str, answer: str) -> float:
 
 
 def classification(prediction: str, answer: str, classes: Sequence[str]) -> float:
-    """LongBench's: 1 over the number of classes named, if the right one is among them. Names that
-    are part of the right one do not count (LongBench means to leave them out, but misses every
-    second one of neighbours)."""
+    """Score as LongBench does: 1 over the number of classes named, if the right one is among them.
+    Names that are part of the right one do not count (LongBench means to leave them out, but misses
+    every second one of neighbours)."""
     named = [name for name in classes
              if name in prediction and not (name in answer and name != answer)]
     return 1 / len(named) if answer in named else 0.0
 
 
 def share_of_numbers(prediction: str, answer: str) -> float:
-    """LongBench's for counts and paragraphs: share of the numbers in the text that are right."""
+    """Score counts and paragraphs as LongBench does: the share of the numbers in the text that are
+    right."""
     numbers = re.findall(r"\d+", prediction)
     return numbers.count(answer) / len(numbers) if numbers else 0.0
 
 
 def best(metric: Callable[[str, str], float], prediction: str, answers: Sequence[str]) -> float:
-    """The highest score against any of the answers."""
+    """Return the highest score against any of the answers."""
     return max((metric(prediction, answer) for answer in answers), default=0.0)
 
 
@@ -150,7 +155,7 @@ def _sentences(text: str) -> list[list[str]]:
 
 
 def _common_subsequence(first: Sequence[str], second: Sequence[str]) -> list[str]:
-    """A longest common subsequence of words."""
+    """Return a longest common subsequence of words."""
     lengths = _subsequence_lengths(first, second)
     found = []
     i, j = len(first), len(second)
@@ -166,7 +171,7 @@ def _common_subsequence(first: Sequence[str], second: Sequence[str]) -> list[str
 
 
 def _subsequence_lengths(first: Sequence[str], second: Sequence[str]) -> list[list[int]]:
-    """Length of the longest common subsequence of all pairs of beginnings."""
+    """Return the length of the longest common subsequence of all pairs of beginnings."""
     lengths = [[0] * (len(second) + 1)]
     for a in first:
         above, row = lengths[-1], [0]

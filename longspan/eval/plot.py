@@ -19,7 +19,7 @@ COLUMNS = 3
 
 
 def draw_all(summaries: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """Every plot that the runs have figures for: heat maps, scores by length, the second run
+    """Draw every plot that the runs have figures for: heat maps, scores by length, the second run
     against the first. Returns the files.
 
     Raises `MissingDependencyError` without matplotlib, `LongspanError` when there are no figures.
@@ -107,7 +107,7 @@ def _lines(axes: Any, rows: Sequence[Row], arms: Sequence[str]) -> None:
 
 
 def _differences(summaries: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """Each further run minus the first, by task and length."""
+    """Draw each further run minus the first, by task and length."""
     files = []
     for summary in summaries[1:]:
         cells = _difference_cells(summaries[0]["rows"], summary["rows"])
@@ -150,7 +150,7 @@ def _difference_cells(
 
 @contextmanager
 def _figure(file: Path, size: tuple[float, float]) -> Iterator[Any]:
-    """A figure that is saved at the end."""
+    """Make a figure that is saved at the end."""
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure

@@ -37,7 +37,7 @@ class Frame:
 
     @classmethod
     def chat(cls, tokenizer: TextTokenizer, prefix_in: str = "assistant") -> Frame:
-        """The tokenizer's chat template around a user's message.
+        """Make the frame that the tokenizer's chat template puts around a user's message.
 
         The first part ends in a line end (or is empty), so that a document's tokens do not depend
         on it. Raises `LongspanError` for a template that leaves the message out.
@@ -51,7 +51,7 @@ class Frame:
                    prefix_in)
 
     def tail(self, question: str, prefix: str = "") -> str:
-        """The end of a prompt: question, end of the message, beginning of the answer."""
+        """Return the end of a prompt: question, end of the message, beginning of the answer."""
         if self.prefix_in == "user":
             return question + prefix + self.after
         return question + self.after + (prefix if self.prefix_in == "assistant" else "")
@@ -105,7 +105,7 @@ class Prompt:
         return hashlib.sha256(self.ids.tobytes()).hexdigest()[:16]
 
     def check(self, encoder: Encoder) -> None:
-        """Raises `LongspanError` if the ids are not those of the text."""
+        """Raise `LongspanError` if the ids are not those of the text."""
         ids = np.concatenate([piece.ids for piece in self.pieces if piece.text])
         if not np.array_equal(ids, encoder.piece(self.text).ids):
             raise LongspanError(
@@ -114,14 +114,15 @@ class Prompt:
 
 
 def open_prompt(materials: Materials, head: str) -> list[Piece]:
-    """The first pieces of a prompt: beginning-of-text token if the frame is plain, and head."""
+    """Return the first pieces of a prompt: beginning-of-text token if the frame is plain, and
+    head."""
     before = materials.frame.before
     start = [] if before else [piece for piece in [materials.encoder.opening()] if len(piece.ids)]
     return start + ([materials.encoder.piece(before + head)] if before + head else [])
 
 
 def count_tokens(pieces: Sequence[Piece]) -> int:
-    """Tokens of pieces together."""
+    """Count the tokens of pieces together."""
     return sum(len(piece.ids) for piece in pieces)
 
 
@@ -137,15 +138,16 @@ class Haystack:
     """What the document would go on with."""
 
     def finish(self, materials: Materials, tail: str, num_tokens: int) -> Prompt:
-        """The prompt of exactly `num_tokens` tokens that ends in `tail`, behind some more text."""
+        """Finish the prompt of exactly `num_tokens` tokens that ends in `tail`, behind some more
+        text."""
         return self.close(materials, self.end_with_text(materials, tail, num_tokens) + tail)
 
     def end_with_text(self, materials: Materials, tail: str, num_tokens: int) -> str:
-        """The text that a prompt of exactly `num_tokens` tokens needs before `tail`."""
+        """Return the text that a prompt of exactly `num_tokens` tokens needs before `tail`."""
         return fit_ending(materials.encoder, self.next_text, tail, num_tokens - self.num_tokens)
 
     def close(self, materials: Materials, tail: str) -> Prompt:
-        """The prompt that ends in `tail`."""
+        """Return the prompt that ends in `tail`."""
         return Prompt([*self.pieces, materials.encoder.piece(tail)], materials.frame)
 
 
@@ -153,7 +155,7 @@ def bury_in_prose(
     materials: Materials, *, head: str, facts: Sequence[tuple[float, str]], num_tail_tokens: int,
     num_tokens: int, rng: random.Random,
 ) -> Haystack:
-    """A document of real text with facts in it, a line each, at depths from 0 to 1.
+    """Bury facts in a document of real text, a line each, at depths from 0 to 1.
 
     Room is left for a tail of `num_tail_tokens` and an ending before it. Raises `LongspanError`
     when the facts do not fit into `num_tokens`.
@@ -179,7 +181,7 @@ def bury_in_lines(
     materials: Materials, *, head: str, facts: Sequence[str], next_line: Callable[[], Piece],
     num_tail_tokens: int, num_tokens: int, rng: random.Random,
 ) -> Haystack:
-    """As many whole lines as fit, with the facts before randomly chosen ones, in their order.
+    """Bury facts in as many whole lines as fit, before randomly chosen ones, in their order.
 
     Raises `LongspanError` when not even `MIN_LINES` and one for each fact fit.
     """
@@ -209,7 +211,7 @@ def bury_in_lines(
 def insert_at(
     document: Sequence[Piece], items: Sequence[tuple[float, Piece]]
 ) -> tuple[list[Piece], list[int]]:
-    """The document with each item at the border nearest to its depth.
+    """Insert each item into the document at the border nearest to its depth.
 
     Returns the pieces and the tokens before each item, in the order of `items`.
     """
@@ -228,7 +230,8 @@ def insert_at(
 
 
 def fit_ending(encoder: Encoder, text: str, tail: str, num_tokens: int) -> str:
-    """The beginning of `text`, on one line, such that it and `tail` are `num_tokens` together."""
+    """Cut the beginning of `text` to one line, such that it and `tail` are `num_tokens`
+    together."""
     line = " ".join([*text.split(), *["and so on"] * MIN_PIECE_CHARS])
 
     def length(ending: str) -> int:
@@ -248,6 +251,6 @@ def fit_ending(encoder: Encoder, text: str, tail: str, num_tokens: int) -> str:
 
 
 def too_short(num_tokens: int, least: int, what: str) -> LongspanError:
-    """A prompt that has no room for what it must hold."""
+    """Make the error for a prompt that has no room for what it must hold."""
     return LongspanError(f"a prompt of {num_tokens} tokens is too short for {what}; at least "
                          f"{least} tokens are needed")

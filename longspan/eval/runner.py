@@ -48,13 +48,13 @@ class Job:
     index: int
 
     def key(self, seed: int, question: int) -> str:
-        """Of one question about the document."""
+        """Return the key of one question about the document."""
         length = self.num_tokens or "data"
         rest = f"/q{question}" if self.task.num_questions > 1 else ""
         return f"{self.task.name}/{length}/seed{seed}/{self.index}{rest}"
 
     def keys(self, seed: int) -> list[str]:
-        """Of all questions about the document."""
+        """Return the keys of all questions about the document."""
         return [self.key(seed, question) for question in range(self.task.num_questions)]
 
 
@@ -72,7 +72,7 @@ OnJob = Callable[[Job, Sequence[Sample]], None]
 
 
 def work_order(plan: Plan, materials: Materials) -> Iterator[Job]:
-    """All documents: the first of every cell, then the second ones."""
+    """Yield all documents: the first of every cell, then the second ones."""
     cells = [(task, length, task.num_documents(plan.num_samples, materials))
              for task in plan.tasks for length in (plan.lengths if task.is_sized else (0,))]
     for index in range(max((count for *_, count in cells), default=0)):
@@ -108,7 +108,7 @@ def run(
 
 
 def _until(jobs: Sequence[Job], time_limit_s: float | None) -> Iterator[Job]:
-    """The jobs that are begun before the time is over."""
+    """Yield the jobs that are begun before the time is over."""
     start = time.monotonic()
     for job in jobs:
         if time_limit_s is not None and time.monotonic() - start >= time_limit_s:
@@ -119,8 +119,8 @@ def _until(jobs: Sequence[Job], time_limit_s: float | None) -> Iterator[Job]:
 def _each(
     work: Callable[[Job], list[Sample]], jobs: Iterator[Job], concurrency: int
 ) -> Iterator[tuple[Job, list[Sample]]]:
-    """Jobs with their samples, as they are finished. One at a time they run in this thread, where
-    an interrupt reaches them."""
+    """Yield jobs with their samples, as they are finished. One at a time they run in this thread,
+    where an interrupt reaches them."""
     if concurrency == 1:
         yield from ((job, work(job)) for job in jobs)
         return
@@ -144,8 +144,8 @@ def _finished(
 
 
 def build(plan: Plan, job: Job, materials: Materials) -> list[Example]:
-    """The examples of a document. They depend on task, length, seed and index alone, so that all
-    models and settings answer the same prompts."""
+    """Build the examples of a document. They depend on task, length, seed and index alone, so that
+    all models and settings answer the same prompts."""
     rng = rng_for(job.task, job.num_tokens, plan.seed, job.index)
     examples = job.task.build(materials, job.num_tokens, job.index, rng)
     assert len(examples) == job.task.num_questions
@@ -157,7 +157,7 @@ def build(plan: Plan, job: Job, materials: Materials) -> list[Example]:
 def _ask(
     plan: Plan, job: Job, materials: Materials, model: Model, done: set[str]
 ) -> list[Sample]:
-    """Samples of the questions about a document that are not answered yet."""
+    """Ask the questions about a document that are not answered yet; returns their samples."""
     examples = {key: example for key, example in
                 zip(job.keys(plan.seed), build(plan, job, materials), strict=True)
                 if key not in done}
@@ -169,7 +169,7 @@ def _ask(
 
 
 def _sample(key: str, job: Job, example: Example, answer: Answer, total_s: float) -> Sample:
-    """The sample of an example, scored if there is an answer."""
+    """Make the sample of an example, scored if there is an answer."""
     common = {
         "key": key, "task": job.task.name, "num_tokens": job.num_tokens or None,
         "index": job.index, "prompt_tokens": len(example.prompt.ids),
@@ -185,7 +185,7 @@ def _sample(key: str, job: Job, example: Example, answer: Answer, total_s: float
 
 
 def rescore(samples: Mapping[str, Sample], tasks: Mapping[str, Task]) -> dict[str, Sample]:
-    """Samples with the verdicts that today's scorers give their texts; figures that no text holds
+    """Give samples the verdicts that today's scorers give their texts; figures that no text holds
     stay as they are. Raises `LongspanError` for a task that there no longer is."""
     return {key: _rescored(sample, tasks) for key, sample in samples.items()}
 

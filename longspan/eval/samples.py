@@ -30,7 +30,7 @@ class Sample:
     num_tokens: int | None
     """Prompt and answer budget that was asked for; None: as long as the data is."""
     index: int
-    """Of the document among those of its length."""
+    """The document's place among those of its length."""
     prompt_tokens: int
     ids_sha256: str
     positions: tuple[int, ...] = ()
@@ -104,8 +104,8 @@ class RunFolder:
                 raise _unwritable(self.folder, error) from None
 
     def read(self) -> dict[str, Sample]:
-        """Samples by key. The first answer to a prompt counts, whatever comes later; failures count
-        until there is one. Lines cut short by a crash are left out."""
+        """Read the samples by key. The first answer to a prompt counts, whatever comes later;
+        failures count until there is one. Lines cut short by a crash are left out."""
         found: dict[str, Sample] = {}
         path = self.folder / SAMPLES
         if not path.is_file():
@@ -119,8 +119,8 @@ class RunFolder:
         return found
 
     def manifest(self) -> dict[str, Any]:
-        """What the run is about; empty before there is one. Raises `LongspanError` for a file that
-        is no manifest."""
+        """Read what the run is about; empty before there is one. Raises `LongspanError` for a file
+        that is no manifest."""
         path = self.folder / MANIFEST
         if not path.is_file():
             return {}
@@ -144,7 +144,7 @@ class RunFolder:
             raise _unwritable(self.folder, error) from None
 
     def _finish_torn_line(self) -> None:
-        """A line that a crash cut short must not swallow the next one."""
+        """End a line that a crash cut short, so that it does not swallow the next one."""
         size = self._file.seek(0, os.SEEK_END)
         if size:
             self._file.seek(size - 1)
@@ -153,7 +153,7 @@ class RunFolder:
 
 
 def open_runs(folders: Sequence[Path]) -> list[RunFolder]:
-    """Finished or unfinished runs to read. Raises `LongspanError` where there is none."""
+    """Open finished or unfinished runs to read. Raises `LongspanError` where there is none."""
     runs = [RunFolder(folder) for folder in folders]
     for run in runs:
         if not run.manifest():

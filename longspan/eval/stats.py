@@ -11,7 +11,7 @@ import numpy as np
 Z_95 = 1.959963984540054
 NUM_DRAWS = 10_000
 SEED = 0
-"""Of bootstraps and permutations: the same samples give the same intervals."""
+"""The seed of bootstraps and permutations: the same samples give the same intervals."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,8 @@ class Estimate:
 
 
 def estimate(scores: Sequence[float], is_binary: bool, clusters: Sequence[object] = ()) -> Estimate:
-    """Mean of scores from 0 to 1: Wilson's interval for right and wrong, bootstrap for shares.
+    """Estimate the mean of scores from 0 to 1: Wilson's interval for right and wrong, bootstrap for
+    shares.
 
     Scores that are all alike leave a bootstrap without spread; as no share varies more than right
     and wrong do, Wilson's interval stands in for it.
@@ -43,7 +44,7 @@ def estimate(scores: Sequence[float], is_binary: bool, clusters: Sequence[object
 
 
 def wilson_interval(num_right: float, n: int, z: float = Z_95) -> tuple[float, float]:
-    """Wilson's interval for a share, 95 % by default; (0, 1) without trials."""
+    """Return Wilson's interval for a share, 95 % by default; (0, 1) without trials."""
     if n == 0:
         return 0.0, 1.0
     share = num_right / n
@@ -56,7 +57,7 @@ def wilson_interval(num_right: float, n: int, z: float = Z_95) -> tuple[float, f
 def bootstrap_interval(
     scores: Sequence[float], clusters: Sequence[object] = ()
 ) -> tuple[float, float]:
-    """95 % percentile interval of the mean, over prompts or over clusters of them."""
+    """Return the 95 % percentile interval of the mean, over prompts or over clusters of them."""
     sums, counts = _by_cluster(scores, clusters or range(len(scores)))
     picks = np.random.default_rng(SEED).integers(0, len(sums), (NUM_DRAWS, len(sums)))
     means = sums[picks].sum(1) / counts[picks].sum(1)
@@ -65,7 +66,7 @@ def bootstrap_interval(
 
 
 def combine(parts: Sequence[Estimate], weights: Sequence[float]) -> Estimate:
-    """A weighted sum of independent estimates.
+    """Combine independent estimates into their weighted sum.
 
     Its interval is put together from theirs (method of variance estimates recovery), so that a part
     without spread still counts with the width that its n leaves open. Weights are not negative.
@@ -78,8 +79,9 @@ def combine(parts: Sequence[Estimate], weights: Sequence[float]) -> Estimate:
 
 
 def curve_weights(lengths: Sequence[int]) -> list[float]:
-    """Weights that make a sum of scores the area under their curve over log2 of length, divided by
-    its width: a mean in which every doubling counts alike. A single length has weight 1."""
+    """Return weights that make a sum of scores the area under their curve over log2 of length,
+    divided by its width: a mean in which every doubling counts alike. A single length has weight
+    1."""
     places = [math.log2(length) for length in lengths]
     if len(places) == 1:
         return [1.0]
@@ -107,7 +109,7 @@ class Comparison:
     method: str
 
     def verdict(self, margin: float) -> str:
-        """Whether the second arm loses at most `margin`: by the interval, not by the mean."""
+        """Say whether the second arm loses at most `margin`: by the interval, not by the mean."""
         if self.low > -margin:
             return "not worse"
         return "worse" if self.high < -margin else "undecided"
@@ -117,7 +119,7 @@ def compare(
     first: Sequence[float], second: Sequence[float], is_binary: bool,
     clusters: Sequence[object] = (),
 ) -> Comparison:
-    """Paired comparison of scores on the same prompts.
+    """Compare scores in pairs on the same prompts.
 
     Right and wrong: exact McNemar test, Agresti and Min's interval. Shares, and questions that
     share a document: sign flips and a paired bootstrap, of documents; where no pair differs, which
@@ -139,8 +141,8 @@ def compare(
 
 def paired_interval(num_better: int, num_worse: int, n: int, z: float = Z_95
                     ) -> tuple[float, float]:
-    """Agresti and Min's interval for a difference of paired shares: Wald's, with half a pair more
-    of each of the four kinds."""
+    """Return Agresti and Min's interval for a difference of paired shares: Wald's, with half a pair
+    more of each of the four kinds."""
     total, better, worse = n + 2, num_better + 0.5, num_worse + 0.5
     centre = (better - worse) / total
     half = z * math.sqrt(better + worse - (better - worse) ** 2 / total) / total
@@ -148,15 +150,16 @@ def paired_interval(num_better: int, num_worse: int, n: int, z: float = Z_95
 
 
 def mcnemar(num_better: int, num_worse: int) -> float:
-    """Two-sided exact p of so uneven a split of discordant pairs, were both sides as likely."""
+    """Return the two-sided exact p of so uneven a split of discordant pairs, were both sides as
+    likely."""
     n = num_better + num_worse
     tail = sum(math.comb(n, k) for k in range(min(num_better, num_worse) + 1))
     return min(1.0, 2 * tail / 2**n)
 
 
 def sign_flips(differences: np.ndarray, clusters: Sequence[object] = ()) -> float:
-    """Two-sided p of a mean difference so large, were the arms interchangeable on every prompt (or
-    document)."""
+    """Return the two-sided p of a mean difference so large, were the arms interchangeable on every
+    prompt (or document)."""
     sums, _ = _by_cluster(differences.tolist(), clusters or range(len(differences)))
     signs = np.random.default_rng(SEED).choice([-1.0, 1.0], (NUM_DRAWS, len(sums)))
     as_large = (np.abs(signs @ sums) >= abs(float(sums.sum())) - 1e-12).sum()
@@ -166,7 +169,7 @@ def sign_flips(differences: np.ndarray, clusters: Sequence[object] = ()) -> floa
 def _by_cluster(
     scores: Sequence[float], clusters: Sequence[object]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(sum, count) of the scores of each cluster."""
+    """Return (sum, count) of the scores of each cluster."""
     numbers: dict[object, int] = {}
     rows = np.array([numbers.setdefault(cluster, len(numbers)) for cluster in clusters])
     return (np.bincount(rows, np.asarray(scores, float), len(numbers)),

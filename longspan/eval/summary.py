@@ -39,7 +39,7 @@ def summarise(
     arm: Arm, planned: Mapping[str, Mapping[str, int]], samples: Iterable[Sample],
     tasks: Mapping[str, Task],
 ) -> dict[str, Any]:
-    """Rows and areas of a run.
+    """Summarise a run in rows and areas.
 
     Args:
         planned: {task: {length, or ``data``: n}}.
@@ -62,7 +62,7 @@ def summarise(
 
 
 def _estimate(samples: Sequence[Sample], task: Task) -> tuple[list[Sample], Estimate | None]:
-    """(scored samples, their score if there are any)."""
+    """Return (scored samples, their score if there are any)."""
     good = [sample for sample in samples if sample.status == "ok" and sample.score is not None]
     if not good:
         return good, None
@@ -86,7 +86,7 @@ def _row(
 
 
 def _status(samples: Sequence[Sample], num_good: int, planned: int) -> str:
-    """``complete``, or what is missing and why."""
+    """Return ``complete``, or what is missing and why."""
     if num_good >= planned:
         return "complete"
     missing = Counter(sample.status for sample in samples if sample.status != "ok")
@@ -124,7 +124,7 @@ def _prompts(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def _depth_rows(arm: Arm, cell: Cell, samples: Sequence[Sample]) -> list[dict[str, Any]]:
-    """Scores by depth: that of a grid, else the middle of each tenth of the document."""
+    """Return the scores by depth: that of a grid, else the middle of each tenth of the document."""
     groups: defaultdict[float, list[float]] = defaultdict(list)
     for sample in samples:
         if sample.depth is not None and sample.score is not None:
@@ -143,8 +143,8 @@ def _depth(sample: Sample, depth: float) -> float:
 def _macro_rows(
     arm: Arm, planned: Mapping[str, Mapping[str, int]], estimates: dict[Cell, Estimate]
 ) -> list[dict[str, Any]]:
-    """Means of task means at each length, of groups of which any task was planned. A group is
-    without a score where one of its tasks is."""
+    """Return the means of task means at each length, of groups of which any task was planned. A
+    group is without a score where one of its tasks is."""
     rows = []
     for name, members in MACROS.items():
         if name == "ruler-13" and not set(planned) & (set(members) - set(RULER_11)):
@@ -165,8 +165,8 @@ def _macro_rows(
 def _areas(
     arm: Arm, rows: Sequence[Mapping[str, Any]], estimates: Mapping[Cell, Estimate]
 ) -> list[dict[str, Any]]:
-    """The area under the score-length curve, over the lengths that were measured, and which those
-    are: only from 4,096 to 1,048,576 tokens it is the one number that sums a model up."""
+    """Return the area under the score-length curve, over the lengths that were measured, and which
+    those are: only from 4,096 to 1,048,576 tokens it is the one number that sums a model up."""
     found = []
     names = dict.fromkeys(row["task"] for row in rows if row["depth"] is None)
     for name in [name for name in names if name in AREA_TASKS]:

@@ -36,7 +36,8 @@ class Generate(Protocol):
     """A model under test: greedy answers to prompts that may share a long beginning."""
 
     def __call__(self, prompts: Sequence[Prompt], max_tokens: int) -> Sequence[Answer]:
-        """One answer for each prompt, in order; one without an answer says so in its status."""
+        """Return one answer for each prompt, in order; one without an answer says so in its
+        status."""
 
 
 class Score(Protocol):
@@ -140,7 +141,7 @@ class Task(ABC):
     def build(
         self, materials: Materials, num_tokens: int, index: int, rng: random.Random
     ) -> list[Example]:
-        """The `num_questions` examples of one document.
+        """Build the `num_questions` examples of one document.
 
         Args:
             num_tokens: of the longest prompt together with its answer; 0 where `is_sized` is not.
@@ -152,21 +153,22 @@ class Task(ABC):
 
     @abstractmethod
     def score(self, gold: Gold, answer: Answer) -> Verdict:
-        """The verdict on an answer."""
+        """Return the verdict on an answer."""
 
     def ask(self, model: Model, examples: Sequence[Example]) -> Sequence[Answer]:
-        """The model's answers to examples that share a document."""
+        """Return the model's answers to examples that share a document."""
         return model.generate([example.prompt for example in examples], self.max_tokens)
 
     def options(self) -> dict[str, Any]:
-        """What prompts depend on beside length, seed and index: plain JSON."""
+        """Return what prompts depend on beside length, seed and index: plain JSON."""
         return {}
 
     def num_documents(self, num_samples: int, materials: Materials) -> int:
-        """Documents for that many examples, all of them full."""
+        """Return how many documents hold that many examples, all of them full."""
         return -(-num_samples // self.num_questions)
 
 
 def rng_for(task: Task, num_tokens: int, seed: int, index: int) -> random.Random:
-    """The random numbers of one document: of nothing else, so any subset gives the same prompts."""
+    """Return the random numbers of one document. They depend on nothing else, so that any subset
+    gives the same prompts."""
     return random.Random(f"{task.name}:{num_tokens}:{seed}:{index}")

@@ -39,10 +39,11 @@ class TextTokenizer(Protocol):
     """What the evaluation needs of a tokenizer."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> Sequence[int]:
-        """Token ids of a text, with the tokens that frame a plain prompt or without them."""
+        """Return the token ids of a text, with the tokens that frame a plain prompt or without
+        them."""
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The prompt for a conversation."""
+        """Render the prompt for a conversation."""
 
 
 class Piece(NamedTuple):
@@ -61,22 +62,22 @@ class Encoder:
         self._cached: dict[str, Piece] = {}
 
     def piece(self, text: str) -> Piece:
-        """The text and its token ids."""
+        """Return the text and its token ids."""
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         return Piece(text, np.asarray(ids, np.int32))
 
     def cached(self, text: str) -> Piece:
-        """The same, remembered: for what many prompts hold."""
+        """Return the same, remembered: for what many prompts hold."""
         if text not in self._cached:
             self._cached[text] = self.piece(text)
         return self._cached[text]
 
     def count(self, text: str) -> int:
-        """Tokens of the text."""
+        """Count the tokens of the text."""
         return len(self.tokenizer.encode(text, add_special_tokens=False))
 
     def opening(self) -> Piece:
-        """What the tokenizer puts in front of a plain prompt: a beginning-of-text token, or
+        """Return what the tokenizer puts in front of a plain prompt: a beginning-of-text token, or
         nothing."""
         return Piece("", np.asarray(self.tokenizer.encode("", add_special_tokens=True), np.int32))
 
@@ -94,7 +95,7 @@ class TextBank:
 
     @classmethod
     def from_roots(cls, roots: Sequence[Path], tokenizer: TextTokenizer) -> TextBank:
-        """All text files under the folders; raises `LongspanError` for one that is missing."""
+        """Take all text files under the folders; raises `LongspanError` for one that is missing."""
         for root in roots:
             if not root.is_dir():
                 raise LongspanError(f"{root}: no such folder of texts")
@@ -107,7 +108,7 @@ class TextBank:
         return hashlib.sha256(names.encode()).hexdigest()[:16]
 
     def take(self, rng: random.Random, num_tokens: int) -> list[Piece]:
-        """Pieces of whole files in random order, at least `num_tokens` tokens and one piece of
+        """Take pieces of whole files in random order, at least `num_tokens` tokens and one piece of
         them; repeated if they run out."""
         pieces: list[Piece] = []
         length = 0
@@ -131,7 +132,7 @@ class TextBank:
 
 
 def find_texts(root: Path) -> Iterator[Path]:
-    """Text files under a folder in a fixed order, tests and installed packages left out."""
+    """Yield text files under a folder in a fixed order, tests and installed packages left out."""
     for path in sorted(root.iterdir()):
         if path.is_dir() and not path.is_symlink():
             if path.name not in SKIPPED_FOLDERS and not path.name.startswith("."):
@@ -141,12 +142,13 @@ def find_texts(root: Path) -> Iterator[Path]:
 
 
 def python_text_roots() -> list[Path]:
-    """Text that is on every machine which runs this program: Python's own library."""
+    """Return folders of text that is on every machine which runs this program: Python's own
+    library."""
     return [Path(sysconfig.get_paths()["stdlib"])]
 
 
 def held_out_roots() -> list[Path]:
-    """Text that comes with this program and that nano was not trained on.
+    """Return folders of text that comes with this program and that nano was not trained on.
 
     Raises `LongspanError` where none of it is installed as source files.
     """
@@ -159,7 +161,8 @@ def held_out_roots() -> list[Path]:
 
 
 def read_text(file: Path) -> str | None:
-    """The text of a file with one line end at its end; None if it is no text fit for reading."""
+    """Read the text of a file with one line end at its end; None if it is no text fit for
+    reading."""
     try:
         if file.stat().st_size > MAX_FILE_BYTES:
             return None
@@ -174,7 +177,7 @@ def read_text(file: Path) -> str | None:
 
 
 def split_pieces(text: str) -> Iterator[str]:
-    """Groups of lines of at least `MIN_PIECE_CHARS`, cut at borders of tokens."""
+    """Yield groups of lines of at least `MIN_PIECE_CHARS`, cut at borders of tokens."""
     piece = ""
     for line in LINE_BORDER.split(text):
         piece += line

@@ -61,12 +61,12 @@ _RIMES = ("ab", "ack", "ade", "alk", "amp", "ane", "ard", "ask", "eft", "elm", "
 
 
 def draw_key(rng: random.Random) -> str:
-    """One ``adjective-noun`` key."""
+    """Draw one ``adjective-noun`` key."""
     return f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
 
 
 def draw_keys(rng: random.Random, count: int, used: Collection[str] = ()) -> list[str]:
-    """Different keys, none of them in `used`."""
+    """Draw different keys, none of them in `used`."""
     assert count + len(used) < len(ADJECTIVES) * len(NOUNS) // 2
     keys: dict[str, None] = {}
     while len(keys) < count:
@@ -77,18 +77,18 @@ def draw_keys(rng: random.Random, count: int, used: Collection[str] = ()) -> lis
 
 
 def draw_number(rng: random.Random) -> str:
-    """A number of `NUM_DIGITS` digits."""
+    """Draw a number of `NUM_DIGITS` digits."""
     return str(rng.randrange(10 ** (NUM_DIGITS - 1), 10**NUM_DIGITS))
 
 
 def draw_uuid(rng: random.Random) -> str:
-    """A UUID of random bits."""
+    """Draw a UUID of random bits."""
     return str(uuid.UUID(int=rng.getrandbits(128), version=4))
 
 
 def draw_words(rng: random.Random, count: int, words: Collection[str]) -> tuple[list[str], bool]:
-    """Different words out of a list, and invented ones when it does not suffice: (words, whether
-    some are invented)."""
+    """Draw different words out of a list, and invented ones when it does not suffice: (words,
+    whether some are invented)."""
     pool = sorted(set(words))
     if count <= len(pool):
         return rng.sample(pool, count), False

@@ -24,7 +24,7 @@ def build_model(
     config: ModelConfig, *, layers: range, rotary: QueryRotary, plan: SparsityPlan | None,
     dtype: torch.dtype, device: torch.device | str,
 ) -> CausalLM:
-    """A pipeline stage whose weights are allocated and not yet filled.
+    """Allocate a pipeline stage; its weights are not yet filled.
 
     Args:
         layers: the stage's layers, ``range(config.num_layers)`` for the whole model.

@@ -82,7 +82,7 @@ class PlannedTensor:
     """Rows of the source in the order of the checkpoint; None: as they are."""
 
     def pieces(self) -> Iterator[Tensor]:
-        """The numbers in bf16, some rows at a time. Raises `CheckpointError` for NaN."""
+        """Yield the numbers in bf16, some rows at a time. Raises `CheckpointError` for NaN."""
         data = self.source.data
         step = max(1, PIECE_ELEMENTS // self.shape[-1]) if len(self.shape) > 1 else len(data)
         for start in range(0, len(data), step):
@@ -121,8 +121,8 @@ def read_gguf(path: Path) -> GgufModel:
 
 
 def hf_config(gguf: GgufModel, *, is_tied: bool) -> dict[str, Any]:
-    """What config.json says of the model. Raises `CheckpointError` naming what is missing or has
-    no counterpart."""
+    """Return what config.json says of the model. Raises `CheckpointError` naming what is missing or
+    has no counterpart."""
     family = gguf.fields.get("general.architecture")
     if family not in ARCHITECTURES:
         raise CheckpointError(f"{gguf.path}: architecture {family!r} is not supported; supported: "
@@ -196,7 +196,7 @@ def plan_tensors(gguf: GgufModel, config: ModelConfig) -> list[PlannedTensor]:
 
 
 def gguf_name(name: str) -> str:
-    """The GGUF name of a tensor of a Hugging Face checkpoint."""
+    """Return the GGUF name of a tensor of a Hugging Face checkpoint."""
     if name in TOP_NAMES:
         return TOP_NAMES[name]
     _, _, idx, rest = name.split(".", 3)
@@ -270,7 +270,7 @@ def _rope(need: Fields, gguf: GgufModel, head_dim: int) -> dict[str, Any]:
 
 
 def _llama3(gguf: GgufModel, tensor: Any, theta: float, head_dim: int) -> dict[str, Any]:
-    """The released scaling whose divisors these are; the file has no others of its facts."""
+    """Return the released scaling whose divisors these are; the file says nothing else about it."""
     factors = _floats(tensor.data, tensor)
     if (factors == 1).all():
         return {}
@@ -286,7 +286,7 @@ def _llama3(gguf: GgufModel, tensor: Any, theta: float, head_dim: int) -> dict[s
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Of all weights by their names in a checkpoint, from a model without storage."""
+    """Return the shapes of all weights by their names in a checkpoint; the model has no storage."""
     rotary = build_rotary(head_dim=config.head_dim, rope_theta=config.rope_theta, max_model_len=1,
                           dca=None)
     model = CausalLM(config, layers=range(config.num_layers), rotary=rotary, plan=None,
@@ -295,7 +295,7 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _finer(gguf: GgufModel, *names: str) -> str:
-    """Of two copies of a matrix the one in more bits."""
+    """Return the name of the copy of a matrix that is stored in more bits."""
     return max((name for name in names if name in gguf.tensors),
                key=lambda name: int(gguf.tensors[name].n_bytes))
 
@@ -327,5 +327,5 @@ def _planned(
 
 
 def _floats(data: Any, tensor: Any) -> Tensor:
-    """Stored rows of a tensor in fp32, copied."""
+    """Copy stored rows of a tensor to fp32."""
     return torch.tensor(dequantize(data, tensor.tensor_type), dtype=torch.float32)

@@ -31,7 +31,7 @@ from longspan.ops import add_rms_norm, rms_norm, silu_mul
 from longspan.ops.types import PagedKV, QueryRotary
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-"""Names in a checkpoint of what is in no layer."""
+"""Names in a checkpoint of the weights outside the layers."""
 MLP_ROWS, MLP_ROWS_CPU = 8_192, 2_048
 """Rows that the MLP computes at a time: its activations, 4 I numbers a row, are the largest of a
 step. On one CPU core 2,048 rows are as fast as more, with a quarter of the memory."""
@@ -59,7 +59,7 @@ class Linear(nn.Module):
             sums.add_(self.bias)
 
     def part(self, x: Tensor, outputs: slice) -> Tensor:
-        """Some of the outputs only."""
+        """Compute some of the outputs only."""
         return F.linear(x, self.weight[outputs], None if self.bias is None else self.bias[outputs])
 
 
@@ -78,7 +78,7 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        """The norm of x + residual, which replaces ``residual``. [T, dim]."""
+        """Return the norm of x + residual, which replaces ``residual``. [T, dim]."""
         return add_rms_norm(x, residual, self.weight, self.eps)[0]
 
 
@@ -124,7 +124,7 @@ class Attention(nn.Module):
         return (self.q_norm(q), self.k_norm(k), v) if self.qk_norm else (q, k, v)
 
     def weight_targets(self) -> dict[str, Tensor]:
-        """As `CausalLM.weight_targets`: the merged projection is stored as three."""
+        """Return targets as `CausalLM.weight_targets`: the merged projection is stored as three."""
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         targets: dict[str, Tensor] = {
             f"{name}_proj.{kind}": part
@@ -221,14 +221,14 @@ class DecoderLayer(nn.Module):
             del attended
 
     def finish(self, hidden: Tensor, attended: Tensor) -> None:
-        """What follows attention. hidden: [T, M], changed in place; attended: [T, M]."""
+        """Compute what follows attention. hidden: [T, M], changed in place; attended: [T, M]."""
         size = mlp_rows(hidden.device.type)
         # pieces are views: each is added in place
         for piece, update in zip(hidden.split(size), attended.split(size), strict=True):
             self.mlp.add_to(piece, self.post_attention_layernorm.add(update, piece))
 
     def weight_targets(self) -> dict[str, Tensor]:
-        """As `CausalLM.weight_targets`, names within the layer."""
+        """Return targets as `CausalLM.weight_targets`, with names within the layer."""
         parts = {"self_attn": self.self_attn.weight_targets(), "mlp": self.mlp.weight_targets()}
         return {
             "input_layernorm.weight": self.input_layernorm.weight,
@@ -325,7 +325,7 @@ class CausalLM(nn.Module):
         return float(kept), causal
 
     def attention_pairs(self) -> tuple[Tensor | float, float]:
-        """As `attention_stats`, the kept ones where they were counted. Waits for nothing."""
+        """Return pairs as `attention_stats`, kept ones where counted, without a wait."""
         cores = self._attention_cores()
         return sum((core.kept_pairs for core in cores), 0.0), sum(
             core.causal_pairs for core in cores)
@@ -341,8 +341,8 @@ class CausalLM(nn.Module):
             core.reset_stats()
 
     def weight_targets(self) -> dict[str, Tensor]:
-        """This stage's weights by their names in a checkpoint: tensors to be filled, views of the
-        parameters where those are merged."""
+        """Return this stage's weights by their names in a checkpoint: tensors to be filled, views
+        of the parameters where those are merged."""
         targets: dict[str, Tensor] = {}
         if self.is_first:
             targets[EMBEDDING] = self.embed_tokens.weight
@@ -356,13 +356,13 @@ class CausalLM(nn.Module):
         return targets
 
     def checkpoint_names(self) -> set[str]:
-        """All that a checkpoint of the whole model may hold, a redundant head included."""
+        """Return all names that a checkpoint of the model may hold, a redundant head included."""
         layer = self.decoder_layers()[0].weight_targets()
         return {EMBEDDING, NORM, HEAD} | {
             f"model.layers.{idx}.{name}" for idx in range(self.config.num_layers) for name in layer}
 
     def decoder_layers(self) -> list[DecoderLayer]:
-        """This stage's layers in order, with their type."""
+        """Return this stage's layers in order, with their type."""
         return [cast(DecoderLayer, layer) for layer in self.layers]
 
     def _attention_cores(self) -> list[DualChunkAttention]:

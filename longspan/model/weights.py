@@ -60,7 +60,7 @@ def resolve_checkpoint(name: str, *, with_weights: bool = True) -> Path:
     if name == BUNDLED_MODEL:
         return _bundled_model()
     path = Path(os.path.expanduser(name))
-    if name and os.path.isdir(path):  # not Path's, which raises for names that cannot be paths
+    if name and os.path.isdir(path):  # Path.is_dir raises for names that cannot be paths
         return path
     if os.path.isfile(path):
         raise CheckpointError(f"{name} is a file; name the directory that holds config.json")
@@ -127,13 +127,13 @@ def _download(name: str, patterns: list[str]) -> Path:
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         reason = ("the hub cannot be reached and the files are not in the cache; go online, or "
                   "name a directory")
-    except (OSError, ValueError) as error:  # HTTP errors, connections, a full disk, a bad id
+    except (OSError, ValueError) as error:  # HTTP errors, broken connections, a full disk, a bad id
         reason = f"download failed ({' '.join(str(error).split())}); try again, or name a directory"
     raise CheckpointError(f"{name}: {reason}")
 
 
 def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Name and place of every tensor of a checkpoint, from the headers of its files."""
+    """Return name and place of every tensor of a checkpoint, from the headers of its files."""
     if (path / SINGLE_FILE).is_file():
         return _read_header(path / SINGLE_FILE)
     if (path / INDEX_FILE).is_file():
@@ -213,7 +213,7 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; raises `ValueError` where a key stands twice."""
+    """Build a JSON object; raises `ValueError` where a key stands twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a key stands twice")
@@ -262,7 +262,7 @@ def _check(
 
 
 def _check_tied(stored: Mapping[str, StoredTensor]) -> None:
-    """transformers 4 would ignore a head of its own, transformers 5 would use it."""
+    """Refuse a separate head beside tied embeddings: only transformers 5 would use it."""
     head, embedding = stored[HEAD], stored[EMBEDDING]
     is_same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
     if is_same:
@@ -275,7 +275,7 @@ def _check_tied(stored: Mapping[str, StoredTensor]) -> None:
 
 
 def _refuse_unknown(stored: Mapping[str, StoredTensor], model: CausalLM) -> None:
-    """Every stored tensor belongs to some layer of the model, or is known to be redundant."""
+    """Refuse a stored tensor that no layer of the model has and that is not redundant."""
     known = model.checkpoint_names()
     unknown = [name for name in stored
                if name not in known and not name.endswith("rotary_emb.inv_freq")]
@@ -287,7 +287,7 @@ def _refuse_unknown(stored: Mapping[str, StoredTensor], model: CausalLM) -> None
 
 
 def _read(wanted: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors in the order of the disk, on the CPU. Files are opened once and not
+    """Yield names and tensors in the order of the disk, on the CPU. Files are opened once and not
     mapped: mapped pages, though already copied, would count as this process's memory."""
     ordered = sorted(wanted.items(), key=lambda item: (item[1].file, item[1].start))
     for file, entries in groupby(ordered, key=lambda item: item[1].file):

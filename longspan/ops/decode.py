@@ -4,7 +4,7 @@ A work item is a run of one request's key tiles for one KV head; all query heads
 computed together. How many items a request gets follows from the real lengths of the whole batch,
 read on the device: the grid depends on shapes only (CUDA graphs), and a long request among short
 ones still fills the GPU. A second kernel merges each request's items by their LSEs.
-Sources: split-KV decoding (Flash-Decoding), DCA zones (arXiv 2402.17463), issue 3.
+Sources: split-KV decoding (Flash-Decoding), DCA zones (arXiv 2402.17463).
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def decode_attention(
 
 
 def supports(cache: PagedKV, num_heads: int) -> bool:
-    """Whether the kernel computes this cache: head dims and block sizes are powers of two from 16
-    on, rows are contiguous. Any float dtype."""
+    """Return whether the kernel computes this cache: head dims and block sizes are powers of two
+    from 16 on, rows are contiguous. Any float dtype."""
     _, block_size, num_kv_heads, head_dim = cache.k.shape
     sizes = (block_size, head_dim)
     return (all(size >= 16 and size & (size - 1) == 0 for size in sizes) and head_dim <= 256
@@ -77,7 +77,8 @@ def supports(cache: PagedKV, num_heads: int) -> bool:
 
 
 def num_programs(device: torch.device) -> int:
-    """Work items that a launch is cut into, of all KV heads. A few for the interpreter."""
+    """Return how many work items of all KV heads a launch is cut into; a few for the
+    interpreter."""
     if device.type == "cpu":
         return 4
     return PROGRAMS_PER_SM * num_sms(device)
@@ -88,7 +89,7 @@ def _num_rows(group: int) -> int:
 
 
 def _tile_len(keys: Tensor) -> int:
-    """Keys of a tile, a divisor of the block size."""
+    """Return the number of keys in a tile, a divisor of the block size."""
     return min(keys.shape[1], max(16, TILE_BYTES // (keys.shape[3] * keys.element_size())))
 
 
@@ -101,7 +102,8 @@ def _work_items(
     context_lens, num_requests, capacity,
     TILE: tl.constexpr, REQUESTS: tl.constexpr, MIN_TILES: tl.constexpr,
 ):
-    """Key tiles and work items of each request, and where its items end: three of [REQUESTS].
+    """Count key tiles and work items of each request, and find where its items end: three of
+    [REQUESTS].
 
     Items of the batch have the same number of tiles, up to one: at most ``capacity`` + requests.
     """
@@ -122,7 +124,8 @@ def _attend_items(
     BLOCK: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One work item: partial out [H, D] normalised, and its LSE to base 2, for one KV head."""
+    """Compute one work item: partial out [H, D] normalised, and its LSE to base 2, for one KV
+    head."""
     head, item = tl.program_id(0), tl.program_id(1)
     tiles, items, ends = _work_items(
         context_lens, num_requests, capacity, TILE, REQUESTS, MIN_TILES)
@@ -177,7 +180,8 @@ def _rotated_query(
     queries, cos, sin, rotation, q_head, heads, dims,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):
-    """The query heads of one KV head, [ROWS, D] in their dtype, rotated in fp32; padding is 0."""
+    """Load the query heads of one KV head, [ROWS, D] in their dtype, rotated in fp32; padding is
+    0."""
     half: tl.constexpr = HEAD_DIM // 2
     rows = queries + heads[:, None] * q_head
     mask = (heads < GROUP)[:, None]
@@ -195,7 +199,8 @@ def _attend_keys(
     kv_block, kv_slot, dims,
     TILE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Online softmax over keys [first, last) of one zone; a tile on its border is masked."""
+    """Carry the online softmax over keys [first, last) of one zone; a tile on its border is
+    masked."""
     per_block: tl.constexpr = BLOCK // TILE
     slots = tl.arange(0, TILE)
     first_tile = first // TILE
@@ -229,7 +234,7 @@ def _merge_items(
     TILE: tl.constexpr, HEAD_DIM: tl.constexpr, REQUESTS: tl.constexpr, MIN_TILES: tl.constexpr,
     ITEMS: tl.constexpr,
 ):
-    """All items of one request and query head into one row. LSE back to base e."""
+    """Merge all items of one request and query head into one row, with the LSE to base e."""
     head, request = tl.program_id(0), tl.program_id(1)
     _, items, ends = _work_items(context_lens, num_requests, capacity, TILE, REQUESTS, MIN_TILES)
     is_request = tl.arange(0, REQUESTS) == request

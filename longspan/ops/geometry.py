@@ -38,7 +38,7 @@ class Span(NamedTuple):
 
 
 def query_position(position: Tensor, zone: int, stride: int, clamp: int) -> Tensor:
-    """Rotated position of queries for keys of ``zone``. position, result: [T] int64."""
+    """Return the rotated position of queries for keys of ``zone``. position, result: [T] int64."""
     local = position % stride
     if zone == INTRA:
         return local
@@ -48,14 +48,16 @@ def query_position(position: Tensor, zone: int, stride: int, clamp: int) -> Tens
 
 
 def continuous_query_position(position: Tensor, zone: int, stride: int, clamp: int) -> Tensor:
-    """Rotated position of probe queries during selection only: no clamp, so that distances do not
-    jump along a diagonal (report section 5.2, figure 5). May exceed the rotation tables."""
+    """Return positions of probe queries, during selection only: without a clamp, so that distances
+    do not jump along a diagonal (arXiv 2501.15383, section 5.2, figure 5). Positions may exceed the
+    rotation tables."""
     local = position % stride
     return local + (0, stride, clamp)[zone]
 
 
 def zone_of(query: Tensor, key: Tensor, stride: int) -> Tensor:
-    """Zone of each pair; broadcasts. Negative gaps (key after query) count as ``INTRA``."""
+    """Return the zone of each pair; broadcasts. Negative gaps (key after query) count as
+    ``INTRA``."""
     return torch.clamp(query // stride - key // stride, min=INTRA, max=INTER)
 
 
@@ -68,7 +70,7 @@ def segments(start: int, stop: int, stride: int) -> Iterator[tuple[int, int]]:
 
 
 def spans(start: int, stop: int, stride: int) -> list[Span]:
-    """Key spans of a segment [start, stop) that lies in one DCA chunk, in key order.
+    """Return the key spans of a segment [start, stop) that lies in one DCA chunk, in key order.
 
     The intra span ends at ``stop``; its last ``stop - start`` keys are the queries' own and need
     the causal mask.

@@ -68,14 +68,15 @@ def store_kv(
 
 
 def supports_store(cache: PagedKV) -> bool:
-    """Whether `store_kv` writes this cache: head dim and block size are powers of two."""
+    """Return whether `store_kv` writes this cache: head dim and block size are powers of two."""
     return all(size & (size - 1) == 0 for size in (cache.k.shape[1], cache.k.shape[3]))
 
 
 def _launch_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor
 ) -> None:
-    """Rows of x lie at two strides, so that heads of a merged projection need no copy."""
+    """Launch the norm of x, whose rows lie at two strides, so that heads of a merged projection
+    need no copy."""
     dim = x.shape[-1]
     inner = x.shape[1] if x.ndim == 3 else 1
     assert x.ndim in (2, 3) and x.stride(-1) == 1
@@ -128,7 +129,7 @@ def _store_rotated(
     k, v, cache_k, cache_v, positions, slot_mapping, cos, sin, num_rows, k_row, v_row, dca_stride,
     ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):
-    """ROWS tokens of one KV head."""
+    """Rotate and store ROWS tokens of one KV head."""
     half: tl.constexpr = HEAD_DIM // 2
     head = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -158,7 +159,7 @@ def _block_means(
     cache_k, cache_v, k_mean, v_mean, filled_blocks,
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr,
 ):
-    """Mean key and value of one block and KV head, summed in fp32."""
+    """Store the mean key and value of one block and KV head, summed in fp32."""
     block = tl.load(filled_blocks + tl.program_id(0)).to(tl.int64)
     if block < 0:
         return

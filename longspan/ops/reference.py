@@ -18,7 +18,7 @@ from longspan.ops.types import PagedKV, QueryRotary, Selection
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE in the half-split layout of Hugging Face checkpoints.
+    """Apply RoPE in the half-split layout of Hugging Face checkpoints.
 
     x: [T, H, D]; cos, sin: [T, D/2]. Returns x's dtype; computed in fp32.
     """
@@ -28,14 +28,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last axis; x: [..., M], weight: [M]."""
+    """Compute x / rms(x) * weight over the last axis; x: [..., M], weight: [M]."""
     y = x.float()
     y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
     return weight * y.to(x.dtype)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + residual, which replaces ``residual``, and its norm. x, residual: [T, M].
+    """Compute x + residual, which replaces ``residual``, and its norm. x, residual: [T, M].
 
     Returns the norm and ``residual``.
     """
@@ -44,7 +44,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up. gate_up: [T, 2F] with gate first. Returns [T, F]."""
+    """Compute silu(gate) * up. gate_up: [T, 2F] with gate first. Returns [T, F]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up
 
@@ -72,7 +72,7 @@ def store_kv(
 
 
 def gather_kv(cache: PagedKV, block_table: Tensor, context_len: int) -> tuple[Tensor, Tensor]:
-    """A request's keys and values in order: two of [S, K, D]."""
+    """Gather a request's keys and values in order: two of [S, K, D]."""
     k = cache.k[block_table].flatten(0, 1)[:context_len]
     v = cache.v[block_table].flatten(0, 1)[:context_len]
     return k, v
@@ -82,7 +82,8 @@ def prefill_attention(
     q: Tensor, cache: PagedKV, block_table: Tensor, cached_len: int, rotary: QueryRotary,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention of T new tokens, already in the cache, over ``cached_len + T`` keys.
+    """Compute the causal attention of T new tokens, already in the cache, over ``cached_len + T``
+    keys.
 
     Args:
         q: [T, H, D], not rotated.
@@ -103,7 +104,7 @@ def decode_attention(
     q: Tensor, cache: PagedKV, block_tables: Tensor, context_lens: Tensor, rotary: QueryRotary,
     scales: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """One new token for each of B requests; its own key is already in the cache.
+    """Attend with one new token for each of B requests; its own key is already in the cache.
 
     q: [B, H, D] not rotated; block_tables: [B, max blocks]; context_lens: [B]; scales: [B].
     Returns: out [B, H, D], lse [B, H].
@@ -120,11 +121,11 @@ def sparse_prefill_attention(
     q: Tensor, cache: PagedKV, block_table: Tensor, cached_len: int, rotary: QueryRotary,
     scale: float, selection: Selection, correction: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`prefill_attention` over the selected windows, listed tiles and columns only.
+    """Compute `prefill_attention` over the selected windows, listed tiles and columns only.
 
     With ``correction`` (tile mode only), every whole tile before the query's own that is neither a
     window nor listed takes part as one key and one value, the tile's means, with the logarithm of
-    the number of its keys that are not columns added to the logit (spec: selection findings, 3).
+    the number of its keys that are not columns added to the logit.
     Returns: out, lse as in `prefill_attention`, and the number of (query, key) pairs kept, fp64.
     """
     num_queries, num_heads, _ = q.shape
@@ -147,7 +148,8 @@ def sparse_prefill_attention(
 def dca_scores(
     q: Tensor, k: Tensor, queries: Tensor, keys: Tensor, rotary: QueryRotary
 ) -> Tensor:
-    """q . k with each pair's zone rotation. q: [T, H, D] raw, k: [S, K, D] rotated -> [H, T, S]."""
+    """Compute q . k with each pair's zone rotation. q: [T, H, D] raw, k: [S, K, D] rotated
+    -> [H, T, S]."""
     k = repeat_heads(k, q.shape[1])
     zone = zone_of(queries[:, None], keys[None, :], rotary.stride)
     scores = q.new_zeros(q.shape[1], len(queries), len(keys), dtype=torch.float32)
@@ -160,7 +162,7 @@ def dca_scores(
 
 
 def kept_pairs(selection: Selection, queries: Tensor, context_len: int) -> Tensor:
-    """Which keys each query sees. queries: [T] consecutive positions -> [H, T, S] bool."""
+    """Return which keys each query sees. queries: [T] consecutive positions -> [H, T, S] bool."""
     keys = torch.arange(context_len, device=queries.device)
     tile_start = _tile_start(selection, queries)
     num_heads = selection.columns.shape[0]
@@ -180,7 +182,7 @@ def kept_pairs(selection: Selection, queries: Tensor, context_len: int) -> Tenso
 
 
 def listed_tiles(selection: Selection, queries: Tensor, num_tiles: int) -> Tensor:
-    """Which key tiles the query's tile lists. queries: [T] -> [H, T, num_tiles] bool."""
+    """Return which key tiles the query's tile lists. queries: [T] -> [H, T, num_tiles] bool."""
     shape = selection.columns.shape[0], len(queries), num_tiles + 1  # the last one takes padding
     listed = torch.zeros(shape, dtype=torch.bool, device=queries.device)
     if selection.tiles is not None:
@@ -190,7 +192,7 @@ def listed_tiles(selection: Selection, queries: Tensor, num_tiles: int) -> Tenso
 
 
 def repeat_heads(x: Tensor, num_heads: int) -> Tensor:
-    """[S, K, D] -> [S, H, D] fp32 for GQA: KV head h // (H / K) serves query head h."""
+    """Repeat [S, K, D] to [S, H, D] fp32 for GQA: KV head h // (H / K) serves query head h."""
     return x.float().repeat_interleave(num_heads // x.shape[1], dim=1)
 
 
@@ -203,7 +205,7 @@ def _correction(
     q: Tensor, cache: PagedKV, block_table: Tensor, queries: Tensor, rotary: QueryRotary,
     scale: float, selection: Selection,
 ) -> tuple[Tensor, Tensor]:
-    """Scores [H, T, n] and values [n, H, D] of the n tile means."""
+    """Return scores [H, T, n] and values [n, H, D] of the n tile means."""
     assert selection.aligned and cache.k_mean is not None and cache.v_mean is not None
     tile_len = selection.tile_len
     num_tiles = int(queries[-1]) // tile_len
@@ -223,7 +225,8 @@ def _correction(
 
 
 def _attend(scores: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """scores [H, T, S], v [S, H, D] -> out [T, H, D], lse [T, H]. A row without keys: 0, -inf."""
+    """Attend: scores [H, T, S], v [S, H, D] -> out [T, H, D], lse [T, H]. A row without keys: 0,
+    -inf."""
     lse = torch.logsumexp(scores, -1)
     finite = lse.clamp(min=torch.finfo(torch.float32).min)
     out = torch.einsum("hts,shd->thd", torch.exp(scores - finite[..., None]), v)

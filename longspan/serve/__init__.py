@@ -8,11 +8,11 @@ from longspan.errors import MissingDependencyError
 
 NEEDED = {"fastapi": "fastapi", "uvicorn": "uvicorn", "pydantic": "pydantic",
           "prometheus_client": "prometheus-client", "zmq": "pyzmq", "msgspec": "msgspec"}
-"""Distributions by module."""
+"""Distribution that provides each module."""
 
 
 def check_dependencies() -> None:
-    """Raises `MissingDependencyError` with the command that installs what the server needs."""
+    """Raise `MissingDependencyError` with the command that installs what the server needs."""
     missing = [name for module, name in NEEDED.items() if find_spec(module) is None]
     if missing:
         raise MissingDependencyError(

@@ -1,4 +1,4 @@
-"""Who may come in: limits by bytes and tokens, the queue, and what waiting will cost.
+"""Admission: limits by bytes and tokens, the queue, and how long a request will wait.
 
 A request holds a `Ticket` from its headers to its last byte. Its size is first guessed from the
 bytes announced, so that a full queue refuses before anything is read or tokenised. It is checked
@@ -19,7 +19,7 @@ from longspan.serve.config import ServeConfig
 from longspan.serve.errors import ApiError
 
 BYTES_PER_TOKEN = 4.0
-"""First guess; then a running mean."""
+"""First guess; a running mean replaces it."""
 MIN_BODY_BYTES = 1 << 20
 UNMEASURED_TOKENS_PER_S = 2_000.0
 """Prefill of a small machine, for Retry-After of a server that has only just been started."""
@@ -52,7 +52,7 @@ class Ticket:
 
     @property
     def elapsed_s(self) -> float:
-        """Since it arrived."""
+        """Seconds since the request arrived."""
         return time.monotonic() - self.arrived_s
 
 
@@ -90,7 +90,7 @@ class Gate:
 
     @property
     def state(self) -> EngineState:
-        """Of engine and server together."""
+        """State of engine and server together."""
         state = self._status().state
         return "draining" if state == "ready" and self.is_draining else state
 
@@ -110,11 +110,11 @@ class Gate:
         return len(self._tickets)
 
     async def wait_idle(self) -> None:
-        """Until no request is left."""
+        """Wait until no request is left."""
         await self._idle.wait()
 
     def check_open(self) -> None:
-        """Raises 503 unless requests can be served."""
+        """Raise 503 unless requests can be served."""
         state, reason = self.state, self._status().reason
         if state == "loading":
             raise ApiError(503, "The model is being loaded; try again shortly.", code="loading",
@@ -130,7 +130,7 @@ class Gate:
 
     @contextmanager
     def enter(self, num_bytes: int) -> Iterator[Ticket]:
-        """A place for a request whose body has this many bytes (0: not announced).
+        """Admit a request whose body has this many bytes (0: not announced).
 
         Raises 503 and 429. A request larger than the whole budget enters an empty queue.
         """
@@ -149,7 +149,7 @@ class Gate:
 
     @contextmanager
     def buffer(self) -> Iterator[Callable[[int], None]]:
-        """Counts the bytes of one body while it is in memory; the function raises 413 and 429."""
+        """Count the bytes of one body while it is in memory; the function raises 413 and 429."""
         held = 0
 
         def take(num_bytes: int) -> None:
@@ -168,14 +168,14 @@ class Gate:
             self._num_buffered_bytes -= held
 
     def check_body(self, num_bytes: int) -> None:
-        """Raises 413 for a body of this length."""
+        """Raise 413 for a body of this length."""
         if num_bytes > self.max_body_bytes:
             raise ApiError(413, f"The request body is longer than {self.max_body_bytes} bytes, "
                            "the limit of this server.", code="request_too_large")
 
     def resize(self, ticket: Ticket, prompt_lens: Sequence[int]) -> None:
-        """The prompts are tokenised: their true lengths. Raises 429 where these do not fit beside
-        the other requests."""
+        """Replace the guess by the true lengths of the tokenised prompts. Raises 429 where these do
+        not fit beside the other requests."""
         self._check_room(sum(prompt_lens), self._tickets - {ticket})
         ticket.parts = [Part(length) for length in prompt_lens]
         if ticket.num_bytes and sum(prompt_lens):
@@ -200,12 +200,12 @@ class Gate:
     # -- prediction ----------------------------------------------------------------------------
 
     def backlog_s(self) -> float:
-        """Time to compute every prompt that waits, seconds; before anything was measured at
+        """Predict the seconds to compute every waiting prompt; before any measurement at
         `UNMEASURED_TOKENS_PER_S`."""
         return self._backlog_s(self._tickets)
 
     def predict_ttft_s(self, ticket: Ticket) -> float | None:
-        """Arrival of a request to its first token, seconds; None before anything was measured.
+        """Predict a request's seconds from arrival to first token; None before any measurement.
 
         The scheduler lets short prompts pass long ones, so each other prompt delays this one by
         its own rest at the most, and by no more than the rest of this one.
@@ -215,7 +215,7 @@ class Gate:
         return ticket.elapsed_s + left_s if self._is_measured else None
 
     def predict_new_s(self, prompt_len: int) -> float | None:
-        """Time to first token of a prompt that would arrive now, seconds; None as above."""
+        """Predict the seconds to first token of a prompt that arrives now; None as above."""
         own_s = self._prefill_s(Part(prompt_len))
         return self._with_others(own_s, self._tickets) if self._is_measured else None
 

@@ -56,7 +56,7 @@ IDS_PER_PIECE = 16_384
 
 
 def create_app(engine: AsyncEngine, config: ServeConfig) -> FastAPI:
-    """An ASGI application in front of an engine, which the caller starts and closes."""
+    """Build an ASGI application in front of an engine, which the caller starts and closes."""
     service = Service(engine, config)
 
     @asynccontextmanager
@@ -111,7 +111,7 @@ def _tokens(service: Service) -> APIRouter:
 
     @router.post("/detokenize", **_docs(DetokenizeRequest, replies.DetokenizeReply))
     async def detokenize(request: Request) -> Response:
-        """The text of token ids."""
+        """Return the text of token ids."""
         async with service.small_request(request, DetokenizeRequest) as (body, watcher):
             text = await watcher.race(_detokenize(service, body.tokens))
         return JSONResponse({"prompt": text})
@@ -126,7 +126,7 @@ def _operations(service: Service) -> APIRouter:
 
     @router.get("/v1/models", responses=_responses(replies.ModelList, (401, 403, 431)))
     async def models() -> Response:
-        """The served model."""
+        """List the served model."""
         status = service.engine.status()
         return JSONResponse({"object": "list", "data": [{
             "id": service.model_name, "object": "model", "created": created,
@@ -136,19 +136,19 @@ def _operations(service: Service) -> APIRouter:
     @router.get("/health", responses={
         **_responses(replies.HealthReply, (403, 431)), 503: {"model": replies.HealthReply}})
     async def health() -> Response:
-        """Whether requests are served: 200 when ready, 503 otherwise. Needs no API key."""
+        """Tell whether requests are served: 200 when ready, 503 otherwise. Needs no API key."""
         state = service.gate.state
         return JSONResponse({"status": state, "reason": service.engine.status().reason},
                             200 if state == "ready" else 503)
 
     @router.get("/metrics", response_class=PlainTextResponse, responses=_errors((401, 403, 431)))
     async def metrics() -> Response:
-        """Prometheus metrics."""
+        """Return Prometheus metrics."""
         return PlainTextResponse(service.metrics.render())
 
     @router.get("/", response_class=HTMLResponse, responses=_errors((401, 403, 431)))
     async def playground() -> Response:
-        """A page to try the model with a document."""
+        """Serve a page to try the model with a document."""
         return HTMLResponse(page, headers=PAGE_HEADERS)
 
     return router
@@ -169,7 +169,7 @@ async def _detokenize(service: Service, ids: Sequence[int]) -> str:
 
 
 async def _spread(head: dict[str, Any], ids: Sequence[int]) -> AsyncIterator[str]:
-    """A JSON object with a list of up to a million ids, made in pieces so that nobody waits."""
+    """Write a JSON object with a list of up to a million ids, in pieces so that nobody waits."""
     yield f'{json.dumps(head)[:-1]}, "tokens":['
     for start in range(0, len(ids), IDS_PER_PIECE):
         yield ("," if start else "") + ",".join(map(str, ids[start:start + IDS_PER_PIECE]))
@@ -183,7 +183,7 @@ async def _spread(head: dict[str, Any], ids: Sequence[int]) -> AsyncIterator[str
 def _docs(
     body: type[BaseModel], reply: type[BaseModel], can_stream: bool = False
 ) -> dict[str, Any]:
-    """Bodies are read by us, within limits; the schema is stated here instead."""
+    """State a body's schema, which FastAPI does not see: bodies are read here, within limits."""
     schema = {"$ref": REF.format(model=body.__name__)}
     responses = _responses(reply, tuple(REFUSALS))
     if can_stream:

@@ -23,7 +23,7 @@ CHALLENGE = {"WWW-Authenticate": 'Basic realm="longspan: any name, the API key a
 
 
 class EdgeMiddleware:
-    """Refuses requests before anything of them is looked at; names each with an id."""
+    """Refuses requests by their headers alone, and gives each request an id."""
 
     def __init__(
         self, app: ASGIApp, config: ServeConfig, answered: Callable[[str, int], None],
@@ -69,7 +69,7 @@ class EdgeMiddleware:
 
 
 def _given_key(header: str) -> bytes | None:
-    """The key of a Bearer header, or the password of a Basic one."""
+    """Return the key of a Bearer header, or the password of a Basic one."""
     scheme, _, value = header.strip().partition(" ")
     if scheme.lower() == "bearer":
         return value.strip().encode()

@@ -18,11 +18,11 @@ Result = TypeVar("Result")
 NULL_ERROR = "none_required"
 MAX_MESSAGE_LEN = 300
 SLOWEST_BYTES_PER_S = 4096
-"""A client that keeps sending more slowly than this holds its place for nothing."""
+"""Bytes per second below which a client that keeps sending is refused."""
 
 
 def announced_bytes(request: Request) -> int:
-    """Content-Length, 0 when there is none. Raises 400 for nonsense."""
+    """Return Content-Length, 0 when there is none. Raises 400 unless it is a number."""
     text = request.headers.get("content-length", "0")
     if not (text.isascii() and text.isdigit()):
         raise ApiError(400, "Content-Length is not a number.")
@@ -30,15 +30,15 @@ def announced_bytes(request: Request) -> int:
 
 
 def check_media_type(request: Request) -> None:
-    """Raises 415 unless the body is declared as JSON: a page of another origin cannot declare that
-    without asking first, and is not answered (`longspan.serve.hosts` sees to its origin)."""
+    """Raise 415 unless the body is declared as JSON: a page of another origin cannot declare that
+    without a preflight request, which is not answered (`longspan.serve.hosts` checks origins)."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, "Send Content-Type: application/json.")
 
 
 async def read_body(request: Request, take: Callable[[int], None], timeout_s: float) -> bytes:
-    """The whole body. ``take`` counts each piece and raises when it is too much.
+    """Read the whole body. ``take`` counts each piece and raises when it is too much.
 
     Raises 408 for a silence of ``timeout_s``, or for drops that keep the body coming for longer
     than that; `ClientGone` if the sender hangs up.
@@ -65,7 +65,7 @@ async def read_body(request: Request, take: Callable[[int], None], timeout_s: fl
 
 
 async def parse_aside(model: type[Model], body: bytes) -> Model:
-    """`parse`, where a long body does not hold up the event loop for all of its parsing."""
+    """Parse a body as `parse`; a long one does not hold up the event loop all the time."""
     if len(body) < LONG_BYTES:
         return parse(model, body)
     return await asyncio.to_thread(_parse_long, model, body)
@@ -75,7 +75,7 @@ def _parse_long(model: type[Model], body: bytes) -> Model:
     rest, lists = take_out(body)
     if not lists:
         return parse(model, body)
-    # A list where there should be none is refused all the same: a short one stands in its place.
+    # The short list in its place is refused too, where the schema allows no list.
     checked = parse(model, rest)
     return checked.model_copy(update={
         # a checked prompt is a list of prompts, which are arrays here
@@ -84,7 +84,7 @@ def _parse_long(model: type[Model], body: bytes) -> Model:
 
 
 def parse(model: type[Model], body: bytes) -> Model:
-    """The checked request. Raises 400 that names the field at fault."""
+    """Check a request. Raises 400 that names the field at fault."""
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
@@ -92,7 +92,7 @@ def parse(model: type[Model], body: bytes) -> Model:
 
 
 def _explain(error: ValidationError) -> ApiError:
-    """The first fault; of a union's, the one that got furthest into the value."""
+    """Describe the first fault; of a union's, the one that got furthest into the value."""
     faults = error.errors(include_url=False, include_context=False, include_input=False)
     fault = max(faults, key=lambda item: (item["loc"][:1] == faults[0]["loc"][:1],
                                           len(item["loc"])))
@@ -112,7 +112,7 @@ def _explain(error: ValidationError) -> ApiError:
 
 
 def _is_union_branch(part: int | str) -> bool:
-    """Pydantic puts the branch's type into the place of a fault."""
+    """Return whether a part of a fault's place is the type of a union's branch, not a field."""
     return isinstance(part, str) and ("[" in part or part in (
         "str", "int", "float", "bool", "TextPart", "literal"))
 
@@ -124,7 +124,7 @@ class Disconnect:
         self._task = asyncio.create_task(_wait_for_disconnect(receive))
 
     async def race(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """The result of ``work``. Raises `ClientGone`, with the work cancelled and cleaned up."""
+        """Return the result of ``work``. Raises `ClientGone` once the work is cancelled."""
         task = asyncio.create_task(work)
         try:
             await asyncio.wait((task, self._task), return_when=asyncio.FIRST_COMPLETED)
@@ -135,7 +135,7 @@ class Disconnect:
             await cancel(task)
 
     async def race_for(self, task: asyncio.Task[Result], timeout_s: float) -> bool:
-        """Wait for a task that goes on afterwards; whether it is done. Raises `ClientGone`."""
+        """Wait for a task that goes on afterwards; True if it is done. Raises `ClientGone`."""
         await asyncio.wait(
             (task, self._task), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if not task.done() and self._task.done():

@@ -35,7 +35,7 @@ SWITCH_S = 5e-4
 WARM_UP_S = 60.0
 """Longest wait for the engine's warm-up before the report is printed without predictions."""
 LAST_WORDS_S = 5.0
-"""For streams to receive their error after the engine's death, and for cancelled ones to end."""
+"""Time for streams to send their error after the engine's death, and for cancelled ones to end."""
 REPORT_LENGTHS = (131_072, 262_144, 524_288, 1_048_576)
 
 
@@ -56,7 +56,7 @@ def serve(model: str, config: ServeConfig, engine_options: Mapping[str, Any]) ->
 
 
 def run(engine: AsyncEngine, config: ServeConfig) -> int:
-    """Serve an engine; 0 after an orderly end, 1 when the engine died or requests were cut off."""
+    """Serve an engine; 0 after an orderly end, 1 if the engine died or requests were cut off."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     with listen(config) as sock:
@@ -64,10 +64,10 @@ def run(engine: AsyncEngine, config: ServeConfig) -> int:
 
 
 def listen(config: ServeConfig) -> socket.socket:
-    """The socket, bound before anything is loaded. Raises `LongspanError` when it cannot be."""
+    """Bind the socket before anything is loaded. Raises `LongspanError` if it cannot be bound."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
-        # asked first: a name that is none leaves create_server with an open socket
+        # resolved first: create_server leaks a socket for a name that does not resolve
         socket.getaddrinfo(config.host, config.port, family, socket.SOCK_STREAM)
         sock = socket.create_server((config.host, config.port), family=family, backlog=1024)
     except socket.gaierror as error:
@@ -87,29 +87,29 @@ def _no_socket(config: ServeConfig, reason: str) -> LongspanError:
 
 
 class Server(uvicorn.Server):
-    """Asks for an orderly end at the first signal; ends at once at the second. Signals are its own
-    from before the engine is started until it is closed."""
+    """A uvicorn server that ends in order at the first signal and at once at the second. It handles
+    signals from before the engine is started until it is closed."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.is_stopping = False
 
     def watch_signals(self) -> None:
-        """From now on. On the running event loop."""
+        """Handle signals from now on, on the running event loop."""
         if threading.current_thread() is threading.main_thread():
             for sig in (signal.SIGINT, signal.SIGTERM):
                 asyncio.get_running_loop().add_signal_handler(sig, self.handle_exit, sig, None)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Nothing: uvicorn would only watch while it serves."""
+        """Do nothing: uvicorn would handle signals only while it serves."""
         yield
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Called for SIGINT and SIGTERM."""
+        """Handle SIGINT and SIGTERM."""
         if self.is_stopping:
             self.should_exit = self.force_exit = True
-            # What uvicorn leaves unfinished by that is no error to report.
+            # Tasks that uvicorn leaves unfinished by that are not errors to report.
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         self.is_stopping = True
 
@@ -130,7 +130,7 @@ async def _run(engine: AsyncEngine, config: ServeConfig, sock: socket.socket) ->
         try:
             await server.serve([sock])
             if not server.should_exit:
-                return 1  # it could not start; uvicorn has said why
+                return 1  # uvicorn could not start, and has said why
             return await supervisor
         finally:
             await cancel(supervisor)
@@ -139,7 +139,7 @@ async def _run(engine: AsyncEngine, config: ServeConfig, sock: socket.socket) ->
 
 
 async def _start(engine: AsyncEngine) -> None:
-    """Raises `LongspanError` when there can be no more processes, or no sockets for them."""
+    """Start the engine. Raises `LongspanError` when processes or their sockets cannot be made."""
     try:
         await engine.start()
     except OSError as error:
@@ -170,7 +170,7 @@ async def _supervise(server: Server, engine: AsyncEngine, gate: Gate, config: Se
 
 
 async def _until_measured(server: Server, engine: AsyncEngine) -> None:
-    """Give the engine's first steps, its own or somebody's, time to tell how fast it is."""
+    """Wait until the engine's first steps, its own or a request's, have measured its speed."""
     end_s = asyncio.get_running_loop().time() + WARM_UP_S
     while engine.status().state == "ready" and engine.status().latency is None and \
             asyncio.get_running_loop().time() < end_s and not server.is_stopping:
@@ -178,7 +178,7 @@ async def _until_measured(server: Server, engine: AsyncEngine) -> None:
 
 
 async def _mourn(engine: AsyncEngine, gate: Gate) -> int:
-    """The engine died: let every stream say so."""
+    """Let every stream say that the engine died."""
     _note(f"error: the engine has stopped: {engine.status().reason or 'no reason is known'}")
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(gate.wait_idle(), LAST_WORDS_S)
@@ -207,7 +207,7 @@ async def _finish(engine: AsyncEngine, gate: Gate) -> None:
 
 
 def start_up_report(status: EngineStatus) -> str:
-    """What this server can do, in a few lines."""
+    """Describe what this server can do, in a few lines."""
     lines = [f"serving {status.model}",
              f"  longest prompt and answer  {status.max_model_len:>12,} tokens",
              f"  KV cache                   {status.capacity_tokens:>12,} tokens"]

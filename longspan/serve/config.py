@@ -12,19 +12,19 @@ HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 
 def plain_name(name: str) -> str:
-    """A host's name in the one form that is compared: lower case, no brackets, no dot at its end,
-    addresses as short as can be."""
+    """Return a host's name in the one form that is compared: lower case, no brackets, no final
+    dot, addresses in their shortest form."""
     name = name.lower().removesuffix(".").removeprefix("[").removesuffix("]")
     return str(ip_address(name)) if is_address(name) else name
 
 
 def is_loopback(name: str) -> bool:
-    """Whether a plain name stands for this machine and nothing else."""
+    """Return whether a plain name stands for this machine and nothing else."""
     return ip_address(name).is_loopback if is_address(name) else name == "localhost"
 
 
 def is_address(name: str) -> bool:
-    """Whether a plain name is an IP address."""
+    """Return whether a plain name is an IP address."""
     try:
         ip_address(name)
     except ValueError:
@@ -99,5 +99,5 @@ class ServeConfig:
 
     @property
     def is_public(self) -> bool:
-        """Other machines may reach it."""
+        """Whether other machines may reach the server."""
         return not is_loopback(plain_name(self.host))

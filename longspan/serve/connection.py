@@ -15,7 +15,7 @@ REFUSAL = f"This is not a valid HTTP/1.1 request, or its head is above {MAX_HEAD
 
 
 class Connection(H11Protocol):
-    """uvicorn's, which would wait forever for the rest of a head that has begun.
+    """uvicorn's connection with a time limit: its own waits forever for an incomplete head.
 
     Args:
         head_timeout_s: longest time without a request being served, from the connection's
@@ -28,22 +28,22 @@ class Connection(H11Protocol):
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Called by the event loop."""
+        """Handle the event loop's call."""
         super().connection_made(transport)
         self._watch()
 
     def data_received(self, data: bytes) -> None:
-        """Called by the event loop."""
+        """Handle the event loop's call."""
         super().data_received(data)
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Called by the event loop."""
+        """Handle the event loop's call."""
         super().connection_lost(exc)
         self._stop_watching()
 
     def send_400_response(self, msg: str) -> None:
-        """uvicorn's refusal of what is no request, in the shape of every other error."""
+        """Refuse bytes that are not a request, in the shape of every other error."""
         self._refuse(ApiError(400, REFUSAL))
 
     def _watch(self) -> None:
@@ -67,8 +67,8 @@ class Connection(H11Protocol):
             self.transport.close()
 
     def _refuse(self, error: ApiError) -> None:
-        """The last words on this connection, where the protocol still allows any; whoever works
-        for it sees that its client is gone."""
+        """Send a last reply where the protocol still allows one, and close the connection; its
+        running request sees that the client is gone."""
         if self.cycle is not None:
             self.cycle.disconnected = True
             self.cycle.message_event.set()

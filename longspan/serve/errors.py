@@ -17,7 +17,7 @@ logger = logging.getLogger("longspan.serve")
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error",
          429: "rate_limit_error", 503: "service_unavailable_error"}
-"""Error types by status; 500 and above otherwise: server_error; below: invalid_request_error."""
+"""Error types by status; other ones: server_error from 500 on, invalid_request_error below."""
 
 
 class ApiError(Exception):
@@ -51,7 +51,7 @@ class ApiError(Exception):
                           "code": self.code, **self.details}}
 
     def response(self) -> Response:
-        """The reply."""
+        """Build the reply."""
         return JSONResponse(self.body, self.status, headers=self.headers)
 
 
@@ -60,7 +60,7 @@ class ClientGone(Exception):
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """Any exception as a reply; what nobody expected is logged and not shown."""
+    """Turn any exception into a reply; an unexpected one is logged and not shown."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, PromptTooLongError):
@@ -77,7 +77,7 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 async def error_response(request: Request, error: Exception) -> Response:
-    """Exception handler of the application."""
+    """Handle an exception of the application."""
     if isinstance(error, ClientGone):
-        return Response(status_code=499)  # never sent
+        return Response(status_code=499)  # the client is gone: this reply is never sent
     return as_api_error(error).response()

@@ -36,42 +36,42 @@ class Format(Protocol):
     """One of the two APIs."""
 
     def opening(self, indices: Sequence[int]) -> list[Json]:
-        """Chunks in front of a stream's first text."""
+        """Build the chunks in front of a stream's first text."""
 
     def chunk(self, delta: Delta) -> Json:
-        """A piece of a stream."""
+        """Build a piece of a stream."""
 
     def bare_chunk(self, **values: object) -> Json:
-        """A chunk without choices: progress, usage."""
+        """Build a chunk without choices: progress, usage."""
 
     def reply(self, deltas: Sequence[Delta], usage: Usage) -> Json:
-        """The whole answer; each delta is a whole completion."""
+        """Build the whole answer; each delta is a whole completion."""
 
 
 class ChatFormat:
-    """/v1/chat/completions."""
+    """Format of /v1/chat/completions."""
 
     def __init__(self, request_id: str, model: str, *, with_logprobs: bool) -> None:
         self._with_logprobs = with_logprobs
         self._head = {"id": f"chatcmpl-{request_id}", "created": int(time.time()), "model": model}
 
     def opening(self, indices: Sequence[int]) -> list[Json]:
-        """The role, once for each completion."""
+        """Build chunks with the role, one for each completion."""
         return [self._chunk([self._choice(index, {"role": "assistant", "content": ""}, [], None)])
                 for index in indices]
 
     def chunk(self, delta: Delta) -> Json:
-        """A piece of a stream."""
+        """Build a piece of a stream."""
         content = {"content": delta.text} if delta.text or not delta.finish_reason else {}
         return self._chunk([self._choice(
             delta.index, content, delta.logprobs, delta.finish_reason)])
 
     def bare_chunk(self, **values: object) -> Json:
-        """A chunk without choices."""
+        """Build a chunk without choices."""
         return {**self._chunk([]), **values}
 
     def reply(self, deltas: Sequence[Delta], usage: Usage) -> Json:
-        """The whole answer."""
+        """Build the whole answer."""
         return {**self._head, "object": "chat.completion", "choices": [{
             "index": delta.index, "finish_reason": delta.finish_reason,
             "message": {"role": "assistant", "content": delta.text, "refusal": None},
@@ -96,7 +96,7 @@ class ChatFormat:
 
 
 class CompletionFormat:
-    """/v1/completions."""
+    """Format of /v1/completions."""
 
     def __init__(self, request_id: str, model: str, *, with_logprobs: bool) -> None:
         self._with_logprobs = with_logprobs
@@ -105,19 +105,19 @@ class CompletionFormat:
                       "created": int(time.time()), "model": model}
 
     def opening(self, indices: Sequence[int]) -> list[Json]:
-        """Nothing."""
+        """Return no chunks: plain completions have no role."""
         return []
 
     def chunk(self, delta: Delta) -> Json:
-        """A piece of a stream."""
+        """Build a piece of a stream."""
         return {**self._head, "choices": [self._choice(delta)]}
 
     def bare_chunk(self, **values: object) -> Json:
-        """A chunk without choices."""
+        """Build a chunk without choices."""
         return {**self._head, "choices": [], **values}
 
     def reply(self, deltas: Sequence[Delta], usage: Usage) -> Json:
-        """The whole answer."""
+        """Build the whole answer."""
         return {**self._head, "choices": [self._choice(delta) for delta in deltas],
                 "usage": usage.as_dict(), "timings": usage.timings()}
 
@@ -145,14 +145,14 @@ class _TextPlace:
         self._num_chars = 0
 
     def advance(self, data: bytes) -> int:
-        """Where the token begins: at its character, if it is a part of one."""
+        """Return where the token begins: at its character, if it is a part of one."""
         start = self._num_chars
         self._num_chars += len(self._decoder.decode(data))
         return start
 
 
 def _name(item: TokenLogprob) -> str:
-    """A token as a key: parts of characters would all be U+FFFD, so OpenAI writes their bytes."""
+    """Write a token as a key: OpenAI writes parts of characters, all U+FFFD, as bytes."""
     try:
         return item.data.decode()
     except UnicodeDecodeError:
@@ -165,7 +165,7 @@ def _or_null(item: TokenLogprob, value: Value) -> Value | None:
 
 
 def _by_name(items: Sequence[TokenLogprob]) -> dict[str, float]:
-    """The chosen token is always among them."""
+    """Return log-probabilities by token, the chosen one always among them."""
     return {_name(item): _finite(item.logprob) for item in items}
 
 
@@ -174,5 +174,5 @@ def _chat_logprob(item: TokenLogprob) -> Json:
 
 
 def _finite(logprob: float) -> float:
-    """JSON has no infinities; OpenAI writes -9999 for a token without probability."""
+    """Replace minus infinity, which JSON lacks, by -9999, as OpenAI does."""
     return max(-9999.0, logprob)

@@ -32,7 +32,7 @@ class Job:
     request_id: str
     prompts: Sequence[Sequence[int]]
     params: Sequence[SamplingParams]
-    """For each prompt."""
+    """Parameters of each prompt."""
     n: int = 1
     echoes: Sequence[str] = ()
     """Text in front of each prompt's completions; empty: none."""
@@ -99,11 +99,11 @@ class Generation:
         self._cached_tokens = list[int]()
         self._num_copies = 1
         self._scored = dict[int, Sequence[TokenLogprob]]()
-        """Of prompts that are echoed, by their place."""
+        """Scores of prompts that are echoed, by their place."""
 
     @property
     def is_finished(self) -> bool:
-        """Every completion has its finish reason."""
+        """Whether every completion has its finish reason."""
         return not self._unfinished
 
     @property
@@ -115,7 +115,7 @@ class Generation:
                 sum(part.done for part in parts))
 
     async def start(self, job: Job) -> None:
-        """Hand the job to the engine. Raises what the engine refuses; `close` cleans up."""
+        """Hand the job to the engine. Raises the engine's refusal; `close` cleans up."""
         self._gate.resize(self._ticket, [len(prompt) for prompt in job.prompts])
         self.usage.prompt_tokens = sum(len(prompt) for prompt in job.prompts)
         self.usage.predicted_ttft_s = self._gate.predict_ttft_s(self._ticket)
@@ -131,8 +131,8 @@ class Generation:
                 self._tasks.append(asyncio.create_task(self._follow(job, index, copy)))
 
     async def next_events(self, timeout_s: float | None = None) -> list[tuple[int, Event]]:
-        """All events that wait, at least one; nothing after ``timeout_s``. The number is that of
-        the completion. Raises what befell any of them."""
+        """Return all waiting events, at least one; none after ``timeout_s``. Each has the index of
+        its completion. Raises the first error of any completion."""
         try:
             async with asyncio.timeout(timeout_s):
                 items = [await self._queue.get()]
@@ -184,7 +184,7 @@ class Generation:
             await stream.aclose()
 
     async def _echo(self, job: Job, index: int, copy: int, event: TokenEvent) -> TokenEvent:
-        """The first event of a completion, with the prompt in front."""
+        """Put the prompt in front of a completion's first event."""
         if copy == 0 and event.prompt_logprobs is not None:
             self._scored[index] = await self._engine.describe(
                 job.prompts[index], event.prompt_logprobs)
@@ -209,7 +209,7 @@ class Generation:
         part.done = max(part.done, event.num_prefilled_tokens)
         if event.num_cached_tokens > self._cached_tokens[index]:
             self._cached_tokens[index] = event.num_cached_tokens
-            if part.done == event.num_cached_tokens:  # admitted, and nothing computed yet
+            if part.done == event.num_cached_tokens:  # admitted, but nothing is computed yet
                 self.usage.predicted_ttft_s = self._gate.predict_ttft_s(self._ticket)
 
     def _note_token(self, number: int, index: int, copy: int, event: TokenEvent) -> None:
@@ -230,5 +230,5 @@ class Generation:
 
 
 def millis(seconds: float | None) -> float | None:
-    """Milliseconds, rounded."""
+    """Convert seconds to milliseconds, rounded."""
     return None if seconds is None else round(1e3 * seconds, 3)

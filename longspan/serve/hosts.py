@@ -1,5 +1,5 @@
-"""By which names a server may be called: a page whose own name leads to this machine (DNS
-rebinding) is of the same origin as the server then, and a browser lets it ask and read."""
+"""Names by which a server may be called: after DNS rebinding a hostile page's own name leads to
+this machine, page and server are of one origin, and the browser lets the page ask and read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Hosts:
         self._names = {plain_name(name) for name in (*config.allowed_hosts, config.host)}
 
     def refusal(self, headers: Headers) -> ApiError | None:
-        """403 in the API's shape; None for a request that is welcome."""
+        """Return 403 in the API's shape; None for a request that is welcome."""
         if self._is_open:
             return None
         hosts = headers.getlist("host")

@@ -21,10 +21,10 @@ from longspan.serve.protocol import MAX_INT
 FIELDS = ("prompt", "tokens")
 """Fields that may hold long lists of token ids."""
 LONG_BYTES = 1 << 18
-"""Of a body, or of a list in it."""
+"""Bytes from which a body, or a list in it, counts as long."""
 PIECE_BYTES = 1 << 16
 PAUSE_S = 2e-4
-"""After each piece, which takes about twice as long."""
+"""Pause after each piece, which takes about twice as long, seconds."""
 PLACEHOLDER = msgspec.Raw(b"[0]")
 
 _ids = msgspec.json.Decoder(list[Annotated[int, msgspec.Meta(ge=0, le=MAX_INT)]])
@@ -32,9 +32,9 @@ _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 def take_out(body: bytes) -> tuple[bytes, dict[str, Sequence[int]]]:
-    """The body with its long token lists replaced by short ones, and what they hold.
+    """Return the body with short lists in place of its long token lists, and the latter's ids.
 
-    What is no such list stays where it is, for whoever checks the body to refuse.
+    Anything else is left for validation to reject.
     """
     found = dict[str, Sequence[int]]()
     with suppress(msgspec.DecodeError, UnicodeDecodeError):
@@ -49,7 +49,7 @@ def take_out(body: bytes) -> tuple[bytes, dict[str, Sequence[int]]]:
 
 
 def _decode(text: bytes) -> array[int] | None:
-    """Token ids; None if the text is short, or anything else than a list of them."""
+    """Decode token ids; None if the text is short, or not a list of them."""
     if len(text) < LONG_BYTES or text[:1] != b"[" or text[-1:] != b"]":
         return None
     ids, start, end = array("i"), 1, len(text) - 1

@@ -41,15 +41,15 @@ class Metrics:
         self._add_gauges()
 
     def answered(self, route: str, status: int) -> None:
-        """A response's headers went out."""
+        """Count a response whose headers went out."""
         self._requests.labels(route, str(status)).inc()
 
     def gone(self) -> None:
-        """A client hung up before its answer was complete."""
+        """Count a client that hung up before its answer was complete."""
         self._gone.inc()
 
     def finished(self, usage: Usage) -> None:
-        """A generation ended, however it did."""
+        """Observe a generation that ended, in whatever way."""
         self._prompt.inc(usage.prompt_tokens)
         self._cached.inc(usage.cached_tokens)
         self._output.inc(usage.completion_tokens)
@@ -61,14 +61,14 @@ class Metrics:
             self._tpot.observe(usage.decode_s / (usage.completion_tokens - 1))
 
     async def watch_loop(self) -> None:
-        """Measures the event loop's lag for ever."""
+        """Measure the event loop's lag until cancelled."""
         while True:
             start_s = time.monotonic()
             await asyncio.sleep(LAG_PERIOD_S)
             self._lag.observe(max(0.0, time.monotonic() - start_s - LAG_PERIOD_S))
 
     def render(self) -> bytes:
-        """The text that Prometheus reads."""
+        """Return the text that Prometheus reads."""
         return generate_latest(self._registry)
 
     def _add_gauges(self) -> None:

@@ -45,7 +45,7 @@ TemplateValues = Annotated[
 
 
 def _as_prompts(value: Any) -> list[str | array[int]]:
-    """Checks a million ids in a tenth of the time that validating each would take."""
+    """Check a million ids in a tenth of the time that validating each would take."""
     if isinstance(value, list) and value and isinstance(value[0], str | list):
         if len(value) > MAX_PROMPTS:
             raise ValueError(f"at most {MAX_PROMPTS} prompts in one request")
@@ -138,7 +138,7 @@ class SamplingFields(Strict):
     """With stream: chunks without choices that tell how far the prefill is, in llama.cpp's form
     (prompt_progress: total, cache, processed, time_ms), and the predicted time to first token."""
     user: Annotated[str, Field(max_length=512)] | None = None
-    """Taken and not used."""
+    """Accepted and ignored."""
 
     service_tier: None = None
     prompt_cache_key: None = None
@@ -167,7 +167,7 @@ class Message(Strict):
     audio: None = None
 
     def for_template(self) -> dict[str, str]:
-        """As chat templates want it: ``developer`` is the newer name of ``system``."""
+        """Convert for chat templates: ``developer`` is the newer name of ``system``."""
         text = self.content if isinstance(self.content, str) else "\n".join(
             part.text for part in self.content)
         role = "system" if self.role == "developer" else self.role
@@ -182,10 +182,10 @@ class JsonSchemaBody(Strict):
 
     name: Annotated[str, Field(min_length=1, max_length=64)]
     description: str | None = None
-    # The wire name is taken by a method of pydantic's models.
+    # A method of pydantic's models has the name that the wire uses.
     schema_: dict[str, Any] = Field(alias="schema")
     strict: bool | None = None
-    """The answer always fits the schema, whatever is said here."""
+    """Accepted and ignored: the answer always fits the schema."""
 
 
 class TextFormat(Strict):
@@ -220,7 +220,7 @@ class ChatRequest(SamplingFields):
     logprobs: bool | None = None
     """Return the log-probability of each token."""
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    """With logprobs: also of this many alternatives."""
+    """With logprobs: return this many alternatives too."""
     response_format: ResponseFormat | None = None
     """Constrain the answer to JSON."""
     chat_template_kwargs: TemplateValues | None = None

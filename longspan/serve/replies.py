@@ -31,7 +31,7 @@ class ErrorReply(Reply):
 
 
 class PromptTokensDetails(Reply):
-    """Of the prompt's tokens."""
+    """Details of the prompt's tokens."""
 
     cached_tokens: int
 
@@ -83,7 +83,7 @@ class ChatTokenLogprob(ChatLogprob):
 
 
 class ChatLogprobs(Reply):
-    """For each token of the answer."""
+    """Log-probabilities of each token of the answer."""
 
     content: list[ChatTokenLogprob]
     refusal: None

@@ -11,7 +11,7 @@ from longspan.serve.errors import ApiError
 from longspan.serve.protocol import ChatRequest, CompletionRequest, JsonSchemaFormat, SamplingFields
 
 DEFAULT_TEMPERATURE = 1.0
-"""OpenAI's, where the checkpoint gives no advice."""
+"""OpenAI's default, where the checkpoint recommends none."""
 PLAIN_FIELDS = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
                 "repetition_penalty", "ignore_eos", "min_tokens")
 ANY_OBJECT = '{"type": "object"}'
@@ -21,7 +21,7 @@ def sampling_params(
     request: ChatRequest | CompletionRequest, defaults: Mapping[str, float],
     default_max_tokens: int,
 ) -> SamplingParams:
-    """The engine's parameters. Raises 400 for fields that contradict each other."""
+    """Build the engine's parameters. Raises 400 for fields that contradict each other."""
     values: dict[str, Any] = {
         name: value for name, value in defaults.items() if name in PLAIN_FIELDS}
     values.setdefault("temperature", DEFAULT_TEMPERATURE)
@@ -29,7 +29,7 @@ def sampling_params(
 
 
 def _asked(request: ChatRequest | CompletionRequest) -> dict[str, Any]:
-    """What the request sets, under the engine's names."""
+    """Return what the request sets, under the engine's names."""
     values = {name: getattr(request, name) for name in PLAIN_FIELDS}
     values["top_k"] = None if request.top_k is None else max(0, request.top_k)
     values["seed"] = None if request.seed is None else request.seed & MAX_SEED
@@ -47,7 +47,7 @@ def _asked(request: ChatRequest | CompletionRequest) -> dict[str, Any]:
 
 
 def asked_max_tokens(request: SamplingFields) -> int | None:
-    """max_tokens under either of its names. Raises 400 if they contradict each other."""
+    """Return max_tokens under either of its names. Raises 400 if they contradict each other."""
     newer = getattr(request, "max_completion_tokens", None)
     if newer is not None and request.max_tokens not in (None, newer):
         raise ApiError(400, "max_tokens and max_completion_tokens differ; send one of them.",
@@ -56,7 +56,7 @@ def asked_max_tokens(request: SamplingFields) -> int | None:
 
 
 def _num_logprobs(request: ChatRequest | CompletionRequest) -> int | None:
-    """Alternatives for each token; None: no log-probabilities at all."""
+    """Return the number of alternatives for each token; None: no log-probabilities."""
     if isinstance(request, CompletionRequest):
         return request.logprobs
     if request.top_logprobs and not request.logprobs:
@@ -65,7 +65,7 @@ def _num_logprobs(request: ChatRequest | CompletionRequest) -> int | None:
 
 
 def _json_schema(request: ChatRequest | CompletionRequest) -> str | None:
-    """The schema that the answer must fit, as JSON text."""
+    """Return the schema that the answer must fit, as JSON text."""
     wanted = request.response_format if isinstance(request, ChatRequest) else None
     if wanted is None or wanted.type == "text":
         return None
@@ -75,14 +75,14 @@ def _json_schema(request: ChatRequest | CompletionRequest) -> str | None:
 
 
 def check_scoring(request: CompletionRequest) -> None:
-    """Raises 400 where nothing is asked for."""
+    """Raise 400 where nothing is asked for."""
     if request.max_tokens == 0 and not (request.echo and request.logprobs is not None):
         raise ApiError(400, "max_tokens: 0 needs echo: true and logprobs, or there is nothing to "
                        "return.", param="max_tokens")
 
 
 def check_streaming(request: SamplingFields) -> None:
-    """Raises 400 for stream options without a stream."""
+    """Raise 400 for stream options without a stream."""
     if request.stream:
         return
     for name in ("stream_options", "return_progress"):

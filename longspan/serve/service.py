@@ -58,7 +58,7 @@ class Service:
     # -- completions ---------------------------------------------------------------------------
 
     async def generate(self, request: Request, kind: type[GenerateBody]) -> Response:
-        """POST of a completion, streaming or not."""
+        """Answer a POST of a completion, streaming or not."""
         async with AsyncExitStack() as stack:
             stack.push(self._count_gone)
             return await self._generate(request, kind, stack)
@@ -101,7 +101,7 @@ class Service:
     ) -> Response:
         headers = dict[str, str]()
         if await watcher.race_for(prepared, self.config.header_grace_s):
-            prepared.result()  # a refusal still gets its own status
+            prepared.result()  # until this time a refusal still gets its own status
             expected_ms = millis(generation.usage.predicted_ttft_s)
             if expected_ms is not None:
                 headers["X-Predicted-TTFT-Ms"] = str(expected_ms)
@@ -127,7 +127,7 @@ class Service:
                 echoes=await self._echoes(body)))
 
     def _check(self, body: GenerateBody) -> SamplingParams:
-        """Everything that can be refused before tokenising."""
+        """Refuse everything that can be refused before tokenising."""
         self.check_model(body.model)
         check_streaming(body)
         num_prompts = 1
@@ -141,7 +141,7 @@ class Service:
             body, self.engine.status().default_sampling, self.config.default_max_tokens)
 
     def _fit(self, params: SamplingParams, prompt_len: int, asked: int | None) -> SamplingParams:
-        """Parameters of one prompt: a length that nobody asked for takes the room there is."""
+        """Fit parameters to one prompt: without max_tokens, use the remaining context."""
         limit = self.engine.status().max_model_len
         if prompt_len == 0:
             raise ApiError(400, "The prompt is empty.", param="prompt")
@@ -150,7 +150,7 @@ class Service:
             params, max_tokens=min(params.max_tokens, limit - prompt_len))
 
     async def _prompts(self, body: GenerateBody) -> list[Sequence[int]]:
-        """Token ids of each prompt."""
+        """Return the token ids of each prompt."""
         if isinstance(body, ChatRequest):
             text = await self.render(body, body.chat_template_kwargs, True)
             return [await self.engine.tokenize(text, add_special_tokens=False)]
@@ -175,7 +175,7 @@ class Service:
     async def small_request(
         self, request: Request, kind: type[Model]
     ) -> AsyncIterator[tuple[Model, Disconnect]]:
-        """The checked body of a route that only converts, and a watch on its sender."""
+        """Return the checked body of a route that only converts, and a watch on its sender."""
         self.gate.check_open()
         self._check_head(request)
         with ExitStack() as buffer:
@@ -191,7 +191,7 @@ class Service:
         self, body: ChatRequest | TokenizeRequest, values: TemplateValues | None,
         add_generation_prompt: bool,
     ) -> str:
-        """The prompt text of a conversation."""
+        """Render the prompt text of a conversation."""
         wrong = RESERVED_VALUES.intersection(values or ())
         if wrong:
             name = sorted(wrong)[0]
@@ -202,7 +202,7 @@ class Service:
             messages, add_generation_prompt=add_generation_prompt, **(values or {}))
 
     def check_model(self, name: str | None) -> None:
-        """Raises 404 for another model's name."""
+        """Raise 404 for another model's name."""
         if name is not None and name != self.model_name:
             raise ApiError(404, f"The model {name[:100]!r} is not served here; this is "
                            f"{self.model_name!r}.", code="model_not_found", param="model")
@@ -224,7 +224,7 @@ async def _wait(task: asyncio.Task[None]) -> None:
 
 
 async def _collect(generation: Generation) -> list[Delta]:
-    """Every completion in full, in order."""
+    """Return every completion in full, in order."""
     deltas = dict[int, Delta]()
     while not generation.is_finished:
         for index, event in await generation.next_events():

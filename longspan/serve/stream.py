@@ -34,7 +34,7 @@ class StreamOptions:
 
 
 class EventWriter:
-    """The bytes of one stream, from the moment its preparation has begun."""
+    """Writes the bytes of one stream, from the moment its preparation has begun."""
 
     def __init__(
         self, generation: Generation, format: Format, options: StreamOptions, gate: Gate,
@@ -45,7 +45,7 @@ class EventWriter:
         self._opened = set[int]()
 
     async def pieces(self, prepared: asyncio.Task[None]) -> AsyncGenerator[bytes]:
-        """Everything up to the end or the error, which is written as an event."""
+        """Yield everything up to the end or the error, which is written as an event."""
         try:
             yield HELLO
             while not prepared.done():
@@ -75,7 +75,7 @@ class EventWriter:
             yield _event(self._format.bare_chunk(**last, timings=usage.timings()))
 
     def _chunks(self, events: list[tuple[int, Event]]) -> list[bytes]:
-        """One chunk for each completion that has news, after one for the prefill."""
+        """Build one chunk for each completion with new text, after one for the prefill."""
         deltas = dict[int, Delta]()
         has_progress = not events
         for index, event in events:
@@ -95,7 +95,7 @@ class EventWriter:
         return [_event(chunk) for chunk in chunks]
 
     def _progress(self) -> Json:
-        """llama.cpp's object, and beside it when the first token is expected."""
+        """Build llama.cpp's object, with the predicted time to first token beside it."""
         total, cached, done = self._generation.progress
         return self._format.bare_chunk(
             prompt_progress={"total": total, "cache": cached, "processed": done,
@@ -124,7 +124,7 @@ class EventStreamResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
-        with suppress(ClientGone):  # the headers are out: there is nothing more to say
+        with suppress(ClientGone):  # the headers are out: no reply can follow
             async with self._cleanup:
                 await self._watcher.race(self._send(send))
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from longspan.errors import LongspanError
 
 PART = ".part"
-"""What the name of an unfinished file or folder ends in; a later run removes it."""
+"""End of the name of an unfinished file or folder; a later run removes it."""
 MIB = 2**20
 
 # torch.save hides the reason of a failed write in a RuntimeError, safetensors in its own error.
@@ -22,7 +22,7 @@ WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and its parents. Raises `LongspanError` where there can be none."""
+    """Make a folder and its parents. Raises `LongspanError` if it cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -52,7 +52,7 @@ def replace_file(file: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 @contextmanager
 def replaced_checkpoint(folder: Path) -> Iterator[Path]:
-    """A folder to write a checkpoint to; its files go to ``folder`` once all are written.
+    """Yield a folder to write a checkpoint to; its files go to ``folder`` once all are written.
 
     Whatever weights ``folder`` had are replaced. While files move, ``folder`` has no config.json,
     without which nothing takes it for a checkpoint. Raises `LongspanError` when it cannot be

@@ -58,7 +58,7 @@ class DocumentCache:
     def update(
         self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """The document's keys and values followed by the new ones, each [B, K, S, D]."""
+        """Return the document's keys and values followed by the new ones, each [B, K, S, D]."""
         if layer_idx not in self.layers:
             self.layers[layer_idx] = (key, value)
             return key, value
@@ -80,7 +80,7 @@ def _forward(model: Qwen2ForCausalLM, ids: Tensor, start: int, cache: DocumentCa
 
 
 def inference_copy(model: Qwen2ForCausalLM) -> Qwen2ForCausalLM:
-    """The model as it will be shipped: bf16 on CUDA, unchanged precision elsewhere."""
+    """Copy the model as it will be shipped: bf16 on CUDA, unchanged precision elsewhere."""
     clone = copy.deepcopy(model).eval()
     if clone.model.embed_tokens.weight.is_cuda:
         rotary = copy.deepcopy(model.model.rotary_emb)
@@ -93,10 +93,10 @@ def run_gate(
     haystacks: Callable[[int], Iterable[Haystack]], lengths: Sequence[int], model: Qwen2ForCausalLM,
     phase: Phase,
 ) -> dict[str, Any]:
-    """Shares of exact answers, at the phase's length or at all ``lengths`` after the longest phase.
+    """Return shares of exact answers, at the phase's length; of the longest, at all ``lengths``.
 
     Args:
-        haystacks: documents of about so many tokens.
+        haystacks: makes documents of about a given number of tokens.
     """
     wanted = lengths if phase.seq_len == max(lengths) else (phase.seq_len,)
     torch.backends.cuda.enable_flash_sdp(True)

@@ -16,7 +16,7 @@ CHUNK = 16_384
 
 
 def _chunk_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """logits [C, V], targets [C] int64, weights [C] -> nll [C] fp32, hit [C], dlogits [C, V]."""
+    """Compute (nll [C] fp32, hit [C], dlogits [C, V]) of logits [C, V], targets, weights [C]."""
     scores = logits.float()
     lse = scores.logsumexp(-1, keepdim=True)
     nll = (lse - scores.gather(-1, targets[:, None])).squeeze(-1)

@@ -30,7 +30,7 @@ def causal_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,
     attention_mask: Tensor | None, scaling: float | None = None, **_: Any
 ) -> tuple[Tensor, None]:
-    """query [B, H, Q, D], key and value [B, K, S, D] -> ([B, Q, H, D], None); never a mask.
+    """Attend from query [B, H, Q, D] to key, value [B, K, S, D]: ([B, Q, H, D], None); no mask.
 
     With Q < S the queries are the last Q positions (a question after a cached document).
     """
@@ -47,7 +47,7 @@ def causal_attention(
 
 
 def _suffix_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """The last Q positions against all S keys, explicitly in fp32: [B, H, Q, D]."""
+    """Attend from the last Q positions to all S keys, explicitly in fp32: [B, H, Q, D]."""
     batch, heads, q_len, dim = query.shape
     kv_heads, k_len = key.shape[1:3]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads * q_len, dim).float()
@@ -66,7 +66,7 @@ def build_model(
     *, vocab_size: int, num_layers: int = 6, hidden_size: int = 512, num_heads: int = 4,
     num_kv_heads: int = 2, intermediate_size: int = 896, seed: int = 0,
 ) -> Qwen2ForCausalLM:
-    """A fresh fp32 Qwen2 model with tied embeddings; o and down projections start smaller."""
+    """Make a fresh fp32 Qwen2 model with tied embeddings; o and down projections start smaller."""
     config = Qwen2Config(
         vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=intermediate_size,
         num_hidden_layers=num_layers, num_attention_heads=num_heads,
@@ -98,7 +98,7 @@ def set_rope(model: Qwen2ForCausalLM, rope_theta: float, max_positions: int) -> 
 
 
 def rope_tables(model: Qwen2ForCausalLM, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of positions [start, stop), fp32, each [1, stop - start, D]."""
+    """Return cos and sin of positions [start, stop), fp32, each [1, stop - start, D]."""
     device = model.model.embed_tokens.weight.device
     positions = torch.arange(start, stop, device=device)[None]
     cos, sin = model.model.rotary_emb(torch.zeros(1, device=device), positions)
@@ -106,13 +106,13 @@ def rope_tables(model: Qwen2ForCausalLM, start: int, stop: int) -> tuple[Tensor,
 
 
 def run_layer(layer: torch.nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """One decoder layer over whole rows: hidden [B, T, M] -> [B, T, M]."""
+    """Run one decoder layer over whole rows: hidden [B, T, M] -> [B, T, M]."""
     out = layer(hidden, attention_mask=None, position_embeddings=(cos, sin))
     return out[0] if isinstance(out, tuple) else out
 
 
 def compiled_run_layer() -> RunLayer:
-    """``run_layer``, compiled once per shape and shared by all layers."""
+    """Return ``run_layer``, compiled once per shape and shared by all layers."""
     torch._dynamo.config.cache_size_limit = 64
     torch._dynamo.config.accumulated_cache_size_limit = 512
     return torch.compile(run_layer, dynamic=False)
@@ -122,7 +122,7 @@ def hidden_states(
     model: Qwen2ForCausalLM, ids: Tensor, run: RunLayer = run_layer,
     dtype: torch.dtype = torch.float32, recompute: bool = False,
 ) -> Tensor:
-    """Final normed hidden states of whole rows: ids [B, T] -> [B, T, M].
+    """Compute the final normed hidden states of whole rows: ids [B, T] -> [B, T, M].
 
     ``dtype`` is the residual stream's; ``recompute`` trades time for memory (checkpointing).
     """
@@ -137,7 +137,7 @@ def hidden_states(
 
 
 def choose_backend(shape: tuple[int, int], num_heads: int, head_dim: int) -> list[SDPBackend]:
-    """The faster of cuDNN and flash SDPA, forward and backward, at rows x length."""
+    """Choose the faster of cuDNN and flash SDPA, forward and backward, at rows x length."""
     timings: list[tuple[float, SDPBackend]] = []
     for backend in BACKENDS:
         try:

@@ -59,8 +59,8 @@ class Phase:
         return self.num_tokens // self.tokens_per_step
 
     def schedule(self, seed: int = 0) -> list[Shape]:
-        """Shape of every step. Shorter rows come in whole steps, so that ``full_share`` of the
-        sequences (not of the steps) is at full length; the last step is always full."""
+        """Return the shape of every step. Shorter rows come in whole steps, so that ``full_share``
+        of the sequences (not of the steps) is at full length; the last step is always full."""
         shapes = [(self.tokens_per_step // n, n) for n in (self.seq_len, *self.shorter)]
         rest = (1 - self.full_share) / max(1, len(self.shorter))
         sequences = [self.full_share, *[rest] * len(self.shorter)]
@@ -88,7 +88,7 @@ def validate_phases(phases: Sequence[Phase]) -> None:
 
 
 def with_tokens(phases: Sequence[Phase], num_tokens: Mapping[str, int]) -> list[Phase]:
-    """The phases with other numbers of tokens, by name. Raises `LongspanError` for other names."""
+    """Return phases with new numbers of tokens, by name. Raises `LongspanError` for other names."""
     names = [phase.name for phase in phases]
     unknown = [name for name in num_tokens if name not in names]
     if unknown:

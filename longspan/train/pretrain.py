@@ -41,7 +41,7 @@ Batches = Callable[[int, Sequence[Shape], int], Iterator[Batch]]
 Gate = Callable[[Qwen2ForCausalLM, Phase], dict[str, Any]]
 NUM_KINDS = 256
 LONG_ROW = 32_768
-"""From longer rows each step is logged: one takes seconds."""
+"""Row length above which each step is logged: one takes seconds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +84,7 @@ class RunConfig:
                                 f"{NUM_KINDS - 1}")
 
     def fingerprint(self, model: torch.nn.Module, phases: Sequence[Phase]) -> dict[str, str]:
-        """What decides the losses, by name: a run is resumed only with the same.
+        """Return what decides the losses, by name: a run is resumed only with the same.
 
         Raises `LongspanError` when an input does not exist.
         """
@@ -174,7 +174,7 @@ class _Run:
 
     @property
     def elapsed_s(self) -> float:
-        """Since the call."""
+        """Seconds since the call of ``pretrain``."""
         return time.perf_counter() - self.started
 
     def save(self) -> None:
@@ -279,7 +279,7 @@ def pretrain(
     validate_phases(phases)
     torch.nn.Module.to(model, config.device)
     run = _Run(model, phases, config, stop or threading.Event())
-    _ask_gate(run, gate)  # A run may have ended before it, or in it.
+    _ask_gate(run, gate)  # An earlier run may have ended before the gate, or in it.
     while run.progress.phase < len(phases) and not run.stop.is_set():
         if run.elapsed_s + config.phase_start_s > config.deadline_s:
             break
@@ -333,7 +333,7 @@ def _close_phase(run: _Run, gate: Gate | None) -> None:
 
 
 def _ask_gate(run: _Run, gate: Gate | None) -> None:
-    """Between two phases, log what the gate says of the one before, once."""
+    """Log the gate's numbers for the phase before, once, between two phases."""
     progress, config = run.progress, run.config
     if gate is None or progress.phase == 0 or progress.step or run.elapsed_s > config.deadline_s:
         return

@@ -12,7 +12,7 @@ from longspan.train.phases import Phase
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """A model, its phases and what is asked of it after each."""
+    """A model, its phases, and the gates after each."""
 
     name: str
     vocab_size: int
@@ -23,7 +23,7 @@ class Recipe:
     """Loss weight of each token kind; a kind that is not named weighs 1."""
     warmup_steps: int
     gate_lengths: tuple[int, ...]
-    """Asked at all of them after the longest phase, else at the phase's own length."""
+    """Lengths of the gate after the longest phase; other phases have their own length."""
     gate_documents: int
     """Documents of each length."""
     gate_needles: int

@@ -24,7 +24,7 @@ class RunLog:
         replace_file(self.file, lambda out: None)
 
     def rewind(self, num_tokens: int) -> None:
-        """Drop what was logged after the run had read so many tokens: it is about to be repeated.
+        """Drop the rows logged after the first ``num_tokens`` tokens: they will be repeated.
 
         A line cut short by a crash or a full disk ends what is kept.
         """

@@ -34,7 +34,7 @@ class Progress:
     """The last phase that took a step; -1: none did. Between two phases it is not ``phase``."""
 
     def trained(self, phases: Sequence[Phase]) -> Phase:
-        """The phase whose RoPE base and length the weights know. Raises `LongspanError` if none."""
+        """Return the last trained phase. Raises `LongspanError` if none took a step."""
         if self.trained_phase < 0:
             raise LongspanError("the run has not taken a step, so there is nothing to export: "
                                 "train it first")

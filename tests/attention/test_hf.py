@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def checkpoint(tmp_path_factory):
     config = Qwen2Config(
         vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-        rope_theta=2_000.0)
+        rope_parameters={"rope_type": "default", "rope_theta": 2_000.0})
     model = Qwen2ForCausalLM(config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -82,7 +83,7 @@ def engine_logits(checkpoint, config: ModelConfig, ids: Tensor, plan=None) -> Te
     num_tokens = ids.shape[1]
     rotary = build_rotary(head_dim=config.head_dim, rope_theta=config.rope_theta,
                           max_model_len=512, dca=config.dca)
-    kind = {"dtype": torch.float32, "device": "cpu"}
+    kind: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
     model = build_model(
         config, layers=range(config.num_layers), rotary=rotary, plan=plan, **kind)
     load_weights(model, checkpoint)
@@ -180,7 +181,7 @@ def test_one_layer_equals_the_definition(checkpoint, dca, scaling):
         return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).transpose(0, 1)[None]
 
     module = torch.nn.Module()
-    module.layer_idx = 0
+    module.__dict__["layer_idx"] = 0
     out, weights = attend(module, hand_over(q), hand_over(k), v.transpose(0, 1)[None], None)
     assert weights is None and out.shape == (1, 140, 4, 16)
     assert (out[0] - pair_by_pair(q, k, v, config)).abs().max() <= 1e-5

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -42,11 +42,11 @@ def make_request(length: int, prompt_len: int | None = None, heads: int = 7, kv_
     return Request(q, k, v, length if prompt_len is None else prompt_len)
 
 
-def make_plan(heads: int = 7, **changes: object) -> SparsityPlan:
+def make_plan(heads: int = 7, **changes: Any) -> SparsityPlan:
     """Budgets differ from head to head; the smallest slash budget is 48."""
     slash = tuple(48 + 20 * (head % 3) for head in range(heads))
     plan = SparsityPlan(vertical=((24,) * heads,) * 2, slash=(slash, slash[::-1]))
-    return replace(plan, local=P, dense_tail_len=50, num_scouts=12, **changes)  # type: ignore[arg-type]
+    return replace(plan, local=P, dense_tail_len=50, num_scouts=12, **changes)
 
 
 def make_layer(request: Request, plan: SparsityPlan | None, dca: DcaConfig | None = DCA
@@ -72,8 +72,8 @@ def step(
                             block_ids=blocks, sparse=sparse)
               for item, start, stop, blocks in parts]
     metadata = build_metadata(slices, block_size=P, head_dim=D, dca=dca, device="cpu")
-    q, k, v = (torch.cat([item[field][start:stop] for item, start, stop, _ in parts])
-               for field in range(3))
+    q, k, v = (torch.cat([getattr(item, name)[start:stop] for item, start, stop, _ in parts])
+               for name in "qkv")
     out = layer(q, k, v, cache, metadata)
     return list(out.split([stop - start for _, start, stop, _ in parts]))
 
@@ -290,7 +290,7 @@ def test_cached_keys_do_not_depend_on_the_prompt_length() -> None:
     """A prefix computed for a short prompt serves a longer one with another temperature: dense
     results equal a fresh run, although the softmax scales differ."""
     long = make_request(333)
-    short = Request(*(x[:160] for x in long[:3]), prompt_len=160)
+    short = Request(long.q[:160], long.k[:160], long.v[:160], prompt_len=160)
     layer, cache = make_layer(long, None), make_cache(long)
     blocks = torch.randperm(60).tolist()
     run(layer, short, [160], blocks, cache=cache)

@@ -54,7 +54,8 @@ class ReadingModel:
         text = self.tokenizer.decode(prompt)
         key = re.findall(r"number for (\S+) mentioned", text)[-1]
         answer = re.findall(rf"numbers for {key} is: (\d+)\.", text)[0]
-        common = {"request_id": "0", "num_prompt_tokens": len(prompt), "num_cached_tokens": 0}
+        common: dict[str, Any] = {
+            "request_id": "0", "num_prompt_tokens": len(prompt), "num_cached_tokens": 0}
         for done in range(0, len(prompt) + 1, len(prompt) // 4):
             yield Progress(**common, num_prefilled_tokens=done, elapsed_s=done / 500)
         output = RequestOutput(**common, text=answer, token_ids=(1,), finish_reason="stop",

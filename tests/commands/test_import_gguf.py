@@ -33,7 +33,7 @@ HIDDEN, INNER, HEADS, KV_HEADS, LAYERS, VOCAB, WINDOW = 64, 96, 4, 2, 2, 264, 25
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0,
           "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
-# Of each: GGUF architecture, transformers' name, and what its config says beyond the others'.
+# Each case: GGUF architecture, transformers' name, and what its config says beyond the others'.
 KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen2": ("qwen2", "Qwen2", {}),
     "qwen3": ("qwen3", "Qwen3", {"head_dim": 32}),
@@ -263,7 +263,7 @@ def test_a_large_model_comes_in_shards(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("embedding", "head"), [
     ("Q4_0", "Q8_0"), ("Q8_0", "Q4_0"), ("F16", "Q8_0")])
 def test_a_head_in_other_bits_is_the_embedding(tmp_path, embedding, head):
-    """Of the two copies the finer one is kept."""
+    """The import keeps the finer one of two copies."""
     matrix = torch.randn(VOCAB, HIDDEN).numpy()
     types = {"token_embd.weight": GGMLQuantizationType[embedding],
              "output.weight": GGMLQuantizationType[head]}

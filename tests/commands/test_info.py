@@ -31,7 +31,7 @@ def rows_of(monkeypatch: pytest.MonkeyPatch, length: int | None, **options: Any)
 
 
 def gib(text: str) -> float:
-    return float(re.search(r"([\d.]+) GiB", text)[1])  # type: ignore[index]
+    return float(re.search(r"([\d.]+) GiB", text)[1])
 
 
 @pytest.fixture(autouse=True)

@@ -84,7 +84,7 @@ def model(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture(scope="module")
 def expected(path: Path) -> Loglikelihood:
-    """Of the tokens from a place on, by transformers."""
+    """Score the tokens from a place on, by transformers."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(**json.loads((path / "config.json").read_text()))

@@ -24,7 +24,8 @@ def test_new_rows_replace_those_of_the_same_key() -> None:
 
 
 def test_keys_may_be_null_or_objects() -> None:
-    rows = [{"depth": 0.5, "params": {"b": 1, "a": 2}}, {"depth": None, "params": {}}]
+    rows: list[dict[str, Any]] = [
+        {"depth": 0.5, "params": {"b": 1, "a": 2}}, {"depth": None, "params": {}}]
     merged = results.merge_rows(rows, [{"depth": 0.5, "params": {"a": 2, "b": 1}, "x": 1}],
                                 ("depth", "params"))
     assert merged == [{"depth": None, "params": {}},

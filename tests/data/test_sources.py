@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from longspan.data.sources import Root, html_to_text, is_clean, is_held_out, read_documents
+from longspan.data.sources import (
+    MAX_BYTES,
+    Root,
+    html_to_text,
+    is_clean,
+    is_held_out,
+    read_documents,
+)
 
 PROSE = "A line of ordinary words, long enough to count.\n" * 20
 
@@ -19,9 +26,17 @@ def test_reads_groups_and_deduplicates(tmp_path: Path) -> None:
     (tmp_path / "b/copy.md").write_text(PROSE)
     (tmp_path / "b/binary.txt").write_bytes(b"\xff\x00" * 900)
     (tmp_path / "b/long.txt").write_text("x" * 9000)
+    (tmp_path / "b/large.txt").write_text(PROSE * (MAX_BYTES // len(PROSE) + 1))
+    (tmp_path / "b/link.txt").symlink_to(tmp_path / "a/two.md")
     documents = read_documents([Root(path=tmp_path, max_bytes=10**6)])
     assert sum(d.text.count("\n") for d in documents) == 41
     assert all(d.text.endswith("\n") and not d.text.endswith("\n\n") for d in documents)
+
+
+def test_line_ends_become_one_kind(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(PROSE.replace("\n", "\r\n").encode() + b"old\rMac\n")
+    [document] = read_documents([Root(path=tmp_path, max_bytes=10**6)])
+    assert document.text == PROSE + "old\nMac\n"
 
 
 def test_takes_no_more_than_the_budget(tmp_path: Path) -> None:

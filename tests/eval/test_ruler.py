@@ -12,7 +12,7 @@ import pytest
 
 from longspan.errors import LongspanError
 from longspan.eval.metrics import string_match_all, string_match_part
-from longspan.eval.prompt import Frame, Materials
+from longspan.eval.prompt import Frame, Materials, bury_in_prose
 from longspan.eval.task import Answer, Example, Task, rng_for
 from longspan.eval.tasks import niah
 from longspan.eval.tasks.registry import MACROS, RULER_11, TaskOptions, all_tasks, make_tasks
@@ -299,11 +299,10 @@ def test_depths_of_needles_in_prose_are_different_ones_of_forty(
     materials: Materials, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[list[float]] = []
-    bury = niah.bury_in_prose
 
     def spy(*args: Any, **fields: Any) -> Any:
         found.append([depth for depth, _ in fields["facts"]])
-        return bury(*args, **fields)
+        return bury_in_prose(*args, **fields)
 
     monkeypatch.setattr(niah, "bury_in_prose", spy)
     for index in range(30):

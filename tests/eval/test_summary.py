@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ TASKS = all_tasks(TaskOptions())
 ARM = Arm("m", "dca+yarn", {"haystack": "packages", "held_out": True})
 
 
-def samples(task: str, length: int | None, scores: list[float | None], **fields: Any
+def samples(task: str, length: int | None, scores: Sequence[float | None], **fields: Any
             ) -> list[Sample]:
     return [Sample(
         key=f"{task}/{length}/{i}", task=task, num_tokens=length, index=i, prompt_tokens=1000,

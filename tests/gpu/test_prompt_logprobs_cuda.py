@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from array import array
+from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
@@ -27,13 +29,10 @@ def test_scoring_never_waits(num_top: int) -> None:
         scored=ScoredTokens(first=10, token_ids=targets, num_top=num_top))
     found = {}
     for device in ("cpu", "cuda"):
-        scorer, head = PromptScorer(num_rows=8), weight.to(device)
+        scorer, head = PromptScorer(num_rows=8), partial(torch.matmul, other=weight.to(device).T)
         rows = hidden.to(device)
-        if device == "cuda":
-            with no_syncs():
-                scorer.score(lambda few, head=head: few @ head.T, item, rows, 7)
-        else:
-            scorer.score(lambda few, head=head: few @ head.T, item, rows, 7)
+        with no_syncs() if device == "cuda" else nullcontext():
+            scorer.score(head, item, rows, 7)
         (found[device],) = scorer.take()
     assert found["cuda"].first == found["cpu"].first == 10
     for ours, wanted in zip(found["cuda"][2:], found["cpu"][2:], strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from array import array
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.gpu
 
 VOCAB, NUM_STEPS = 264, 20
 PROMPT = [3, 4, 5, 4]
-PARAMS = [
+PARAMS: list[dict[str, Any]] = [
     {}, {"presence_penalty": 1.0, "logprobs": 3}, {"frequency_penalty": 0.7},
     {"repetition_penalty": 1.5, "logit_bias": {7: 3.0, 9: -100.0}}, {"logprobs": 0},
     {"min_tokens": 5, "stop_token_ids": (1, 2)}, {"json_schema": '{"type": "object"}'}]

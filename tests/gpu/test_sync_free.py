@@ -1,5 +1,5 @@
 """No step waits for the device: prefill (dense, sparse, mixed with decodes) and decode run while
-every synchronising call is an error (issue 3, item 6)."""
+every synchronising call is an error."""
 
 from __future__ import annotations
 

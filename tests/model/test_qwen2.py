@@ -28,13 +28,13 @@ from longspan.units import DTYPE_BYTES
 
 MAX_DIFFERENCE = 1e-4
 BLOCK_SIZE = 16
-FP32_CPU = {"dtype": torch.float32, "device": "cpu"}
+FP32_CPU: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5_000.0, "factor": 8.0, "low_freq_factor": 1.0,
           "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 LINEAR = {"rope_type": "linear", "rope_theta": 5_000.0, "factor": 4.0}
 BIASES = {"attention_bias": True, "mlp_bias": True}
-# Of each: family, and what its config.json says beyond the others'.
+# Each case: family, and what its config.json says beyond the others'.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {"head_dim": 24}),  # free of hidden_size
@@ -301,8 +301,8 @@ def test_bfloat16_stays_close(tmp_path):
     (wide,) = load(tmp_path)
     expected = Driver([wide], 40).step(ids)
     model = build_model(
-        wide.config, layers=range(3), rotary=wide.layers[0].self_attn.core.rotary, plan=None,
-        dtype=torch.bfloat16, device="cpu")
+        wide.config, layers=range(3), plan=None, dtype=torch.bfloat16, device="cpu",
+        rotary=wide.decoder_layers()[0].self_attn.core.rotary)
     load_weights(model, tmp_path)
     driver = Driver([model], 40)
     driver.caches = [[cache._replace(k=cache.k.bfloat16(), v=cache.v.bfloat16())

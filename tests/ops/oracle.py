@@ -122,6 +122,12 @@ def rotate_pair(x: Tensor, angles: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, first * sin + second * cos), -1)
 
 
+def moved(rotary: QueryRotary, device: torch.device | str) -> QueryRotary:
+    """The same tables on a device."""
+    return rotary._replace(cos=rotary.cos.to(device), sin=rotary.sin.to(device),
+                           inv_freq=rotary.inv_freq.to(device))
+
+
 def make_case(
     length: int, positions: Positions, *, num_heads: int = 7, num_kv_heads: int = 1,
     head_dim: int = 16, block_size: int = 16, shuffled: bool = True, with_means: bool = False,
@@ -153,7 +159,7 @@ def make_case(
     if with_means:  # those of partly filled blocks NaN
         means = (x.float().mean(1).to(dtype) for x in (cache_k, cache_v))
         cache = PagedKV(cache_k, cache_v, *means)
-    rotary = QueryRotary(*(x.to(device) for x in rotary[:3]), rotary.stride, rotary.clamp)
+    rotary = moved(rotary, device)
     return Case(q.to(dtype).to(device), k.to(dtype), v.to(dtype), cache, block_table.to(device),
                 rotary, head_dim**-0.5)
 

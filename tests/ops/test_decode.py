@@ -1,16 +1,16 @@
-"""Split-KV decode against the specification: lengths, zones, groups, poisoned slots, mixed batches.
-"""
+"""Split-KV decode against the specification: lengths, zones, groups, poisoned slots, batches."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from longspan.ops import decode, reference
-from longspan.ops.types import PagedKV, QueryRotary
+from longspan.ops.types import PagedKV
 from tests.conftest import assert_close
 from tests.ops import oracle
 from tests.ops.oracle import Positions
@@ -22,7 +22,7 @@ POSITIONS = [Positions(8192, 1024), Positions(96, 32), Positions(100, 37), Posit
 
 
 def run(
-    cases: list[oracle.Case], impl: object = decode,
+    cases: list[oracle.Case], impl: Any = decode,
 ) -> tuple[Tensor, Tensor]:
     """The last token of each case, all in one cache and one batch."""
     first = cases[0]
@@ -34,7 +34,7 @@ def run(
         table[: len(case.block_table)] = case.block_table + base
         tables.append(table)
         base += case.cache.k.shape[0]
-    cache = PagedKV(*(torch.cat([item[part] for item in caches]) for part in range(2)))
+    cache = PagedKV(torch.cat([each.k for each in caches]), torch.cat([each.v for each in caches]))
     lens = torch.tensor([len(case.q) for case in cases], device=first.q.device)
     scales = torch.tensor([case.scale * (1 + 0.1 * row) for row, case in enumerate(cases)],
                           device=first.q.device)
@@ -153,8 +153,7 @@ def test_past_two_to_the_31_elements(kernel_device: str) -> None:
             for _ in range(2))
     small = PagedKV(*(torch.randn(2, *shape, device=kernel_device).bfloat16() for _ in range(2)))
     k[-2:], v[-2:] = small.k, small.v
-    rotary = oracle.tables(128, Positions(4096, 64), 256)
-    rotary = QueryRotary(*(x.to(kernel_device) for x in rotary[:3]), *rotary[3:])
+    rotary = oracle.moved(oracle.tables(128, Positions(4096, 64), 256), kernel_device)
     q = torch.randn(1, 14, 128, device=kernel_device).bfloat16()
     rest = (torch.tensor([200], device=kernel_device), rotary,
             torch.tensor([0.09], device=kernel_device))

@@ -75,8 +75,7 @@ def poisoned_cache(
 
 
 def make_rotary(positions: Positions, device: str) -> QueryRotary:
-    rotary = oracle.tables(16, positions, 10_000)
-    return QueryRotary(*(x.to(device) for x in rotary[:3]), *rotary[3:])
+    return oracle.moved(oracle.tables(16, positions, 10_000), device)
 
 
 def same(actual: Tensor | None, expected: Tensor | None, what: str) -> None:

@@ -7,16 +7,23 @@ import math
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import uvicorn
 
-from longspan.engine.front.client import EngineStatus, GenerateRequest
-from longspan.engine.request import Progress, PromptLogprobs, TokenEvent, TokenLogprob
+from longspan.engine.front.client import AsyncEngine, EngineStatus, GenerateRequest
+from longspan.engine.request import (
+    Event,
+    FinishReason,
+    Progress,
+    PromptLogprobs,
+    TokenEvent,
+    TokenLogprob,
+)
 from longspan.errors import InvalidRequestError, LongspanError
 from longspan.serve.app import create_app
 from longspan.serve.config import ServeConfig
@@ -33,9 +40,10 @@ class DeadEngineError(LongspanError):
 
 
 class FakeEngine:
-    """One character is one token; answers `ANSWER` again and again.
+    """What the server needs of `AsyncEngine`.
 
-    Prefill takes ``chunk_s`` for each `CHUNK_LEN` tokens, decode ``token_s`` for each token.
+    One character is one token; the answer is `ANSWER` again and again. Prefill takes
+    ``chunk_s`` for each `CHUNK_LEN` tokens, decode ``token_s`` for each token.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -103,7 +111,7 @@ class FakeEngine:
         text = "".join(f"<{message['role']}>{message['content']}" for message in messages)
         return text + ("<assistant>" if values["add_generation_prompt"] else "")
 
-    async def add(self, request: GenerateRequest) -> AsyncIterator[Progress | TokenEvent]:
+    async def add(self, request: GenerateRequest) -> AsyncGenerator[Event]:
         """Accept."""
         if self._status.state == "dead":
             raise DeadEngineError("the engine is dead")
@@ -111,8 +119,10 @@ class FakeEngine:
         self.running.add(request.request_id)
         return self._run(request)
 
-    async def _run(self, request: GenerateRequest) -> AsyncIterator[Progress | TokenEvent]:
-        name, prompt = request.request_id, tuple(request.prompt)
+    async def _run(self, request: GenerateRequest) -> AsyncGenerator[Event]:
+        name = request.request_id
+        assert not isinstance(request.prompt, str), "the server tokenises"
+        prompt = tuple(request.prompt)
         cached = self._find(prompt)
         is_done = False
         try:
@@ -149,7 +159,8 @@ class FakeEngine:
             char = ANSWER[index % len(ANSWER)]
             text += char
             is_stop = any(text.endswith(stop) for stop in params.stop)
-            reason = "stop" if is_stop else "length" if index + 1 == params.max_tokens else None
+            is_last = index + 1 == params.max_tokens
+            reason: FinishReason | None = "stop" if is_stop else "length" if is_last else None
             yield TokenEvent(
                 request_id=request.request_id, text="" if is_stop else char,
                 token_ids=(ord(char),), finish_reason=reason,
@@ -226,7 +237,7 @@ class Running:
 def running(engine: FakeEngine | None = None, **options: Any) -> Iterator[Running]:
     """Serve on 127.0.0.1 until the block ends; every request must have ended by then."""
     engine = engine or FakeEngine()
-    app = create_app(engine, ServeConfig(**options))
+    app = create_app(cast(AsyncEngine, engine), ServeConfig(**options))
     config = uvicorn.Config(
         app, port=0, log_config=None, http="h11", loop="asyncio", ws="none",
         timeout_graceful_shutdown=3)

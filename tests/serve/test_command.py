@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -71,7 +72,7 @@ def wait_ready(url: str) -> list[str]:
     raise AssertionError(states)
 
 
-def stream(url: str, **body: object) -> httpx.Response:
+def stream(url: str, **body: Any) -> httpx.Response:
     return httpx.post(url + "/v1/completions", timeout=20, json={
         "prompt": "x" * 50, "stream": True, "max_tokens": 20, **body})
 
@@ -182,4 +183,4 @@ def test_the_subcommand(monkeypatch):
     assert model == "nano"
     assert config == ServeConfig(
         port=0, api_keys=("one", "two"), allowed_hosts=("a.example", "::7"))
-    assert options["max_model_len"] == 5  # type: ignore[index]
+    assert options["max_model_len"] == 5

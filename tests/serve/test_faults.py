@@ -25,7 +25,7 @@ import pytest
 from tests.serve.nano import ROOT, TIMEOUT_S, NanoServer, nano_server
 
 PATIENCE_S = 1.0
-"""Of the server, for heads and bodies."""
+"""Time that the server waits for heads and bodies."""
 SLACK_S = 2.0
 GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
 POST = (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import hypothesis
 import pytest
@@ -16,13 +17,15 @@ from schemathesis.specs.openapi.checks import (
     unsupported_method,
 )
 
+from longspan.engine.front.client import AsyncEngine
 from longspan.serve.app import create_app
 from longspan.serve.config import ServeConfig
 from tests.serve.fake import FakeEngine, Running, running
 
-CHECKS = (not_a_server_error, status_code_conformance, content_type_conformance,
-          response_schema_conformance, negative_data_rejection, unsupported_method)
-schema = schemathesis.openapi.from_dict(create_app(FakeEngine(), ServeConfig()).openapi())
+CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance,
+          response_schema_conformance, negative_data_rejection, unsupported_method]
+schema = schemathesis.openapi.from_dict(
+    create_app(cast(AsyncEngine, FakeEngine()), ServeConfig()).openapi())
 
 
 @pytest.fixture(scope="module")

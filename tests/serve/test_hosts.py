@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -88,7 +89,7 @@ def test_the_playgrounds_own_requests(server: Running) -> None:
     ({"host": "0.0.0.0", "allowed_hosts": ("box.example",)}, "localhost", 200),
     ({"host": "10.0.0.7", "allowed_hosts": ("box.example",)}, "10.0.0.7:80", 200)])
 def test_public_servers_take_any_name_unless_some_are_named(
-    options: dict[str, object], host: str, expected: int,
+    options: dict[str, Any], host: str, expected: int,
 ) -> None:
     with running(**options) as server:
         assert status(server, Host=host) == expected

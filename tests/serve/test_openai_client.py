@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
 
 from tests.serve.fake import ANSWER, MODEL, FakeEngine, Running, running, wait_for
 
-HELLO = [{"role": "user", "content": "Hello"}]
+HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def client_of(server: Running, key: str = "none") -> openai.OpenAI:
 def test_models(client):
     (model,) = client.models.list().data
     assert model.id == MODEL
-    assert model.max_model_len == 4096  # type: ignore[attr-defined]
+    assert model.max_model_len == 4096
 
 
 def test_chat(client):

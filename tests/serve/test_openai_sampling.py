@@ -29,7 +29,7 @@ from tests.serve.fake import wait_for
 
 START_TIMEOUT_S = 120.0
 PROMPT = "Once upon a time, there was a"
-HELLO = [{"role": "user", "content": "Write é 🙂 and 漢字."}]
+HELLO: list[Any] = [{"role": "user", "content": "Write é 🙂 and 漢字."}]
 PERSON: dict[str, Any] = {
     "type": "object", "required": ["name", "age"], "additionalProperties": False, "properties": {
         "name": {"type": "string", "maxLength": 12},
@@ -121,7 +121,7 @@ def test_bias(client: openai.OpenAI) -> None:
 def _tokenize(client: openai.OpenAI, text: str) -> list[int]:
     reply = client.post(str(client.base_url).replace("/v1", "") + "tokenize", cast_to=object,
                         body={"prompt": text, "add_special_tokens": False})
-    return reply["tokens"]  # type: ignore[index]
+    return reply["tokens"]
 
 
 # -- log-probabilities -----------------------------------------------------------------------------
@@ -224,7 +224,9 @@ def test_perplexity_is_the_same_over_http(client: openai.OpenAI) -> None:
     config = EndpointConfig(url=str(client.base_url), model="nano")
     with Endpoint(config) as endpoint:
         (found,) = endpoint.score([prompt])
-    assert found.text == wanted.text == "" and len(found.logprobs) == len(prompt.ids) - 1
+    assert found.text == wanted.text == ""
+    assert found.logprobs is not None and wanted.logprobs is not None
+    assert len(found.logprobs) == len(prompt.ids) - 1
     np.testing.assert_allclose(found.logprobs, wanted.logprobs, atol=1e-3)
 
 

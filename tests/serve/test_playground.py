@@ -195,7 +195,7 @@ def count_tokens(server: NanoServer, text: str) -> int:
 
 def number(text: str) -> int:
     """The first number, commas and all."""
-    return int(re.search(r"[\d,]+", text)[0].replace(",", ""))  # type: ignore[index]
+    return int(re.search(r"[\d,]+", text)[0].replace(",", ""))
 
 
 def test_a_document_from_drop_to_follow_up(page: Page) -> None:

@@ -25,7 +25,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tokenizer(tokenizer, directory / "tokenizer")
     model = build_model(
         vocab_size=300, num_layers=2, hidden_size=64, num_heads=2, num_kv_heads=1,
-        intermediate_size=96).to(torch.bfloat16).float()
+        intermediate_size=96).bfloat16().float()
     set_rope(model, 1e7, 1024)
     torch.save(hidden_states(model, torch.arange(100)[None]), directory / "hidden.pt")
     export_model(

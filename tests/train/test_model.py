@@ -28,8 +28,8 @@ def tiny() -> Qwen2ForCausalLM:
 def test_attention_equals_sdpa(q_len: int) -> None:
     q, k, v = torch.randn(2, 4, 40, 16), torch.randn(2, 2, 40, 16), torch.randn(2, 2, 40, 16)
     out, _ = causal_attention(torch.nn.Identity(), q[:, :, -q_len:], k, v, None, scaling=0.3)
-    wide = [x.repeat_interleave(2, dim=1) for x in (k, v)]
-    full = F.scaled_dot_product_attention(q, *wide, is_causal=True, scale=0.3)
+    k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
+    full = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3)
     torch.testing.assert_close(out, full.transpose(1, 2)[:, -q_len:])
 
 

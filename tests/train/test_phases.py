@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from longspan.train.phases import Phase, learning_rate, validate_phases
 
 
-def make(**changes: object) -> Phase:
-    values: dict[str, object] = {
+def make(**changes: Any) -> Phase:
+    values: dict[str, Any] = {
         "name": "p", "seq_len": 1024, "rope_theta": 1e6, "num_tokens": 409_600,
         "learning_rate": 1e-3, "shorter": (512, 256), "full_share": 0.75, "tokens_per_step": 4096}
     return Phase(**(values | changes))
@@ -36,7 +37,7 @@ def test_share_counts_sequences_not_steps() -> None:
      ({"shorter": ()}, "shorter lengths exactly when"),
      ({"full_share": 0.0}, "shorter lengths exactly when"),
      ({"shorter": (2048,)}, "must be below 1024")])
-def test_bad_phases_are_refused(changes: dict[str, object], message: str) -> None:
+def test_bad_phases_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(**changes)
 

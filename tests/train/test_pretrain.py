@@ -53,12 +53,12 @@ def batches(phase: int, schedule: Sequence[Shape], first: int) -> Iterator[Batch
 
 
 def config(out_dir: Path, **changes: Any) -> RunConfig:
-    values = {"kind_weights": {2: 0.0, 3: 5.0}, "warmup_steps": 2, "log_every": 2}
+    values: dict[str, Any] = {"kind_weights": {2: 0.0, 3: 5.0}, "warmup_steps": 2, "log_every": 2}
     return RunConfig(out_dir=out_dir, filler_kind=0, answer_kind=3, **(values | changes))
 
 
 def test_runs_all_phases_and_reports(tmp_path: Path) -> None:
-    seen: list[float] = []
+    seen: list[Any] = []
 
     def gate(model: Qwen2ForCausalLM, phase: Phase) -> dict[str, Any]:
         seen.append(model.config.rope_parameters["rope_theta"])
@@ -248,7 +248,7 @@ def test_missing_inputs_are_a_user_error(tmp_path: Path) -> None:
 
 
 def test_a_gate_that_was_missed_is_asked_on_resuming(tmp_path: Path) -> None:
-    asked: list[tuple[str, float]] = []
+    asked: list[tuple[str, Any]] = []
 
     def gate(model: Qwen2ForCausalLM, phase: Phase) -> dict[str, Any]:
         asked.append((phase.name, model.config.rope_parameters["rope_theta"]))

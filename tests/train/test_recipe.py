@@ -1,4 +1,4 @@
-"""recipes/nano: what its phases have in common with the report, and the whole chain on a toy."""
+"""The recipe of nano: what its phases share with the report, and the whole chain on a toy."""
 
 from __future__ import annotations
 

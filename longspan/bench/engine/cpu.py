@@ -55,7 +55,7 @@ def run(
 
 
 def fit_quadratic(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
-    """(a, b) of t = a n + b n^2 through two points, by least squares through more. Noise can make
+    """Fit t = a n + b n^2 through two points, by least squares through more: (a, b). Noise can make
     the linear share negative; it is 0 then."""
     s2 = sum(n**2 for n, _ in points)
     s3 = sum(n**3 for n, _ in points)

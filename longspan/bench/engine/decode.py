@@ -54,7 +54,7 @@ class DecodeOptions:
     steps: int
     memory_gib: float | None
     copy_bytes: int | None = None
-    """Of the copy whose bandwidth makes the floor; default by device."""
+    """Bytes of the copy whose bandwidth makes the floor; the default depends on the device."""
 
 
 def run(session: BenchSession, shape: Shape, options: DecodeOptions) -> int:
@@ -115,8 +115,8 @@ def _measure(
 def time_steps(
     engine: ShapeEngine, step: ScheduledBatch, device: str, count: int, *, in_flight: int
 ) -> list[float]:
-    """Wall times between the results of steps that end with ``step``, each a token further, ms;
-    ``in_flight`` are launched at a time."""
+    """Return the wall times between the results of steps that end with ``step``, each a token
+    further, ms; ``in_flight`` are launched at a time."""
     launched: deque[Any] = deque()
     steps = steps_before(step, WARMUP_STEPS + in_flight - 1 + count)
     for _ in range(WARMUP_STEPS):
@@ -173,7 +173,7 @@ def _attention(
 def _sizes(
     options: DecodeOptions, context: int, batch: int, pairs: Sequence[tuple[int, int]]
 ) -> EngineSizes:
-    """An engine for the largest of the pairs."""
+    """Return the sizes of an engine for the largest of the pairs."""
     size = 128
     num_tokens = max(batch * -(-context // size) * size for context, batch in pairs)
     return EngineSizes(
@@ -192,13 +192,13 @@ def _fits(shape: Shape, device: str, options: DecodeOptions, context: int, batch
 def _refuse(
     shape: Shape, device: str, options: DecodeOptions, context: int, batch: int
 ) -> Mapping[str, Any]:
-    """Raises `NotEnoughMemoryError` with the numbers."""
+    """Raise `NotEnoughMemoryError` with the numbers."""
     plan_engine(shape, device, _sizes(options, context, batch, [(context, batch)]))
     return {}
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Steps as a table on stdout."""
+    """Print the steps as a table on stdout."""
     show_table("decode", ("shape", "context", "requests", "step ms", "alone ms", "floor ms",
                           "over floor", "KV TB/s", "tokens/s"), [
         (row["shape"], f"{row['context_len']:,}", row["batch_size"], f"{row['step_ms']:.3f}",

@@ -1,5 +1,5 @@
-"""The engine that serves, with random weights: a shape's plan and runner; no checkpoint, no HTTP.
-"""
+"""The engine that serves, with random weights: a shape's plan and runner, no checkpoint, no
+HTTP."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from longspan.engine.step import RowSampling, ScheduledBatch, ScheduledSlice
 from longspan.units import DTYPE_BYTES, GIB, default_dtype
 
 USABLE_SHARE = 0.97
-"""Of what is free: a benchmark has the device for itself."""
+"""The share of the free memory that an engine takes: a benchmark has the device for itself."""
 GREEDY = RowSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
 
 
@@ -48,7 +48,7 @@ class ShapeEngine(NamedTuple):
 
 
 def plan_engine(shape: Shape, device: str, sizes: EngineSizes) -> ResolvedEngine:
-    """What an engine for this shape decides, with a pool of these sizes. Raises
+    """Decide what an engine for this shape decides, with a pool of these sizes. Raises
     `NotEnoughMemoryError`."""
     free_memory(device)
     free_gib = USABLE_SHARE * device_memory(device).free_bytes / GIB
@@ -68,7 +68,7 @@ def plan_engine(shape: Shape, device: str, sizes: EngineSizes) -> ResolvedEngine
 
 @contextmanager
 def open_engine(shape: Shape, device: str, sizes: EngineSizes) -> Iterator[ShapeEngine]:
-    """The engine, its KV cache full of random numbers; freed afterwards."""
+    """Open the engine, its KV cache full of random numbers; frees it afterwards."""
     plan = plan_engine(shape, device, sizes)
     runner = plan.load_runner()
     try:
@@ -89,13 +89,13 @@ def free_memory(device: str) -> None:
 
 
 def random_ids(num_tokens: int, vocab_size: int, seed: int) -> array[int]:
-    """A prompt of random tokens."""
+    """Draw a prompt of random tokens."""
     ids = np.random.default_rng(seed).integers(0, vocab_size, num_tokens, dtype=np.int32)
     return array("i", ids.tobytes())
 
 
 def decode_step(engine: ShapeEngine, context_len: int, batch_size: int) -> ScheduledBatch:
-    """The newest token of requests with so long contexts, each in blocks of its own."""
+    """Schedule the newest token of requests with so long contexts, each in blocks of its own."""
     size, vocab_size = engine.plan.config.block_size, engine.plan.model.vocab_size
     num_blocks = -(-context_len // size)
     return ScheduledBatch(step_id=0, slices=tuple(
@@ -107,7 +107,8 @@ def decode_step(engine: ShapeEngine, context_len: int, batch_size: int) -> Sched
 
 
 def weight_bytes_read(shape: Shape, device: str) -> int:
-    """Weights that decoding one token reads: all but the rows of the embedding not asked for."""
+    """Return the bytes of the weights that decoding one token reads: all but the rows of the
+    embedding not asked for."""
     model = shape.model
     element = DTYPE_BYTES[default_dtype(device)]
     embedding = 0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size

@@ -52,7 +52,7 @@ def in_subprocess(measurement: Measurement) -> dict[str, Any]:
 
 
 def measure(measurement: Measurement) -> dict[str, Any]:
-    """The row of one measurement, after a short warm-up."""
+    """Return the row of one measurement, after a short warm-up."""
     tokenizer = Tokenizer(resolve_checkpoint(measurement.model))
     bank = TextBank.from_roots(python_text_roots(), tokenizer)
     warm = _prompt(bank, tokenizer, min(WARMUP_TOKENS, measurement.num_tokens), "warm-up")
@@ -68,7 +68,7 @@ def measure(measurement: Measurement) -> dict[str, Any]:
 def _prompt(
     bank: TextBank, tokenizer: Tokenizer, num_tokens: int, name: str
 ) -> array[int]:
-    """A prompt of the passkey task: sparse patterns depend on what the text is."""
+    """Build a prompt of the passkey task: sparse patterns depend on what the text is."""
     rng = random.Random(f"{name}:{num_tokens}")
     return passkey_haystack(bank, tokenizer, num_tokens=num_tokens, depths=[0.5],
                             rng=rng)[0].prompt_ids
@@ -92,8 +92,8 @@ def _with_longspan(
 def _with_transformers(
     measurement: Measurement, warm: array[int], prompt: array[int]
 ) -> tuple[float, float | None]:
-    """The same checkpoint and type, scaled-dot-product attention, KV cache kept, and logits of the
-    last token only, as generation needs them."""
+    """Measure transformers on the same checkpoint and type: scaled-dot-product attention, KV cache
+    kept, and logits of the last token only, as generation needs them."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar

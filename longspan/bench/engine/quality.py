@@ -113,7 +113,7 @@ class Subject:
         self.chunk_len, self.block_size = made.config.prefill_chunk_len, made.config.block_size
 
     def measure(self, prompts: Sequence[Quiz], plan: SparsityPlan | None) -> dict[str, Any]:
-        """Scores of all prompts; density and recall of the first one."""
+        """Measure the scores of all prompts, density and recall of the first one."""
         recall = Recall(self._last_sparse_chunk(prompts[0].prompt_len, plan), self._last_layer)
         with self._engine(plan) as llm:
             llm.observe(recall)
@@ -132,8 +132,8 @@ class Subject:
                                    for layer in found]}
 
     def match(self, quiz: Quiz, start: SparsityPlan | None) -> SparsityPlan:
-        """MInference's policy with budgets scaled until this prompt costs what it costs with the
-        tile plan."""
+        """Return MInference's policy with budgets scaled until this prompt costs what it costs with
+        the tile plan."""
         plan, wanted = start or self.plan.paper(), self._cost_of(quiz, self.plan)
         for _ in range(MATCH_ROUNDS):
             cost = self._cost_of(quiz, plan)
@@ -148,19 +148,19 @@ class Subject:
             return self._cost(llm.generate([quiz.ids], SamplingParams(max_tokens=1))[0], plan)
 
     def _cost(self, output: RequestOutput, plan: SparsityPlan | None) -> float:
-        """The density, and what tile means add to it: one key for each tile."""
+        """Return the density plus what tile means add to it: one key for each tile."""
         assert output.density is not None
         means = plan is not None and plan.mean_correction
         return output.density + (1 / self.block_size if means else 0.0)
 
     def _last_sparse_chunk(self, prompt_len: int, plan: SparsityPlan | None) -> int:
-        """Where the last prefill chunk begins that has queries before the dense tail."""
+        """Return where the last prefill chunk begins that has queries before the dense tail."""
         stop = dense_tail_start(prompt_len, plan.dense_tail_len if plan else 0)
         return max(0, stop - 1) // self.chunk_len * self.chunk_len
 
     @contextmanager
     def _engine(self, plan: SparsityPlan | None) -> Iterator[LLM]:
-        """An engine with these budgets; None: a dense one."""
+        """Open an engine with these budgets; None: a dense one."""
         free_memory(str(self._options["device"]))
         with tempfile.TemporaryDirectory() as folder:
             if plan is None:
@@ -175,8 +175,8 @@ class Subject:
 
 
 def ask(llm: LLM, quiz: Quiz) -> tuple[list[bool], RequestOutput]:
-    """Which answers are right, and the output: an answer behind the prompt is generated, those
-    inside it are forced, and each token's predecessor must find it the most probable."""
+    """Return which answers are right, and the output: an answer behind the prompt is generated,
+    those inside it are forced, and each token's predecessor must find it the most probable."""
     place, answer = quiz.answers[-1]
     if place == quiz.prompt_len:
         params = SamplingParams(max_tokens=len(answer), ignore_eos=True)
@@ -206,7 +206,7 @@ class Recall(AttentionObserver):
             self._found[rows.layer_idx].append(rows.recall())
 
     def by_layer(self) -> list[list[tuple[float, float, float]]]:
-        """[layers][heads] of (mean, 5th percentile, least) over the queries; no layers where
+        """Return [layers][heads] of (mean, 5th percentile, least) over the queries; no layers where
         nothing was sparse."""
         found = []
         for _, parts in sorted(self._found.items()):
@@ -218,7 +218,8 @@ class Recall(AttentionObserver):
 
 
 def summary(by_layer: Sequence[Sequence[Sequence[float]]]) -> dict[str, float] | None:
-    """Over all heads: mean of means, and the 5th percentile and the least of a head's mean."""
+    """Summarise over all heads: mean of means, and the 5th percentile and the least of a head's
+    mean."""
     means = sorted(head[0] for layer in by_layer for head in layer)
     if not means:
         return None
@@ -228,14 +229,14 @@ def summary(by_layer: Sequence[Sequence[Sequence[float]]]) -> dict[str, float] |
 
 
 def scaled(plan: SparsityPlan, factor: float) -> SparsityPlan:
-    """The plan with all budgets multiplied."""
+    """Return the plan with all budgets multiplied."""
     def rows(values: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple(max(1, round(factor * value)) for value in row) for row in values)
     return replace(plan, vertical=rows(plan.vertical), slash=rows(plan.slash))
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Scores and recall as a table on stdout."""
+    """Print scores and recall as a table on stdout."""
     def recall(row: Mapping[str, Any]) -> list[str]:
         return [percent((row["recall"] or {}).get(name)) for name in ("mean", "p5", "min")]
     show_table("quality", ("model", "tokens", "questions", "attention", "right", "n", "density",

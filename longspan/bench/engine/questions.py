@@ -36,7 +36,7 @@ class Quiz:
 def single_questions(
     bank: TextBank, tokenizer: Tokenizer, num_tokens: int, count: int, rng: random.Random
 ) -> list[Quiz]:
-    """Prompts about one document, each with one question at its end; all equally long."""
+    """Build prompts about one document, each with one question at its end; all equally long."""
     examples = passkey_haystack(
         bank, tokenizer, num_tokens=num_tokens, depths=spread_depths(count, rng), rng=rng)
     return [Quiz(example.prompt_ids, ((num_tokens, _answer(tokenizer, example)),))
@@ -46,8 +46,9 @@ def single_questions(
 def many_questions(
     bank: TextBank, tokenizer: Tokenizer, num_tokens: int, count: int, rng: random.Random
 ) -> Quiz:
-    """One prompt of at most ``num_tokens`` with ``count`` questions about its document at the end,
-    each but the last answered: the conversation as it would have gone, last answer included."""
+    """Build one prompt of at most ``num_tokens`` with ``count`` questions about its document at the
+    end, each but the last answered: the conversation as it would have gone, last answer
+    included."""
     document_len = num_tokens - TOKENS_PER_TURN * (count - 1)
     examples = passkey_haystack(
         bank, tokenizer, num_tokens=document_len, depths=spread_depths(count, rng), rng=rng)
@@ -74,7 +75,7 @@ def _answer(tokenizer: Tokenizer, example: Example) -> tuple[int, ...]:
 
 
 def _between_turns(tokenizer: Tokenizer) -> str:
-    """What the chat template puts between an answer and the next question."""
+    """Return what the chat template puts between an answer and the next question."""
     marks = "FIRST-ANSWER-MARK", "NEXT-QUESTION-MARK"
     text = tokenizer.render_chat([
         {"role": "user", "content": "x"}, {"role": "assistant", "content": marks[0]},

@@ -98,7 +98,8 @@ def _measure(
 
 
 def scaled(ttft_s: float, share: Mapping[str, float], layers: int, total_layers: int) -> float:
-    """What all layers would take, from a run of the first ``layers`` (at least 2), seconds.
+    """Estimate what all layers would take, from a run of the first ``layers`` (at least 2),
+    seconds.
 
     The last layer attends for the sampled row only, so attention is that of ``layers - 1``. All
     else is scaled by layers, which errs low: the last layer has fewer projections, too.
@@ -119,7 +120,8 @@ def _check(shape: Shape, device: str, is_sparse: bool) -> None:
 def prefill(
     engine: ShapeEngine, length: int, device: str, *, sparse: bool
 ) -> tuple[float, float]:
-    """One prompt through scheduler, loop and runner. Returns (seconds to the first token, density).
+    """Prefill one prompt through scheduler, loop and runner. Returns (seconds to the first token,
+    density).
 
     The peak of the device's allocator is counted from here on. Raises `CheckFailed` when the
     engine gives the request up: logits are not finite.
@@ -149,7 +151,8 @@ def prefill(
 
 
 def shares(totals_ms: Mapping[str, float], ttft_s: float) -> dict[str, float]:
-    """Of the time to first token; rest: norms, activations, KV writes, sampling, the host."""
+    """Return the shares of the time to first token; rest: norms, activations, KV writes, sampling,
+    the host."""
     parts = {LINEAR: (LINEAR,), "selection": ("selection",), "attention": ("sparse", "dense")}
     found = {part: sum(totals_ms.get(name, 0.0) for name in names) / 1000 / ttft_s
              for part, names in parts.items()}
@@ -158,7 +161,7 @@ def shares(totals_ms: Mapping[str, float], ttft_s: float) -> dict[str, float]:
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Times and shares as a table on stdout."""
+    """Print times and shares as a table on stdout."""
     names = (LINEAR, "selection", "attention", "rest")
     show_table("time to first token", (
         "shape", "tokens", "attention", "layers", "measured", "all layers", "density", "GiB",

@@ -35,7 +35,7 @@ class Plain(NamedTuple):
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor) -> Plain:
-        """From q: [T, H, D] and k, v: [S, K, D], as contiguous copies."""
+        """Copy q: [T, H, D] and k, v: [S, K, D] to contiguous tensors."""
         return cls(*(x.transpose(0, 1)[None].contiguous() for x in (q, k, v)))
 
     @property
@@ -49,7 +49,7 @@ Attend = Callable[[], list[Tensor]]
 
 
 def prepare(name: str, plain: Plain) -> Attend:
-    """Causal attention by a baseline, called once to see that it works.
+    """Prepare causal attention by a baseline, called once to see that it works.
 
     Square inputs are one causal call. With a history SDPA takes two calls, all queries over all of
     the history without a mask and causal over their own keys, which are not merged; FlexAttention
@@ -65,7 +65,7 @@ def prepare(name: str, plain: Plain) -> Attend:
 
 
 def prepare_decode(name: str, plain: Plain) -> Attend:
-    """One query over all keys by an SDPA backend. Raises `Unavailable`."""
+    """Prepare one query over all keys by an SDPA backend. Raises `Unavailable`."""
     if name == FLEX:
         raise Unavailable("flex is not measured for one query")
     return prepare(name, plain)
@@ -117,8 +117,8 @@ def _flex(plain: Plain) -> Attend:
 
 
 def causal_blocks(num_queries: int, history: int, device: torch.device) -> Any:
-    """FlexAttention's block mask of causal queries behind a history, in whole blocks: full blocks
-    before the diagonal one, which alone is masked element by element."""
+    """Return FlexAttention's block mask of causal queries behind a history, in whole blocks: full
+    blocks before the diagonal one, which alone is masked element by element."""
     from torch.nn.attention.flex_attention import BlockMask
 
     rows = torch.arange(num_queries // FLEX_BLOCK, device=device) + history // FLEX_BLOCK

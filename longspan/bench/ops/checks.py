@@ -36,7 +36,7 @@ change places."""
 
 
 def error_ratio(actual: Tensor, expected: Tensor) -> float:
-    """RMS error over RMS reference; NaN and infinities that differ give infinity."""
+    """Return the RMS error over the RMS reference; NaN and infinities that differ give infinity."""
     actual, expected = actual.double().cpu(), expected.double().cpu()
     infinite = expected.isinf()
     if not torch.equal(actual[infinite], expected[infinite]):
@@ -49,7 +49,7 @@ def error_ratio(actual: Tensor, expected: Tensor) -> float:
 
 
 def require_close(what: str, actual: Tensor, expected: Tensor, dtype: torch.dtype) -> float:
-    """The error ratio. Raises `CheckFailed` above the tolerance of ``dtype``."""
+    """Return the error ratio. Raises `CheckFailed` above the tolerance of ``dtype``."""
     assert actual.shape == expected.shape, (what, actual.shape, expected.shape)
     ratio, limit = error_ratio(actual, expected), TOLERANCE[dtype]
     if not ratio <= limit:
@@ -59,7 +59,7 @@ def require_close(what: str, actual: Tensor, expected: Tensor, dtype: torch.dtyp
 
 
 def small_input(shape: Shape, device: str, content: str = "random") -> LayerInput:
-    """The awkward case of a shape: its heads, few tokens, short DCA chunks."""
+    """Make the awkward case of a shape: its heads, few tokens, short DCA chunks."""
     rotary = make_rotary(shape, SMALL_TOKENS, device, SMALL_DCA)
     return make_input(shape, SMALL_TOKENS, content, device, rotary=rotary, shuffled=True)
 
@@ -77,7 +77,8 @@ def check_dense(shape: Shape, device: str) -> float:
 
 
 def check_decode(shape: Shape, device: str) -> float:
-    """Requests of 1, 111 and all tokens, each with its own scale. Returns the worst ratio."""
+    """Check decode for requests of 1, 111 and all tokens, each with its own scale. Returns the
+    worst ratio."""
     item = small_input(shape, device)
     lens = torch.tensor([1, 111, SMALL_TOKENS], device=device)
     scales = torch.tensor([1.0, 0.9, 1.1], device=device) * item.scale
@@ -88,7 +89,7 @@ def check_decode(shape: Shape, device: str) -> float:
 
 
 def check_sparse(shape: Shape, device: str, budget: Budget, correction: bool) -> float:
-    """Selection and sparse prefill over all zones, budgets cut to the case's size."""
+    """Check selection and sparse prefill over all zones, budgets cut to the case's size."""
     item = small_input(shape, device, "scattered")
     budget = budget._replace(
         vertical=tuple(min(100 + 7 * head, value) for head, value in enumerate(budget.vertical)),
@@ -106,7 +107,7 @@ def check_sparse(shape: Shape, device: str, budget: Budget, correction: bool) ->
 
 
 def check_pointwise(shape: Shape, device: str) -> float:
-    """Norms, activation and the KV write on 333 rows. Returns the worst ratio."""
+    """Check norms, activation and the KV write on 333 rows. Returns the worst ratio."""
     item, model, count = small_input(shape, device), shape.model, 333
     dtype = item.k.dtype
     x, residual = (torch.randn(count, model.hidden_size, device=device, dtype=dtype)
@@ -137,7 +138,8 @@ def check_pointwise(shape: Shape, device: str) -> float:
 
 
 def checked_selection(q: Tensor, item: LayerInput, start: int, budget: Budget) -> Selection:
-    """Our selection on the small case, which must be sound and as good as the specification's."""
+    """Return our selection on the small case, which must be sound and as good as the
+    specification's."""
     args = (item.cache, item.block_table, start, item.rotary, item.scale)
     ours = ops.select_vertical_slash(q, *args, budget)
     check_sound(ours, start + q.shape[0], q.shape[1])
@@ -153,7 +155,7 @@ def checked_selection(q: Tensor, item: LayerInput, start: int, budget: Budget) -
 
 
 def check_sound(selection: Selection, context_len: int, num_heads: int) -> None:
-    """Raises `CheckFailed` unless a selection keeps what `Selection` promises."""
+    """Raise `CheckFailed` unless a selection keeps what `Selection` promises."""
     problems = []
     for head in range(num_heads):
         columns, offsets = selection.columns[head], selection.offsets[head]
@@ -174,7 +176,8 @@ def check_sound(selection: Selection, context_len: int, num_heads: int) -> None:
 
 
 def _lists_are_sound(selection: Selection, head: int) -> bool:
-    """Ascending, padded at the end, before the query tile and no window of it."""
+    """Say whether the lists are ascending, padded at the end, before the query tile and no window
+    of it."""
     assert selection.tiles is not None
     windows = -selection.offsets[head] // selection.tile_len
     for query_tile, row in enumerate(selection.tiles[head], selection.first_tile):
@@ -189,7 +192,7 @@ def check_rows(
     what: str, result: Sequence[Tensor], q: Tensor, item: LayerInput, start: int,
     selection: Selection | None = None, correction: bool = False,
 ) -> float:
-    """Random rows and heads of a result against the specification. Returns the worst ratio.
+    """Check random rows and heads of a result against the specification. Returns the worst ratio.
 
     result: out [T, H, D] and lse [T, H] of queries at start ...; sparse where there is a selection.
     """
@@ -219,12 +222,12 @@ def check_rows(
 def check_decode_rows(
     result: Sequence[Tensor], q: Tensor, item: LayerInput, context_len: int
 ) -> float:
-    """A request's decoded token against the specification; q: [1, H, D]."""
+    """Check a request's decoded token against the specification; q: [1, H, D]."""
     return check_rows("decode_attention", result, q, item, context_len - 1)
 
 
 def check_plain(name: str, outs: Sequence[Tensor], plain: Plain) -> float:
-    """A few rows of a baseline's square causal result against an fp32 softmax."""
+    """Check a few rows of a baseline's square causal result against an fp32 softmax."""
     rng = random.Random(name)
     q, k, v = plain.q[0], plain.k[0], plain.v[0]
     group = q.shape[0] // k.shape[0]
@@ -246,7 +249,7 @@ def _compare(
 
 
 def _seen_by(selection: Selection, head: int, position: int) -> Selection:
-    """What one query of one head attends to."""
+    """Select what one query of one head attends to."""
     assert selection.aligned, "other selections are checked on the small case"
     own = slice(head, head + 1)
     columns, tiles = selection.columns[own], selection.tiles
@@ -256,7 +259,7 @@ def _seen_by(selection: Selection, head: int, position: int) -> Selection:
 
 
 def _one_kv_head(cache: PagedKV, kv_head: int) -> PagedKV:
-    """Views of one head's part."""
+    """Return views of one head's part."""
     part = slice(kv_head, kv_head + 1)
     assert cache.k_mean is not None and cache.v_mean is not None
     return PagedKV(cache.k[:, :, part], cache.v[:, :, part], cache.k_mean[:, part],

@@ -35,7 +35,7 @@ def run(session: BenchSession, shape: Shape, options: OpsOptions) -> int:
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
-    """The rows of one run as a table on stdout."""
+    """Print the rows of one run as a table on stdout."""
     names = ("time_ms", "tflops", "tb_per_s", "density", "ratio", "workspace_mib")
     body = [
         (row["op"], row["impl"], _sizes(row["params"]),
@@ -47,7 +47,7 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _sizes(params: Mapping[str, Any]) -> str:
-    """What the row is about, shortly."""
+    """Say shortly what the row is about."""
     return " ".join(str(value) for name, value in params.items()
                     if name not in ("shape", "plan", "layer", "chunk_len"))
 

@@ -72,12 +72,13 @@ class LayerBench:
         self.session, self.shape, self.options = session, shape, options
         self.device, self.model = session.device, shape.model
         self.curves: dict[str, dict[int, float]] = {}
-        """Of each dense implementation: time of one prefill chunk by its history, ms."""
+        """The time of one prefill chunk by its history, ms, for each dense implementation."""
         self._verdicts: dict[str, Exception | float] = {}
         self._inputs: dict[str, LayerInput] = {}
 
     def input(self, content: str = "random", num_tokens: int = 0) -> LayerInput:
-        """A request of the longest length at least; shorter ones are its beginning. One is kept."""
+        """Make a request of the longest length at least; shorter ones are its beginning. One is
+        kept."""
         found = self._inputs.get(content)
         if found is None or found.num_tokens < num_tokens:
             del found
@@ -88,7 +89,7 @@ class LayerBench:
         return found
 
     def require(self, name: str, check: Callable[[], float]) -> float:
-        """The error ratio of a check that is made once. Raises `CheckFailed` every time."""
+        """Return the error ratio of a check that is made once. Raises `CheckFailed` every time."""
         if name not in self._verdicts:
             try:
                 self._verdicts[name] = check()
@@ -100,11 +101,11 @@ class LayerBench:
         return verdict
 
     def require_dense(self) -> float:
-        """The error ratio of dense prefill on the small case."""
+        """Return the error ratio of dense prefill on the small case."""
         return self.require("dense", lambda: checks.check_dense(self.shape, self.device))
 
     def params(self, **values: Any) -> dict[str, Any]:
-        """Row parameters: the shape and what varies."""
+        """Return a row's parameters: the shape and what varies."""
         return {"shape": self.shape.name, **values}
 
     def measure(self, work: Callable[[], object], *, flush_cache: bool = False) -> Timing:
@@ -114,7 +115,7 @@ class LayerBench:
     # -- ceilings ------------------------------------------------------------------------------
 
     def ceilings(self) -> None:
-        """What copies and matrix products reach here."""
+        """Measure what copies and matrix products reach here."""
         is_cuda = self.device.startswith("cuda")
         size = self.options.gemm_size or (8192 if is_cuda else 512)
         num_bytes = self.options.copy_bytes or (GIB if is_cuda else GIB // 64)
@@ -137,12 +138,12 @@ class LayerBench:
     # -- dense prefill -------------------------------------------------------------------------
 
     def squares(self) -> None:
-        """Whole prompts in one causal call."""
+        """Measure whole prompts in one causal call."""
         for length in self.options.square:
             self._dense("dense_causal", 0, length)
 
     def chunks(self) -> None:
-        """The last prefill chunk of each length, and the first one of all."""
+        """Measure the last prefill chunk of each length, and the first one of all."""
         chunk = self.options.chunk_len
         for length in sorted({chunk, *self.options.lengths}, reverse=True):
             self._dense("dense_chunk", length - chunk, chunk)
@@ -196,7 +197,7 @@ class LayerBench:
     # -- decode --------------------------------------------------------------------------------
 
     def decode(self) -> None:
-        """One token of one request over each length."""
+        """Measure one token of one request over each length."""
         for length in sorted(self.options.lengths, reverse=True):
             params = self.params(batch_size=1, context_len=length)
             self.session.attempt({"op": "decode", "impl": "ours", "params": params},
@@ -236,7 +237,8 @@ class LayerBench:
     # -- pointwise -----------------------------------------------------------------------------
 
     def pointwise(self) -> None:
-        """Norm, activation and the KV write of one prefill chunk; rates over bytes moved once."""
+        """Measure norm, activation and the KV write of one prefill chunk; rates over bytes moved
+        once."""
         rows, model, device = self.options.chunk_len, self.model, self.device
         hidden, residual = (torch.randn(rows, model.hidden_size, device=device, dtype=self.dtype)
                             for _ in range(2))
@@ -270,7 +272,7 @@ class LayerBench:
 
 
 def copy_row(device: str, num_bytes: int, repeats: Repeats) -> dict[str, Any]:
-    """A device copy; bytes read and bytes written count."""
+    """Measure a device copy; bytes read and bytes written count."""
     source = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     timing = measure(lambda: target.copy_(source), device, repeats, flush_cache=True)

@@ -49,7 +49,7 @@ class LayerInput:
         return self.k.shape[0]
 
     def reading_with(self, rotary: QueryRotary) -> LayerInput:
-        """The same cache read under other rotations, for timing only: its keys stay as they are."""
+        """Return the same cache under other rotations, for timing only: its keys stay unchanged."""
         return replace(self, rotary=rotary)
 
     def write(self) -> None:
@@ -65,7 +65,7 @@ class LayerInput:
 
 
 def make_rotary(shape: Shape, num_tokens: int, device: str, dca: DcaConfig | None) -> QueryRotary:
-    """Rotations of a shape; without ``dca`` plain RoPE."""
+    """Build the rotations of a shape; without ``dca`` plain RoPE."""
     return build_rotary(head_dim=shape.model.head_dim, rope_theta=shape.model.rope_theta,
                         scaling=shape.model.rope_scaling, max_model_len=num_tokens, dca=dca,
                         device=device)
@@ -123,7 +123,7 @@ def make_input(
 
 
 def last_segment(num_tokens: int, num_queries: int, stride: int) -> tuple[int, int]:
-    """(start, count) of the last whole-tile queries that lie in one DCA chunk, at most
+    """Return (start, count) of the last whole-tile queries that lie in one DCA chunk, at most
     ``num_queries`` of them: what selection is asked for at once."""
     stop = num_tokens // BLOCK_SIZE * BLOCK_SIZE
     start = max(0, stop - num_queries) // BLOCK_SIZE * BLOCK_SIZE
@@ -149,7 +149,7 @@ def _allocate(
 
 
 def _topic(topics: Tensor, start: int, stop: int) -> Tensor:
-    """Slowly changing vectors [stop - start, K, D] between the given ones [n, K, D]."""
+    """Draw slowly changing vectors [stop - start, K, D] between the given ones [n, K, D]."""
     positions = torch.arange(start, stop, device=topics.device)
     index, share = positions // TOPIC_LEN, (positions % TOPIC_LEN) / TOPIC_LEN
     share = share[:, None, None].to(topics.dtype)

@@ -59,12 +59,12 @@ class SparseBench:
     # -- one prefill chunk ---------------------------------------------------------------------
 
     def chunks(self) -> None:
-        """Selection and sparse attention of the last prefill chunk of each length."""
+        """Measure selection and sparse attention of the last prefill chunk of each length."""
         for length in sorted(self.options.lengths, reverse=True):
             self._chunk(length, "random")
 
     def contents(self) -> None:
-        """The same at the longest length for other contents."""
+        """Measure the same at the longest length for other contents."""
         for content in self.options.contents:
             if content != "random":
                 self._chunk(max(self.options.lengths), content)
@@ -125,7 +125,7 @@ class SparseBench:
     def _parts(
         self, segment: Segment, selection: Selection, repeats: int, flops: float,
     ) -> dict[str, Any]:
-        """Where the time goes on Hopper, and the kernel's own rate over the tiles that it
+        """Measure where the time goes on Hopper, and the kernel's own rate over the tiles that it
         computes."""
         if not self.device.startswith("cuda"):
             return {}
@@ -157,7 +157,7 @@ class SparseBench:
         return {"density": rounded(kept / pairs, 4), "computed_share": rounded(flops / dense, 4)}
 
     def _workspace_bytes(self, segment: Segment) -> float | None:
-        """Peak of the allocator during selection, MiB; None on CPUs."""
+        """Return the peak of the allocator during selection, MiB; None on CPUs."""
         if not self.device.startswith("cuda"):
             return None
         torch.cuda.synchronize(self.device)
@@ -170,7 +170,7 @@ class SparseBench:
     # -- whole prefills ------------------------------------------------------------------------
 
     def whole(self) -> None:
-        """All attention of prompts of every length, selection included, beside dense."""
+        """Measure all attention of prompts of every length, selection included, beside dense."""
         for length in sorted(self.options.lengths, reverse=True):
             for name, curve in self.layer.curves.items():
                 if len(curve) < 2:
@@ -205,7 +205,8 @@ class SparseBench:
         return row | self._against_dense(statistics.mean(sums), length)
 
     def _against_dense(self, time_ms: float, length: int) -> dict[str, Any]:
-        """Ratio to the fastest dense implementation of this run, where its chunks are measured."""
+        """Return the ratio to the fastest dense implementation of this run, where its chunks are
+        measured."""
         sums = {name: dense_sum(curve, length, self.options.chunk_len)["time_ms"]
                 for name, curve in self.layer.curves.items() if len(curve) > 1}
         if not sums:
@@ -215,7 +216,8 @@ class SparseBench:
                 "ratio": rounded(sums[best] / time_ms, 4)}
 
     def _pass(self, item: LayerInput, length: int, layer_idx: int) -> dict[str, float]:
-        """One layer's attention over a prompt, chunk by chunk as the engine does it, ms by part."""
+        """Time one layer's attention over a prompt, chunk by chunk as the engine does it, ms by
+        part."""
         regions = Regions(self.device)
         core = DualChunkAttention(
             layer_idx=layer_idx, num_heads=self.model.num_heads, head_dim=self.model.head_dim,
@@ -235,7 +237,8 @@ class SparseBench:
     # -- plain RoPE ----------------------------------------------------------------------------
 
     def positions(self) -> None:
-        """Dual Chunk Attention against plain RoPE on the last chunk of the longest prompt."""
+        """Measure Dual Chunk Attention against plain RoPE on the last chunk of the longest
+        prompt."""
         dca = self.model.dca
         if dca is None:
             raise LongspanError(f"{self.shape.name} has no dual chunk attention to compare")
@@ -269,8 +272,8 @@ class SparseBench:
 
 
 def dense_sum(curve: Mapping[int, float], length: int, chunk_len: int) -> dict[str, Any]:
-    """A whole dense prefill as the sum of its chunks, from chunk times measured at some histories
-    and straight lines between them (a chunk's work grows linearly with its history)."""
+    """Estimate a whole dense prefill as the sum of its chunks, from chunk times measured at some
+    histories and straight lines between them (a chunk's work grows linearly with its history)."""
     assert len(curve) > 1, "two histories at least"
     points = sorted(curve.items())
     total = 0.0
@@ -287,13 +290,13 @@ def _line(points: Sequence[tuple[int, float]], at: float) -> float:
 
 
 def spread(num_layers: int, count: int) -> list[int]:
-    """``count`` layers, evenly spaced; all where there are no more."""
+    """Return ``count`` layers, evenly spaced; all where there are no more."""
     count = max(1, min(count, num_layers))
     return [int((index + 0.5) * num_layers / count) for index in range(count)]
 
 
 def typical_layer(vertical: Sequence[Sequence[int]], slash: Sequence[Sequence[int]]) -> int:
-    """The layer whose budgets together are nearest to the mean of all layers."""
+    """Find the layer whose budgets together are nearest to the mean of all layers."""
     sums = [sum(v) + sum(s) for v, s in zip(vertical, slash, strict=True)]
     mean = statistics.mean(sums)
     return min(range(len(sums)), key=lambda index: abs(sums[index] - mean))

@@ -8,7 +8,7 @@ from longspan.ops.types import Selection
 
 
 def count_tiles(selection: Selection, start: int, num_queries: int, *, correction: bool) -> float:
-    """Tiles of P queries by P keys that sparse attention computes, over all heads.
+    """Count the tiles of P queries by P keys that sparse attention computes, over all heads.
 
     For each query tile: its windows that exist, the diagonal one whole; the tiles that it lists;
     its columns up to its last query, in tiles of P, rounded up; with ``correction`` the means of
@@ -36,11 +36,11 @@ def count_tiles(selection: Selection, start: int, num_queries: int, *, correctio
 
 
 def tile_flops(num_tiles: float, tile_len: int, head_dim: int) -> float:
-    """Two products of P x P x D for each tile."""
+    """Count the operations of two products of P x P x D for each tile."""
     return 4.0 * num_tiles * tile_len * tile_len * head_dim
 
 
 def causal_flops(num_queries: int, history: int, num_heads: int, head_dim: int) -> float:
-    """Of dense causal attention: only visible pairs count."""
+    """Count the operations of dense causal attention: only visible pairs count."""
     pairs = num_queries * (history + (num_queries + 1) / 2)
     return 4.0 * pairs * num_heads * head_dim

@@ -1,8 +1,9 @@
 """Decode throughput of the asynchronous engine, with steps run ahead and without.
 
 Both run the same processes and the same loop; the synchronous baseline lets one step be in flight
-instead of two or more, so that each step waits until the last one's tokens are back (report section
-5.3: what its Totally Asynchronous Generator removes).
+instead of two or more, so that each step waits until the last one's tokens are back. The Qwen2.5-1M
+report (arXiv 2501.15383, section 5.3) calls what removes this wait the Totally Asynchronous
+Generator.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ Figure = tuple[str, float, str]
 def measure_decode(
     model: EngineConfig, batches: Sequence[int], *, num_tokens: int = NUM_TOKENS,
 ) -> list[Figure]:
-    """Tokens a second and the device's idle share between steps, for each batch size and mode.
-    ``model``: with sizes left open."""
+    """Measure tokens a second and the device's idle share between steps, for each batch size and
+    mode. ``model``: with sizes left open."""
     config = replace(
         model, max_num_requests=max(batches),
         # on CPUs the KV pool holds a few requests of full length: here the whole batch, in blocks
@@ -56,7 +57,7 @@ def measure_decode(
 async def _measure(
     config: EngineConfig, in_flight: int, batches: Sequence[int], num_tokens: int,
 ) -> list[tuple[int, float, float]]:
-    """(batch size, tokens/s, idle share) for each batch size, on one engine."""
+    """Return (batch size, tokens/s, idle share) for each batch size, on one engine."""
     steps = list[Stepped]()
     engine = AsyncEngine(config, listening(in_processes(max_in_flight=in_flight), steps))
     await engine.start()
@@ -77,7 +78,7 @@ async def _measure(
 
 
 def listening(start: Start, steps: list[Stepped]) -> Start:
-    """The same engine; its step reports are kept besides."""
+    """Wrap ``start``: the same engine, whose step reports are kept in ``steps`` besides."""
     def begin(config: EngineConfig, send: Send) -> Backend:
         def hear(message: FromEngine) -> None:
             if isinstance(message, Stepped):
@@ -90,8 +91,8 @@ def listening(start: Start, steps: list[Stepped]) -> Start:
 
 
 def rate_and_idle(steps: Sequence[Stepped], batch: int) -> tuple[float, float]:
-    """Tokens a second, and the share of the time that the device had no step, over the steps in
-    which all requests of the batch decode."""
+    """Return tokens a second, and the share of the time that the device had no step, over the steps
+    in which all requests of the batch decode."""
     full = [step for step in steps
             if len(step.slices) == batch and all(item.samples and item.computed_len > PROMPT_LEN
                                                  for item in step.slices)]

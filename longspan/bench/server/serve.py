@@ -104,7 +104,7 @@ def run(job: ServeJob) -> bool:
 
 
 def server_options(job: ServeJob, length: int | None = None) -> list[str]:
-    """Of `longspan serve`, for prompts of this length."""
+    """Return the options of `longspan serve` for prompts of this length."""
     longest = max(length or job.length, len(STREAM_PROMPT))  # a token is a character or more
     options = ["--device", job.device, "--max-model-len", str(longest + ROOM),
                "--step-budget-s", str(budget_s(job)), "--weights", job.weights]
@@ -112,7 +112,7 @@ def server_options(job: ServeJob, length: int | None = None) -> list[str]:
 
 
 def budget_s(job: ServeJob) -> float:
-    """Of a step, seconds."""
+    """Return the budget of a step, seconds."""
     return job.budget_s or STEP_BUDGET_S[job.device.split(":")[0]]
 
 
@@ -149,7 +149,7 @@ def _prefill(job: ServeJob) -> list[Row]:
 def _beside_a_long_prompt(
     server: Server, job: ServeJob, stream_body: bytes, long_body: bytes,
 ) -> tuple[Answer, Answer, list[Answer]]:
-    """A running answer, the long prompt's, and those of short requests sent meanwhile."""
+    """Return a running answer, the long prompt's, and those of short requests sent meanwhile."""
     answers = dict[str, Answer]()
     has_begun, is_over = threading.Event(), threading.Event()
 
@@ -186,8 +186,8 @@ def _beside_a_long_prompt(
 
 
 def longest_pause_s(token_s: Sequence[float], begin_s: float, end_s: float) -> float:
-    """Longest time without a token that overlaps the span. Raises `LongspanError` for an answer
-    that ended before, which could not have paused."""
+    """Return the longest time without a token that overlaps the span. Raises `LongspanError` for an
+    answer that ended before, which could not have paused."""
     if not token_s or token_s[-1] < end_s:
         raise LongspanError("the running stream ended before the long prompt was read; "
                             "use a shorter --length")

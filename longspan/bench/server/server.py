@@ -33,15 +33,15 @@ NUM_TOKEN_IDS = 200
 
 
 def prompt_of(length: int, seed: int) -> list[int]:
-    """Random tokens: no two prompts share a prefix."""
+    """Draw random tokens: no two prompts share a prefix."""
     rng = random.Random(seed)
     return [FIRST_TOKEN_ID + rng.randrange(NUM_TOKEN_IDS) for _ in range(length)]
 
 
 def completion_body(prompt: str | Sequence[int], max_tokens: int) -> bytes:
-    """A request for exactly ``max_tokens``, greedy and without penalties whatever the checkpoint
-    advises. To write a long one keeps the interpreter, and with it all other clients of this
-    process: who measures what they wait for makes it beforehand."""
+    """Make a request for exactly ``max_tokens``, greedy and without penalties whatever the
+    checkpoint advises. Writing a long one holds the interpreter, and with it all other clients of
+    this process: a caller that measures what they wait for makes it beforehand."""
     return json.dumps({
         "prompt": prompt if isinstance(prompt, str) else list(prompt),
         "max_tokens": max_tokens, "ignore_eos": True, "temperature": 0,
@@ -105,7 +105,7 @@ class Server:
         return answer
 
     def get(self, path: str) -> tuple[int, str]:
-        """Status and body."""
+        """Get status and body."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
             connection.request("GET", path)
@@ -115,13 +115,13 @@ class Server:
             connection.close()
 
     def metrics(self) -> dict[str, float]:
-        """Every sample of /metrics, by its name with labels."""
+        """Return every sample of /metrics, by its name with labels."""
         rows = (line.rsplit(" ", 1) for line in self.get("/metrics")[1].splitlines()
                 if line and not line.startswith("#"))
         return {name: float(value) for name, value in rows}
 
     def wait_idle(self, timeout_s: float = 120.0) -> None:
-        """Until no request is left. Raises `LongspanError` when some never end."""
+        """Wait until no request is left. Raises `LongspanError` when some never end."""
         end_s = time.monotonic() + timeout_s
         while time.monotonic() < end_s:
             found = self.metrics()
@@ -134,7 +134,7 @@ class Server:
             "after the last client left")
 
     def usage(self) -> Usage:
-        """What the server's processes hold together."""
+        """Add up what the server's processes hold."""
         root = psutil.Process(self.process.pid)
         total = Usage()
         for process in [root, *root.children(recursive=True)]:
@@ -150,7 +150,7 @@ class Server:
 
 @dataclass(slots=True)
 class Usage:
-    """Of all processes of a server."""
+    """What all processes of a server use."""
 
     rss_bytes: int = 0
     num_fds: int = 0
@@ -159,7 +159,7 @@ class Usage:
 
 @contextmanager
 def running(model: str, options: Sequence[str]) -> Iterator[Server]:
-    """`longspan serve` on a free port, until the block ends; it must then stop in order.
+    """Run `longspan serve` on a free port until the block ends; it must then stop in order.
 
     Args:
         options: of the command line, after the model.
@@ -211,8 +211,8 @@ class HealthProbe:
 
 
 def lag_quantile_s(before: dict[str, float], after: dict[str, float], share: float) -> float:
-    """Upper bound of the event loop's lag at this quantile between two looks at /metrics: the end
-    of the histogram's bucket, infinity in the last one."""
+    """Return the upper bound of the event loop's lag at this quantile between two looks at
+    /metrics: the end of the histogram's bucket, infinity in the last one."""
     buckets = sorted(
         (float(found[1]), after[name] - before.get(name, 0.0)) for name in after
         if (found := re.fullmatch(LAG + r'_bucket\{le="(.+)"\}', name)))
@@ -222,7 +222,7 @@ def lag_quantile_s(before: dict[str, float], after: dict[str, float], share: flo
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """The smallest value with at least this share of all at or below it."""
+    """Return the smallest value with at least this share of all at or below it."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, max(0, -int(-share * len(ordered) // 1) - 1))]
 

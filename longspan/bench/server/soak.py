@@ -16,7 +16,7 @@ from longspan.errors import LongspanError
 NUM_CLIENTS = 8
 SAMPLE_PERIOD_S = 2.0
 ABORT_SHARE = 0.3
-"""Of the requests: the client hangs up in the middle."""
+"""The share of the requests whose client hangs up in the middle."""
 MAX_TOKENS = 48
 MIB = 1024**2
 ALLOWED_GROWTH = {"rss": 0.05, "fds": 0.1, "threads": 0.1}
@@ -89,7 +89,7 @@ def write_pool(server: Server, length: int) -> None:
 
 
 def growth(samples: Sequence[Usage]) -> dict[str, tuple[float, float]]:
-    """Medians over the second and over the last third of the run, by what is counted."""
+    """Return the medians over the second and over the last third of the run, by what is counted."""
     third = max(1, len(samples) // 3)
     parts = samples[-2 * third:-third] or samples, samples[-third:]
 
@@ -103,7 +103,7 @@ def growth(samples: Sequence[Usage]) -> dict[str, tuple[float, float]]:
 
 
 def is_leak(name: str, before: float, after: float) -> bool:
-    """It grew by more than is allowed."""
+    """Say whether it grew by more than is allowed."""
     return after - before > max(ALLOWED_GROWTH[name] * before, ALLOWED_MORE[name])
 
 
@@ -112,8 +112,8 @@ def _pair(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _client(server: Server, seed: int, length: int, end_s: float, tally: _Tally) -> None:
-    """One request after the other. Of ten prompts nine are short, and half continue a known text.
-    """
+    """Send one request after the other. Of ten prompts nine are short, and half continue a known
+    text."""
     rng = random.Random(seed)
     known = prompt_of(length, seed)
     while time.monotonic() < end_s:

@@ -98,7 +98,7 @@ class BlockPool:
         return self.num_blocks - self._num_used
 
     def match(self, hashes: Sequence[bytes], start: int = 0) -> list[int]:
-        """Blocks that hold the longest known prefix of this hash chain, in order.
+        """Return the blocks that hold the longest known prefix of this hash chain, in order.
 
         Args:
             start: leading blocks that were found before; only what follows them is returned.

@@ -140,7 +140,7 @@ class Loop:
         return self._process()
 
     def interrupt(self) -> tuple[Update, ...]:
-        """After an exception in `turn`: abort the steps in flight, keep the engine usable."""
+        """Abort the steps in flight after an exception in `turn`, and keep the engine usable."""
         self._transport.discard()
         self._scheduler.drop_in_flight()
         return tuple(self._scheduler.take_updates())

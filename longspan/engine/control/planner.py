@@ -295,7 +295,7 @@ def scored_tokens(request: Request, start: int, stop: int) -> ScoredTokens | Non
 
 
 def num_sparse_tokens(request: Request, config: PlannerConfig) -> int:
-    """Leading tokens of a prompt that are computed sparsely."""
+    """Return how many leading tokens of a prompt are computed sparsely."""
     if not request.sparse:
         return 0
     return sparse_stop(request.prompt_len, config.dense_tail_len, config.block_size)

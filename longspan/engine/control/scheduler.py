@@ -359,8 +359,8 @@ class Scheduler:
 
 
 def max_step_tokens(prefill_chunk_len: int, max_num_requests: int) -> int:
-    """Most tokens that one step holds on the device: a prefill chunk (the head's, or a paused one),
-    half as many tokens of others, one token of each request in decode."""
+    """Return the largest number of tokens that one step holds on the device: a prefill chunk (the
+    head's, or a paused one), half as many tokens of others, one token of each request in decode."""
     return prefill_chunk_len + prefill_chunk_len // 2 + max_num_requests
 
 

@@ -22,13 +22,13 @@ class DeviceBatch:
     """One step on the device; n of its slices sample a token."""
 
     token_ids: Tensor
-    """[T] int64, of the slices that are packed together"""
+    """Ids of the slices that are packed together, [T] int64."""
     metadata: AttentionMetadata
-    """Of those."""
+    """Attention metadata of the packed tokens."""
     sampling: SamplingRows
-    """[n] each"""
+    """Parameters of each sampled row, [n] each."""
     slots: Tensor
-    """[n] int64, of the requests that sample"""
+    """Slots of the requests that sample, [n] int64."""
     all_greedy: bool
     scored: tuple[ScheduledSlice, ...] = ()
     """The slices that are packed together, if any of them has `ScoredTokens`."""
@@ -39,7 +39,7 @@ def build_batch(
     device: torch.device | str, last_tokens: Tensor | None = None,
 ) -> DeviceBatch:
     """Pack the slices' tokens one after the other and describe them. Never waits for the device.
-    A slice in pieces is computed apart: only its sampling is in here.
+    Slices in pieces are computed apart; only their sampling is part of the batch.
 
     Args:
         last_tokens: [num slots] int64 on the device, the token that each slot sampled last: the
@@ -70,7 +70,7 @@ def build_batch(
 
 
 def is_greedy(items: Sequence[ScheduledSlice]) -> bool:
-    """No slice that samples does so at a temperature."""
+    """Return whether every slice that samples has temperature 0."""
     return all(item.sampling is None or item.sampling.temperature == 0 for item in items)
 
 
@@ -81,8 +81,8 @@ def _as_tensor(token_ids: TokenIds) -> Tensor:
 
 
 def num_outputs(item: ScheduledSlice) -> int:
-    """How many of a slice's last rows are wanted after the last layer. (A scored slice in pieces
-    has all of them: sparse attention selects keys for all rows of a chunk together.)"""
+    """Count the last rows of a slice that are wanted after the last layer. A scored slice in pieces
+    has all of them: sparse attention selects keys for all rows of a chunk together."""
     if item.scored is None:
         return int(item.context_len >= item.prompt_len)
     return item.context_len - item.scored.first + 1

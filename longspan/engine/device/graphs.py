@@ -38,20 +38,19 @@ def recorded_sizes(max_rows: int) -> tuple[int, ...]:
 
 
 class DecodeOutput(NamedTuple):
-    """What a step of n rows, padding included, computed on the device. Valid until the next step.
-    """
+    """Results of a step of n rows, padding included, on the device; valid until the next one."""
 
     token_ids: Tensor
     """[n] int64"""
     logits: Tensor
     """[n, V] fp32; may be changed in place."""
     rows: SamplingRows
-    """What the tokens were sampled by."""
+    """Parameters by which the tokens were sampled."""
     slots: Tensor
     """[n] int64, of the requests."""
 
     def head(self, count: int) -> DecodeOutput:
-        """Without padding."""
+        """Return the first ``count`` rows, without padding."""
         return DecodeOutput(
             self.token_ids[:count], self.logits[:count],
             SamplingRows(*(part[:count] for part in self.rows)), self.slots[:count])
@@ -59,7 +58,7 @@ class DecodeOutput(NamedTuple):
 
 Compute = Callable[[], DecodeOutput]
 Record = Callable[[Compute], Compute]
-"""Makes of a step that is launched kernel by kernel one that is replayed."""
+"""Turns a step that is launched kernel by kernel into one that is replayed."""
 
 
 class DecodeGraphs:
@@ -87,13 +86,13 @@ class DecodeGraphs:
         self._replay: Compute | None = None
         """The graph of the latest step."""
         self._rows: list[tuple[str, int, int]] = []
-        """Id, slot and cached_len of each request in the step that was loaded last ..."""
+        """Id, slot and cached_len of each request in the step that was loaded last."""
         self._num_steps = 0
-        """... and how many steps the buffers have moved on since."""
+        """Number of steps that the buffers have moved on since that load."""
 
     @staticmethod
     def is_possible(cache: PagedKV, num_heads: int) -> bool:
-        """Whether all of a decode step is computed by kernels that never wait for the host."""
+        """Return whether kernels that never wait for the host can compute a whole decode step."""
         if not cache.k.is_cuda:
             return False
         from longspan.ops import decode, pointwise
@@ -102,7 +101,7 @@ class DecodeGraphs:
 
     @staticmethod
     def takes(batch: ScheduledBatch) -> bool:
-        """Whether a step is all decode, each row of it sampled, and not too large."""
+        """Return whether a step is all decode, each row of it sampled, and not too large."""
         return (0 < len(batch.slices) <= BATCH_SIZES[-1] and not batch.prefills
                 and all(item.sampling is not None for item in batch.slices))
 
@@ -122,13 +121,13 @@ class DecodeGraphs:
         self._state.feed(items)
 
     def run(self) -> DecodeOutput:
-        """Queue the step that was prepared. Returns padding too."""
+        """Queue the step that was prepared; the result includes padding rows."""
         assert self._replay is not None
         self._num_steps += 1
         return self._replay()
 
     def _load(self, items: Sequence[ScheduledSlice]) -> None:
-        """Other requests than in the last step, or elsewhere: the host says where they stand."""
+        """Upload the rows from the host: the requests or their positions are unexpected."""
         size = next(size for size in BATCH_SIZES if size >= len(items))
         self._replay = self._graph(size, all_greedy=is_greedy(items))
         self._state.load(items, size)
@@ -136,7 +135,7 @@ class DecodeGraphs:
         self._num_steps = 0
 
     def _graph(self, size: int, all_greedy: bool) -> Compute:
-        """Recorded over padding only, so that no request's keys are touched."""
+        """Return the graph of this size, recorded over padding so that no request's keys change."""
         key = size, all_greedy
         if key not in self._graphs:
             self._rows = []
@@ -184,8 +183,8 @@ class DecodeState:
     everything that it reads from these numbers, and `advance` makes them those of the next step.
 
     Args:
-        last_tokens: [num slots + 1] int64, the token that each slot sampled last; the last one is
-            nobody's: padding rows use it.
+        last_tokens: [num slots + 1] int64, the token that each slot sampled last; the last one
+        belongs to no request: padding rows use it.
         max_blocks: widest block table, ceil(max_model_len / P).
     """
 
@@ -218,29 +217,29 @@ class DecodeState:
         self._floats[:, :size] = self._float_pads
 
     def feed(self, items: Sequence[ScheduledSlice]) -> None:
-        """The tokens that slices bring are the step's input, whatever their slots sampled last."""
+        """Use the tokens that slices bring as input, whatever their slots sampled last."""
         known = [(item.slot, item.token_ids[0]) for item in items if item.token_ids]
         if known:
             slots, tokens = upload(torch.tensor(known), self._device).unbind(1)
             self._last_tokens[slots] = tokens
 
     def advance(self, size: int, token_ids: Tensor) -> None:
-        """A step has sampled these, [size]: the next one is a token further. Where none could be
-        sampled, it reads token 0, for nobody."""
+        """Move on by one token after a step has sampled ``token_ids`` [size]. A row that could not
+        be sampled reads token 0, and its result is discarded."""
         self._last_tokens[self.slots(size)] = token_ids.clamp_min(0)
         lens = self._ints[1, :size]
         lens += lens > 0
 
     def slots(self, size: int) -> Tensor:
-        """[size] int64, places in ``last_tokens``"""
+        """Places in ``last_tokens``, [size] int64."""
         return self._ints[0, :size]
 
     def token_ids(self, size: int) -> Tensor:
-        """[size] int64, the step's input"""
+        """Token ids that are the step's input, [size] int64."""
         return self._last_tokens[self.slots(size)]
 
     def metadata(self, size: int) -> AttentionMetadata:
-        """Of ``size`` decode rows, all of them wanted."""
+        """Metadata of ``size`` decode rows, all of which are sampled."""
         return decode_metadata(
             self._tables[:size], self._ints[1, :size], self._ints[2, :size],
             block_size=self._block_size, head_dim=self._head_dim, dca=self._dca)

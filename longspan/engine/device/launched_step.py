@@ -11,7 +11,7 @@ from longspan.engine.device.sampling import SampledTokens
 from longspan.engine.step import ScheduledBatch, StepResult
 
 POLL_S = 2e-4
-"""Between looks at a device, for events cannot be waited for with a limit."""
+"""Seconds between two polls of a device: an event cannot be waited for with a timeout."""
 
 
 class Stopwatch:
@@ -23,19 +23,19 @@ class Stopwatch:
         self._start_s = time.perf_counter()
         self._stop_s = 0.0
         if self.is_cuda:
-            # Blocking: whoever waits leaves the core to others.
+            # Blocking: a waiting thread leaves the core to others.
             self._start = torch.cuda.Event(enable_timing=True)
             self._stop = torch.cuda.Event(enable_timing=True, blocking=True)
             self._start.record()
 
     def stop(self) -> None:
-        """Everything to time has been handed over."""
+        """Mark the end of the work to time."""
         self._stop_s = time.perf_counter()
         if self.is_cuda:
             self._stop.record()
 
     def wait_for(self, timeout_s: float) -> bool:
-        """After `stop`: wait so long at most; whether the device is done."""
+        """Wait up to ``timeout_s`` after `stop`; True if the device is done."""
         end_s = time.monotonic() + timeout_s
         while self.is_cuda and not self._stop.query():
             if time.monotonic() >= end_s:
@@ -44,11 +44,11 @@ class Stopwatch:
         return True
 
     def hold(self, stream: torch.cuda.Stream) -> None:
-        """After `stop`: what ``stream`` is given from now on waits for what was timed."""
+        """Make later work on ``stream`` wait, after `stop`, for the work that was timed."""
         stream.wait_event(self._stop)
 
     def wait(self) -> float:
-        """Until the device is done. Returns seconds."""
+        """Wait until the device is done; returns the device's time in seconds."""
         if not self.is_cuda:
             return self._stop_s - self._start_s
         self._stop.synchronize()
@@ -77,11 +77,11 @@ class LaunchedStep:
             self._sampled = self._fetch(sampled, copies)
 
     def wait_for(self, timeout_s: float) -> bool:
-        """Wait so long at most; whether the device is done with it."""
+        """Wait up to ``timeout_s``; True if the device has finished the step."""
         return self._watch.wait_for(timeout_s)
 
     def wait(self) -> StepResult:
-        """The result, when the device is done with it."""
+        """Wait until the device is done, and return the result."""
         elapsed_s = self._watch.wait()
         if self._copied is not None:
             self._copied.synchronize()

@@ -21,8 +21,8 @@ USABLE_SHARE = 0.9
 CPU_POOL_REQUESTS = 4
 """Requests of full length that the KV pool holds on CPUs, where memory allows."""
 GPU_POOL_SHARES = 2
-"""How often the KV pool of a GPU holds all that can run together, where memory allows: once for
-the running requests, once for the prefix cache."""
+"""Size of a GPU's KV pool, in multiples of what can run together, where memory allows: one for
+the running requests, one for the prefix cache."""
 ATTENTION_SCRATCH_BYTES = 512 * 1024**2
 """Score tiles, gathered keys and selection of one layer, beyond what grows with a step's tokens."""
 SAMPLING_BYTES = 49
@@ -131,7 +131,7 @@ def plan_memory(
 
 
 def _longest(plan: Callable[[int], MemoryPlan], block_size: int, limit: int) -> int:
-    """The most tokens, in whole blocks and at most ``limit``, whose plan fits; 0: none does."""
+    """Find the most tokens, in whole blocks and at most ``limit``, whose plan fits; or 0."""
     low, high = 0, limit // block_size + 1  # low fits (nothing), high does not
     while high - low > 1:
         middle = (low + high) // 2
@@ -189,8 +189,8 @@ def head_rows(vocab_size: int) -> int:
 
 
 def _graph_bytes(model: ModelConfig, config: EngineConfig) -> int:
-    """What decode graphs keep (`longspan.engine.device.graphs`): each its logits, all of them
-    together what the largest one samples with."""
+    """Return the bytes that decode graphs keep (`longspan.engine.device.graphs`): logits for
+    each graph, and one workspace for sampling, shared by all, for the largest."""
     rows = recorded_sizes(config.max_num_requests)
     return model.vocab_size * (2 * 4 * sum(rows) + SAMPLING_BYTES * max(rows))
 
@@ -204,8 +204,10 @@ def peak_memory_bytes(device: str = "cpu") -> int:
 
 
 def device_memory(device: str) -> DeviceMemory:
-    """What the device has and what is free on it now. Raises `LongspanError` for a GPU that is not
-    there."""
+    """Measure the device's memory and what is free of it now.
+
+    Raises `LongspanError` for a GPU that is not there.
+    """
     if device.startswith("cuda"):
         index, count = torch.device(device).index or 0, torch.cuda.device_count()
         if index >= count:
@@ -219,7 +221,7 @@ def device_memory(device: str) -> DeviceMemory:
 def host_memory(
     cgroup_root: Path = Path("/sys/fs/cgroup"), own_cgroup: Path = Path("/proc/self/cgroup"),
 ) -> DeviceMemory:
-    """RAM, or the container's share of it where that is less."""
+    """Measure RAM, or the container's share of it where that is less."""
     import psutil
 
     machine = psutil.virtual_memory()
@@ -265,7 +267,7 @@ def _page_cache(stat_file: Path, prefix: str) -> int:
 
 
 def _read_number(file: Path) -> int | None:
-    """The number in a cgroup file; None without the file or a limit ("max")."""
+    """Read the number in a cgroup file; None without the file or a limit ("max")."""
     try:
         text = file.read_text().strip()
     except OSError:

@@ -63,7 +63,7 @@ class PausableChunk:
     def _compute(
         self, item: ScheduledSlice, inputs: DeviceBatch, cuts: Sequence[int],
     ) -> Generator[None, None, Tensor]:
-        """Yields between pieces: n pieces, n - 1 pauses."""
+        """Compute the chunk, yielding between pieces: n pieces, n - 1 pauses."""
         is_scored = item.scored is not None
         hidden = inputs.token_ids
         for number, stage in enumerate(self._stages):

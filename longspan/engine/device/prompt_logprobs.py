@@ -34,7 +34,7 @@ class ScoredRows(NamedTuple):
     """[n, K] fp32"""
 
     def cpu(self, *, non_blocking: bool = False) -> ScoredRows:
-        """A copy on the host; with ``non_blocking`` it is complete when the stream is."""
+        """Copy to the host; with ``non_blocking`` the copy is complete when the stream is."""
         return ScoredRows(self.request_id, self.first, *(
             part.to("cpu", non_blocking=non_blocking) for part in self[2:]))
 
@@ -59,7 +59,7 @@ class PromptScorer:
         self._found = list[ScoredRows]()
 
     def take(self) -> tuple[ScoredRows, ...]:
-        """What was scored since the last call."""
+        """Return what was scored since the last call."""
         found, self._found = tuple(self._found), []
         return found
 

@@ -150,7 +150,7 @@ class Runner:
         with torch.inference_mode():
             graphs = self._graphs_for(batch)
             if graphs is not None:
-                graphs.prepare(batch.slices)  # unmeasured: the device may be waiting for it
+                graphs.prepare(batch.slices)  # not measured: the device may be waiting for the work
             watch = Stopwatch(self._device)
             sampled = self._compute(batch) if graphs is None else self._replay(graphs, batch)
             # not after each step: to add them up takes a launch for each layer
@@ -202,7 +202,7 @@ class Runner:
         return self._graphs if has_graph else None
 
     def _compute(self, batch: ScheduledBatch) -> SampledTokens | None:
-        """Any step, kernel by kernel."""
+        """Compute any step, kernel by kernel."""
         if batch.repeats == 1:
             return self._compute_once(batch)
         parts = [self._compute_once(part) for part in batch.each()]
@@ -235,7 +235,7 @@ class Runner:
         return torch.cat(rows)
 
     def _replay(self, graphs: DecodeGraphs, batch: ScheduledBatch) -> SampledTokens:
-        """The step of decodes that the graphs are prepared for, and those that follow it."""
+        """Replay the decode step that the graphs are prepared for, and those that follow it."""
         count = len(batch.slices)
         if not self._sampler.asks(batch.slices):
             steps = [graphs.run().token_ids[:count].clone() for _ in range(batch.repeats)]
@@ -255,11 +255,11 @@ class Runner:
         return hidden
 
     def _decode(self, token_ids: Tensor, metadata: AttentionMetadata) -> Tensor:
-        """What a decode graph holds: token ids [B] to logits [B, V] fp32."""
+        """Compute what a decode graph records: token ids [B] to logits [B, V] fp32."""
         return self._stages[-1].model.logits(self._hidden(token_ids, metadata))
 
     def _take_attention_pairs(self) -> tuple[Tensor | float, float]:
-        """Since the last call, kept ones where they were counted: the device is not waited for."""
+        """Return the pairs since the last call, kept ones where counted, without a wait."""
         pairs = [stage.model.attention_pairs() for stage in self._stages]
         for stage in self._stages:
             stage.model.reset_attention_stats()

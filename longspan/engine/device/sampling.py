@@ -61,7 +61,7 @@ class SampledTokens(NamedTuple):
     """Log-probabilities of prompts."""
 
     def cpu(self, *, non_blocking: bool = False) -> SampledTokens:
-        """A copy on the host; with ``non_blocking`` it is complete when the stream is."""
+        """Copy to the host; with ``non_blocking`` the copy is complete when the stream is."""
         def fetch(tensor: Tensor) -> Tensor:
             return tensor.to("cpu", non_blocking=non_blocking)
 
@@ -72,7 +72,7 @@ class SampledTokens(NamedTuple):
             tuple(rows.cpu(non_blocking=non_blocking) for rows in self.scored))
 
     def as_tuples(self) -> tuple[tuple[int, ...], tuple[RowLogprobs | None, ...]]:
-        """As `StepResult` wants them; waits for the device where they are still there."""
+        """Convert for a `StepResult`; waits for the device where the tokens are still there."""
         token_ids = tuple(self.token_ids.tolist())
         if self.logprobs is None:
             return token_ids, ()
@@ -113,7 +113,7 @@ class _Failures(dict[int, str]):
     sampled as ever."""
 
     def watch(self, index: int, work: Callable[[], Result]) -> Result | None:
-        """Do what concerns one row alone. None: it has failed, and the log says where."""
+        """Call work that concerns one row alone. None: it has failed, and the log says where."""
         try:
             return work()
         except LongspanError as error:
@@ -179,7 +179,7 @@ class Sampler:
             wanted, found, token_ids[self._indices(wanted)]), dict(failures))
 
     def asks(self, items: Sequence[ScheduledSlice]) -> bool:
-        """Whether any of these decode slices needs more than `longspan.ops.sampling.sample`."""
+        """Return whether a decode slice needs more than `longspan.ops.sampling.sample`."""
         return any(item.slot in self._states for item in items)
 
     # -- state ---------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ class Sampler:
         if index in failures:
             return
         state = _State(extras=extras, grammar=grammar)
-        if state.is_penalized:  # the history notes the prompt, 4 MB for a million tokens
+        if state.is_penalized:  # only the history needs the prompt, 4 MB for a million tokens
             self._history.begin(slot, extras)
             state = _State(extras=replace(extras, prompt_ids=array("i")), grammar=grammar)
         self._states[slot] = state
@@ -252,7 +252,7 @@ class Sampler:
         return upload(torch.tensor([row.index for row in rows]), self._device)
 
     def _places(self, rows: Sequence[_Row]) -> tuple[Tensor, Tensor]:
-        """Places in the step, and slots. [2, p] on the device."""
+        """Return places in the step, and slots, as [2, p] on the device."""
         both = torch.tensor([[row.index for row in rows], [row.item.slot for row in rows]])
         places, slots = upload(both, self._device)
         return places, slots
@@ -268,7 +268,7 @@ class _History:
         self._penalties = torch.zeros(0, 3, device=device)
 
     def begin(self, slot: int, extras: SamplingExtras) -> None:
-        """A request begins in a slot."""
+        """Forget the slot's last request; store the prompt and penalties of the new one."""
         self._grow(slot + 1)
         self._counts[slot] = 0
         self._in_prompt[slot] = False
@@ -281,12 +281,12 @@ class _History:
         ]), self._device)
 
     def penalize(self, logits: Tensor, slots: Tensor) -> Tensor:
-        """[p, V] logits of the requests in these slots, penalised."""
+        """Penalise the logits [p, V] of the requests in these slots."""
         penalties = Penalties(*self._penalties[slots].unbind(dim=1))
         return penalize(logits, self._counts[slots], self._in_prompt[slots], penalties)
 
     def count(self, slots: Tensor, token_ids: Tensor) -> None:
-        """These tokens were sampled. [p] each, no slot twice."""
+        """Count sampled tokens. [p] each, no slot twice."""
         self._counts[slots, token_ids] += 1
 
     def _grow(self, num_slots: int) -> None:
@@ -298,7 +298,7 @@ class _History:
 
 
 def history_bytes(vocab_size: int, num_slots: int) -> int:
-    """Of the tables on the device, once a penalised request has been in every slot."""
+    """Return the bytes of the history on the device with a penalised request in every slot."""
     return _history_rows(num_slots) * (vocab_size * (4 + 1) + 3 * 4)
 
 

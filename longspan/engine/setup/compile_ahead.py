@@ -1,7 +1,7 @@
-"""Steps that a server computes before its first request, for what they compile alone. No torch.
+"""Steps that a server computes before its first request only to compile kernels. No torch.
 
 Kernels are compiled for sizes by powers of two, among them the context's: without these steps the
-first long prompt would meet compilers in every other chunk, and everybody would wait for them.
+first long prompt would wait for the compiler in every other chunk, and with it all other requests.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from longspan.engine.control.scheduler import SchedulerConfig
 from longspan.engine.step import ScheduledBatch, ScheduledSlice
 
 NUM_QUERIES = 512
-"""Of each step: as many as bring in every kernel."""
+"""Queries per step: enough to trigger every kernel."""
 
 
 def context_lens(config: SchedulerConfig) -> list[int]:
-    """A prefill chunk, twice as much and so on, and the longest; multiples of a KV block."""
+    """Return a prefill chunk, its doublings and the longest, as multiples of a KV block."""
     size, longest = config.block_size, config.longest_len
     found, length = list[int](), config.prefill_chunk_len
     while length < longest:

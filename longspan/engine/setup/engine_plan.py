@@ -28,8 +28,8 @@ from longspan.model.weights import resolve_checkpoint
 MEASURED_LEN = {"cpu": 1_024, "cuda": 8_192}
 """Tokens of a server's first prompts: less than a second of them on a small model."""
 BURST_S = 2.5e-3
-"""On GPUs shorter decode steps are sent several at a time: a small model's take less than the host
-needs for each."""
+"""GPUs are sent several decode steps shorter than this at a time: a small model's step takes less
+than the host needs to send it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,11 +42,11 @@ class ResolvedEngine:
     """Resolved, with the length that memory allows."""
     model: ModelConfig
     dca: DcaConfig | None
-    """In effect; None: plain RoPE."""
+    """DCA settings in effect; None: plain RoPE."""
     has_plan: bool
     """The user or the checkpoint brought budgets."""
     plan: SparsityPlan | None
-    """In effect; None: every prefill is dense."""
+    """Budgets in effect; None: every prefill is dense."""
     memory: MemoryPlan
 
     @classmethod
@@ -54,7 +54,7 @@ class ResolvedEngine:
         """Decide everything that was left open.
 
         Args:
-            must_fit: False: decide for memory that does not suffice too; see ``memory``.
+            must_fit: False: decide also if memory does not suffice; ``memory`` says what lacks.
 
         Raises:
             CheckpointError: the checkpoint is missing, incomplete or of an unknown architecture.
@@ -97,14 +97,14 @@ class ResolvedEngine:
             self.path, self.model, self.config, self.memory, dca=self.dca, plan=self.plan)
 
     def intake(self) -> Intake:
-        """For making requests."""
+        """Return what makes requests for this engine."""
         return Intake(
             vocab_size=self.model.vocab_size, max_model_len=self.memory.max_model_len,
             attention=self.config.attention, sparse_threshold=self.model.sparse_threshold,
             has_plan=self.has_plan, has_dca=self.dca is not None)
 
     def scheduler_config(self) -> SchedulerConfig:
-        """For a scheduler of this engine."""
+        """Return the configuration of a scheduler for this engine."""
         assert self.config.prefill_chunk_len is not None and self.config.device is not None
         device_type = self.config.device.split(":")[0]
         return SchedulerConfig(
@@ -123,7 +123,7 @@ class ResolvedEngine:
 
     @property
     def _sparse_above(self) -> int | None:
-        """Longest prompt that is dense, tokens; None: all are."""
+        """Return the longest prompt that is prefilled densely, tokens; None: all are."""
         if self.plan is None:
             return None
         return 0 if self.config.attention == "sparse" else self.model.sparse_threshold
@@ -136,7 +136,7 @@ def _finite(budget_s: float | None) -> float | None:
 def plan_in_effect(
     config: EngineConfig, model: ModelConfig, plan: SparsityPlan | None, *, has_dca: bool,
 ) -> SparsityPlan | None:
-    """Budgets of this engine: those found, or the built-in ones; None: it is always dense."""
+    """Return the budgets: those found, or the built-in ones; None: always dense."""
     if not may_be_sparse(config.attention, has_plan=plan is not None, has_dca=has_dca):
         return None
     return plan or SparsityPlan.default(model.num_layers, model.num_heads)
@@ -145,7 +145,7 @@ def plan_in_effect(
 def _plan_memory(
     config: EngineConfig, model: ModelConfig, *, means: bool, must_fit: bool = True,
 ) -> MemoryPlan:
-    """``model`` has the DCA in effect: rotation tables are as long as the context without."""
+    """Plan memory. ``model`` has the DCA in effect; without DCA, tables grow with the context."""
     assert config.prefill_chunk_len is not None
     return plan_memory(
         model, config, means=means, must_fit=must_fit,
@@ -153,8 +153,8 @@ def _plan_memory(
 
 
 def resolve_plan(path: Path, model: ModelConfig, config: EngineConfig) -> SparsityPlan | None:
-    """The plan that the user or the checkpoint brings: the named file, else the one beside the
-    checkpoint, else the released budgets in its config. None: there is none.
+    """Read the plan that the user or the checkpoint brings: the named file, else the one beside
+    the checkpoint, else the released budgets in its config. None: there is none.
 
     Raises `LongspanError` when it was made for another model's shape.
     """

@@ -11,7 +11,8 @@ from longspan.engine.setup.engine_plan import ResolvedEngine
 
 
 def load_engine(config: EngineConfig, send: Send) -> tuple[SchedulerConfig, Engine]:
-    """The real thing. Raises `LongspanError` when the model cannot be loaded."""
+    """Load the checkpoint and make its engine. Raises `LongspanError` when the model cannot be
+    loaded."""
     engine = ResolvedEngine.resolve(config)
     scheduler, memory = engine.scheduler_config(), engine.memory
     send(Described(

@@ -1,4 +1,4 @@
-"""What a model's work should cost before any of it was measured: operations over a nominal speed.
+"""Costs of a model's work before any is measured: operations over a nominal speed.
 
 Only the proportions matter: the first steps set the speed (`longspan.engine.control.latency`). The
 nominal speeds are low, so that the first slices are too short rather than too long.
@@ -12,14 +12,14 @@ from longspan.engine.control.latency import Costs
 from longspan.units import DTYPE_BYTES
 
 FLOPS = {"cpu": 5e10, "cuda": 1e14}
-"""Operations a second."""
+"""Operations per second."""
 BYTES_PER_S = {"cpu": 2e9, "cuda": 1e12}
 """Weights and cache read in decode; the CPU's attention of one row is slow."""
 STEP_S = {"cpu": 2e-3, "cuda": 2e-3}
 
 
 def prior_costs(model: ModelConfig, config: EngineConfig, plan: SparsityPlan | None) -> Costs:
-    """For a resolved configuration. ``plan``: None where every prefill is dense."""
+    """Return the costs of a resolved configuration. ``plan``: None: every prefill is dense."""
     assert config.device is not None and config.dtype is not None
     assert config.prefill_chunk_len is not None
     device, step_s = config.device.split(":")[0], STEP_S[config.device.split(":")[0]]

@@ -25,20 +25,20 @@ from jinja2.visitor import NodeTransformer
 from longspan.errors import CheckpointError, InvalidRequestError
 
 MAX_CHARS = 32 * 1024**2
-"""Longest text, and longest list, that a template may make: a million tokens are a fifth."""
+"""Longest text or list that a template may make: five times the text of a million tokens."""
 MAX_BITS = 1024
-"""Of a whole number."""
+"""Bits of the largest whole number that a template may make."""
 MAX_RENDER_S = 5.0
-"""Processor time for one conversation. The longest take some hundredths."""
+"""Processor time for one conversation; the longest one needs some hundredths of a second."""
 PROBE = ({"role": "user", "content": "Hello"},)
 PADDING = frozenset({"batch", "center", "indent", "slice", "expandtabs", "ljust", "rjust", "zfill"})
-"""Filters and methods of texts that make as much as a number says."""
+"""Filters and methods of texts whose result is as large as an argument says."""
 FAULTS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
-"""What a template raises, itself or by a mistake."""
+"""Exceptions that a template raises, on purpose or by a mistake."""
 
 
 class _BoundPassedError(TemplateError):
-    """The template makes too much."""
+    """The template makes a text, list or number that is too large."""
 
 
 class ChatTemplate:
@@ -53,7 +53,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, origin: str) -> None:
         self._environment = _Sandbox()
-        self._environment.start()  # what is constant is computed now
+        self._environment.start()  # constant expressions are computed now
         try:
             self._template = self._environment.from_string(source)
         except (TemplateError, RecursionError, MemoryError) as error:
@@ -65,10 +65,10 @@ class ChatTemplate:
             raise CheckpointError(f"{origin}: the chat template {_line(error)} with one short "
                                   "message; fetch another one") from None
         except FAULTS:
-            pass  # it may want more than that: a system's message, for example
+            pass  # it may need more than that: a system message, for example
 
     def render(self, values: Mapping[str, Any]) -> str:
-        """The prompt's text. Raises `InvalidRequestError` when the template refuses the values."""
+        """Render the prompt. Raises `InvalidRequestError` when the template refuses the values."""
         try:
             return self._render(values)
         except _BoundPassedError as error:
@@ -113,24 +113,24 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         self.filters["bounded text"] = pass_context(lambda _, value: self._checked(value))
 
     def start(self) -> None:
-        """A rendering begins on this thread."""
+        """Start the clock of a rendering on this thread."""
         self._started.time_s = time.thread_time()
 
     def check_size(self, size: int) -> None:
-        """Raises when a text or list is too long, or time is up."""
+        """Raise if a text or list is too long, or time is up."""
         if size > MAX_CHARS:
             raise _BoundPassedError(f"makes more than {MAX_CHARS} characters or items")
         if time.thread_time() - self._started.time_s > MAX_RENDER_S:
             raise _BoundPassedError(f"takes more than {MAX_RENDER_S:g} s")
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """Every call of a template."""
+        """Check a call of the template."""
         if isinstance(getattr(__obj, "__self__", None), str):
             __self._check_padding(__obj.__name__, args)
         return __self._checked(super().call(__context, __obj, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Operators that can make much of little."""
+        """Check operators whose result can be far larger than their operands."""
         if operator == "*":
             self.check_size(_factor(left) * _factor(right))
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
@@ -142,7 +142,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return template
 
     def _bounded(self, name: str, work: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(work, assigned=())  # keeps what it wants passed
+        @functools.wraps(work, assigned=())  # keeps the marks that tell jinja what to pass
         def bounded(*args: Any, **kwargs: Any) -> Any:
             self._check_padding(name, (*args, *kwargs.values()))
             return self._checked(work(*args, **kwargs))
@@ -169,18 +169,18 @@ class _Bounds(NodeTransformer):
     """Puts the sandbox's checks where it has no hook: loops, ``~`` and blocks that are assigned."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
-        """A loop."""
+        """Count the rounds of a loop."""
         self.generic_visit(node)
         node.iter = _filtered(node.iter, "bounded rounds")
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        """Texts one after another."""
+        """Check the size of joined texts."""
         self.generic_visit(node)
         return _filtered(node, "bounded text")
 
     def visit_AssignBlock(self, node: nodes.AssignBlock) -> nodes.Node:
-        """A block whose text becomes a variable."""
+        """Check the size of a block whose text becomes a variable."""
         self.generic_visit(node)
         node.filter = _filtered(node.filter, "bounded text")
         return node
@@ -192,7 +192,7 @@ class _Generation(Extension):
     tags = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """The block's content, with its own variables."""
+        """Parse to the block's content, with its own variables."""
         line = next(parser.stream).lineno
         return nodes.Scope(
             parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
@@ -203,7 +203,7 @@ def _filtered(node: Any, name: str) -> nodes.Filter:
 
 
 def _factor(value: Any) -> int:
-    """How long a product gets by this; numbers are watched by their bits."""
+    """Return the length by which a product grows; a number counts with its bits."""
     if isinstance(value, Sized):
         return len(value)
     return max(0, value) if isinstance(value, int) else 0
@@ -217,7 +217,7 @@ def _to_json(
     value: Any, ensure_ascii: bool = False, indent: int | None = None,
     separators: tuple[str, str] | None = None, sort_keys: bool = False,
 ) -> str:
-    """As transformers does it: no HTML escapes, unlike jinja2's own filter."""
+    """Encode as transformers does: no HTML escapes, unlike jinja2's own filter."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
                       sort_keys=sort_keys)
 

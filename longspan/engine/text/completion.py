@@ -1,4 +1,4 @@
-"""The caller's side of one request: updates of the loop become text, progress and a result.
+"""The caller's side of one request: turns updates of the loop into text, progress and a result.
 
 No torch: the front end of a server, a process of its own, uses it as `LLM` does.
 """
@@ -60,7 +60,7 @@ class Completion:
         return self.output is not None or self.error is not None
 
     def admit(self, num_cached_tokens: int) -> None:
-        """The request's first step begins: tell what the prefix cache supplied. Later calls do
+        """Tell what the prefix cache supplied, when the request's first step begins. Later calls do
         nothing, so that callers need not know which step is the first."""
         if self._is_admitted or self.is_finished:
             return
@@ -128,7 +128,7 @@ class Completion:
         return self._stream.push(update.token_id) if is_text else ""
 
     def _take_logprobs(self) -> tuple[TokenLogprob, ...]:
-        """Those whose text was handed out: a token of a stop string never is."""
+        """Return those whose text was handed out: a token of a stop string never is."""
         taken = list[TokenLogprob]()
         is_all_out = not (self._stream.num_held or self._stream.is_stopped)
         while self._held_logprobs and (is_all_out or self._held_logprobs[0][0] < self._num_chars):

@@ -19,7 +19,7 @@ from longspan.errors import InvalidRequestError, LongspanError, MissingDependenc
 NUM_KEPT = 64
 """Compiled schemas that are kept: clients send the same few again and again."""
 # One line with single spaces, or indented lines. Not more: small models that may repeat white space
-# do little else.
+# produce little else.
 JSON_STYLE = {"whitespace_pattern": r"\x20|\x0A\x20{0,16}"}
 LIMITS = {"initial_lexer_fuel": 100_000, "max_grammar_size": 50_000, "max_lexer_states": 100_000,
           "verbose_errors": False}
@@ -32,13 +32,14 @@ class Grammar:
         self._matcher = matcher
 
     def push(self, token_id: int) -> None:
-        """The completion went on with this token."""
+        """Advance by the completion's next token."""
         self._matcher.consume_token(token_id)
 
     def mask(self) -> bytes | None:
-        """Tokens that may come next, one bit for each id, lowest bit first, little-endian words of
-        32 bits. End-of-text tokens are among them exactly where the text is complete. None: it
-        cannot go on (a limit of the library was met, or a token was pushed that may not come)."""
+        """Return the tokens that may come next, one bit for each id, lowest bit first, in
+        little-endian words of 32 bits. End-of-text tokens are among them exactly where the text is
+        complete. None: it cannot go on (a limit of the library was met, or a token was pushed
+        that may not come)."""
         if self._matcher.is_error():
             return None
         mask: bytes = self._matcher.compute_bitmask()
@@ -49,7 +50,7 @@ class Grammars:
     """Compiles schemas for one tokenizer. Safe to use from several threads.
 
     Args:
-        vocab_size: of the model's logits; the tokenizer may know fewer.
+        vocab_size: tokens that the model's logits cover; the tokenizer may know fewer.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -59,12 +60,12 @@ class Grammars:
         self._compiled: OrderedDict[str, Any] = OrderedDict()
 
     def check(self, json_schema: str) -> None:
-        """Raises `InvalidRequestError` for a schema that cannot be followed, with the reason;
+        """Raise `InvalidRequestError` for a schema that cannot be followed, with the reason;
         `MissingDependencyError` without the library."""
         self._compile(json_schema)
 
     def start(self, json_schema: str) -> Grammar:
-        """A grammar at its beginning. Raises as `check`."""
+        """Return a grammar at its beginning. Raises as `check`."""
         return Grammar(self._compile(json_schema).deep_copy())
 
     def _compile(self, json_schema: str) -> Any:
@@ -89,13 +90,13 @@ class Grammars:
         matcher = library.LLMatcher(
             vocabulary, source, log_level=0, limits=library.LLParserLimits(**LIMITS))
         if not matcher.is_error():
-            matcher.compute_bitmask()  # the first is the longest: it builds what is kept
+            matcher.compute_bitmask()  # the first takes longest: it builds tables that are kept
         if matcher.is_error():
             raise _refused(matcher.get_error())
         return matcher
 
     def load(self) -> Any:
-        """The vocabulary as the library wants it; otherwise read with the first schema. Raises as
+        """Read the vocabulary for the library now, rather than with the first schema. Raises as
         `check`, and `LongspanError` for a tokenizer that the library cannot use."""
         if self._vocabulary is None:
             library = _library()
@@ -129,6 +130,6 @@ def _refused(reason: object) -> InvalidRequestError:
 
 
 def _first_line(reason: object) -> str:
-    """The library's messages may go on with a dump of its state."""
+    """Return the first line: the library's messages may go on with a dump of its state."""
     lines = [line.strip() for line in str(reason).strip().splitlines() if line.strip()]
     return " ".join(lines[:4])[:300] or "no reason given"

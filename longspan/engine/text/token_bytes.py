@@ -1,5 +1,5 @@
-"""What single tokens stand for, as bytes: log-probabilities name tokens one by one, and a token may
-be half a character. No torch."""
+"""Single tokens as bytes: log-probabilities name tokens one by one, and a token may be half a
+character. No torch."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from longspan.engine.text.tokenizer import Tokenizer
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 WORD_START = "\u2581"
-"""Stands for a space in SentencePiece vocabularies."""
+"""Character for a space in SentencePiece vocabularies."""
 
 
 class TokenBytes:
     """Looks tokens up in a tokenizer's vocabulary.
 
     Two kinds of vocabulary are known: bytes written as printable characters (GPT-2's, Qwen's), and
-    SentencePiece's with byte fallback (Llama's, Mistral's). Any other is taken at its word.
+    SentencePiece's with byte fallback (Llama's, Mistral's). Tokens of any other are their own text.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -27,7 +27,7 @@ class TokenBytes:
         self._is_byte_level = "ByteLevel" in tokenizer.decoder_kinds
 
     def of(self, token_id: int) -> bytes:
-        """A token's bytes; none for ids that stand for nothing (padding of the vocabulary)."""
+        """Return a token's bytes; none for ids without a token (padding of the vocabulary)."""
         piece = self._tokenizer.piece(token_id)
         if piece is None:
             return b""
@@ -41,7 +41,7 @@ class TokenBytes:
         return piece.replace(WORD_START, " ").encode()
 
     def describe(self, token_id: int, found: RowLogprobs) -> TokenLogprob:
-        """What callers get of a sampled token."""
+        """Describe a sampled token for callers."""
         top = zip(found.top_ids, found.top_logprobs, strict=True)
         return self._describe(token_id, found.logprob, [
             self._describe(other, logprob) for other, logprob in top])
@@ -49,7 +49,7 @@ class TokenBytes:
     def describe_all(
         self, token_ids: Sequence[int], found: PromptLogprobs
     ) -> list[TokenLogprob]:
-        """What callers get of a prompt's tokens."""
+        """Return what callers get of a prompt's tokens."""
         rows = zip(token_ids, found.logprobs.tolist(), found.top_ids.tolist(),
                    found.top_logprobs.tolist(), strict=True)
         return [self.describe(token, RowLogprobs(logprob, tuple(ids), tuple(top)))
@@ -65,8 +65,7 @@ class TokenBytes:
 
 
 def _byte_of_char() -> dict[str, int]:
-    """GPT-2's alphabet: printable bytes stand for themselves, the others for characters from 256.
-    """
+    """Return GPT-2's alphabet: printable bytes as themselves, the others from character 256."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {

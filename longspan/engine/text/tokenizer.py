@@ -24,8 +24,8 @@ class Tokenizer:
     """The tokenizer of a checkpoint directory.
 
     Raises:
-        CheckpointError: ``tokenizer.json`` is missing or cannot be read, or the chat template is of
-            no use.
+        CheckpointError: ``tokenizer.json`` is missing or cannot be read, or the chat template is
+        invalid.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,7 +44,7 @@ class Tokenizer:
     @cached_property
     def eos_token_ids(self) -> frozenset[int]:
         """Tokens that end a completion, from generation_config.json, config.json and the name.
-        Raises `CheckpointError` for what is no token id."""
+        Raises `CheckpointError` for anything but token ids."""
         found: set[int] = set()
         for name in ("generation_config.json", "config.json"):
             value = _read_optional(self._path / name).get("eos_token_id")
@@ -73,11 +73,11 @@ class Tokenizer:
         return int(found)
 
     def to_json(self) -> str:
-        """The text of tokenizer.json as it is used here."""
+        """Return the text of tokenizer.json as it is used here."""
         return str(self._tokenizer.to_str())
 
     def piece(self, token_id: int) -> str | None:
-        """A token as the vocabulary writes it; None for an id that it does not have."""
+        """Return a token as the vocabulary writes it; None for an id that it does not have."""
         found = self._tokenizer.id_to_token(token_id)
         return None if found is None else str(found)
 
@@ -115,7 +115,7 @@ class Tokenizer:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=not with_special))
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **values: Any) -> str:
-        """The prompt for a conversation, by the checkpoint's template. It holds its
+        """Render a conversation as a prompt by the checkpoint's template. The prompt holds its
         special tokens: encode it without adding more.
 
         Args:
@@ -145,7 +145,7 @@ class Tokenizer:
         if file.is_file():
             return _read_text(file)
         source = self._config.get("chat_template")
-        if isinstance(source, list):  # several, by name
+        if isinstance(source, list):  # several templates, by name
             source = _templates_by_name(source, self._path).get("default")
         if not isinstance(source, str | None):
             raise CheckpointError(f"{self._path}: chat_template in tokenizer_config.json is "
@@ -175,11 +175,11 @@ class TextStream:
         return self._matcher.num_held
 
     def push(self, token_id: int) -> str:
-        """Text that this token makes certain."""
+        """Add a token; returns the text that it makes certain."""
         return self._matcher.push(self._detokenizer.push(token_id))
 
     def flush(self) -> str:
-        """What was still held back, when the completion ends here."""
+        """Return the text still held back, when the completion ends here."""
         return self._matcher.push(self._detokenizer.flush()) + self._matcher.flush()
 
 
@@ -210,11 +210,11 @@ class Detokenizer:
         return delta
 
     def flush(self) -> str:
-        """The incomplete rest, as U+FFFD."""
+        """Return the incomplete rest, as U+FFFD."""
         return self._tokenizer.decode(self._window)[self._num_sent:]
 
     def _shift(self) -> None:
-        """At a character border: forget the old tokens, keep the new ones as context."""
+        """Forget the old tokens at a character border; keep the new ones as context."""
         self._window = self._window[self._num_old:]
         self._num_old = len(self._window)
         self._num_sent = len(self._tokenizer.decode(self._window))
@@ -249,7 +249,7 @@ class StopMatcher:
         return text[: len(text) - keep]
 
     def flush(self) -> str:
-        """What was held back, when no more text comes."""
+        """Return the text held back, when no more text comes."""
         held, self._held = self._held, ""
         return held
 
@@ -287,7 +287,7 @@ def _read_optional(file: Path) -> dict[str, Any]:
 
 
 def _token_text(value: Any) -> str | None:
-    """A token in tokenizer_config.json is a string or an object with its content."""
+    """Return a token of tokenizer_config.json: a string, or an object with its content."""
     return value.get("content") if isinstance(value, dict) else value
 
 
@@ -307,7 +307,7 @@ def _templates_by_name(entries: Sequence[Any], path: Path) -> dict[str, Any]:
 
 
 def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
-    """The checkpoint's tokenizer. Raises `CheckpointError` when it does not match the model."""
+    """Load the checkpoint's tokenizer. Raises `CheckpointError` if it does not fit the model."""
     tokenizer = Tokenizer(path)
     if tokenizer.vocab_size > vocab_size:
         raise CheckpointError(

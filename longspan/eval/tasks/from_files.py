@@ -12,7 +12,7 @@ from longspan.eval.task import Task
 def whole_prompt(
     materials: Materials, message: str, task: Task, frame: Frame | None = None
 ) -> Prompt:
-    """The prompt of a message, in the given frame or that of the materials.
+    """Build the prompt of a message, in the given frame or that of the materials.
 
     Raises `LongspanError` if it and the longest answer do not fit the model.
     """

@@ -103,7 +103,7 @@ class LongBenchTask(Task):
 
     @classmethod
     def of(cls, dataset: str) -> LongBenchTask:
-        """The task of a set."""
+        """Make the task of a set."""
         return cls(dataset=dataset, name=PREFIX + dataset, max_tokens=MAX_TOKENS[dataset])
 
     @property
@@ -112,7 +112,7 @@ class LongBenchTask(Task):
         return False
 
     def num_documents(self, num_samples: int, materials: Materials) -> int:
-        """At most as many as the file has."""
+        """Return at most as many as the file has."""
         if self.dataset in CHINESE:
             metrics.cut_chinese("")  # missing, it should be missed before a model is loaded
         return min(num_samples, len(self._lines(materials)))
@@ -120,7 +120,7 @@ class LongBenchTask(Task):
     def build(
         self, materials: Materials, num_tokens: int, index: int, rng: random.Random
     ) -> list[Example]:
-        """The prompt of a line of the file."""
+        """Build the prompt of a line of the file."""
         line = self._lines(materials)[index]
         frame = PLAIN if self.dataset in NO_CHAT else None
         text = PROMPTS[self.dataset].replace("{context}", line["context"])
@@ -129,7 +129,7 @@ class LongBenchTask(Task):
             answers=tuple(line["answers"]), facts={"classes": line["all_classes"] or []}))]
 
     def score(self, gold: Gold, answer: Answer) -> Verdict:
-        """The best score against any of the right answers."""
+        """Return the best score against any of the right answers."""
         text = answer.text
         if self.dataset in FIRST_LINE:
             text = text.lstrip("\n").split("\n")[0]
@@ -142,7 +142,7 @@ class LongBenchTask(Task):
 
 
 def metric_of(dataset: str, classes: Any = ()) -> Callable[[str, str], float]:
-    """The metric of a set, as a function of prediction and right answer."""
+    """Return the metric of a set, as a function of prediction and right answer."""
     if dataset in ("gov_report", "qmsum", "multi_news", "samsum"):
         return metrics.rouge_l
     if dataset in ("dureader", "vcsum"):

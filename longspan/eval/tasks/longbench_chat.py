@@ -63,13 +63,13 @@ class LongBenchChatTask(Task):
         return False
 
     def num_documents(self, num_samples: int, materials: Materials) -> int:
-        """At most as many as the file has."""
+        """Return at most as many as the file has."""
         return min(num_samples, len(self._cases(materials)))
 
     def build(
         self, materials: Materials, num_tokens: int, index: int, rng: random.Random
     ) -> list[Example]:
-        """The prompt of a case."""
+        """Build the prompt of a case."""
         case = self._cases(materials)[index]
         shots = self._shots(materials, case["idx"])
         return [Example(
@@ -78,7 +78,7 @@ class LongBenchChatTask(Task):
                 {"answer": shot["answer"], "score": shot["score"]} for shot in shots]}))]
 
     def score(self, gold: Gold, answer: Answer) -> Verdict:
-        """Nothing yet: a judge has to read it."""
+        """Give no score yet: a judge has to read it."""
         return Verdict(score=None, label="not judged")
 
     def _cases(self, materials: Materials) -> list[dict[str, Any]]:
@@ -86,7 +86,8 @@ class LongBenchChatTask(Task):
         return items(read_json(file), str(file), ("idx", "query", "prompt", "answer"))
 
     def _shots(self, materials: Materials, number: int) -> list[dict[str, Any]]:
-        """The rated answers of a case, which the file has in the order of the cases' numbers."""
+        """Find the rated answers of a case, which the file has in the order of the cases'
+        numbers."""
         file = find_file(materials.data, ("few_shots.json",), self.name)
         content = read_json(file)
         if not isinstance(content, list) or not 0 < number <= len(content):
@@ -96,7 +97,7 @@ class LongBenchChatTask(Task):
 
 
 def judge_messages(gold: Gold, text: str) -> list[dict[str, str]]:
-    """What the judge is asked about an answer."""
+    """Write what the judge is asked about an answer."""
     shots = "".join(SHOT.format(**shot) for shot in gold.facts["shots"])
     prompt = RUBRIC.format(question=gold.facts["question"], reference=gold.answers[0],
                            shots=shots, answer=text)
@@ -104,7 +105,8 @@ def judge_messages(gold: Gold, text: str) -> list[dict[str, str]]:
 
 
 def read_rating(reply: str) -> float | None:
-    """The last rating in double brackets over the best one; None without a number from 1 to 10."""
+    """Read the last rating in double brackets over the best one; None without a number from 1 to
+    10."""
     found = RATING.findall(reply)
     number = re.search(r"\d+\.\d+|\d+", found[-1]) if found else None
     rating = float(number.group()) if number else 0.0

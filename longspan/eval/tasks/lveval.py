@@ -54,7 +54,8 @@ UNGATED = frozenset({"factrecall_en", "factrecall_zh"})
 ENGLISH = frozenset({"hotpotwikiqa_mixup", "loogle_SD_mixup", "loogle_CR_mixup",
                      "loogle_MIR_mixup", "multifieldqa_en_mixup", "factrecall_en"})
 MIN_RECALL = {True: 0.2, False: 0.4}
-"""Of the key words, in English and in Chinese: with less an answer scores nothing."""
+"""The least recall of the key words, in English and in Chinese: with less an answer scores
+nothing."""
 _IGNORED_ENGLISH = """
     and to of in her was with for it from is that his he by she they or at because be on are their
     what as had were about being this who but have has when which does
@@ -81,7 +82,7 @@ class LvEvalTask(Task):
 
     @classmethod
     def of(cls, dataset: str, level: str) -> LvEvalTask:
-        """The task of a set at a length."""
+        """Make the task of a set at a length."""
         return cls(dataset=dataset, level=level, name=f"{PREFIX}{dataset}_{level}",
                    max_tokens=16 if dataset in UNGATED else 64)
 
@@ -91,7 +92,7 @@ class LvEvalTask(Task):
         return False
 
     def num_documents(self, num_samples: int, materials: Materials) -> int:
-        """At most as many as the file has."""
+        """Return at most as many as the file has."""
         if self.dataset not in ENGLISH:
             metrics.cut_chinese("")  # missing, it should be missed before a model is loaded
         return min(num_samples, len(self._lines(materials)))
@@ -99,7 +100,7 @@ class LvEvalTask(Task):
     def build(
         self, materials: Materials, num_tokens: int, index: int, rng: random.Random
     ) -> list[Example]:
-        """The prompt of a line of the file."""
+        """Build the prompt of a line of the file."""
         line = self._lines(materials)[index]
         text = PROMPTS[self.dataset].replace("{context}", line["context"])
         prompt = whole_prompt(materials, text.replace("{input}", line["input"]), self)
@@ -107,7 +108,7 @@ class LvEvalTask(Task):
             answers=tuple(line["answers"]), facts={"keywords": line.get("answer_keywords")}))]
 
     def score(self, gold: Gold, answer: Answer) -> Verdict:
-        """F1, nothing without enough of the key words; ROUGE-L for one set."""
+        """Score F1, nothing without enough of the key words; ROUGE-L for one set."""
         right, keywords = gold.answers[0], gold.facts.get("keywords")
         if self.dataset == "dureader_mixup":
             return Verdict(score=metrics.rouge_l(_kept(answer.text), _kept(right)))
@@ -128,5 +129,5 @@ class LvEvalTask(Task):
 
 
 def _kept(text: str) -> str:
-    """Chinese words with spaces between, ignored ones left out."""
+    """Return Chinese words with spaces between, ignored ones left out."""
     return " ".join(word for word in metrics.chinese_words(text) if word not in IGNORED_CHINESE)

@@ -87,7 +87,7 @@ class NumberTask(Task):
         return True
 
     def score(self, gold: Gold, answer: Answer) -> Verdict:
-        """1 if the first number is the right one; a number of another fact is told apart."""
+        """Give 1 if the first number is the right one; a number of another fact is told apart."""
         found = first_number(answer.text)
         if found == gold.answers[0]:
             return Verdict(score=1.0)
@@ -107,7 +107,7 @@ class GridTask(NumberTask):
     def build(
         self, materials: Materials, num_tokens: int, index: int, rng: random.Random
     ) -> list[Example]:
-        """One prompt; the depths take turns."""
+        """Build one prompt; the depths take turns."""
         depth = (index % self.num_depths) / max(1, self.num_depths - 1)
         (key,) = draw_keys(rng, 1)
         quiz = Quiz([Fact(depth, key, draw_number(rng))], QUESTION.format(key=key))
@@ -115,7 +115,7 @@ class GridTask(NumberTask):
         return [replace(example, gold=replace(example.gold, facts={"depth": round(depth, 4)}))]
 
     def options(self) -> dict[str, Any]:
-        """Depths of the grid."""
+        """Return the depths of the grid."""
         return {"num_depths": self.num_depths}
 
 
@@ -129,7 +129,7 @@ class HardNegativesTask(NumberTask):
     def build(
         self, materials: Materials, num_tokens: int, index: int, rng: random.Random
     ) -> list[Example]:
-        """One prompt."""
+        """Build one prompt."""
         key = draw_key(rng)
         adjective, noun = key.split("-")
         half = NUM_NEGATIVES // 2
@@ -149,7 +149,7 @@ class OrdinalTask(NumberTask):
     def build(
         self, materials: Materials, num_tokens: int, index: int, rng: random.Random
     ) -> list[Example]:
-        """One prompt."""
+        """Build one prompt."""
         key = draw_key(rng)
         depths = sorted(rng.random() for _ in range(NUM_ORDINAL))
         facts = [Fact(depth, key, draw_number(rng)) for depth in depths]
@@ -169,7 +169,7 @@ class AbsentTask(Task):
     def build(
         self, materials: Materials, num_tokens: int, index: int, rng: random.Random
     ) -> list[Example]:
-        """One prompt."""
+        """Build one prompt."""
         keys = draw_keys(rng, self.num_facts + 1)
         is_absent = index % 2 == 0
         facts = [Fact(rng.random(), key, draw_number(rng)) for key in keys[1:]]
@@ -178,7 +178,7 @@ class AbsentTask(Task):
         return [ask_one(quiz, self, materials, num_tokens, rng)]
 
     def score(self, gold: Gold, answer: Answer) -> Verdict:
-        """1 for a refusal where there is nothing, and for the number where there is one."""
+        """Give 1 for a refusal where there is nothing, and for the number where there is one."""
         found = first_number(answer.text)
         refuses = found is None and REFUSALS.search(answer.text) is not None
         if gold.facts["is_absent"]:
@@ -202,7 +202,7 @@ class WordingsTask(NumberTask):
     def build(
         self, materials: Materials, num_tokens: int, index: int, rng: random.Random
     ) -> list[Example]:
-        """One prompt; the wordings take turns, the other ones hide facts of their own."""
+        """Build one prompt; the wordings take turns, the other ones hide facts of their own."""
         keys = draw_keys(rng, len(WORDINGS))
         asked = index % len(WORDINGS)
         facts = [Fact(rng.random(), key, draw_number(rng), sentence)
@@ -227,7 +227,7 @@ class QuestionsTask(Task):
     def build(
         self, materials: Materials, num_tokens: int, index: int, rng: random.Random
     ) -> list[Example]:
-        """One prompt."""
+        """Build one prompt."""
         keys = draw_keys(rng, NUM_SPREAD)
         facts = [Fact(rng.random(), key, draw_number(rng)) for key in keys]
         lines = [(depth, QUESTION_LINE.format(number=number, key=key)) for number, (depth, key) in
@@ -244,12 +244,12 @@ class QuestionsTask(Task):
                         positions=tuple(document.positions[:NUM_SPREAD]))]
 
     def score(self, gold: Gold, answer: Answer) -> Verdict:
-        """Share of the numbers that the answer holds."""
+        """Return the share of the numbers that the answer holds."""
         hits = string_hits(answer.text, gold.answers)
         return Verdict(score=sum(hits) / len(hits), hits=hits)
 
     def _depths(self, rng: random.Random) -> list[float]:
-        """Where the questions stand, in their order."""
+        """Return where the questions stand, in their order."""
         if self.place == "spread":
             return [(number + rng.random()) / NUM_SPREAD for number in range(NUM_SPREAD)]
         return [{"start": 0.0, "middle": 0.5, "end": 1.0}[self.place]] * NUM_SPREAD
@@ -258,7 +258,7 @@ class QuestionsTask(Task):
 def ask_one(
     quiz: Quiz, task: Task, materials: Materials, num_tokens: int, rng: random.Random
 ) -> Example:
-    """The prompt of a quiz: real text around the facts, the question at its end."""
+    """Build the prompt of a quiz: real text around the facts, the question at its end."""
     budget = num_tokens - task.max_tokens
     tail = materials.frame.tail(f"\n\n{quiz.question} {quiz.instruction}")
     document = bury_in_prose(

@@ -50,7 +50,7 @@ class NiahTask(RulerTask):
     def build(
         self, materials: Materials, num_tokens: int, index: int, rng: random.Random
     ) -> list[Example]:
-        """One prompt."""
+        """Build one prompt."""
         facts = self._draw_facts(rng)
         asked = rng.sample(list(facts), self.num_queries)
         needles = [(key, value) for key, values in facts.items() for value in values]
@@ -75,7 +75,7 @@ class NiahTask(RulerTask):
                         positions=positions)]
 
     def _strings(self, asked: Sequence[str]) -> tuple[str, str, str]:
-        """Head, question and beginning of the answer; of a single answer in the singular."""
+        """Return head, question and beginning of the answer; of a single answer in the singular."""
         template, value_type = NIAH, self.value_type
         if self.is_binary:
             template, value_type = singular(NIAH), value_type[:-1]
@@ -98,7 +98,7 @@ class NiahTask(RulerTask):
     def _filler(
         self, materials: Materials, rng: random.Random, keys: Collection[str]
     ) -> Callable[[], Piece]:
-        """One line of the haystack after the other; never about a key of the facts."""
+        """Give one line of the haystack after the other; never about a key of the facts."""
         noise = materials.encoder.cached(NOISE + "\n")
 
         def next_needle() -> Piece:
@@ -109,7 +109,7 @@ class NiahTask(RulerTask):
         return next_needle if self.haystack == "needles" else lambda: noise
 
     def _draw_facts(self, rng: random.Random) -> dict[str, list[str]]:
-        """{key: values}, all different."""
+        """Draw {key: values}, all different."""
         keys = _different(self.key_type, max(self.num_keys, self.num_queries), rng)
         values = _different(self.value_type, len(keys) * self.num_values, rng)
         return {key: values[i * self.num_values:(i + 1) * self.num_values]
@@ -117,7 +117,7 @@ class NiahTask(RulerTask):
 
 
 def singular(template: Template) -> Template:
-    """The template for one answer, by RULER's replacements."""
+    """Return the template for one answer, by RULER's replacements."""
     text, prefix = template.text, template.prefix
     for old, new in (("Some", "A"), ("are all", "is"), ("are", "is")):
         text, prefix = text.replace(old, new), prefix.replace(old, new)
@@ -125,7 +125,7 @@ def singular(template: Template) -> Template:
 
 
 def join_keys(keys: Sequence[str]) -> str:
-    """Keys as RULER lists them: ``a``, or ``a, and b``, or ``a, b, and c``."""
+    """Join keys as RULER lists them: ``a``, or ``a, and b``, or ``a, b, and c``."""
     return keys[0] if len(keys) == 1 else ", ".join(keys[:-1]) + ", and " + keys[-1]
 
 

@@ -45,17 +45,17 @@ class PasskeyTask(Task):
     def build(
         self, materials: Materials, num_tokens: int, index: int, rng: random.Random
     ) -> list[Example]:
-        """The questions about one document."""
+        """Build the questions about one document."""
         return haystack(
             materials, num_tokens=num_tokens - self.max_tokens, rng=rng,
             depths=spread_depths(self.num_questions, rng), num_distractors=self.num_distractors)
 
     def score(self, gold: Gold, answer: Answer) -> Verdict:
-        """1 if the first number is the one asked for."""
+        """Give 1 if the first number is the one asked for."""
         return Verdict(score=score_number(answer.text, gold.answers[0]))
 
     def options(self) -> dict[str, Any]:
-        """Questions and distractors of a document."""
+        """Return the questions and distractors of a document."""
         return {"num_questions": self.num_questions, "num_distractors": self.num_distractors}
 
 
@@ -63,7 +63,7 @@ def passkey_haystack(
     bank: TextBank, tokenizer: TextTokenizer, *, num_tokens: int, depths: Sequence[float],
     rng: random.Random, num_distractors: int = 0,
 ) -> list[Example]:
-    """`haystack` in the tokenizer's chat template."""
+    """Build `haystack` in the tokenizer's chat template."""
     materials = Materials(encoder=Encoder(tokenizer), bank=bank, frame=Frame.chat(tokenizer))
     return haystack(materials, num_tokens=num_tokens, depths=depths, rng=rng,
                     num_distractors=num_distractors)
@@ -73,7 +73,7 @@ def haystack(
     materials: Materials, *, num_tokens: int, depths: Sequence[float], rng: random.Random,
     num_distractors: int = 0,
 ) -> list[Example]:
-    """A document with a fact at each depth, and the question about each, in order.
+    """Build a document with a fact at each depth, and the question about each, in order.
 
     Every prompt is exactly `num_tokens` long, chat template included.
 
@@ -104,18 +104,18 @@ def haystack(
 
 
 def score_number(text: str, answer: str) -> float:
-    """1 if the first number in the text is the answer."""
+    """Give 1 if the first number in the text is the answer."""
     return float(first_number(text) == answer)
 
 
 def spread_depths(count: int, rng: random.Random) -> list[float]:
-    """A random depth in each of `count` equal parts of the document."""
+    """Draw a random depth in each of `count` equal parts of the document."""
     return [(index + rng.random()) / count for index in range(count)]
 
 
 def _equal_tails(materials: Materials, count: int, rng: random.Random) -> dict[str, str]:
-    """{key: what follows the document}: keys whose questions have the same number of tokens, so
-    that all prompts about one document are equally long."""
+    """Return {key: what follows the document}: keys whose questions have the same number of tokens,
+    so that all prompts about one document are equally long."""
     groups: dict[int, dict[str, str]] = defaultdict(dict)
     for _ in range(MAX_KEY_DRAWS):
         key = draw_key(rng)

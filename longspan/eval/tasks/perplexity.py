@@ -35,7 +35,7 @@ class PerplexityTask(Task):
     def build(
         self, materials: Materials, num_tokens: int, index: int, rng: random.Random
     ) -> list[Example]:
-        """One document of exactly the length."""
+        """Build one document of exactly the length."""
         plain = Frame("", "", materials.frame.prefix_in)
         start = open_prompt(replace(materials, frame=plain), "")
         room = num_tokens - self.max_tokens - count_tokens(start)
@@ -43,14 +43,14 @@ class PerplexityTask(Task):
         return [Example(prompt=Prompt([*start, *pieces], plain), gold=Gold(answers=()))]
 
     def ask(self, model: Model, examples: Sequence[Example]) -> Sequence[Answer]:
-        """Log-probabilities. Raises `LongspanError` where there are none to be had."""
+        """Return log-probabilities. Raises `LongspanError` where there are none to be had."""
         if model.score is None:
             raise LongspanError(f"{self.name} needs log-probabilities of the prompt, which this "
                                 "model does not give; leave the task out")
         return model.score([example.prompt for example in examples])
 
     def score(self, gold: Gold, answer: Answer) -> Verdict:
-        """Mean nats a token: over everything, and by position."""
+        """Return the mean nats a token: over everything, and by position."""
         assert answer.logprobs is not None
         nats = -np.asarray(answer.logprobs, np.float64)
         values = {f"{low}-{high}": float(nats[low:high].mean())
@@ -59,7 +59,7 @@ class PerplexityTask(Task):
 
 
 def position_bins(num_positions: int) -> list[tuple[int, int]]:
-    """(first, past the last) position of each bin."""
+    """Return (first, past the last) position of each bin."""
     borders = [0, min(FIRST_BIN, num_positions)]
     while borders[-1] < num_positions:
         borders.append(min(2 * borders[-1], num_positions))
@@ -67,7 +67,8 @@ def position_bins(num_positions: int) -> list[tuple[int, int]]:
 
 
 def _cut(pieces: Sequence[Piece], num_tokens: int) -> list[Piece]:
-    """The first `num_tokens` tokens. The last piece is cut anywhere, so its text is left out."""
+    """Return the first `num_tokens` tokens. The last piece is cut anywhere, so its text is left
+    out."""
     kept: list[Piece] = []
     room = num_tokens
     for piece in pieces:

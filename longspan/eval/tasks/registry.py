@@ -66,7 +66,7 @@ class TaskOptions:
 
 
 def all_tasks(options: TaskOptions) -> dict[str, Task]:
-    """Every task by its name."""
+    """Return every task by its name."""
     tasks: list[Task] = [
         PasskeyTask(num_questions=options.num_questions, num_distractors=options.num_distractors),
         GridTask(num_depths=options.num_depths),
@@ -96,7 +96,7 @@ SUITES: dict[str, Callable[[str], bool]] = {
 
 
 def make_tasks(names: Sequence[str], options: TaskOptions) -> tuple[Task, ...]:
-    """The tasks and those of the suites with these names, each once.
+    """Make the tasks and those of the suites with these names, each once.
 
     Raises `LongspanError` for an unknown name.
     """

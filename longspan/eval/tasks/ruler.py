@@ -25,7 +25,7 @@ class Template:
     prefix: str
 
     def fill(self, **values: object) -> tuple[str, str, str]:
-        """(before the context, after it, beginning of the answer)."""
+        """Return (before the context, after it, beginning of the answer)."""
         head, _, tail = self.text.partition("{context}")
         return head.format(**values), tail.format(**values), self.prefix.format(**values)
 
@@ -64,6 +64,6 @@ class RulerTask(Task):
     """Scored by the share of the right answers that the text contains."""
 
     def score(self, gold: Gold, answer: Answer) -> Verdict:
-        """RULER's ``string_match_all``."""
+        """Score with RULER's ``string_match_all``."""
         hits = string_hits(answer.text, gold.answers)
         return Verdict(score=sum(hits) / len(hits), hits=hits)

@@ -34,7 +34,7 @@ class Question:
     documents: tuple[int, ...]
     """With the answer, or made to distract from it."""
     related: tuple[int, ...] = ()
-    """Of the same article."""
+    """The documents of the same article."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class DocumentTask(Task):
     def build(
         self, materials: Materials, num_tokens: int, index: int, rng: random.Random
     ) -> list[Example]:
-        """One prompt."""
+        """Build one prompt."""
         questions = self._questions(materials)
         question = rng.choice(questions.questions)
         head, tail, prefix = QUESTIONS.fill(query=question.text)
@@ -79,7 +79,7 @@ class DocumentTask(Task):
                         form="paragraphs repeat" if repeats else "")]
 
     def score(self, gold: Gold, answer: Answer) -> Verdict:
-        """RULER's ``string_match_part``."""
+        """Score with RULER's ``string_match_part``."""
         hits = string_hits(answer.text, gold.answers)
         return Verdict(score=float(any(hits)), hits=hits)
 
@@ -90,7 +90,7 @@ class DocumentTask(Task):
 
 @lru_cache(maxsize=2)
 def read_squad(file: Path) -> QuestionSet:
-    """SQuAD 2.0's questions that have an answer. Raises `LongspanError` for another file."""
+    """Read SQuAD 2.0's questions that have an answer. Raises `LongspanError` for another file."""
     content = read_json(file)
     articles = items(content.get("data") if isinstance(content, dict) else None, str(file),
                      ("paragraphs",))
@@ -111,7 +111,8 @@ def read_squad(file: Path) -> QuestionSet:
 
 @lru_cache(maxsize=2)
 def read_hotpotqa(file: Path) -> QuestionSet:
-    """HotpotQA's questions with their ten paragraphs. Raises `LongspanError` for another file."""
+    """Read HotpotQA's questions with their ten paragraphs. Raises `LongspanError` for another
+    file."""
     content = items(read_json(file), str(file), ("question", "answer", "context"))
     texts = [tuple(f"{title}\n{''.join(lines)}".strip() for title, lines in item["context"])
              for item in content]
@@ -131,8 +132,8 @@ def _checked(questions: QuestionSet, file: Path) -> QuestionSet:
 def _choose(
     encoder: Encoder, questions: QuestionSet, question: Question, room: int, rng: random.Random
 ) -> tuple[list[int], bool]:
-    """Paragraphs that fit: those of the question, those of its article, then any; all of them again
-    when the file has no more. Nothing if not even the first ones fit."""
+    """Choose paragraphs that fit: those of the question, those of its article, then any; all of
+    them again when the file has no more. Nothing if not even the first ones fit."""
     chosen: list[int] = []
     used = 0
     for document in _candidates(questions, question, rng):
@@ -158,7 +159,8 @@ def _candidates(
 
 
 def _cost(encoder: Encoder, questions: QuestionSet, document: int, number: int) -> int:
-    """Tokens of a paragraph with its heading, remembered: most prompts show many of the same."""
+    """Count the tokens of a paragraph with its heading, remembered: most prompts show many of the
+    same."""
     heading = encoder.cached(f"Document {number}:\n")
     return len(heading.ids) + len(encoder.cached(questions.documents[document] + "\n\n").ids)
 

@@ -43,7 +43,7 @@ class VariableTask(RulerTask):
     def build(
         self, materials: Materials, num_tokens: int, index: int, rng: random.Random
     ) -> list[Example]:
-        """One prompt."""
+        """Build one prompt."""
         names, value = _draw_chain(NAME_LEN, rng)
         head, tail, prefix = self._strings(value)
         end = materials.frame.tail(tail, prefix)
@@ -58,7 +58,7 @@ class VariableTask(RulerTask):
             form=WITH_SPACE if self.keeps_space else NO_SPACE)]
 
     def options(self) -> dict[str, Any]:
-        """Whether the space at the end is kept."""
+        """Return whether the space at the end is kept."""
         return {"keeps_space": self.keeps_space}
 
     def _strings(self, value: str) -> tuple[str, str, str]:
@@ -66,7 +66,8 @@ class VariableTask(RulerTask):
         return head, tail.removeprefix("\n"), prefix if self.keeps_space else prefix.rstrip()
 
     def _solved(self, materials: Materials, rng: random.Random) -> str:
-        """The example: as much noise as fits, another chain with shorter names, its answer."""
+        """Build the example: as much noise as fits, another chain with shorter names, its
+        answer."""
         names, value = _draw_chain(EXAMPLE_NAME_LEN, rng)
         statements = _statements(names, value)
         head, tail, prefix = self._strings(value)
@@ -81,7 +82,7 @@ class VariableTask(RulerTask):
 
 
 def _draw_chain(name_len: int, rng: random.Random) -> tuple[list[str], str]:
-    """Different names, and the value of the first one."""
+    """Draw different names, and the value of the first one."""
     names: dict[str, None] = {}
     while len(names) < NUM_HOPS + 1:
         names["".join(rng.choices(string.ascii_uppercase, k=name_len))] = None
@@ -89,6 +90,6 @@ def _draw_chain(name_len: int, rng: random.Random) -> tuple[list[str], str]:
 
 
 def _statements(names: list[str], value: str) -> list[str]:
-    """Lines of the chain, in its order."""
+    """Return the lines of the chain, in its order."""
     hops = [f"VAR {new} = VAR {old} \n" for old, new in zip(names, names[1:], strict=False)]
     return [f"VAR {names[0]} = {value}\n", *hops]

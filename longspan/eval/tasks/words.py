@@ -64,7 +64,7 @@ class CommonWordsTask(RulerTask):
     def build(
         self, materials: Materials, num_tokens: int, index: int, rng: random.Random
     ) -> list[Example]:
-        """One prompt."""
+        """Build one prompt."""
         least = 0
         for form in (SHORT,) if num_tokens < SHORT_LEN else (STANDARD, SHORT):
             built = self._build_form(materials, num_tokens - self.max_tokens, form, rng)
@@ -76,7 +76,7 @@ class CommonWordsTask(RulerTask):
     def _build_form(
         self, materials: Materials, budget: int, form: Form, rng: random.Random
     ) -> Example | int:
-        """The example, or the length that it would need."""
+        """Build the example, or return the length that it would need."""
         head, tail, prefix = COMMON_WORDS.fill()
         end = materials.frame.tail(tail, prefix)
         solved = _solved(materials, form, rng, prefix)
@@ -109,7 +109,7 @@ class FrequentWordsTask(RulerTask):
     def build(
         self, materials: Materials, num_tokens: int, index: int, rng: random.Random
     ) -> list[Example]:
-        """One prompt."""
+        """Build one prompt."""
         head, tail, prefix = FREQUENT_WORDS.fill()
         start = open_prompt(materials, head.rstrip(" "))
         end = materials.frame.tail(tail, prefix)
@@ -133,7 +133,7 @@ class FrequentWordsTask(RulerTask):
 
 
 def _solved(materials: Materials, form: Form, rng: random.Random, prefix: str) -> str:
-    """The example in front: a short list, the question, its answer."""
+    """Build the example in front: a short list, the question, its answer."""
     head, tail, _ = COMMON_WORDS.fill()
     words, _ = draw_words(rng, form.example_words, _pool(materials))
     entries = _shuffled(words, form.example_common, form.example_uncommon, rng)
@@ -145,8 +145,8 @@ def _solved(materials: Materials, form: Form, rng: random.Random, prefix: str) -
 def _longest_list(
     materials: Materials, form: Form, room: int, rng: random.Random
 ) -> tuple[list[Piece], list[str], bool]:
-    """The longest list that fits: (its pieces, its words with the common ones first, whether some
-    are invented). Without pieces if not even `MIN_WORDS` fit."""
+    """Find the longest list that fits: (its pieces, its words with the common ones first, whether
+    some are invented). Without pieces if not even `MIN_WORDS` fit."""
     pool = _pool(materials)
     words, invented = draw_words(rng, max(MIN_WORDS, len(pool)), pool)
     fitting = _num_fitting(materials.encoder, words, form, room)
@@ -165,7 +165,7 @@ def _longest_list(
 
 
 def _num_fitting(encoder: Encoder, words: Sequence[str], form: Form, room: int) -> int:
-    """How many of the words a list of at most `room` tokens can hold."""
+    """Return how many of the words a list of at most `room` tokens can hold."""
     lens = np.array([len(_word(encoder, word).ids) for word in words])
     repeats = np.where(np.arange(len(words)) < NUM_COMMON, form.common, form.uncommon)
     numbers = np.cumsum(_number_lens(encoder, max(1, min(int(repeats.sum()), room))))
@@ -202,7 +202,7 @@ def _pool(materials: Materials) -> tuple[str, ...]:
 
 
 def _coded_words(count: int, rng: random.Random) -> list[str]:
-    """Dots, then different words of random letters."""
+    """Draw dots, then different words of random letters."""
     words: dict[str, None] = {"...": None}
     while len(words) < count:
         words["".join(rng.choices(string.ascii_lowercase, k=WORD_LEN))] = None
@@ -210,12 +210,12 @@ def _coded_words(count: int, rng: random.Random) -> list[str]:
 
 
 def _zipf(num_words: int, num_ranks: int) -> np.ndarray:
-    """How often the word of each rank occurs among so many."""
+    """Return how often the word of each rank occurs among so many."""
     return np.floor(num_words / (np.arange(1, num_ranks + 1) ** 2.0 * ZETA_2)).astype(int)
 
 
 def _zipf_counts(lens: np.ndarray, room: int) -> list[int]:
-    """The same for the longest text that fits, of words with these numbers of tokens."""
+    """Count the same for the longest text that fits, of words with these numbers of tokens."""
     low, high = 0, max(0, room)
     while low < high:
         middle = (low + high + 1) // 2

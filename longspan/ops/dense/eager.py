@@ -61,8 +61,8 @@ def decode_attention(
 def _span_parts(
     q: Tensor, k: Tensor, v: Tensor, span: Span, start: int, rotary: QueryRotary, scale: float
 ) -> list[Partial]:
-    """Partial results [H, T, D] of one zone; the queries' own keys apart, under the causal mask. A
-    query alone sees all keys that there are."""
+    """Compute the partial results [H, T, D] of one zone; the queries' own keys apart, under the
+    causal mask. A query alone sees all keys that there are."""
     rotated = rotated_queries(q, start, span.zone, rotary)
     if span.zone != INTRA or q.shape[0] == 1:
         keys = slice(span.start, span.stop)
@@ -74,7 +74,7 @@ def _span_parts(
 
 
 def _attend_history(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Partial:
-    """All T queries see all S keys. The query heads of a KV head are folded into the rows, so K
+    """Let all T queries see all S keys. The query heads of a KV head are folded into the rows, so K
     and V are never repeated. q: [T, H, D]; k, v: [S, K, D] -> [H, T, D], [H, T]."""
     num_queries, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
@@ -84,7 +84,7 @@ def _attend_history(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Partial:
 
 
 def _attend_own(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Partial:
-    """Causal attention of a segment to its own keys. q: [T, H, D]; k, v: [T, K, D]."""
+    """Compute the causal attention of a segment to its own keys. q: [T, H, D]; k, v: [T, K, D]."""
     num_queries, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
     heads = q.permute(1, 0, 2).reshape(num_kv_heads, -1, num_queries, head_dim)

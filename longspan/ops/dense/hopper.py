@@ -54,7 +54,7 @@ def prefill_attention(
 
 
 def _tail(cache: PagedKV, block_table: Tensor, context_len: int) -> tuple[Tensor, Tensor]:
-    """The last block where it is partly filled, [1, P, K, D], what lies after its keys zeroed:
+    """Copy the last block where it is partly filled, [1, P, K, D], with zeros behind its keys:
     uninitialised values times a weight of 0 could be NaN."""
     count = context_len % TILE_LEN
     if count == 0:
@@ -68,8 +68,8 @@ def _tail(cache: PagedKV, block_table: Tensor, context_len: int) -> tuple[Tensor
 
 @gluon.jit
 def _dense_item(num_tiles, first_tile, stride_tiles, num_heads, num_splits, group):
-    """This program's query tile, head, split, key tiles [low, high), and the first tile of the DCA
-    chunk.
+    """Find this program's query tile, head, split, key tiles [low, high), and the first tile of the
+    DCA chunk.
 
     Programs that run together share one KV head, whose tiles then come from the L2 cache; its late
     query tiles, which have most to do, go first.
@@ -152,7 +152,7 @@ def _dense_kernel(
     q_desc, k_desc, v_desc, k_tail, v_tail, block_table, out, lse, num_tiles, first_tile,
     stride_tiles, num_heads, num_splits, group, last_full, first_row, end_row, num_zones,
 ):
-    """One query tile of one head against one part of its keys."""
+    """Compute one query tile of one head against one part of its keys."""
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * ZONES, HALF, TILE], q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, TILE, TILE], k_desc.layout)
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, TILE, TILE], v_desc.layout)

@@ -36,7 +36,7 @@ def split_prefill_attention(
     q: Tensor, cache: PagedKV, block_table: Tensor, cached_len: int, rotary: QueryRotary,
     scale: float, splits: int,
 ) -> tuple[Tensor, Tensor]:
-    """`prefill_attention` with the keys of every query tile in ``splits`` parts."""
+    """Compute `prefill_attention` with the keys of every query tile in ``splits`` parts."""
     num_queries, num_heads, head_dim = q.shape
     _, tile_len, num_kv_heads, _ = cache.k.shape
     context_len = cached_len + num_queries
@@ -63,7 +63,7 @@ def _dense_kernel(
     dca_tiles, splits, INTER: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
     KEYS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):
-    """One query tile of one head over one part of its keys.
+    """Compute one query tile of one head over one part of its keys.
 
     Neighbouring programs share a KV head and walk the same keys; late tiles, which have most keys,
     go first.

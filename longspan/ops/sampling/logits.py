@@ -23,7 +23,8 @@ class Penalties(NamedTuple):
 
 
 def penalize(logits: Tensor, counts: Tensor, in_prompt: Tensor, penalties: Penalties) -> Tensor:
-    """Logits with less (or, with negative penalties, more) for tokens that were there before.
+    """Return the logits with less (or, with negative penalties, more) for tokens that were there
+    before.
 
     Args:
         logits: [B, V] fp32.
@@ -41,8 +42,8 @@ def penalize(logits: Tensor, counts: Tensor, in_prompt: Tensor, penalties: Penal
 
 
 def keep_allowed(logits: Tensor, bits: Tensor) -> Tensor:
-    """Logits of tokens whose bit is set, -inf elsewhere. NaN and infinity stay: a model that is
-    broken is not to be hidden.
+    """Return the logits of tokens whose bit is set, -inf elsewhere. NaN and infinity stay: a model
+    that is broken is not to be hidden.
 
     Args:
         logits: [B, V] fp32.
@@ -64,8 +65,8 @@ def token_logprobs(
 
 
 def top_logprobs(logits: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Natural log-probabilities. [B, V] fp32 to [B, V] of all tokens, [B, K] ids and [B, K] values
-    of the ``num_top`` most probable ones, best first."""
+    """Compute natural log-probabilities. [B, V] fp32 to [B, V] of all tokens, [B, K] ids and [B, K]
+    values of the ``num_top`` most probable ones, best first."""
     logprobs = logits.log_softmax(dim=-1)
     values, ids = logprobs.topk(num_top, dim=-1)
     return logprobs, ids, values

@@ -37,7 +37,7 @@ class SamplingRows(NamedTuple):
 
 
 def sample(logits: Tensor, rows: SamplingRows, *, all_greedy: bool) -> Tensor:
-    """Next token of each row.
+    """Sample the next token of each row.
 
     Args:
         logits: [B, V] fp32; -inf for tokens that may not come.
@@ -64,13 +64,15 @@ def sample(logits: Tensor, rows: SamplingRows, *, all_greedy: bool) -> Tensor:
 
 
 def uniform(seed: Tensor, position: Tensor) -> Tensor:
-    """Uniform numbers in [0, 1) from a hash of seed and position. [B] int64 twice to [B] fp64."""
+    """Draw uniform numbers in [0, 1) from a hash of seed and position. [B] int64 twice to [B]
+    fp64."""
     bits = _mix(_mix(seed + GOLDEN) + position * GOLDEN)
     return ((bits >> 11) & (2**53 - 1)).double() * 2.0**-53
 
 
 def _filtered(scaled: Tensor, rows: SamplingRows) -> Tensor:
-    """Probabilities in descending order, 0 where a filter drops the token. [B, V] to [B, V]."""
+    """Return the probabilities in descending order, 0 where a filter drops the token. [B, V] to
+    [B, V]."""
     rank = torch.arange(scaled.shape[-1], device=scaled.device)
     in_top_k = (rank < rows.top_k[:, None]) | (rows.top_k[:, None] == 0)
     probs = scaled.masked_fill(~in_top_k, -torch.inf).softmax(dim=-1)
@@ -83,7 +85,8 @@ def _filtered(scaled: Tensor, rows: SamplingRows) -> Tensor:
 
 
 def _mix(bits: Tensor) -> Tensor:
-    """SplitMix64's finaliser on wrapping signed integers; shifts are made logical by masks."""
+    """Apply SplitMix64's finaliser to wrapping signed integers; shifts are made logical by
+    masks."""
     bits = (bits ^ ((bits >> 30) & (2**34 - 1))) * MIX_1
     bits = (bits ^ ((bits >> 27) & (2**37 - 1))) * MIX_2
     return bits ^ ((bits >> 31) & (2**33 - 1))

@@ -2,7 +2,7 @@
 and in tile mode which further key tiles each query tile (`scouts`).
 
 Two modes share the probe scores (probe queries against all keys, continuous positions, one softmax
-over the whole row; report sections 5.1 and 5.4):
+over the whole row; arXiv 2501.15383, sections 5.1 and 5.4):
 
 * ``paper``: MInference's rules. The last queries of the segment are the probe; the first ``sink``
   columns and the last ``local`` diagonals are forced; top-k of column and of diagonal sums, each
@@ -14,7 +14,7 @@ over the whole row; report sections 5.1 and 5.4):
   Diagonals are bought as tiles, and cost what is bought. Columns are looked for in the tiles that
   hold most of what no window covers, as many tiles as columns: what is missed stands in no heavier
   a tile. Forced sink columns do not count as diagonal mass, and mass inside a bought window does
-  not count as column mass (spec: selection findings).
+  not count as column mass.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def select_vertical_slash(
 def probe_mass(
     q: Tensor, k: Tensor, probe: Probe, start: int, rotary: QueryRotary, scale: float
 ) -> Tensor:
-    """Attention weights of the probe rows, [rows, S] fp32. q: [T, D] of one head; k: [S, D]."""
+    """Return the attention weights of the probe rows, [rows, S] fp32. q: [T, D] of one head; k:
+    [S, D]."""
     scores = probe_scores(q, k, probe.positions(q.device), start, rotary, scale)
     return torch.softmax(scores, -1, out=scores)
 
@@ -71,7 +72,7 @@ def _choose_tiles(
     rows: list[Tensor], probes: list[Probe], context_len: int, budget: Budget, head: int,
     tile_len: int,
 ) -> tuple[Tensor, Tensor]:
-    """Columns [V] ascending and window offsets [W] descending, tile mode."""
+    """Choose columns [V], ascending, and window offsets [W], descending, in tile mode."""
     num_tiles, device = -(-context_len // tile_len), rows[0].device
     sink = min(budget.sink, context_len)
     mass = torch.cat(rows)
@@ -101,8 +102,8 @@ def _choose_tiles(
 
 
 def _diagonal_sums(mass: Tensor) -> Tensor:
-    """Mass of consecutive rows by distance: entry o is the sum over rows of the weight on the key
-    o before the row. mass: [rows, S], the last row at position S - 1. Returns [S] fp32.
+    """Sum the mass of consecutive rows by distance: entry o is the sum over rows of the weight on
+    the key o before the row. mass: [rows, S], the last row at position S - 1. Returns [S] fp32.
 
     Each row starts one entry further left in a view whose row stride is one more than a row, so
     that equal distances share a column.
@@ -116,7 +117,7 @@ def _choose_paper(
     rows: list[Tensor], probes: list[Probe], context_len: int, budget: Budget, head: int,
     tile_len: int,
 ) -> tuple[Tensor, Tensor]:
-    """Columns [V] ascending and window offsets [W] descending, MInference's rules."""
+    """Choose columns [V], ascending, and window offsets [W], descending, by MInference's rules."""
     (mass,) = rows
     diagonals = _diagonal_sums(mass)
     _force(diagonals, budget.local)
@@ -129,7 +130,7 @@ def _choose_paper(
 
 
 def coalesce_windows(distances: Tensor, tile_len: int) -> Tensor:
-    """Disjoint windows that cover every diagonal, as MInference's index kernel builds them.
+    """Return disjoint windows that cover every diagonal, as MInference's index kernel builds them.
 
     A diagonal at distance d covers keys [t - d, t - d + P) for the tile that starts at t. From the
     farthest on: a window that ends more than P after the current range opens a new range,

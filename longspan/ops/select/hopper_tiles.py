@@ -33,22 +33,23 @@ STAGES = gl.constexpr(3)
 
 
 def supports(q: Tensor, k: Tensor, padded_rows: int) -> bool:
-    """Whether this kernel can take the probes. q: [.., H, RP, D]; k: [N, P, K, D]."""
+    """Return whether this kernel can take the probes. q: [.., H, RP, D]; k: [N, P, K, D]."""
     return (is_hopper(q.device) and q.dtype in (torch.bfloat16, torch.float16)
             and q.shape[-1] == TILE_LEN == k.shape[1] and padded_rows % HALF_LEN == 0
             and k.is_contiguous() and q.shape[1] // k.shape[2] * padded_rows > HALF_LEN)
 
 
 def block_groups(rows: int) -> tuple[int, int]:
-    """Programs that share a KV head's probe rows, and blocks of 64 in each: as many as fit in
-    shared memory."""
+    """Return how many programs share a KV head's probe rows, and how many blocks of 64 each has: as
+    many as fit in shared memory."""
     blocks = rows // HALF_LEN
     groups = -(-blocks // MAX_BLOCKS)
     return groups, -(-blocks // groups)
 
 
 def num_parts(queries: Tensor, k: Tensor, num_kv_heads: int) -> int:
-    """Programs along the keys: together one wave. Each leaves one partial result of `pass_one`."""
+    """Return the number of programs along the keys: together one wave. Each leaves one partial
+    result of `pass_one`."""
     groups, _ = block_groups(queries.shape[1] // k.shape[2] * queries.shape[2])
     return max(1, num_sms(k.device) // (groups * num_kv_heads))
 
@@ -58,8 +59,8 @@ def pass_one(
     first_partial: int, heads: tuple[int, int], zones: tuple[int, int, int, int],
     tiles: tuple[int, int],
 ) -> None:
-    """Masses of the key ``tiles`` [low, high), as `probe.tile_masses` writes them, and the rows'
-    log-sums over them.
+    """Compute the masses of the key ``tiles`` [low, high), as `probe.tile_masses` writes them, and
+    the rows' log-sums over them.
 
     Args:
         queries: [zones, H, RP, D] rotated probe rows; k: [N, P, K, D].
@@ -80,7 +81,8 @@ def pass_one(
 
 @gluon.jit
 def _barriers():
-    """What the producer has filled and both consumers have done with: queries, ring of keys."""
+    """Allocate the barriers that say what the producer has filled and both consumers have done
+    with: queries, ring of keys."""
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -96,7 +98,7 @@ def _barriers():
 
 @gluon.jit
 def _span(zone, low, high, inter_end, succ_end):
-    """This program's key tiles of a zone within [low, high): the first, and how many."""
+    """Return this program's key tiles of a zone within [low, high): the first, and how many."""
     step = gl.num_programs(0)
     start = gl.maximum(low, gl.where(zone == 0, succ_end, gl.where(zone == 1, inter_end, 0)))
     stop = gl.minimum(high, gl.where(zone == 0, high, gl.where(zone == 1, succ_end, inter_end)))
@@ -110,7 +112,7 @@ def _producer(
     q_desc, k_desc, table, q_smem, k_smem, q_full, q_empty, k_full, k_empty, q_row, zone_rows,
     column, num_zones, low, high, inter_end, succ_end, BLOCKS: gl.constexpr,
 ):
-    """For each zone the blocks of probe rows, and the zone's key tiles."""
+    """Load for each zone the blocks of probe rows, and the zone's key tiles."""
     i = num_zones * 0
     for zone in range(num_zones):
         first, count = _span(zone, low, high, inter_end, succ_end)
@@ -131,7 +133,7 @@ def _producer(
 
 @gluon.jit
 def _folded_max(x):
-    """[64, 128] to [64, 32]: many short chains of operations in place of one long one."""
+    """Fold [64, 128] to [64, 32]: many short chains of operations in place of one long one."""
     return gl.max(gl.reshape(x, (HALF, 4, 32)), 1)
 
 
@@ -146,7 +148,7 @@ def _mass_consumer(
     masses, partial, q_smem, k_smem, q_full, q_empty, k_full, k_empty, rows, left, num_zones, low,
     high, inter_end, succ_end, FIRST: gl.constexpr, STOP: gl.constexpr,
 ):
-    """Masses of every tile for the blocks [FIRST, STOP), and the rows' sums over them.
+    """Compute the masses of every tile for the blocks [FIRST, STOP), and the rows' sums over them.
 
     masses, partial: where the first of this program's rows stands."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
@@ -202,7 +204,7 @@ def _mass_kernel(
     q_desc, k_desc, table, masses, partial, first_partial, first_kv_head, zone_rows, num_zones,
     num_tiles, low, high, inter_end, succ_end, rows, BLOCKS: gl.constexpr,
 ):
-    """Pass 1 over the tiles [low, high). See `probe.tile_masses`.
+    """Run pass 1 over the tiles [low, high). See `probe.tile_masses`.
 
     partial: one entry of each program, from ``first_partial`` on. Grid (programs, groups of
     blocks, KV heads here).

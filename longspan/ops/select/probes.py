@@ -26,13 +26,13 @@ class Probe(NamedTuple):
     num_rows: int
 
     def positions(self, device: torch.device) -> Tensor:
-        """[rows] int64"""
+        """Return the rows' positions, [rows] int64."""
         return self.first + self.step * torch.arange(self.num_rows, device=device)
 
 
 def place_probes(start: int, num_queries: int, tile_len: int, budget: Budget) -> list[Probe]:
-    """The last rows and, in tile mode, the strided ones. Both are spread over the places of a tile
-    as evenly as their number and the segment allow."""
+    """Choose the last rows and, in tile mode, the strided ones. Both are spread over the places of
+    a tile as evenly as their number and the segment allow."""
     last, step = min(budget.probe_last, num_queries), 1
     if budget.mode == "tile" and last * (tile_len // last) <= num_queries:
         step = max(1, tile_len // last)
@@ -50,7 +50,8 @@ def place_probes(start: int, num_queries: int, tile_len: int, budget: Budget) ->
 def probe_scores(
     q: Tensor, k: Tensor, positions: Tensor, start: int, rotary: QueryRotary, scale: float
 ) -> Tensor:
-    """Scores of some rows against all keys, [rows, S] fp32; -inf for keys behind the row.
+    """Compute the scores of some rows against all keys, [rows, S] fp32; -inf for keys behind the
+    row.
 
     q: [T, D] of one head, queries from ``start`` on; k: [S, D]; positions: [rows] ascending.
     """
@@ -67,7 +68,7 @@ def probe_scores(
 
 
 def _scores_into(out: Tensor, q: Tensor, k: Tensor) -> None:
-    """out: [n, S] fp32, rows apart in memory, is set to q k^T; q: [n, D], k: [S, D]."""
+    """Set out [n, S] fp32, rows apart in memory, to q k^T; q: [n, D], k: [S, D]."""
     if q.dtype == torch.float32:
         torch.mm(q, k.T, out=out)
     else:

@@ -6,7 +6,7 @@ themselves apart: they look least like the segment's mean query. The scouts are 
 head. Each is scored exactly against every key that it may see, and where a logit passes the LSE of
 the keys that the scout has already (plus a threshold), the key's tile joins the list of the scout's
 own query tile: at threshold 0, where the kept keys hold less mass than that one key. A list holds
-the tiles with the largest excess, up to a cap (spec: selection findings, 5 to 14).
+the tiles with the largest excess, up to a cap.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def add_scouts(
     selection: Selection, q: Tensor, k: Tensor, start: int, rotary: QueryRotary, scale: float,
     budget: Budget,
 ) -> Selection:
-    """The selection of one segment, in one DCA chunk, with its lists of key tiles.
+    """Return the selection of one segment, in one DCA chunk, with its lists of key tiles.
 
     q: [T, H, D] not rotated, at ``start`` and behind; k: [S, K, D], S = start + T. Memory:
     `ROWS_AT_ONCE` x S fp32 for one head.
@@ -43,7 +43,7 @@ def add_scouts(
 
 
 def place_scouts(q: Tensor, count: int) -> Tensor:
-    """The rows with the lowest cosine to the mean query, ascending. q: [T, D] of one head."""
+    """Find the rows with the lowest cosine to the mean query, ascending. q: [T, D] of one head."""
     q = q.float()
     cosines = torch.nn.functional.normalize(q, dim=1) @ q.mean(0)  # but for the mean's length
     return torch.topk(cosines, min(count, len(q)), largest=False).indices.sort().values
@@ -53,8 +53,8 @@ def _excess(
     selection: Selection, head: int, q: Tensor, k: Tensor, scouts: Tensor, start: int,
     rotary: QueryRotary, scale: float,
 ) -> Tensor:
-    """The largest logit of each key tile less the LSE of what the row keeps, over the scouts of
-    each query tile: [n, all tiles] fp32. -inf: no scout, a window, or columns only.
+    """Return the largest logit of each key tile less the LSE of what the row keeps, over the scouts
+    of each query tile: [n, all tiles] fp32. -inf: no scout, a window, or columns only.
 
     q: [T, D]; k: [S, D]; scouts: [rows] positions.
     """
@@ -83,7 +83,8 @@ def _excess(
 
 
 def _largest_tiles(excess: Tensor, budget: Budget) -> Tensor:
-    """[n, X] int32 tiles above the threshold, the largest where there are more than the cap X."""
+    """Return [n, X] int32 tiles above the threshold, the largest where there are more than the cap
+    X."""
     num_tiles = excess.shape[1]
     top = torch.topk(excess, min(budget.scout_tiles, num_tiles), dim=1)
     tiles = top.indices.masked_fill(top.values <= budget.scout_threshold, num_tiles)

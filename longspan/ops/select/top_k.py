@@ -44,7 +44,8 @@ def _budget(budgets, head, size, floor):
 
 @triton.jit
 def count_above(bits, source, length, limit, CHUNK: tl.constexpr):
-    """How many of the numbers are above ``limit``: CHUNK ones in registers, the rest in memory."""
+    """Return how many of the numbers are above ``limit``: CHUNK ones in registers, the rest in
+    memory."""
     i = tl.arange(0, CHUNK)
     count = tl.sum((bits > limit).to(tl.int32), 0)
     if source is not None:
@@ -56,7 +57,8 @@ def count_above(bits, source, length, limit, CHUNK: tl.constexpr):
 
 @triton.jit
 def threshold_of(bits, source, length, k, most, CHUNK: tl.constexpr):
-    """A number that at least k of ``length`` numbers reach, and at most ``most`` or it is the k-th.
+    """Find a number that at least k of ``length`` numbers reach. At most ``most`` numbers reach it,
+    or it is the k-th largest.
 
     bits: the first CHUNK of them, -1 for padding; source: all, None if those are all.
     """
@@ -72,8 +74,8 @@ def threshold_of(bits, source, length, k, most, CHUNK: tl.constexpr):
 
 @triton.jit
 def chosen_of(bits, threshold, wanted):
-    """What is above the threshold, and the first ``wanted`` numbers equal to it; and how many of
-    those there are up to each number. One scan: of two counts, 16 bits each."""
+    """Mark what is above the threshold, and the first ``wanted`` numbers equal to it; also count
+    those up to each number. One scan makes two counts, 16 bits each."""
     is_above, is_equal = bits > threshold, bits == threshold
     counts = tl.cumsum(is_above.to(tl.int32) + (is_equal.to(tl.int32) << 16), 0)
     equal = counts >> 16
@@ -85,7 +87,8 @@ def chosen_of(bits, threshold, wanted):
 def group_maxima(
     values, maxima, size, groups, stride_maxima, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ) -> None:
-    """The largest of each group: of each column of the numbers laid out in rows of ``groups``.
+    """Find the largest of each group. A group is a column of the numbers laid out in rows of
+    ``groups``.
 
     values: [heads, size] bits; maxima: [heads, groups], a power of two. Grid (groups / BLOCK,
     heads).
@@ -106,7 +109,8 @@ def group_maxima(
 def lower_bounds(
     maxima, bounds, budgets, groups, stride_maxima, size, floor, CHUNK: tl.constexpr
 ) -> None:
-    """What k groups of each head reach, and hardly more than k. bounds: [heads]. Grid (heads)."""
+    """Find a bound for each head that k groups reach, and hardly more than k. bounds: [heads]. Grid
+    (heads)."""
     head = tl.program_id(0)
     k = _budget(budgets, head, size, floor)
     i = tl.arange(0, CHUNK)
@@ -117,7 +121,7 @@ def lower_bounds(
 
 @triton.jit
 def count_reached(values, bounds, block_counts, size, BLOCK: tl.constexpr) -> None:
-    """How many numbers of each block are above the bound, and equal to it.
+    """Count the numbers of each block that are above the bound, and those equal to it.
 
     block_counts: [heads, 2, blocks]. Grid (blocks, heads).
     """
@@ -133,8 +137,8 @@ def count_reached(values, bounds, block_counts, size, BLOCK: tl.constexpr) -> No
 
 @triton.jit
 def _totals(block_counts, head, block, num_blocks, k, NB: tl.constexpr):
-    """Numbers above the bound before ``block`` and in all, and the same for those equal to it;
-    and how many of the latter are wanted."""
+    """Return how many numbers are above the bound before ``block`` and in all, the same for those
+    equal to it, and how many of the latter are wanted."""
     i = tl.arange(0, NB)
     source = block_counts + head * 2 * num_blocks + i
     above = tl.load(source, mask=i < num_blocks, other=0)
@@ -150,7 +154,7 @@ def list_reached(
     values, bounds, block_counts, budgets, found, capacity, size, floor,
     BLOCK: tl.constexpr, NB: tl.constexpr,
 ) -> None:
-    """Numbers above the bound and the wanted ones equal to it, ascending by index.
+    """List the numbers above the bound and the wanted ones equal to it, ascending by index.
 
     found: [heads, 2, capacity] bits and indices; what goes beyond is dropped. Grid (blocks, heads).
     """
@@ -174,7 +178,7 @@ def write_largest(
     values, found, block_counts, budgets, out, stride_out, num_blocks, capacity, size, floor,
     REVERSED: tl.constexpr, NB: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:
-    """Indices of the k largest, ascending; if reversed, ``size - 1 - index``, descending.
+    """Write the indices of the k largest, ascending; if reversed, ``size - 1 - index``, descending.
 
     Of the list if it holds all that was found, otherwise of all numbers. out: [heads, >= k], its
     padding left alone. Grid (heads).
@@ -207,7 +211,8 @@ def write_largest(
 def select_largest(
     values: Tensor, budgets: Tensor, out: Tensor, forced: int, floor: int, backwards: bool
 ) -> None:
-    """Indices of each head's largest values, ascending; backwards: as distances from the end.
+    """Select the indices of each head's largest values, ascending; backwards: as distances from the
+    end.
 
     The first ``forced`` ones, or the last, rank above all others; ``values`` are changed so.
     values: [heads, S] fp32 >= 0, contiguous; budgets: [heads] int32 on the device, raised to
@@ -246,14 +251,14 @@ def select_largest(
 
 @functools.lru_cache(maxsize=1024)
 def on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """[n] int32, kept for each layer. From pinned memory, so that the host does not wait."""
+    """Return [n] int32, kept for each layer. From pinned memory, so that the host does not wait."""
     tensor = torch.tensor(values, dtype=torch.int32)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 @functools.lru_cache(maxsize=64)
 def _forced_ranks(count: int, backwards: bool, device: torch.device) -> Tensor:
-    """What ranks above all sums, [count]: see `select`. Kept for each layer."""
+    """Return what ranks above all sums, [count]: see `select`. Kept for each layer."""
     ranks = 2e6 - torch.arange(count, dtype=torch.float32, device=device)
     return ranks.flip(0) if backwards else ranks
 
@@ -264,7 +269,8 @@ def choose_windows(
     sums, budgets, offsets, is_window, width, num_tiles, forced, P: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """The heaviest tile diagonals of each head, as window offsets; the first ``forced`` ones lead.
+    """Choose the heaviest tile diagonals of each head, as window offsets; the first ``forced`` ones
+    lead.
 
     sums: [heads here, tiles] from `probe.diagonal_masses`, all of them in registers; offsets:
     [heads here, width], padded with P; is_window: [heads here, tiles] int8. Grid (heads here).
@@ -287,7 +293,8 @@ def choose_windows(
 
 @triton.jit(do_not_specialize=["width", "size", "floor"], do_not_specialize_on_alignment=_SLICES)
 def coalesce(distances, budgets, starts, num_starts, width, size, floor, P: tl.constexpr) -> None:
-    """Windows that cover the diagonals of one head, farthest first (`select.coalesce_windows`).
+    """Write the windows that cover the diagonals of one head, farthest first
+    (`select.coalesce_windows`).
 
     distances, starts: [heads here, width], distances descending. Grid (heads here).
     """
@@ -311,7 +318,7 @@ def coalesce(distances, budgets, starts, num_starts, width, size, floor, P: tl.c
 def reverse_windows(
     starts, num_starts, offsets, width, stride_out, P: tl.constexpr, BLOCK: tl.constexpr
 ) -> None:
-    """starts [heads here, width] in reverse, padded with P. Grid (stride_out / BLOCK, heads)."""
+    """Reverse starts [heads here, width], padded with P. Grid (stride_out / BLOCK, heads)."""
     head = tl.program_id(1)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     count = tl.load(num_starts + head)
@@ -323,7 +330,7 @@ def reverse_windows(
 def place_columns(
     columns, tiles, width, num_tiles, P: tl.constexpr, BLOCK: tl.constexpr
 ) -> None:
-    """Indices of keys in listed tiles to key positions, in place.
+    """Turn indices of keys in listed tiles into key positions, in place.
 
     columns: [heads here, width] int64, padded with -1; tiles: [heads here, num_tiles] int32. Grid
     (width / BLOCK, heads here).

@@ -121,7 +121,7 @@ class _Heads(NamedTuple):
 
 def supports(q: Tensor, cache: PagedKV, rotary: QueryRotary, cached_len: int,
              budget: Budget) -> bool:
-    """Whether the kernels take these inputs; otherwise `select` does.
+    """Return whether the kernels take these inputs; otherwise `select` does.
 
     q: [T, H, D]. Tiles must be powers of two and lie in one zone each; GPUs need the shared memory
     of Hopper.
@@ -197,12 +197,13 @@ def _most_rows(budget: Budget) -> int:
 
 
 def _own(call: _Call, heads: _Heads) -> slice:
-    """The query heads of these KV heads."""
+    """Return the query heads of these KV heads."""
     return slice(heads.first * call.group, (heads.first + heads.number) * call.group)
 
 
 def _num_windows(call: _Call) -> int:
-    """Width of the offsets: known from the budget alone, so some of it may be padding."""
+    """Return the width of the offsets: known from the budget alone, so some of it may be
+    padding."""
     if call.budget.mode == "tile":
         wanted = -(-max(call.budget.slash) // call.tile_len)
         return min(call.num_tiles, max(_forced_tiles(call), wanted))
@@ -215,17 +216,18 @@ def _forced_tiles(call: _Call) -> int:
 
 
 def _tile_bytes(call: _Call) -> int:
-    """Workspace of one query head in pass 1: masses of rows in tiles."""
+    """Return the workspace of one query head in pass 1: masses of rows in tiles."""
     return 4 * call.num_tiles * call.padded_rows
 
 
 def _column_bytes(call: _Call) -> int:
-    """Workspace of one query head in pass 2: sums of columns, and lists of the largest."""
+    """Return the workspace of one query head in pass 2: sums of columns, and lists of the
+    largest."""
     return 4 * _column_tiles(call) * call.tile_len + 36 * max(call.max_columns)
 
 
 def _column_tiles(call: _Call) -> int:
-    """Most tiles that columns of one head are looked for in."""
+    """Return the largest number of tiles that columns of one head are looked for in."""
     return min(call.num_tiles, max(call.budget.vertical))
 
 
@@ -266,8 +268,8 @@ def _choose_columns(
     call: _Call, first_head: int, lse: Tensor, is_window: Tensor, weights: Tensor,
     columns: Tensor,
 ) -> None:
-    """The heaviest keys of the heaviest tiles, for the query heads from ``first_head`` on. weights:
-    [heads here, tiles], changed; columns: [heads here, V]."""
+    """Choose the heaviest keys of the heaviest tiles, for the query heads from ``first_head`` on.
+    weights: [heads here, tiles], changed; columns: [heads here, V]."""
     num_heads, device, width = len(columns), columns.device, _column_tiles(call)
     budgets = threshold.on_device(call.max_columns, device)[first_head : first_head + num_heads]
     sink = min(call.budget.sink, call.context_len)
@@ -331,7 +333,7 @@ def _choose_paper(call: _Call, heads: _Heads, columns: Tensor, offsets: Tensor) 
 
 
 def _pass_one(call: _Call, heads: _Heads, masses: Tensor | None) -> Tensor:
-    """log2 of each probe row's whole mass, [heads here * RP]; fills ``masses`` if given."""
+    """Compute log2 of each probe row's whole mass, [heads here * RP]; fills ``masses`` if given."""
     k, rows = call.cache.k, call.group * call.padded_rows
     num_blocks = triton.cdiv(rows, ROW_BLOCK)
     groups = triton.cdiv(num_blocks, ROWS_AT_ONCE // ROW_BLOCK)
@@ -359,7 +361,8 @@ def _pass_one(call: _Call, heads: _Heads, masses: Tensor | None) -> Tensor:
 
 
 def _clear_tiles(call: _Call, first: int) -> tuple[int, int] | None:
-    """Key tiles [low, high) that need no mask, where Hopper's kernels take them; else None."""
+    """Return the key tiles [low, high) that need no mask, where Hopper's kernels take them; else
+    None."""
     if not call.queries.is_cuda or first >= call.mask_from:
         return None
     can = _hopper().supports(call.queries, call.cache.k, call.padded_rows)
@@ -367,20 +370,20 @@ def _clear_tiles(call: _Call, first: int) -> tuple[int, int] | None:
 
 
 def _hopper() -> ModuleType:
-    """Gluon cannot be interpreted: its kernels are imported with the first CUDA tensor."""
+    """Import Gluon's kernels with the first CUDA tensor: they cannot be interpreted."""
     from longspan.ops.select import hopper_tiles as hopper_probe
 
     return hopper_probe
 
 
 def _programs(call: _Call, heads: _Heads, groups: int) -> int:
-    """Programs along the keys: together one wave over the whole device."""
+    """Return the number of programs along the keys: together one wave over the whole device."""
     programs = _device_programs(call.cache.k.device) // (heads.number * groups)
     return min(call.num_tiles, max(1, programs))
 
 
 def _constants(call: _Call) -> dict[str, Any]:
-    """fp32, which only tests take, is multiplied exactly."""
+    """Return the kernels' constants; fp32, which only tests take, is multiplied exactly."""
     return {"RP": call.padded_rows, "P": call.tile_len, "D": call.cache.k.shape[3], "num_stages": 3,
             "PRECISION": "ieee" if call.cache.k.dtype == torch.float32 else "tf32",
             "num_warps": 8}
@@ -394,7 +397,7 @@ def _shared_bytes(device: torch.device) -> int:
 
 @functools.cache
 def _device_programs(device: torch.device) -> int:
-    """Programs that run at once: one on each multiprocessor."""
+    """Return how many programs run at once: one on each multiprocessor."""
     if device.type != "cuda":
         return INTERPRETED_PROGRAMS
     return num_sms(device)

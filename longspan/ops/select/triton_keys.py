@@ -20,7 +20,7 @@ from longspan.ops.select.triton_tiles import (
 @triton.jit
 def _add_diagonals(mass, diagonals, base, tile, context_len, row, num_rows, P: tl.constexpr,
                    RP: tl.constexpr):
-    """Token diagonals of one tile [P, RP] of consecutive rows. Entry i holds the distance
+    """Add the token diagonals of one tile [P, RP] of consecutive rows. Entry i holds the distance
     context_len - 1 - i, so key and row together name entry key - row + num_rows - 1."""
     key, low = tl.arange(0, P), tl.arange(0, RP)
     source = key[:, None] + row[None, :]
@@ -38,8 +38,8 @@ def _add_diagonals(mass, diagonals, base, tile, context_len, row, num_rows, P: t
 
 @triton.jit
 def _column_mass(queries, log_sum, k, PRECISION: tl.constexpr):
-    """Weights [n, RP] of a head's probe rows on n keys, whether they see them or not. Keys stand in
-    rows, so that sums over probe rows stay in a warp."""
+    """Return the weights [n, RP] of a head's probe rows on n keys, whether they see them or not.
+    Keys stand in rows, so that sums over probe rows stay in a warp."""
     scores = tl.dot(k, tl.trans(queries), input_precision=PRECISION)
     return tl.exp2(scores - log_sum[None, :])
 
@@ -51,8 +51,8 @@ def find_blocks(
     last_step, strided_first, step, num_rows,
     RP: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:
-    """KV blocks of listed tiles, and in which of them some probe row's weights do not count: it
-    stands before the tile's end, or has the tile as a window.
+    """Find the KV blocks of listed tiles, and those in which some probe row's weights do not count:
+    it stands before the tile's end, or has the tile as a window.
 
     tiles, blocks: [heads here, width] int32; is_masked: the same, int8. Grid (width / BLOCK, heads
     here).
@@ -81,8 +81,8 @@ def tile_columns(
     GROUP: tl.constexpr, RP: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
     WIDTH: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:
-    """Pass 2, tile mode: weights that no window covers, summed over the probe rows of a head, for
-    each key of some tiles. -1 for keys behind the context, and behind the end of the list.
+    """Run pass 2 in tile mode: weights that no window covers, summed over the probe rows of a head,
+    for each key of some tiles. -1 for keys behind the context, and behind the end of the list.
 
     tiles: [heads here, width] int32 ascending, as many as ``budgets`` [heads here] says, with what
     `find_blocks` knows of them; columns: [heads here, width * P]. KEYS keys at once: little, so
@@ -138,8 +138,8 @@ def key_masses(
     GROUP: tl.constexpr, RP: tl.constexpr, P: tl.constexpr, D: tl.constexpr, QG: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """Pass 2, paper mode: weights summed over the probe rows of each head, for each key and for
-    each token diagonal, which is consecutive rows' alone.
+    """Run pass 2 in paper mode: weights summed over the probe rows of each head, for each key and
+    for each token diagonal, which is consecutive rows' alone.
 
     lse: [heads here * RP]; columns, diagonals: [heads here, S], the latter 0 before. Grid
     (programs, head groups, KV heads here).

@@ -28,7 +28,8 @@ WORKSPACE_BYTES = 48 << 20
 ROW_BLOCK = 128
 """Scouts in one matrix product."""
 WAVES = 4
-"""Of programs over the device: one wave of heads times row blocks would leave many places empty."""
+"""Programs over the device, in waves: one wave of heads times row blocks would leave many places
+empty."""
 
 
 class _Scouts(NamedTuple):
@@ -69,7 +70,7 @@ def add_scouts(
 
 
 def _place(q: Tensor, count: int) -> Tensor:
-    """`scouts.place_scouts` of all heads: [H, R] int32."""
+    """Return `scouts.place_scouts` of all heads: [H, R] int32."""
     num_queries, num_heads, head_dim = q.shape
     count = min(count, num_queries)
     mean = _mean(q)
@@ -117,8 +118,8 @@ def _score(
     selection: Selection, scouts: _Scouts, cache: PagedKV, block_table: Tensor, heads: slice,
     num_programs: int,
 ) -> tuple[Tensor, Tensor]:
-    """Largest logits that are not kept, [heads here, tiles, RP], and log2 of the kept mass, [heads
-    here, RP]; base 2."""
+    """Return the largest logits that are not kept, [heads here, tiles, RP], and log2 of the kept
+    mass, [heads here, RP]; base 2."""
     num_zones, num_tiles, *_ = scouts.zones
     _, num_heads, padded, head_dim = scouts.queries.shape
     tile_len, num_here, k = selection.tile_len, heads.stop - heads.start, cache.k
@@ -141,8 +142,8 @@ def _score(
 
 
 def _flags(selection: Selection, heads: slice, num_tiles: int) -> tuple[Tensor, Tensor]:
-    """Which tile gaps are windows, [heads here, tiles] int8, and which keys columns, [heads here,
-    tiles + 1, P] int8, of which the last tile takes the padding."""
+    """Return which tile gaps are windows, [heads here, tiles] int8, and which keys columns, [heads
+    here, tiles + 1, P] int8, of which the last tile takes the padding."""
     offsets, columns = selection.offsets[heads], selection.columns[heads]
     tile_len = selection.tile_len
     is_window = columns.new_zeros(len(offsets), num_tiles, dtype=torch.int8)
@@ -157,7 +158,7 @@ def sum_queries(
     q, sums, stride_token, stride_head, num_queries, num_heads, D: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Sums of BLOCK queries of one head. q: [T, H, D]; sums: [T / BLOCK, H, D] fp32. Grid
+    """Sum BLOCK queries of one head. q: [T, H, D]; sums: [T / BLOCK, H, D] fp32. Grid
     (T / BLOCK, H)."""
     block, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     row, d = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, D)
@@ -171,8 +172,8 @@ def mean_differences(
     q, mean, differences, stride_token, stride_head, num_queries, D: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """1 - cosine of each query to its head's mean. q: [T, H, D]; mean: [H, D] fp32; differences:
-    [H, T]. Grid (T / BLOCK, H)."""
+    """Compute 1 - cosine of each query to its head's mean. q: [T, H, D]; mean: [H, D] fp32;
+    differences: [H, T]. Grid (T / BLOCK, H)."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     head = tl.program_id(1).to(tl.int64)
     d, exists = tl.arange(0, D), row < num_queries
@@ -191,8 +192,8 @@ def score_scouts(
     GROUP: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """BM scouts of one head over every n-th key tile: their largest logit in the tile among keys
-    that they do not keep, and the log2 of the mass of those that they keep.
+    """Score BM scouts of one head over every n-th key tile: their largest logit in the tile among
+    keys that they do not keep, and the log2 of the mass of those that they keep.
 
     missed: [heads here, tiles, RP]; partial: [programs, heads here, RP]. Grid (programs, RP / BM,
     heads here).
@@ -238,9 +239,9 @@ def list_tiles(
     missed, lse, rows, tiles, first_head, num_rows, start, num_tiles, width, least,
     RP: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ) -> None:
-    """The key tiles that one query tile lists: where a logit of one of its scouts exceeds its kept
-    mass by more than ``least``, the largest ``width`` ones. tiles: [H, n, width]. Grid (n, heads
-    here)."""
+    """List the key tiles of one query tile: those where a logit of one of its scouts exceeds the
+    scout's kept mass by more than ``least``, the largest ``width`` ones. tiles: [H, n, width]. Grid
+    (n, heads here)."""
     local = tl.program_id(1).to(tl.int64)
     head = first_head + local
     row = tl.arange(0, RP)

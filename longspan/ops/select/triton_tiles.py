@@ -24,7 +24,8 @@ SPANS = ["first_kv_head", "num_zones", "num_tiles", "inter_end", "succ_end"]
 
 @triton.jit
 def position_of(row, last, last_first, last_step, strided_first, step, num_rows):
-    """Position of probe rows: those at the end first, then strided ones; -1 for padding."""
+    """Return the position of probe rows: those at the end first, then strided ones; -1 for
+    padding."""
     position = tl.where(row < last, last_first + row * last_step,
                         strided_first + (row - last) * step)
     return tl.where(row < num_rows, position, -1)
@@ -54,7 +55,7 @@ def rotate_listed(
     factor, num_rows, num_heads, RP: tl.constexpr, HALF: tl.constexpr, ZONES: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """As `rotate_probes`, for the rows of q that each head lists: rows [H, num_rows] int32."""
+    """Do as `rotate_probes`, for the rows of q that each head lists: rows [H, num_rows] int32."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     head = tl.program_id(1).to(tl.int64)
     place = tl.load(rows + head * num_rows + row, mask=row < num_rows, other=-1)
@@ -67,7 +68,8 @@ def rotate_listed(
 def _rotate(q, inv_freq, out, row, position, head, stride_token, stride_head, start, chunk_start,
             added_succ, added_inter, factor, num_heads, RP: tl.constexpr, HALF: tl.constexpr,
             ZONES: tl.constexpr):
-    """Rows of out [ZONES, H, RP, D], from the queries at ``position``; 0 where that is negative."""
+    """Write rows of out [ZONES, H, RP, D], from the queries at ``position``; 0 where that is
+    negative."""
     i = tl.arange(0, HALF)[None, :]
     real = (position >= 0)[:, None]
     source = q + (position - start).to(tl.int64)[:, None] * stride_token + head * stride_head + i
@@ -89,7 +91,7 @@ def _rotate(q, inv_freq, out, row, position, head, stride_token, stride_head, st
 
 @triton.jit
 def load_rows(queries, first_row, row, limit, D: tl.constexpr):
-    """Rows [BM, D] of the rotated probes; 0 beyond ``limit``."""
+    """Load rows [BM, D] of the rotated probes; 0 beyond ``limit``."""
     d = tl.arange(0, D)
     source = queries + (first_row + row)[:, None].to(tl.int64) * D + d[None, :]
     return tl.load(source, mask=(row < limit)[:, None], other=0.0)
@@ -97,7 +99,7 @@ def load_rows(queries, first_row, row, limit, D: tl.constexpr):
 
 @triton.jit
 def load_keys(keys, table, tile, stride_block, stride_token, P: tl.constexpr, D: tl.constexpr):
-    """One KV block of one KV head, [P, D]."""
+    """Load one KV block of one KV head, [P, D]."""
     token, d = tl.arange(0, P), tl.arange(0, D)
     block = tl.load(table + tile).to(tl.int64)
     return tl.load(keys + block * stride_block + token[:, None] * stride_token + d[None, :])
@@ -105,7 +107,7 @@ def load_keys(keys, table, tile, stride_block, stride_token, P: tl.constexpr, D:
 
 @triton.jit
 def _stack(parts, N: tl.constexpr, NUM: tl.constexpr):
-    """A tuple of 1, 2 or 4 tensors [N] as [N, NUM].
+    """Stack a tuple of 1, 2 or 4 tensors [N] to [N, NUM].
 
     Stored at once, so that the warps of a program, which otherwise drift apart and let one's
     matrix products overlap with another's exponentials, meet once for each key tile.
@@ -121,7 +123,7 @@ def _stack(parts, N: tl.constexpr, NUM: tl.constexpr):
 
 @triton.jit
 def zone_tiles(zone, program, num_programs, num_tiles, inter_end, succ_end):
-    """A program's key tiles of a zone: every ``num_programs``-th one, [first, stop)."""
+    """Return a program's key tiles of a zone: every ``num_programs``-th one, [first, stop)."""
     start = tl.where(zone == 0, succ_end, tl.where(zone == 1, inter_end, 0))
     stop = tl.where(zone == 0, num_tiles, tl.where(zone == 1, succ_end, inter_end))
     behind = (start - program + num_programs - 1) // num_programs  # of its tiles, before the zone
@@ -130,13 +132,13 @@ def zone_tiles(zone, program, num_programs, num_tiles, inter_end, succ_end):
 
 @triton.jit
 def _num_before(tile, first, step, most):
-    """How many of first, first + step, ... lie before ``tile``, at most ``most``."""
+    """Return how many of first, first + step, ... lie before ``tile``, at most ``most``."""
     return tl.minimum(tl.maximum((tile - first + step - 1) // step, 0), most)
 
 
 @triton.jit
 def _row_masses(scores, position, tile, sink, P: tl.constexpr, MASKED: tl.constexpr):
-    """Statistics of one tile for each row: max, sum, and the sum without the sinks."""
+    """Return the statistics of one tile for each row: max, sum, and the sum without the sinks."""
     if MASKED:
         key = tile * P + tl.arange(0, P)
         scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
@@ -157,7 +159,8 @@ def _add_tile(
     P: tl.constexpr, BM: tl.constexpr, QN: tl.constexpr, PRECISION: tl.constexpr,
     WITH_MAP: tl.constexpr, MASKED: tl.constexpr,
 ):
-    """One key tile against all query blocks: store its masses, carry (max, sum) of each row."""
+    """Compute one key tile against all query blocks: store its masses, carry (max, sum) of each
+    row."""
     tops, sums = state
     new_tops: tl.tuple = ()
     new_sums: tl.tuple = ()
@@ -185,8 +188,8 @@ def tile_masses(
     ROWS: tl.constexpr, RP: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
     QN: tl.constexpr, PRECISION: tl.constexpr, WITH_MAP: tl.constexpr, CLEAR: tl.constexpr,
 ) -> None:
-    """Pass 1: mass of each probe row in each key tile, and its log-sum over this program's tiles.
-    Not CLEAR: only tiles that need masks; `hopper_probe` takes the others.
+    """Run pass 1: mass of each probe row in each key tile, and its log-sum over this program's
+    tiles. Not CLEAR: only tiles that need masks; `hopper_tiles` takes the others.
 
     queries: [zones, H, RP, D]; masses: [KV heads here, tiles, ROWS] fp32; partial: [programs,
     KV heads here, ROWS]. Grid (programs, row groups, KV heads here).
@@ -237,7 +240,8 @@ def combine_logs(
     partial, lse, num_programs, size, num_rows, RP: tl.constexpr, NP: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """log2 of each row's whole mass; +inf for rows of padding, whose weights are then 0.
+    """Combine the partial sums to log2 of each row's whole mass; +inf for rows of padding, whose
+    weights are then 0.
 
     partial: [programs, size]; lse: [size]. Grid (size / BLOCK).
     """
@@ -257,7 +261,7 @@ def diagonal_masses(
     masses, lse, sums, num_tiles, last, last_first, last_step, strided_first, step, num_rows,
     ROWS: tl.constexpr, RP: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:
-    """Mass on each tile diagonal, summed over the probe rows of a head. sums: [heads here, tiles].
+    """Sum the mass on each tile diagonal over the probe rows of a head. sums: [heads here, tiles].
     Grid (tiles / BLOCK, heads here)."""
     head = tl.program_id(1)
     gap = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -270,7 +274,8 @@ def diagonal_masses(
 
 @triton.jit
 def _masses(masses, lse, tile, head, row, num_tiles, ROWS: tl.constexpr, RP: tl.constexpr):
-    """Weights of a head's probe rows in key tiles, 0 where ``tile`` is negative. tile: [n, RP]."""
+    """Return the weights of a head's probe rows in key tiles, 0 where ``tile`` is negative. tile:
+    [n, RP]."""
     group = ROWS // RP
     base = (head // group).to(tl.int64) * num_tiles * ROWS + head % group * RP + row
     exists = tile >= 0
@@ -284,7 +289,7 @@ def free_masses(
     masses, lse, is_window, weights, num_tiles, last, last_first, last_step, strided_first, step,
     num_rows, ROWS: tl.constexpr, RP: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:
-    """Mass in each key tile that no window covers, summed over the probe rows of a head.
+    """Sum the mass in each key tile that no window covers over the probe rows of a head.
 
     is_window: [heads here, tiles] int8 by tile gap; weights: [heads here, tiles]. Grid (tiles /
     BLOCK, heads here).

@@ -93,7 +93,7 @@ class _Segment:
             selection, self._query_tiles() * self.tile_len, self.tile_gap.shape[1])
 
     def attend_head(self, head: int) -> tuple[Tensor, Tensor, Tensor]:
-        """out [n, P, D], lse [n, P] over n query tiles, and the number of pairs kept."""
+        """Return out [n, P, D], lse [n, P] over n query tiles, and the number of pairs kept."""
         kv_head, offsets = head // self.group, self.selection.offsets[head]
         windows = (-offsets[offsets < self.tile_len] // self.tile_len).tolist()
         band = next((i for i, w in enumerate(windows) if w != i), len(windows))
@@ -120,7 +120,7 @@ class _Segment:
         return self.first_tile + torch.arange(self.num_tiles, device=self.k.device)
 
     def _is_window(self, windows: list[int]) -> Tensor:
-        """[n, all tiles] bool, true as well for tiles ahead."""
+        """Return [n, all tiles] bool, true as well for tiles ahead."""
         num_tiles = self.tile_gap.shape[1]
         is_window = torch.zeros(num_tiles, dtype=torch.bool, device=self.k.device)
         is_window[torch.tensor([w for w in windows if w < num_tiles])] = True
@@ -130,7 +130,7 @@ class _Segment:
         return self.queries[zone][:, None, :, head]  # [n, 1, P, D]
 
     def _key_tiles(self, kv_head: int) -> tuple[Tensor, Tensor]:
-        """Two of [all tiles, P, D], views of the ordered keys and values."""
+        """Return two of [all tiles, P, D], views of the ordered keys and values."""
         return (self.k[:, kv_head].unflatten(0, (-1, self.tile_len)),
                 self.v[:, kv_head].unflatten(0, (-1, self.tile_len)))
 
@@ -140,7 +140,8 @@ class _Segment:
         return attend(self._query(head, INTRA), k, v, self.scale, causal=True)
 
     def _band(self, head: int, kv_head: int, band: int) -> list[Partial]:
-        """Windows 1 .. band-1 as one overlapping view; tiles near the prompt's start go apart."""
+        """Attend to windows 1 .. band-1 as one overlapping view; tiles near the prompt's start go
+        apart."""
         width = band - 1
         if width == 0:
             return []
@@ -158,13 +159,15 @@ class _Segment:
         return parts
 
     def _sliding(self, x: Tensor, num_tiles: int, width: int) -> Tensor:
-        """[n, 1, width * P, D]: entry i is rows i*P ... (i + width)*P of x, without a copy."""
+        """Return [n, 1, width * P, D]: entry i is rows i*P ... (i + width)*P of x, without a
+        copy."""
         row, last = x.stride()
         size = (num_tiles, 1, width * self.tile_len, x.shape[1])
         return x.as_strided(size, (row * self.tile_len, 0, row, last))
 
     def _short_band(self, q: Tensor, kv_head: int) -> Partial:
-        """Band of query tiles so early that it reaches position 0: all earlier tiles."""
+        """Attend to the band of query tiles so early that it reaches position 0: all earlier
+        tiles."""
         last_key = (self.first_tile + q.shape[0] - 1) * self.tile_len
         if last_key == 0:
             return torch.zeros_like(q), q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
@@ -174,7 +177,7 @@ class _Segment:
         return attend_biased(q, k, v, self.scale, _log(visible)[:, None, None])
 
     def _gathered_windows(self, head: int, kv_head: int, windows: list[int]) -> list[Partial]:
-        """Windows away from the band: whole tiles gathered for each query tile."""
+        """Attend to windows away from the band: whole tiles gathered for each query tile."""
         windows = [w for w in windows if w < self.first_tile + self.num_tiles]
         if not windows:
             return []
@@ -191,8 +194,8 @@ class _Segment:
     def _attend_tiles(
         self, q: Tensor, tiles: Tensor, kv_head: int, *, all_exist: bool
     ) -> Partial:
-        """Each query tile over its own whole key tiles. q: [n, 1, P, D]; tiles: [n, W], negative
-        before the prompt's start."""
+        """Attend with each query tile to its own whole key tiles. q: [n, 1, P, D]; tiles: [n, W],
+        negative before the prompt's start."""
         k, v = (x[tiles.clamp(min=0)].flatten(1, 2)[:, None] for x in self._key_tiles(kv_head))
         if all_exist:
             return attend(q, k, v, self.scale)
@@ -200,8 +203,8 @@ class _Segment:
         return attend_biased(q, k, v, self.scale, bias[:, None, None])
 
     def _zoned_windows(self, head: int, kv_head: int, windows: list[int]) -> list[Partial]:
-        """All windows but the diagonal where several zones exist: one fused call for each window
-        and zone over the run of query tiles that sees it there."""
+        """Attend to all windows but the diagonal where several zones exist: one fused call for each
+        window and zone over the run of query tiles that sees it there."""
         keys, values = self._key_tiles(kv_head)
         parts = []
         for window in windows:
@@ -218,7 +221,8 @@ class _Segment:
         return parts
 
     def _listed_tiles(self, head: int, kv_head: int, listed: Tensor) -> list[Partial]:
-        """Key tiles that single query tiles list: a fused call for each of those and zone."""
+        """Attend to key tiles that single query tiles list: a fused call for each of those and
+        zone."""
         parts = []
         for span in self.spans:
             tiles = slice(span.start // self.tile_len, -(-span.stop // self.tile_len))
@@ -237,8 +241,8 @@ class _Segment:
     def _shared_keys(
         self, head: int, kv_head: int, columns: Tensor, free: Tensor
     ) -> tuple[list[Partial], Tensor]:
-        """Columns and tile means, zone by zone; the number of column pairs. free: [n, all tiles]
-        bool, the query tile sees the key tile through these alone."""
+        """Attend to columns and tile means, zone by zone; also returns the number of column pairs.
+        free: [n, all tiles] bool, the query tile sees the key tile through these alone."""
         tile = columns // self.tile_len
         parts, pairs = [], torch.zeros((), dtype=torch.float64, device=columns.device)
         taken = torch.bincount(tile, minlength=self.tile_gap.shape[1])
@@ -260,7 +264,7 @@ class _Segment:
         return parts, pairs
 
     def _tile_pairs(self, windows: list[int], listed: Tensor) -> float:
-        """Pairs kept through whole tiles: half of one on the diagonal."""
+        """Count the pairs kept through whole tiles: half of one on the diagonal."""
         last_tile = self.first_tile + self.num_tiles
         whole = sum(last_tile - max(self.first_tile, w) for w in windows if 0 < w < last_tile)
         whole += int(listed.sum())
@@ -268,7 +272,7 @@ class _Segment:
 
 
 def _log(visible: Tensor) -> Tensor:
-    """0 where visible, -inf elsewhere."""
+    """Return 0 where visible, -inf elsewhere."""
     return torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, -math.inf)
 
 

@@ -64,7 +64,8 @@ def _attend_run(
     q: Tensor, k: Tensor, v: Tensor, start: int, base: int, rotary: QueryRotary, scale: float,
     offsets: Tensor, columns: Tensor, tile_len: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q: [T, D] of one head, in one DCA chunk; k, v: [S, D]. Returns out [T, D], lse [T], pairs."""
+    """Attend with q: [T, D] of one head, in one DCA chunk; k, v: [S, D]. Returns out [T, D], lse
+    [T], pairs."""
     positions = start + torch.arange(q.shape[0], device=q.device)
     first_tile = (start - base) // tile_len
     tile = (positions - base) // tile_len - first_tile
@@ -94,7 +95,7 @@ def _attend_run(
 def _tile_keys(
     tile_starts: Tensor, offsets: Tensor, columns: Tensor, tile_len: int
 ) -> tuple[Tensor, Tensor]:
-    """Key positions listed for each tile, [n, W * P + V], and which entries count: positions that
+    """List the key positions for each tile, [n, W * P + V], and which entries count: positions that
     exist, and columns that no window of the tile covers."""
     within = torch.arange(tile_len, device=tile_starts.device)
     windows = (tile_starts[:, None, None] + offsets[:, None] + within).flatten(1)

@@ -54,7 +54,7 @@ def launch(
     variants: Tensor, cache: PagedKV, block_table: Tensor, work: SparseWork, out: Tensor,
     lse: Tensor, cached_len: int,
 ) -> None:
-    """The attention itself. variants: [Z, H, T, D]; out: [T, H, D]; lse: [T, H]."""
+    """Launch the attention itself. variants: [Z, H, T, D]; out: [T, H, D]; lse: [T, H]."""
     num_queries, num_heads, _ = out.shape
     k_cols, v_cols, k_means, v_means = _scratch(work, cache)
     lists = work.lists or TileLists(work.windows, work.windows, work.windows)  # not read
@@ -70,7 +70,7 @@ def launch(
 
 
 def _scratch(work: SparseWork, cache: PagedKV) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Columns and means; where there are none, something that a descriptor can name."""
+    """Return columns and means; where there are none, something that a descriptor can name."""
     columns, means = work.k_cols.shape[0] > 0, work.k_means.shape[0] > 0
     width = TILE_LEN * cache.k.shape[2]
     spare_k, spare_v = cache.k.view(-1, width), cache.v.view(-1, width)
@@ -80,7 +80,7 @@ def _scratch(work: SparseWork, cache: PagedKV) -> tuple[Tensor, Tensor, Tensor, 
 
 @gluon.jit
 def _cover(keys):
-    """Tiles that hold so many keys."""
+    """Return how many tiles hold so many keys."""
     return (keys + TILE - 1) // TILE
 
 
@@ -89,9 +89,9 @@ def _sparse_item(
     head_order, window_rank, column_rank, list_ends, num_tiles, first_tile, num_key_tiles, start,
     previous, CORRECTED: gl.constexpr, LISTED: gl.constexpr,
 ):
-    """This program's query tile, head, and how its steps lie: windows and listed tiles of the zones
-    intra, succ, inter (each bound is where the zone ends), then the biased keys of the same zones.
-    Before them, where the zones' windows end, and the list's parts.
+    """Find this program's query tile, head, and how its steps lie: windows and listed tiles of the
+    zones intra, succ, inter (each bound is where the zone ends), then the biased keys of the same
+    zones. Before them, where the zones' windows end, and the list's parts.
 
     Heavy heads come first; a head's query tiles are neighbours, since they share its columns.
     """
@@ -132,8 +132,8 @@ def _load_whole(
     i, k_desc, v_desc, block_table, tiles, base, sign, first, stop, column, k_smem, v_smem, k_full,
     k_empty, v_full, v_empty,
 ):
-    """Steps from i on: whole KV blocks, key tiles ``base`` + ``sign`` times the entries [first,
-    stop) of ``tiles``. Returns the next step."""
+    """Load steps from i on: whole KV blocks, key tiles ``base`` + ``sign`` times the entries
+    [first, stop) of ``tiles``. Returns the next step."""
     entry = gl.load(tiles + first, first < stop, other=0)
     block = gl.load(block_table + base + sign * entry).to(gl.int32)
     for at in range(first, stop):
@@ -152,8 +152,8 @@ def _load_whole(
 
 @gluon.jit
 def _hidden(flags, bits, tile, key_tile, exists, LISTED: gl.constexpr):
-    """Not 0 where the query tile sees the key tile whole, as a window or listed, or there is
-    none."""
+    """Return flags, not 0 where the query tile sees the key tile whole, as a window or listed, or
+    there is none."""
     hidden = gl.load(flags + tile - key_tile, exists, other=1).to(gl.int32)
     if LISTED:
         word = gl.load(bits + key_tile // 32, exists, other=0)
@@ -163,7 +163,7 @@ def _hidden(flags, bits, tile, key_tile, exists, LISTED: gl.constexpr):
 
 @gluon.jit
 def _set_flag(flag, value):
-    """Whether the slot's keys have biases."""
+    """Set whether the slot's keys have biases."""
     flag.store(gl.full([1], value, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
 
 
@@ -172,8 +172,8 @@ def _load_columns(
     i, k_desc, v_desc, column_tile, flags, bits, tile, row, count, k_smem, v_smem, bias_smem,
     flag_smem, k_full, k_empty, v_full, v_empty, LISTED: gl.constexpr,
 ):
-    """Steps from i on: ``count`` gathered columns from ``row`` on, hidden where this query tile
-    sees their tile whole. Returns the next step."""
+    """Load steps from i on: ``count`` gathered columns from ``row`` on, hidden where this query
+    tile sees their tile whole. Returns the next step."""
     LANES: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
     lanes = gl.arange(0, TILE, layout=LANES)
     for part in range(_cover(count)):
@@ -198,8 +198,8 @@ def _load_means(
     i, k_desc, v_desc, mean_bias, flags, bits, tile, row, first_tile, count, column, k_smem, v_smem,
     bias_smem, flag_smem, k_full, k_empty, v_full, v_empty, LISTED: gl.constexpr,
 ):
-    """Steps from i on: means of the ``count`` tiles from ``first_tile`` on, which begin at ``row``,
-    hidden where this query tile sees the tile whole. Returns the next step."""
+    """Load steps from i on: means of the ``count`` tiles from ``first_tile`` on, which begin at
+    ``row``, hidden where this query tile sees the tile whole. Returns the next step."""
     LANES: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
     lanes = gl.arange(0, TILE, layout=LANES)
     for part in range(_cover(count)):
@@ -317,7 +317,7 @@ def _sparse_kernel(
     num_heads, group, max_windows, list_width, mean_rows, near_mean_part, own_mean_part, num_zones,
     CORRECTED: gl.constexpr, LISTED: gl.constexpr,
 ):
-    """One query tile of one head over its windows, listed tiles, columns and tile means."""
+    """Compute one query tile of one head over its windows, listed tiles, columns and tile means."""
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * ZONES, HALF, TILE], q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, TILE, TILE], k_desc.layout)
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, TILE, TILE], v_desc.layout)

@@ -82,7 +82,7 @@ def prepare(
     selection: Selection, cache: PagedKV, block_table: Tensor, start: int, stop: int, stride: int,
     correction: bool,
 ) -> SparseWork:
-    """Ready one segment, queries start ... stop - 1, which lie in one DCA chunk.
+    """Prepare one segment, queries start ... stop - 1, which lie in one DCA chunk.
 
     cache: k, v [N, P, K, D] contiguous; block_table: [>= n]; stride: a multiple of P, unless no
     position reaches it.
@@ -116,14 +116,15 @@ def prepare(
 
 
 def column_tile_bound(selection: Selection, tile_len: int, num_zones: int) -> int:
-    """Most tiles of P rows that all heads' columns fill, each zone's part rounded up."""
+    """Return the largest number of tiles of P rows that all heads' columns fill, each zone's part
+    rounded up."""
     num_heads, width = selection.columns.shape
     counts = selection.max_columns or (width,) * num_heads
     return sum(min(count, (count + num_zones * (tile_len - 1)) // tile_len) for count in counts)
 
 
 def _own_pairs(position: int, tile_len: int) -> int:
-    """Causal pairs inside their own tiles of all queries before ``position``."""
+    """Count the causal pairs inside their own tiles of all queries before ``position``."""
     tiles, rest = divmod(position, tile_len)
     return tiles * tile_len * (tile_len + 1) // 2 + rest * (rest + 1) // 2
 
@@ -145,7 +146,8 @@ def _lists(selection: Selection, start: int, num_tiles: int) -> TileLists | None
 
 
 def _mean_parts(stops: tuple[int, int, int], tile_len: int) -> tuple[int, int, int, int]:
-    """stops: where the key tiles of each part end."""
+    """Return where the means of each part begin, and where the last end. stops: where the key tiles
+    of each part end."""
     inter, succ, intra = (
         -(-(stop - first) // tile_len)
         for first, stop in zip((0, *stops), stops, strict=False))
@@ -199,7 +201,8 @@ def _index_kernel(
     num_columns, num_steps, num_tiles, start, stop, TILE: tl.constexpr, LANES: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """One head, LANES values of i: windows with a gap below i, and columns before key tile i."""
+    """Count for one head and LANES values of i: windows with a gap below i, and columns before key
+    tile i."""
     head = tl.program_id(0)
     tile = tl.program_id(1) * LANES + tl.arange(0, LANES)
     inside = tile <= num_tiles
@@ -238,7 +241,7 @@ def _plan_kernel(
     window_rank, column_rank, column_tiles, head_order, num_heads, num_tiles, num_visible, succ,
     intra, TILE: tl.constexpr, HEADS: tl.constexpr,
 ):
-    """One program: where each head's columns go, and which head has most to do."""
+    """Plan in one program where each head's columns go, and which head has most to do."""
     head = tl.arange(0, HEADS)
     exists = head < num_heads
     row = column_rank + head * (num_tiles + 1)
@@ -270,7 +273,7 @@ def _gather_columns_kernel(
     intra, start, stop, GROUP: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEADS: tl.constexpr, ALIGNED: tl.constexpr,
 ):
-    """One tile of the gathered columns: P keys and values of one head and zone."""
+    """Gather one tile of the columns: P keys and values of one head and zone."""
     tile = tl.program_id(0)
     heads = tl.arange(0, HEADS)
     ends = tl.load(column_tiles + heads * 4 + 3, mask=heads < num_heads, other=1 << 30)
@@ -326,7 +329,8 @@ def _gather_means_kernel(
     succ, intra, succ_part, intra_part, num_parts, GROUP: tl.constexpr, TILE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
-    """P tile means of one zone: their bias for one query head; the first head of a group copies."""
+    """Gather P tile means of one zone: their bias for one query head; the first head of a group
+    copies."""
     part, head = tl.program_id(0), tl.program_id(1)
     begin, first, last = succ_part * 0, succ * 0, succ
     if part >= intra_part:
@@ -357,7 +361,7 @@ def _list_kernel(
     tiles, ends, bits, column_rank, kept, width, num_words, num_tiles, succ, intra, start, stop,
     TILE: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr,
 ):
-    """The list of one query tile and head: its parts, its bits, and the pairs that it adds."""
+    """List the parts, the bits and the pairs of one query tile and head."""
     row, head = tl.program_id(0), tl.program_id(1)
     place = head.to(tl.int64) * tl.num_programs(0) + row
     lane = tl.arange(0, WIDTH)

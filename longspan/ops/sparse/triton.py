@@ -76,8 +76,8 @@ def _launch_tile_segment(
 
 @triton.jit
 def _free(scores, window_flag, list_bits, tile, key_tile):
-    """Scores [M, N] of keys whose tile [N] is before the query tile, no window and not listed;
-    -inf."""
+    """Keep scores [M, N] of keys whose tile [N] is before the query tile, no window and not listed;
+    the others become -inf."""
     gap = tile - key_tile
     taken = tl.load(window_flag + gap, mask=gap > 0, other=1).to(tl.int32)
     if list_bits is not None:
@@ -98,7 +98,8 @@ def _tile_kernel(
     GROUP: tl.constexpr, CORRECTION: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
-    """One query tile of one head. Zone by zone, the own one first, so that every row has a key."""
+    """Compute one query tile of one head, zone by zone, the own one first, so that every row has a
+    key."""
     SUB: tl.constexpr = TILE // KEYS
     item = tl.program_id(0)
     head = tl.load(head_order + item // num_query_tiles)

@@ -63,7 +63,8 @@ def _cover_kernel(
 
 @triton.jit
 def _count_at_least(offsets, num_windows, bound, TILE: tl.constexpr, LANES: tl.constexpr):
-    """How many offsets, descending and padded with TILE at the end, are ``bound`` or more."""
+    """Return how many offsets, descending and padded with TILE at the end, are ``bound`` or
+    more."""
     count = bound * 0
     for first in range(0, num_windows, LANES):
         at = first + tl.arange(0, LANES)
@@ -82,7 +83,7 @@ def _paper_kernel(
     GROUP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
     LANES: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):
-    """One query tile of one head. Rows may see no key at all."""
+    """Compute one query tile of one head. Rows may see no key at all."""
     item = tl.program_id(0)
     head = tl.load(head_order + item // num_query_tiles)
     tile = first_tile + num_query_tiles - 1 - item % num_query_tiles

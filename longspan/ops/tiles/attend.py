@@ -22,7 +22,7 @@ _SCORE_BYTES = 1 << 29  # score rows materialised at once where no fused kernel 
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False) -> Partial:
-    """softmax(scale q k^T) v. With ``causal`` T equals S and row i sees keys 0..i.
+    """Compute softmax(scale q k^T) v. With ``causal`` T equals S and row i sees keys 0..i.
 
     q: [B, H, T, D]; k, v: [B, H, S, D].
     """
@@ -37,7 +37,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False) 
 
 
 def attend_biased(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor) -> Partial:
-    """As `attend`, with a bias added to the scaled scores.
+    """Attend as `attend` does, with a bias added to the scaled scores.
 
     k, v: B may be 1, then all of q's batch shares them. bias: fp32, broadcastable to [B, 1, T, S];
     -inf drops a key. A row whose keys are all dropped gives out 0 and lse -inf.
@@ -56,7 +56,7 @@ def attend_biased(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor) -
 
 
 def scores_fp32(q: Tensor, k: Tensor) -> Tensor:
-    """q k^T accumulated and returned in fp32. q: [n, T, D]; k: [n, S, D] or [1, S, D]."""
+    """Compute q k^T, accumulated and returned in fp32. q: [n, T, D]; k: [n, S, D] or [1, S, D]."""
     if k.shape[0] == 1 < q.shape[0]:  # one product instead of a batch that repeats k
         return scores_fp32(q.flatten(0, 1)[None], k)[0].unflatten(0, q.shape[:2])
     if q.device.type == "cuda" and q.dtype != torch.float32:
@@ -65,7 +65,7 @@ def scores_fp32(q: Tensor, k: Tensor) -> Tensor:
 
 
 def merge(parts: list[Partial]) -> Partial:
-    """Attention over disjoint key sets combined by LSE, in fp32 (arXiv 2402.17463, alg. 1)."""
+    """Combine the attention over disjoint key sets by LSE, in fp32 (arXiv 2402.17463, alg. 1)."""
     if len(parts) == 1:
         return parts[0]
     lse = parts[0][1]
@@ -90,7 +90,7 @@ def _attend_math(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | N
 
 
 def _rows(x: Tensor, start: int, count: int) -> Tensor:
-    """Entries of the batch axis, or the one that all share."""
+    """Return the entries of the batch axis, or the one that all share."""
     return x if x.shape[0] == 1 else x[start : start + count]
 
 
@@ -101,8 +101,8 @@ def _causal_bias(q: Tensor) -> Tensor:
 
 
 def ordered_kv(cache: PagedKV, block_table: Tensor, context_len: int) -> tuple[Tensor, Tensor]:
-    """A request's keys and values in order, two of [S, K, D]: views where its blocks follow one
-    another in the cache, copies otherwise."""
+    """Return a request's keys and values in order, two of [S, K, D]: views where its blocks follow
+    one another in the cache, copies otherwise."""
     block_size = cache.k.shape[1]
     num_blocks = -(-context_len // block_size)
     table = block_table[:num_blocks]
@@ -115,7 +115,7 @@ def ordered_kv(cache: PagedKV, block_table: Tensor, context_len: int) -> tuple[T
 
 
 def rotated_queries(q: Tensor, start: int, zone: int, rotary: QueryRotary) -> Tensor:
-    """Queries at positions start, start + 1, ... rotated for keys of ``zone``. q: [T, H, D]."""
+    """Rotate queries at positions start, start + 1, ... for keys of ``zone``. q: [T, H, D]."""
     positions = torch.arange(start, start + q.shape[0], device=q.device)
     rows = query_position(positions, zone, rotary.stride, rotary.clamp)
     return rotate(q, rotary.cos[rows], rotary.sin[rows])

@@ -40,19 +40,20 @@ _LN_2 = gl.constexpr(0.6931471805599453)
 
 
 def is_hopper(device: torch.device) -> bool:
-    """Whether tensors of ``device`` are on a Hopper GPU."""
+    """Return whether tensors of ``device`` are on a Hopper GPU."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def supports(q: Tensor, cache: PagedKV, rotary: QueryRotary, context_len: int) -> bool:
-    """Whether these kernels can compute such a call: what the portable ones can, on Hopper, with
-    head dim and tiles of 128."""
+    """Return whether these kernels can compute such a call: what the portable ones can, on Hopper,
+    with head dim and tiles of 128."""
     return (is_hopper(q.device) and q.shape[2] == TILE_LEN == cache.k.shape[1]
             and splits.supports(q, cache, rotary, context_len))
 
 
 def key_tiles(x: Tensor) -> TensorDescriptor:
-    """Tiles of 128 keys by one KV head's 128 dims. x: [.., K, D] or [rows, K * D], contiguous."""
+    """Describe tiles of 128 keys by one KV head's 128 dims. x: [.., K, D] or [rows, K * D],
+    contiguous."""
     flat = x.flatten(-2) if x.dim() > 2 else x
     flat = flat.flatten(0, -2)
     return TensorDescriptor(
@@ -60,7 +61,7 @@ def key_tiles(x: Tensor) -> TensorDescriptor:
 
 
 def query_halves(variants: Tensor) -> TensorDescriptor:
-    """Half tiles of queries. variants: [Z, H, n, D]."""
+    """Describe half tiles of queries. variants: [Z, H, n, D]."""
     flat = variants.flatten(0, 2)
     return TensorDescriptor(
         flat, list(flat.shape), list(flat.stride()), [TILE_LEN // 2, TILE_LEN], SHARED)
@@ -68,13 +69,13 @@ def query_halves(variants: Tensor) -> TensorDescriptor:
 
 @gluon.jit
 def zone_of(tile, start, previous):
-    """Zone of key ``tile``: 0 from ``start`` on, 1 from ``previous`` on, else 2."""
+    """Return the zone of key ``tile``: 0 from ``start`` on, 1 from ``previous`` on, else 2."""
     return (tile < start).to(gl.int32) + (tile < previous).to(gl.int32)
 
 
 @gluon.jit
 def parity(i):
-    """Of a ring's full barriers in step i; its empty ones have the other."""
+    """Return the parity of a ring's full barriers in step i; its empty ones have the other."""
     return i // STAGES & 1
 
 
@@ -87,7 +88,7 @@ def load_tile(desc, row, column, full, smem):
 
 @gluon.jit
 def load_queries(q_desc, q_smem, q_full, row, zone_rows, num_zones):
-    """Both halves of the query tile at ``row``, in every zone's rotation."""
+    """Load both halves of the query tile at ``row``, in every zone's rotation."""
     for zone in range(num_zones):
         full = q_full.index(zone)
         mbarrier.expect(full, TILE * TILE * 2)
@@ -100,7 +101,7 @@ def load_queries(q_desc, q_smem, q_full, row, zone_rows, num_zones):
 @gluon.jit
 def first_step(q_smem, q_half, k_smem, q_full, k_full, k_empty, v_full, zone, num_zones, key_row,
                 query_row, SCORES: gl.constexpr, PROBS: gl.constexpr):
-    """Softmax of step 0, under the causal mask. Returns p, m, total."""
+    """Compute the softmax of step 0, under the causal mask. Returns p, m, total."""
     zeros = gl.zeros([HALF, TILE], gl.float32, SCORES)
     for i in range(num_zones):
         mbarrier.wait(q_full.index(i), 0)
@@ -122,8 +123,8 @@ def first_step(q_smem, q_half, k_smem, q_full, k_full, k_empty, v_full, zone, nu
 def step(i, zone, q_smem, q_half, k_smem, v_smem, bias_smem, flag_smem, k_full, k_empty, v_full,
           v_empty, p, acc, m, total, BIASED: gl.constexpr, SCORES: gl.constexpr,
           PROBS: gl.constexpr):
-    """Scores of step i beside the values of step i - 1, whose weights are p; the softmax of step i
-    beside the latter. Returns p, acc, m, total after step i.
+    """Compute the scores of step i beside the values of step i - 1, whose weights are p, and the
+    softmax of step i beside the latter. Returns p, acc, m, total after step i.
 
     BIASED: the slot's flag says whether its keys have biases. To add them takes as long as the
     exponentials do."""
@@ -157,7 +158,8 @@ def step(i, zone, q_smem, q_half, k_smem, v_smem, bias_smem, flag_smem, k_full, 
 @gluon.jit
 def finish(out, lse, v_smem, last, p, acc, m, total, row, first_row, end_row, head, num_heads,
             SCORES: gl.constexpr):
-    """Values of the ``last`` step; store the rows that are queries. out: [T, H, D]; lse: [T, H]."""
+    """Take in the values of the ``last`` step; store the rows that are queries. out: [T, H, D];
+    lse: [T, H]."""
     acc = warpgroup_mma(p, v_smem.index(last % STAGES), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
     rows = row + gl.arange(0, HALF, layout=gl.SliceLayout(1, SCORES))

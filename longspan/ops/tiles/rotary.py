@@ -24,7 +24,7 @@ _ROWS, _HEADS = 8, 28  # of one program: the more heads, the fewer loads of angl
 def rotated_query_variants(
     q: Tensor, cached_len: int, rotary: QueryRotary, scale: float, tile_len: int
 ) -> Tensor:
-    """Every query's rotation for keys of each zone, scaled so that exp2 of dot products is right.
+    """Rotate every query for keys of each zone, scaled so that exp2 of dot products is right.
 
     Rotated in fp32 and multiplied by scale * log2(e) before the one rounding to q's dtype.
 
@@ -51,7 +51,7 @@ def rotated_query_variants(
 
 
 def num_zones(context_len: int, stride: int) -> int:
-    """Zones that the last of ``context_len`` tokens sees: 1 to 3."""
+    """Return how many zones the last of ``context_len`` tokens sees: 1 to 3."""
     return min((context_len - 1) // stride, INTER) + 1
 
 
@@ -65,7 +65,7 @@ def _rotate_kernel(
     clamp, factor, q_row_stride, q_head_stride, ZONES: tl.constexpr, HALF: tl.constexpr,
     ROWS: tl.constexpr, HEADS: tl.constexpr,
 ):
-    """ROWS positions of HEADS heads, all zones."""
+    """Rotate ROWS positions of HEADS heads, for all zones."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     position = first + rows
     exists = (position >= cached_len) & (position < context_len)

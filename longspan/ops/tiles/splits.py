@@ -19,7 +19,8 @@ _MERGE_ROWS = 16
 
 
 def supports(q: Tensor, cache: PagedKV, rotary: QueryRotary, context_len: int) -> bool:
-    """Whether the Triton prefill kernels can serve a call: a pure function of dtype and shape.
+    """Return whether the Triton prefill kernels can serve a call: a pure function of dtype and
+    shape.
 
     q: [T, H, D]. Interpreted (on CPU tensors) they also take fp32.
     """
@@ -32,7 +33,7 @@ def supports(q: Tensor, cache: PagedKV, rotary: QueryRotary, context_len: int) -
 
 
 def num_splits(num_items: int, num_key_tiles: int, num_sms: int) -> int:
-    """Parts that the keys of each item (query tile of a head) are cut into.
+    """Return how many parts the keys of each item (query tile of a head) are cut into.
 
     The fewest whose time, waves of one program on each multiprocessor over parts, is within 5% of
     the best; parts keep at least 16 key tiles.
@@ -44,7 +45,7 @@ def num_splits(num_items: int, num_key_tiles: int, num_sms: int) -> int:
 
 @memoize
 def num_sms(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 1 for the interpreter."""
+    """Return the number of multiprocessors of a GPU; 1 for the interpreter."""
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -52,7 +53,7 @@ def num_sms(device: torch.device) -> int:
 
 @memoize
 def launch_options(device: torch.device, tile_len: int) -> dict[str, int]:
-    """Keys that a program takes at once, its warps and pipeline stages.
+    """Return how many keys a program takes at once, its warps and pipeline stages.
 
     Hopper's tensor cores read both operands from shared memory, so a whole key tile of 128 fits the
     registers (160 KiB shared); elsewhere 64 keys do (64 KiB). The interpreter takes few, so that
@@ -65,7 +66,8 @@ def launch_options(device: torch.device, tile_len: int) -> dict[str, int]:
 
 
 def merge_splits(parts: Tensor, lses: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """One result of several key parts. parts: [splits, T, H, D] fp32, lses: [splits, T, H]."""
+    """Merge several key parts into one result. parts: [splits, T, H, D] fp32, lses:
+    [splits, T, H]."""
     splits, num_queries, num_heads, head_dim = parts.shape
     out = parts.new_empty(parts.shape[1:], dtype=dtype)
     lse = lses.new_empty(lses.shape[1:])
@@ -79,7 +81,7 @@ def merge_splits(parts: Tensor, lses: Tensor, dtype: torch.dtype) -> tuple[Tenso
 def _merge_kernel(
     parts, lses, out, lse, num_rows, splits, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):
-    """ROWS rows (token and head) of all parts, weighed by their LSEs."""
+    """Merge ROWS rows (token and head) of all parts, weighed by their LSEs."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     exists = row < num_rows
     values = row[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)

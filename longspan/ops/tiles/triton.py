@@ -13,7 +13,8 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def scores_of(q, k) -> tl.tensor:
-    """q [M, D] against keys [N, D]: fp32 [M, N]. fp32 inputs are multiplied as fp32."""
+    """Compute the scores of q [M, D] against keys [N, D]: fp32 [M, N]. fp32 inputs are multiplied
+    as fp32."""
     return tl.dot(q, tl.trans(k), input_precision="ieee")
 
 
@@ -31,7 +32,7 @@ def add_tile(acc, total, top, scores, v) -> tl.tuple:
 
 @triton.jit
 def add_sparse_tile(acc, total, top, scores, v) -> tl.tuple:
-    """`add_tile` for rows that may not have seen any key yet."""
+    """Do `add_tile` for rows that may not have seen any key yet."""
     new_top = tl.maximum(top, tl.max(scores, 1))
     finite = tl.where(new_top == float("-inf"), 0.0, new_top)
     weights = tl.math.exp2(scores - finite[:, None])
@@ -43,6 +44,6 @@ def add_sparse_tile(acc, total, top, scores, v) -> tl.tuple:
 
 @triton.jit
 def finish(acc, total, top) -> tl.tuple:
-    """out [M, D] and natural-log LSE [M]; rows without any key: 0 and -inf."""
+    """Return out [M, D] and natural-log LSE [M]; rows without any key: 0 and -inf."""
     out = acc / tl.where(total > 0, total, 1.0)[:, None]
     return out, tl.where(total > 0, (top + tl.math.log2(total)) * LN_2, float("-inf"))

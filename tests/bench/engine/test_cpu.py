@@ -11,6 +11,7 @@ from longspan.bench.engine import cpu, measure
 from longspan.bench.engine.measure import Measurement
 from longspan.commands import results
 from longspan.errors import LongspanError
+from longspan.eval.text import python_text_roots
 from tests.doubles import write_checkpoint
 
 
@@ -57,7 +58,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_measures_this_engine(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    roots = [root / "json" for root in measure.python_text_roots()]
+    roots = [root / "json" for root in python_text_roots()]
     monkeypatch.setattr(measure, "python_text_roots", lambda: roots)
     # the warm-up is as long as the prompt: it must not be the same, or the cache has it
     for impl in ("dense", "sparse"):

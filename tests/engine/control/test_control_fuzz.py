@@ -180,7 +180,7 @@ class World:
     # -- what happens --------------------------------------------------------------------------
 
     def command(self) -> Add | Abort:
-        """Of the front end."""
+        """A command that the front end sends."""
         rng, front = self.rng, self.front
         if front.open and rng.random() < 0.2:
             return Abort(front.forget(rng.choice([*front.open])))

@@ -74,7 +74,7 @@ class Machine:
             pass
 
     def ttft_s(self, request_id: str) -> float:
-        """Of a finished request."""
+        """Time to first token of a finished request."""
         return self.first_s[request_id] - self.arrived_s[request_id]
 
     def _time(self, batch: ScheduledBatch) -> float:

@@ -284,8 +284,7 @@ def test_replay_equals_eager(kind: list[RowSampling]) -> None:
     source = random.Random(0)
     with torch.inference_mode():
         model, caches = make_model(64)
-        eager_caches = [PagedKV(*(None if x is None else x.clone() for x in cache))
-                        for cache in caches]
+        eager_caches = [PagedKV(cache.k.clone(), cache.v.clone()) for cache in caches]
         graphs, last_tokens = make_graphs(model, caches)
         graphs.record_all(64)
         for count in (3, 1, 17, 64, 4, 2, 5, 33, 6):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from longspan.config import DcaConfig, EngineConfig, ModelConfig
+from longspan.engine.device.graphs import Compute, DecodeGraphs, DecodeState
 from longspan.engine.device.memory import (
-    GIB,
     SAMPLING_BYTES,
     DeviceMemory,
     MemoryPlan,
@@ -21,6 +25,7 @@ from longspan.engine.device.memory import (
     workspace_bytes,
 )
 from longspan.errors import LongspanError, NotEnoughMemoryError
+from longspan.units import GIB
 from tests.doubles import MODEL
 
 BIG = ModelConfig(**{
@@ -96,19 +101,58 @@ def test_workspace_grows_with_the_step() -> None:
         workspace_bytes(BIG, config, 1000)
 
 
-def test_decode_graphs_are_planned_for_on_gpus() -> None:
-    """Logits of every graph, and what the largest one samples with."""
-    def more(max_num_requests: int) -> int:
-        config = EngineConfig(model="m", device="cuda", dtype="bfloat16", prefill_chunk_len=32_768,
-                              max_num_requests=max_num_requests)
-        on_gpu = workspace_bytes(BIG, config, 1)
-        zones = 2 * 28 * 128 * 2
-        graphs = on_gpu - workspace_bytes(BIG, replace(config, device="cpu"), 1) - zones
-        return graphs // BIG.vocab_size
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations have made and that are still there."""
 
-    assert [more(count) for count in (1, 5, 64, 500)] == [
-        8 * recorded + SAMPLING_BYTES * largest
-        for recorded, largest in ((1, 1), (15, 8), (127, 64), (127, 64))]
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._num_tensors = Counter[int]()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage()
+            self._num_tensors[storage.data_ptr()] += 1
+            if self._num_tensors[storage.data_ptr()] == 1:
+                self.now += storage.nbytes()
+            weakref.finalize(tensor, self._forget, storage.data_ptr(), storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _forget(self, place: int, num_bytes: int) -> None:
+        self._num_tensors[place] -= 1
+        if self._num_tensors[place] == 0:
+            self.now -= num_bytes
+
+
+@pytest.mark.parametrize("max_num_requests", [1, 5, 64, 500])
+def test_decode_graphs_are_planned_for_on_gpus(max_num_requests: int) -> None:
+    """What all graphs keep, and what a step needs besides: measured as the graphs are recorded."""
+    model = replace(BIG, vocab_size=3000, max_position_embeddings=1000)
+    config = EngineConfig(model="m", device="cuda", dtype="bfloat16", prefill_chunk_len=32_768,
+                          max_num_requests=max_num_requests)
+    zones = 2 * 28 * 128 * 2
+    planned = (workspace_bytes(model, config, 1) - zones
+               - workspace_bytes(model, replace(config, device="cpu"), 1))
+    state = DecodeState(torch.zeros(max_num_requests + 1, dtype=torch.int64), max_blocks=8,
+                        block_size=128, head_dim=128, dca=None)
+    live, kept, scratch = LiveBytes(), list[Any](), list[int]()
+
+    def record(step: Compute) -> Compute:
+        before = live.peak = live.now
+        kept.append(step())
+        scratch.append(live.peak - before)
+        return step
+
+    with live:
+        graphs = DecodeGraphs(lambda ids, _: torch.ones(len(ids), 3000), state, record)
+        graphs.record_all(max_num_requests)
+    sampling = SAMPLING_BYTES * 3000 * max(len(output.token_ids) for output in kept)
+    assert planned == sum(output.logits.nbytes for output in kept) + sampling
+    assert max(scratch) <= sampling < 1.4 * max(scratch)
 
 
 def test_rotation_tables_are_as_long_as_the_context_without_dca() -> None:

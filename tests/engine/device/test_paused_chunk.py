@@ -88,7 +88,7 @@ def slices_of(prompt: array[int], tail: int, stops: Iterable[int]) -> list[Sched
 
 
 def logits_of(runner: Runner, slices: list[ScheduledSlice]) -> Tensor:
-    """Of the last slice; a decode of another request runs along with every other slice."""
+    """Logits of the last slice; a decode of another request runs along with every other slice."""
     found = None
     for index, item in enumerate(slices):
         neighbour = ScheduledSlice(

@@ -166,7 +166,7 @@ def test_nobody_waits_for_a_hostile_schema(model: Model) -> None:
 
     async def work() -> None:
         async with fake(model) as engine:
-            def guided(schema: object) -> asyncio.Task[Stream]:
+            def guided(schema: Any) -> asyncio.Task[Stream]:
                 return asyncio.create_task(engine.add(GenerateRequest(
                     request_id="r", prompt=PROMPTS[0], params=SamplingParams(
                         max_tokens=6, json_schema=schema))))
@@ -527,8 +527,9 @@ def test_advice_of_the_checkpoint(tmp_path: Path, text: str | None, wanted: Any)
 
 # -- behind HTTP -----------------------------------------------------------------------------------
 
-QUESTION = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8, "temperature": 0,
-            "ignore_eos": True}
+QUESTION: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8, "temperature": 0,
+    "ignore_eos": True}
 
 
 @asynccontextmanager

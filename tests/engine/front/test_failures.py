@@ -20,6 +20,7 @@ from longspan.engine.control.loop import Loop
 from longspan.engine.control.scheduler import Scheduler
 from longspan.engine.device.runner import Runner
 from longspan.engine.front.llm import LLM
+from longspan.engine.intake import Prompt
 from longspan.engine.request import RequestOutput, SamplingParams
 from longspan.engine.step import (
     NOT_FINITE,
@@ -40,13 +41,13 @@ from tests.engine.front.test_client import run, tiny
 SICK = 77
 """The token whose embedding is NaN in `sick`: only requests that have it are affected."""
 PARAMS = SamplingParams(max_tokens=12, ignore_eos=True)
-PROMPTS = [[5, 6, 7], list(range(90, 150)), [9] * 21]
+PROMPTS: list[Prompt] = [[5, 6, 7], list(range(90, 150)), [9] * 21]
 SCHEMA = '{"type": "object"}'
 CAUSE = "sampling has failed for this request (RuntimeError: out of order)"
 
 
 def poison(
-    path: Path, change: Callable[[dict[str, torch.Tensor]], None], **config: Any,
+    path: Path, change: Callable[[dict[str, torch.Tensor]], object], **config: Any,
 ) -> Path:
     """Change the weights of a checkpoint, whose head is a matrix of its own."""
     write_checkpoint(path, tie_word_embeddings=False, **config)
@@ -58,7 +59,7 @@ def poison(
 
 
 def poison_embedding(weights: dict[str, torch.Tensor]) -> None:
-    """Of one token."""
+    """Make one token's embedding NaN."""
     weights["model.embed_tokens.weight"][SICK] = torch.nan
 
 

@@ -225,7 +225,7 @@ def test_a_killed_process_ends_every_stream(tmp_path: Path, role: str) -> None:
             (tmp_path / "hold").touch()
             streams = [await engine.add(ask(LONG, max_tokens=20)) for _ in range(4)]
             await until(lambda: len(steps(tmp_path)) == 1)
-            processes(engine).children[role].kill()  # type: ignore[index]
+            processes(engine).children[role].kill()
             begin_s = time.monotonic()
             for stream in streams:
                 with pytest.raises(EngineUnavailableError, match=f"the {role} process was killed "

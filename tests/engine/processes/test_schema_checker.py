@@ -129,7 +129,7 @@ def test_hostile_schemas_are_answered_within_bounds() -> None:
         lags, sizes = [0.0], [0]
 
         async def watch(checker: SchemaChecker) -> None:
-            own = psutil.Process(checker._child.pid).memory_info().rss  # type: ignore[union-attr]
+            own = psutil.Process(checker._child.pid).memory_info().rss
             while True:
                 before_s = time.monotonic()
                 await asyncio.sleep(0.01)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from longspan.config import EngineConfig
 from longspan.engine.front.client import AsyncEngine, GenerateRequest
@@ -11,8 +12,9 @@ from longspan.engine.front.stream import Stream
 from longspan.engine.request import RequestOutput, SamplingParams, TokenEvent
 
 TIMEOUT_S = 60.0
-OPTIONS = {"device": "cpu", "num_threads": 1, "max_model_len": 2048, "prefill_chunk_len": 256,
-           "max_num_requests": 8}
+OPTIONS: dict[str, Any] = {
+    "device": "cpu", "num_threads": 1, "max_model_len": 2048, "prefill_chunk_len": 256,
+    "max_num_requests": 8}
 TEXTS = [
     "Once upon a time", "The capital of France is", "1 2 3 4 5 6", "def main():", "x" * 200,
     "In the year 1969 " * 40]

@@ -42,7 +42,8 @@ def test_sentencepiece(tmp_path: Path, piece: str, data: bytes) -> None:
         decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
     backend.add_special_tokens([AddedToken("<s>", special=True)])
     backend.save(str(tmp_path / "tokenizer.json"))
-    assert TokenBytes(Tokenizer(tmp_path)).of(backend.token_to_id(piece)) == data
+    token_id = backend.token_to_id(piece)
+    assert token_id is not None and TokenBytes(Tokenizer(tmp_path)).of(token_id) == data
 
 
 def test_padding_of_the_vocabulary_is_nothing(tmp_path: Path) -> None:

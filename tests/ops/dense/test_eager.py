@@ -11,6 +11,7 @@ from torch import Tensor
 
 from longspan.ops import reference
 from longspan.ops.dense import eager as eager_dense
+from longspan.ops.tiles.attend import ordered_kv
 from tests.conftest import SEED, assert_close
 from tests.ops import oracle
 from tests.ops.oracle import Positions
@@ -187,7 +188,7 @@ def test_ordered_kv_views_consecutive_blocks_and_copies_others() -> None:
     """No copy of the cache where a request's blocks follow one another."""
     for shuffled in (True, False):
         case = oracle.make_case(63, Positions(100, 37), shuffled=shuffled)
-        k, v = eager_dense.ordered_kv(case.cache, case.block_table, 50)
+        k, v = ordered_kv(case.cache, case.block_table, 50)
         expected = reference.gather_kv(case.cache, case.block_table, 50)
         assert torch.equal(k, expected[0]) and torch.equal(v, expected[1])
         shares = k.untyped_storage().data_ptr() == case.cache.k.untyped_storage().data_ptr()

@@ -21,7 +21,7 @@ def make_rows(num_rows: int, **values: Any) -> SamplingRows:
 
 
 def draw(logits: Tensor, **values: Any) -> Tensor:
-    """Frequencies of each token over many positions. [V]"""
+    """Frequencies of each token over many positions, [V]."""
     batch = logits.expand(NUM_DRAWS, -1)
     tokens = sample(batch, make_rows(NUM_DRAWS, **values), all_greedy=False)
     return tokens.bincount(minlength=logits.shape[0]) / NUM_DRAWS

@@ -45,7 +45,7 @@ def offsets_of(selection: Selection, head: int) -> list[int]:
 
 
 def probe_mass(case: Case, positions: Positions, head: int, rows: list[int]) -> Tensor:
-    """Attention of single rows at continuous positions, fp64. [rows, L]"""
+    """Attention of single rows at continuous positions, fp64, [rows, L]."""
     stride, length = positions.stride, len(case.k)
     added = (0, stride, positions.chunk_size)
     distances = torch.tensor([
@@ -239,7 +239,7 @@ def test_probes_stand_at_all_places_of_a_tile() -> None:
                 assert (places.sort().values.diff() == 128 // probe.num_rows).all()
                 assert 777 <= probe.first <= last < 777 + num_queries
             spread = last - probe.first
-            assert counts[1] == 0 or spread > 0.7 * num_queries
+            assert not counts[1] or spread > 0.7 * num_queries
 
 
 TILE_CASES = [

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -29,11 +32,11 @@ def budget(mode: str, vertical: list[int], slash: list[int], **changes: float) -
                   **(policy | changes))  # type: ignore[arg-type]
 
 
-def run(case: Case, start: int, limits: Budget, module: object) -> Selection:
+def run(case: Case, start: int, limits: Budget, module: Any) -> Selection:
     cache = oracle.only_first(case, len(case.q))
     q = case.q[start:]
     assert sparse_index.supports(q, cache, case.rotary, start, limits)
-    return module.select_vertical_slash(  # type: ignore[attr-defined]
+    return module.select_vertical_slash(
         q, cache, case.block_table, start, case.rotary, case.scale, limits)
 
 
@@ -237,7 +240,7 @@ def few_large(size: int) -> Tensor:
     return values
 
 
-CONTENTS = {
+CONTENTS: dict[str, Callable[[int], Tensor]] = {
     "uniform": torch.rand,
     "exponential": lambda size: torch.empty(size).exponential_(),
     "magnitudes": lambda size: torch.rand(size).pow(40),

@@ -123,8 +123,8 @@ def test_work_equals_its_definition(
             sum(c < i * tile_len for c in columns) for i in range(num_tiles + 1)]
         check_columns(work, case, selection, head, length)
         check_means(work, case.cache, case, selection, head, length)
-        tiles = work.column_tiles[head, 3] - work.column_tiles[head, 0]
-        cost.append(int(tiles) + sum(gap < num_tiles for gap in gaps))
+        num_column_tiles = int(work.column_tiles[head, 3] - work.column_tiles[head, 0])
+        cost.append(num_column_tiles + sum(gap < num_tiles for gap in gaps))
     order = work.head_order.tolist()
     assert sorted(order) == list(range(heads))
     assert [cost[head] for head in order] == sorted(cost, reverse=True)
