@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from longspan.commands import synth_options
 from longspan.commands.eval_app import eval_app
 from longspan.commands.import_gguf import import_gguf
 from longspan.commands.options import (
@@ -58,6 +59,7 @@ bench_app = typer.Typer(help="Measure speed and memory.", rich_markup_mode=None)
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
 app.command("import")(import_gguf)
+app.add_typer(synth_options.app)
 
 
 @app.command()

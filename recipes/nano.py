@@ -18,7 +18,9 @@ from __future__ import annotations
 import sys
 from functools import partial
 
-from longspan.commands.train import run_recipe
+from longspan.commands.train import DataRules, run_recipe
+from longspan.data.documents import Reading
+from longspan.data.filters import Filters
 from longspan.data.tokens import Kind
 from longspan.train.model import build_model
 from longspan.train.phases import Phase
@@ -27,6 +29,16 @@ from longspan.train.recipe import Recipe
 M = 1_000_000
 # A planted value is random at its first mention, so it cannot be learnt.
 KIND_WEIGHTS: dict[int, float] = {Kind.PLANTED: 0.0, Kind.ANSWER: 5.0, Kind.COPY: 2.0}
+
+SUFFIXES = ("py", "md", "rst", "txt", "html", "pod", "c", "h", "toml")
+SKIPPED = ("site-packages", "__pycache__", "node_modules", "test", "tests")
+# English and code, as 4,096 tokens can hold; a package is one document, since code read as a whole
+# depends on what is far away.
+RULES = DataRules(
+    reading=Reading(include=tuple(f"*.{suffix}" for suffix in SUFFIXES),
+                    exclude=tuple(f"*/{name}/*" for name in SKIPPED), join_depth=2),
+    filters=Filters(min_chars=400, max_chars=1_500_000, min_ascii=0.97, min_letters=0.5,
+                    max_mean_line=160, near_duplicate=None))
 
 
 def nano() -> Recipe:
@@ -61,4 +73,4 @@ def smoke() -> Recipe:
 
 
 if __name__ == "__main__":
-    sys.exit(run_recipe(sys.argv[1:], nano(), smoke()))
+    sys.exit(run_recipe(sys.argv[1:], nano(), smoke(), RULES))

@@ -12,22 +12,32 @@ import math
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 
 from longspan.cli import run_command
-from longspan.data.compose import template_texts
-from longspan.data.corpus import frequent_words, sample_texts, write_shards
+from longspan.data.corpus import (
+    choose_held_out,
+    lower_words,
+    most_frequent,
+    sample_texts,
+    write_corpus,
+)
+from longspan.data.documents import Reader, Reading, Root
+from longspan.data.filters import Filters, Refusal
 from longspan.data.gate_documents import gate_documents
-from longspan.data.rows import compose_batch, load_source
-from longspan.data.sources import Root, read_documents
+from longspan.data.intake import Intake
+from longspan.data.rows import Mixture, compose_batch
+from longspan.data.source import load_source
+from longspan.data.templates import template_texts
 from longspan.data.tokens import Kind
 from longspan.errors import LongspanError
 from longspan.train.export import export_model, join_shards
@@ -65,22 +75,42 @@ class TrainOptions:
     """Export there when the run ends."""
 
 
-def make_corpus(recipe: Recipe, roots: Sequence[Root], out: Path) -> dict[str, int]:
-    """Read text, train the tokenizer on a sample and on templates, write shards; their sizes."""
-    documents = read_documents(roots)
-    templates = template_texts(frequent_words(documents))
-    tokenizer = train_tokenizer([*sample_texts(documents), *templates], recipe.vocab_size)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataRules:
+    """How a recipe reads text and what rows it makes of it."""
+
+    reading: Reading = Reading()
+    filters: Filters = Filters()
+    mixture: Mixture = Mixture()
+    held_out: float = 0.02
+
+
+def make_corpus(
+    recipe: Recipe, rules: DataRules, roots: Sequence[Root], out: Path
+) -> dict[str, Any]:
+    """Read text, train the tokenizer on a sample and on templates, write the corpus; its counts."""
+    intake = Intake()
+    documents = list(Reader(rules.reading, Refusal(rules.filters), intake).read(roots))
+    if not documents:
+        raise LongspanError(f"no text that can be used: {intake.left_out()}")
+    is_held_out = choose_held_out(
+        [d.name for d in documents], [len(d.text) for d in documents], rules.held_out)
+    seen = [d for d, out in zip(documents, is_held_out, strict=True) if not out]
+    words = Counter(word for document in seen for word in lower_words(document.text))
+    texts = [*sample_texts(seen), *template_texts(most_frequent(words))]
+    tokenizer = train_tokenizer(texts, recipe.vocab_size)
     save_tokenizer(tokenizer, out / "tokenizer")
-    return write_shards(documents, tokenizer, out / "corpus")
+    return write_corpus(documents, tokenizer, out / "corpus", intake, rules.held_out)
 
 
-def train(recipe: Recipe, options: TrainOptions) -> None:
+def train(recipe: Recipe, rules: DataRules, options: TrainOptions) -> None:
     """Run or resume the phases; SIGTERM saves and ends."""
     phases = with_tokens(recipe.phases, options.num_tokens)
     config = run_config(recipe, options)
     model = recipe.new_model(vocab_size=recipe.vocab_size)
     batches = partial(
-        loader_batches, partial(open_rows, options.data), config.seed, options.num_workers)
+        loader_batches, partial(open_rows, options.data, rules.mixture), config.seed,
+        options.num_workers)
     gate = partial(run_gate, partial(haystacks, recipe, options.data), recipe.gate_lengths)
     with stopped_by_sigterm() as stop:
         progress = pretrain(model, phases, batches, config, gate, stop)
@@ -111,9 +141,9 @@ def run_config(recipe: Recipe, options: TrainOptions) -> RunConfig:
         resume=options.resume, warmup_steps=recipe.warmup_steps)
 
 
-def open_rows(data: Path) -> RowMaker:
+def open_rows(data: Path, mixture: Mixture) -> RowMaker:
     """Open the rows of a corpus."""
-    return partial(compose_batch, source=load_source(data))
+    return partial(compose_batch, source=load_source(data), mixture=mixture)
 
 
 def haystacks(recipe: Recipe, data: Path, length: int) -> Iterator[Haystack]:
@@ -162,7 +192,9 @@ def parse_amounts(option: str, texts: Sequence[str]) -> dict[str, int]:
     return amounts
 
 
-def run_recipe(arguments: Sequence[str], recipe: Recipe, smoke: Recipe) -> int:
+def run_recipe(
+    arguments: Sequence[str], recipe: Recipe, smoke: Recipe, rules: DataRules
+) -> int:
     """Run one command of a recipe; returns its exit status.
 
     Args:
@@ -170,11 +202,11 @@ def run_recipe(arguments: Sequence[str], recipe: Recipe, smoke: Recipe) -> int:
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_float32_matmul_precision("high")
-    app = _make_app(lambda small: smoke if small else recipe)
+    app = _make_app(lambda small: smoke if small else recipe, rules)
     return run_command(arguments, app, f"python -m recipes.{recipe.name}")
 
 
-def _make_app(choose: Callable[[bool], Recipe]) -> typer.Typer:
+def _make_app(choose: Callable[[bool], Recipe], rules: DataRules) -> typer.Typer:
     app = typer.Typer(help=f"From raw text to {choose(False).name}.", add_completion=False,
                       pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -185,9 +217,9 @@ def _make_app(choose: Callable[[bool], Recipe]) -> typer.Typer:
         smoke: bool = False,
     ) -> None:
         """Read text files, train a tokenizer, write token shards."""
-        roots = [Root(path=Path(path), max_bytes=size)
+        roots = [Root(path=path, max_bytes=size)
                  for path, size in parse_amounts("--root", root).items()]
-        print(json.dumps(make_corpus(choose(smoke), roots, out)))
+        print(json.dumps(make_corpus(choose(smoke), rules, roots, out)))
 
     @app.command("train")
     def train_command(
@@ -202,7 +234,7 @@ def _make_app(choose: Callable[[bool], Recipe]) -> typer.Typer:
         shards: Annotated[Path | None, typer.Option(help="Export there at the end.")] = None,
     ) -> None:
         """Train through the phases."""
-        train(choose(smoke), TrainOptions(
+        train(choose(smoke), rules, TrainOptions(
             data=data, out=out, num_tokens=parse_amounts("--tokens", tokens or ()),
             resume=resume, eager=eager, recompute=recompute, deadline_s=deadline_s,
             num_workers=workers, shards=shards))

@@ -7,7 +7,9 @@ natural facts. In templates ``{k}`` is the key, ``{v}`` the value, ``{n}`` numbe
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from longspan.data.tokens import Kind, Part
 from longspan.data.vocabulary import (
@@ -24,6 +26,16 @@ from longspan.data.vocabulary import (
     make_value,
     value_noun,
 )
+
+Option = TypeVar("Option")
+
+
+class Allowed(Protocol):
+    """Says which of several wordings may be used."""
+
+    def __call__(self, options: Sequence[Option], /) -> Sequence[Option]:
+        """Return some of the options, one at least."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +136,51 @@ NATURAL: tuple[tuple[str, str, str, str], ...] = (
     ("thing", "Remember that the {k} weighs {v} grams.", "How many grams does the {k} weigh?",
      "The weight of the {k} in grams is"),
     ("thing", "According to the report, the {k} costs {v} credits.",
-     "How many credits does the {k} cost?", "The cost of the {k} in credits is"))
+     "How many credits does the {k} cost?", "The cost of the {k} in credits is"),
+    ("city", "Flight {v} leaves from {k}.", "Which flight leaves from {k}?",
+     "The flight that leaves from {k} is"),
+    ("city", "The museum of {k} counted {v} visitors.",
+     "How many visitors did the museum of {k} count?", "The number of visitors in {k} was"),
+    ("city", "In {k} the meter showed {v}.", "What did the meter in {k} show?",
+     "The meter in {k} showed"),
+    ("city", "The postal code used for {k} is {v}.", "Which postal code is used for {k}?",
+     "The postal code used for {k} is"),
+    ("city", "Our contact in {k} answers to the code {v}.",
+     "To which code does our contact in {k} answer?", "Our contact in {k} answers to the code"),
+    ("city", "Gate {v} of the station in {k} stays open.",
+     "Which gate of the station in {k} stays open?", "The gate that stays open in {k} is"),
+    ("person", "{k} lives in house number {v}.", "In which house number does {k} live?",
+     "The house number of {k} is"),
+    ("person", "The patient {k} has the file {v}.", "Which file does the patient {k} have?",
+     "The file of the patient {k} is"),
+    ("person", "{k} finished the race with the start number {v}.",
+     "With which start number did {k} finish the race?", "The start number of {k} was"),
+    ("person", "For {k} the bank opened account {v}.",
+     "Which account did the bank open for {k}?", "The account that was opened for {k} is"),
+    ("person", "Room {v} is reserved for {k}.", "Which room is reserved for {k}?",
+     "The room reserved for {k} is"),
+    ("person", "{k} typed {v} to enter the building.",
+     "What did {k} type to enter the building?", "To enter the building {k} typed"),
+    ("person", "The invoice to {k} carries number {v}.",
+     "Which number does the invoice to {k} carry?", "The invoice to {k} carries number"),
+    ("person", "Student {k} got the exam sheet {v}.", "Which exam sheet did student {k} get?",
+     "The exam sheet of {k} is"),
+    ("thing", "The {k} was built in series {v}.", "In which series was the {k} built?",
+     "The series of the {k} is"),
+    ("thing", "Shelf {v} holds the {k}.", "Which shelf holds the {k}?",
+     "The shelf that holds the {k} is"),
+    ("thing", "The patent on the {k} has the number {v}.",
+     "What number does the patent on the {k} have?", "The number of the patent on the {k} is"),
+    ("thing", "Operation {k} begins at mark {v}.", "At which mark does operation {k} begin?",
+     "Operation {k} begins at mark"),
+    ("thing", "The license of the {k} ends in {v}.", "In what does the license of the {k} end?",
+     "The license of the {k} ends in"),
+    ("thing", "Dial {v} to hear about the {k}.", "What is dialled to hear about the {k}?",
+     "The number about the {k} is"),
+    ("thing", "The counter of the {k} stopped at {v}.", "Where did the counter of the {k} stop?",
+     "The counter of the {k} stopped at"),
+    ("thing", "{v} copies of the {k} were printed.", "How many copies of the {k} were printed?",
+     "The number of printed copies of the {k} is"))
 FAMILIES = ("ruler", "ruler-loose", "passkey", "record", "natural")
 FAMILY_WEIGHTS = (46, 8, 9, 15, 22)
 
@@ -166,18 +222,22 @@ class Group:
     def make(self, rng: random.Random, words: Words, used: set[str]) -> Fact:
         """Make a fact with a key not in ``used`` (which is extended)."""
         key = self._new_key(rng, words, used)
-        value = make_value(rng, self.value_kind, words)
-        noun = value_noun(self.value_kind)
-        inline = self.family != "record"
-        return _fact(self.family, (key, value, noun), self.template, self.asks, inline)
+        return self.with_key(key, make_value(rng, self.value_kind, words))
+
+    def with_key(self, key: str, value: str) -> Fact:
+        """Return the fact that a key has a value."""
+        names = key, value, value_noun(self.value_kind)
+        return _fact(self.family, names, self.template, self.asks, self.family != "record")
 
     def _new_key(self, rng: random.Random, words: Words, used: set[str]) -> str:
         for attempt in range(60):
             key = self._key(rng, words)
             if attempt > 30:
                 key = f"{key}-{digits(rng, 3)}"
-            if (self.template + key).lower() not in used:
-                used.add((self.template + key).lower())
+            # Wordings of other groups may lead to the same question.
+            asked = (self.asks[0][0] + key).lower()
+            if asked not in used:
+                used.add(asked)
                 return key
         raise AssertionError("no fresh key in 60 draws")
 
@@ -193,8 +253,11 @@ class Group:
         return key.replace("-", "_").upper() if self.template.startswith("export") else key
 
 
-def draw_group(rng: random.Random, family: str | None = None) -> Group:
-    """Draw a random group, of a given family or any."""
+def draw_group(
+    rng: random.Random, family: str | None = None, allowed: Allowed = lambda options: options
+) -> Group:
+    """Return a random group, of a given family or any; ``allowed`` says which wordings may be
+    used."""
     family = family or rng.choices(FAMILIES, FAMILY_WEIGHTS)[0]
     key_kind = rng.choices(KEY_KINDS, KEY_WEIGHTS)[0]
     value_kind = rng.choices(VALUE_KINDS, VALUE_WEIGHTS)[0]
@@ -207,8 +270,8 @@ def draw_group(rng: random.Random, family: str | None = None) -> Group:
         kind = rng.choice(("city", "person", "adj-noun", key_kind))
         return Group(family, kind, value_kind, rng.choice(KEYED_PASSKEY), KEYED_PASSKEY_ASKS)
     if family == "record":
-        return Group(family, key_kind, value_kind, rng.choice(RECORDS), RECORD_ASKS)
-    kind, template, question, answer = rng.choice(NATURAL)
+        return Group(family, key_kind, value_kind, rng.choice(allowed(RECORDS)), RECORD_ASKS)
+    kind, template, question, answer = rng.choice(allowed(NATURAL))
     value_kind = rng.choices(("7", "5", "digits"), (75, 10, 15))[0]
     return Group(family, kind, value_kind, template, ((question, answer),))
 
@@ -217,11 +280,6 @@ def plain_passkey(rng: random.Random) -> Fact:
     """Make the passkey without a key: at most one in a document."""
     value = digits(rng, rng.choices((7, 5, 10), (6, 3, 1))[0])
     return _fact("passkey", ("", value, "number"), PASSKEY, PASSKEY_ASKS)
-
-
-def with_key(fact: Fact, other: Fact) -> Fact:
-    """Retell RULER fact ``fact`` for the key of ``other`` (one key with several values)."""
-    return _fact(fact.family, (other.key, fact.value, fact.noun), RULER, RULER_ASKS)
 
 
 def join_list(items: list[str]) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from longspan.data.compose import Source
 from longspan.data.facts import RULER, RULER_ASKS, Fact, Group
+from longspan.data.source import Source
 from longspan.data.tokens import IM_END, IM_START, Kind, TokenTable
 from longspan.data.vocabulary import Words
 from longspan.errors import LongspanError
@@ -49,7 +49,8 @@ def gate_document(
         raise LongspanError(f"{num_needles} needles leave {room} of {length} tokens: ask for fewer")
     ids = source.corpus.stream(rng, room, table)
     lines = table.line_starts(ids)
-    assert len(lines), "a span of text holds a line break"
+    assert len(lines) > 1, "a span of text holds line breaks"
+    ids, lines = ids[lines[0] :], lines[1:] - lines[0]
     ids, blank = _close(ids, lines, table)
     depths = np.sort([rng.random() for _ in facts])
     spots = [_line_at(lines, int(d * len(ids)), len(ids)) for d in depths]

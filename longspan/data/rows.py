@@ -1,101 +1,144 @@
-"""Rows and batches of training data: the mixture of row kinds, by seed, at exact lengths."""
+"""Rows and batches of training data: the mixture of tasks, by seed, at exact lengths."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from longspan.data.compose import Source, compose_retrieval
-from longspan.data.corpus import Corpus
-from longspan.data.tasks import MIN_PARAGRAPHS, draw_task, split_paragraphs
-from longspan.data.tokens import END_OF_TEXT, Kind, Piece, TokenTable, concat, filler
+from longspan.data.draft import Sample
+from longspan.data.source import Source
+from longspan.data.tasks import TASKS, plain_text
+from longspan.data.tasks.needles import FOCI
+from longspan.data.tasks.paragraphs import log_uniform
+from longspan.data.tokens import Kind, concat, filler
 from longspan.errors import LongspanError
 
 PACK_MAX_LENGTH = 4096
 """Rows up to this length may be packs of several short rows."""
 MIN_ROW = 128
+_ATTEMPTS = 8
+
+WEIGHTS: Mapping[str, float] = {
+    "needle": 20, "key_value": 6, "multi_query": 8, "multi_value": 8, "absent": 8, "variables": 8,
+    "counting": 4, "fim": 8, "keywords": 8, "position": 8, "reorder": 5, "copy": 5, "plain": 4}
+"""Shares of the tasks, unless others are asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mixture:
-    """Shares of row kinds; the rest is retrieval."""
+    """Which rows there are."""
 
-    tasks: float = 0.13
-    plain: float = 0.04
+    weights: Mapping[str, float] = field(default_factory=lambda: WEIGHTS)
+    """Shares of tasks by name; any scale."""
     packed: float = 0.20
-    """Share of rows up to PACK_MAX_LENGTH that are packs."""
+    """Share of rows up to PACK_MAX_LENGTH that are packs of short rows."""
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.weights) - set(TASKS))
+        if unknown:
+            raise LongspanError(f"no task named {unknown[0]}: choose from {', '.join(TASKS)}")
+        if min(self.weights.values(), default=0) < 0 or not sum(self.weights.values()):
+            raise LongspanError("the weights of tasks are positive numbers: give one to a task")
+
+    def draw(self, rng: random.Random) -> str:
+        """Return a task's name."""
+        return rng.choices(list(self.weights), list(self.weights.values()))[0]
 
 
-def load_source(data_dir: Path, split: str = "train") -> Source:
-    """Corpus split and token table of a folder that has ``corpus`` and ``tokenizer``."""
-    table = TokenTable.load(data_dir / "tokenizer" / "tokenizer.json")
-    return Source(Corpus.load(data_dir / "corpus", split), table)
-
-
-def compose_tasks(rng: random.Random, source: Source, length: int) -> Piece:
-    """Long-range tasks one after the other, cut at exactly ``length`` tokens."""
-    pieces: list[Piece] = []
-    missing = length
-    while missing > 0:
-        size = int(np.exp(rng.uniform(np.log(400), np.log(max(401, length)))))
-        size = min(size, missing)
-        ids = source.corpus.stream(rng, max(size, MIN_ROW), source.table)
-        paragraphs = split_paragraphs(rng, ids, source.table)
-        if len(paragraphs) >= MIN_PARAGRAPHS:
-            pieces.append(draw_task(rng, paragraphs, source.table).piece)
-        else:
-            pieces.append(filler(ids))
-        missing -= len(pieces[-1])
-    whole = concat(pieces)
-    return Piece(whole.ids[-length:], whole.kinds[-length:])
-
-
-def compose_pack(rng: random.Random, source: Source, length: int, mixture: Mixture) -> Piece:
-    """Short rows of random lengths, separated by <|endoftext|>, exactly ``length`` tokens."""
-    end = np.array([source.table.tokenizer.token_to_id(END_OF_TEXT)], np.uint32)
-    pieces: list[Piece] = []
-    missing = length
-    while missing > 0:
-        size = int(np.exp(rng.uniform(np.log(160), np.log(2048))))
-        size = missing - 1 if missing - 1 - size < MIN_ROW else size
-        kind = rng.random()
-        if kind < mixture.tasks:
-            pieces.append(compose_tasks(rng, source, size))
-        else:
-            pieces.append(compose_retrieval(rng, source, size))
-        pieces.append(filler(end, Kind.TEXT))
-        missing -= size + 1
-    return concat(pieces)
+def check_row_length(length: int) -> None:
+    """Raise `LongspanError` for rows that are too short for a question."""
+    if length < MIN_ROW:
+        raise LongspanError(f"row length {length} is below {MIN_ROW}: use longer rows")
 
 
 def compose_row(
     seed: Sequence[int], source: Source, length: int, mixture: Mixture | None = None
-) -> Piece:
-    """Compose the row of a seed: ``ids`` uint32 [length], ``kinds`` uint8 [length]."""
-    if length < MIN_ROW:
-        raise LongspanError(f"row length {length} is below {MIN_ROW}: use longer rows")
+) -> Sample:
+    """Return the row of a seed, exactly ``length`` tokens of one task; natural text before it where
+    it is shorter. A row whose text allows no such task is ``plain``."""
+    check_row_length(length)
     mixture = mixture or Mixture()
     rng = random.Random(repr(tuple(seed)))
-    draw = rng.random()
     if length <= PACK_MAX_LENGTH and rng.random() < mixture.packed:
-        piece = compose_pack(rng, source, length, mixture)
-    elif draw < mixture.tasks:
-        piece = compose_tasks(rng, source, length)
-    elif draw < mixture.tasks + mixture.plain:
-        piece = filler(source.corpus.stream(rng, length, source.table))
+        row = _compose_pack(rng, source, length, mixture)
     else:
-        piece = compose_retrieval(rng, source, length)
-    assert len(piece) == length == len(piece.kinds), "a row has exactly the length asked for"
-    return piece
+        row = _compose_task(rng, source, length, mixture.draw(rng))
+    assert len(row.piece.ids) == length == len(row.piece.kinds), "a row has the length asked for"
+    return row
 
 
 def compose_batch(
-    seed: Sequence[int], source: Source, num_rows: int, length: int
+    seed: Sequence[int], source: Source, num_rows: int, length: int, mixture: Mixture | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """``ids`` uint32 and ``kinds`` uint8, both [num_rows, length]; row i has seed (*seed, i)."""
-    rows = [compose_row((*seed, i), source, length) for i in range(num_rows)]
+    rows = [compose_row((*seed, i), source, length, mixture).piece for i in range(num_rows)]
     return np.stack([r.ids for r in rows]), np.stack([r.kinds for r in rows])
+
+
+def _compose_task(rng: random.Random, source: Source, length: int, name: str) -> Sample:
+    """Return samples of a task, one for the whole row in half of all rows, else of several lengths;
+    each is followed by the tokenizer's end of a document."""
+    if name == "plain":
+        return plain_text(rng, source, length)
+    ending = _ending(source)
+    samples: list[Sample] = []
+    missing = length
+    while missing >= MIN_ROW:
+        room = missing
+        if name not in FOCI and rng.random() < 0.5:
+            room = min(missing, log_uniform(rng, 400, length))
+        sample = _try(rng, source, room - len(ending), name)
+        if sample is None and room < missing:
+            sample = _try(rng, source, missing - len(ending), name)
+        if sample is None:
+            break
+        samples += [sample, *ending]
+        missing -= len(sample.piece) + len(ending)
+    if not samples:
+        return plain_text(rng, source, length)
+    if missing > len(ending):
+        samples = [plain_text(rng, source, missing - len(ending)), *ending, *samples]
+    elif missing:
+        samples = [*ending, *samples]
+    return _join(name, samples)
+
+
+def _ending(source: Source) -> list[Sample]:
+    """Return what follows a sample: one token, or nothing where the tokenizer has no such token."""
+    end = source.table.end
+    return [] if end is None else [Sample("", filler(np.array([end]), Kind.TEXT), ())]
+
+
+def _try(rng: random.Random, source: Source, room: int, name: str) -> Sample | None:
+    """Return a sample of at most ``room`` tokens from one of a few draws."""
+    for _ in range(_ATTEMPTS):
+        sample = TASKS[name](rng, source, room)
+        if sample is not None and len(sample.piece) <= room:
+            return sample
+    return None
+
+
+def _compose_pack(
+    rng: random.Random, source: Source, length: int, mixture: Mixture
+) -> Sample:
+    """Short rows of random lengths and tasks."""
+    samples: list[Sample] = []
+    missing = length
+    while missing > 0:
+        size = log_uniform(rng, 160, 2048)
+        size = missing if missing - size < MIN_ROW else size
+        samples.append(_compose_task(rng, source, size, mixture.draw(rng)))
+        missing -= size
+    return _join("packed", samples)
+
+
+def _join(name: str, samples: Sequence[Sample]) -> Sample:
+    """Join samples, one behind the other, to one."""
+    answers, start = [], 0
+    for sample in samples:
+        answers += [answer.moved(start) for answer in sample.answers]
+        start += len(sample.piece)
+    return Sample(name, concat([sample.piece for sample in samples]), tuple(answers))

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from longspan.data.compose import Source, template_texts
-from longspan.data.corpus import write_shards
-from longspan.data.rows import load_source
-from longspan.data.sources import Document
+from longspan.data.corpus import write_corpus
+from longspan.data.documents import Document
+from longspan.data.intake import Intake
+from longspan.data.source import Source, load_source
+from longspan.data.templates import template_texts
 from longspan.data.vocabulary import ADJECTIVES, NOUNS
 from longspan.train.tokenizer import save_tokenizer, train_tokenizer
 
@@ -37,12 +38,11 @@ def make_text(seed: int, num_lines: int) -> str:
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data directory: ``corpus`` shards and ``tokenizer``."""
     directory = tmp_path_factory.mktemp("data")
-    documents = [
-        Document(name=f"d{i}", text=make_text(i, 700), is_held_out=i == 0) for i in range(5)]
+    documents = [Document(name=f"d{i}", text=make_text(i, 700)) for i in range(5)]
     texts = [d.text for d in documents] + template_texts(list(NOUNS), 40)
     tokenizer = train_tokenizer(texts, 1024)
     save_tokenizer(tokenizer, directory / "tokenizer")
-    write_shards(documents, tokenizer, directory / "corpus")
+    write_corpus(documents, tokenizer, directory / "corpus", Intake())
     return directory
 
 

@@ -9,12 +9,17 @@ import re
 import numpy as np
 import pytest
 
-from longspan.data.compose import Source, draw_plan, lay_out
 from longspan.data.gate_documents import gate_document
+from longspan.data.layout import lay_out
+from longspan.data.plan import draw_plan
+from longspan.data.questions import REFUSALS
 from longspan.data.rows import Mixture, compose_batch, compose_row
-from longspan.data.tokens import Kind, Piece
+from longspan.data.source import Source
+from longspan.data.tasks import TASKS
+from longspan.data.tokens import IM_END, Kind, Piece
 
 LENGTHS = (512, 1024, 4096)
+RETRIEVAL = {"needle": 1, "multi_query": 1, "multi_value": 1}
 
 
 def text_of(source: Source, piece: Piece) -> str:
@@ -31,23 +36,26 @@ def runs(piece: Piece, kind: Kind) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("length", LENGTHS)
 def test_length_is_exact_and_the_seed_decides(source: Source, length: int) -> None:
     for i in range(6):
-        row = compose_row((3, i), source, length)
-        again = compose_row((3, i), source, length)
+        row = compose_row((3, i), source, length).piece
+        again = compose_row((3, i), source, length).piece
         assert len(row.ids) == len(row.kinds) == length
         assert (row.ids == again.ids).all() and (row.kinds == again.kinds).all()
     assert (
-        compose_row((3, 0), source, length).ids != compose_row((4, 0), source, length).ids).any()
+        compose_row((3, 0), source, length).piece.ids
+        != compose_row((4, 0), source, length).piece.ids).any()
 
 
 def test_every_answer_was_planted_before(source: Source) -> None:
-    mixture = Mixture(tasks=0.0, plain=0.0, packed=0.0)
+    mixture = Mixture(weights=RETRIEVAL, packed=0.0)
     total = 0
     for i in range(12):
-        row = compose_row((5, i), source, 2048, mixture)
+        row = compose_row((5, i), source, 2048, mixture).piece
         for start, stop in runs(row, Kind.ANSWER):
             answer = text_of(source, Piece(row.ids[start:stop], row.kinds[start:stop]))
             before = text_of(source, Piece(row.ids[:start], row.kinds[:start]))
-            values = re.findall(r"[0-9a-z-]{4,}", answer.replace("<|im_end|>", ""))
+            if answer.removesuffix(IM_END).strip() in REFUSALS:
+                continue
+            values = re.findall(r"[0-9a-z-]{4,}", answer.replace(IM_END, ""))
             assert [value for value in values if value not in before] == []
             total += len(values)
     assert total > 60
@@ -59,7 +67,7 @@ def test_tokens_are_those_of_the_whole_text(source: Source) -> None:
     end = source.table.tokenizer.token_to_id("<|endoftext|>")
     compared = 0
     for i in range(60):
-        row = compose_row((6, i), source, 1024)
+        row = compose_row((6, i), source, 1024).piece
         borders = [0, *(np.flatnonzero(row.ids == end) + 1), len(row.ids)]
         for start, stop in itertools.pairwise(borders):
             ids = row.ids[start:stop]
@@ -78,10 +86,10 @@ def test_questions_follow_their_facts(source: Source) -> None:
     checked = 0
     for _ in range(20):
         plan = draw_plan(rng, source, 6, 2048)
-        piece = lay_out(rng, source, plan, 2048)
-        if piece is None:
+        sample = lay_out(rng, source, plan, 2048)
+        if sample is None:
             continue
-        text = text_of(source, piece)
+        text = text_of(source, sample.piece)
         for question in plan.questions:
             if question.after >= 0:
                 fact = plan.facts[question.after]
@@ -95,14 +103,16 @@ def test_chat_rows_have_the_evaluation_form(source: Source) -> None:
     form = re.compile(
         r"[^\n]\n\nWhat is the special magic number for [^?]+ mentioned in the provided text\? "
         r"Answer with the number only\.<\|im_end\|>\n<\|im_start\|>assistant\n\d+<\|im_end\|>")
-    hits = [form.search(text_of(source, compose_row((7, i), source, 2048))) for i in range(40)]
+    needle = Mixture(weights={"needle": 1}, packed=0.0)
+    rows = [compose_row((7, i), source, 2048, needle).piece for i in range(60)]
+    hits = [form.search(text_of(source, row)) for row in rows]
     assert sum(h is not None for h in hits) >= 6
 
 
 def test_batch_rows_are_the_single_rows(source: Source) -> None:
     ids, kinds = compose_batch((1, 2), source, 3, 256)
     assert ids.shape == kinds.shape == (3, 256)
-    assert (ids[1] == compose_row((1, 2, 1), source, 256).ids).all()
+    assert (ids[1] == compose_row((1, 2, 1), source, 256).piece.ids).all()
 
 
 def test_too_short_rows_are_refused(source: Source) -> None:
@@ -123,3 +133,34 @@ def test_probe_is_canonical_and_asks_what_it_holds(source: Source, hard: bool) -
         value = tokenizer.decode(answer)
         assert f"is: {value}." in tokenizer.decode(document)
         assert text.endswith(f"number only.<|im_end|>\n<|im_start|>assistant\n{value}<|im_end|>")
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+@pytest.mark.parametrize("length", [700, 3000])
+def test_a_row_is_of_one_task_and_knows_its_answers(
+    source: Source, name: str, length: int
+) -> None:
+    for i in range(3):
+        row = compose_row((8, i), source, length, Mixture(weights={name: 1}, packed=0.0))
+        assert row.task == name and len(row.piece) == length
+        assert bool(row.answers) == (name != "plain")
+        for answer in row.answers:
+            kinds = set(row.piece.kinds[answer.start : answer.stop].tolist())
+            assert kinds <= {Kind.ANSWER, Kind.COPY, Kind.TEXT} and kinds
+            assert 0 <= answer.distance <= answer.start < answer.stop <= length
+
+
+def test_packs_hold_several_tasks(source: Source) -> None:
+    row = compose_row((9, 0), source, 4096, Mixture(packed=1.0))
+    end = source.table.end
+    assert row.task == "packed" and (row.piece.ids == end).sum() >= 3
+    starts = [answer.start for answer in row.answers]
+    assert starts == sorted(starts) and len(starts) > 4
+
+
+@pytest.mark.parametrize(("weights", "message"), [
+    ({"nothing": 1.0}, "no task named nothing: choose from fim"),
+    ({"fim": 0.0}, "the weights of tasks"), ({"fim": 2.0, "copy": -1.0}, "the weights of tasks")])
+def test_mixtures_that_are_none(weights: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Mixture(weights=weights)

@@ -34,7 +34,7 @@ def make_text_files(folder: Path) -> None:
 def call(*arguments: object) -> int:
     """Exit status of a command of the recipe, with a vocabulary that little text fills."""
     toy = replace(nano.smoke(), vocab_size=600)
-    return commands.run_recipe([str(a) for a in arguments], nano.nano(), toy)
+    return commands.run_recipe([str(a) for a in arguments], nano.nano(), toy, nano.RULES)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def test_what_a_person_can_mend_is_one_line(
 @pytest.mark.parametrize(("root", "message"), [
     ("{folder}", "write NAME=NUMBER"),
     ("{folder}=-1", "write NAME=NUMBER"),
-    ("{folder}/none=1", "is not a directory"),
+    ("{folder}/none=1", "is no file or folder"),
     ("{folder}/empty=1", "no text that can be used"),
 ])
 def test_roots_that_give_nothing_are_one_line(
