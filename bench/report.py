@@ -89,7 +89,7 @@ def draw_images(name: str, results: Path, readme: Path) -> str:
 
 def eval_table(content: Content) -> str:
     """Scores over all depths: a row for each length, a column for each attention."""
-    rows = [row for row in content["rows"] if row["depth"] is None]
+    rows = [row for row in content["rows"] if row["depth"] is None and row["task"] in EVAL_TASKS]
     parts = []
     for model, task in dict.fromkeys((row["model"], row["task"]) for row in rows):
         chosen = [row for row in rows if (row["model"], row["task"]) == (model, task)]
@@ -97,7 +97,9 @@ def eval_table(content: Content) -> str:
         cells = {(row["num_tokens"], row["attention"]): row for row in chosen}
         body = [[f"{length:,}", *(_score(cells.get((length, label))) for label in labels)]
                 for length in sorted({row["num_tokens"] for row in chosen})]
-        parts.append(caption(content, f"{task}, {model}: share right, 95 % interval, questions")
+        day = {"date": row["date"] for row in chosen if "date" in row}
+        parts.append(caption({**content, **day},
+                             f"{task}, {model}: share right, 95 % interval, questions")
                      + markdown(["tokens", *labels], body))
     return "\n".join(parts)
 
@@ -118,6 +120,8 @@ def cpu_table(content: Content) -> str:
     return caption(content, "prefill, fp32") + table
 
 
+EVAL_TASKS = ("passkey", "ruler-retrieval", "ruler-tracking", "ruler-counting", "ruler-11")
+"""Shown in the README; the result file holds every task."""
 TABLES: dict[str, Callable[[Content], str]] = {"eval": eval_table, "cpu": cpu_table}
 PLOTS: dict[str, Callable[[Content, Path], bool]] = {"ttft": draw_ttft}
 SECTIONS: dict[str, Callable[[Sequence[Content]], str]] = {

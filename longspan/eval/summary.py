@@ -103,7 +103,7 @@ def _head(arm: Arm, cell: Cell) -> dict[str, Any]:
 def _figures(found: Estimate | None) -> dict[str, Any]:
     if found is None:
         return {"n": 0, "score": None, "ci_low": None, "ci_high": None, "method": None}
-    return {"n": found.n, "score": round(found.mean, 4), "ci_low": round(found.low, 4),
+    return {"n": found.n, "score": round(found.mean, 4), "ci_low": round(found.low, 4) + 0.0,
             "ci_high": round(found.high, 4), "method": found.method}
 
 
