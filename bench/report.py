@@ -97,8 +97,8 @@ def eval_table(content: Content) -> str:
         cells = {(row["num_tokens"], row["attention"]): row for row in chosen}
         body = [[f"{length:,}", *(_score(cells.get((length, label))) for label in labels)]
                 for length in sorted({row["num_tokens"] for row in chosen})]
-        day = {"date": row["date"] for row in chosen if "date" in row}
-        parts.append(caption({**content, **day},
+        day = max((row["date"] for row in chosen if "date" in row), default=content["date"])
+        parts.append(caption({**content, "date": day},
                              f"{task}, {model}: share right, 95 % interval, questions")
                      + markdown(["tokens", *labels], body))
     return "\n".join(parts)
