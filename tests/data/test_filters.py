@@ -31,7 +31,7 @@ def test_rules_that_are_asked_for(filters: Filters, text: str, reason: str) -> N
 @pytest.mark.parametrize("text", [
     "bzip2 (1.0.8-5+b1) bookworm; urgency=low, binary-only=yes\n\n  * Binary-only non-maintainer "
     "upload for amd64; no source changes.\n  * Rebuild.\n\n -- amd64 / i386 Build Daemon "
-    "(x86-ubc-01) <buildd_amd64-x86-ubc-01@buildd.debian.org>  Thu, 20 Jan 2022 22:43:24 +0100\n",
+    "(x86-ubc-01) <buildd_amd64-x86-ubc-01@buildd.example.org>  Thu, 20 Jan 2022 22:43:24 +0100\n",
     "".join(f"Jane{i} Doe <jane{i}.doe@example{i}.org>\n" for i in range(60)),
     "std::vector<int> f(std::map<std::string, T> a) { return a < b && c > d; }\n// why\n" * 3])
 def test_what_looks_like_noise_or_markup_and_is_none(text: str) -> None:
