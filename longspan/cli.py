@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -28,10 +28,7 @@ from longspan.commands.options import (
     Threads,
     parse_list,
 )
-from longspan.errors import LongspanError
-
-# typer re-exports only the leaves of its usage errors.
-UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+from longspan.commands.run_app import run_app
 
 Attention = Annotated[str, typer.Option(help="Prefill: auto, dense or sparse.")]
 Positions = Annotated[str, typer.Option(help="auto, rope, dca or dca+yarn.")]
@@ -334,32 +331,9 @@ def _exit(status: int) -> None:
         raise typer.Exit(status)
 
 
-def run_command(
-    arguments: Sequence[str], commands: typer.Typer = app, program: str = "longspan"
-) -> int:
-    """Run one of the commands; returns its exit status."""
-    try:
-        # Without standalone mode errors come here instead of being printed as panels.
-        status: Any = commands(list(arguments) or ["--help"], standalone_mode=False)
-    except LongspanError as error:
-        return _fail(str(error))
-    except UsageError as error:
-        return _fail(f"{_usage_message(error)}; see {program} --help")
-    except KeyboardInterrupt:
-        status = 130
-    if status == 130:
-        print("interrupted", file=sys.stderr)
-    return status if isinstance(status, int) else 0
-
-
-def _usage_message(error: Exception) -> str:
-    show = getattr(error, "format_message", None)
-    return (show() if show else str(error)).rstrip(".")
-
-
-def _fail(message: str) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-    return 2
+def run_command(arguments: Sequence[str]) -> int:
+    """Run one of longspan's commands; returns its exit status."""
+    return run_app(app, arguments, "longspan")
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from longspan.cli import run_command
+from longspan.commands.run_app import run_app
 from longspan.data.corpus import (
     choose_held_out,
     lower_words,
@@ -203,7 +203,7 @@ def run_recipe(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_float32_matmul_precision("high")
     app = _make_app(lambda small: smoke if small else recipe, rules)
-    return run_command(arguments, app, f"python -m recipes.{recipe.name}")
+    return run_app(app, arguments, f"python -m recipes.{recipe.name}")
 
 
 def _make_app(choose: Callable[[bool], Recipe], rules: DataRules) -> typer.Typer:
