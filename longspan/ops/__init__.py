@@ -1,9 +1,9 @@
 """Pure tensor functions. `reference` is the specification; what is exported here is the fastest
 path that fits device, dtype and shape, with the same signatures and results.
 
-On CUDA: Gluon kernels on Hopper (`hopper`, `hopper_sparse`), Triton kernels from Ampere on
-(`prefill`, `vertical_slash`, `sparse_index`, `decode`, `pointwise`). Everywhere else, and for
-shapes that no kernel takes, PyTorch programs over its fused attention (`eager_*`, `select`).
+On CUDA: Gluon kernels on Hopper (`hopper.py` in each folder), Triton kernels from Ampere on
+(`triton.py`, `decode`, `pointwise`). Everywhere else, and for shapes that no kernel takes, PyTorch
+programs over its fused attention (`eager.py`).
 Kernels are imported when the first CUDA tensor arrives: Triton need not be there before.
 """
 

@@ -1,9 +1,9 @@
-"""Pass 1 of `probe` on Hopper, in Gluon, over key tiles that need no mask.
+"""Pass 1 of `triton_tiles` on Hopper, in Gluon, over key tiles that need no mask.
 
 A program keeps the rotated probe rows of one KV head's query heads in shared memory, in blocks of
 64, and walks key tiles that a producer copies by TMA. Two consumers share the work on a tile, so
 one's exponentials overlap with the other's matrix products, and each starts the next product before
-it reads the last. Layouts of all inputs and results are those of `probe`.
+it reads the last. Layouts of all inputs and results are those of `triton_tiles`.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def pass_one(
     first_partial: int, heads: tuple[int, int], zones: tuple[int, int, int, int],
     tiles: tuple[int, int],
 ) -> None:
-    """Compute the masses of the key ``tiles`` [low, high), as `probe.tile_masses` writes them, and
-    the rows' log-sums over them.
+    """Compute the masses of the key ``tiles`` [low, high), as `triton_tiles.tile_masses` writes
+    them, and the rows' log-sums over them.
 
     Args:
         queries: [zones, H, RP, D] rotated probe rows; k: [N, P, K, D].
@@ -204,7 +204,7 @@ def _mass_kernel(
     q_desc, k_desc, table, masses, partial, first_partial, first_kv_head, zone_rows, num_zones,
     num_tiles, low, high, inter_end, succ_end, rows, BLOCKS: gl.constexpr,
 ):
-    """Run pass 1 over the tiles [low, high). See `probe.tile_masses`.
+    """Run pass 1 over the tiles [low, high). See `triton_tiles.tile_masses`.
 
     partial: one entry of each program, from ``first_partial`` on. Grid (programs, groups of
     blocks, KV heads here).

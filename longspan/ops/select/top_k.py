@@ -272,8 +272,9 @@ def choose_windows(
     """Choose the heaviest tile diagonals of each head, as window offsets; the first ``forced`` ones
     lead.
 
-    sums: [heads here, tiles] from `probe.diagonal_masses`, all of them in registers; offsets:
-    [heads here, width], padded with P; is_window: [heads here, tiles] int8. Grid (heads here).
+    sums: [heads here, tiles] from `triton_tiles.diagonal_masses`, all of them in registers;
+    offsets: [heads here, width], padded with P; is_window: [heads here, tiles] int8. Grid (heads
+    here).
     """
     head = tl.program_id(0)
     i = tl.arange(0, BLOCK)

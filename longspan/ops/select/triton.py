@@ -4,7 +4,7 @@ Same rules and results as `select`, which is the specification. The host only la
 from the budget and from lengths it knows, so nothing waits for the device. Two passes of the probe
 rows over the keys, and no score map: pass 1 gives each row's softmax sum and its mass in each key
 tile, hence the windows and the tiles worth a look; pass 2 looks for columns in those, and
-`threshold` takes the largest.
+`top_k` takes the largest.
 
 Heads are taken as many at a time as the workspace allows, so that all of it stays within 64 MiB
 for 28 query heads, 4 KV heads and 1,048,576 keys with 128 probe rows.
@@ -21,9 +21,7 @@ import torch
 import triton
 from torch import Tensor
 
-from longspan.ops.select import top_k as threshold
-from longspan.ops.select import triton_keys as probe_keys
-from longspan.ops.select import triton_scouts as scouts_triton
+from longspan.ops.select import top_k, triton_keys, triton_scouts
 from longspan.ops.select import triton_tiles as probe
 from longspan.ops.select.probes import PAPER_TILE_LEN, Probe, place_probes
 from longspan.ops.tiles.splits import num_sms
@@ -160,7 +158,7 @@ def select_vertical_slash(
                           aligned=is_tiles, max_columns=call.max_columns)
     if not is_tiles or budget.num_scouts == 0:
         return selection
-    return scouts_triton.add_scouts(selection, q, cache, block_table, cached_len, rotary, scale,
+    return triton_scouts.add_scouts(selection, q, cache, block_table, cached_len, rotary, scale,
                                     budget, _device_programs(q.device))
 
 
@@ -247,7 +245,7 @@ def _choose_tiles(call: _Call, heads: _Heads, columns: Tensor, offsets: Tensor) 
     sums = torch.empty(num_heads, num_tiles, dtype=torch.float32, device=device)
     probe.diagonal_masses[grid](masses, lse, sums, num_tiles, *call.probes, **probes)
     is_window = torch.empty(num_heads, num_tiles, dtype=torch.int8, device=device)
-    threshold.choose_windows[(num_heads,)](
+    top_k.choose_windows[(num_heads,)](
         sums, _window_budgets(call)[own], offsets[own], is_window, offsets.shape[1], num_tiles,
         _forced_tiles(call), P=call.tile_len, BLOCK=max(1024, triton.next_power_of_2(num_tiles)),
         num_warps=16)
@@ -271,30 +269,30 @@ def _choose_columns(
     """Choose the heaviest keys of the heaviest tiles, for the query heads from ``first_head`` on.
     weights: [heads here, tiles], changed; columns: [heads here, V]."""
     num_heads, device, width = len(columns), columns.device, _column_tiles(call)
-    budgets = threshold.on_device(call.max_columns, device)[first_head : first_head + num_heads]
+    budgets = top_k.on_device(call.max_columns, device)[first_head : first_head + num_heads]
     sink = min(call.budget.sink, call.context_len)
     tiles = torch.empty(num_heads, width, dtype=torch.int32, device=device)
-    threshold.select_largest(
+    top_k.select_largest(
         weights, budgets, tiles, -(-sink // call.tile_len), floor=0, backwards=False)
     blocks, is_masked = torch.empty_like(tiles), torch.empty_like(tiles, dtype=torch.int8)
-    probe_keys.find_blocks[(triton.cdiv(width, 64), num_heads)](
+    triton_keys.find_blocks[(triton.cdiv(width, 64), num_heads)](
         tiles, budgets, call.block_table, is_window, blocks, is_masked, width, call.num_tiles,
         *call.probes, RP=call.padded_rows, P=call.tile_len, BLOCK=64)
     sums = torch.empty(num_heads, width * call.tile_len, dtype=torch.float32, device=device)
     k = call.cache.k
-    probe_keys.tile_columns[(num_heads, triton.cdiv(width, COLUMN_TILES))](
+    triton_keys.tile_columns[(num_heads, triton.cdiv(width, COLUMN_TILES))](
         call.queries, k, lse, is_window, tiles, blocks, is_masked, budgets, sums, *k.stride()[:3],
         first_head, call.num_heads, *call.zones, width, call.context_len, *call.probes,
         GROUP=call.group, WIDTH=triton.next_power_of_2(width), KEYS=min(COLUMN_KEYS, call.tile_len),
         **_constants(call) | {"num_warps": 4, "num_stages": 5})  # fewer stages load keys too late
-    threshold.select_largest(sums, budgets, columns, sink, floor=0, backwards=False)
-    threshold.place_columns[(triton.cdiv(columns.shape[1], 1024), num_heads)](
+    top_k.select_largest(sums, budgets, columns, sink, floor=0, backwards=False)
+    top_k.place_columns[(triton.cdiv(columns.shape[1], 1024), num_heads)](
         columns, tiles, columns.shape[1], width, P=call.tile_len, BLOCK=1024)
 
 
 def _window_budgets(call: _Call) -> Tensor:
     tiles = tuple(-(-tokens // call.tile_len) for tokens in call.budget.slash)
-    return threshold.on_device(tiles, call.queries.device)
+    return top_k.on_device(tiles, call.queries.device)
 
 
 # -- paper mode -------------------------------------------------------------------------------
@@ -305,27 +303,27 @@ def _choose_paper(call: _Call, heads: _Heads, columns: Tensor, offsets: Tensor) 
     device, size, budget = call.queries.device, call.context_len, call.budget
     num_heads = heads.number * call.group
     own = _own(call, heads)
-    slash = threshold.on_device(budget.slash, device)[own]
+    slash = top_k.on_device(budget.slash, device)[own]
     lse = _pass_one(call, heads, None)
     column_sums = torch.empty(num_heads, size, dtype=torch.float32, device=device)
     diagonals = torch.zeros(num_heads, size, dtype=torch.float32, device=device)
     groups = triton.cdiv(call.group, DIAGONAL_HEADS)
     k = call.cache.k
-    probe_keys.key_masses[(_programs(call, heads, groups), groups, heads.number)](
+    triton_keys.key_masses[(_programs(call, heads, groups), groups, heads.number)](
         call.queries, k, call.block_table, lse, column_sums, diagonals, *k.stride()[:3],
         heads.first, call.num_heads, *call.zones, size, *call.probes,
         GROUP=call.group, QG=min(call.group, DIAGONAL_HEADS), **_constants(call))
-    threshold.select_largest(
-        column_sums, threshold.on_device(budget.vertical, device)[own], columns[own], budget.sink,
+    top_k.select_largest(
+        column_sums, top_k.on_device(budget.vertical, device)[own], columns[own], budget.sink,
         floor=0, backwards=False)
     width = min(max(1, *budget.slash), size)
     distances = torch.empty(num_heads, width, dtype=torch.int32, device=device)
-    threshold.select_largest(diagonals, slash, distances, budget.local, floor=1, backwards=True)
+    top_k.select_largest(diagonals, slash, distances, budget.local, floor=1, backwards=True)
     starts = torch.empty_like(distances)
     num_starts = torch.empty(num_heads, dtype=torch.int32, device=device)
-    threshold.coalesce[(num_heads,)](
+    top_k.coalesce[(num_heads,)](
         distances, slash, starts, num_starts, width, size, 1, P=PAPER_TILE_LEN, num_warps=1)
-    threshold.reverse_windows[(triton.cdiv(offsets.shape[1], 1024), num_heads)](
+    top_k.reverse_windows[(triton.cdiv(offsets.shape[1], 1024), num_heads)](
         starts, num_starts, offsets[own], width, offsets.shape[1], P=PAPER_TILE_LEN, BLOCK=1024)
 
 
@@ -371,9 +369,9 @@ def _clear_tiles(call: _Call, first: int) -> tuple[int, int] | None:
 
 def _hopper() -> ModuleType:
     """Import Gluon's kernels with the first CUDA tensor: they cannot be interpreted."""
-    from longspan.ops.select import hopper_tiles as hopper_probe
+    from longspan.ops.select import hopper_tiles
 
-    return hopper_probe
+    return hopper_tiles
 
 
 def _programs(call: _Call, heads: _Heads, groups: int) -> int:

@@ -1,5 +1,5 @@
 """The second pass of vertical-slash selection, in Triton: weights of single keys and diagonals.
-Terms and layouts are those of `probe`.
+Terms and layouts are those of `triton_tiles`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 One pass of the scouts over all keys gives, for each scout, its largest logit in each key tile among
 those that it does not keep, and the LSE of those that it keeps. Then each query tile lists the key
-tiles with the largest excess over its scouts. Scores carry scale * log2(e), as in `probe`.
+tiles with the largest excess over its scouts. Scores carry scale * log2(e), as in
+`triton_tiles`.
 
 Heads are taken as many at a time as the workspace allows.
 """
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longspan.ops.select import top_k as threshold
+from longspan.ops.select import top_k
 from longspan.ops.select import triton_tiles as probe
 from longspan.ops.select.top_k import chosen_of, count_above, threshold_of
 from longspan.ops.select.triton_tiles import SPANS, load_keys, load_rows, zone_tiles
@@ -78,8 +79,8 @@ def _place(q: Tensor, count: int) -> Tensor:
     mean_differences[(triton.cdiv(num_queries, 64), num_heads)](
         q, mean, differences, q.stride(0), q.stride(1), num_queries, D=head_dim, BLOCK=64)
     rows = torch.empty(num_heads, count, dtype=torch.int32, device=q.device)
-    threshold.select_largest(
-        differences, threshold.on_device((count,) * num_heads, q.device), rows, 0, floor=0,
+    top_k.select_largest(
+        differences, top_k.on_device((count,) * num_heads, q.device), rows, 0, floor=0,
         backwards=False)
     return rows
 

@@ -1,7 +1,7 @@
 """Vertical-slash prefill on Hopper, in Gluon: `tile` mode. See `hopper_tile` for how it works.
 
 Windows and the tiles that the query tile lists are whole KV blocks and come first. Then come keys
-with a bias, gathered columns and tile means as `sparse_work` prepares them: the producer works out
+with a bias, gathered columns and tile means as `layout` prepares them: the producer works out
 which of them a query tile does not see, and writes their biases beside the tile.
 """
 

@@ -32,7 +32,7 @@ def sparse_prefill_attention(
     """See `reference.sparse_prefill_attention`, for what `splits.supports`. No host sync.
 
     One launch for the queries, then for each DCA chunk that they touch six to prepare (see
-    `sparse_work`) and one to attend.
+    `layout`) and one to attend.
     """
     assert selection.aligned or not correction, "tile means belong to tile mode"
     assert not selection.aligned or selection.tile_len == cache.k.shape[1], "windows are KV blocks"
