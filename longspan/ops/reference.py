@@ -169,16 +169,49 @@ def kept_pairs(selection: Selection, queries: Tensor, context_len: int) -> Tenso
     shape = num_heads, len(queries), context_len
     kept = torch.zeros(shape, dtype=torch.bool, device=queries.device)
     for head in range(num_heads):
-        for offset in selection.offsets[head].tolist():
-            first = tile_start[:, None] + offset
-            if offset < selection.tile_len:
-                kept[head] |= (keys >= first) & (keys < first + selection.tile_len)
+        for tile in tile_start.unique().tolist():
+            rows = tile_start == tile
+            for first in _window_starts(selection, head, tile):
+                kept[head, rows, max(first, 0) : max(first + selection.tile_len, 0)] = True
         columns = selection.columns[head]
         kept[head][:, columns[columns >= 0]] = True
     if selection.tiles is not None:
         listed = listed_tiles(selection, queries, -(-context_len // selection.tile_len))
         kept |= listed.repeat_interleave(selection.tile_len, -1)[..., :context_len]
     return kept & (keys <= queries[:, None])
+
+
+def _window_starts(selection: Selection, head: int, tile_start: int) -> list[int]:
+    """Return the first key of each window of one query tile; those of tile mode may lie before key
+    0."""
+    tile_len = selection.tile_len
+    offsets = [offset for offset in selection.offsets[head].tolist() if offset < tile_len]
+    if selection.aligned:
+        return [tile_start + offset for offset in offsets]
+    return paper_windows(offsets, tile_start, tile_len)
+
+
+def paper_windows(offsets: list[int], tile_start: int, tile_len: int) -> list[int]:
+    """Cover the diagonals of one query tile with windows by MInference's public index rules.
+
+    A diagonal's range begins at key tile_start + offset, or at key 0 where that lies before it; a
+    diagonal that does not reach the tile has none. From the farthest on: a range that ends more
+    than P keys after the last window opens a window at its own keys, one that ends later at all
+    adds a window behind the last one, which may cover a little more than asked.
+
+    offsets: 0 or less, descending. Returns first keys, ascending; the last window may reach past
+    the tile, where the causal mask cuts it.
+    """
+    starts: list[int] = []
+    for offset in reversed(offsets):
+        first = max(tile_start + offset, 0)
+        if tile_start + offset + tile_len <= 0:
+            continue
+        if not starts or first > starts[-1] + tile_len:
+            starts.append(first)
+        elif first > starts[-1]:
+            starts.append(starts[-1] + tile_len)
+    return starts
 
 
 def listed_tiles(selection: Selection, queries: Tensor, num_tiles: int) -> Tensor:

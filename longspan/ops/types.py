@@ -43,11 +43,12 @@ class Selection(NamedTuple):
     """What each head of one prefill segment attends to, all on the device.
 
     A query tile is P consecutive queries of the segment (in ``tile`` mode tiles lie at absolute
-    multiples of P). Window w of a tile that starts at position t covers keys t + offset[w] ...
-    t + offset[w] + P - 1. Windows of a head never overlap. Columns are single key positions,
-    ascending, seen by every query of the segment. In ``tile`` mode each query tile may list further
-    key tiles, all before it and none a window (see `scouts`). Columns inside a window or a listed
-    tile are not counted twice.
+    multiples of P). In ``tile`` mode window w of a tile that starts at position t covers keys t +
+    offset[w] ... t + offset[w] + P - 1. In ``paper`` mode an offset is a diagonal, 0 or less, and
+    the tile's windows are what `reference.paper_windows` makes of all of them. Windows of a tile
+    never overlap. Columns are single key positions, ascending, seen by every query of the segment.
+    In ``tile`` mode each query tile may list further key tiles, all before it and none a window
+    (see `scouts`). Columns inside a window or a listed tile are not counted twice.
     """
 
     columns: Tensor

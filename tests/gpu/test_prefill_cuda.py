@@ -84,10 +84,10 @@ def make_selection(
             far = rng.sample(range(1, num_tiles + 3), rng.randrange(0, min(20, num_tiles + 2)))
             row = [-gap * BLOCK for gap in sorted({0, *range(rng.randrange(1, 9)), *far})]
         else:
-            row, position = [], rng.randrange(0, tile_len)
-            for _ in range(rng.randrange(1, 40)):
+            row, position = [], -rng.randrange(0, tile_len)
+            for _ in range(rng.randrange(1, 80)):
                 row.append(position)
-                position -= tile_len + rng.choice([0, 0, 1, rng.randrange(700)])
+                position -= rng.choice([1, 1, 1, tile_len, tile_len + 1, rng.randrange(1, 700)])
         offsets.append(torch.tensor(row))
     pad = torch.nn.utils.rnn.pad_sequence
     selection = Selection(

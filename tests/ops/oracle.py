@@ -201,6 +201,35 @@ def with_lists(rng: random.Random, selection: Selection, start: int, length: int
     return selection._replace(tiles=tiles.to(selection.offsets.device), first_tile=first_tile)
 
 
+def minference_sweep(
+    columns: list[int], distances: list[int], tile_start: int, tile_len: int
+) -> tuple[list[int], list[int]]:
+    """Serial port of the public index kernel: block starts and single columns of one query tile.
+    Ends of windows are clamped to one tile from the prompt's start."""
+    end = tile_start + tile_len
+    slashes = [d for d in sorted(distances, reverse=True) if d < end]
+    if not slashes:
+        return [], sorted(columns)
+    ends = [max(end - d, tile_len) for d in slashes]
+    verticals, blocks, singles = sorted(columns), [], []
+    v, s, range_start, range_end = 0, 1, ends[0] - tile_len, ends[0]
+    while True:
+        if v < len(verticals) and verticals[v] < range_end:
+            if verticals[v] < range_start:
+                singles.append(verticals[v])
+            v += 1
+            continue
+        if s == len(ends):
+            break
+        window_end, s = ends[s], s + 1
+        if window_end > range_end + tile_len:
+            blocks += range(range_start, range_end, tile_len)
+            range_start, range_end = window_end - tile_len, window_end
+        elif window_end > range_end:
+            range_end += tile_len
+    return blocks + list(range(range_start, range_end, tile_len)), singles
+
+
 def union(selection: Selection, start: int, length: int) -> Tensor:
     """Which keys each head's queries start ... length - 1 see, key by key as a set union.
 
@@ -215,9 +244,12 @@ def union(selection: Selection, start: int, length: int) -> Tensor:
             keys = {column for column in columns[head] if column >= 0}
             for tile in listed(selection, head, query):
                 keys |= set(range(tile * tile_len, (tile + 1) * tile_len))
-            for offset in offsets:
-                if offset != tile_len:  # padding
-                    keys |= set(range(tile_start + offset, tile_start + offset + tile_len))
+            used = [offset for offset in offsets if offset != tile_len]  # but for padding
+            starts = [tile_start + offset for offset in used]
+            if not selection.aligned:
+                starts, _ = minference_sweep([], [-offset for offset in used], tile_start, tile_len)
+            for first in starts:
+                keys |= set(range(first, first + tile_len))
             kept = [key for key in keys if 0 <= key <= query]
             seen[head, query - start, kept] = True
     return seen

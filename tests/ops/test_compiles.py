@@ -10,7 +10,7 @@ from pathlib import Path
 KERNELS = {
     "dense/hopper": "_dense_kernel", "dense/triton": "_dense_kernel",
     "sparse/hopper": "_sparse_kernel", "sparse/triton": "_tile_kernel",
-    "sparse/triton_unaligned": "_cover_kernel _paper_kernel",
+    "sparse/triton_unaligned": "_window_kernel _paper_kernel",
     "sparse/layout": "_index_kernel _plan_kernel _gather_columns_kernel _gather_means_kernel "
                      "_list_kernel",
     "select/hopper_tiles": "_mass_kernel",
@@ -19,7 +19,7 @@ KERNELS = {
     "select/triton_scouts": "sum_queries mean_differences score_scouts list_tiles",
     "select/triton_keys": "find_blocks tile_columns key_masses",
     "select/top_k": "choose_windows write_largest place_columns group_maxima lower_bounds "
-                    "count_reached list_reached coalesce reverse_windows",
+                    "count_reached list_reached place_diagonals",
     "tiles/splits": "_merge_kernel", "tiles/rotary": "_rotate_kernel",
     "decode": "_attend_items _merge_items",
     "pointwise": "_rms_norm _silu_mul _store_rotated _block_means"}

@@ -165,7 +165,7 @@ def check_sound(selection: Selection, context_len: int, num_heads: int) -> None:
         if len(found) and int(found[-1]) >= context_len:
             problems.append(f"columns of head {head} lie behind the context")
         used = offsets[offsets < selection.tile_len]
-        if not (used[:-1] - used[1:] >= selection.tile_len).all():
+        if not (used[:-1] - used[1:] >= (selection.tile_len if selection.aligned else 1)).all():
             problems.append(f"windows of head {head} overlap")
         if selection.aligned and ((used % selection.tile_len).any() or int(used[0]) != 0):
             problems.append(f"windows of head {head} are not whole tiles from the diagonal on")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from longspan.ops.sparse.eager_unaligned import window_starts
 from longspan.ops.types import Selection
 
 
@@ -24,8 +25,10 @@ def count_tiles(selection: Selection, start: int, num_queries: int, *, correctio
     count = torch.zeros((), dtype=torch.float64, device=device)
     for columns, offsets in zip(selection.columns, selection.offsets, strict=True):
         used = offsets[offsets < tile_len]
-        # a window exists as soon as its last key does
-        count += (used[:, None] + ends > 0).sum()
+        if selection.aligned:  # a window exists as soon as its last key does
+            count += (used[:, None] + ends > 0).sum()
+        else:
+            count += (window_starts(ends - tile_len, used, tile_len) < ends[:, None]).sum()
         visible = torch.searchsorted(columns[columns >= 0], ends)
         count += -(-visible // tile_len).sum()
     if selection.tiles is not None:

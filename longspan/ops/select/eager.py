@@ -6,8 +6,8 @@ over the whole row; arXiv 2501.15383, sections 5.1 and 5.4):
 
 * ``paper``: MInference's rules. The last queries of the segment are the probe; the first ``sink``
   columns and the last ``local`` diagonals are forced; top-k of column and of diagonal sums, each
-  diagonal buying a 64-key window for each 64-row tile, windows coalesced as the public index
-  kernel does.
+  diagonal buying a 64-key window for each 64-row tile, which attention coalesces as the public
+  index kernel does (`reference.paper_windows`).
 * ``tile``: whole tiles are the unit of everything but the columns. Probes are rows of the last tile
   and rows strided over the segment, spread evenly over the places of a tile: so the probe mass on
   each tile diagonal is what its queries would keep of it, wherever in its tile a diagonal runs.
@@ -117,35 +117,16 @@ def _choose_paper(
     rows: list[Tensor], probes: list[Probe], context_len: int, budget: Budget, head: int,
     tile_len: int,
 ) -> tuple[Tensor, Tensor]:
-    """Choose columns [V], ascending, and window offsets [W], descending, by MInference's rules."""
+    """Choose columns [V], ascending, and diagonals as offsets [W], descending, by MInference's
+    rules."""
     (mass,) = rows
     diagonals = _diagonal_sums(mass)
     _force(diagonals, budget.local)
     count = min(max(1, budget.slash[head]), len(diagonals))
-    distances = torch.topk(diagonals, count).indices
+    distances = torch.topk(diagonals, count).indices.sort().values
     column_sums = mass.sum(0)
     _force(column_sums, budget.sink)
-    return (_largest(column_sums, budget.vertical[head]),
-            coalesce_windows(distances, tile_len).to(mass.device))
-
-
-def coalesce_windows(distances: Tensor, tile_len: int) -> Tensor:
-    """Return disjoint windows that cover every diagonal, as MInference's index kernel builds them.
-
-    A diagonal at distance d covers keys [t - d, t - d + P) for the tile that starts at t. From the
-    farthest on: a window that ends more than P after the current range opens a new range,
-    otherwise the range grows by P (so it may cover a little more than asked).
-    Returns offsets [W] from the tile's start, descending; the last range may reach past the tile,
-    where the causal mask cuts it.
-    """
-    ends = tile_len - torch.sort(distances.cpu(), descending=True).values
-    offsets, position, range_end = [], 0, None
-    while position < len(ends):
-        end = int(ends[position])
-        range_end = end if range_end is None or end > range_end + tile_len else range_end + tile_len
-        offsets.append(range_end - tile_len)
-        position = int(torch.searchsorted(ends, range_end, right=True))
-    return torch.tensor(offsets[::-1], dtype=torch.int64)
+    return _largest(column_sums, budget.vertical[head]), -distances
 
 
 def _force(sums: Tensor, count: int) -> None:

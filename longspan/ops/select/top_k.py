@@ -292,39 +292,20 @@ def choose_windows(
     tl.store(is_window + base + i, chosen.to(tl.int8), mask=i < num_tiles)
 
 
-@triton.jit(do_not_specialize=["width", "size", "floor"], do_not_specialize_on_alignment=_SLICES)
-def coalesce(distances, budgets, starts, num_starts, width, size, floor, P: tl.constexpr) -> None:
-    """Write the windows that cover the diagonals of one head, farthest first
-    (`select.coalesce_windows`).
-
-    distances, starts: [heads here, width], distances descending. Grid (heads here).
-    """
-    head = tl.program_id(0)
-    k = _budget(budgets, head, size, floor)
-    base = head.to(tl.int64) * width
-    distance = tl.load(distances + base)
-    range_end = P - distance
-    tl.store(starts + base, range_end - P)
-    count = 1
-    for i in range(1, k):
-        end = P - tl.load(distances + base + i)
-        is_new = end > range_end
-        range_end = tl.where(is_new, tl.maximum(end, range_end + P), range_end)
-        tl.store(starts + base + count, range_end - P, mask=is_new)
-        count += is_new.to(tl.int32)
-    tl.store(num_starts + head, count)
-
-
-@triton.jit(do_not_specialize=["width", "stride_out"], do_not_specialize_on_alignment=["offsets"])
-def reverse_windows(
-    starts, num_starts, offsets, width, stride_out, P: tl.constexpr, BLOCK: tl.constexpr
+@triton.jit(do_not_specialize=["width", "size", "floor", "stride_out"],
+            do_not_specialize_on_alignment=[*_SLICES, "offsets"])
+def place_diagonals(
+    distances, budgets, offsets, width, size, floor, stride_out, P: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> None:
-    """Reverse starts [heads here, width], padded with P. Grid (stride_out / BLOCK, heads)."""
+    """Turn each head's distances [heads here, width], descending, into offsets, nearest first,
+    padded with P. Grid (stride_out / BLOCK, heads here)."""
     head = tl.program_id(1)
+    k = _budget(budgets, head, size, floor)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    count = tl.load(num_starts + head)
-    start = tl.load(starts + head.to(tl.int64) * width + count - 1 - i, mask=i < count, other=P)
-    tl.store(offsets + head.to(tl.int64) * stride_out + i, start.to(tl.int64), mask=i < stride_out)
+    source = distances + head.to(tl.int64) * width
+    offset = -tl.load(source + k - 1 - i, mask=i < k, other=-P)
+    tl.store(offsets + head.to(tl.int64) * stride_out + i, offset.to(tl.int64), mask=i < stride_out)
 
 
 @triton.jit(do_not_specialize=["width", "num_tiles"], do_not_specialize_on_alignment=["columns"])

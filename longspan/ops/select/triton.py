@@ -205,8 +205,7 @@ def _num_windows(call: _Call) -> int:
     if call.budget.mode == "tile":
         wanted = -(-max(call.budget.slash) // call.tile_len)
         return min(call.num_tiles, max(_forced_tiles(call), wanted))
-    most = min(max(1, *call.budget.slash), call.context_len)
-    return min(most, call.context_len // PAPER_TILE_LEN + 2)  # windows never overlap
+    return min(max(1, *call.budget.slash), call.context_len)
 
 
 def _forced_tiles(call: _Call) -> int:
@@ -319,12 +318,9 @@ def _choose_paper(call: _Call, heads: _Heads, columns: Tensor, offsets: Tensor) 
     width = min(max(1, *budget.slash), size)
     distances = torch.empty(num_heads, width, dtype=torch.int32, device=device)
     top_k.select_largest(diagonals, slash, distances, budget.local, floor=1, backwards=True)
-    starts = torch.empty_like(distances)
-    num_starts = torch.empty(num_heads, dtype=torch.int32, device=device)
-    top_k.coalesce[(num_heads,)](
-        distances, slash, starts, num_starts, width, size, 1, P=PAPER_TILE_LEN, num_warps=1)
-    top_k.reverse_windows[(triton.cdiv(offsets.shape[1], 1024), num_heads)](
-        starts, num_starts, offsets[own], width, offsets.shape[1], P=PAPER_TILE_LEN, BLOCK=1024)
+    top_k.place_diagonals[(triton.cdiv(offsets.shape[1], 1024), num_heads)](
+        distances, slash, offsets[own], width, size, 1, offsets.shape[1], P=PAPER_TILE_LEN,
+        BLOCK=1024)
 
 
 # -- pass 1 -----------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from longspan.ops.tiles.attend import ordered_kv, rotated_queries, scores_fp32
 from longspan.ops.types import PagedKV, QueryRotary, Selection
 
 _SCORE_BYTES = 1 << 27
+_NO_KEY = 1 << 40
+"""Where a padded list of windows goes on: behind every key."""
 
 
 def gathered_attention(
@@ -31,7 +33,8 @@ def gathered_attention(
     base = 0 if selection.aligned else cached_len
     for head in range(q.shape[1]):
         offsets, columns = _lists(selection, head)
-        num_keys = len(offsets) * selection.tile_len + len(columns)
+        num_keys = min(len(offsets) * selection.tile_len, context_len + selection.tile_len)
+        num_keys += len(columns)
         step = max(1, _SCORE_BYTES // (4 * selection.tile_len * num_keys)) * selection.tile_len
         for start, stop in _runs(cached_len, context_len, base, step, rotary.stride):
             rows = slice(start - cached_len, stop - cached_len)
@@ -98,11 +101,26 @@ def _tile_keys(
     """List the key positions for each tile, [n, W * P + V], and which entries count: positions that
     exist, and columns that no window of the tile covers."""
     within = torch.arange(tile_len, device=tile_starts.device)
-    windows = (tile_starts[:, None, None] + offsets[:, None] + within).flatten(1)
-    covered = torch.zeros(len(tile_starts), len(columns), dtype=torch.bool, device=offsets.device)
-    for row, first in enumerate(tile_starts):
-        starts = (first + offsets).flip(0)  # ascending
-        index = torch.searchsorted(starts, columns, right=True) - 1
-        covered[row] = (index >= 0) & (columns - starts[index.clamp(min=0)] < tile_len)
-    keys = torch.cat((windows, columns.expand(len(tile_starts), -1)), 1)
-    return keys, torch.cat((windows >= 0, ~covered), 1)
+    starts = window_starts(tile_starts, offsets, tile_len)
+    windows = (starts[:, :, None] + within).flatten(1)
+    columns = columns.expand(len(tile_starts), -1).contiguous()
+    index = torch.searchsorted(starts, columns, right=True) - 1
+    nearest = starts.gather(1, index.clamp(min=0))
+    covered = (index >= 0) & (columns - nearest < tile_len)
+    return torch.cat((windows, columns), 1), torch.cat((windows < _NO_KEY, ~covered), 1)
+
+
+def window_starts(tile_starts: Tensor, offsets: Tensor, tile_len: int) -> Tensor:
+    """Return `reference.paper_windows` of all tiles at once: [n, W], padded with `_NO_KEY`."""
+    offsets = offsets.flip(0).contiguous()
+    tile_starts, starts = tile_starts[:, None], []
+    index = torch.searchsorted(offsets, -tile_starts - tile_len, right=True)  # the first in reach
+    farthest = tile_starts + offsets[index.clamp(max=len(offsets) - 1)]
+    start = farthest.clamp(min=0).masked_fill(index == len(offsets), _NO_KEY)
+    while bool((start < _NO_KEY).any()):
+        starts.append(start)
+        index = torch.searchsorted(offsets, start - tile_starts, right=True)
+        following = tile_starts + offsets[index.clamp(max=len(offsets) - 1)]
+        start = torch.where(following > start + tile_len, following, start + tile_len)
+        start = start.masked_fill(index == len(offsets), _NO_KEY)
+    return torch.cat(starts, 1) if starts else torch.full_like(tile_starts, _NO_KEY)

@@ -4,7 +4,7 @@ In tile mode a program takes one query tile of one head and walks, zone by zone 
 softmax: the windows and the tiles it lists, whole KV blocks; the gathered columns, which drop out
 where one of those covers them; and with the correction the means of all other tiles. Heads with
 most to do go first, and in each head the late query tiles. `paper` mode (windows at any offset) is
-in `paper_slash`.
+in `triton_unaligned`.
 """
 
 from __future__ import annotations

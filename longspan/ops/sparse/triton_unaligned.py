@@ -2,8 +2,9 @@
 
 Query tiles begin at the first query, not at multiples of the KV block size, and a window may reach
 over two blocks or two DCA zones: keys are looked up one by one, and each zone masks what is not
-its own. Columns are gathered beforehand as in tile mode; a map by distance tells which of them a
-window of the tile covers.
+its own. One program for each query tile and head first walks the diagonals and writes the tile's
+windows (`reference.paper_windows`), as many tiles at a time as the workspace holds. Columns are
+gathered beforehand as in tile mode, and drop out where a binary search finds them in a window.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from longspan.ops.sparse.layout import SparseWork
 from longspan.ops.tiles.triton import add_sparse_tile, finish, scores_of
 from longspan.ops.types import PagedKV, Selection
 
+WORKSPACE_BYTES = 64 << 20
+"""For the windows of query tiles."""
 _LANES = 128
-_COVER_ROWS = 16
 
 
 def launch_paper_segment(
@@ -28,58 +30,87 @@ def launch_paper_segment(
     """Attend for queries start ... stop - 1 of one DCA chunk; adds the kept pairs to ``work.kept``.
 
     variants: [Z, H, T, D], row 0 is position ``cached_len``, where query tiles begin. out, lse: of
-    the whole call. Two launches and a fill; H * stop bytes of workspace.
+    the whole call. Two launches for as many query tiles as `WORKSPACE_BYTES` holds windows of.
     """
     _, num_heads, num_rows, head_dim = variants.shape
     _, block_size, num_kv_heads, _ = cache.k.shape
-    tile_len, num_windows = selection.tile_len, selection.offsets.shape[1]
-    covered = torch.zeros(num_heads, stop + tile_len, dtype=torch.int8, device=variants.device)
-    _cover_kernel[num_heads, triton.cdiv(num_windows, _COVER_ROWS)](
-        selection.offsets, covered, num_windows, covered.shape[1], TILE=tile_len, ROWS=_COVER_ROWS)
-    first_tile = (start - cached_len) // tile_len
-    num_query_tiles = triton.cdiv(stop - cached_len, tile_len) - first_tile
-    _paper_kernel[(num_query_tiles * num_heads,)](
-        variants, cache.k, cache.v, block_table, out, lse, selection.offsets, covered,
-        work.column_rank, work.k_cols, work.v_cols, work.col_tile, work.column_tiles,
-        work.head_order, work.kept, cached_len, start, stop, num_rows, num_heads, num_kv_heads,
-        num_windows, covered.shape[1], work.column_rank.shape[1] - 1, first_tile, num_query_tiles,
-        zones, *work.borders, GROUP=num_heads // num_kv_heads, BLOCK=block_size, TILE=tile_len,
-        COLUMNS=min(block_size, 64), LANES=_LANES, HEAD_DIM=head_dim, num_warps=4, num_stages=2)
+    tile_len, num_diagonals = selection.tile_len, selection.offsets.shape[1]
+    end_tile = triton.cdiv(stop - cached_len, tile_len)
+    width = min(num_diagonals, triton.cdiv(stop, tile_len) + 1)  # windows of a tile never overlap
+    at_once = max(1, WORKSPACE_BYTES // (4 * num_heads * width))
+    for first_tile in range((start - cached_len) // tile_len, end_tile, at_once):
+        num_tiles = min(at_once, end_tile - first_tile)
+        windows, counts = (torch.empty(num_heads, num_tiles, size, dtype=torch.int32,
+                                       device=variants.device) for size in (width, 1))
+        _window_kernel[num_tiles, num_heads](
+            selection.offsets, windows, counts, cached_len, first_tile, num_diagonals, width,
+            TILE=tile_len, num_warps=1)
+        _paper_kernel[(num_tiles * num_heads,)](
+            variants, cache.k, cache.v, block_table, out, lse, windows, counts, work.column_rank,
+            work.k_cols, work.v_cols, work.col_tile, work.column_tiles, work.head_order, work.kept,
+            cached_len, start, stop, num_rows, num_heads, num_kv_heads, width, width.bit_length(),
+            work.column_rank.shape[1] - 1, first_tile, num_tiles, zones, *work.borders,
+            GROUP=num_heads // num_kv_heads, BLOCK=block_size, TILE=tile_len,
+            COLUMNS=min(block_size, 64), LANES=_LANES, HEAD_DIM=head_dim, num_warps=4, num_stages=2)
+        del windows, counts  # or the next tiles' would be allocated beside them
 
 
-@triton.jit(do_not_specialize=["num_windows", "length"])
-def _cover_kernel(
-    offsets, covered, num_windows, length, TILE: tl.constexpr, ROWS: tl.constexpr,
+@triton.jit(do_not_specialize=["cached_len", "first_tile", "num_diagonals", "width"])
+def _window_kernel(
+    offsets, windows, counts, cached_len, first_tile, num_diagonals, width, TILE: tl.constexpr,
 ):
-    """Mark the keys of ROWS windows of one head, by their distance from the query tile's end."""
-    head = tl.program_id(0)
-    window = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    offset = tl.load(offsets + head * num_windows + window, window < num_windows, other=TILE)
-    distance = TILE - 1 - offset[:, None] - tl.arange(0, TILE)
-    inside = (offset < TILE)[:, None] & (distance >= 0) & (distance < length)
-    one = tl.full([ROWS, TILE], 1, tl.int8)
-    tl.store(covered + head.to(tl.int64) * length + distance, one, mask=inside)
+    """Write the first keys of one query tile's windows, ascending, and how many there are.
+
+    offsets: [H, num_diagonals], descending, padded with TILE at the end; windows: [H, n, width];
+    counts: [H, n]. Grid (n, H).
+    """
+    head = tl.program_id(1).to(tl.int64)
+    place = head * tl.num_programs(0) + tl.program_id(0)
+    tile_start = cached_len + (first_tile + tl.program_id(0)) * TILE
+    offsets += head * num_diagonals
+    windows += place * width
+    count, last = 0, tile_start * 0 - 2 * TILE
+    for i in range(num_diagonals):
+        offset = tl.load(offsets + num_diagonals - 1 - i).to(tl.int32)
+        start = tl.maximum(tile_start + offset, 0)
+        reaches = (offset < TILE) & (tile_start + offset + TILE > 0)
+        is_new = reaches & (start > last)
+        last = tl.where(is_new, tl.maximum(start, last + TILE), last)
+        tl.store(windows + count, last, mask=is_new)
+        count += is_new.to(tl.int32)
+    tl.store(counts + place, count)
 
 
 @triton.jit
-def _count_at_least(offsets, num_windows, bound, TILE: tl.constexpr, LANES: tl.constexpr):
-    """Return how many offsets, descending and padded with TILE at the end, are ``bound`` or
-    more."""
+def _count_below(windows, num_windows, bound, LANES: tl.constexpr):
+    """Return how many windows begin before key ``bound``."""
     count = bound * 0
     for first in range(0, num_windows, LANES):
         at = first + tl.arange(0, LANES)
-        offset = tl.load(offsets + at, mask=at < num_windows, other=TILE)
-        count += tl.sum(((offset >= bound) & (offset < TILE)).to(tl.int32), 0)
+        start = tl.load(windows + at, mask=at < num_windows, other=1 << 30)
+        count += tl.sum((start < bound).to(tl.int32), 0)
     return count
 
 
+@triton.jit
+def _is_covered(windows, num_windows, num_steps, at, TILE: tl.constexpr):
+    """Return whether keys ``at`` lie in windows, ascending, by binary search."""
+    count = at * 0
+    for step in range(num_steps):
+        probe = count + (1 << (num_steps - 1 - step))
+        start = tl.load(windows + probe - 1, mask=probe <= num_windows, other=1 << 30)
+        count = tl.where((probe <= num_windows) & (start <= at), probe, count)
+    nearest = tl.load(windows + count - 1, mask=count > 0, other=-TILE)
+    return at - nearest < TILE
+
+
 @triton.jit(do_not_specialize=[
-    "cached_len", "start", "stop", "num_rows", "num_heads", "num_kv_heads", "num_windows",
-    "length", "num_tiles", "first_tile", "num_query_tiles", "num_zones", "succ", "intra"])
+    "cached_len", "start", "stop", "num_rows", "num_heads", "num_kv_heads", "width", "num_steps",
+    "num_tiles", "first_tile", "num_query_tiles", "num_zones", "succ", "intra"])
 def _paper_kernel(
-    q, k, v, block_table, out, lse, offsets, covered, column_rank, k_cols, v_cols, col_position,
+    q, k, v, block_table, out, lse, windows, counts, column_rank, k_cols, v_cols, col_position,
     column_tiles, head_order, kept, cached_len, start, stop, num_rows, num_heads, num_kv_heads,
-    num_windows, length, num_tiles, first_tile, num_query_tiles, num_zones, succ, intra,
+    width, num_steps, num_tiles, first_tile, num_query_tiles, num_zones, succ, intra,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
     LANES: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):
@@ -89,8 +120,9 @@ def _paper_kernel(
     tile = first_tile + num_query_tiles - 1 - item % num_query_tiles
     tile_start = cached_len + tile * TILE
     column_rank += head * (num_tiles + 1)
-    offsets += head * num_windows
-    covered += head.to(tl.int64) * length
+    place = head.to(tl.int64) * num_query_tiles + tile - first_tile
+    windows += place * width
+    num_windows = tl.load(counts + place)
 
     dims = tl.arange(0, HEAD_DIM)
     lanes = tl.arange(0, TILE)
@@ -116,11 +148,10 @@ def _paper_kernel(
         first_key, stop_key = zone_tile * BLOCK, tl.minimum(stop_tile * BLOCK, stop_row)
         query = tl.load(q + zone * zone_size, mask=is_query[:, None], other=0.0)
 
-        begin = _count_at_least(offsets, num_windows, stop_key - tile_start, TILE, LANES)
-        end = _count_at_least(
-            offsets, num_windows, first_key - tile_start - TILE + 1, TILE, LANES)
+        begin = _count_below(windows, num_windows, first_key - TILE + 1, LANES)
+        end = _count_below(windows, num_windows, stop_key, LANES)
         for window in range(begin, end):
-            at = tile_start + tl.load(offsets + window) + lanes
+            at = tl.load(windows + window) + lanes
             exists = (at >= first_key) & (at < stop_key)
             block = tl.load(block_table + at // BLOCK, mask=exists, other=0)
             slot = (block * BLOCK + at % BLOCK) * num_kv_heads + head // GROUP
@@ -140,8 +171,7 @@ def _paper_kernel(
             key = tl.load(k_cols + columns + column_tile)
             value = tl.load(v_cols + columns + column_tile)
             at = tl.load(col_position + begin + part * COLUMNS + column_lanes)
-            distance = tile_start + TILE - 1 - at  # negative in padding
-            taken = tl.load(covered + distance, mask=distance >= 0, other=1)
+            taken = _is_covered(windows, num_windows, num_steps, at, TILE)
             seen = (taken == 0)[None, :] & (at[None, :] <= position[:, None])
             scores = tl.where(seen, scores_of(query, key), float("-inf"))
             acc, total, top = add_sparse_tile(acc, total, top, scores, value)

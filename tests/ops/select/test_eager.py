@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longspan.ops.select.eager import coalesce_windows, select_vertical_slash
+from longspan.ops import reference
+from longspan.ops.select.eager import select_vertical_slash
 from longspan.ops.select.probes import PAPER_TILE_LEN, place_probes
+from longspan.ops.sparse.eager_unaligned import window_starts
 from longspan.ops.types import Budget, Selection
 from tests.ops import oracle
 from tests.ops.oracle import Case, Positions
@@ -83,33 +85,6 @@ def restride_sums(mass: Tensor) -> Tensor:
     return skewed.sum(0)[1 : length + 1]
 
 
-def minference_sweep(
-    columns: list[int], distances: list[int], tile_start: int, tile_len: int
-) -> tuple[list[int], list[int]]:
-    """Serial port of the public index kernel: block starts and single columns of one query tile.
-    Ends of windows are clamped to one tile from the prompt's start."""
-    end = tile_start + tile_len
-    slashes = [d for d in sorted(distances, reverse=True) if d < end]
-    ends = [max(end - d, tile_len) for d in slashes]
-    verticals, blocks, singles = sorted(columns), [], []
-    v, s, range_start, range_end = 0, 1, ends[0] - tile_len, ends[0]
-    while True:
-        if v < len(verticals) and verticals[v] < range_end:
-            if verticals[v] < range_start:
-                singles.append(verticals[v])
-            v += 1
-            continue
-        if s == len(ends):
-            break
-        window_end, s = ends[s], s + 1
-        if window_end > range_end + tile_len:
-            blocks += range(range_start, range_end, tile_len)
-            range_start, range_end = window_end - tile_len, window_end
-        elif window_end > range_end:
-            range_end += tile_len
-    return blocks + list(range(range_start, range_end, tile_len)), singles
-
-
 # -- paper mode -------------------------------------------------------------------------------
 
 PAPER_CASES = [
@@ -127,11 +102,12 @@ def test_paper_mode_equals_minference_rules(
     """Seven heads with the same keys and budgets from the forced entries to everything: the order
     of columns and of diagonals is that of the public rules."""
     vertical, slash = [30, 31, 40, 77, 130, 200, 999], [100, 101, 110, 130, 160, 222, 999]
+    queries = torch.arange(start, length, device=device)
     case = oracle.make_case(length, positions, head_dim=32, gain=1.2, device=device)
     selection = run(case, start, budget("paper", vertical, slash))
     assert selection.tile_len == PAPER_TILE_LEN and not selection.aligned
     rows = list(range(max(start, length - 64), length))
-    far = 100 * length  # a tile so far from the prompt's start that nothing is clamped
+    kept = reference.kept_pairs(selection, queries, length).cpu()
     for head in range(7):
         mass = probe_mass(case, positions, head, rows)
         restrided = restride_sums(mass).flip(0)  # by distance from the last row
@@ -139,8 +115,8 @@ def test_paper_mode_equals_minference_rules(
         columns = top(mass.sum(0).tolist(), vertical[head], forced=30)
         distances = top(restrided.tolist(), slash[head], forced=100)
         assert columns_of(selection, head) == columns, f"columns of head {head}"
-        blocks, _ = minference_sweep([], distances, far, PAPER_TILE_LEN)
-        assert sorted(offsets_of(selection, head)) == [b - far for b in blocks], f"head {head}"
+        assert offsets_of(selection, head) == [-d for d in distances], f"head {head}"
+        assert torch.equal(kept[head], minference_pairs(columns, distances, start, length)), head
 
 
 def test_paper_mode_forces_sinks_and_local_diagonals(device: str) -> None:
@@ -154,31 +130,45 @@ def test_paper_mode_forces_sinks_and_local_diagonals(device: str) -> None:
     assert set(range(50)) <= covered[1]
 
 
+def minference_pairs(columns: list[int], distances: list[int], start: int, length: int) -> Tensor:
+    """Which keys each query sees by the public index and its attention kernel, [T, L] bool: blocks
+    and single columns of its tile, up to itself."""
+    seen = torch.zeros(length - start, length, dtype=torch.bool)
+    for first in range(start, length, PAPER_TILE_LEN):
+        blocks, singles = oracle.minference_sweep(columns, distances, first, PAPER_TILE_LEN)
+        keys = [key for block in blocks for key in range(block, block + PAPER_TILE_LEN)] + singles
+        tile = slice(first - start, first - start + PAPER_TILE_LEN)
+        seen[tile, [key for key in keys if key < length]] = True
+    return seen & oracle.causal(length, start)
+
+
 def covered_distances(selection: Selection, head: int) -> set[int]:
-    """Distances whose whole window [t - d, t - d + P) lies inside the head's windows."""
-    keys = {offset + i for offset in offsets_of(selection, head) for i in range(PAPER_TILE_LEN)}
-    return {d for d in range(2000)
-            if all(-d + i in keys for i in range(PAPER_TILE_LEN) if i - d < PAPER_TILE_LEN)}
+    """Distances of the head's diagonals."""
+    return {-offset for offset in offsets_of(selection, head)}
 
 
 @given(st.sets(st.integers(0, 700), min_size=1, max_size=60), st.sampled_from([8, 16, 64]),
-       st.sets(st.integers(0, 4095), max_size=40), st.booleans())
-def test_coalesced_windows_equal_the_serial_sweep(
-    distances: set[int], tile_len: int, columns: set[int], with_local: bool
+       st.sets(st.integers(0, 799), max_size=40), st.integers(0, 800))
+def test_windows_equal_the_serial_sweep(
+    distances: set[int], tile_len: int, columns: set[int], tile_start: int
 ) -> None:
-    """Same blocks as the public kernel, disjoint, and every diagonal's window is covered. With the
-    local band that the policy forces, also the same single columns."""
-    distances |= set(range(100)) if with_local else {0}
-    tile_start = 4096
-    offsets = coalesce_windows(torch.tensor(sorted(distances)), tile_len).tolist()
-    blocks, singles = minference_sweep(sorted(columns), sorted(distances), tile_start, tile_len)
-    assert offsets == sorted(offsets, reverse=True)
-    assert [tile_start + offset for offset in reversed(offsets)] == blocks
-    assert all(high - low >= tile_len for low, high in zip(offsets[1:], offsets, strict=False))
+    """The same blocks as the public kernel, disjoint, at the prompt's start as far from it, and
+    what each diagonal has of the tile's keys is covered."""
+    distances |= set(range(100))  # the local band that the policy forces
+    offsets = [-d for d in sorted(distances)]
+    windows = reference.paper_windows(offsets, tile_start, tile_len)
+    blocks, singles = oracle.minference_sweep(
+        sorted(columns), sorted(distances), tile_start, tile_len)
+    assert windows == blocks and blocks[0] >= 0
+    assert all(high - low >= tile_len for low, high in zip(blocks, blocks[1:], strict=False))
     keys = {block + i for block in blocks for i in range(tile_len)}
     for distance in distances:
-        assert {tile_start - distance + i for i in range(tile_len)} <= keys
-    assert singles == sorted(columns - keys)
+        assert {tile_start - distance + i for i in range(max(0, distance - tile_start), tile_len)
+                } <= keys
+    end = tile_start + tile_len
+    assert [c for c in singles if c < end] == sorted(c for c in columns - keys if c < end)
+    every = window_starts(torch.tensor([tile_start, 0, 5000]), torch.tensor(offsets), tile_len)
+    assert [start for start in every[0].tolist() if start < 1 << 30] == windows
 
 
 # -- tile mode --------------------------------------------------------------------------------
@@ -270,7 +260,8 @@ def test_tile_mode_equals_slow_restatement(
 @pytest.mark.parametrize("mode", ["tile", "paper"])
 @pytest.mark.parametrize("seed", range(3))
 def test_selection_is_well_formed(mode: str, seed: int, device: str) -> None:
-    """Ascending columns inside the context, descending disjoint windows, padding at the end."""
+    """Ascending columns inside the context, descending windows that are disjoint in tile mode,
+    padding at the end."""
     rng = random.Random(seed)
     start, length = TILE * rng.randrange(10), 0
     length = start + TILE * rng.randrange(1, 12)
@@ -284,7 +275,8 @@ def test_selection_is_well_formed(mode: str, seed: int, device: str) -> None:
         assert columns == sorted(set(columns)) and all(0 <= c < length for c in columns)
         assert len(columns) == min(length, limits.vertical[head])
         assert selection.offsets[head].tolist()[: len(offsets)] == offsets
-        assert all(a - b >= selection.tile_len for a, b in zip(offsets, offsets[1:], strict=False))
+        apart = selection.tile_len if mode == "tile" else 1
+        assert all(a - b >= apart for a, b in zip(offsets, offsets[1:], strict=False))
         assert offsets[0] < selection.tile_len
         if mode == "tile":
             assert offsets[0] == 0 and all(offset % TILE == 0 for offset in offsets)

@@ -52,14 +52,14 @@ def tile_selection(rng: random.Random, heads: int, length: int, tile_len: int,
 
 def any_selection(rng: random.Random, heads: int, length: int, tile_len: int,
                   device: str = "cpu") -> Selection:
-    """Paper mode: disjoint windows at any offset; the first may start inside the tile, so some
-    rows see nothing but other windows and columns, or nothing at all."""
+    """Paper mode: diagonals at any distance, alone or in bands. Without the nearest ones some rows
+    see columns alone, or nothing at all."""
     columns, offsets = [], []
     for _ in range(heads):
-        position, row = rng.randrange(0, tile_len), []
-        for _ in range(rng.randrange(1, 7)):
+        position, row = -rng.randrange(0, tile_len), []
+        for _ in range(rng.randrange(1, 12)):
             row.append(position)
-            position -= tile_len + rng.choice([0, 0, 1, rng.randrange(50)])
+            position -= rng.choice([1, 1, tile_len, tile_len + 1, rng.randrange(1, 3 * tile_len)])
         offsets.append(row)
         columns.append(sorted(rng.sample(range(length), rng.randrange(0, length // 3))))
     return pack(columns, offsets, tile_len, False, device)

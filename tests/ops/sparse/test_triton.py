@@ -10,6 +10,7 @@ import torch
 
 from longspan.ops import reference
 from longspan.ops.sparse import triton as vertical_slash
+from longspan.ops.sparse import triton_unaligned
 from longspan.ops.types import Selection
 from tests.conftest import SEED, assert_close
 from tests.ops import oracle
@@ -125,14 +126,14 @@ PAPER_SHAPES = [
 
 def paper_selection(rng: random.Random, heads: int, length: int, tile_len: int, device: str,
                     ) -> Selection:
-    """Disjoint windows at any offset; the first may begin inside the tile, so that some rows see
-    no window, or nothing at all."""
+    """Diagonals at any distance, alone or in bands. Without the nearest ones some rows see no
+    window, or nothing at all."""
     columns, offsets = [], []
     for _ in range(heads):
-        position, row = rng.randrange(0, tile_len), []
-        for _ in range(rng.randrange(1, 7)):
+        position, row = -rng.randrange(0, tile_len), []
+        for _ in range(rng.randrange(1, 12)):
             row.append(position)
-            position -= tile_len + rng.choice([0, 0, 1, rng.randrange(50)])
+            position -= rng.choice([1, 1, tile_len, tile_len + 1, rng.randrange(1, 3 * tile_len)])
         offsets.append(torch.tensor(row))
         count = rng.randrange(0, length // 3)
         columns.append(torch.tensor(sorted(rng.sample(range(length), count)), dtype=torch.int64))
@@ -150,6 +151,21 @@ def test_paper_mode_equals_reference(
                             head_dim=head_dim, block_size=block_size, device=kernel_device)
     selection = paper_selection(random.Random(SEED), heads, length, tile_len, kernel_device)
     check(case, start, selection, correction=False)
+
+
+def test_paper_mode_takes_as_many_tiles_as_the_workspace_holds(
+    kernel_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One query tile at a time gives the same as all at once, over DCA borders too."""
+    case = oracle.make_case(111, ZONED, num_heads=2, device=kernel_device)
+    selection = paper_selection(random.Random(SEED), 2, 111, 16, kernel_device)
+    args = (case.q[20:], case.cache, case.block_table, 20, case.rotary, case.scale, selection,
+            False)
+    whole = vertical_slash.sparse_prefill_attention(*args)
+    monkeypatch.setattr(triton_unaligned, "WORKSPACE_BYTES", 1)
+    for one, other in zip(whole, vertical_slash.sparse_prefill_attention(*args), strict=True):
+        assert torch.equal(one, other)
+
 
 
 @pytest.mark.parametrize(
