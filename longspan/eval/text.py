@@ -42,7 +42,7 @@ class TextTokenizer(Protocol):
         """Return the token ids of a text, with the tokens that frame a plain prompt or without
         them."""
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], /) -> str:
         """Render the prompt for a conversation."""
 
 

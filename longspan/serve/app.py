@@ -160,8 +160,9 @@ async def _tokenize(service: Service, body: TokenizeRequest) -> Sequence[int]:
     if body.messages is None:
         special = body.add_special_tokens is not False
         return await service.engine.tokenize(body.prompt or "", add_special_tokens=special)
-    text = await service.render(body, body.chat_template_kwargs, body.add_generation_prompt)
-    return await service.engine.tokenize(text, add_special_tokens=bool(body.add_special_tokens))
+    return await service.encode_chat(
+        body, add_generation_prompt=body.add_generation_prompt,
+        add_special_tokens=bool(body.add_special_tokens))
 
 
 async def _detokenize(service: Service, ids: Sequence[int]) -> str:

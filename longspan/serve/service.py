@@ -28,7 +28,7 @@ from longspan.serve.errors import ApiError, ClientGone
 from longspan.serve.format import ChatFormat, CompletionFormat, Delta, Format
 from longspan.serve.generation import Generation, Job, millis
 from longspan.serve.metrics import Metrics
-from longspan.serve.protocol import ChatRequest, CompletionRequest, TemplateValues, TokenizeRequest
+from longspan.serve.protocol import ChatRequest, CompletionRequest, TokenizeRequest
 from longspan.serve.sampling import (
     asked_max_tokens,
     check_scoring,
@@ -37,7 +37,9 @@ from longspan.serve.sampling import (
 )
 from longspan.serve.stream import EventStreamResponse, EventWriter, StreamOptions
 
-RESERVED_VALUES = frozenset({"messages", "add_generation_prompt", "tools", "documents"})
+RESERVED_VALUES = frozenset({
+    "messages", "add_generation_prompt", "add_special_tokens", "tools", "documents", "bos_token",
+    "eos_token", "unk_token", "pad_token"})
 Model = TypeVar("Model", bound=BaseModel)
 GenerateBody = ChatRequest | CompletionRequest
 
@@ -152,8 +154,7 @@ class Service:
     async def _prompts(self, body: GenerateBody) -> list[Sequence[int]]:
         """Return the token ids of each prompt."""
         if isinstance(body, ChatRequest):
-            text = await self.render(body, body.chat_template_kwargs, True)
-            return [await self.engine.tokenize(text, add_special_tokens=False)]
+            return [await self.encode_chat(body, add_generation_prompt=True)]
         return [await self.engine.tokenize(each, add_special_tokens=body.add_special_tokens)
                 if isinstance(each, str) else each for each in body.prompt]
 
@@ -187,19 +188,18 @@ class Service:
             finally:
                 await watcher.close()
 
-    async def render(
-        self, body: ChatRequest | TokenizeRequest, values: TemplateValues | None,
-        add_generation_prompt: bool,
-    ) -> str:
-        """Render the prompt text of a conversation."""
-        wrong = RESERVED_VALUES.intersection(values or ())
+    async def encode_chat(
+        self, body: ChatRequest | TokenizeRequest, **options: bool
+    ) -> Sequence[int]:
+        """Return the token ids of a conversation."""
+        values = body.chat_template_kwargs or {}
+        wrong = RESERVED_VALUES.intersection(values)
         if wrong:
             name = sorted(wrong)[0]
             raise ApiError(400, f"chat_template_kwargs may not set {name}.",
                            param="chat_template_kwargs")
         messages = [message.for_template() for message in body.messages or ()]
-        return await self.engine.render_chat(
-            messages, add_generation_prompt=add_generation_prompt, **(values or {}))
+        return await self.engine.encode_chat(messages, **values, **options)
 
     def check_model(self, name: str | None) -> None:
         """Raise 404 for another model's name."""

@@ -106,10 +106,12 @@ class FakeEngine:
         return [_logprob(chr(token), value, (_logprob(chr(token), value),) * min(num_top, 1))
                 for token, value in zip(token_ids, found.logprobs.tolist(), strict=True)]
 
-    async def render_chat(self, messages: Sequence[Mapping[str, Any]], **values: Any) -> str:
+    async def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], /, **values: Any
+    ) -> Sequence[int]:
         """Roles in angle brackets."""
         text = "".join(f"<{message['role']}>{message['content']}" for message in messages)
-        return text + ("<assistant>" if values["add_generation_prompt"] else "")
+        return await self.tokenize(text + "<assistant>" * values["add_generation_prompt"])
 
     async def add(self, request: GenerateRequest) -> AsyncGenerator[Event]:
         """Accept."""

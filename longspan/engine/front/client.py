@@ -199,12 +199,12 @@ class AsyncEngine:
         token_bytes = TokenBytes(self._loaded_tokenizer())
         return await self._aside(token_bytes.describe_all, token_ids, found)
 
-    async def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], **template_values: Any
-    ) -> str:
-        """Render a conversation as prompt text by the checkpoint's template, sandboxed."""
-        render = self._loaded_tokenizer().render_chat
-        return await self._aside(partial(render, **template_values), messages)
+    async def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], /, **options: Any
+    ) -> Sequence[int]:
+        """Encode a conversation by the checkpoint's template, as `Tokenizer.encode_chat` does."""
+        encode = self._loaded_tokenizer().encode_chat
+        return await self._aside(partial(encode, **options), messages)
 
     def _make(self, request: GenerateRequest, tokenizer: Tokenizer) -> Request:
         """Make the engine's request; runs on a helper thread."""
@@ -378,7 +378,9 @@ class AsyncEngine:
 
 
 def _load_text(path: Path, vocab_size: int) -> tuple[Tokenizer, dict[str, float]]:
-    return load_tokenizer(path, vocab_size), default_sampling(path)
+    tokenizer = load_tokenizer(path, vocab_size)
+    tokenizer.prepare_chat()
+    return tokenizer, default_sampling(path)
 
 
 def _decode(tokenizer: Tokenizer, token_ids: Sequence[int], with_special: bool) -> str:

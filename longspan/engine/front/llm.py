@@ -125,7 +125,8 @@ class LLM:
         self, messages: Sequence[Mapping[str, Any]], sampling_params: SamplingParams | None = None,
         on_progress: OnProgress | None = None, **template_values: Any,
     ) -> RequestOutput:
-        """Answer a conversation, rendered by the checkpoint's chat template.
+        """Answer a conversation, rendered by the checkpoint's chat template. Contents are text:
+        what they hold never becomes a control token.
 
         Args:
             messages: ``{"role": ..., "content": ...}`` in order.
@@ -233,8 +234,7 @@ class LLM:
     def _chat_prompt(
         self, messages: Sequence[Mapping[str, Any]], template_values: Mapping[str, Any]
     ) -> Sequence[int]:
-        text = self.tokenizer.render_chat(messages, **template_values)
-        return self.tokenizer.encode(text)  # the template holds the special tokens
+        return self.tokenizer.encode_chat(messages, **template_values)
 
     def _make_request(self, prompt: Prompt, params: SamplingParams) -> Request:
         if params.json_schema is not None:

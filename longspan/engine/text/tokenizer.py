@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from longspan.config import read_json
 from longspan.engine.text.chat_template import ChatTemplate
-from longspan.errors import CheckpointError, InvalidRequestError, MissingDependencyError
+from longspan.engine.text.control_tokens import ControlTokens, SecretBackend
+from longspan.errors import (
+    CheckpointError,
+    InvalidRequestError,
+    LongspanError,
+    MissingDependencyError,
+)
 
 REPLACEMENT = "\ufffd"
 
@@ -32,8 +38,8 @@ class Tokenizer:
         self._path = path
         self._tokenizer = _load(path / "tokenizer.json")
         self._config = _read_optional(path / "tokenizer_config.json")
-        source = self._template_source()
-        self._template = None if source is None else ChatTemplate(source, str(path))
+        self._source = self._template_source()
+        self._template = None if self._source is None else ChatTemplate(self._source, str(path))
 
     @cached_property
     def vocab_size(self) -> int:
@@ -103,20 +109,56 @@ class Tokenizer:
                 beginning-of-text token, for example). Pieces of a prompt want none, and chat
                 templates contain them.
         """
-        try:
-            encoding = self._tokenizer.encode_batch_fast(
-                [text], add_special_tokens=add_special_tokens)[0]
-        except (UnicodeEncodeError, TypeError):  # lone surrogates
-            raise InvalidRequestError("the prompt is not valid Unicode text") from None
+        return _encoded(self._encode, text, add_special_tokens=add_special_tokens)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> array[int]:
+        encoding = self._tokenizer.encode_batch_fast(
+            [text], add_special_tokens=add_special_tokens)[0]
         return array("i", encoding.ids)
 
     def decode(self, token_ids: Sequence[int], *, with_special: bool = False) -> str:
         """Text of the tokens, special ones left out or written as the vocabulary has them."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=not with_special))
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], **values: Any) -> str:
-        """Render a conversation as a prompt by the checkpoint's template. The prompt holds its
-        special tokens: encode it without adding more.
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], /, *, add_special_tokens: bool = False,
+        **values: Any,
+    ) -> array[int]:
+        """Token ids of a conversation's prompt. The template's own marks become control tokens;
+        whatever the contents hold stays text.
+
+        Arguments and errors are those of `render_chat` and `encode`.
+        """
+        _check_messages(messages)
+        protected, others, has_marked = self._control.protect(messages, values)
+        rendered = self.render_chat(protected, **others)
+        if not has_marked:
+            return self.encode(rendered, add_special_tokens=add_special_tokens)
+        secret = self._secret_backend
+        return _encoded(secret.encode, self._control.replace(rendered, secret.secret_of),
+                        add_special_tokens=add_special_tokens)
+
+    def prepare_chat(self) -> None:
+        """Make now what `encode_chat` needs for contents that name control tokens: it takes half a
+        second for a large vocabulary, which other threads would wait for."""
+        if self._template is not None:
+            _ = self._secret_backend
+
+    @cached_property
+    def _control(self) -> ControlTokens:
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return ControlTokens([token.content for token in added if token.special],
+                             [token.content for token in added if not token.special],
+                             self._source or "")
+
+    @cached_property
+    def _secret_backend(self) -> SecretBackend:
+        return SecretBackend(
+            self.to_json(), self._control.texts, self._tokenizer.token_to_id, _from_text)
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], /, **values: Any) -> str:
+        """Render a conversation as the text of a prompt by the checkpoint's template. To compute
+        it, use `encode_chat`: this text no longer says which marks are the template's.
 
         Args:
             messages: ``{"role": ..., "content": ...}`` in order.
@@ -124,10 +166,7 @@ class Tokenizer:
 
         Raises `InvalidRequestError` without messages, without a template, or when it refuses them.
         """
-        if not messages:
-            raise InvalidRequestError("there are no messages; send at least one")
-        if not all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages):
-            raise InvalidRequestError("each message must be an object with a role and content")
+        _check_messages(messages)
         if self._template is None:
             raise InvalidRequestError(
                 "this model has no chat template; give a plain prompt instead of messages")
@@ -262,18 +301,38 @@ class StopMatcher:
         return 0
 
 
+def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
+    if not messages:
+        raise InvalidRequestError("there are no messages; send at least one")
+    if not all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages):
+        raise InvalidRequestError("each message must be an object with a role and content")
+
+
+def _encoded(encode: Callable[..., array[int]], text: str, **options: Any) -> array[int]:
+    try:
+        return encode(text, **options)
+    except (UnicodeEncodeError, TypeError):  # lone surrogates
+        raise InvalidRequestError("the prompt is not valid Unicode text") from None
+
+
 def _load(file: Path) -> Any:
+    if not file.is_file():
+        raise CheckpointError(f"{file.parent}: no tokenizer.json there; fetch it with the weights")
+    try:
+        return _from_text(_read_text(file))
+    except LongspanError:
+        raise
+    except Exception as error:  # the library raises a bare Exception for every fault in the file
+        raise CheckpointError(f"{file}: not a valid tokenizer ({error}); fetch it again") from None
+
+
+def _from_text(source: str) -> Any:
     try:
         from tokenizers import Tokenizer as Backend
     except ImportError:
         raise MissingDependencyError(
             "tokenizers is not installed: pip install tokenizers") from None
-    if not file.is_file():
-        raise CheckpointError(f"{file.parent}: no tokenizer.json there; fetch it with the weights")
-    try:
-        tokenizer = Backend.from_file(str(file))
-    except Exception as error:  # the library raises a bare Exception for every fault in the file
-        raise CheckpointError(f"{file}: not a valid tokenizer ({error}); fetch it again") from None
+    tokenizer = Backend.from_str(source)
     tokenizer.no_truncation()  # some files carry a length of their training runs
     tokenizer.no_padding()
     return tokenizer
