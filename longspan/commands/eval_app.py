@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -77,7 +78,9 @@ def run(
     model: Model, task: TaskNames, lengths: Lengths = None, n: Count = 20, seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="Folder of the runs; each setting gets its own.")] =
         Path("out/eval"),
-    attention: Annotated[str, typer.Option(help="dense, sparse, or both.")] = "dense",
+    attention: Annotated[str, typer.Option(
+        help="dense, sparse, paper (MInference's policy, same budgets), with commas between.")] =
+        "dense",
     positions: Annotated[str, typer.Option(help="auto, or rope, dca, dca+yarn.")] = "auto",
     url: Annotated[str | None, typer.Option(
         help="OpenAI-compatible address, such as http://127.0.0.1:8000/v1; MODEL is the name of "
@@ -90,9 +93,13 @@ def run(
         help="For --url.", envvar="LONGSPAN_EVAL_API_KEY", show_envvar=True)] = "none",
     timeout_s: Annotated[float, typer.Option(help="Longest silence of a server.")] = 3600.0,
     concurrency: Annotated[int, typer.Option(
-        min=1, help="Documents that a server is asked about at a time.")] = 1,
+        min=1, help="Documents asked about at a time; above 1 no times are kept.")] = 1,
     time_limit_s: Annotated[float | None, typer.Option(
         help="Begin nothing new after these seconds; run again to go on.")] = None,
+    answer_nll: Annotated[bool, typer.Option(
+        "--answer-nll", help="Also score the right answers: nats a token of them.")] = False,
+    shares_device: Annotated[bool, typer.Option(
+        "--shares-device", help="Others compute there meanwhile: keep no times.")] = False,
     label: Annotated[str | None, typer.Option(
         help="Attention as the rows name it, for --url.")] = None,
     name: Annotated[str | None, typer.Option(help="Model's name in the results.")] = None,
@@ -103,6 +110,7 @@ def run(
     memory_gib: Memory = None, threads: Threads = None,
 ) -> None:
     """Ask a model, in this process or behind an address. Goes on where it was cut off."""
+    from longspan.commands.evaluate import Pace
     from longspan.commands.evaluate import run as run_job
     from longspan.commands.models import ModelJob
     from longspan.commands.prompts import PromptsJob, make_plan
@@ -113,7 +121,8 @@ def run(
                                num_distractors=distractors)
     prompts = PromptsJob(
         tokenizer=tokenizer or model,
-        plan=make_plan(task, _lengths(lengths), n, seed, task_options),
+        plan=replace(make_plan(task, _lengths(lengths), n, seed, task_options),
+                     answer_nll=answer_nll),
         text_roots=tuple(text_root or ()), words=words, data=data, template=template,
         # a server that takes messages begins the assistant's turn itself
         prefix="user" if api == "chat" and prefix == "assistant" else prefix)
@@ -125,8 +134,9 @@ def run(
         positions=parse_list(positions, str, "--positions"),
         options={"device": device, "dtype": dtype, "prefill_chunk_len": prefill_chunk_len,
                  "sparsity_plan": sparsity_plan, "memory_gib": memory_gib,
-                 "num_threads": threads}),
-        out, concurrency, time_limit_s)
+                 "num_threads": threads},
+        concurrency=concurrency),
+        out, Pace(time_limit_s=time_limit_s, shares_device=shares_device))
     if status:
         raise typer.Exit(status)
 

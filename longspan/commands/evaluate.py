@@ -6,7 +6,7 @@ import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -42,6 +42,15 @@ MAX_JUDGE_TOKENS = 1024
 FORMATS = ("results", "csv", "ruler")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pace:
+    """How long a run may take, and whether its times mean anything."""
+
+    time_limit_s: float | None = None
+    shares_device: bool = False
+    """Other processes compute there too: no times are kept."""
+
+
 def list_tasks() -> None:
     """Print tasks and suites."""
     tasks = all_tasks(TaskOptions())
@@ -72,9 +81,7 @@ def build(job: PromptsJob, out: Path, with_text: bool) -> None:
     note(f"{count:,} prompts in {out}")
 
 
-def run(
-    job: PromptsJob, model: ModelJob, out: Path, concurrency: int, time_limit_s: float | None
-) -> int:
+def run(job: PromptsJob, model: ModelJob, out: Path, pace: Pace) -> int:
     """Ask the model in each of its settings, a folder for each. Returns the exit status."""
     if model.endpoint is not None and job.tokenizer == model.model and not _is_there(model.model):
         raise LongspanError(f"{model.model}: no such checkpoint here; name the tokenizer of the "
@@ -92,14 +99,14 @@ def run(
         with RunFolder(out / setting.label) as folder:
             manifest = _begin(folder, job, model, setting, materials, about)
             found = _run_setting(job, model, setting, materials, folder, manifest, longest,
-                                 (1 if model.endpoint is None else concurrency, time_limit_s))
+                                 pace)
         status = max(status, found)
     return status
 
 
 def _run_setting(
     job: PromptsJob, model: ModelJob, setting: Setting, materials: Materials, folder: RunFolder,
-    manifest: dict[str, Any], longest: int, pace: tuple[int, float | None],
+    manifest: dict[str, Any], longest: int, pace: Pace,
 ) -> int:
     """Ask what is not answered yet; rebuild the summary whatever happens."""
     done = {key for key, sample in folder.read().items() if sample.status == "ok"}
@@ -110,9 +117,10 @@ def _run_setting(
         if left:
             with open_model(model, setting, longest) as (asked, where):
                 folder.write_json(MANIFEST, {**manifest, "about": where})
-                outcome = run_plan(job.plan, materials, asked, folder, concurrency=pace[0],
-                                   time_limit_s=pace[1],
-                                   on_job=lambda work, new: _say(setting, work, new))
+                outcome = run_plan(
+                    job.plan, materials, asked, folder, concurrency=model.concurrency,
+                    time_limit_s=pace.time_limit_s, is_timed=not pace.shares_device,
+                    on_job=lambda work, new: _say(setting, work, new))
             status = STOPPED if outcome.is_stopped else FAILED if outcome.num_failed else 0
             if outcome.is_stopped:
                 note("stopped by the time limit; run the same command again to go on")
@@ -174,10 +182,11 @@ def compare(first: Path, second: Path, margin: float, out: Path | None) -> None:
     rows = compare_runs(_samples(runs[0]), _samples(runs[1]), tasks, margin)
     show_table(f"{second} against {first}", (
         "task", "tokens", "n", "first", "second", "difference", "95 % interval", "better",
-        "worse", "p", f"margin {100 * margin:g}"), [
+        "worse", "p", f"margin {100 * margin:g}", "nats a token"), [
         (row["task"], _tokens(row), row["n"], percent(row["first"]), percent(row["second"]),
          f"{100 * row['difference']:+.1f}", _interval(row), row["num_better"], row["num_worse"],
-         "" if row["p_value"] is None else f"{row['p_value']:.3g}", row["verdict"])
+         "" if row["p_value"] is None else f"{row['p_value']:.3g}", row["verdict"],
+         _nats(row, "nll_difference", "nll_ci_low", "nll_ci_high", sign="+"))
         for row in rows])
     if out is not None:
         _write_csv(out, rows)
@@ -212,11 +221,16 @@ def show_summary(summary: Mapping[str, Any]) -> None:
     """Scores over all depths, and areas under curves, as tables on stdout."""
     rows = [row for row in summary["rows"] if row["depth"] is None]
     title = f"{rows[0]['model']}, {rows[0]['attention']}" if rows else "no rows"
-    show_table(title, ("task", "tokens", "score", "95 % interval", "n", "density", "first token",
-                       "form", "status"), [
-        (row["task"], _tokens(row), _score(row), _interval(row), row["n"],
-         percent(row.get("density")), seconds(row.get("ttft_s")), row.get("form", ""),
-         row["status"]) for row in rows])
+    columns = ("task", "tokens", "score", "95 % interval", "n", "answer, nats a token", "density",
+               "first token", "form", "status")
+    cells = [(row["task"], _tokens(row), _score(row), _interval(row), row["n"],
+              _nats(row, "answer_nll", "answer_nll_low", "answer_nll_high"),
+              percent(row.get("density")), seconds(row.get("ttft_s")), row.get("form", ""),
+              row["status"]) for row in rows]
+    used = [place for place in range(len(columns))
+            if any(cell[place] not in ("", "-") for cell in cells)]
+    show_table(title, [columns[place] for place in used],
+               [[cell[place] for place in used] for cell in cells])
     if summary["areas"]:
         show_table("area under the score-length curve", (
             "task", "from", "to", "area", "95 % interval", "n", "status"), [
@@ -282,8 +296,9 @@ def _say(setting: Setting, work: Job, new: Sequence[Sample]) -> None:
     scores = [sample.score for sample in new if sample.score is not None]
     shown = f"{sum(scores):g}/{len(scores)}" if scores else new[0].status
     why = f": {new[0].error}" if new[0].error else ""
+    took = "" if new[0].ttft_s is None else f", first token after {seconds(new[0].ttft_s)}"
     note(f"{setting.label:<16} {work.task.name:<16} {work.num_tokens or new[0].prompt_tokens:>9,} "
-         f"tokens  #{work.index}  {shown}, first token after {seconds(new[0].ttft_s)}{why}")
+         f"tokens  #{work.index}  {shown}{took}{why}")
 
 
 def _score(row: Mapping[str, Any]) -> str:
@@ -296,6 +311,13 @@ def _interval(row: Mapping[str, Any]) -> str:
     if row["ci_low"] is None:
         return "-"
     return f"{100 * row['ci_low']:.1f} to {100 * row['ci_high']:.1f}"
+
+
+def _nats(row: Mapping[str, Any], mean: str, low: str, high: str, sign: str = "") -> str:
+    if row.get(mean) is None:
+        return ""
+    text = f"{row[mean]:{sign}.2f}"
+    return text if row[low] is None else f"{text} ({row[low]:{sign}.2f} to {row[high]:{sign}.2f})"
 
 
 def _tokens(row: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from longspan.commands.results import describe_run
 from longspan.config import EngineConfig, ModelConfig
 from longspan.engine.front.llm import LLM
 from longspan.engine.request import RequestOutput, SamplingParams
+from longspan.engine.setup.engine_plan import ResolvedEngine
 from longspan.errors import LongspanError
 from longspan.eval.endpoint import Endpoint, EndpointConfig
 from longspan.eval.prompt import Prompt
@@ -25,7 +27,8 @@ from longspan.eval.task import Answer, Model
 from longspan.model.weights import resolve_checkpoint
 
 HASHED_BYTES = 2**22
-ATTENTION = ("dense", "sparse")
+ATTENTION = ("dense", "sparse", "paper")
+"""``paper``: the budgets of ``sparse``, chosen by MInference's policy as the report has it."""
 POSITIONS = ("auto", "rope", "dca", "dca+yarn")
 
 
@@ -44,6 +47,8 @@ class ModelJob:
     max_model_len: int | None = None
     options: Mapping[str, Any]
     """Fields of `EngineConfig`."""
+    concurrency: int = 1
+    """Documents that the model is asked about at a time."""
 
     @property
     def shown_name(self) -> str:
@@ -56,14 +61,15 @@ class Setting:
     """How the model attends."""
 
     attention: str
-    """``dense`` or ``sparse``; empty for an endpoint."""
+    """One of `ATTENTION`; empty for an endpoint."""
     positions: str
     """``rope``, ``dca`` or ``dca+yarn``; of an endpoint its label."""
 
     @property
     def label(self) -> str:
-        """As result rows name it: the positions, with ``sparse-`` before them if so."""
-        return f"sparse-{self.positions}" if self.attention == "sparse" else self.positions
+        """As result rows name it: the positions, behind ``sparse-`` or ``paper-`` if so."""
+        is_plain = self.attention in ("", "dense")
+        return self.positions if is_plain else f"{self.attention}-{self.positions}"
 
 
 def settings(job: ModelJob) -> tuple[Setting, ...]:
@@ -103,34 +109,59 @@ def open_model(
             scores = job.endpoint.api == "completions"
             yield Model(endpoint, endpoint.score if scores else None), about
         return
-    with LLM(job.model, attention=setting.attention, positions=setting.positions,
-             max_model_len=longest, **job.options) as llm:
-        engine = EngineModel(llm)
+    with open_llm(job, setting, longest) as llm:
+        engine = EngineModel(llm, shows_progress=job.concurrency == 1)
         yield Model(engine, engine.score), describe_run(str(llm.config.device))
+
+
+@contextmanager
+def open_llm(job: ModelJob, setting: Setting, longest: int) -> Iterator[LLM]:
+    """Open our engine in one setting, for prompts and answers of at most `longest` tokens."""
+    options = {"positions": setting.positions, "max_model_len": longest, **job.options}
+    if setting.attention != "paper":
+        with LLM(job.model, attention=setting.attention, **options) as llm:
+            yield llm
+        return
+    plan = ResolvedEngine.resolve(
+        EngineConfig(model=job.model, attention="sparse", **options), must_fit=False).plan
+    assert plan is not None, "sparse prefill has budgets"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "plan.json"
+        plan.paper().save(file)
+        with LLM(job.model, attention="sparse", **{**options, "sparsity_plan": str(file)}) as llm:
+            yield llm
 
 
 class EngineModel:
     """`Generate` and `Score` by our engine. The first prompt of a document runs alone: the others
-    then find its beginning in the prefix cache."""
+    then find its beginning in the prefix cache. Safe to use from several threads, whose prompts are
+    then computed together.
 
-    def __init__(self, llm: LLM) -> None:
-        self._llm = llm
+    Args:
+        shows_progress: of long prefills, for one thread.
+    """
+
+    def __init__(self, llm: LLM, shows_progress: bool = True) -> None:
+        self._llm, self._shows_progress = llm, shows_progress
 
     def __call__(self, prompts: Sequence[Prompt], max_tokens: int) -> list[Answer]:
         """Greedy answers, or none when memory runs out."""
-        return self._ask(prompts, SamplingParams(max_tokens=max_tokens))
+        return self._ask(prompts, [SamplingParams(max_tokens=max_tokens)] * len(prompts))
 
-    def score(self, prompts: Sequence[Prompt]) -> list[Answer]:
+    def score(self, prompts: Sequence[Prompt], firsts: Sequence[int] = ()) -> list[Answer]:
         """Log-probabilities, or none when memory runs out."""
-        return self._ask(prompts, SamplingParams(max_tokens=0, prompt_logprobs=0))
+        return self._ask(prompts, [
+            SamplingParams(max_tokens=0, prompt_logprobs=0, prompt_logprobs_start=first)
+            for first in firsts or [0] * len(prompts)])
 
-    def _ask(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Answer]:
+    def _ask(self, prompts: Sequence[Prompt], each: Sequence[SamplingParams]) -> list[Answer]:
         ids = [prompt.ids for prompt in prompts]
         try:
             with PrefillBar() as bar:
-                outputs = self._llm.generate([ids[0]], params, bar.update)
+                outputs = self._llm.generate(
+                    [ids[0]], each[0], bar.update if self._shows_progress else None)
             if len(ids) > 1:
-                outputs += self._llm.generate(list(ids[1:]), params)
+                outputs += self._llm.generate(list(ids[1:]), each[1:])
         except torch.OutOfMemoryError as error:
             return [Answer(status="oom", error=str(error).split("\n")[0]) for _ in prompts]
         return [_answer(output) for output in outputs]

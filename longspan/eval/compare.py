@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from longspan.errors import LongspanError
 from longspan.eval.samples import Sample
-from longspan.eval.stats import Comparison, Estimate, combine, compare
+from longspan.eval.stats import Comparison, Estimate, combine, compare, nats_estimate
 from longspan.eval.task import Task
 from longspan.eval.tasks.registry import MACROS
 
@@ -44,8 +44,23 @@ def compare_runs(
         verdict = result.verdict(margin) if tasks[name].scores_text else ""  # nats have no margin
         rows.append({"task": name, "num_tokens": length, **_figures(scores.mean(0), result),
                      "p_value": round(result.p_value, 6), "method": result.method,
-                     "verdict": verdict})
+                     "verdict": verdict, **_surprise(samples)})
     return rows + _macro_rows(found)
+
+
+def _surprise(pairs: Sequence[tuple[Sample, Sample]]) -> dict[str, Any]:
+    """Return how many nats a token the second run finds right answers less likely, where both
+    scored them."""
+    both = [(one.answer_nll, other.answer_nll, one.index) for one, other in pairs
+            if one.answer_nll is not None and other.answer_nll is not None]
+    if not both:
+        return {}
+    found = nats_estimate([second - first for first, second, _ in both],
+                          [document for *_, document in both])
+    has_interval = bool(found.method)
+    return {"nll_n": found.n, "nll_difference": round(found.mean, 4),
+            "nll_ci_low": round(found.low, 4) if has_interval else None,
+            "nll_ci_high": round(found.high, 4) if has_interval else None}
 
 
 def _figures(means: np.ndarray, result: Comparison) -> dict[str, Any]:

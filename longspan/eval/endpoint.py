@@ -110,9 +110,9 @@ class Endpoint:
         """One answer for each prompt, one after the other: prefixes are cached then."""
         return [self._answer(prompt, {"max_tokens": max_tokens}) for prompt in prompts]
 
-    def score(self, prompts: Sequence[Prompt]) -> list[Answer]:
-        """Log-probabilities of each prompt, which a server of ``completions`` echoes. Raises
-        `LongspanError` when it does not."""
+    def score(self, prompts: Sequence[Prompt], firsts: Sequence[int] = ()) -> list[Answer]:
+        """Log-probabilities of each prompt, which a server of ``completions`` echoes: all of them,
+        whatever ``firsts`` are. Raises `LongspanError` when it does not."""
         fields = {"max_tokens": 0, "echo": True, "logprobs": 1}  # some take 0 for none at all
         return [self._answer(prompt, fields) for prompt in prompts]
 

@@ -12,6 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 
 from longspan.errors import LongspanError
+from longspan.eval.answer_nll import answer_nlls
 from longspan.eval.prompt import Materials
 from longspan.eval.samples import RunFolder, Sample
 from longspan.eval.task import Answer, Example, Model, Task, rng_for
@@ -30,6 +31,8 @@ class Plan:
     """Tokens of the longest prompt with its answer."""
     num_samples: int = 20
     seed: int = 0
+    answer_nll: bool = False
+    """Also score the right answer to each prompt; see `longspan.eval.answer_nll`."""
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:
@@ -81,9 +84,12 @@ def work_order(plan: Plan, materials: Materials) -> Iterator[Job]:
 
 def run(
     plan: Plan, materials: Materials, model: Model, folder: RunFolder, *, concurrency: int = 1,
-    time_limit_s: float | None = None, on_job: OnJob | None = None,
+    time_limit_s: float | None = None, is_timed: bool = True, on_job: OnJob | None = None,
 ) -> Outcome:
     """Ask every question that has no answer yet, `concurrency` documents at a time.
+
+    Times are kept only where they say something about the model: `is_timed`, and one document at a
+    time.
 
     A prompt without an answer is kept as failed, and asked again by the next run. Errors end the
     run; answers that are under way are still waited for and kept.
@@ -95,6 +101,8 @@ def run(
 
     def work(job: Job) -> list[Sample]:
         samples = _ask(plan, job, materials, model, done)
+        if not is_timed or concurrency > 1:
+            samples = [replace(sample, ttft_s=None, total_s=None) for sample in samples]
         folder.append(samples)
         return samples
 
@@ -164,8 +172,21 @@ def _ask(
     start = time.monotonic()
     answers = job.task.ask(model, list(examples.values()))
     total_s = round((time.monotonic() - start) / len(examples), 3)
-    return [_sample(key, job, example, answer, total_s)
-            for (key, example), answer in zip(examples.items(), answers, strict=True)]
+    nlls: Sequence[float | None] = [None] * len(examples)
+    if plan.answer_nll:
+        nlls = _answer_nlls(job.task, list(examples.values()), model, materials)
+    return [replace(_sample(key, job, example, answer, total_s), answer_nll=nll)
+            for (key, example), answer, nll in zip(examples.items(), answers, nlls, strict=True)]
+
+
+def _answer_nlls(
+    task: Task, examples: Sequence[Example], model: Model, materials: Materials
+) -> list[float | None]:
+    """Score right answers. Raises `LongspanError` where the model gives no log-probabilities."""
+    if model.score is None:
+        raise LongspanError("--answer-nll needs log-probabilities of the prompt, which this model "
+                            "does not give; leave it out")
+    return answer_nlls(task, examples, model.score, materials.encoder)
 
 
 def _sample(key: str, job: Job, example: Example, answer: Answer, total_s: float) -> Sample:

@@ -47,8 +47,11 @@ class Sample:
     error: str = ""
     density: float | None = None
     ttft_s: float | None = None
+    """None also where something else shared the device, so that times mean nothing."""
     total_s: float | None = None
     num_cached_tokens: int = 0
+    answer_nll: float | None = None
+    """Nats a token of the right answer, where it was scored."""
 
     @property
     def depth(self) -> float | None:

@@ -43,6 +43,16 @@ def estimate(scores: Sequence[float], is_binary: bool, clusters: Sequence[object
     return Estimate(mean, *bootstrap_interval(scores, clusters), n, "bootstrap")
 
 
+def nats_estimate(values: Sequence[float], clusters: Sequence[object] = ()) -> Estimate:
+    """Estimate the mean of numbers that have no bounds, by bootstrap. One alone, or one document
+    alone, says nothing about the spread: its method is empty, its interval no interval."""
+    n = len(set(clusters)) if clusters else len(values)
+    mean = float(np.mean(values))
+    if n < 2:
+        return Estimate(mean, mean, mean, len(values), "")
+    return Estimate(mean, *bootstrap_interval(values, clusters), len(values), "bootstrap")
+
+
 def wilson_interval(num_right: float, n: int, z: float = Z_95) -> tuple[float, float]:
     """Return Wilson's interval for a share, 95 % by default; (0, 1) without trials."""
     if n == 0:

@@ -13,7 +13,7 @@ from statistics import fmean, median
 from typing import Any
 
 from longspan.eval.samples import Sample
-from longspan.eval.stats import Estimate, combine, curve_weights, estimate
+from longspan.eval.stats import Estimate, combine, curve_weights, estimate, nats_estimate
 from longspan.eval.task import Task
 from longspan.eval.tasks.registry import MACROS, RULER_11
 
@@ -57,17 +57,21 @@ def summarise(
                 estimates[cell] = found
             rows.append(_row(arm, cell, n, groups[cell], good, found))
             rows += _depth_rows(arm, cell, good) if tasks[name].by_depth else []
-    rows += _macro_rows(arm, planned, estimates)
+    rows += _macro_rows(arm, planned, estimates, groups)
     return {"rows": rows, "areas": _areas(arm, rows, estimates)}
 
 
 def _estimate(samples: Sequence[Sample], task: Task) -> tuple[list[Sample], Estimate | None]:
     """Return (scored samples, their score if there are any)."""
-    good = [sample for sample in samples if sample.status == "ok" and sample.score is not None]
+    good = _scored(samples)
     if not good:
         return good, None
     scores = [sample.score for sample in good if sample.score is not None]
     return good, estimate(scores, task.is_binary, [sample.index for sample in good])
+
+
+def _scored(samples: Sequence[Sample]) -> list[Sample]:
+    return [sample for sample in samples if sample.status == "ok" and sample.score is not None]
 
 
 def _row(
@@ -76,7 +80,8 @@ def _row(
 ) -> dict[str, Any]:
     row = {**_head(arm, cell), "depth": None, **_figures(found), "num_planned": planned,
            "num_documents": len({sample.index for sample in good}),
-           "status": _status(samples, len(good), planned), **_costs(good), **_prompts(good)}
+           "status": _status(samples, len(good), planned), **_costs(good),
+           **_surprise([good]), **_prompts(good)}
     labels = Counter(sample.label for sample in good if sample.label)
     names = sorted({name for sample in good for name in sample.values})
     values = {name: round(fmean(sample.values[name] for sample in good if name in sample.values), 4)
@@ -113,7 +118,24 @@ def _costs(samples: Sequence[Sample]) -> dict[str, Any]:
     densities = [sample.density for sample in fresh if sample.density is not None]
     times = [sample.ttft_s for sample in fresh if sample.ttft_s is not None]
     return {"density": round(fmean(densities), 4) if densities else None,
-            "ttft_s": round(median(times), 4) if times else None}
+            "ttft_s": round(median(times), 4) if times else None, "ttft_n": len(times)}
+
+
+def _surprise(tasks: Sequence[Sequence[Sample]]) -> dict[str, Any]:
+    """Return nats a token of the right answers, the mean of task means, where every task has
+    some."""
+    found = [[(sample.answer_nll, sample.index) for sample in samples
+              if sample.answer_nll is not None] for samples in tasks]
+    if not all(found):
+        return {}
+    parts = [nats_estimate([nats for nats, _ in each], [index for _, index in each])
+             for each in found]
+    whole = combine(parts, [1 / len(parts)] * len(parts)) if len(parts) > 1 else parts[0]
+    has_interval = all(part.method for part in parts)
+    return {"answer_nll": round(whole.mean, 4),
+            "answer_nll_low": round(whole.low, 4) if has_interval else None,
+            "answer_nll_high": round(whole.high, 4) if has_interval else None,
+            "answer_nll_n": whole.n}
 
 
 def _prompts(samples: Sequence[Sample]) -> dict[str, Any]:
@@ -141,7 +163,8 @@ def _depth(sample: Sample, depth: float) -> float:
 
 
 def _macro_rows(
-    arm: Arm, planned: Mapping[str, Mapping[str, int]], estimates: dict[Cell, Estimate]
+    arm: Arm, planned: Mapping[str, Mapping[str, int]], estimates: dict[Cell, Estimate],
+    groups: Mapping[Cell, Sequence[Sample]],
 ) -> list[dict[str, Any]]:
     """Return the means of task means at each length, of groups of which any task was planned. A
     group is without a score where one of its tasks is."""
@@ -151,14 +174,18 @@ def _macro_rows(
             continue
         for length in sorted({int(n) for task in members for n in planned.get(task, ())}):
             missing = [task for task in members if (task, length) not in estimates]
-            found = None
-            if not missing:
+            found, more = None, dict[str, Any]()
+            if missing:
+                more = {"status": f"{len(missing)} of {len(members)} tasks not run",
+                        "missing": missing}
+            else:
                 parts = [estimates[task, length] for task in members]
                 found = combine(parts, [1 / len(parts)] * len(parts))
                 estimates[name, length] = found
-            rows.append({**_head(arm, (name, length)), "depth": None, **_figures(found),
-                         "status": f"{len(missing)} of {len(members)} tasks not run"
-                         if missing else "complete", **({"missing": missing} if missing else {})})
+                good = [_scored(groups[task, length]) for task in members]
+                more = {"status": "complete", **_costs([s for each in good for s in each]),
+                        **_surprise(good)}
+            rows.append({**_head(arm, (name, length)), "depth": None, **_figures(found), **more})
     return rows
 
 

@@ -43,8 +43,13 @@ class Generate(Protocol):
 class Score(Protocol):
     """A model that can say how probable it finds each token of a prompt."""
 
-    def __call__(self, prompts: Sequence[Prompt]) -> Sequence[Answer]:
-        """One answer without text for each prompt, in order, with `Answer.logprobs`."""
+    def __call__(self, prompts: Sequence[Prompt], firsts: Sequence[int] = ()) -> Sequence[Answer]:
+        """One answer without text for each prompt, in order, with `Answer.logprobs`.
+
+        Args:
+            firsts: each prompt's first token whose log-probability is wanted; those before it may
+                be NaN and need not be computed. None given: all tokens are wanted.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +159,10 @@ class Task(ABC):
     @abstractmethod
     def score(self, gold: Gold, answer: Answer) -> Verdict:
         """Return the verdict on an answer."""
+
+    def reference(self, gold: Gold) -> str:
+        """Return a right answer as a model would write it; empty where there is none to write."""
+        return gold.answers[0] if gold.answers else ""
 
     def ask(self, model: Model, examples: Sequence[Example]) -> Sequence[Answer]:
         """Return the model's answers to examples that share a document."""

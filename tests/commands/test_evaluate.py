@@ -35,7 +35,8 @@ def test_the_whole_chain_on_nano(tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "runs"
     job = ("run", "nano", "--task", "needle,niah_multivalue", "--task", "passkey", "--lengths",
            "640,1k", "-n", 2, "--depths", 2, "--questions", 2, "--distractors", 0, "--positions",
-           "rope", "--attention", "dense,sparse", "--device", "cpu", "--threads", 1, "--out", out)
+           "rope", "--attention", "dense,sparse", "--device", "cpu", "--threads", 1, "--out", out,
+           "--answer-nll")
     assert run(*job) == 0
     said = capsys.readouterr()
     assert "needle" in said.out and "sparse-rope" in said.err
@@ -46,6 +47,7 @@ def test_the_whole_chain_on_nano(tmp_path: Path, capsys: Capture) -> None:
         for length in (640, 1024):
             assert rows[task, length]["score"] == 1.0, "nano finds single facts at any length"
             assert (rows[task, length]["n"], rows[task, length]["status"]) == (2, "complete")
+            assert rows[task, length]["answer_nll"] < 0.1 and rows[task, length]["ttft_s"] > 0
     assert rows["niah_multivalue", 1024]["method"] in ("bootstrap", "wilson")
     assert rows["ruler-11", 1024]["score"] is None
     assert read(dense, "run.json")["held_out"] is True
@@ -67,6 +69,18 @@ def test_the_whole_chain_on_nano(tmp_path: Path, capsys: Capture) -> None:
         assert run("export", dense, "--format", form, "--out", tmp_path / form) == 0
     lines = (tmp_path / "ruler" / "nano.rope" / "1024" / "niah_multivalue.jsonl").read_text()
     assert {"index", "outputs", "pred"} == set(json.loads(lines.splitlines()[0]))
+
+
+def test_settings_that_share_the_device(tmp_path: Path) -> None:
+    """Several documents at a time, by the report's policy: the same answers, and no times."""
+    job = ("run", "nano", "--task", "niah_single_1", "--lengths", "1500", "-n", 3, "--device",
+           "cpu", "--threads", 1, "--prefill-chunk-len", 512, "--out", tmp_path)
+    assert run(*job, "--attention", "dense,paper", "--concurrency", 3) == 0
+    (paper,) = [row for row in read(tmp_path / "paper-dca+yarn")["rows"]
+                if row["task"] == "niah_single_1" and row["depth"] is None]
+    assert (paper["attention"], paper["score"], paper["n"]) == ("paper-dca+yarn", 1.0, 3)
+    assert paper["density"] < 1 and (paper["ttft_s"], paper["ttft_n"]) == (None, 0)
+    assert read(tmp_path / "dca+yarn")["rows"][0]["density"] == 1
 
 
 def test_a_served_model(tmp_path: Path, capsys: Capture) -> None:
@@ -183,7 +197,7 @@ def tiny_run(tiny: str, out: Path, *more: object) -> int:
 
 
 @pytest.mark.parametrize(("more", "message"), [
-    (["--attention", "auto"], "--attention: 'auto' is not one of dense, sparse"),
+    (["--attention", "auto"], "--attention: 'auto' is not one of dense, sparse, paper"),
     (["--positions", "alibi"], "--positions: 'alibi'"),
     (["--lengths", "4q"], "--lengths: '4q' is not a number"),
     (["--lengths", "100"], "too short for 1 facts"),

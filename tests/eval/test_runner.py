@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from longspan.errors import LongspanError
@@ -130,6 +131,47 @@ def test_many_at_a_time_give_the_same(tmp_path: Path, materials: Materials) -> N
                     for n in (1, 6))
     assert {key: (s.ids_sha256, s.score) for key, s in whole.items()} == {
         key: (s.ids_sha256, s.score) for key, s in other.items()}
+
+
+def test_times_are_kept_only_of_one_document_at_a_time(
+    tmp_path: Path, materials: Materials
+) -> None:
+    for name, options in (("alone", {}), ("two", {"concurrency": 2}),
+                          ("shared", {"is_timed": False})):
+        found = run_in(tmp_path / name, materials, FakeModel(), **options)
+        times = {(s.ttft_s, s.total_s is None) for s in found.values()}
+        assert times == ({(0.1, False)} if name == "alone" else {(None, True)})
+
+
+def test_right_answers_are_scored_behind_their_prompts(
+    tmp_path: Path, materials: Materials
+) -> None:
+    """One number or a list of them; what is longer than an answer may be has no score."""
+    asked = dict[str, tuple[str, int]]()
+
+    def score(prompts: Sequence[Prompt], firsts: Sequence[int] = ()) -> list[Answer]:
+        for prompt, first in zip(prompts, firsts, strict=True):
+            text = materials.encoder.tokenizer.decode(prompt.ids[first:])  # type: ignore[attr-defined]
+            asked[prompt.sha256] = text, first
+        return [Answer(logprobs=np.where(np.arange(1, len(prompt.ids)) < first, np.nan, -2.0))
+                for prompt, first in zip(prompts, firsts, strict=True)]
+
+    tasks = make_tasks(["passkey", "niah_multivalue", "vt"], TaskOptions(num_questions=2))
+    plan = Plan(tasks=tasks, answer_nll=True, num_samples=2, lengths=(2048,))
+    with RunFolder(tmp_path) as out:
+        run(plan, materials, Model(FakeModel(), score), out)
+        samples = out.read()
+    texts = [text for text, _ in asked.values()]
+    passkeys = [s for s in samples.values() if s.task == "passkey"]
+    assert {s.answer_nll for s in passkeys} == {2.0}
+    assert {s.answers[0] for s in passkeys} <= set(texts)
+    lists = [s for s in samples.values() if s.task == "niah_multivalue"]
+    assert {s.answer_nll for s in lists} == {2.0}
+    assert {" " + ", ".join(s.answers) for s in lists} <= set(texts), "the prompt ends in a word"
+    vt = [s for s in samples.values() if s.task == "vt"]
+    assert {s.answer_nll for s in vt} == {None}, "five names are more than 30 of these tokens"
+    with RunFolder(tmp_path / "x") as out, pytest.raises(LongspanError, match="--answer-nll"):
+        run(plan, materials, Model(FakeModel()), out)
 
 
 def test_the_first_answer_counts_whatever_comes_later(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_every_row_carries_n_and_its_interval() -> None:
         "haystack": "packages", "held_out": True, "depth": None, "n": 20, "score": 0.95,
         "ci_low": round(low, 4), "ci_high": round(high, 4), "method": "wilson",
         "num_planned": 20, "num_documents": 20, "status": "complete", "density": 0.5,
-        "ttft_s": 10.5, "prompt_tokens": 1000}
+        "ttft_s": 10.5, "ttft_n": 20, "prompt_tokens": 1000}
     depths = [row for row in rows if row["task"] == "niah_single_1" and row["depth"] is not None]
     assert sum(row["n"] for row in depths) == 20 and len(depths) == 10
 
@@ -75,6 +75,24 @@ def test_macro_scores_show_tasks_at_the_floor() -> None:
     assert macro["score"] == pytest.approx(8 / 11, abs=1e-4) and macro["n"] == 110
     assert macro["ci_low"] < 8 / 11 < macro["ci_high"], "no interval is without width"
     assert set(RULER_11) <= set(scores)
+
+
+def test_groups_have_costs_and_nats_of_their_tasks() -> None:
+    """Nats have no bounds, so their interval is no Wilson's; one document has no interval."""
+    found = samples("cwe", 4096, [0.0] * 4) + samples("fwe", 4096, [0.0] * 4, ttft_s=None)
+    for sample, nats in zip(found, (1.0, 1.0, 1.0, 1.0, 2.0, 4.0, 2.0, 4.0), strict=True):
+        object.__setattr__(sample, "answer_nll", nats)
+    rows = rows_of({"cwe": {"4096": 4}, "fwe": {"4096": 4}}, found)
+    cwe, fwe, group = (next(row for row in rows if row["task"] == name)
+                       for name in ("cwe", "fwe", "ruler-counting"))
+    assert (cwe["answer_nll"], cwe["answer_nll_low"], cwe["answer_nll_high"]) == (1.0, 1.0, 1.0)
+    assert 2.0 <= fwe["answer_nll_low"] < fwe["answer_nll"] == 3.0 < fwe["answer_nll_high"] <= 4.0
+    assert (group["answer_nll"], group["answer_nll_n"]) == (2.0, 8)
+    assert 1.0 < group["answer_nll_low"] < 2.0 < group["answer_nll_high"]
+    assert (group["density"], group["ttft_s"], group["ttft_n"]) == (0.5, 2.5, 4)
+    (row,) = rows_of({"vt_no_space": {"4096": 1}},
+                     samples("vt_no_space", 4096, [1.0], answer_nll=0.5))
+    assert (row["answer_nll"], row["answer_nll_low"]) == (0.5, None)
 
 
 def test_a_grid_keeps_its_depths() -> None:
@@ -127,6 +145,15 @@ def test_comparisons_are_paired_and_count_what_disagrees() -> None:
     assert single["method"] == "mcnemar" and single["p_value"] == 0.125
     assert single["verdict"] == "undecided" and vt["num_better"] == vt["num_worse"] == 0
     assert tracking["task"] == "ruler-tracking" and tracking["p_value"] is None
+
+
+def test_comparisons_of_nats() -> None:
+    first = samples("vt", 4096, [0.0, 0.0, 0.0], answer_nll=1.0)
+    second = samples("vt", 4096, [0.0, 0.0, 0.0], answer_nll=1.5)
+    row = compare_runs(by_key(first), by_key(second[:2]), TASKS)[0]
+    assert (row["nll_n"], row["nll_difference"]) == (2, 0.5)
+    row = compare_runs(by_key(first), by_key(second[:1]), TASKS)[0]
+    assert row["nll_ci_low"] is None, "one document says nothing about the spread"
 
 
 def test_comparisons_of_what_cannot_be_compared() -> None:

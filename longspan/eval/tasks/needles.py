@@ -18,6 +18,7 @@ from longspan.eval.prompt import Materials, bury_in_prose
 from longspan.eval.task import Answer, Example, Gold, Task, Verdict
 from longspan.eval.tasks.niah import join_keys
 from longspan.eval.tasks.passkey import INSTRUCTION, MAX_ANSWER_TOKENS, NEEDLE, QUESTION
+from longspan.eval.tasks.ruler import join_answers
 from longspan.eval.words import ADJECTIVES, NOUNS, draw_key, draw_keys, draw_number
 
 NUM_NEGATIVES = 16
@@ -247,6 +248,10 @@ class QuestionsTask(Task):
         """Return the share of the numbers that the answer holds."""
         hits = string_hits(answer.text, gold.answers)
         return Verdict(score=sum(hits) / len(hits), hits=hits)
+
+    def reference(self, gold: Gold) -> str:
+        """Return all numbers, in the order of the questions."""
+        return join_answers(gold.answers)
 
     def _depths(self, rng: random.Random) -> list[float]:
         """Return where the questions stand, in their order."""

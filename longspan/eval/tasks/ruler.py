@@ -6,6 +6,7 @@ included, and the longest answer fit the length together, as RULER counts it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from longspan.eval.metrics import string_hits
@@ -60,8 +61,18 @@ QUESTIONS = Template(
     " Answer:")
 
 
+def join_answers(answers: Sequence[str]) -> str:
+    """Join answers as a list in one line."""
+    return ", ".join(answers)
+
+
 class RulerTask(Task):
     """Scored by the share of the right answers that the text contains."""
+
+    def reference(self, gold: Gold) -> str:
+        """Return all answers, in the order of the questions, as RULER's solved examples list
+        them."""
+        return join_answers(gold.answers)
 
     def score(self, gold: Gold, answer: Answer) -> Verdict:
         """Score with RULER's ``string_match_all``."""
