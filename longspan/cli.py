@@ -21,6 +21,7 @@ from longspan.commands.options import (
     Device,
     Dtype,
     MaxModelLen,
+    MaxRequests,
     Memory,
     Model,
     Plan,
@@ -97,7 +98,7 @@ def info(
     length: Annotated[int | None, typer.Option(help="Prompt tokens; default: the claim.")] = None,
     device: Device = None, dtype: Dtype = None, attention: Attention = "auto",
     positions: Positions = "auto", prefill_chunk_len: ChunkLen = None, sparsity_plan: Plan = None,
-    memory_gib: Memory = None,
+    memory_gib: Memory = None, max_num_requests: MaxRequests = None,
 ) -> None:
     """Show what a prompt of some length needs on this machine, and how it would run."""
     from longspan.commands.info import run
@@ -105,7 +106,7 @@ def info(
     run(model, length, {
         "device": device, "dtype": dtype, "attention": attention, "positions": positions,
         "prefill_chunk_len": prefill_chunk_len, "sparsity_plan": sparsity_plan,
-        "memory_gib": memory_gib})
+        "memory_gib": memory_gib, "max_num_requests": max_num_requests})
 
 
 @app.command()
@@ -146,7 +147,8 @@ def serve(
     device: Device = None, dtype: Dtype = None, attention: Attention = "auto",
     positions: Positions = "auto", max_model_len: MaxModelLen = None,
     prefill_chunk_len: ChunkLen = None, sparsity_plan: Plan = None, memory_gib: Memory = None,
-    weights: Weights = "checkpoint", threads: Threads = None,
+    max_num_requests: MaxRequests = None, weights: Weights = "checkpoint",
+    threads: Threads = None,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API does, with a page to try it."""
     from longspan.serve import check_dependencies
@@ -164,7 +166,8 @@ def serve(
         "device": device, "dtype": dtype, "attention": attention, "positions": positions,
         "max_model_len": max_model_len, "prefill_chunk_len": prefill_chunk_len,
         "sparsity_plan": sparsity_plan, "memory_gib": memory_gib, "weights": weights,
-        "num_threads": threads, "step_budget_s": step_budget_s})
+        "max_num_requests": max_num_requests, "num_threads": threads,
+        "step_budget_s": step_budget_s})
     if status:
         raise typer.Exit(status)
 

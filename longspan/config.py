@@ -242,18 +242,20 @@ class EngineConfig:
     """``random``: the checkpoint's sizes with random weights; none are downloaded or read. For
     measuring time and memory."""
     prefill_chunk_len: int | None = None
-    """Prompt tokens of one request computed in one step; default 32,768 on GPUs, 16,384 on CPUs."""
+    """Prompt tokens of one request computed in one step; default: the most that the memory allows,
+    up to 131,072 on GPUs and 16,384 on CPUs (`longspan.engine.setup.step_sizes`)."""
     step_budget_s: float | None = None
     """Longest step while prompts are computed, seconds: how long decoding may pause, and half of
     what a short prompt may wait; default: 0.1 on GPUs, 1 on CPUs, without a limit for `LLM`
     (``math.inf``: prefill chunks are computed whole)."""
-    max_num_requests: int = 64
-    """Requests computed together at the most."""
+    max_num_requests: int | None = None
+    """Requests computed together at the most; default: 64, and fewer where the memory is short."""
     block_size: int = 128
     """Tokens in one KV block."""
     memory_gib: float | None = None
-    """Memory that weights, KV cache and workspace may use; default: 90 % of what is free. GPUs use
-    all of it: the KV cache takes what the others leave."""
+    """Memory that weights, KV cache and workspace may use; default: 90 % of what is free, on GPUs
+    all but 6 GiB where that is more. GPUs use all of it: the KV cache takes what the others
+    leave."""
     num_threads: int | None = None
     """CPU threads for the tensor library; default: all cores the process may use."""
 

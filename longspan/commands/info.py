@@ -25,7 +25,7 @@ def run(model: str, length: int | None, options: dict[str, Any]) -> None:
     engine = ResolvedEngine.resolve(
         EngineConfig(model=model, max_model_len=length, **options), must_fit=False)
     rows = [*_model_rows(engine), *_memory_rows(engine.memory, engine.model),
-            *_attention_rows(engine, length)]
+            *_size_rows(engine), *_attention_rows(engine, length)]
     show_table(f"{model}, {length:,} tokens", ("", ""), rows)
 
 
@@ -60,6 +60,14 @@ def _memory_rows(memory: MemoryPlan, model: ModelConfig) -> list[tuple[str, str]
                      f"fits: {verdict}"),
         ("longest prompt here", f"{longest:,} tokens"),
     ]
+
+
+def _size_rows(engine: ResolvedEngine) -> list[tuple[str, str]]:
+    """How a prompt would be cut, and why so."""
+    config = engine.config
+    rows = [("prefill chunk", f"{config.prefill_chunk_len:,} tokens"),
+            ("requests together", f"{config.max_num_requests}")]
+    return [*rows, ("because", engine.sizes_reason)] if engine.sizes_reason else rows
 
 
 def _attention_rows(engine: ResolvedEngine, length: int) -> list[tuple[str, str]]:

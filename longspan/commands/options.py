@@ -13,7 +13,10 @@ from longspan.errors import LongspanError
 Item = TypeVar("Item")
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16; default by device.")]
-ChunkLen = Annotated[int | None, typer.Option(help="Prompt tokens computed in one step.")]
+ChunkLen = Annotated[int | None, typer.Option(
+    help="Prompt tokens computed in one step; default: by the memory.")]
+MaxRequests = Annotated[int | None, typer.Option(
+    "--max-num-requests", help="Requests computed together; default: by the memory, up to 64.")]
 Plan = Annotated[str | None, typer.Option(help="JSON file of sparsity budgets.")]
 Memory = Annotated[float | None, typer.Option(help="Memory to use at the most, GiB.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: all cores.")]

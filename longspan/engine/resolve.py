@@ -9,22 +9,17 @@ from longspan.config import AttentionMode, DcaConfig, EngineConfig, ModelConfig,
 from longspan.errors import LongspanError
 from longspan.units import DTYPE_BYTES, default_dtype
 
-GPU_PREFILL_CHUNK_LEN = 32_768
-CPU_PREFILL_CHUNK_LEN = 16_384
 STEP_BUDGET_S = {"cpu": 1.0, "cuda": 0.1}
 DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 
 
 def resolve_config(config: EngineConfig, *, has_cuda: bool) -> EngineConfig:
-    """Return a new configuration with device, dtype and prefill chunk decided."""
+    """Return a new configuration with device, dtype and step budget decided."""
     device = resolve_device(config.device, has_cuda=has_cuda)
     dtype = config.dtype or default_dtype(device)
     if dtype not in DTYPE_BYTES:
         raise LongspanError(f"dtype {dtype!r} is not supported; use {' or '.join(DTYPE_BYTES)}")
-    chunk = CPU_PREFILL_CHUNK_LEN if device == "cpu" else GPU_PREFILL_CHUNK_LEN
-    chunk = max(1, chunk // config.block_size) * config.block_size
     return replace(config, device=device, dtype=dtype,
-                   prefill_chunk_len=config.prefill_chunk_len or chunk,
                    step_budget_s=config.step_budget_s or STEP_BUDGET_S[device.split(":")[0]])
 
 

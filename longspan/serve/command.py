@@ -213,6 +213,10 @@ def start_up_report(status: EngineStatus) -> str:
              f"  KV cache                   {status.capacity_tokens:>12,} tokens"]
     lines += [f"  {name:<26} {in_gib(size):>16}"
               for name, size in status.memory_bytes.items()]
+    lines += [f"  prefill chunk              {status.prefill_chunk_len:>12,} tokens",
+              f"  requests together          {status.max_num_requests:>12,}"]
+    if status.sizes_reason:
+        lines.append(f"    because {status.sizes_reason}")
     lengths = [length for length in REPORT_LENGTHS if length <= status.max_model_len]
     if status.latency and lengths:
         times = [status.latency.prefill_s(0, length) for length in lengths]

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 
 from longspan.commands import info
-from longspan.config import EngineConfig
+from longspan.config import EngineConfig, ModelConfig
 from longspan.engine.setup.engine_plan import ResolvedEngine
 from longspan.errors import NotEnoughMemoryError
+from longspan.model.weights import resolve_checkpoint
 from longspan.units import GIB
 
 GRID = [
-    *product((0.001, 0.05, 0.6, 0.8, 1.0, 1.5, 1.76, 1.85, 2.1, 2.27, 2.6, 4.0),
+    *product((0.001, 0.05, 0.63, 0.8, 1.0, 1.5, 1.76, 1.85, 2.1, 2.27, 2.6, 4.0),
              ("rope", "dca", "dca+yarn"), (100, 1_001, 65_536, 65_792, 262_145)),
     # what info once got wrong
     (1.85, "rope", 65_536), (2.1, "rope", 65_792),
@@ -73,11 +74,20 @@ def test_the_longest_prompt_is_what_the_engine_accepts(
     options: dict[str, Any] = {"device": "cpu", "positions": positions, "memory_gib": budget}
     told = {rows_of(monkeypatch, length, **options)["longest prompt here"]
             for length in (100, 65_536, None)}
-    try:
-        longest = ResolvedEngine.resolve(EngineConfig(model="nano", **options)).memory.max_model_len
-    except NotEnoughMemoryError:
-        longest = 0
-    assert told == {f"{longest:,} tokens"}
+    (text,) = told
+    longest = int(text.removesuffix(" tokens").replace(",", ""))
+
+    def resolve(length: int | None) -> ResolvedEngine:
+        return ResolvedEngine.resolve(EngineConfig(model="nano", max_model_len=length, **options))
+
+    claim = ModelConfig.from_dir(resolve_checkpoint("nano")).max_position_embeddings
+    if longest < claim:
+        with pytest.raises(NotEnoughMemoryError):
+            resolve(longest + 128)
+    if longest:
+        assert resolve(longest).memory.max_model_len == longest
+        # unasked it keeps steps that are not slow
+        assert 0.6 * longest < resolve(None).memory.max_model_len <= longest
     if 0 < longest < 1_010_000:
         with pytest.raises(NotEnoughMemoryError, match=f"lower max_model_len to {longest}"):
             ResolvedEngine.resolve(

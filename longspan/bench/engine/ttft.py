@@ -12,19 +12,23 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from longspan.bench.engine.engine import EngineSizes, ShapeEngine, open_engine, random_ids
+from longspan.bench.engine.engine import (
+    EngineSizes,
+    ShapeEngine,
+    open_engine,
+    plan_engine,
+    random_ids,
+)
 from longspan.bench.ops import checks
 from longspan.bench.session import BenchSession, CheckFailed
 from longspan.bench.shapes import Shape
 from longspan.bench.timing import LinearRegions, Regions, rounded, synchronize
 from longspan.commands.console import percent, seconds, show_table
-from longspan.config import EngineConfig
 from longspan.engine.control.loop import Loop
 from longspan.engine.control.scheduler import Scheduler
 from longspan.engine.request import Request, SamplingParams
-from longspan.engine.resolve import resolve_config
 from longspan.engine.setup.compile_ahead import compile_steps
-from longspan.errors import LongspanError
+from longspan.errors import LongspanError, NotEnoughMemoryError
 from longspan.units import GIB
 
 LINEAR = "linear"
@@ -54,11 +58,9 @@ class TtftOptions:
 def run(session: BenchSession, shape: Shape, options: TtftOptions) -> int:
     """Measure, write rows, print the table. Returns the exit status."""
     cut = shape.cut(options.layers)
-    chunk_len = options.chunk_len or resolve_config(
-        EngineConfig(model=shape.name, device=session.device),
-        has_cuda=session.device != "cpu").prefill_chunk_len
     checked: set[str] = set()
     for length in options.lengths:
+        chunk_len = _chunk_len(cut, session.device, options, length)
         for attention in options.attention:
             key = {"shape": shape.name, "num_tokens": length, "attention": attention,
                    "plan": shape.plan_label if attention == "sparse" else None,
@@ -70,6 +72,19 @@ def run(session: BenchSession, shape: Shape, options: TtftOptions) -> int:
     return session.finish()
 
 
+def _chunk_len(shape: Shape, device: str, options: TtftOptions, length: int) -> int | None:
+    """Return the prefill chunk of the engine to come; None: it does not fit."""
+    try:
+        return plan_engine(shape, device, _sizes(options, length)).config.prefill_chunk_len
+    except NotEnoughMemoryError:
+        return options.chunk_len
+
+
+def _sizes(options: TtftOptions, length: int) -> EngineSizes:
+    return EngineSizes(max_model_len=length + 1, num_tokens=length + 1,
+                       chunk_len=options.chunk_len, memory_gib=options.memory_gib)
+
+
 def _measure(
     session: BenchSession, shape: Shape, options: TtftOptions, checked: set[str], length: int,
     attention: str, total_layers: int,
@@ -78,9 +93,7 @@ def _measure(
     if attention not in checked:
         _check(shape, device, is_sparse)
         checked.add(attention)
-    sizes = EngineSizes(max_model_len=length + 1, num_tokens=length + 1,
-                        chunk_len=options.chunk_len, memory_gib=options.memory_gib)
-    with open_engine(shape, device, sizes) as engine:
+    with open_engine(shape, device, _sizes(options, length)) as engine:
         chunk = engine.plan.config.prefill_chunk_len
         assert chunk is not None
         engine.runner.compile_ahead(compile_steps(engine.plan.scheduler_config()))

@@ -35,6 +35,10 @@ UNIT_LEN_CPU = 16
 tile has."""
 
 
+MAX_SIDE_ROOM = 32_768
+"""More would take workspace from the KV cache and win nothing: a GPU is busy with less."""
+
+
 def unit_len(device_type: str, block_size: int) -> int:
     """Choose the shortest dense slice worth computing on ``cpu`` or ``cuda``, tokens."""
     return min(UNIT_LEN_CPU, block_size) if device_type == "cpu" else block_size
@@ -43,6 +47,11 @@ def unit_len(device_type: str, block_size: int) -> int:
 def piece_rows(device_type: str, prefill_chunk_len: int) -> int:
     """Choose the rows of one piece on ``cpu`` or ``cuda``."""
     return min(PIECE_ROWS[device_type], prefill_chunk_len)
+
+
+def side_room(prefill_chunk_len: int) -> int:
+    """Return how many tokens of other prompts a step may compute beside the head's chunk."""
+    return min(prefill_chunk_len // 2, MAX_SIDE_ROOM)
 
 
 def row_cuts(start: int, stop: int, rows: int) -> list[int]:

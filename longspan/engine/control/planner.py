@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from longspan.engine.control.chunking import chunk_stop, piece_shares, sparse_stop
+from longspan.engine.control.chunking import chunk_stop, piece_shares, side_room, sparse_stop
 from longspan.engine.control.latency import (
     Costs,
     LatencyModel,
@@ -242,7 +242,7 @@ class _PlanBuilder:
         config, start = self._config, request.scheduled_len
         room = config.prefill_chunk_len
         if self.has_chunk or not is_head:
-            room = config.prefill_chunk_len // 2 - (0 if is_head else self._num_others)
+            room = side_room(config.prefill_chunk_len) - (0 if is_head else self._num_others)
             room -= self._num_others if is_head and self.has_chunk else 0
         if 2 * start > self._known_reach:
             room_s /= 2  # costs this far in are a guess

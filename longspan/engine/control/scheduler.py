@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from longspan.engine.control.blocks import BlockPool
+from longspan.engine.control.chunking import side_room
 from longspan.engine.control.latency import Costs, Forecast, LatencyModel
 from longspan.engine.control.planner import (
     PlannedSlice,
@@ -360,8 +361,9 @@ class Scheduler:
 
 def max_step_tokens(prefill_chunk_len: int, max_num_requests: int) -> int:
     """Return the largest number of tokens that one step holds on the device: a prefill chunk (the
-    head's, or a paused one), half as many tokens of others, one token of each request in decode."""
-    return prefill_chunk_len + prefill_chunk_len // 2 + max_num_requests
+    head's, or a paused one), tokens of others beside it, one token of each request in decode."""
+    others = side_room(prefill_chunk_len) if max_num_requests > 1 else 0
+    return prefill_chunk_len + others + max_num_requests
 
 
 def _scheduled_slice(planned: PlannedSlice) -> ScheduledSlice:

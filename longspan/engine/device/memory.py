@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,9 @@ from longspan.model.qwen2 import mlp_rows
 from longspan.units import DTYPE_BYTES, GIB, in_gib
 
 USABLE_SHARE = 0.9
+GPU_RESERVE_BYTES = 6 * GIB
+"""A GPU needs no more than this besides, however large it is: libraries' own buffers, holes between
+tensors."""
 CPU_POOL_REQUESTS = 4
 """Requests of full length that the KV pool holds on CPUs, where memory allows."""
 GPU_POOL_SHARES = 2
@@ -76,6 +79,11 @@ class MemoryPlan:
         return blocks * self.block_size * self.kv_bytes_per_token
 
     @property
+    def room_bytes(self) -> int:
+        """What the budget leaves for KV caches; negative where it does not even hold the rest."""
+        return self.budget_bytes - self.weights_bytes - self.workspace_bytes
+
+    @property
     def needed_bytes(self) -> int:
         """Peak with one context of full length in the cache."""
         return self.weights_bytes + self.workspace_bytes + self.context_bytes
@@ -93,7 +101,7 @@ def plan_memory(
     """Share the memory out between weights, workspace and KV cache.
 
     Args:
-        config: resolved (device, dtype and prefill_chunk_len are set).
+        config: resolved (device, dtype and both step sizes are set).
         max_step_tokens: most tokens that one step computes.
         means: the caches hold block means too.
         must_fit: False: a plan that does not fit is returned too, with its ``missing_bytes``.
@@ -103,17 +111,19 @@ def plan_memory(
     (of one block where that is open), do not fit; the message says what to change.
     """
     assert config.device is not None and config.dtype is not None
+    num_requests = config.max_num_requests
+    assert num_requests is not None
     device = device or device_memory(config.device)
     element = DTYPE_BYTES[config.dtype]
     per_token = model.kv_elements_per_token * element
     if means:
         per_token += -(-per_token // config.block_size)
-    budget = int(USABLE_SHARE * device.free_bytes)
+    budget = usable_bytes(config.device, device)
     if config.memory_gib is not None:
         budget = min(int(config.memory_gib * GIB), device.total_bytes)
 
     def plan(length: int, num_blocks: int = 0, fitting_len: int = 0) -> MemoryPlan:
-        step_tokens = min(max_step_tokens, length * config.max_num_requests)
+        step_tokens = min(max_step_tokens, length * num_requests)
         return MemoryPlan(
             device=device, budget_bytes=budget, weights_bytes=model.num_parameters * element,
             workspace_bytes=workspace_bytes(model, config, step_tokens, max_model_len=length),
@@ -125,9 +135,18 @@ def plan_memory(
         model.max_position_embeddings, max(fitting_len, config.block_size))
     empty = plan(length)
     if empty.missing_bytes and must_fit:
-        raise _no_fit(config, empty, fitting_len)
-    room = max(budget - empty.weights_bytes - empty.workspace_bytes, empty.context_bytes)
+        raise no_fit(config, empty, [f"lower max_model_len to {fitting_len}"] if fitting_len
+                     else [])
+    room = max(empty.room_bytes, empty.context_bytes)
     return plan(length, pool_blocks(config, room // per_token, length), fitting_len)
+
+
+def usable_bytes(device_name: str, device: DeviceMemory) -> int:
+    """Return what an engine allows itself where nobody says."""
+    usable = int(USABLE_SHARE * device.free_bytes)
+    if device_name.startswith("cuda"):
+        return max(usable, device.free_bytes - GPU_RESERVE_BYTES)
+    return usable
 
 
 def _longest(plan: Callable[[int], MemoryPlan], block_size: int, limit: int) -> int:
@@ -149,7 +168,7 @@ def pool_blocks(config: EngineConfig, room: int, max_model_len: int) -> int:
     A CPU's memory is not. A block takes it once it is written, and the prefix cache writes all of
     them in time, so the pool holds a few requests of full length.
     """
-    assert config.device is not None
+    assert config.device is not None and config.max_num_requests is not None
     is_gpu = config.device.startswith("cuda")
     num_requests = GPU_POOL_SHARES * config.max_num_requests if is_gpu else CPU_POOL_REQUESTS
     return min(room // config.block_size,
@@ -161,10 +180,12 @@ def workspace_bytes(
 ) -> int:
     """Upper estimate of what a step of ``num_tokens`` needs besides weights and KV cache.
 
-    ``config`` is resolved: device and dtype are set. ``model`` has the DCA in effect: rotation
-    tables are as long as the context without. ``max_model_len``: default: what the model claims.
+    ``config`` is resolved: device, dtype and requests are set. ``model`` has the DCA in effect:
+    rotation tables are as long as the context without. ``max_model_len``: default: the claim.
     """
     assert config.device is not None and config.dtype is not None
+    num_requests = config.max_num_requests
+    assert num_requests is not None
     element = DTYPE_BYTES[config.dtype]
     heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     # Residual stream, its norm and the sum: 3 M; q, k, v and their rotated copies, the output. GPU
@@ -174,11 +195,11 @@ def workspace_bytes(
     num_mlp_rows = min(num_tokens, mlp_rows(config.device.split(":")[0]))
     mlp = num_mlp_rows * (3 * model.intermediate_size * element + 2 * model.hidden_size * 4)
     # Every row may ask for all that a request can.
-    sampling = (model.vocab_size * (config.max_num_requests * SAMPLING_BYTES + RANK_BYTES)
-                + history_bytes(model.vocab_size, config.max_num_requests))
+    sampling = (model.vocab_size * (num_requests * SAMPLING_BYTES + RANK_BYTES)
+                + history_bytes(model.vocab_size, num_requests))
     rows = max_model_len or model.max_position_embeddings
     rotary = 4 * model.head_dim * (min(rows, model.dca.chunk_size + 1) if model.dca else rows)
-    graphs = _graph_bytes(model, config) if config.device.startswith("cuda") else 0
+    graphs = _graph_bytes(model, num_requests) if config.device.startswith("cuda") else 0
     return num_tokens * per_token + mlp + sampling + rotary + graphs + ATTENTION_SCRATCH_BYTES
 
 
@@ -188,10 +209,10 @@ def head_rows(vocab_size: int) -> int:
     return max(1, ATTENTION_SCRATCH_BYTES // (LOGIT_BYTES * vocab_size))
 
 
-def _graph_bytes(model: ModelConfig, config: EngineConfig) -> int:
+def _graph_bytes(model: ModelConfig, num_requests: int) -> int:
     """Return the bytes that decode graphs keep (`longspan.engine.device.graphs`): logits for
     each graph, and one workspace for sampling, shared by all, for the largest."""
-    rows = recorded_sizes(config.max_num_requests)
+    rows = recorded_sizes(num_requests)
     return model.vocab_size * (2 * 4 * sum(rows) + SAMPLING_BYTES * max(rows))
 
 
@@ -275,16 +296,22 @@ def _read_number(file: Path) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def _no_fit(config: EngineConfig, plan: MemoryPlan, fitting_len: int) -> NotEnoughMemoryError:
-    remedies = ["use a smaller model or a device with more memory"]
-    if fitting_len > 0:
-        remedies.insert(0, f"lower max_model_len to {fitting_len}")
+def no_fit(
+    config: EngineConfig, plan: MemoryPlan, remedies: Sequence[str],
+) -> NotEnoughMemoryError:
+    """Make the error of a plan that does not fit, in one line.
+
+    Args:
+        remedies: what to do about the length, if there is anything.
+    """
+    found = list(remedies)
     if config.dtype == "float32":
-        remedies.insert(0, "use dtype bfloat16")
+        found.insert(0, "use dtype bfloat16")
     if config.memory_gib is not None:
-        remedies.insert(0, "raise memory_gib")
+        found.insert(0, "raise memory_gib")
+    found.append("use a smaller model or a device with more memory")
     return NotEnoughMemoryError(
         f"{config.model} needs {in_gib(plan.needed_bytes)} on {config.device} (weights "
         f"{in_gib(plan.weights_bytes)}, workspace {in_gib(plan.workspace_bytes)}, KV cache of "
         f"{plan.max_model_len} tokens {in_gib(plan.context_bytes)}), and may use "
-        f"{in_gib(plan.budget_bytes)}; {', or '.join(remedies)}")
+        f"{in_gib(plan.budget_bytes)}; {', or '.join(found)}")

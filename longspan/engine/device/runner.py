@@ -70,7 +70,7 @@ class Runner:
         Raises `CheckpointError` when the weights cannot be read.
         """
         assert config.device is not None and config.dtype is not None
-        assert config.prefill_chunk_len is not None
+        assert config.prefill_chunk_len is not None and config.max_num_requests is not None
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         dtype = TORCH_DTYPES[config.dtype]

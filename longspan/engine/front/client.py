@@ -103,6 +103,12 @@ class EngineStatus:
     """How long prompts will take, learned from the steps so far; None: nothing was measured yet."""
     memory_bytes: Mapping[str, int] = field(default_factory=dict)
     """Sizes of weights, workspace and KV cache."""
+    prefill_chunk_len: int = 0
+    """Prompt tokens of one request computed in one step."""
+    max_num_requests: int = 0
+    """Requests computed together at the most."""
+    sizes_reason: str = ""
+    """Why these two are not larger; empty: they are as asked for, or as large as they get."""
     default_sampling: Mapping[str, float] = field(default_factory=dict)
     """Sampling fields that the checkpoint recommends."""
 
@@ -297,7 +303,9 @@ class AsyncEngine:
         self._status = replace(
             self._status, max_model_len=described.intake.max_model_len,
             capacity_tokens=config.num_blocks * config.block_size,
-            memory_bytes=described.memory_bytes)
+            memory_bytes=described.memory_bytes, sizes_reason=described.sizes_reason,
+            prefill_chunk_len=config.prefill_chunk_len,
+            max_num_requests=config.max_num_requests)
         # The tokenizer is loaded while the engine reads the weights.
         self._text_loaded = asyncio.ensure_future(
             self._aside(_load_text, described.path, described.intake.vocab_size))

@@ -83,6 +83,8 @@ class Described(Message, frozen=True, kw_only=True):
     scheduler: SchedulerConfig
     memory_bytes: Mapping[str, int] = {}
     """Sizes of weights, workspace and KV cache."""
+    sizes_reason: str = ""
+    """See `longspan.engine.setup.engine_plan.ResolvedEngine`."""
 
 
 class Loaded(Message, frozen=True):

@@ -14,12 +14,14 @@ from longspan.engine.step import ScheduledBatch, ScheduledSlice
 
 NUM_QUERIES = 512
 """Queries per step: enough to trigger every kernel."""
+FIRST_LEN = 32_768
+"""Shortest context that is worth a step: shorter ones are compiled for in a moment."""
 
 
 def context_lens(config: SchedulerConfig) -> list[int]:
-    """Return a prefill chunk, its doublings and the longest, as multiples of a KV block."""
+    """Return `FIRST_LEN`, its doublings and the longest, as multiples of a KV block."""
     size, longest = config.block_size, config.longest_len
-    found, length = list[int](), config.prefill_chunk_len
+    found, length = list[int](), min(config.prefill_chunk_len, FIRST_LEN)
     while length < longest:
         found.append(length // size * size)
         length *= 2

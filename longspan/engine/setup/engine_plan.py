@@ -12,8 +12,8 @@ import torch
 from longspan.attention.sparsity import SparsityPlan, needs_means
 from longspan.config import DcaConfig, EngineConfig, ModelConfig
 from longspan.engine.control.chunking import piece_rows, unit_len
-from longspan.engine.control.scheduler import SchedulerConfig, max_step_tokens
-from longspan.engine.device.memory import MemoryPlan, plan_memory
+from longspan.engine.control.scheduler import SchedulerConfig
+from longspan.engine.device.memory import MemoryPlan, device_memory
 from longspan.engine.device.runner import Runner
 from longspan.engine.intake import Intake
 from longspan.engine.resolve import (
@@ -23,6 +23,7 @@ from longspan.engine.resolve import (
     resolve_positions,
 )
 from longspan.engine.setup.prior_costs import prior_costs
+from longspan.engine.setup.step_sizes import choose_sizes
 from longspan.model.weights import resolve_checkpoint
 
 MEASURED_LEN = {"cpu": 1_024, "cuda": 8_192}
@@ -39,7 +40,7 @@ class ResolvedEngine:
     path: Path
     """Directory of the checkpoint."""
     config: EngineConfig
-    """Resolved, with the length that memory allows."""
+    """Resolved, with the step sizes and the length that memory allows."""
     model: ModelConfig
     dca: DcaConfig | None
     """DCA settings in effect; None: plain RoPE."""
@@ -48,6 +49,9 @@ class ResolvedEngine:
     plan: SparsityPlan | None
     """Budgets in effect; None: every prefill is dense."""
     memory: MemoryPlan
+    sizes_reason: str = ""
+    """Why prefill chunks are not longer and requests not more; empty: they are as asked for, or as
+    large as they get."""
 
     @classmethod
     def resolve(cls, asked: EngineConfig, *, must_fit: bool = True) -> Self:
@@ -83,13 +87,18 @@ class ResolvedEngine:
         config = resolve_config(asked, has_cuda=torch.cuda.is_available())
         dca = resolve_positions(config.positions, model)
         in_effect = plan_in_effect(config, model, plan, has_dca=dca is not None)
-        memory = _plan_memory(config, replace(model, dca=dca), means=needs_means(in_effect),
-                              must_fit=must_fit)
+        assert config.device is not None
+        # tables grow with the context where there is no DCA
+        sizes = choose_sizes(
+            replace(model, dca=dca), config, means=needs_means(in_effect), must_fit=must_fit,
+            is_sparse=in_effect is not None, device=device_memory(config.device))
+        memory = sizes.memory
         if in_effect is not None and in_effect.mode == "tile":
             check_tiles(dca, block_size=config.block_size, max_model_len=memory.max_model_len)
         return cls(
-            path=path, config=replace(config, max_model_len=memory.max_model_len), model=model,
-            dca=dca, has_plan=plan is not None, plan=in_effect, memory=memory)
+            path=path, config=replace(sizes.config, max_model_len=memory.max_model_len),
+            model=model, dca=dca, has_plan=plan is not None, plan=in_effect, memory=memory,
+            sizes_reason=sizes.reason)
 
     def load_runner(self) -> Runner:
         """Read the weights and allocate the caches. Raises `CheckpointError`."""
@@ -106,6 +115,7 @@ class ResolvedEngine:
     def scheduler_config(self) -> SchedulerConfig:
         """Return the configuration of a scheduler for this engine."""
         assert self.config.prefill_chunk_len is not None and self.config.device is not None
+        assert self.config.max_num_requests is not None
         device_type = self.config.device.split(":")[0]
         return SchedulerConfig(
             num_blocks=self.memory.num_blocks, block_size=self.config.block_size,
@@ -140,16 +150,6 @@ def plan_in_effect(
     if not may_be_sparse(config.attention, has_plan=plan is not None, has_dca=has_dca):
         return None
     return plan or SparsityPlan.default(model.num_layers, model.num_heads)
-
-
-def _plan_memory(
-    config: EngineConfig, model: ModelConfig, *, means: bool, must_fit: bool = True,
-) -> MemoryPlan:
-    """Plan memory. ``model`` has the DCA in effect; without DCA, tables grow with the context."""
-    assert config.prefill_chunk_len is not None
-    return plan_memory(
-        model, config, means=means, must_fit=must_fit,
-        max_step_tokens=max_step_tokens(config.prefill_chunk_len, config.max_num_requests))
 
 
 def resolve_plan(path: Path, model: ModelConfig, config: EngineConfig) -> SparsityPlan | None:

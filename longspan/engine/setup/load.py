@@ -18,7 +18,8 @@ def load_engine(config: EngineConfig, send: Send) -> tuple[SchedulerConfig, Engi
     send(Described(
         path=engine.path, intake=engine.intake(), scheduler=scheduler,
         memory_bytes={"weights": memory.weights_bytes, "workspace": memory.workspace_bytes,
-                      "KV cache": memory.kv_bytes}))
+                      "KV cache": memory.kv_bytes},
+        sizes_reason=engine.sizes_reason))
     runner = engine.load_runner()
     runner.record_graphs()
     if engine.config.device != "cpu":  # whose operations need no compiler

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -40,6 +41,20 @@ def test_a_request_may_come_with_its_hashes(
     other = Scheduler(CONFIG)
     other.add(sent)
     assert other.schedule() is not None and sent.block_hashes == plain.block_hashes
+
+
+@pytest.mark.parametrize("length", [24, 40, 70])
+def test_hashes_of_a_sparse_prompt_name_its_chunks(length: int) -> None:
+    """Selections are functions of whole chunks: what another chunk length computed is not found."""
+    def hashes(chunk: int, sparse: bool) -> list[bytes]:
+        request = make_request("a", range(length), sparse=sparse)
+        hash_prompt(request, replace(CONFIG, prefill_chunk_len=chunk))
+        return list(request.block_hashes)
+
+    short, long = hashes(16, True), hashes(32, True)
+    shared = [one == other for one, other in zip(short, long, strict=True)]
+    assert shared == [False] * len(shared)
+    assert hashes(16, False) == hashes(32, False)
 
 
 class CountingDict(dict[bytes, Any]):

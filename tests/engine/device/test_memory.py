@@ -63,7 +63,7 @@ def test_the_pool_of_a_cpu_is_sized_by_need() -> None:
 
 
 def test_the_pool_of_a_gpu_takes_the_whole_budget() -> None:
-    result = plan(139, device="cuda", max_model_len=131_072)
+    result = plan(130, device="cuda", max_model_len=131_072)
     assert result.num_blocks >= result.fitting_len // 128 > 4 * 1024
     used = result.weights_bytes + result.workspace_bytes + result.kv_bytes
     assert 0 <= result.budget_bytes - used < 128 * result.kv_bytes_per_token
@@ -95,7 +95,7 @@ def test_what_does_not_fit_is_refused(free: float, fields: dict[str, Any], remed
 
 
 def test_workspace_grows_with_the_step() -> None:
-    config = EngineConfig(model="m", device="cuda", dtype="bfloat16")
+    config = EngineConfig(model="m", device="cuda", dtype="bfloat16", max_num_requests=64)
     assert workspace_bytes(BIG, config, 1000) < workspace_bytes(BIG, config, 32_768) < 6 * GIB
     assert workspace_bytes(BIG, replace(config, dtype="float32"), 1000) > \
         workspace_bytes(BIG, config, 1000)
@@ -156,7 +156,7 @@ def test_decode_graphs_are_planned_for_on_gpus(max_num_requests: int) -> None:
 
 
 def test_rotation_tables_are_as_long_as_the_context_without_dca() -> None:
-    config = EngineConfig(model="m", device="cuda", dtype="bfloat16")
+    config = EngineConfig(model="m", device="cuda", dtype="bfloat16", max_num_requests=64)
     dca = replace(BIG, dca=DcaConfig(chunk_size=262_144, local_size=8192))
     difference = workspace_bytes(BIG, config, 1000) - workspace_bytes(dca, config, 1000)
     assert difference == 4 * 128 * (1_010_000 - 262_145)
