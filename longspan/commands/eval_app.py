@@ -95,7 +95,7 @@ def run(
     concurrency: Annotated[int, typer.Option(
         min=1, help="Documents asked about at a time; above 1 no times are kept.")] = 1,
     time_limit_s: Annotated[float | None, typer.Option(
-        help="Begin nothing new after these seconds; run again to go on.")] = None,
+        help="Begin nothing new after these seconds from the start; run again to go on.")] = None,
     answer_nll: Annotated[bool, typer.Option(
         "--answer-nll", help="Also score the right answers: nats a token of them.")] = False,
     shares_device: Annotated[bool, typer.Option(

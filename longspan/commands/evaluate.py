@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -47,8 +48,17 @@ class Pace:
     """How long a run may take, and whether its times mean anything."""
 
     time_limit_s: float | None = None
+    """From the command's start, loading included."""
     shares_device: bool = False
     """Other processes compute there too: no times are kept."""
+    start_s: float = field(default_factory=time.monotonic)
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds until nothing new is begun; None: no end."""
+        if self.time_limit_s is None:
+            return None
+        return max(0.0, self.time_limit_s - (time.monotonic() - self.start_s))
 
 
 def list_tasks() -> None:
@@ -114,20 +124,24 @@ def _run_setting(
                for work in work_order(job.plan, materials))
     status = 0
     try:
-        if left:
+        if left and pace.left_s == 0:
+            status = STOPPED
+        elif left:
             with open_model(model, setting, longest) as (asked, where):
                 folder.write_json(MANIFEST, {**manifest, "about": where})
                 outcome = run_plan(
                     job.plan, materials, asked, folder, concurrency=model.concurrency,
-                    time_limit_s=pace.time_limit_s, is_timed=not pace.shares_device,
+                    time_limit_s=pace.left_s, is_timed=not pace.shares_device,
                     on_job=lambda work, new: _say(setting, work, new))
             status = STOPPED if outcome.is_stopped else FAILED if outcome.num_failed else 0
-            if outcome.is_stopped:
-                note("stopped by the time limit; run the same command again to go on")
         else:
             note(f"{folder.folder}: nothing was left to do")
+        if status == STOPPED:
+            note("stopped by the time limit; run the same command again to go on")
     finally:
-        show_summary(_summarise(folder))
+        summary = _summarise(folder)
+        if any(row["n"] for row in summary["rows"]):
+            show_summary(summary)
     return status
 
 
