@@ -31,6 +31,8 @@ else:  # until Python 3.12 array takes no parameter, and `wire` evaluates annota
     TokenIds = BlockIds = array
 FinishReason = Literal["stop", "length", "abort"]
 MAX_SEED = 2**63 - 1
+RANDOM_SEED = -1
+"""Asks for a fresh seed, here as in other engines."""
 MAX_TEMPERATURE = 100.0
 MAX_TOP_K = 2**31 - 1
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
@@ -61,7 +63,8 @@ class SamplingParams:
     min_p: float = 0.0
     """Keep tokens at least this fraction as probable as the most probable one; 0: all."""
     seed: int | None = None
-    """Same seed, same prompt, same answer, whatever else runs; None: a fresh one per request."""
+    """Same seed, same prompt, same answer, whatever else runs; None or -1: a fresh one for each
+    request."""
     max_tokens: int = 256
     """Longest completion, tokens. 0: none, with ``prompt_logprobs`` alone."""
     stop: tuple[str, ...] = ()
@@ -93,11 +96,13 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name in NUMBERS:
             object.__setattr__(self, name, as_plain(getattr(self, name)))
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if self.seed == RANDOM_SEED:
+            object.__setattr__(self, "seed", None)
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
         object.__setattr__(self, "stop", as_plain_tuple("stop", stop))
         object.__setattr__(
-            self, "stop_token_ids", as_plain_tuple("stop_token_ids", self.stop_token_ids))
-        object.__setattr__(self, "logit_bias", as_pairs(self.logit_bias))
+            self, "stop_token_ids", as_plain_tuple("stop_token_ids", self.stop_token_ids or ()))
+        object.__setattr__(self, "logit_bias", as_pairs(self.logit_bias or ()))
         object.__setattr__(self, "json_schema", as_json(self.json_schema))
         self._check_choice()
         self._check_end()
@@ -113,7 +118,7 @@ class SamplingParams:
         require(is_number(self.min_p) and 0 <= self.min_p <= 1,
                  "min_p", self.min_p, "between 0 and 1")
         require(self.seed is None or is_integer(self.seed) and 0 <= self.seed <= MAX_SEED,
-                 "seed", self.seed, "an integer from 0 to 2^63 - 1")
+                 "seed", self.seed, "an integer from 0 to 2^63 - 1, or -1 for a fresh one")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             require(value is None or is_integer(value) and 0 <= value <= MAX_LOGPROBS,

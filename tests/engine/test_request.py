@@ -24,8 +24,8 @@ from tests.doubles import make_request
     ("top_p", 1.01, "above 0 and at most 1"),
     ("min_p", -0.5, "between 0 and 1"),
     ("min_p", True, "between 0 and 1"),
-    ("seed", -1, "an integer from 0 to 2^63 - 1"),
-    ("seed", 2**63, "an integer from 0 to 2^63 - 1"),
+    ("seed", -2, "an integer from 0 to 2^63 - 1, or -1 for a fresh one"),
+    ("seed", 2**63, "an integer from 0 to 2^63 - 1, or -1 for a fresh one"),
     ("max_tokens", 0, "a positive integer, or 0 with prompt_logprobs"),
     ("stop", ("",),
      "one or several strings of valid Unicode, none of them empty"),
@@ -121,3 +121,8 @@ def test_tokens_span_prompt_and_completion(start: int, stop: int) -> None:
     request = make_request("a", [1, 2, 3])
     request.output_ids.extend([4, 5])
     assert request.tokens(start, stop) == array("i", [1, 2, 3, 4, 5][start:stop])
+
+
+def test_what_asks_for_nothing_is_nothing() -> None:
+    given = SamplingParams(stop=None, stop_token_ids=None, logit_bias=None, seed=-1)  # type: ignore
+    assert given == SamplingParams()

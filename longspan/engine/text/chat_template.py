@@ -30,7 +30,11 @@ MAX_BITS = 1024
 """Bits of the largest whole number that a template may make."""
 MAX_RENDER_S = 5.0
 """Processor time for one conversation; the longest one needs some hundredths of a second."""
-PROBE = ({"role": "user", "content": "Hello"},)
+USER, ANSWER = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+PROBES = ((USER,), (SYSTEM, USER), (USER, ANSWER, USER), (SYSTEM, USER, ANSWER, USER))
+"""Conversations; a template that renders none of them is of no use."""
+PROBE_VALUES = {"bos_token": "", "eos_token": "", "unk_token": "", "pad_token": ""}
 PADDING = frozenset({"batch", "center", "indent", "slice", "expandtabs", "ljust", "rjust", "zfill"})
 """Filters and methods of texts whose result is as large as an argument says."""
 FAULTS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
@@ -59,13 +63,23 @@ class ChatTemplate:
         except (TemplateError, RecursionError, MemoryError) as error:
             raise CheckpointError(
                 f"{origin}: the chat template is not valid jinja ({_line(error)})") from None
-        try:
-            self._render({"messages": PROBE, "add_generation_prompt": True})
-        except _BoundPassedError as error:
-            raise CheckpointError(f"{origin}: the chat template {_line(error)} with one short "
-                                  "message; fetch another one") from None
-        except FAULTS:
-            pass  # it may need more than that: a system message, for example
+        self._probe(origin)
+
+    def _probe(self, origin: str) -> None:
+        """Find now what would fail at every chat."""
+        reasons = list[str]()
+        for messages in PROBES:
+            try:
+                self._render({"messages": messages, "add_generation_prompt": True,
+                              **PROBE_VALUES})
+                return
+            except _BoundPassedError as error:
+                raise CheckpointError(f"{origin}: the chat template {_line(error)} with one short "
+                                      "message; fetch another one") from None
+            except FAULTS as error:
+                reasons.append(_line(error))
+        raise CheckpointError(f"{origin}: the chat template fails with any conversation "
+                              f"({reasons[0]}); fetch another one")
 
     def render(self, values: Mapping[str, Any]) -> str:
         """Render the prompt. Raises `InvalidRequestError` when the template refuses the values."""

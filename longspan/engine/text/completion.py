@@ -20,8 +20,9 @@ from longspan.engine.request import (
 )
 from longspan.engine.step import NOT_FINITE, PromptLogprobs, StepReport, Update
 from longspan.engine.text.prompt_scores import PromptScores
+from longspan.engine.text.text_stream import TextStream
 from longspan.engine.text.token_bytes import TokenBytes
-from longspan.engine.text.tokenizer import TextStream, Tokenizer
+from longspan.engine.text.tokenizer import Tokenizer
 from longspan.errors import RequestFailedError
 
 

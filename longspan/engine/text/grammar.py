@@ -23,6 +23,16 @@ NUM_KEPT = 64
 JSON_STYLE = {"whitespace_pattern": r"\x20|\x0A\x20{0,16}"}
 LIMITS = {"initial_lexer_fuel": 100_000, "max_grammar_size": 50_000, "max_lexer_states": 100_000,
           "verbose_errors": False}
+FORMATS = frozenset({"date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6",
+                     "uuid", "uri"})
+"""Formats of strings that the library follows."""
+NAMED_SUBSCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions",
+                              "dependentSchemas"})
+"""Keywords that hold schemas by name."""
+SUBSCHEMAS = frozenset({"items", "prefixItems", "additionalItems", "additionalProperties", "allOf",
+                        "anyOf", "oneOf", "not", "if", "then", "else", "contains", "propertyNames",
+                        "unevaluatedItems", "unevaluatedProperties"})
+"""Keywords that hold a schema or a list of them. Others, such as ``const``, hold data."""
 
 
 class Grammar:
@@ -83,8 +93,8 @@ class Grammars:
         library = _library()
         vocabulary = self.load()
         try:
-            json.loads(json_schema)
-            source = library.LLMatcher.grammar_from_json_schema(json_schema, defaults=JSON_STYLE)
+            schema = json.dumps(_with_known_formats(json.loads(json_schema)))
+            source = library.LLMatcher.grammar_from_json_schema(schema, defaults=JSON_STYLE)
         except (ValueError, RecursionError) as error:
             raise _refused(error) from None
         matcher = library.LLMatcher(
@@ -113,6 +123,20 @@ class Grammars:
                     f"json_schema cannot be followed with this checkpoint's tokenizer: "
                     f"{_first_line(error)}") from None
         return self._vocabulary
+
+
+def _with_known_formats(schema: Any) -> Any:
+    """Return a schema without the formats that the library does not know: to JSON schema a format
+    is an annotation, and libraries write their own (pydantic: ``path``, ``password``)."""
+    if isinstance(schema, list):
+        return [_with_known_formats(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {key: _with_known_formats(value) if key in SUBSCHEMAS else
+            {name: _with_known_formats(item) for name, item in value.items()}
+            if key in NAMED_SUBSCHEMAS and isinstance(value, dict) else value
+            for key, value in schema.items()
+            if not (key == "format" and isinstance(value, str) and value not in FORMATS)}
 
 
 def _library() -> Any:

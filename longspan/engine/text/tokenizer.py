@@ -1,4 +1,4 @@
-"""Text to token ids and back: chat template, incremental text, stop strings. No torch.
+"""Text to token ids and back, and conversations to prompts. No torch.
 
 Uses the `tokenizers` library and jinja2 directly: transformers' AutoTokenizer imports torch, which
 takes seconds and hundreds of megabytes in a process that never computes.
@@ -22,8 +22,6 @@ from longspan.errors import (
     LongspanError,
     MissingDependencyError,
 )
-
-REPLACEMENT = "\ufffd"
 
 
 class Tokenizer:
@@ -91,6 +89,12 @@ class Tokenizer:
     def added_tokens(self) -> frozenset[int]:
         """Ids of tokens that were added to the vocabulary, written as their plain text."""
         return frozenset(self._tokenizer.get_added_tokens_decoder())
+
+    @cached_property
+    def special_tokens(self) -> Mapping[int, str]:
+        """Texts of the added tokens that `decode` leaves out, by id."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {index: token.content for index, token in added.items() if token.special}
 
     @cached_property
     def decoder_kinds(self) -> frozenset[str]:
@@ -190,115 +194,6 @@ class Tokenizer:
             raise CheckpointError(f"{self._path}: chat_template in tokenizer_config.json is "
                                   "neither text nor a list of named ones; fetch the file again")
         return source
-
-
-class TextStream:
-    """Completion text as it becomes certain.
-
-    A character split over tokens is held back until it is whole, and text that may be the start of
-    a stop string until it is decided; neither ever has to be taken back.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
-        self._matcher = StopMatcher(stop)
-
-    @property
-    def is_stopped(self) -> bool:
-        """A stop string was found; further tokens are ignored."""
-        return self._matcher.is_stopped
-
-    @property
-    def num_held(self) -> int:
-        """Characters held back because a stop string may begin there."""
-        return self._matcher.num_held
-
-    def push(self, token_id: int) -> str:
-        """Add a token; returns the text that it makes certain."""
-        return self._matcher.push(self._detokenizer.push(token_id))
-
-    def flush(self) -> str:
-        """Return the text still held back, when the completion ends here."""
-        return self._matcher.push(self._detokenizer.flush()) + self._matcher.flush()
-
-
-class Detokenizer:
-    """Incremental decoding in constant time per token, whatever the length of the completion.
-
-    Decodes a window of recent tokens. An incomplete character decodes to one trailing U+FFFD,
-    which is held back; more of them before it are invalid bytes for good.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._window: list[int] = []
-        self._num_old = 0
-        """Leading tokens of the window that are there for context only."""
-        self._num_sent = 0
-        """Characters of the window's text already returned."""
-
-    def push(self, token_id: int) -> str:
-        """Add a token; returns the text that is certain now."""
-        self._window.append(token_id)
-        text = self._tokenizer.decode(self._window)
-        stable_len = len(text) - text.endswith(REPLACEMENT)
-        delta = text[self._num_sent:stable_len]
-        self._num_sent = max(self._num_sent, stable_len)
-        if stable_len == len(text):
-            self._shift()
-        return delta
-
-    def flush(self) -> str:
-        """Return the incomplete rest, as U+FFFD."""
-        return self._tokenizer.decode(self._window)[self._num_sent:]
-
-    def _shift(self) -> None:
-        """Forget the old tokens at a character border; keep the new ones as context."""
-        self._window = self._window[self._num_old:]
-        self._num_old = len(self._window)
-        self._num_sent = len(self._tokenizer.decode(self._window))
-
-
-class StopMatcher:
-    """Cuts text at the first stop string; holds back what may become one."""
-
-    def __init__(self, stop: Sequence[str]) -> None:
-        self._stop = tuple(stop)
-        self._held = ""
-        self.is_stopped = False
-
-    @property
-    def num_held(self) -> int:
-        """Characters held back."""
-        return len(self._held)
-
-    def push(self, text: str) -> str:
-        """Add text; returns what certainly is in front of any stop string."""
-        if self.is_stopped:
-            return ""
-        if not self._stop:
-            return text
-        text = self._held + text
-        found = [place for place in map(text.find, self._stop) if place >= 0]
-        if found:
-            self.is_stopped, self._held = True, ""
-            return text[: min(found)]
-        keep = self._num_undecided(text)
-        self._held = text[len(text) - keep:]
-        return text[: len(text) - keep]
-
-    def flush(self) -> str:
-        """Return the text held back, when no more text comes."""
-        held, self._held = self._held, ""
-        return held
-
-    def _num_undecided(self, text: str) -> int:
-        """Length of the longest end of the text that starts a stop string."""
-        longest = min(len(text), max(map(len, self._stop)) - 1)
-        for length in range(longest, 0, -1):
-            if any(stop.startswith(text[-length:]) for stop in self._stop):
-                return length
-        return 0
 
 
 def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:

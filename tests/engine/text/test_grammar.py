@@ -151,3 +151,25 @@ def test_a_checkpoint_without_an_end(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(InvalidRequestError, match="names no end-of-text token"):
         Grammars(Tokenizer(tmp_path), 300).check("{}")
+
+
+@pytest.mark.parametrize("name", ["path", "password", "binary", "uri-reference", "int32", "regex"])
+def test_formats_that_nobody_knows_are_annotations(grammars: Grammars, name: str) -> None:
+    """Wherever a schema may stand; a property may be called so, and data may look so."""
+    text = {"type": "string", "format": name}
+    for schema in (text, {"type": "array", "items": text, "prefixItems": [text]},
+                   {"anyOf": [text, {"type": "null"}]}, {"$defs": {"a": text}, "$ref": "#/$defs/a"},
+                   {"type": "object", "properties": {"a": text, "format": text},
+                    "additionalProperties": text},
+                   {"const": {"format": name}}, {"enum": [{"format": name}, 1]}):
+        grammars.check(json.dumps(schema))
+
+
+def test_formats_that_are_known_are_followed(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    grammar = grammars.start(json.dumps({"type": "object", "additionalProperties": False,
+                                         "properties": {"format": {"const": {"format": "x"}}}}))
+    write(grammar, tokenizer, '{"format": {"format": "x"}}')
+    assert may_end(grammar, tokenizer)
+    grammar = grammars.start('{"type": "string", "format": "date"}')
+    write(grammar, tokenizer, '"2')
+    assert tokenizer.encode("x")[0] not in allowed(grammar)
