@@ -31,8 +31,7 @@ else:  # until Python 3.12 array takes no parameter, and `wire` evaluates annota
     TokenIds = BlockIds = array
 FinishReason = Literal["stop", "length", "abort"]
 MAX_SEED = 2**63 - 1
-RANDOM_SEED = -1
-"""Asks for a fresh seed, here as in other engines."""
+RANDOM_SEED = -1  # a fresh one, as in other engines
 MAX_TEMPERATURE = 100.0
 MAX_TOP_K = 2**31 - 1
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
@@ -63,8 +62,7 @@ class SamplingParams:
     min_p: float = 0.0
     """Keep tokens at least this fraction as probable as the most probable one; 0: all."""
     seed: int | None = None
-    """Same seed, same prompt, same answer, whatever else runs; None or -1: a fresh one for each
-    request."""
+    """Same seed, same prompt, same answer, whatever else runs; None or -1: a fresh one."""
     max_tokens: int = 256
     """Longest completion, tokens. 0: none, with ``prompt_logprobs`` alone."""
     stop: tuple[str, ...] = ()

@@ -73,7 +73,7 @@ def create_app(engine: AsyncEngine, config: ServeConfig) -> FastAPI:
     app.include_router(_tokens(service))
     app.include_router(_operations(service))
     app.add_middleware(EdgeMiddleware, config=config, answered=service.metrics.answered)
-    for kind in (ApiError, ClientGone, HTTPException, LongspanError, Exception):
+    for kind in (ApiError, ClientGone, HTTPException, LongspanError):
         app.add_exception_handler(kind, error_response)
     app.openapi = partial(_openapi, app, bool(config.api_keys))  # type: ignore[method-assign]
     return app

@@ -13,7 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from longspan.serve.config import ServeConfig
-from longspan.serve.errors import ApiError
+from longspan.serve.errors import ApiError, as_api_error
 from longspan.serve.hosts import Hosts
 
 MAX_HEADERS = 200
@@ -39,8 +39,12 @@ class EdgeMiddleware:
         request_id = uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
 
+        has_begun = False
+
         async def send_with_id(message: Message) -> None:
+            nonlocal has_begun
             if message["type"] == "http.response.start":
+                has_begun = True
                 route = getattr(scope.get("route"), "path", "other")
                 self._answered(route, message["status"])
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
@@ -48,7 +52,12 @@ class EdgeMiddleware:
 
         refusal = self._refusal(scope)
         app = refusal.response() if refusal else self._app
-        await app(scope, receive, send_with_id)
+        try:
+            await app(scope, receive, send_with_id)
+        except Exception as error:
+            if has_begun:
+                raise  # the connection has to close: nothing else tells the client
+            await as_api_error(error, request_id).response()(scope, receive, send_with_id)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         if len(scope["headers"]) > MAX_HEADERS:

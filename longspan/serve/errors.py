@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from longspan.errors import LongspanError, PromptTooLongError
+from longspan.errors import CheckpointError, LongspanError, PromptTooLongError
 
 logger = logging.getLogger("longspan.serve")
 
@@ -59,8 +59,9 @@ class ClientGone(Exception):
     """The client hung up; there is nobody to answer."""
 
 
-def as_api_error(error: Exception) -> ApiError:
-    """Turn any exception into a reply; an unexpected one is logged and not shown."""
+def as_api_error(error: Exception, request_id: str = "") -> ApiError:
+    """Turn any exception into a reply; an unexpected one is logged and not shown, and so is what is
+    wrong with the checkpoint: clients cannot mend it, and it names files of this machine."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, PromptTooLongError):
@@ -68,16 +69,17 @@ def as_api_error(error: Exception) -> ApiError:
             error.http_status, str(error), code="context_length_exceeded", param="prompt",
             details={"prompt_tokens": error.prompt_len, "max_tokens": error.max_tokens,
                      "limit": error.limit})
-    if isinstance(error, LongspanError):
+    if isinstance(error, LongspanError) and not isinstance(error, CheckpointError):
         return ApiError(error.http_status, " ".join(str(error).split()))
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail), headers=error.headers)
-    logger.error("unexpected error", exc_info=error)
-    return ApiError(500, "The server failed on this request; its log says why.")
+    logger.error("request %s: unexpected error", request_id or "?", exc_info=error)
+    name = f", where this is request {request_id}" if request_id else ""
+    return ApiError(500, f"The server failed on this request; its log says why{name}.")
 
 
 async def error_response(request: Request, error: Exception) -> Response:
     """Handle an exception of the application."""
     if isinstance(error, ClientGone):
         return Response(status_code=499)  # the client is gone: this reply is never sent
-    return as_api_error(error).response()
+    return as_api_error(error, request.state.request_id).response()

@@ -19,7 +19,7 @@ from longspan.engine.request import (
 )
 from longspan.serve.admission import Gate, Ticket
 from longspan.serve.body import cancel
-from longspan.serve.errors import ApiError, as_api_error
+from longspan.serve.errors import ApiError
 
 QUEUE_LEN = 256
 """Events kept for a slow reader before the engine's stream is left alone."""
@@ -195,7 +195,7 @@ class Generation:
 
     def _note(self, number: int, item: Event | Exception) -> Event:
         if isinstance(item, Exception):
-            raise as_api_error(item)
+            raise item
         index, copy = divmod(number, self._num_copies)
         if isinstance(item, Progress):
             if copy == 0:

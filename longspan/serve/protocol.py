@@ -119,7 +119,7 @@ class SamplingFields(Strict):
     logit_bias: Annotated[dict[BiasKey, Bias], Field(max_length=MAX_NUM_BIASES)] | None = None
     """Added to the logits of tokens, by token id."""
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
-    """Same seed, same request, same answer."""
+    """Same seed, same request, same answer; null or -1: a fresh one."""
     stop: Stop | Annotated[list[Stop], Field(fail_fast=True, max_length=MAX_STOPS)] | None = None
     """Text that ends the completion; it is not part of it."""
     stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True, max_length=64)] | None = None

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from longspan.engine.request import MAX_SEED, SamplingParams
+from longspan.engine.request import MAX_SEED, RANDOM_SEED, SamplingParams
 from longspan.serve.errors import ApiError
 from longspan.serve.protocol import ChatRequest, CompletionRequest, JsonSchemaFormat, SamplingFields
 
@@ -32,7 +32,8 @@ def _asked(request: ChatRequest | CompletionRequest) -> dict[str, Any]:
     """Return what the request sets, under the engine's names."""
     values = {name: getattr(request, name) for name in PLAIN_FIELDS}
     values["top_k"] = None if request.top_k is None else max(0, request.top_k)
-    values["seed"] = None if request.seed is None else request.seed & MAX_SEED
+    is_fixed = request.seed not in (None, RANDOM_SEED)
+    values["seed"] = request.seed & MAX_SEED if is_fixed and request.seed is not None else None
     values["stop"] = (request.stop,) if isinstance(request.stop, str) else request.stop
     values["stop_token_ids"] = request.stop_token_ids
     values["max_tokens"] = asked_max_tokens(request)

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from longspan.engine.front.client import AsyncEngine
 from longspan.engine.request import SamplingParams, TokenEvent, check_fits
-from longspan.serve.admission import Gate, Ticket
+from longspan.serve.admission import Gate
 from longspan.serve.body import (
     Disconnect,
     announced_bytes,
@@ -83,7 +83,9 @@ class Service:
         stack.push_async_callback(cancel, prepared)
         format = self._format(request.state.request_id, body)
         if body.stream:
-            return await self._stream(body, prepared, generation, format, watcher, ticket, stack)
+            options = self._stream_options(request.state.request_id, body)
+            writer = EventWriter(generation, format, options, self.gate, ticket)
+            return await self._stream(prepared, generation, writer, watcher, stack)
         await watcher.race(_wait(prepared))
         deltas = await watcher.race(_collect(generation))
         # aside, for a prompt's log-probabilities may be a million
@@ -98,8 +100,8 @@ class Service:
         return False
 
     async def _stream(
-        self, body: GenerateBody, prepared: asyncio.Task[None], generation: Generation,
-        format: Format, watcher: Disconnect, ticket: Ticket, stack: AsyncExitStack,
+        self, prepared: asyncio.Task[None], generation: Generation, writer: EventWriter,
+        watcher: Disconnect, stack: AsyncExitStack,
     ) -> Response:
         headers = dict[str, str]()
         if await watcher.race_for(prepared, self.config.header_grace_s):
@@ -107,13 +109,15 @@ class Service:
             expected_ms = millis(generation.usage.predicted_ttft_s)
             if expected_ms is not None:
                 headers["X-Predicted-TTFT-Ms"] = str(expected_ms)
-        options = StreamOptions(
+        return EventStreamResponse(
+            writer.pieces(prepared), watcher, stack.pop_all(), self.config.send_timeout_s, headers)
+
+    def _stream_options(self, request_id: str, body: GenerateBody) -> StreamOptions:
+        return StreamOptions(
+            request_id=request_id,
             include_usage=bool(body.stream_options and body.stream_options.include_usage),
             return_progress=bool(body.return_progress),
             ping_interval_s=self.config.ping_interval_s)
-        writer = EventWriter(generation, format, options, self.gate, ticket)
-        return EventStreamResponse(
-            writer.pieces(prepared), watcher, stack.pop_all(), self.config.send_timeout_s, headers)
 
     async def _prepare(
         self, request_id: str, body: GenerateBody, params: SamplingParams, generation: Generation,

@@ -18,8 +18,8 @@ from longspan.serve.errors import ClientGone, as_api_error
 from longspan.serve.format import Delta, Format, Json
 from longspan.serve.generation import Generation, millis
 
-HELLO = b": ok\n\n"
-PING = b": ping\n\n"
+PING = b": ping\n"
+"""A comment between events, without a blank line: to simple readers that would be an event."""
 DONE = b"data: [DONE]\n\n"
 
 
@@ -27,6 +27,7 @@ DONE = b"data: [DONE]\n\n"
 class StreamOptions:
     """How one stream is written."""
 
+    request_id: str = ""
     include_usage: bool = False
     return_progress: bool = False
     ping_interval_s: float = 5.0
@@ -47,7 +48,6 @@ class EventWriter:
     async def pieces(self, prepared: asyncio.Task[None]) -> AsyncGenerator[bytes]:
         """Yield everything up to the end or the error, which is written as an event."""
         try:
-            yield HELLO
             while not prepared.done():
                 await asyncio.wait((prepared,), timeout=self._options.ping_interval_s)
                 if not prepared.done():
@@ -58,7 +58,7 @@ class EventWriter:
         except Exception as error:
             if isinstance(error, ClientGone):
                 raise
-            yield _event(as_api_error(error).body)
+            yield _event(as_api_error(error, self._options.request_id).body)
             return
         yield DONE
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import time
@@ -13,6 +14,7 @@ import httpx
 import pytest
 
 from longspan.engine.control.latency import Costs, Forecast
+from longspan.errors import CheckpointError
 from tests.serve.fake import ANSWER, FakeEngine, Running, running, wait_for
 
 CHAT = "/v1/chat/completions"
@@ -316,7 +318,8 @@ def test_progress_and_pings():
             assert 480 <= float(reply.headers["x-predicted-ttft-ms"]) < 600
             assert reply.headers["content-type"].startswith("text/event-stream")
             found = list(events(reply.iter_lines()))
-    assert found[0] == ": ok" and found.count(": ping") >= 4
+    assert isinstance(found[0], dict)  # no comment before the first silence
+    assert found.count(": ping") >= 4
     chunks = [item for item in found if not isinstance(item, str)]
     progress = [chunk for chunk in chunks if "prompt_progress" in chunk]
     assert all(chunk["choices"] == [] for chunk in progress)
@@ -455,11 +458,80 @@ def test_the_page(server):
     assert "http://" not in reply.text and "https://" not in reply.text
 
 
-def test_an_unexpected_failure_is_a_500_in_the_same_shape(server, monkeypatch):
+def test_an_unexpected_failure_is_a_500_in_the_same_shape(server, monkeypatch, caplog):
     async def fail(*args: Any, **options: Any) -> str:
         raise RuntimeError("private detail")
 
-    monkeypatch.setattr(server.engine, "detokenize", fail)
-    reply = post(server, "/detokenize", {"tokens": [1]})
-    assert reply.status_code == 500
-    assert "private" not in reply.text and error_of(reply)["type"] == "server_error"
+    for name in ("detokenize", "encode_chat", "add"):
+        monkeypatch.setattr(server.engine, name, fail)
+    before = httpx.get(server.url + "/metrics").text
+    bodies = {"/detokenize": {"tokens": [1]}, COMPLETE: {"prompt": "x"},
+              CHAT: {"messages": [{"role": "user", "content": "x"}]}}
+    with httpx.Client(base_url=server.url, headers=JSON) as client:
+        for path, body in bodies.items():
+            reply = client.post(path, content=json.dumps(body))
+            assert reply.status_code == 500
+            assert "private" not in reply.text and error_of(reply)["type"] == "server_error"
+            request_id = reply.headers["x-request-id"]
+            assert request_id in error_of(reply)["message"]
+            assert any(request_id in record.message for record in caplog.records)
+            assert "close" not in reply.headers.get("connection", "")
+        assert client.get("/health").status_code == 200  # on the same connection
+    after = httpx.get(server.url + "/metrics").text
+    for path in bodies:
+        line = f'longspan_requests_total{{route="{path}",status="500"}}'
+        assert line not in before and f"{line} 1.0" in after
+    with httpx.stream("POST", server.url + COMPLETE, headers=JSON, timeout=5,
+                      content=json.dumps({"prompt": "x", "stream": True})) as reply:
+        assert reply.status_code == 500 and reply.headers["x-request-id"]
+
+
+def test_a_failure_amid_a_stream_names_the_request(caplog):
+    engine = FakeEngine()
+
+    async def fail(*args: Any, **options: Any) -> str:
+        await asyncio.sleep(0.1)
+        raise RuntimeError("private detail")
+
+    engine.tokenize = fail  # type: ignore[assignment]
+    with running(engine, header_grace_s=0.01) as server, \
+            httpx.stream("POST", server.url + COMPLETE, headers=JSON, timeout=5,
+                         content=json.dumps({"prompt": "x", "stream": True})) as reply:
+        (event,) = events(reply.iter_lines())
+        assert reply.headers["x-request-id"] in event["error"]["message"]
+        assert "private" not in str(event)
+
+
+def test_what_is_wrong_with_the_checkpoint_is_not_for_clients(monkeypatch, server, caplog):
+    async def fail(*args: Any, **options: Any) -> str:
+        raise CheckpointError("/srv/models/secret: no such file")
+
+    monkeypatch.setattr(server.engine, "encode_chat", fail)
+    reply = post(server, CHAT, {"messages": [{"role": "user", "content": "x"}]})
+    assert reply.status_code == 500 and "/srv" not in reply.text
+    assert any("/srv" in str(record.exc_info) for record in caplog.records)
+
+
+def test_template_values_of_any_name(server):
+    for name in ("self", "messages_", "text", "loop", "kwargs", "request"):
+        reply = post(server, CHAT, {"messages": [{"role": "user", "content": "x"}],
+                                    "max_tokens": 1, "chat_template_kwargs": {name: True}})
+        assert reply.status_code == 200, name
+    for name in ("messages", "tools", "eos_token", "add_special_tokens"):
+        reply = post(server, CHAT, {"messages": [{"role": "user", "content": "x"}],
+                                    "max_tokens": 1, "chat_template_kwargs": {name: True}})
+        assert reply.status_code == 400 and name in error_of(reply)["message"]
+
+
+def test_streams_for_readers_that_go_line_by_line():
+    """Each event is one line and a blank one; comments have no blank line of their own."""
+    with running(FakeEngine(chunk_s=0.1), ping_interval_s=0.03) as server, \
+            httpx.stream("POST", server.url + COMPLETE, headers=JSON, timeout=5, content=json.dumps(
+                {"prompt": "x" * 70, "max_tokens": 3, "stream": True})) as reply:
+        text = reply.read().decode()
+    assert text.startswith((": ping\n", "data: "))
+    blocks = text.split("\n\n")
+    assert blocks.pop() == ""
+    for block in blocks:
+        *comments, data = block.split("\n")
+        assert data.startswith("data: ") and set(comments) <= {": ping"}

@@ -180,19 +180,21 @@ def test_n_streamed(client):
 
 def test_options_reach_the_engine(client, server):
     client.chat.completions.create(
-        model=MODEL, messages=HELLO, max_tokens=2, temperature=0.5, top_p=0.9, seed=-1,
+        model=MODEL, messages=HELLO, max_tokens=2, temperature=0.5, top_p=0.9, seed=-2,
         presence_penalty=0.5, frequency_penalty=-0.5, stop=["a", "b"],
         response_format={"type": "json_schema", "json_schema": {
             "name": "thing", "schema": {"type": "object"}, "strict": True}},
         logit_bias={"17": -3, "18": 100},
         extra_body={"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1})
     params = server.engine.requests[-1].params
-    assert (params.temperature, params.top_p, params.seed) == (0.5, 0.9, 2**63 - 1)
+    assert (params.temperature, params.top_p, params.seed) == (0.5, 0.9, 2**63 - 2)
     assert (params.presence_penalty, params.frequency_penalty) == (0.5, -0.5)
     assert (params.top_k, params.min_p, params.repetition_penalty) == (5, 0.1, 1.1)
     assert params.stop == ("a", "b")
     assert params.json_schema == '{"type": "object"}'
     assert params.logit_bias == ((17, -3.0), (18, 100.0))
+    client.completions.create(model=MODEL, prompt="x", max_tokens=1, seed=-1)
+    assert server.engine.requests[-1].params.seed is None  # each answer is another one
 
 
 def test_lengths_reach_the_engine(client, server):
