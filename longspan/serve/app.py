@@ -160,7 +160,7 @@ async def _tokenize(service: Service, body: TokenizeRequest) -> Sequence[int]:
     if body.messages is None:
         special = body.add_special_tokens is not False
         return await service.engine.tokenize(body.prompt or "", add_special_tokens=special)
-    return await service.encode_chat(
+    return await service.prompts.encode_chat(
         body, add_generation_prompt=body.add_generation_prompt,
         add_special_tokens=bool(body.add_special_tokens))
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
-from dataclasses import replace
 from typing import TypeVar
 
 from pydantic import BaseModel
@@ -13,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from longspan.engine.front.client import AsyncEngine
-from longspan.engine.request import SamplingParams, TokenEvent, check_fits
+from longspan.engine.request import SamplingParams, TokenEvent
 from longspan.serve.admission import Gate
 from longspan.serve.body import (
     Disconnect,
@@ -28,7 +27,8 @@ from longspan.serve.errors import ApiError, ClientGone
 from longspan.serve.format import ChatFormat, CompletionFormat, Delta, Format
 from longspan.serve.generation import Generation, Job, millis
 from longspan.serve.metrics import Metrics
-from longspan.serve.protocol import ChatRequest, CompletionRequest, TokenizeRequest
+from longspan.serve.prompts import GenerateBody, Prompts
+from longspan.serve.protocol import ChatRequest, CompletionRequest
 from longspan.serve.sampling import (
     asked_max_tokens,
     check_scoring,
@@ -37,11 +37,7 @@ from longspan.serve.sampling import (
 )
 from longspan.serve.stream import EventStreamResponse, EventWriter, StreamOptions
 
-RESERVED_VALUES = frozenset({
-    "messages", "add_generation_prompt", "add_special_tokens", "tools", "documents", "bos_token",
-    "eos_token", "unk_token", "pad_token"})
 Model = TypeVar("Model", bound=BaseModel)
-GenerateBody = ChatRequest | CompletionRequest
 
 
 class Service:
@@ -51,6 +47,7 @@ class Service:
         self.engine, self.config = engine, config
         self.gate = Gate(config, engine.status)
         self.metrics = Metrics(self.gate, engine.status)
+        self.prompts = Prompts(engine)
 
     @property
     def model_name(self) -> str:
@@ -125,12 +122,12 @@ class Service:
     ) -> None:
         """Tokenise, check lengths, hand over to the engine."""
         with buffer:
-            prompts = await self._prompts(body)
+            prompts = await self.prompts.of(body)
             asked = asked_max_tokens(body)
-            each = [self._fit(params, len(prompt), asked) for prompt in prompts]
+            each = [self.prompts.fit(params, len(prompt), asked) for prompt in prompts]
             await generation.start(Job(
                 request_id=request_id, prompts=prompts, params=each, n=body.n or 1,
-                echoes=await self._echoes(body)))
+                echoes=await self.prompts.echoes(body)))
 
     def _check(self, body: GenerateBody) -> SamplingParams:
         """Refuse everything that can be refused before tokenising."""
@@ -145,29 +142,6 @@ class Service:
                            f"most {self.config.max_choices}.", param="n")
         return sampling_params(
             body, self.engine.status().default_sampling, self.config.default_max_tokens)
-
-    def _fit(self, params: SamplingParams, prompt_len: int, asked: int | None) -> SamplingParams:
-        """Fit parameters to one prompt: without max_tokens, use the remaining context."""
-        limit = self.engine.status().max_model_len
-        if prompt_len == 0:
-            raise ApiError(400, "The prompt is empty.", param="prompt")
-        check_fits(prompt_len, 1 if asked is None else asked, limit)
-        return params if asked is not None else replace(
-            params, max_tokens=min(params.max_tokens, limit - prompt_len))
-
-    async def _prompts(self, body: GenerateBody) -> list[Sequence[int]]:
-        """Return the token ids of each prompt."""
-        if isinstance(body, ChatRequest):
-            return [await self.encode_chat(body, add_generation_prompt=True)]
-        return [await self.engine.tokenize(each, add_special_tokens=body.add_special_tokens)
-                if isinstance(each, str) else each for each in body.prompt]
-
-    async def _echoes(self, body: GenerateBody) -> Sequence[str]:
-        """Text to put in front of each prompt's completions; none where that is not wanted."""
-        if isinstance(body, ChatRequest) or not body.echo:
-            return ()
-        return [each if isinstance(each, str)
-                else await self.engine.detokenize(each, with_special=True) for each in body.prompt]
 
     def _format(self, request_id: str, body: GenerateBody) -> Format:
         with_logprobs = body.logprobs is not None and body.logprobs is not False
@@ -191,19 +165,6 @@ class Service:
                 yield body, watcher
             finally:
                 await watcher.close()
-
-    async def encode_chat(
-        self, body: ChatRequest | TokenizeRequest, **options: bool
-    ) -> Sequence[int]:
-        """Return the token ids of a conversation."""
-        values = body.chat_template_kwargs or {}
-        wrong = RESERVED_VALUES.intersection(values)
-        if wrong:
-            name = sorted(wrong)[0]
-            raise ApiError(400, f"chat_template_kwargs may not set {name}.",
-                           param="chat_template_kwargs")
-        messages = [message.for_template() for message in body.messages or ()]
-        return await self.engine.encode_chat(messages, **values, **options)
 
     def check_model(self, name: str | None) -> None:
         """Raise 404 for another model's name."""
