@@ -135,6 +135,7 @@ class ModelConfig:
         num_layers = need.integer("num_hidden_layers")
         dca_need = need.block("dual_chunk_attention_config")
         rope_theta, rope_scaling = read_rope(need)
+        _refuse_two_extensions(dca_need, rope_scaling)
         has_bias = family.reads_biases and need.boolean("attention_bias")
         return cls(
             architecture=architecture,
@@ -148,7 +149,7 @@ class ModelConfig:
             rms_norm_eps=need.number("rms_norm_eps", 1e-6),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
-            max_position_embeddings=need.integer("max_position_embeddings"),
+            max_position_embeddings=_claimed_len(need, rope_scaling),
             tie_word_embeddings=need.boolean("tie_word_embeddings"),
             attention_bias=family.qkv_bias or has_bias,
             output_bias=has_bias,
@@ -182,6 +183,12 @@ class ModelConfig:
             raw = {**raw, "dual_chunk_attention_config":
                    {**dca_raw, "sparse_attention_config": read_json(sparse_file)}}
         return cls.from_hf(raw, source=str(file))
+
+    @property
+    def query_factor(self) -> float:
+        """What queries are multiplied by: YaRN's factor for queries and keys, all of it here, so
+        that it does not stand in cached keys."""
+        return self.rope_scaling.attention_factor**2 if self.rope_scaling else 1.0
 
     @property
     def kv_elements_per_token(self) -> int:
@@ -354,6 +361,21 @@ def _refuse_window(need: Fields, family: Family) -> None:
     raise CheckpointError(
         f"{need.source}: sliding_window {stated} {window!r}, and sliding window attention is not "
         "supported; write null if the checkpoint was trained without one")
+
+
+def _claimed_len(need: Fields, scaling: RopeScaling | None) -> int:
+    """Return the longest context: YaRN checkpoints often state the trained length."""
+    claim = need.integer("max_position_embeddings")
+    if scaling is None or scaling.kind != "yarn":
+        return claim
+    return max(claim, int(scaling.factor * scaling.original_max_position_embeddings))
+
+
+def _refuse_two_extensions(dca: Fields, scaling: RopeScaling | None) -> None:
+    if dca.raw and scaling is not None and scaling.kind in ("yarn", "dynamic"):
+        raise CheckpointError(
+            f"{dca.source} stands beside rope scaling of type {scaling.kind!r}, and both reach "
+            "beyond the trained length; remove one of them from config.json")
 
 
 def _dca(need: Fields) -> DcaConfig | None:

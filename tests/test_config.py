@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,7 @@ def test_released_budget_files(tmp_path, name, raw):
 
 
 @pytest.mark.parametrize("dca", [RELEASED_DCA, None], ids=["dca", "plain"])
-@pytest.mark.parametrize("kind", ["dynamic", "yarn", "longrope", "proportional"])
+@pytest.mark.parametrize("kind", ["longrope", "proportional", "mrope"])
 @pytest.mark.parametrize(("block", "key"), [
     ("rope_scaling", "type"), ("rope_scaling", "rope_type"), ("rope_parameters", "rope_type")])
 def test_scaled_rope_is_refused(dca, kind, block, key):
@@ -238,6 +239,51 @@ def test_scaled_rope_is_read(dca, block, key, kind, values, expected):
     assert config.rope_scaling == expected and config.rope_theta == 5e5
 
 
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32768}
+PLAIN = small(dual_chunk_attention_config=None)
+M4 = 0.1 * math.log(4.0) + 1.0
+
+
+@pytest.mark.parametrize(("block", "key"), [
+    ("rope_scaling", "type"), ("rope_scaling", "rope_type"), ("rope_parameters", "rope_type")])
+@pytest.mark.parametrize(("values", "attention_factor"), [
+    (YARN, M4),
+    (YARN | {"attention_factor": 1.3, "beta_fast": 32, "beta_slow": 1.0, "finetuned": True}, 1.3),
+    (YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}, 1.0),
+    (YARN | {"mscale": 2.0, "attention_factor": None}, M4),
+    (YARN | {"truncate": False}, M4)])
+def test_yarn_is_read(block, key, values, attention_factor):
+    """As transformers does, and to the length that it reaches, also where the claim is shorter."""
+    config = ModelConfig.from_hf(PLAIN | {block: {key: "yarn", **values}})
+    assert config.rope_scaling == RopeScaling(
+        kind="yarn", factor=4.0, original_max_position_embeddings=32768,
+        attention_factor=config.rope_scaling.attention_factor,
+        truncate=values.get("truncate", True))
+    assert config.rope_scaling.attention_factor == pytest.approx(attention_factor, rel=1e-12)
+    assert config.query_factor == pytest.approx(attention_factor**2)
+    assert config.max_position_embeddings == max(131072, PLAIN["max_position_embeddings"])
+
+
+def test_the_trained_length_of_yarn_may_stand_elsewhere():
+    raw = PLAIN | {"max_position_embeddings": 131072, "original_max_position_embeddings": 16384}
+    scaling = ModelConfig.from_hf(raw | {"rope_scaling": {"type": "yarn"}}).rope_scaling
+    assert (scaling.factor, scaling.original_max_position_embeddings) == (8.0, 16384)
+    with pytest.raises(CheckpointError, match="is 32768 in .*rope_scaling and 16384 beside it"):
+        ModelConfig.from_hf(raw | {"rope_scaling": {"type": "yarn", **YARN}})
+
+
+def test_dynamic_rope_is_plain_as_far_as_it_goes_here():
+    raw = PLAIN | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}
+    assert ModelConfig.from_hf(raw).rope_scaling == RopeScaling(kind="dynamic", factor=2.0)
+
+
+@pytest.mark.parametrize("kind", ["yarn", "dynamic"])
+def test_two_ways_beyond_the_trained_length_are_one_too_many(kind):
+    raw = small(dual_chunk_attention_config=RELEASED_DCA, rope_scaling={"type": kind, **YARN})
+    with pytest.raises(CheckpointError, match=f"stands beside rope scaling of type '{kind}'"):
+        ModelConfig.from_hf(raw)
+
+
 def test_biases_are_those_of_config_json():
     config = ModelConfig.from_hf(LLAMA3_1_8B | {"attention_bias": True})
     assert config.attention_bias and config.output_bias and not config.mlp_bias
@@ -291,6 +337,10 @@ REFUSED = [
      "rope_scaling: low_freq_factor is not supported"),
     (LLAMA3_1_8B | {"rope_scaling": {"type": "llama3", **LLAMA3_ROPE, "low_freq_factor": 4.0}},
      "low_freq_factor 4 must be between 0 and high_freq_factor 4"),
+    (small(rope_scaling={"type": "yarn", "factor": 4.0, "beta_fast": 1.0, "beta_slow": 2.0}),
+     "beta_slow 2 must be between 0 and beta_fast 1"),
+    (small(rope_scaling={"type": "yarn", "factor": 4.0, "attention_factor": 0.0}),
+     "attention_factor 0 must be above 0"),
     (LLAMA3_1_8B | {"rope_parameters": {"rope_type": "linear", "factor": 8.0}},
      "rope_parameters and rope_scaling are of different kinds"),
     (small(architectures=None), "architecture missing is not supported"),

@@ -24,8 +24,10 @@ def inverse_frequencies(
     fp32."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     plain = 1.0 / (rope_theta**exponents)
-    if scaling is None:
+    if scaling is None or scaling.kind == "dynamic":
         return plain
+    if scaling.kind == "yarn":
+        return _yarn_frequencies(plain, head_dim, rope_theta, scaling)
     divided = plain / scaling.factor
     if scaling.kind == "linear":
         return divided
@@ -34,6 +36,28 @@ def inverse_frequencies(
     share = (turns - low) / (high - low)  # of the plain frequency, between the two borders
     between = (1 - share) * plain / scaling.factor + share * plain
     return torch.where(turns < low, divided, torch.where(turns > high, plain, between))
+
+
+def _yarn_frequencies(
+    plain: Tensor, head_dim: int, rope_theta: float, scaling: RopeScaling
+) -> Tensor:
+    """Divide the slow frequencies (YaRN, "NTK-by-parts"). plain: [D/2]; returns the same."""
+    trained = scaling.original_max_position_embeddings
+
+    def border(turns: float) -> float:
+        """Dimension, as a fraction, whose frequency turns so often over the trained length."""
+        return (head_dim * math.log(trained / (turns * 2 * math.pi))) / (2 * math.log(rope_theta))
+
+    low, high = border(scaling.beta_fast), border(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001  # no division by zero
+    ramp = (torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)
+    kept = 1 - ramp.clamp(0, 1)  # share of the plain frequency
+    powers = rope_theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    return 1.0 / (scaling.factor * powers) * (1 - kept) + plain * kept
 
 
 def build_rotary(

@@ -61,6 +61,17 @@ def check_tiles(dca: DcaConfig | None, *, block_size: int, max_model_len: int) -
         f"{block_size}; use attention dense, or a max_model_len of at most {dca.dca_chunk_len}")
 
 
+def check_window(model: ModelConfig, dca: DcaConfig | None, *, max_model_len: int) -> None:
+    """Raise `LongspanError` where positions beyond the window would rotate keys by the request's
+    length."""
+    scaling, window = model.rope_scaling, model.max_position_embeddings
+    if dca is None and scaling and scaling.kind == "dynamic" and max_model_len > window:
+        raise LongspanError(
+            f"max_model_len {max_model_len} is beyond the {window} tokens of the checkpoint, whose "
+            "rope scaling of type 'dynamic' turns cached keys anew as a request grows; use "
+            "positions 'dca' for such lengths")
+
+
 def may_be_sparse(mode: AttentionMode, *, has_plan: bool, has_dca: bool) -> bool:
     """Return whether a request may prefill sparsely: the caches keep block means then."""
     return mode == "sparse" or (mode == "auto" and (has_plan or has_dca))

@@ -102,7 +102,7 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype, device=device)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype, device=device)
-        self.qk_norm = config.qk_norm
+        self.qk_norm, self.query_factor = config.qk_norm, config.query_factor
         self.core = DualChunkAttention(
             layer_idx=layer_idx, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim, rotary=rotary, plan=plan,
@@ -121,7 +121,9 @@ class Attention(nn.Module):
         """x: [T, M]. Returns q: [T, H, D], or [n, H, D] of n rows, and k, v: [T, K, D], not
         rotated."""
         q, k, v = self._merged(x, rows)
-        return (self.q_norm(q), self.k_norm(k), v) if self.qk_norm else (q, k, v)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return (q if self.query_factor == 1 else q * self.query_factor), k, v
 
     def weight_targets(self) -> dict[str, Tensor]:
         """Return targets as `CausalLM.weight_targets`: the merged projection is stored as three."""

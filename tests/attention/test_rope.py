@@ -34,7 +34,13 @@ def test_inverse_frequencies(head_dim: int, theta: float) -> None:
                  original_max_position_embeddings=4096),
      {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 2.0, "high_freq_factor": 8.0,
       "original_max_position_embeddings": 4096}),
-], ids=["linear", "llama3.1", "llama3-other"])
+    (RopeScaling(kind="yarn", factor=4.0, original_max_position_embeddings=32_768),
+     {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}),
+    (RopeScaling(kind="yarn", factor=8.0, original_max_position_embeddings=4096, beta_fast=16.0,
+                 beta_slow=2.0, truncate=False),
+     {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 4096,
+      "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False}),
+], ids=["linear", "llama3.1", "llama3-other", "yarn", "yarn-other"])
 def test_scaled_frequencies_are_transformers_bit_for_bit(
     scaling: RopeScaling, block: dict[str, float | str]
 ) -> None:

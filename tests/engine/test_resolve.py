@@ -9,11 +9,13 @@ import pytest
 from longspan.config import DcaConfig, EngineConfig, ModelConfig
 from longspan.engine.resolve import (
     check_tiles,
+    check_window,
     resolve_attention,
     resolve_config,
     resolve_positions,
 )
 from longspan.errors import LongspanError
+from longspan.rope_config import RopeScaling
 from tests.doubles import MODEL
 
 DCA = DcaConfig(chunk_size=64, local_size=8, original_max_position_embeddings=32)
@@ -84,3 +86,12 @@ def test_tiles_must_lie_in_one_dca_chunk() -> None:
     check_tiles(None, block_size=128, max_model_len=4000)
     with pytest.raises(LongspanError, match="beyond 800 tokens .* divides them, not 128"):
         check_tiles(dca, block_size=128, max_model_len=801)
+
+
+def test_dynamic_rope_ends_at_the_window() -> None:
+    model = ModelConfig(**MODEL, rope_scaling=RopeScaling(kind="dynamic", factor=2.0))
+    check_window(model, None, max_model_len=64)
+    check_window(model, DCA, max_model_len=65)
+    check_window(ModelConfig(**MODEL), None, max_model_len=65)
+    with pytest.raises(LongspanError, match="max_model_len 65 is beyond the 64 tokens"):
+        check_window(model, None, max_model_len=65)

@@ -33,6 +33,9 @@ FP32_CPU: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5_000.0, "factor": 8.0, "low_freq_factor": 1.0,
           "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 LINEAR = {"rope_type": "linear", "rope_theta": 5_000.0, "factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 5_000.0, "factor": 4.0,
+        "original_max_position_embeddings": 64}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 5_000.0, "factor": 2.0}
 BIASES = {"attention_bias": True, "mlp_bias": True}
 # Each case: family, and what its config.json says beyond the others'.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -45,6 +48,9 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3-rope": ("Llama", {"rope_parameters": LLAMA3}),
     "linear-rope": ("Llama", {"rope_parameters": LINEAR}),
     "qwen2-linear-rope": ("Qwen2", {"rope_parameters": LINEAR}),
+    "yarn-rope": ("Llama", {"rope_parameters": YARN}),
+    "qwen3-yarn-rope": ("Qwen3", {"head_dim": 24, "rope_parameters": YARN}),
+    "dynamic-rope": ("Llama", {"rope_parameters": DYNAMIC}),
     "mistral": ("Mistral", {"sliding_window": None, "head_dim": 24}),
 }
 
@@ -64,6 +70,9 @@ SHAPES = [
     pytest.param("llama3-rope", 8, 2, False, id="llama3-rope-gqa4-untied"),
     pytest.param("linear-rope", 4, 1, True, id="linear-rope-gqa4-tied"),
     pytest.param("qwen2-linear-rope", 4, 2, False, id="qwen2-linear-rope-gqa2-untied"),
+    pytest.param("yarn-rope", 8, 2, False, id="yarn-rope-gqa4-untied"),
+    pytest.param("qwen3-yarn-rope", 6, 2, True, id="qwen3-yarn-rope-gqa3-tied"),
+    pytest.param("dynamic-rope", 4, 2, True, id="dynamic-rope-gqa2-tied"),
     pytest.param("mistral", 8, 2, False, id="mistral-gqa4-untied"),
 ]
 

@@ -18,6 +18,7 @@ from longspan.engine.device.runner import Runner
 from longspan.engine.intake import Intake
 from longspan.engine.resolve import (
     check_tiles,
+    check_window,
     may_be_sparse,
     resolve_config,
     resolve_positions,
@@ -93,6 +94,7 @@ class ResolvedEngine:
             replace(model, dca=dca), config, means=needs_means(in_effect), must_fit=must_fit,
             is_sparse=in_effect is not None, device=device_memory(config.device))
         memory = sizes.memory
+        check_window(model, dca, max_model_len=memory.max_model_len)
         if in_effect is not None and in_effect.mode == "tile":
             check_tiles(dca, block_size=config.block_size, max_model_len=memory.max_model_len)
         return cls(
