@@ -13,7 +13,6 @@ from typing import Annotated
 
 import typer
 
-from longspan.commands import synth_options
 from longspan.commands.eval_app import eval_app
 from longspan.commands.import_gguf import import_gguf
 from longspan.commands.options import (
@@ -30,6 +29,7 @@ from longspan.commands.options import (
     parse_list,
 )
 from longspan.commands.run_app import run_app
+from longspan.commands.synth_options import synth_app
 
 Attention = Annotated[str, typer.Option(help="Prefill: auto, dense or sparse.")]
 Positions = Annotated[str, typer.Option(help="auto, rope, dca or dca+yarn.")]
@@ -57,7 +57,7 @@ bench_app = typer.Typer(help="Measure speed and memory.", rich_markup_mode=None)
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
 app.command("import")(import_gguf)
-app.add_typer(synth_options.app)
+app.add_typer(synth_app, name="synth")
 
 
 @app.command()

@@ -1,82 +1,157 @@
-"""What ``longspan synth`` takes on the command line."""
+"""What ``longspan synth`` and its subcommands take on the command line."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from typer.core import TyperGroup
 
 from longspan.errors import LongspanError
 
+if TYPE_CHECKING:
+    from longspan.commands.corpus import CorpusJob
+
 Number = TypeVar("Number", int, float)
+ROWS = "rows"
 
-app = typer.Typer(rich_markup_mode=None)
+
+class RowsByDefault(TyperGroup):
+    """Takes ``synth SOURCES`` for ``synth rows SOURCES``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the subcommand's name before arguments that begin with none."""
+        if args and args[0] not in (*self.commands, "--help"):
+            args = [ROWS, *args]
+        return super().parse_args(ctx, args)
 
 
-@app.command()
-def synth(
-    sources: Annotated[list[str], typer.Argument(
-        help="Folders, text, JSONL or Parquet files, datasets:NAME.")],
-    tokenizer: Annotated[Path, typer.Option(help="tokenizer.json, or a directory with one.")],
-    out: Annotated[Path, typer.Option(help="New folder; or that of a run that was cut.")],
-    rows: Annotated[list[str], typer.Option(
-        metavar="LENGTH=ROWS", help="Training rows of a length, tokens; repeatable.")],
-    task: Annotated[list[str] | None, typer.Option(
-        metavar="NAME=WEIGHT", help="Only these tasks, with their shares; repeatable.")] = None,
-    seed: Annotated[int, typer.Option(help="Same seed, same rows.")] = 0,
-    column: Annotated[str, typer.Option(help="Where records have their text.")] = "text",
-    split: Annotated[str, typer.Option(help="Of a data set of the hub.")] = "train",
-    include: Annotated[list[str] | None, typer.Option(
-        help="Only files like *.py; repeatable.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(
-        help="No files like */tests/*; repeatable.")] = None,
-    join_depth: Annotated[int | None, typer.Option(
-        min=0, help="Files with so many folders in common are one document.")] = None,
+synth_app = typer.Typer(
+    cls=RowsByDefault, rich_markup_mode=None,
+    help="Make training data for long contexts of any text: synth SOURCES is synth rows SOURCES.")
+
+Sources = Annotated[list[str], typer.Argument(
+    help="Folders, text, JSONL or Parquet files, datasets:NAME.")]
+TokenizerFile = Annotated[Path, typer.Option(
+    "--tokenizer", help="tokenizer.json, or a directory with one.")]
+Out = Annotated[Path, typer.Option(help="New folder; or that of a run that was cut.")]
+Seed = Annotated[int, typer.Option(help="Same seed, same rows.")]
+TaskShares = Annotated[list[str] | None, typer.Option(
+    "--task", metavar="NAME=WEIGHT", help="Only these tasks, with their shares; repeatable.")]
+RowCounts = Annotated[list[str], typer.Option(
+    "--rows", metavar="LENGTH=ROWS", help="Training rows of a length, tokens; repeatable.")]
+Column = Annotated[str, typer.Option(help="Where records have their text.")]
+Split = Annotated[str, typer.Option(help="Of a data set of the hub.")]
+Include = Annotated[list[str] | None, typer.Option(help="Only files like *.py; repeatable.")]
+Exclude = Annotated[list[str] | None, typer.Option(help="No files like */tests/*; repeatable.")]
+JoinDepth = Annotated[int | None, typer.Option(
+    min=0, help="Files with so many folders in common are one document.")]
+MinChars = Annotated[int, typer.Option(min=1, help="Shortest text.")]
+MaxChars = Annotated[int | None, typer.Option(min=1, help="Longest text.")]
+MaxMarkup = Annotated[float, typer.Option(min=0, max=1, help="Share of characters in tags.")]
+Compressed = Annotated[str, typer.Option(
+    metavar="LOW:HIGH", help="Size after zlib; below: repetition, above: noise.")]
+NearDuplicate = Annotated[float, typer.Option(
+    min=0, max=1, help="Share in common with an earlier text; 1: only exact ones go.")]
+HeldOut = Annotated[float, typer.Option(
+    min=0, max=0.5, help="Share of documents and rows that is set aside.")]
+Licence = Annotated[str, typer.Option(help="Of the texts, for the card.")]
+Workers = Annotated[int | None, typer.Option(
+    min=1, help="Processes; default: all cores but one.")]
+
+
+@synth_app.command(ROWS)
+def synth_rows(
+    sources: Sources, tokenizer: TokenizerFile, out: Out, rows: RowCounts, task: TaskShares = None,
+    seed: Seed = 0, column: Column = "text", split: Split = "train", include: Include = None,
+    exclude: Exclude = None, join_depth: JoinDepth = None,
     join_short: Annotated[bool, typer.Option(
         "--join-short", help="Tasks may read short documents as one.")] = False,
-    min_chars: Annotated[int, typer.Option(min=1, help="Shortest text.")] = 200,
-    max_chars: Annotated[int | None, typer.Option(min=1, help="Longest text.")] = None,
-    max_markup: Annotated[float, typer.Option(
-        min=0, max=1, help="Share of characters in tags.")] = 0.3,
-    compressed: Annotated[str, typer.Option(
-        metavar="LOW:HIGH", help="Size after zlib; below: repetition, above: noise.")] =
-        "0.04:0.75",
-    near_duplicate: Annotated[float, typer.Option(
-        min=0, max=1, help="Share in common with an earlier text; 1: only exact ones go.")] = 0.8,
-    held_out: Annotated[float, typer.Option(
-        min=0, max=0.5, help="Share of documents and rows that is set aside.")] = 0.02,
+    min_chars: MinChars = 200, max_chars: MaxChars = None, max_markup: MaxMarkup = 0.3,
+    compressed: Compressed = "0.04:0.75", near_duplicate: NearDuplicate = 0.8,
+    held_out: HeldOut = 0.02,
     answer_weight: Annotated[float, typer.Option(min=0, help="Loss weight of answers.")] = 5.0,
     copy_weight: Annotated[float, typer.Option(min=0, help="Of text that repeats text.")] = 2.0,
     packed: Annotated[float, typer.Option(
         min=0, max=1, help="Share of rows up to 4,096 tokens with many short samples.")] = 0.2,
-    licence: Annotated[str, typer.Option(help="Of the texts, for the card.")] = "not stated",
-    workers: Annotated[int | None, typer.Option(
-        min=1, help="Processes; default: all cores but one.")] = None,
+    licence: Licence = "not stated", workers: Workers = None,
 ) -> None:
     """Make training rows for long contexts of any text, for any tokenizer and any trainer."""
     from longspan.commands import synth as body
-    from longspan.data.documents import Reading, Root
-    from longspan.data.filters import Filters
+    from longspan.commands.workers import default_workers
     from longspan.data.rows import WEIGHTS, Mixture
     from longspan.data.shards import RowPlanner
 
-    low, high = parse_range("--compressed", compressed)
     weights = parse_pairs("--task", task, str, float) if task else WEIGHTS
     body.run(body.SynthJob(
-        roots=[Root(path=source) for source in sources],
-        reading=Reading(include=tuple(include or "*"), exclude=tuple(exclude or ()), column=column,
-                        split=split, join_depth=join_depth),
-        filters=Filters(
-            min_chars=min_chars, max_chars=max_chars, max_markup=max_markup, min_compressed=low,
-            max_compressed=high, near_duplicate=near_duplicate if near_duplicate < 1 else None),
-        tokenizer=tokenizer, out=out, may_join=join_short, licence=licence,
-        num_workers=workers or body.default_workers(),
+        corpus=corpus_job(locals()), num_workers=workers or default_workers(),
         planner=RowPlanner(
             num_rows=parse_pairs("--rows", rows, int, int), seed=seed, held_out=held_out,
             mixture=Mixture(weights=weights, packed=packed), answer_weight=answer_weight,
             copy_weight=copy_weight)))
+
+
+@synth_app.command()
+def chat(
+    sources: Sources, tokenizer: TokenizerFile, out: Out, rows: RowCounts, task: TaskShares = None,
+    seed: Seed = 0, column: Column = "text", split: Split = "train", include: Include = None,
+    exclude: Exclude = None, join_depth: JoinDepth = None, min_chars: MinChars = 200,
+    max_chars: MaxChars = None, max_markup: MaxMarkup = 0.3, compressed: Compressed = "0.04:0.75",
+    near_duplicate: NearDuplicate = 0.8, held_out: HeldOut = 0.02,
+    licence: Licence = "not stated", workers: Workers = None,
+) -> None:
+    """Make conversations about texts with answers that a rule can check, for fine-tuning."""
+    _chat_rows("chat", locals())
+
+
+@synth_app.command()
+def pairs(
+    sources: Sources, tokenizer: TokenizerFile, out: Out, rows: RowCounts, task: TaskShares = None,
+    seed: Seed = 0, column: Column = "text", split: Split = "train", include: Include = None,
+    exclude: Exclude = None, join_depth: JoinDepth = None, min_chars: MinChars = 200,
+    max_chars: MaxChars = None, max_markup: MaxMarkup = 0.3, compressed: Compressed = "0.04:0.75",
+    near_duplicate: NearDuplicate = 0.8, held_out: HeldOut = 0.02,
+    licence: Licence = "not stated", workers: Workers = None,
+) -> None:
+    """Make right and wrong answers to questions that a rule can check, for preference training."""
+    _chat_rows("pairs", locals())
+
+
+def _chat_rows(form: str, given: Mapping[str, Any]) -> None:
+    from longspan.commands import synth_chat as body
+    from longspan.commands.workers import default_workers
+    from longspan.data.chat.rows import ChatPlanner
+
+    task = given["task"]
+    body.run(body.ChatJob(
+        corpus=corpus_job(given), num_workers=given["workers"] or default_workers(),
+        planner=ChatPlanner(
+            form=form, num_rows=parse_pairs("--rows", given["rows"], int, int),
+            seed=given["seed"], held_out=given["held_out"],
+            weights=parse_pairs("--task", task, str, float) if task else {})))
+
+
+def corpus_job(given: Mapping[str, Any]) -> CorpusJob:
+    """Return which text was asked for, from the arguments of a command."""
+    from longspan.commands.corpus import CorpusJob
+    from longspan.data.documents import Reading, Root
+    from longspan.data.filters import Filters
+
+    low, high = parse_range("--compressed", given["compressed"])
+    near = given["near_duplicate"]
+    return CorpusJob(
+        roots=[Root(path=source) for source in given["sources"]],
+        reading=Reading(
+            include=tuple(given["include"] or "*"), exclude=tuple(given["exclude"] or ()),
+            column=given["column"], split=given["split"], join_depth=given["join_depth"]),
+        filters=Filters(
+            min_chars=given["min_chars"], max_chars=given["max_chars"],
+            max_markup=given["max_markup"], min_compressed=low, max_compressed=high,
+            near_duplicate=near if near < 1 else None),
+        tokenizer=given["tokenizer"], out=given["out"], held_out=given["held_out"],
+        may_join=given.get("join_short", False), licence=given["licence"])
 
 
 Key = TypeVar("Key", int, str)

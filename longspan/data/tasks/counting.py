@@ -37,11 +37,9 @@ _LINE = 12
 """Words of a line."""
 
 
-
-
 def count_words(rng: random.Random, source: Source, length: int) -> Sample | None:
     """Return a list of words of up to ``length`` tokens, then questions about counts."""
-    draw = _common if rng.random() < 0.5 else _frequent
+    draw = draw_common_words if rng.random() < 0.5 else draw_frequent_words
     num_words = length // 3
     for _ in range(6):
         if num_words < 4 * _LINE:
@@ -59,8 +57,10 @@ def count_words(rng: random.Random, source: Source, length: int) -> Sample | Non
     return None
 
 
-def _common(rng: random.Random, source: Source, num_words: int) -> tuple[list[str], int]:
-    """Words of the corpus: the first few 4 to 10 times as often as each of the others."""
+def draw_common_words(
+    rng: random.Random, source: Source, num_words: int
+) -> tuple[list[str], int]:
+    """Draw words of the corpus: the first few 4 to 10 times as often as each of the others."""
     pool = source.corpus.words
     rare = max(rng.randrange(1, 4), -(-num_words // (len(pool) * 3 // 4)))
     often, top = rare * rng.randrange(4, 11), rng.randrange(1, 6)
@@ -70,8 +70,10 @@ def _common(rng: random.Random, source: Source, num_words: int) -> tuple[list[st
     return chosen[:top] * often + chosen[top:] * rare, top
 
 
-def _frequent(rng: random.Random, source: Source, num_words: int) -> tuple[list[str], int]:
-    """Invented words whose frequencies fall with a power of the rank."""
+def draw_frequent_words(
+    rng: random.Random, source: Source, num_words: int
+) -> tuple[list[str], int]:
+    """Draw invented words whose frequencies fall with a power of the rank."""
     power = rng.uniform(1.2, 2.5)
     most = log_uniform(rng, 8, max(9, min(2000, num_words // 3)))
     names = sorted({pseudo_word(rng, 2) for _ in range(most)})

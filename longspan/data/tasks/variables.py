@@ -45,20 +45,28 @@ def track_variables(rng: random.Random, source: Source, length: int) -> Sample |
     is_chat = source.table.has_chat and rng.random() < 0.65
     form = rng.choice(source.wordings(FORMS))
     num_chains = log_uniform(rng, 1, max(5, num_questions(length) // 3))
-    chains = [rng.randrange(2, 7) for _ in range(num_chains)]
-    used: set[str] = set()
-    names = [[_name(rng, used) for _ in range(count)] for count in chains]
-    values = [_value(rng, used) for _ in chains]
+    names, values, steps = draw_chains(rng, num_chains)
     plan = RowPlan(is_chat, "corpus" if rng.random() < 0.6 else "noise", "")
-    steps = _interleave(rng, chains)
     plan.facts = [_fact(names[chain], step, values[chain], form) for chain, step in steps]
     plan.depths = sorted(rng.random() for _ in steps)
-    for chain in rng.sample(range(len(chains)), len(chains)):
+    for chain in rng.sample(range(num_chains), num_chains):
         facts = tuple(i for i, (c, _) in enumerate(steps) if c == chain)
         for ask in _asks(rng, source, names[chain], values[chain]):
             plan.questions.append(
                 Question(render(rng, is_chat, ask), -1, rng.random(), facts))
     return lay_out(rng, source, plan, length, "variables")
+
+
+def draw_chains(
+    rng: random.Random, num_chains: int
+) -> tuple[list[list[str]], list[str], list[tuple[int, int]]]:
+    """Draw chains: the names of each, its value, and the order in which steps (chain, index)
+    stand."""
+    chains = [rng.randrange(2, 7) for _ in range(num_chains)]
+    used: set[str] = set()
+    names = [[_name(rng, used) for _ in range(count)] for count in chains]
+    values = [_value(rng, used) for _ in chains]
+    return names, values, _interleave(rng, chains)
 
 
 def _interleave(rng: random.Random, counts: list[int]) -> list[tuple[int, int]]:

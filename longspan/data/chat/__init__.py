@@ -1,0 +1,1 @@
+"""Tasks with answers that a rule can check, as conversations; right and wrong answers to them."""
