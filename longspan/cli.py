@@ -19,6 +19,9 @@ from longspan.commands.options import (
     ChunkLen,
     Device,
     Dtype,
+    KvDir,
+    KvDisk,
+    KvHost,
     MaxModelLen,
     MaxRequests,
     Memory,
@@ -75,6 +78,7 @@ def generate(
     device: Device = None, dtype: Dtype = None, attention: Attention = "auto",
     positions: Positions = "auto", max_model_len: MaxModelLen = None,
     prefill_chunk_len: ChunkLen = None, sparsity_plan: Plan = None, memory_gib: Memory = None,
+    kv_host_gib: KvHost = 0.0, kv_dir: KvDir = None, kv_disk_gib: KvDisk = None,
     weights: Weights = "checkpoint", threads: Threads = None,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -89,6 +93,7 @@ def generate(
         "device": device, "dtype": dtype, "attention": attention, "positions": positions,
         "max_model_len": max_model_len, "prefill_chunk_len": prefill_chunk_len,
         "sparsity_plan": sparsity_plan, "memory_gib": memory_gib, "weights": weights,
+        "kv_host_gib": kv_host_gib, "kv_dir": kv_dir, "kv_disk_gib": kv_disk_gib,
         "num_threads": threads})
 
 
@@ -98,7 +103,8 @@ def info(
     length: Annotated[int | None, typer.Option(help="Prompt tokens; default: the claim.")] = None,
     device: Device = None, dtype: Dtype = None, attention: Attention = "auto",
     positions: Positions = "auto", prefill_chunk_len: ChunkLen = None, sparsity_plan: Plan = None,
-    memory_gib: Memory = None, max_num_requests: MaxRequests = None,
+    memory_gib: Memory = None, max_num_requests: MaxRequests = None, kv_host_gib: KvHost = 0.0,
+    kv_dir: KvDir = None, kv_disk_gib: KvDisk = None,
 ) -> None:
     """Show what a prompt of some length needs on this machine, and how it would run."""
     from longspan.commands.info import run
@@ -106,7 +112,8 @@ def info(
     run(model, length, {
         "device": device, "dtype": dtype, "attention": attention, "positions": positions,
         "prefill_chunk_len": prefill_chunk_len, "sparsity_plan": sparsity_plan,
-        "memory_gib": memory_gib, "max_num_requests": max_num_requests})
+        "memory_gib": memory_gib, "max_num_requests": max_num_requests,
+        "kv_host_gib": kv_host_gib, "kv_dir": kv_dir, "kv_disk_gib": kv_disk_gib})
 
 
 @app.command()
@@ -147,8 +154,8 @@ def serve(
     device: Device = None, dtype: Dtype = None, attention: Attention = "auto",
     positions: Positions = "auto", max_model_len: MaxModelLen = None,
     prefill_chunk_len: ChunkLen = None, sparsity_plan: Plan = None, memory_gib: Memory = None,
-    max_num_requests: MaxRequests = None, weights: Weights = "checkpoint",
-    threads: Threads = None,
+    max_num_requests: MaxRequests = None, kv_host_gib: KvHost = 0.0, kv_dir: KvDir = None,
+    kv_disk_gib: KvDisk = None, weights: Weights = "checkpoint", threads: Threads = None,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API does, with a page to try it."""
     from longspan.serve import check_dependencies
@@ -166,8 +173,8 @@ def serve(
         "device": device, "dtype": dtype, "attention": attention, "positions": positions,
         "max_model_len": max_model_len, "prefill_chunk_len": prefill_chunk_len,
         "sparsity_plan": sparsity_plan, "memory_gib": memory_gib, "weights": weights,
-        "max_num_requests": max_num_requests, "num_threads": threads,
-        "step_budget_s": step_budget_s})
+        "max_num_requests": max_num_requests, "kv_host_gib": kv_host_gib, "kv_dir": kv_dir,
+        "kv_disk_gib": kv_disk_gib, "num_threads": threads, "step_budget_s": step_budget_s})
     if status:
         raise typer.Exit(status)
 

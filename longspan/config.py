@@ -265,22 +265,31 @@ class EngineConfig:
     leave."""
     num_threads: int | None = None
     """CPU threads for the tensor library; default: all cores the process may use."""
+    kv_host_gib: float = 0.0
+    """Host memory for KV blocks that the cache has no room for, besides ``memory_gib``."""
+    kv_dir: str | None = None
+    """Directory that keeps the KV blocks of prompts across restarts; one for each engine."""
+    kv_disk_gib: float | None = None
+    """Most that its files may take; default: half of what is free on that disk."""
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "prefill_chunk_len", "max_num_requests", "block_size",
-                     "num_threads", "memory_gib", "step_budget_s"):
+                     "num_threads", "memory_gib", "step_budget_s", "kv_host_gib", "kv_disk_gib"):
             value = getattr(self, name)
-            kind = (int, float) if name in ("memory_gib", "step_budget_s") else int
+            kind = (int, float) if name.endswith(("_gib", "_s")) else int
             if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
                 raise LongspanError(f"{name} is {value!r}, "
                                     f"{'an integer' if kind is int else 'a number'} is needed")
-            if value is not None and not value > 0:  # nan too
+            if value is not None and not value > 0 and (name, value) != ("kv_host_gib", 0):  # nan
                 raise LongspanError(f"{name} must be positive, not {value}")
         if self.num_threads is not None and self.num_threads > MAX_THREADS:
             raise LongspanError(f"num_threads is {self.num_threads}, at most {MAX_THREADS}; leave "
                                 "it out for all cores")
-        if self.memory_gib == math.inf:
-            raise LongspanError("memory_gib must be finite; leave it out for what is free")
+        for name in ("memory_gib", "kv_host_gib", "kv_disk_gib"):
+            if getattr(self, name) == math.inf:
+                raise LongspanError(f"{name} must be finite; leave it out for what is free")
+        if self.kv_dir is None and self.kv_disk_gib is not None:
+            raise LongspanError("kv_disk_gib says how much kv_dir may hold; name a kv_dir")
         for name, modes in (("attention", AttentionMode), ("positions", PositionMode),
                             ("weights", WeightSource)):
             value = getattr(self, name)

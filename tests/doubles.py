@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,10 @@ from msgspec.structs import replace
 
 from longspan.config import dense_tail_start
 from longspan.engine.control.chunking import sparse_stop
+from longspan.engine.control.copy_queue import TierConfig
 from longspan.engine.request import Request, SamplingParams
 from longspan.engine.step import ScheduledBatch, ScheduledSlice, StepResult
+from longspan.engine.transfer import Transfer, TransferResult
 
 VOCAB_SIZE = 50
 EOS = 0
@@ -49,6 +51,16 @@ def complete(prompt: Sequence[int], params: SamplingParams) -> list[int]:
         if output[-1] in stops:
             break
     return output
+
+
+def random_tiers(rng: random.Random) -> TierConfig:
+    """Places besides the device, sometimes none: small ones, so that all are full soon."""
+    has_disk = rng.random() < 0.6
+    return TierConfig(
+        num_slots=rng.choice([0, 8, 30, 100]), keeps_host=rng.random() < 0.7,
+        folder="nowhere" if has_disk else "", disk_bytes=rng.choice([20_000, 100_000]),
+        block_bytes=100, copy_bytes=rng.choice([100, 1000]), copy_bytes_per_s=1e6,
+        copy_s=rng.choice([5e-3, 1.0]), min_written_len=rng.choice([0, 8]))
 
 
 def make_request(
@@ -97,6 +109,7 @@ class FakeRunner:
         self.latest: dict[int, int] = {}
         """Token sampled last, by slot: what slices without an input token go on from."""
         self.batches: list[ScheduledBatch] = []
+        self.places = FakePlaces(self)
 
     def execute(self, batch: ScheduledBatch) -> StepResult:
         """Write, check, sample."""
@@ -107,6 +120,7 @@ class FakeRunner:
                            token_ids=tuple(t for part in parts for t in part.token_ids),
                            elapsed_s=sum(part.elapsed_s for part in parts))
         self.batches.append(batch)
+        ended = self.places.move(batch)
         kinds = [item.context_len > item.prompt_len for item in batch.slices]
         assert kinds == sorted(kinds), "prefill slices come before decodes"
         tokens = [self._run(item) if self._resume(item) else None for item in batch.slices]
@@ -115,7 +129,7 @@ class FakeRunner:
             step_id=batch.step_id, epoch=batch.epoch,
             token_ids=tuple(token for token in tokens if token is not None),
             elapsed_s=self.elapsed_s(batch),
-            kept_pairs=1.0, causal_pairs=4.0)
+            kept_pairs=1.0, causal_pairs=4.0, transfers=ended)
 
     def launch(self, batch: ScheduledBatch) -> ComputedStep:
         """Compute now, as CPUs do."""
@@ -181,6 +195,70 @@ class FakeRunner:
         if position >= stop:
             return hash((*context[: position + 1], "tail", tail_start))
         return hash((*context[: min(chunk_end, stop)], "chunk"))
+
+
+class FakePlaces:
+    """Host slots and files of a `FakeRunner`: copies what its blocks hold.
+
+    Transfers end at once, or late and out of order where ``rng`` is set; some reads fail then, and
+    what they should have written is garbage.
+    """
+
+    def __init__(self, runner: FakeRunner) -> None:
+        self.runner = runner
+        self.rng: random.Random | None = None
+        self.host: dict[int, tuple[list[object], list[int]]] = {}
+        self.files: dict[str, dict[bytes, tuple[list[object], list[int]]]] = {}
+        self.ended: dict[int, TransferResult] = {}
+        self.open: list[Transfer] = []
+        self.known: set[int] = set()
+        self.counts: Counter[str] = Counter()
+
+    def move(self, batch: ScheduledBatch) -> tuple[TransferResult, ...]:
+        """Begin a step's transfers, end some, and report those that were not seen to end."""
+        for seen in batch.seen:
+            self.ended.pop(seen, None)
+        for transfer in batch.transfers:
+            if transfer.transfer_id not in self.known:
+                self.known.add(transfer.transfer_id)
+                self.open.append(transfer)
+        while self.open and not (self.rng and self.rng.random() < 0.3):
+            copies = [t for t in self.open if t.kind in ("save", "load")][:1]
+            others = [t for t in self.open if t.kind not in ("save", "load")]
+            options = copies + (others if self.rng else others[:1])
+            transfer = self.rng.choice(options) if self.rng else options[0]
+            self.open.remove(transfer)
+            self.ended[transfer.transfer_id] = self._do(transfer)
+        return tuple(self.ended.values())
+
+    def _do(self, transfer: Transfer) -> TransferResult:
+        self.counts[transfer.kind] += 1
+        size, failure = self.runner.block_size, ""
+        spans = [slice(block * size, (block + 1) * size) for block in transfer.blocks]
+        names = [transfer.hashes[i:i + 16] for i in range(0, len(transfer.hashes), 16)]
+        if transfer.kind == "save":
+            for slot, span in zip(transfer.slots, spans, strict=True):
+                self.host[slot] = self.runner.slots[span], self.runner.tokens[span]
+        elif transfer.kind == "load":
+            for slot, span in zip(transfer.slots, spans, strict=True):
+                self.runner.slots[span], self.runner.tokens[span] = self.host[slot]
+        elif transfer.kind == "write":
+            if self.rng and self.rng.random() < 0.1:
+                failure = "the disk is full"
+            else:
+                self.files[transfer.file] = {
+                    name: self.host[slot]
+                    for name, slot in zip(names, transfer.slots, strict=True)}
+        elif transfer.kind == "read":
+            found = self.files.get(transfer.file, {})
+            is_bad = self.rng is not None and self.rng.random() < 0.1
+            for name, slot in zip(names, transfer.slots, strict=True):
+                failure = failure or ("damaged" if is_bad or name not in found else "")
+                self.host[slot] = ([None] * size, [-1] * size) if failure else found[name]
+        else:
+            self.files.pop(transfer.file, None)
+        self.counts["failure"] += bool(failure)
+        return TransferResult(transfer_id=transfer.transfer_id, failure=failure, elapsed_s=1e-3)
 
 
 class DeepTransport:

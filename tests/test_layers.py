@@ -33,7 +33,8 @@ BASE = ("longspan.config", "longspan.errors", "longspan.fields", "longspan.rope_
         "longspan.text_files", "longspan.units")
 # What all rooms of the engine speak of.
 WORDS = tuple(f"longspan.engine.{name}"
-              for name in ("plain", "request", "step", "intake", "resolve"))
+              for name in ("plain", "request", "transfer", "kv_file", "step", "intake",
+                           "resolve"))
 KERNEL_PARTS = ("longspan.ops.tiles", "longspan.ops.types", "longspan.ops.geometry",
                 "longspan.ops.reference")
 # The command line and the bodies of its subcommands: nothing else may import them.

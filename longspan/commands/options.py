@@ -20,6 +20,10 @@ MaxRequests = Annotated[int | None, typer.Option(
 Plan = Annotated[str | None, typer.Option(help="JSON file of sparsity budgets.")]
 Memory = Annotated[float | None, typer.Option(help="Memory to use at the most, GiB.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: all cores.")]
+KvHost = Annotated[float, typer.Option(help="Host memory for KV without room in the cache, GiB.")]
+KvDir = Annotated[str | None, typer.Option(help="Directory that keeps KV across restarts.")]
+KvDisk = Annotated[float | None, typer.Option(
+    help="Most that it may take, GiB; default: half of what is free there.")]
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest prompt and answer, tokens.")]
 Model = Annotated[str, typer.Argument(help="Directory, hub id, or nano (bundled).")]
 Results = Annotated[Path, typer.Option(help="Folder of result files.")]

@@ -161,6 +161,18 @@ class SamplingParams:
                      f"between -{MAX_LOGIT_BIAS:g} and {MAX_LOGIT_BIAS:g}")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrefixOrigin:
+    """Where a prompt's cached tokens came from, if not all of them were on the device."""
+
+    num_host_tokens: int = 0
+    """Those that were copied from host memory."""
+    num_disk_tokens: int = 0
+    """Those that were read from disk."""
+    load_s: float = 0.0
+    """Seconds from the request's admission until they were on the device."""
+
+
 @dataclass(kw_only=True, slots=True)
 class Request:
     """One request inside the engine. The scheduler owns and changes it; nobody else does.
@@ -204,6 +216,14 @@ class Request:
     """Later requests admitted while this one waited for blocks."""
     has_extras: bool = False
     """Its sampling needs `SamplingExtras`."""
+    num_transfers: int = 0
+    """Copies of blocks that must end before anything more is computed."""
+    loading_len: int = 0
+    """Tokens that will be in the cache when these copies have ended."""
+    noted_len: int = 0
+    """Leading tokens whose blocks were queued for the disk, or are there."""
+    origin: PrefixOrigin | None = None
+    """Where the cached tokens came from, if not all of them were on the device."""
     finish_reason: FinishReason | None = None
 
     @property

@@ -14,6 +14,7 @@ import msgspec
 from msgspec.structs import replace
 
 from longspan.engine.request import FinishReason, Request, TokenIds
+from longspan.engine.transfer import Transfer, TransferResult
 
 NOT_FINITE = (
     "the model's logits are not finite numbers (NaN or infinity): its checkpoint is damaged, or "
@@ -183,6 +184,10 @@ class ScheduledBatch(Data, frozen=True, kw_only=True):
     repeats: int = 1
     """Number of steps in this batch (multi-step scheduling), each a token further. Only decodes
     without `SamplingExtras` have several: their steps are shorter than the way to the runner."""
+    transfers: tuple[Transfer, ...] = ()
+    """Copies of blocks to begin now. The slices neither need nor write any of their blocks."""
+    seen: tuple[int, ...] = ()
+    """Transfers whose results are not to be reported any more."""
 
     @property
     def prefills(self) -> bool:
@@ -227,6 +232,9 @@ class StepResult(Data, frozen=True, kw_only=True, tag=True):
     elapsed_s: float = 0.0
     """Time that the step took on the runner, waiting for earlier steps not counted; 0: not
     measured. The latency model learns from it."""
+
+    transfers: tuple[TransferResult, ...] = ()
+    """All transfers that have ended, until the scheduler has seen it."""
 
     def failure(self, place: int) -> str:
         """Return why there is no token at a place of ``token_ids``."""

@@ -91,6 +91,9 @@ class BlockPool:
         self._num_used = 0
         self.num_evictions = 0
         """Blocks whose content was lost so far: what `match` found before may have ended since."""
+        self.notes_evicted = False
+        """Whether `take_evicted` is called after each allocation."""
+        self._evicted: list[tuple[int, int, bytes]] = []
 
     @property
     def num_available(self) -> int:
@@ -116,6 +119,16 @@ class BlockPool:
         unavailable."""
         refs = np.frombuffer(self._refs, np.int32)
         return int((refs[np.frombuffer(block_ids, np.int32)] == 0).sum()) if block_ids else 0
+
+    def find(self, value: bytes) -> int | None:
+        """Return the block that holds the content with this hash, if there is one."""
+        return self._block_of.get(value)
+
+    def take_evicted(self) -> list[tuple[int, int, bytes]]:
+        """Return what the latest allocation evicted, where that is noted: time of its release,
+        block, hash. The blocks hold it until they are written."""
+        evicted, self._evicted = self._evicted, []
+        return evicted
 
     def knows(self, value: bytes) -> bool:
         """Tell whether some block holds the content with this hash."""
@@ -208,6 +221,8 @@ class BlockPool:
             del self._block_of[value]
             self._hash_of[block] = self._parent_of[block] = None
             self.num_evictions += 1
+            if self.notes_evicted:
+                self._evicted.append((self._stamps[block], block, value))
             self._num_children[parent] -= 1
             if not self._num_children[parent]:
                 del self._num_children[parent]

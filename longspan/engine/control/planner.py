@@ -64,6 +64,8 @@ class PlannerConfig:
     """Dense slices end at multiples of this, tokens: shorter ones would take as long."""
     step_budget_s: float | None = None
     """Longest step that prefills, seconds; None: prefill chunks are computed whole."""
+    cache_key: bytes = b""
+    """What every block's content depends on besides tokens; part of all hashes."""
 
 
 class PlannedSlice(msgspec.Struct, frozen=True, kw_only=True, gc=False):

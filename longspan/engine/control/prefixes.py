@@ -17,6 +17,7 @@ from longspan.engine.control.blocks import BlockPool, extend_hashes
 from longspan.engine.control.chunking import cacheable_len
 from longspan.engine.control.latency import LatencyModel
 from longspan.engine.control.planner import PlannerConfig, prefill_s
+from longspan.engine.control.tiers import Tiers
 from longspan.engine.request import Request
 
 WORTH_WAITING = 0.25
@@ -42,7 +43,7 @@ def _salts(request: Request, config: PlannerConfig) -> dict[int, bytes]:
     """Collect what blocks not yet hashed depend on besides the tokens up to their end; see
     `longspan.engine.control.blocks`."""
     if not request.sparse:
-        return {0: b"dense"}
+        return {0: config.cache_key + b"dense"}
     tail_start = dense_tail_start(request.prompt_len, config.dense_tail_len)
     salts, chunk = dict[int, bytes](), config.prefill_chunk_len
     first = len(request.block_hashes) * config.block_size // chunk * chunk
@@ -50,7 +51,8 @@ def _salts(request: Request, config: PlannerConfig) -> dict[int, bytes]:
         stop = start + chunk
         tail = b"" if stop <= tail_start else b"tail%d" % tail_start
         tokens = request.prompt_ids[start:min(stop, tail_start)].tobytes()
-        salts[start // config.block_size] = b"sparse" + tail + tokens
+        key = b"" if start else config.cache_key
+        salts[start // config.block_size] = key + b"sparse" + tail + tokens
     return salts
 
 
@@ -81,6 +83,27 @@ class Prefixes:
         blocks, size = self._look(request).blocks, self._config.block_size
         return blocks[: self._reusable_len(request, len(blocks) * size) // size]
 
+    def known_places(self, request: Request, cached: array[int], tiers: Tiers) -> array[int]:
+        """Find where the blocks are that an admitted request begins with, by the time that it would
+        need without them.
+
+        Args:
+            cached: the device's blocks of its prompt, from `known_blocks`.
+
+        Returns for each block the device's own that has its content, -1 where there is none.
+        """
+        size, hashes, start = self._config.block_size, request.block_hashes, len(cached)
+        costs = self._latency.costs
+
+        def compute_s(stop: int) -> float:
+            return prefill_s(request, start * size, stop * size, self._config, costs)
+
+        stop = tiers.worth_loading(
+            hashes, start, compute_s,
+            lambda count: self._reusable_len(request, count * size) // size)
+        found = (self._pool.find(value) for value in hashes[start:stop])
+        return cached + array("i", [-1 if block is None else block for block in found])
+
     def must_wait(self, request: Request) -> bool:
         """Tell whether another request is computing a longer prefix of this prompt than the cache
         holds, and will have it within `PATIENCE` times this one's own time."""
@@ -95,7 +118,8 @@ class Prefixes:
         awaited = next(hashes[index] for index in reversed(range(known, there // size))
                        if hashes[index] in self._promises)
         owner, costs = self._promises[awaited], self._latency.costs
-        owner_s = prefill_s(owner, owner.computed_len, there, self._config, costs)
+        begun = min(there, max(owner.computed_len, owner.loading_len))
+        owner_s = prefill_s(owner, begun, there, self._config, costs)
         own_s = prefill_s(request, here, there, self._config, costs)
         if owner_s > PATIENCE * own_s or own_s < self._worth_waiting_s:
             return False

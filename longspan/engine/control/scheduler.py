@@ -35,19 +35,15 @@ from heapq import heappop, heappush
 
 from longspan.engine.control.blocks import BlockPool
 from longspan.engine.control.chunking import side_room
-from longspan.engine.control.latency import Costs, Forecast, LatencyModel
-from longspan.engine.control.planner import (
-    PlannedSlice,
-    Planner,
-    PlannerConfig,
-    StepPlan,
-    scored_tokens,
-)
+from longspan.engine.control.copy_queue import TierConfig
+from longspan.engine.control.latency import Costs, Forecast, LatencyModel, Work
+from longspan.engine.control.planner import Planner, PlannerConfig, StepPlan
 from longspan.engine.control.prefixes import Prefixes
+from longspan.engine.control.slices import make_update, note_scheduled, scheduled_slice
+from longspan.engine.control.tiers import Loading, Tiers
 from longspan.engine.request import FinishReason, Request, check_fits, conclude
 from longspan.engine.step import (
     RowLogprobs,
-    RowSampling,
     SamplingExtras,
     ScheduledBatch,
     ScheduledSlice,
@@ -59,6 +55,8 @@ LOOKAHEAD = 16
 """Waiting requests that are tried, and times that a request may be overtaken."""
 MAX_REPEATS = 8
 """Most decode steps that are sent at a time."""
+NOTHING = StepPlan(slices=(), work=Work(), expected_s=0.0)
+"""The plan of a step that only copies, or waits for copies."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +74,9 @@ class SchedulerConfig(PlannerConfig):
     """Steps that only decode are sent in bursts of up to this duration, seconds."""
     self_measurement_len: int = 0
     """Longest prompt of a server's `self_measurement`, tokens; 0: it does not measure itself."""
+
+    tiers: TierConfig = TierConfig()
+    """What there is of the prefix cache besides the device's blocks."""
 
     @property
     def longest_len(self) -> int:
@@ -131,6 +132,8 @@ class Scheduler:
         """How long prompts will take, as known after the latest prefill."""
         self._planner = Planner(config, self.latency)
         self._prefixes = Prefixes(config, self.pool, self.latency)
+        self.tiers = Tiers(
+            config.tiers, self.pool, key=config.cache_key, block_size=config.block_size)
         self._updates: list[Update] = []
         self._free_slots = list(range(config.max_num_requests))
         self._num_steps = 0
@@ -139,8 +142,10 @@ class Scheduler:
 
     @property
     def is_idle(self) -> bool:
-        """No request is waiting or running, no step in flight, no update uncollected."""
-        return not (self._waiting or self._running or self.in_flight or self._updates)
+        """No request is waiting or running, no step in flight, no update uncollected, and no block
+        on its way to another place."""
+        return not (self._waiting or self._running or self.in_flight or self._updates
+                    ) and self.tiers.is_idle
 
     @property
     def num_requests(self) -> int:
@@ -181,17 +186,23 @@ class Scheduler:
                 share the step's time.
         """
         self._admit()
-        running = [request for request in self._running.values() if not request.is_finished]
+        running = [request for request in self._running.values()
+                   if not (request.is_finished or request.num_transfers)]
         plan = self._planner.plan(running, in_flight_s)
+        transfers, seen = self.tiers.next_transfers()
         if plan is None:
-            assert self.in_flight or not self._waiting, "an empty engine admits any request"
-            return None
+            # A step that computes nothing brings news of copies, unless another one will.
+            if not transfers and (self.in_flight or not self.tiers.is_waiting):
+                assert self.in_flight or not self._waiting, "an empty engine admits any request"
+                return None
+            plan = NOTHING
         repeats = self._num_repeats(plan)
         batch = ScheduledBatch(
             step_id=self._num_steps, epoch=self.epoch, expected_s=repeats * plan.expected_s,
-            slices=tuple(map(_scheduled_slice, plan.slices)), repeats=repeats)
+            slices=tuple(map(scheduled_slice, plan.slices)), repeats=repeats,
+            transfers=transfers, seen=seen)
         for planned in plan.slices:
-            _note_scheduled(planned, repeats)
+            note_scheduled(planned, repeats)
         self._num_steps += 1
         self.in_flight.append(InFlightStep(batch, plan, batch.prefills))
         return batch
@@ -203,6 +214,8 @@ class Scheduler:
         """
         if result.epoch != self.epoch:
             return self.take_updates()
+        for loading in self.tiers.take(result.transfers):
+            self._end_loading(loading)
         step = self.in_flight.popleft()
         batch = step.batch
         assert result.step_id == batch.step_id, "results are applied in the order of their steps"
@@ -222,6 +235,7 @@ class Scheduler:
         """Forget the steps in flight after an interrupt: their requests are aborted, and results
         that still come belong to an earlier epoch."""
         self.epoch += 1
+        self.tiers.resend()
         for step in self.in_flight:
             for request in (planned.request for planned in step.plan.slices):
                 request.num_in_flight = 0
@@ -240,7 +254,9 @@ class Scheduler:
         """Assert that blocks and requests agree; cheap enough for every idle moment."""
         self.pool.check()
         self._prefixes.check(self._waiting)
+        self.tiers.check()
         held = {block for request in self._running.values() for block in request.block_ids}
+        held |= self.tiers.held_blocks()
         assert len(held) == self.pool.num_blocks - self.pool.num_available, "blocks leaked"
         assert not any(request.block_ids for request in self._waiting)
         slots = [*self._free_slots, *(request.slot for request in self._running.values())]
@@ -276,15 +292,38 @@ class Scheduler:
         room = self.pool.num_available - num_new
         if room < 0 or room < self.pool.num_cached(cached):
             return False
-        self.pool.acquire(cached)
+        known = self._prefixes.known_places(request, cached, self.tiers)
+        held = [block for block in known if block >= 0]
+        self.pool.acquire(held)
+        num_new += len(cached) - len(held)
         new = self.pool.allocate(num_new, behind=cached)
         assert new is not None, "they were counted"
-        request.block_ids = cached + array("i", new)
+        fresh = iter(new)
+        request.block_ids = array("i", [block if block >= 0 else next(fresh) for block in known])
+        request.block_ids.extend(fresh)
         request.num_registered = len(cached)
         cached_len = len(cached) * self.config.block_size
         request.num_cached_tokens = request.scheduled_len = request.computed_len = cached_len
         self._prefixes.promise(request)
+        self.tiers.begin(request, known, len(cached))
         return True
+
+    def _end_loading(self, loading: Loading) -> None:
+        """Go on with a request whose blocks were copied, all or in vain."""
+        request = loading.request
+        if request.is_finished:
+            self._release(request)
+        elif loading.has_failed:
+            self._prefixes.forget(request)
+            self._release(request)
+            request.num_registered = 0
+            self._waiting.insert(0, request)
+        elif loading.num_host or loading.num_disk:
+            request.loading_len = 0
+            length = loading.stop * self.config.block_size
+            request.num_cached_tokens = request.scheduled_len = request.computed_len = length
+            request.origin = loading.origin(self.config.block_size)
+            self._prefixes.register(request)
 
     # -- plan ----------------------------------------------------------------------------------
 
@@ -292,7 +331,7 @@ class Scheduler:
         """Decide how many steps of a plan are sent at a time. Longer bursts would make requests
         that arrive wait, and compute more in vain behind a stop token."""
         requests = [planned.request for planned in plan.slices]
-        if any(request.is_prefill or request.has_extras for request in requests):
+        if not requests or any(r.is_prefill or r.has_extras for r in requests):
             return 1
         fitting = self.config.burst_s / plan.expected_s if plan.expected_s > 0 else MAX_REPEATS
         left = min(request.num_unscheduled for request in requests)
@@ -311,10 +350,15 @@ class Scheduler:
             failure: why a sampling failed, if one did.
         """
         request.num_in_flight -= 1
+        is_whole = item.pieces is None or item.pieces.is_last
         if request.is_finished:  # stopped or aborted while the step was in flight
+            is_good = all(sampled is None or sampled >= 0 for sampled in samples)
+            if is_whole and is_good and item.cached_len == request.computed_len < item.prompt_len:
+                request.computed_len = item.done_len  # computed, if not for this request
+                self._prefixes.register(request)
+                self.tiers.note(request, is_over=True)
             self._release(request)
             return
-        is_whole = item.pieces is None or item.pieces.is_last
         for done_len, sampled in enumerate(samples, item.done_len):
             token, reason = conclude(
                 request.params, request.eos_token_ids, sampled, len(request.output_ids))
@@ -323,9 +367,10 @@ class Scheduler:
                 if token is not None:
                     request.output_ids.append(token)
                 self._prefixes.register(request)
+                self.tiers.note(request)
             if reason is not None:
                 self._finish(request, reason)
-            self._updates.append(_update(
+            self._updates.append(make_update(
                 request, token, logprobs, done_len, failure if reason == "abort" else ""))
             if reason is not None:
                 return
@@ -343,16 +388,19 @@ class Scheduler:
 
     def _abort(self, request: Request) -> None:
         self._finish(request, "abort")
-        self._updates.append(_update(request, None, None, request.computed_len))
+        self._updates.append(make_update(request, None, None, request.computed_len))
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         request.finish_reason = reason
         self._prefixes.forget(request)
+        self.tiers.note(request, is_over=True)
+        self.tiers.cancel(request)
         self._release(request)
 
     def _release(self, request: Request) -> None:
         """Give the blocks of a finished request back, once no step in flight writes them."""
-        if request.num_in_flight == 0 and request.request_id in self._running:
+        if not (request.num_in_flight or request.num_transfers
+                ) and request.request_id in self._running:
             del self._running[request.request_id]
             heappush(self._free_slots, request.slot)
             self.pool.release(request.block_ids)
@@ -364,40 +412,3 @@ def max_step_tokens(prefill_chunk_len: int, max_num_requests: int) -> int:
     head's, or a paused one), tokens of others beside it, one token of each request in decode."""
     others = side_room(prefill_chunk_len) if max_num_requests > 1 else 0
     return prefill_chunk_len + others + max_num_requests
-
-
-def _scheduled_slice(planned: PlannedSlice) -> ScheduledSlice:
-    request, pieces, params = planned.request, planned.pieces, planned.request.params
-    start, stop = request.scheduled_len, request.scheduled_len + planned.query_len
-    prompt_len = request.prompt_len
-    is_last = stop >= prompt_len and (pieces is None or pieces.is_last)
-    sampling = RowSampling(
-        temperature=params.temperature, top_k=params.top_k, top_p=params.top_p,
-        min_p=params.min_p, seed=request.seed) if is_last else None
-    return ScheduledSlice(
-        request_id=request.request_id, slot=request.slot, token_ids=request.tokens(start, stop),
-        cached_len=start, prompt_len=prompt_len, block_ids=request.block_ids,
-        sparse=request.sparse, sampling=sampling, pieces=pieces,
-        scored=scored_tokens(request, start, stop),
-        extras=SamplingExtras.of(request) if is_last and start < prompt_len else None)
-
-
-def _note_scheduled(planned: PlannedSlice, repeats: int) -> None:
-    """Move the request on, for the steps that are scheduled before this one's result is there."""
-    request, pieces = planned.request, planned.pieces
-    request.num_in_flight += 1
-    if pieces is None or pieces.is_last:
-        request.scheduled_len += repeats * planned.query_len
-        request.num_pieces = 0
-    else:
-        request.num_pieces = pieces.stop
-
-
-def _update(
-    request: Request, token: int | None, logprobs: RowLogprobs | None, computed_len: int,
-    failure: str = "",
-) -> Update:
-    return Update(
-        request_id=request.request_id, computed_len=computed_len,
-        num_cached_tokens=request.num_cached_tokens, token_id=token,
-        finish_reason=request.finish_reason, logprobs=logprobs, failure=failure)

@@ -7,9 +7,12 @@ import time
 import torch
 from torch import Tensor
 
+from longspan.engine.device.block_mover import BlockMover
 from longspan.engine.device.sampling import SampledTokens
 from longspan.engine.step import ScheduledBatch, StepResult
 
+NEWS_S = 0.02
+"""A step that computes nothing ends when a copy of blocks does, or after this time."""
 POLL_S = 2e-4
 """Seconds between two polls of a device: an event cannot be waited for with a timeout."""
 
@@ -27,6 +30,11 @@ class Stopwatch:
             self._start = torch.cuda.Event(enable_timing=True)
             self._stop = torch.cuda.Event(enable_timing=True, blocking=True)
             self._start.record()
+
+    @property
+    def begun(self) -> torch.cuda.Event | None:
+        """Everything that was handed to the device before; None on CPUs."""
+        return self._start if self.is_cuda else None
 
     def stop(self) -> None:
         """Mark the end of the work to time."""
@@ -63,13 +71,15 @@ class LaunchedStep:
         pairs: attention pairs kept, where they were counted, and causal.
         watch: started before the work was queued.
         copies: for the way to the host, beside the next step's work; None on CPUs.
+        mover: tells which copies of blocks have ended.
     """
 
     def __init__(
         self, batch: ScheduledBatch, sampled: SampledTokens | None,
         pairs: tuple[Tensor | float, float], watch: Stopwatch, copies: torch.cuda.Stream | None,
+        mover: BlockMover | None = None,
     ) -> None:
-        self._batch, self._pairs, self._watch = batch, pairs, watch
+        self._batch, self._pairs, self._watch, self._mover = batch, pairs, watch, mover
         self._sampled = sampled
         self._copied: torch.cuda.Event | None = None
         watch.stop()
@@ -87,7 +97,9 @@ class LaunchedStep:
             self._copied.synchronize()
         token_ids, logprobs = ((), ()) if self._sampled is None else self._sampled.as_tuples()
         kept, causal = self._pairs
+        wait_s = 0.0 if self._batch.slices else NEWS_S
         return StepResult(
+            transfers=() if self._mover is None else self._mover.results(wait_s),
             step_id=self._batch.step_id, epoch=self._batch.epoch, repeats=self._batch.repeats,
             token_ids=token_ids, logprobs=logprobs, kept_pairs=float(kept), causal_pairs=causal,
             failures={} if self._sampled is None else self._sampled.failures,

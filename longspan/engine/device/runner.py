@@ -20,8 +20,12 @@ from longspan.attention.rope import build_rotary
 from longspan.attention.sparsity import SparsityPlan, needs_means
 from longspan.config import DcaConfig, EngineConfig, ModelConfig
 from longspan.engine.control.chunking import piece_rows
+from longspan.engine.control.copy_queue import TierConfig
 from longspan.engine.control.loop import LocalTransport, Transport
 from longspan.engine.device.batch import DeviceBatch, build_batch, is_greedy, num_outputs
+from longspan.engine.device.block_files import BlockFiles, KvFolder
+from longspan.engine.device.block_mover import BlockMover
+from longspan.engine.device.block_store import BlockStore
 from longspan.engine.device.graphs import CudaRecorder, DecodeGraphs, DecodeState
 from longspan.engine.device.host_memory import keep_buffers_in_heap
 from longspan.engine.device.launched_step import LaunchedStep, Stopwatch
@@ -55,6 +59,7 @@ class Runner:
         self._last_tokens = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
         self._copies = torch.cuda.Stream(device) if device.startswith("cuda") else None
         self._graphs: DecodeGraphs | None = None
+        self._mover: BlockMover | None = None
 
     @classmethod
     def load(
@@ -107,6 +112,20 @@ class Runner:
                 block_size=self._block_size, head_dim=self._head_dim, dca=self._dca)
             self._graphs = DecodeGraphs(self._decode, state, CudaRecorder())
 
+    def use_places(self, config: TierConfig, key: bytes, folder: KvFolder | None) -> None:
+        """Keep blocks in host memory and on disk, where there are any.
+
+        Args:
+            key: what all blocks depend on besides tokens.
+
+        Raises `NotEnoughMemoryError` when the host's memory does not suffice.
+        """
+        if config.num_slots:
+            store = BlockStore(self.caches, config.num_slots)
+            assert store.block_bytes == config.block_bytes, "what was planned is what there is"
+            self._mover = BlockMover(
+                store, None if folder is None else BlockFiles(folder, key, store))
+
     def transport(self) -> Transport:
         """For a loop in this process."""
         return LocalTransport(self, max_in_flight=2 if self._device.startswith("cuda") else 1)
@@ -152,11 +171,17 @@ class Runner:
             if graphs is not None:
                 graphs.prepare(batch.slices)  # not measured: the device may be waiting for the work
             watch = Stopwatch(self._device)
-            sampled = self._compute(batch) if graphs is None else self._replay(graphs, batch)
+            sampled = None
+            if batch.slices:
+                sampled = self._compute(batch) if graphs is None else self._replay(graphs, batch)
             # not after each step: to add them up takes a launch for each layer
             is_counted = sampled is not None and batch.prefills
             pairs = self._take_attention_pairs() if is_counted else (0.0, 0.0)
-        return LaunchedStep(batch, sampled, pairs, watch, self._copies)
+        step = LaunchedStep(batch, sampled, pairs, watch, self._copies, self._mover)
+        if self._mover is not None:
+            with torch.inference_mode():
+                self._mover.start(batch.transfers, batch.seen, watch.begun)
+        return step
 
     def forward(self, inputs: DeviceBatch, apart: Tensor | None = None) -> Tensor | None:
         """All stages in turn. Returns [n, V] fp32 logits of the rows that sample, None without.
@@ -192,13 +217,15 @@ class Runner:
 
     def close(self) -> None:
         """Free weights and caches."""
-        self._stages, self._graphs = (), None
+        if self._mover is not None:
+            self._mover.close()
+        self._stages, self._graphs, self._mover = (), None, None
         self._chunk = PausableChunk((), 1, self._scorer)
         if self._device.startswith("cuda"):
             torch.cuda.empty_cache()
 
     def _graphs_for(self, batch: ScheduledBatch) -> DecodeGraphs | None:
-        has_graph = self._graphs is not None and self._graphs.takes(batch)
+        has_graph = self._graphs is not None and batch.slices and self._graphs.takes(batch)
         return self._graphs if has_graph else None
 
     def _compute(self, batch: ScheduledBatch) -> SampledTokens | None:

@@ -12,8 +12,10 @@ import torch
 from longspan.attention.sparsity import SparsityPlan, needs_means
 from longspan.config import DcaConfig, EngineConfig, ModelConfig
 from longspan.engine.control.chunking import piece_rows, unit_len
+from longspan.engine.control.copy_queue import TierConfig
 from longspan.engine.control.scheduler import SchedulerConfig
-from longspan.engine.device.memory import MemoryPlan, device_memory
+from longspan.engine.device.block_files import KvFolder
+from longspan.engine.device.memory import MemoryPlan
 from longspan.engine.device.runner import Runner
 from longspan.engine.intake import Intake
 from longspan.engine.resolve import (
@@ -23,8 +25,10 @@ from longspan.engine.resolve import (
     resolve_config,
     resolve_positions,
 )
+from longspan.engine.setup.cache_key import cache_key
 from longspan.engine.setup.prior_costs import prior_costs
 from longspan.engine.setup.step_sizes import choose_sizes
+from longspan.engine.setup.tier_plan import memory_besides, plan_tiers
 from longspan.model.weights import resolve_checkpoint
 
 MEASURED_LEN = {"cpu": 1_024, "cuda": 8_192}
@@ -53,6 +57,10 @@ class ResolvedEngine:
     sizes_reason: str = ""
     """Why prefill chunks are not longer and requests not more; empty: they are as asked for, or as
     large as they get."""
+    tiers: TierConfig = TierConfig()
+    """Host memory and disk for KV blocks."""
+    cache_key: bytes = b""
+    """What all KV blocks depend on besides tokens, where there are other places than the device."""
 
     @classmethod
     def resolve(cls, asked: EngineConfig, *, must_fit: bool = True) -> Self:
@@ -89,23 +97,30 @@ class ResolvedEngine:
         dca = resolve_positions(config.positions, model)
         in_effect = plan_in_effect(config, model, plan, has_dca=dca is not None)
         assert config.device is not None
+        tiers = plan_tiers(model, config, means=needs_means(in_effect))
         # tables grow with the context where there is no DCA
         sizes = choose_sizes(
             replace(model, dca=dca), config, means=needs_means(in_effect), must_fit=must_fit,
-            is_sparse=in_effect is not None, device=device_memory(config.device))
+            is_sparse=in_effect is not None, device=memory_besides(config, tiers))
         memory = sizes.memory
         check_window(model, dca, max_model_len=memory.max_model_len)
         if in_effect is not None and in_effect.mode == "tile":
             check_tiles(dca, block_size=config.block_size, max_model_len=memory.max_model_len)
+        key = b"" if not tiers.num_slots else cache_key(
+            path, model, config, dca=dca, plan=in_effect)
         return cls(
             path=path, config=replace(sizes.config, max_model_len=memory.max_model_len),
             model=model, dca=dca, has_plan=plan is not None, plan=in_effect, memory=memory,
-            sizes_reason=sizes.reason)
+            sizes_reason=sizes.reason, tiers=tiers, cache_key=key)
 
     def load_runner(self) -> Runner:
-        """Read the weights and allocate the caches. Raises `CheckpointError`."""
-        return Runner.load(
+        """Read the weights and allocate the caches. Raises `CheckpointError`, and `LongspanError`
+        when the folder of KV files is another process's, or there is too little host memory."""
+        folder = KvFolder(Path(self.tiers.folder)) if self.tiers.folder else None
+        runner = Runner.load(
             self.path, self.model, self.config, self.memory, dca=self.dca, plan=self.plan)
+        runner.use_places(self.tiers, self.cache_key, folder)
+        return runner
 
     def intake(self) -> Intake:
         """Return what makes requests for this engine."""
@@ -131,7 +146,8 @@ class ResolvedEngine:
             sparse_above=self._sparse_above,
             prior=prior_costs(self.model, self.config, self.plan),
             self_measurement_len=min(MEASURED_LEN[device_type], self.memory.max_model_len // 2),
-            burst_s=BURST_S if device_type == "cuda" else 0.0)
+            burst_s=BURST_S if device_type == "cuda" else 0.0, tiers=self.tiers,
+            cache_key=self.cache_key)
 
     @property
     def _sparse_above(self) -> int | None:

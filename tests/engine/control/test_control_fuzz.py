@@ -23,6 +23,7 @@ from msgspec.structs import replace
 
 from longspan.engine.control import loop
 from longspan.engine.control.blocks import SHORT_TAIL, BlockPool
+from longspan.engine.control.copy_queue import TierConfig
 from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
 from longspan.engine.front.tracking import Tracker, updates
 from longspan.engine.processes import sockets as transport
@@ -46,7 +47,7 @@ from longspan.engine.processes.wire import (
 )
 from longspan.engine.request import Request
 from longspan.engine.step import StepResult, Update
-from tests.doubles import FakeRunner, complete, make_request
+from tests.doubles import FakeRunner, complete, make_request, random_tiers
 
 SEEDS = 12
 EVENTS = 120
@@ -102,7 +103,7 @@ class WatchedPool(BlockPool):
 class World:
     """What surrounds a scheduler's process: its inbox and outboxes, a runner, a front end."""
 
-    def __init__(self, seed: int, clock: Clock) -> None:
+    def __init__(self, seed: int, clock: Clock, *, has_places: bool = True) -> None:
         self.rng = rng = random.Random(seed)
         self.clock = clock
         block_size = rng.choice([1, 1, 4])
@@ -112,15 +113,19 @@ class World:
             max_num_requests=rng.choice([1, 3, 8]), dense_tail_len=rng.choice([0, 5]),
             num_layers=rng.choice([1, 3]), piece_rows=rng.choice([4, 1000]),
             unit_len=rng.choice([1, 4]), step_budget_s=rng.choice([None, 0.004, 0.02]),
-            burst_s=rng.choice([0.0, 0.01, 1.0]))
+            burst_s=rng.choice([0.0, 0.01, 1.0]),
+            tiers=random_tiers(random.Random(1000 + seed)) if has_places else TierConfig())
         self.scheduler = Scheduler(config)
         self.pool = self.scheduler.pool = WatchedPool(config.num_blocks)
-        self.scheduler._prefixes._pool = self.pool
+        self.pool.notes_evicted = config.tiers.keeps_host
+        tiers = self.scheduler.tiers
+        self.scheduler._prefixes._pool = tiers._pool = tiers._writer._pool = self.pool
         way = RunnerTransport(cast(Inbox, self), cast(Outbox, self), rng.choice([1, 2, 3]))
         self.serving = ServingLoop(self.scheduler, way, way.command, self.hear)
         self.runner = FakeRunner(
             num_blocks=config.num_blocks, block_size=block_size,
             prefill_chunk_len=config.prefill_chunk_len, dense_tail_len=config.dense_tail_len)
+        self.runner.places.rng = random.Random(2000 + seed)
         self.tables, self.steps, self.results = BlockTableCache(), deque[bytes](), deque[bytes]()
         self.front = Front()
         self.stems = [[rng.randrange(50) for _ in range(60)] for _ in range(3)]
@@ -315,7 +320,7 @@ def test_the_control_plane_gives_the_answers_of_each_request_alone(
 
 
 def test_the_fuzz_meets_what_it_is_for(clock: Clock) -> None:
-    worlds = [World(seed, clock) for seed in range(6)]
+    worlds = [World(seed, clock, has_places=False) for seed in range(6)]
     for world in worlds:
         world.run()
     batches = [batch for world in worlds for batch in world.runner.batches]

@@ -1,16 +1,17 @@
 """Seeded schedule fuzz: 10,800 random events on a fake model that checks every key it reads.
 
 Arrivals, aborts in every state, requests that never fit, tiny KV pools (so that cached blocks are
-evicted all the time), time budgets, sparse chunks in pieces, shared prefixes, one to eight steps in
-flight, and interrupts after which steps of the earlier epoch are still computed and their results
-come late. After every event blocks, slots and promises are recounted; every answer is compared
-with the one that the request gets alone.
+evicted all the time), blocks that go to host memory and disk and come back while files get lost,
+time budgets, sparse chunks in pieces, shared prefixes, one to eight steps in flight, and interrupts
+after which steps of the earlier epoch are still computed and their results come late. After every
+event blocks, slots and promises are recounted; every answer is compared with the one that the
+request gets alone.
 """
 
 from __future__ import annotations
 
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 
 import pytest
@@ -20,7 +21,7 @@ from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
 from longspan.engine.request import Request
 from longspan.engine.step import ScheduledBatch, Update
 from longspan.errors import PromptTooLongError
-from tests.doubles import FakeRunner, complete, make_request
+from tests.doubles import FakeRunner, complete, make_request, random_tiers
 
 SEEDS = 27
 EVENTS = 400
@@ -39,11 +40,13 @@ class World:
             max_num_requests=rng.choice([1, 3, 8]), dense_tail_len=rng.choice([0, 5]),
             num_layers=rng.choice([1, 3]), piece_rows=rng.choice([4, 8, 1000]),
             unit_len=rng.choice([1, 3, 4]),
-            step_budget_s=rng.choice([None, 0.004, 0.02]), burst_s=rng.choice([0.0, 0.01, 1.0]))
+            step_budget_s=rng.choice([None, 0.004, 0.02]), burst_s=rng.choice([0.0, 0.01, 1.0]),
+            tiers=random_tiers(random.Random(1000 + seed)))
         self.scheduler = Scheduler(config)
         self.runner = FakeRunner(
             num_blocks=config.num_blocks, block_size=block_size,
             prefill_chunk_len=config.prefill_chunk_len, dense_tail_len=config.dense_tail_len)
+        self.runner.places.rng = random.Random(2000 + seed)
         self.depth = rng.choice([1, 2, 3, MAX_SHORT_STEPS])
         self.queue = deque[ScheduledBatch]()
         self.alive = dict[str, Request]()
@@ -92,6 +95,8 @@ class World:
             if batch is None:
                 break
             self.queue.append(batch)
+            if not batch.slices:
+                break
         if self.queue:
             batch = self.queue.popleft()
             self.num_paused += any(i.pieces and not i.pieces.is_last for i in batch.slices)
@@ -136,12 +141,15 @@ def test_any_schedule_gives_the_answers_of_each_request_alone(seed: int) -> None
 def test_the_fuzz_meets_what_it_is_for() -> None:
     """Hits, pauses, bursts and run-ahead do occur, and there are as many events as promised."""
     assert SEEDS * EVENTS >= 10_000
-    worlds = [World(seed) for seed in range(6)]
+    worlds = [World(seed) for seed in range(9)]
     for world in worlds:
         for _ in range(EVENTS):
             world.happen()
     assert sum(world.num_cached for world in worlds) > 100
     assert sum(world.num_paused for world in worlds) > 10
     assert sum(world.num_bursts for world in worlds) > 50
+    counts = sum((world.runner.places.counts for world in worlds), Counter[str]())
+    assert min(counts[kind] for kind in ("save", "load", "read", "write", "drop")) > 20, counts
+    assert counts["failure"] > 10
     assert any(item.is_run_ahead for world in worlds for batch in world.runner.batches
                for item in batch.slices)

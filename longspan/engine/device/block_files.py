@@ -1,0 +1,203 @@
+"""Files of KV blocks, read and written by threads of their own (`longspan.engine.kv_file`).
+
+A file is written under another name, synced, then renamed: whoever looks finds all of it or none.
+Each block's checksum is compared as it is read. Nothing here decides what is kept.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import threading
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from longspan.engine.device.block_store import BlockStore
+from longspan.engine.kv_file import (
+    HASH_BYTES,
+    PART_SUFFIX,
+    BadFileError,
+    StoredRun,
+    make_header,
+    read_header,
+)
+from longspan.engine.transfer import Transfer, TransferResult
+from longspan.errors import LongspanError
+
+MAX_HELPERS = 8
+"""Blocks that are read or written at a time."""
+LOCK = "longspan.lock"
+OnEnd = Callable[[TransferResult], None]
+logger = logging.getLogger("longspan.engine")
+
+
+class KvFolder:
+    """A directory of KV files that belongs to this process until it is closed.
+
+    Raises `LongspanError` when it cannot be made or written, or belongs to another process.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise LongspanError(f"kv_dir {path} cannot be used: {error.strerror}; name a directory "
+                                "that this user may write") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            owner = os.pread(self._lock, 20, 0).decode(errors="replace").strip() or "unknown"
+            os.close(self._lock)
+            raise LongspanError(f"kv_dir {path} is in use by process {owner}; give each engine its "
+                                "own, or end that one") from None
+        os.truncate(self._lock, 0)
+        os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+        for part in path.glob(f"*{PART_SUFFIX}"):  # left by a process that was killed
+            part.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let others use the directory."""
+        os.close(self._lock)
+
+
+class BlockFiles:
+    """Reads, writes and deletes the files of one engine.
+
+    Args:
+        key: of the blocks that it computes; others are not read.
+    """
+
+    def __init__(self, folder: KvFolder, key: bytes, store: BlockStore) -> None:
+        self._folder, self._key, self._store = folder, key, store
+        self._tensors = {part.name: (part.dtype, part.shape) for part in store.parts}
+        self._sizes = [part.shape[0] * part.row_bytes for part in store.parts]
+        self._memory = store.bytes_of
+        self._reader = ThreadPoolExecutor(1, "longspan-kv-read")
+        self._writer = ThreadPoolExecutor(1, "longspan-kv-write")
+        count = max(1, min(MAX_HELPERS, len(os.sched_getaffinity(0))))
+        self._helpers = ThreadPoolExecutor(count, "longspan-kv")
+        self._lock = threading.Lock()
+        self._latest_s = max((item.stat().st_mtime for item in os.scandir(folder.path)), default=0)
+
+    def submit(self, transfer: Transfer, on_end: OnEnd) -> None:
+        """Queue a transfer; ``on_end`` is called with its result on another thread."""
+        pool = self._reader if transfer.kind == "read" else self._writer
+        pool.submit(self._do, transfer, on_end)
+
+    def close(self) -> None:
+        """End after what is being read and written, drop the rest, and leave the directory."""
+        for pool in (self._reader, self._writer, self._helpers):
+            pool.shutdown(cancel_futures=True)
+        self._folder.close()
+
+    def _do(self, transfer: Transfer, on_end: OnEnd) -> None:
+        work = {"read": self._read, "write": self._write, "drop": self._drop}[transfer.kind]
+        failure, begun_s = "", time.perf_counter()
+        try:
+            work(transfer)
+        except BadFileError as error:
+            failure = str(error)
+        except OSError as error:
+            failure = error.strerror or str(error)
+        except BaseException as error:  # the scheduler must hear of its end, whatever it was
+            logger.error("a KV file made trouble", exc_info=error)
+            failure = type(error).__name__
+        if failure:
+            logger.warning("KV file %s cannot be %s: %s", self._folder.path / transfer.file,
+                           {"read": "used", "write": "written", "drop": "deleted"}[transfer.kind],
+                           failure)
+        on_end(TransferResult(transfer_id=transfer.transfer_id, failure=failure,
+                              elapsed_s=time.perf_counter() - begun_s))
+
+    def _read(self, transfer: Transfer) -> None:
+        file = self._folder.path / transfer.file
+        run = read_header(file)
+        hashes = _split(transfer.hashes)
+        if run.key != self._key or not set(hashes) <= set(run.hashes):
+            raise BadFileError("it holds other blocks than it did")
+        if {n: (t, s[1:]) for n, (t, s) in run.tensors.items()} != self._tensors:
+            raise BadFileError("its blocks have another shape or dtype")
+        places = {value: index for index, value in enumerate(run.hashes)}
+        with open(file, "rb", buffering=0) as stream:
+            fd = stream.fileno()
+            list(self._helpers.map(
+                lambda pair: self._read_block(fd, run, places[pair[0]], pair[1]),
+                zip(hashes, transfer.slots, strict=True)))
+        self._stamp(file)
+
+    def _read_block(self, fd: int, run: StoredRun, index: int, slot: int) -> None:
+        start, checksum = run.data_start, 0
+        for view, size in zip(self._views(slot), self._sizes, strict=True):
+            _whole(os.preadv, fd, view, start + index * size)
+            checksum = zlib.crc32(view, checksum)
+            start += len(run.hashes) * size
+        if checksum != run.checksums[index]:
+            raise BadFileError(f"block {index} of it is damaged")
+
+    def _write(self, transfer: Transfer) -> None:
+        hashes, name = _split(transfer.hashes), transfer.file
+        sums = [0] * len(hashes)
+        start = len(make_header(self._key, hashes, transfer.parent, sums, self._tensors))
+        part = self._folder.path / f"{name}{PART_SUFFIX}"
+        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            sums = list(self._helpers.map(
+                lambda pair: self._write_block(fd, start, len(hashes), *pair),
+                enumerate(transfer.slots)))
+            header = make_header(self._key, hashes, transfer.parent, sums, self._tensors)
+            _whole(os.pwritev, fd, memoryview(header), 0)
+            os.fdatasync(fd)
+            os.replace(part, self._folder.path / name)
+            self._stamp(self._folder.path / name)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(fd)
+
+    def _write_block(self, fd: int, start: int, count: int, index: int, slot: int) -> int:
+        checksum = 0
+        for view, size in zip(self._views(slot), self._sizes, strict=True):
+            checksum = zlib.crc32(view, checksum)
+            _whole(os.pwritev, fd, view, start + index * size)
+            start += count * size
+        return checksum
+
+    def _stamp(self, file: Path) -> None:
+        """Note that a file was just used: later than all others, whatever the clock says."""
+        with self._lock:
+            self._latest_s = max(time.time(), self._latest_s + 1e-3)
+            os.utime(file, (self._latest_s, self._latest_s))
+
+    def _drop(self, transfer: Transfer) -> None:
+        (self._folder.path / transfer.file).unlink(missing_ok=True)
+
+    def _views(self, slot: int) -> list[memoryview]:
+        """View a slot's parts."""
+        views, start, row = list[memoryview](), 0, memoryview(self._memory[slot])
+        for size in self._sizes:
+            views.append(row[start:start + size])
+            start += size
+        return views
+
+
+def _whole(
+    move: Callable[[int, Sequence[memoryview], int], int], fd: int, view: memoryview, offset: int,
+) -> None:
+    """Read or write all of a view, in as many calls as it takes."""
+    done = 0
+    while done < len(view):
+        count = move(fd, [view[done:]], offset + done)
+        if not count:
+            raise BadFileError("it is truncated")
+        done += count
+
+
+def _split(hashes: bytes) -> list[bytes]:
+    return [hashes[i:i + HASH_BYTES] for i in range(0, len(hashes), HASH_BYTES)]

@@ -1,0 +1,205 @@
+"""Host slots for KV blocks, and copies between them and the caches.
+
+A slot holds one block of all layers, part by part: keys of every layer, values of every layer, then
+the tile means where the caches have them. So it is one piece of memory, which a GPU copies at the
+speed of its link, and a file takes as it is.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from longspan.engine.transfer import Transfer
+from longspan.errors import NotEnoughMemoryError
+from longspan.ops.types import PagedKV
+from longspan.units import in_gib
+
+STAGE_BYTES = 128 * 1024**2
+"""Device memory through which a GPU's copies go."""
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+               torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+               torch.uint8: "U8", torch.int8: "I8"}
+"""As safetensors calls them."""
+
+
+class CachePart(NamedTuple):
+    """One tensor of all layers' caches."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    """[L, ...] of one block."""
+    rows: tuple[Tensor, ...]
+    """For each layer [N, words]: its blocks as integers."""
+    start: int
+    """First byte in a slot."""
+    row_bytes: int
+    """Bytes of one layer."""
+
+
+def cache_parts(caches: Sequence[PagedKV]) -> list[CachePart]:
+    """List what a block consists of, in the order of slots and files."""
+    parts, start = list[CachePart](), 0
+    for name in PagedKV._fields:
+        tensors: list[Tensor] = [getattr(cache, name) for cache in caches
+                                 if getattr(cache, name) is not None]
+        if tensors:
+            first = tensors[0]
+            row_bytes = first[0].numel() * first.element_size()
+            word = torch.int64 if row_bytes % 8 == 0 else torch.uint8
+            parts.append(CachePart(
+                name, DTYPE_NAMES[first.dtype], (len(tensors), *first.shape[1:]),
+                tuple(tensor.flatten(1).view(torch.uint8).view(word) for tensor in tensors),
+                start, row_bytes))
+            start += len(tensors) * row_bytes
+    return parts
+
+
+class BlockStore:
+    """The slots of one engine. Copies are queued on GPUs and done at once on CPUs.
+
+    Args:
+        caches: of all layers.
+
+    Raises `NotEnoughMemoryError` when the memory cannot be had.
+    """
+
+    def __init__(self, caches: Sequence[PagedKV], num_slots: int) -> None:
+        self.parts = cache_parts(caches)
+        last = self.parts[-1]
+        self.block_bytes = last.start + last.shape[0] * last.row_bytes
+        self._device = caches[0].k.device
+        self._stream: torch.cuda.Stream | None = None
+        self.memory = _allocate(num_slots * self.block_bytes, self._device).view(num_slots, -1)
+        if self._device.type == "cuda":
+            self._stream = torch.cuda.Stream(self._device, priority=-1)
+            count = max(1, min(num_slots, STAGE_BYTES // self.block_bytes))
+            self._stage = torch.empty(count, self.block_bytes, dtype=torch.uint8,
+                                      device=self._device)
+
+    @property
+    def bytes_of(self) -> NDArray[np.uint8]:
+        """[slots, block_bytes] the host's memory."""
+        array: NDArray[np.uint8] = self.memory.numpy()
+        return array
+
+    def copy(self, transfer: Transfer, after: torch.cuda.Event | None) -> CopyWatch:
+        """Save or load the blocks of a transfer.
+
+        Args:
+            after: on GPUs, what has to be computed before.
+        """
+        if self._stream is None:
+            blocks = torch.tensor(transfer.blocks)
+            self._move(transfer.kind, self.memory, torch.tensor(transfer.slots), blocks)
+            return CopyWatch(None)
+        if after is not None:
+            self._stream.wait_event(after)
+        with torch.cuda.stream(self._stream):
+            watch = CopyWatch(self._stream)
+            ids = torch.tensor(transfer.blocks).pin_memory().to(self._device, non_blocking=True)
+            size = self._stage.shape[0]
+            for start in range(0, len(transfer.slots), size):
+                slots = transfer.slots[start:start + size]
+                blocks = ids[start:start + size]
+                if transfer.kind == "load":
+                    self._link(slots, to_host=False)
+                self._move(transfer.kind, self._stage[:len(slots)], None, blocks)
+                if transfer.kind == "save":
+                    self._link(slots, to_host=True)
+            watch.stop()
+        return watch
+
+    def close(self) -> None:
+        """Give the memory back."""
+        if self._stream is not None:
+            self._stream.synchronize()
+            torch.cuda.cudart().cudaHostUnregister(self.memory.data_ptr())
+        self.parts, self.memory = [], torch.empty(0, 0, dtype=torch.uint8)
+
+    def _move(self, kind: str, memory: Tensor, places: Tensor | None, blocks: Tensor) -> None:
+        """Copy between the caches and rows of ``memory``, all on one device.
+
+        Args:
+            places: the rows; None: all of them.
+        """
+        for part in self.parts:
+            for layer, rows in enumerate(part.rows):
+                start = part.start + layer * part.row_bytes
+                there = memory[:, start:start + part.row_bytes].view(rows.dtype)
+                if kind == "load":
+                    source = there if places is None else there.index_select(0, places)
+                    rows.index_copy_(0, blocks, source)
+                elif places is None:
+                    there.copy_(rows.index_select(0, blocks))
+                else:
+                    there.index_copy_(0, places, rows.index_select(0, blocks))
+
+    def _link(self, slots: Sequence[int], *, to_host: bool) -> None:
+        """Copy between the stage's first rows and slots, consecutive ones in one piece."""
+        cuts = [0, *(i for i in range(1, len(slots)) if slots[i] != slots[i - 1] + 1), len(slots)]
+        for start, stop in pairwise(cuts):
+            here = self._stage[start:stop]
+            there = self.memory[slots[start]:slots[start] + stop - start]
+            target, source = (there, here) if to_host else (here, there)
+            target.copy_(source, non_blocking=True)
+
+
+class CopyWatch:
+    """Tells when a copy is done, and how long it took.
+
+    Args:
+        stream: that it is queued on; None: it is done when `stop` would be called.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream | None) -> None:
+        self._events = None if stream is None else (
+            torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        if self._events is not None:
+            self._events[0].record()
+
+    def stop(self) -> None:
+        """Mark the end of the copy."""
+        if self._events is not None:
+            self._events[1].record()
+
+    @property
+    def is_over(self) -> bool:
+        """The copy is done."""
+        return self._events is None or self._events[1].query()
+
+    def seconds(self) -> float:
+        """Return the time of a copy that is over; 0 on CPUs."""
+        return 0.0 if self._events is None else 1e-3 * self._events[0].elapsed_time(self._events[1])
+
+
+def _allocate(num_bytes: int, device: torch.device) -> Tensor:
+    """Allocate memory for slots, in large pages where the system has them; for GPUs pinned. On
+    CPUs it is taken as slots are written, and goes back to the system in the end."""
+    try:
+        pages = mmap.mmap(-1, num_bytes)
+    except OSError as error:
+        raise _too_much(num_bytes, error.strerror or "no reason is known") from None
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    memory = torch.frombuffer(pages, dtype=torch.uint8)
+    if device.type != "cuda":
+        return memory
+    memory.zero_()  # by all threads: the driver would take each page on one
+    status = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, 0))
+    if status:
+        raise _too_much(num_bytes, f"CUDA error {status}")
+    return memory
+
+
+def _too_much(num_bytes: int, reason: str) -> NotEnoughMemoryError:
+    return NotEnoughMemoryError(f"{in_gib(num_bytes)} of host memory cannot be pinned for the KV "
+                                f"cache ({reason}); lower kv_host_gib")

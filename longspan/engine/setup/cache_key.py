@@ -1,0 +1,79 @@
+"""The key of KV blocks: everything that their content depends on besides token ids.
+
+Weights and tokenizer files enter by their content, not by name or date. The tokenizer and its chat
+template do not change what a token id means to the model, but whoever changes them means another
+model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longspan.attention.sparsity import SparsityPlan
+from longspan.config import DcaConfig, EngineConfig, ModelConfig
+from longspan.engine.kv_file import KEY_BYTES, VERSION
+
+WEIGHTS = ("*.safetensors", "*.gguf")
+TEXT_FILES = ("tokenizer*", "*.jinja", "vocab*", "merges.txt", "special_tokens_map.json",
+              "added_tokens.json")
+SPAN_BYTES = 32 * 1024**2
+
+
+def cache_key(
+    path: Path, model: ModelConfig, config: EngineConfig, *, dca: DcaConfig | None,
+    plan: SparsityPlan | None,
+) -> bytes:
+    """Name what an engine's blocks depend on.
+
+    Chunks are not in it: where their length counts, their tokens are in the blocks' own hashes.
+    Where nothing outlives the process, files are not read: the key is then of no use elsewhere.
+
+    Args:
+        config: resolved.
+    """
+    assert config.device is not None
+    facts: dict[str, Any] = {
+        "format": VERSION, "longspan": version("longspan"), "torch": torch.__version__,
+        "device": config.device.split(":")[0], "dtype": config.dtype, "weights": config.weights,
+        "block_size": config.block_size,
+        "model": dataclasses.asdict(model), "positions": dca and dataclasses.asdict(dca),
+        "plan": plan and dataclasses.asdict(plan)}
+    if config.kv_dir is not None:
+        patterns = TEXT_FILES if config.weights == "random" else (*WEIGHTS, *TEXT_FILES)
+        facts["files"] = digest_files(sorted(
+            file for pattern in patterns for file in path.glob(pattern) if file.is_file()))
+    text = json.dumps(facts, sort_keys=True, default=str).encode()
+    return blake2b(text, digest_size=KEY_BYTES).digest()
+
+
+def digest_files(files: list[Path]) -> dict[str, str]:
+    """Digest the content of files, on all cores: as fast as they are read."""
+    found = dict[str, str]()
+    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
+        for file in files:
+            size = file.stat().st_size
+            sums = pool.map(lambda span, file=file: _digest_span(file, *span), _spans(size))
+            found[file.name] = blake2b(
+                b"".join([size.to_bytes(8, "little"), *sums]), digest_size=16).hexdigest()
+    return found
+
+
+def _spans(size: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(SPAN_BYTES, size - start)) for start in range(0, size, SPAN_BYTES))
+
+
+def _digest_span(file: Path, start: int, count: int) -> bytes:
+    with open(file, "rb") as stream:
+        stream.seek(start)
+        data = stream.read(count)
+    return blake2b(data, digest_size=16).digest()

@@ -1,0 +1,91 @@
+"""What an engine has of the prefix cache besides its device, decided before it is loaded."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+from longspan.config import EngineConfig, ModelConfig
+from longspan.engine.control.copy_queue import TierConfig
+from longspan.engine.device.block_store import STAGE_BYTES
+from longspan.engine.device.memory import DeviceMemory, device_memory, host_memory
+from longspan.errors import LongspanError, NotEnoughMemoryError
+from longspan.units import DTYPE_BYTES, GIB, in_gib
+
+WAY_BYTES = {"cpu": 256 * 1024**2, "cuda": 2 * GIB}
+"""Host memory for the way to disk and back, where nothing is kept in it."""
+MIN_SLOTS = 8
+COPY_BYTES_PER_S = {"cpu": 2e9, "cuda": 2e10}
+"""Speed of copies between device and host before it was measured."""
+COPY_SHARE = {"cpu": 0.2, "cuda": 0.8}
+"""Copies under way, as a share of a step's budget: on CPUs they take the place of other work."""
+UNHURRIED_S = 0.5
+"""The same in seconds, where there is no budget."""
+
+
+def plan_tiers(model: ModelConfig, config: EngineConfig, *, means: bool) -> TierConfig:
+    """Decide sizes from what was asked.
+
+    Args:
+        config: resolved.
+        means: the caches hold block means too.
+
+    Raises `LongspanError` when ``kv_host_gib`` is less than one block, or the disk cannot be asked
+    for its room.
+    """
+    if not config.kv_host_gib and config.kv_dir is None:
+        return TierConfig()
+    assert config.device is not None and config.dtype is not None
+    device_type, budget_s = config.device.split(":")[0], config.step_budget_s
+    per_row = model.kv_elements_per_token * DTYPE_BYTES[config.dtype]
+    block_bytes = per_row * (config.block_size + means)
+    host_bytes = int(config.kv_host_gib * GIB)
+    if config.kv_host_gib and host_bytes < MIN_SLOTS * block_bytes:
+        raise LongspanError(
+            f"kv_host_gib {config.kv_host_gib:g} holds {host_bytes // block_bytes} blocks of "
+            f"{in_gib(block_bytes)}; use {MIN_SLOTS * block_bytes / GIB:.2f} or more, or 0")
+    if not config.kv_host_gib:
+        host_bytes = max(WAY_BYTES[device_type], 4 * MIN_SLOTS * block_bytes)
+    return TierConfig(
+        num_slots=host_bytes // block_bytes, keeps_host=config.kv_host_gib > 0,
+        block_bytes=block_bytes, copy_bytes_per_s=COPY_BYTES_PER_S[device_type],
+        copy_s=COPY_SHARE[device_type] * budget_s if budget_s and math.isfinite(budget_s)
+        else UNHURRIED_S,
+        folder=str(Path(config.kv_dir).expanduser().absolute()) if config.kv_dir else "",
+        disk_bytes=_disk_bytes(config) if config.kv_dir else 0)
+
+
+def memory_besides(config: EngineConfig, tiers: TierConfig) -> DeviceMemory:
+    """Return the device's memory without what the places take of it.
+
+    Raises `NotEnoughMemoryError` when the host has too little.
+    """
+    assert config.device is not None
+    memory, host_bytes = device_memory(config.device), tiers.num_slots * tiers.block_bytes
+    if not host_bytes:
+        return memory
+    host = memory if config.device == "cpu" else host_memory()
+    if host_bytes > host.free_bytes:
+        raise NotEnoughMemoryError(
+            f"{in_gib(host_bytes)} for KV blocks in host memory, and {in_gib(host.free_bytes)} are "
+            "free; lower kv_host_gib")
+    taken = host_bytes if config.device == "cpu" else STAGE_BYTES
+    return DeviceMemory(
+        total_bytes=memory.total_bytes, free_bytes=max(0, memory.free_bytes - taken))
+
+
+def _disk_bytes(config: EngineConfig) -> int:
+    """Most that the files may take."""
+    assert config.kv_dir is not None
+    if config.kv_disk_gib is not None:
+        return int(config.kv_disk_gib * GIB)
+    path = Path(config.kv_dir).expanduser().absolute()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    try:
+        own = sum(item.stat().st_size for item in Path(config.kv_dir).expanduser().glob("*"))
+        return (shutil.disk_usage(path).free + own) // 2
+    except OSError as error:
+        raise LongspanError(f"kv_dir {config.kv_dir} cannot be used: {error.strerror}; name a "
+                            "directory that this user may write") from None

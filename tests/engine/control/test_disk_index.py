@@ -1,0 +1,52 @@
+"""The index of files: chains, room, order of use."""
+
+from __future__ import annotations
+
+from longspan.engine.control.disk_index import DiskIndex
+from longspan.engine.kv_file import StoredRun
+
+
+def run(name: str, parent: str = "", *, size: int = 10, count: int = 1) -> StoredRun:
+    """A file whose last block's hash is its name."""
+    hashes = [f"{name}{index}".encode() for index in range(count - 1)] + [name.encode()]
+    return StoredRun(name=name, key=b"k", hashes=tuple(hashes), parent=parent.encode(),
+                     num_bytes=size)
+
+
+def test_a_run_goes_before_those_that_it_continues() -> None:
+    index = DiskIndex([run("a"), run("b", "a"), run("c", "b"), run("x")], 40)
+    assert index.make_room(10) == ["c"], "of two chains the one used longest ago, from its end"
+    assert index.make_room(20) == ["b"]
+    assert index.find(b"a") == "a" and index.find(b"c") is None and index.num_bytes == 20
+    index.check()
+
+
+def test_what_is_read_or_used_stays() -> None:
+    index = DiskIndex([run("a"), run("b"), run("c")], 30)
+    index.begin_read("a")
+    index.end_read("a")
+    index.begin_read("b")
+    assert index.make_room(20) == ["c", "a"]
+    assert index.make_room(30) is None and index.find(b"b") == "b"
+    index.end_read("b")
+    assert index.make_room(30) == ["b"]
+    index.check()
+
+
+def test_other_engines_files_take_room_and_are_deleted_in_their_turn() -> None:
+    theirs = StoredRun(name="theirs", key=b"other", hashes=(), num_bytes=25)
+    index = DiskIndex([theirs, run("a")], 40)
+    assert index.make_room(10) == ["theirs"]
+    assert index.num_known == 1
+
+
+def test_nothing_is_forgotten_for_what_never_fits() -> None:
+    index = DiskIndex([run("a"), run("b")], 20)
+    assert index.make_room(21) is None
+    assert index.num_known == 2
+
+
+def test_a_damaged_chain_that_names_itself_ends() -> None:
+    index = DiskIndex([run("a", "b"), run("b", "a")], 20)
+    index.touch("a")
+    assert index.num_known == 2

@@ -1,0 +1,145 @@
+"""Blocks in host memory and on disk, seen from `LLM`: the same answers, from wherever they come."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longspan.engine.front.llm import LLM
+from longspan.engine.request import RequestOutput, SamplingParams
+from longspan.errors import LongspanError
+from longspan.units import GIB
+from tests.doubles import write_checkpoint
+
+LENGTH, ANSWER = 2_400, 6
+GREEDY = SamplingParams(max_tokens=ANSWER, temperature=0.0, ignore_eos=True)
+OPTIONS: dict[str, Any] = {
+    "max_model_len": LENGTH + 64, "block_size": 16, "prefill_chunk_len": 256, "device": "cpu",
+    "num_threads": 1}
+HOST: dict[str, Any] = {"kv_host_gib": 0.02}
+REUSABLE = (LENGTH - 1) // 16 * 16
+"""Tokens of a known document that are not computed again."""
+
+
+def document(seed: int, length: int = LENGTH) -> list[int]:
+    """Tokens of a text."""
+    rng = random.Random(seed)
+    return [rng.randrange(200) for _ in range(length)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("model")
+    return str(write_checkpoint(path, max_position_embeddings=16_384))
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoint: str) -> Iterator[dict[tuple[str, int], tuple[int, ...]]]:
+    """Answers without any cache, by attention and document."""
+    found = dict[tuple[str, int], tuple[int, ...]]()
+    for attention in ("dense", "sparse"):
+        for seed in (1, 2):
+            with LLM(checkpoint, attention=attention, **OPTIONS) as llm:
+                found[attention, seed] = ask(llm, seed).token_ids
+    yield found
+
+
+def small_pool(checkpoint: str, attention: str = "dense", **options: Any) -> LLM:
+    """An engine whose device holds one document and a little."""
+    with LLM(checkpoint, attention=attention, **OPTIONS) as llm:
+        memory = llm.memory
+    needed = memory.weights_bytes + memory.workspace_bytes + 1.1 * memory.context_bytes
+    llm = LLM(checkpoint, attention=attention, memory_gib=needed / GIB, **OPTIONS, **options)
+    assert LENGTH < llm.memory.num_blocks * 16 < 1.3 * LENGTH
+    return llm
+
+
+def ask(llm: LLM, seed: int) -> RequestOutput:
+    return llm.generate(document(seed), GREEDY)[0]
+
+
+@pytest.mark.parametrize("attention", ["dense", "sparse"])
+@pytest.mark.parametrize("places", ["none", "host", "disk", "both"])
+def test_two_documents_in_turn_on_a_pool_that_holds_one(
+    checkpoint: str, alone: dict[tuple[str, int], tuple[int, ...]], tmp_path: Path,
+    attention: str, places: str,
+) -> None:
+    options = HOST if places in ("host", "both") else {}
+    if places in ("disk", "both"):
+        options = {**options, "kv_dir": str(tmp_path)}
+    with small_pool(checkpoint, attention, **options) as llm:
+        for turn in range(3):
+            for seed in (1, 2):
+                output = ask(llm, seed)
+                assert output.token_ids == alone[attention, seed], (turn, seed)
+                is_back = turn > 0 and places != "none"
+                assert (output.num_cached_tokens >= REUSABLE) == is_back
+        assert llm.stats().num_requests == 6
+
+
+@pytest.mark.parametrize("attention", ["dense", "sparse"])
+def test_answers_are_the_same_after_a_restart(
+    checkpoint: str, alone: dict[tuple[str, int], tuple[int, ...]], tmp_path: Path, attention: str,
+) -> None:
+    for turn in range(2):
+        with LLM(checkpoint, attention=attention, kv_dir=str(tmp_path), **OPTIONS) as llm:
+            outputs = llm.generate([document(1), document(2)], GREEDY)
+        assert [output.token_ids for output in outputs] == [alone[attention, 1],
+                                                            alone[attention, 2]]
+        assert all((o.num_cached_tokens >= REUSABLE) == bool(turn) for o in outputs)
+
+
+def test_prefixes_mix_device_host_and_disk(checkpoint: str, tmp_path: Path) -> None:
+    """A known beginning on the disk, more of it in host memory, and a batch that shares it."""
+    first, last = document(7, 1_200), document(8, 1_100)
+    prompts = [first[:600], first, first + last, first + last[:500] + document(9, 300)]
+    with LLM(checkpoint, **OPTIONS) as llm:
+        wanted = [llm.generate(prompt, GREEDY)[0].token_ids for prompt in prompts]
+    for kv in ({}, HOST, HOST):
+        with small_pool(checkpoint, kv_dir=str(tmp_path), **kv) as llm:
+            for index in (1, 3, 2, 0, 3):
+                assert llm.generate(prompts[index], GREEDY)[0].token_ids == wanted[index]
+                ask(llm, 2)
+            outputs = llm.generate(prompts, GREEDY)
+            assert [output.token_ids for output in outputs] == wanted
+            assert sum(output.num_cached_tokens for output in outputs) > 3_000
+
+
+@pytest.mark.parametrize("change", [
+    {"attention": "sparse"}, {"dtype": "bfloat16"},
+    {"block_size": 32, "prefill_chunk_len": 256}], ids=str)
+def test_other_engines_blocks_are_never_used(
+    checkpoint: str, tmp_path: Path, change: dict[str, Any],
+) -> None:
+    with LLM(checkpoint, kv_dir=str(tmp_path), **{"attention": "dense", **OPTIONS}) as llm:
+        ask(llm, 1)
+    with LLM(checkpoint, kv_dir=str(tmp_path),
+             **{"attention": "dense", **OPTIONS, **change}) as llm:
+        assert ask(llm, 1).num_cached_tokens == 0
+    with LLM(checkpoint, kv_dir=str(tmp_path), **{"attention": "dense", **OPTIONS}) as llm:
+        assert ask(llm, 1).num_cached_tokens > 0, "both are kept"
+
+
+def test_a_folder_belongs_to_one_engine(checkpoint: str, tmp_path: Path) -> None:
+    with (LLM(checkpoint, kv_dir=str(tmp_path), **OPTIONS),
+          pytest.raises(LongspanError, match="is in use by process")):
+        LLM(checkpoint, kv_dir=str(tmp_path), **OPTIONS)
+    LLM(checkpoint, kv_dir=str(tmp_path), **OPTIONS).close()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(checkpoint: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/kv")):
+        with pytest.raises(LongspanError, match="name a directory that this user may write"):
+            LLM(checkpoint, kv_dir=str(folder), **OPTIONS)
+
+
+def test_host_memory_that_is_not_there_is_refused(checkpoint: str) -> None:
+    with pytest.raises(LongspanError, match="lower kv_host_gib"):
+        LLM(checkpoint, kv_host_gib=1e6, **OPTIONS)
+    with pytest.raises(LongspanError, match="kv_host_gib 1e-06 holds 0 blocks"):
+        LLM(checkpoint, kv_host_gib=1e-6, **OPTIONS)
