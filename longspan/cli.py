@@ -18,6 +18,7 @@ from longspan.commands.import_gguf import import_gguf
 from longspan.commands.options import (
     ChunkLen,
     Device,
+    Documents,
     Dtype,
     KvDir,
     KvDisk,
@@ -32,6 +33,7 @@ from longspan.commands.options import (
     parse_list,
 )
 from longspan.commands.run_app import run_app
+from longspan.commands.strict import Commands
 from longspan.commands.synth_options import synth_app
 
 Attention = Annotated[str, typer.Option(help="Prefill: auto, dense or sparse.")]
@@ -53,43 +55,75 @@ Layers = Annotated[int | None, typer.Option(help="Only the first layers; default
 Commit = Annotated[str | None, typer.Option(help="Where the source is a copy without git.")]
 BudgetS = Annotated[float | None, typer.Option(help="Start nothing new after these seconds.")]
 
-app = typer.Typer(
+app = Commands(
     help="Read a million tokens: long-context inference, measured.", add_completion=False,
-    pretty_exceptions_enable=False, rich_markup_mode=None)
-bench_app = typer.Typer(help="Measure speed and memory.", rich_markup_mode=None)
+    pretty_exceptions_enable=False, rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]})
+bench_app = Commands(help="Measure speed and memory.", rich_markup_mode=None)
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
 app.command("import")(import_gguf)
 app.add_typer(synth_app, name="synth")
 
 
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        from importlib.metadata import version
+
+        print(f"longspan {version('longspan')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option(
+        "--version", help="Show the version and end.", is_eager=True,
+        callback=_show_version)] = False,
+) -> None:
+    """Read a million tokens: long-context inference, measured."""
+
+
 @app.command()
 def generate(
     model: Model,
-    prompt_file: Annotated[str, typer.Option(help="UTF-8 text file; - is standard input.")],
-    question: Annotated[str | None, typer.Option(help="Asked after the document.")] = None,
+    document: Documents = None,
+    question: Annotated[list[str] | None, typer.Option(
+        metavar="TEXT", help="Asked about the documents, or after the prompt; repeatable. Without "
+                             "one they are read from standard input.")] = None,
+    prompt_file: Annotated[str | None, typer.Option(
+        help="UTF-8 text that is the prompt as it stands; - is standard input.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0: the most probable token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Keep the k most probable tokens; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep tokens up to this probability.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Least share of the top probability.")] = 0.0,
+    temperature: Annotated[float | None, typer.Option(
+        help="0: the most probable token. These five: default by the checkpoint.")] = None,
+    top_k: Annotated[int | None, typer.Option(
+        help="Keep the k most probable tokens; 0: all.")] = None,
+    top_p: Annotated[float | None, typer.Option(
+        help="Keep tokens up to this probability.")] = None,
+    min_p: Annotated[float | None, typer.Option(
+        help="Least share of the top probability.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(
+        help="Above 1: tokens seen before become less probable.")] = None,
     seed: Annotated[int | None, typer.Option(help="Repeats a sampled answer.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Ends the answer; repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(
+        metavar="TEXT", help="Ends the answer; repeatable.")] = None,
     device: Device = None, dtype: Dtype = None, attention: Attention = "auto",
     positions: Positions = "auto", max_model_len: MaxModelLen = None,
     prefill_chunk_len: ChunkLen = None, sparsity_plan: Plan = None, memory_gib: Memory = None,
     kv_host_gib: KvHost = 0.0, kv_dir: KvDir = None, kv_disk_gib: KvDisk = None,
     weights: Weights = "checkpoint", threads: Threads = None,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    json: Annotated[bool, typer.Option(
+        "--json", help="Print each result as one line of JSON.")] = False,
 ) -> None:
-    """Answer a question about a document of up to a million tokens."""
+    """Answer questions about documents of up to a million tokens together."""
     from longspan.commands.generate import PromptSource, run
-    from longspan.engine.request import SamplingParams
 
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_k=top_k,
-                            top_p=top_p, min_p=min_p, seed=seed, stop=tuple(stop or ()))
-    run(model, PromptSource(file=prompt_file, question=question, raw=raw), params, json, {
+    source = PromptSource(file=prompt_file, documents=tuple(document or ()),
+                          questions=tuple(question or ()), raw=raw)
+    run(model, source, {
+        "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
+        "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,
+        "stop": tuple(stop or ())}, json, {
         "device": device, "dtype": dtype, "attention": attention, "positions": positions,
         "max_model_len": max_model_len, "prefill_chunk_len": prefill_chunk_len,
         "sparsity_plan": sparsity_plan, "memory_gib": memory_gib, "weights": weights,

@@ -226,7 +226,8 @@ def test_wrong_options_of_a_server_benchmark(
 
 
 @pytest.mark.parametrize("arguments", [
-    ["generate"], ["generate", "x"], ["fly"], ["generate", "x", "--fast"], ["eval"]])
+    ["generate"], ["generate", "x", "--prompt-file", "a", "--prompt-file", "b"], ["fly"],
+    ["generate", "x", "--fast"], ["eval"]])
 def test_wrong_usage(capsys: Capture, arguments: list[str]) -> None:
     assert "longspan --help" in failure(capsys, *arguments)
 
@@ -236,8 +237,8 @@ def test_info_needs_config_json_only(capsys: Capture, model: str, tmp_path: Path
     raw |= {"max_position_embeddings": 1_010_000, "dual_chunk_attention_config": {
         "chunk_size": 1024, "local_size": 128, "original_max_position_embeddings": 2048}}
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    arguments = ["info", str(tmp_path), "--length", "100000", "--device", "cpu"]
-    assert cli.run_command(arguments) == 0
+    arguments = ["info", str(tmp_path), "--device", "cpu"]
+    assert cli.run_command([*arguments, "--length", "100000"]) == 0
     out = capsys.readouterr().out
     for text in ("weights", "KV cache", "workspace", "longest prompt", "sparse", "dca+yarn",
                  "density budget", "fits: yes"):
@@ -245,7 +246,8 @@ def test_info_needs_config_json_only(capsys: Capture, model: str, tmp_path: Path
     assert cli.run_command([*arguments, "--length", "100", "--positions", "dca"]) == 0
     out = capsys.readouterr().out
     assert "dense (sparse above 32,768 tokens)" in out and "dca+yarn" not in out
-    assert cli.run_command([*arguments, "--memory-gib", "0.01", "--attention", "dense"]) == 0
+    assert cli.run_command([*arguments, "--length", "100000", "--memory-gib", "0.01",
+                            "--attention", "dense"]) == 0
     assert "fits: no" in capsys.readouterr().out
     assert "length must be positive, not -1" in failure(capsys, *arguments, "--length", "-1")
 

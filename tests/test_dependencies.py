@@ -66,6 +66,7 @@ def test_the_list_tells_extras_from_what_is_always_there() -> None:
 @pytest.mark.parametrize("module", [
     "longspan", "longspan.cli", "longspan.commands.demo", "longspan.commands.generate",
     "longspan.commands.info", "longspan.commands.evaluate", "longspan.engine.front.llm",
+    "longspan.documents.gather",
     "longspan.eval.runner", "longspan.eval.endpoint", "longspan.eval.plot",
     "longspan.bench.engine.cpu", "longspan.bench.engine.ttft", "longspan.bench.ops.command",
     "longspan.bench.engine.quality", "bench.report"])

@@ -79,7 +79,8 @@ ALLOWED_OURS: dict[str, tuple[str, ...]] = {
     "longspan.serve": ("longspan.engine.front.client", "longspan.engine.front.stream",
                        "longspan.engine.request", *BASE),
     "longspan.train": ("longspan.attention.rope", "longspan.attention.hf", *BASE),
-    "longspan.data": BASE,
+    "longspan.documents": ("longspan.errors", "longspan.text_files"),
+    "longspan.data": ("longspan.documents", *BASE),
     "longspan.eval": BASE,
 }
 # Packages from outside; where no key matches, anything that the project depends on.
@@ -93,8 +94,8 @@ ALLOWED_OTHERS: dict[str, tuple[str, ...]] = {
     "longspan.ops": ("torch", "triton", "numpy"),
 }
 # Rooms that load no torch, but for `LLM`, which computes in its own process.
-TORCH_FREE = ("longspan.data", "longspan.serve", "longspan.engine.control", "longspan.engine.text",
-              "longspan.engine.processes", "longspan.engine.front", *WORDS)
+TORCH_FREE = ("longspan.data", "longspan.documents", "longspan.serve", "longspan.engine.control",
+              "longspan.engine.text", "longspan.engine.processes", "longspan.engine.front", *WORDS)
 COMPUTES = ("longspan.engine.front.llm",)
 NO_DOCUMENT = re.compile(r"\b(DESIGN|HOUSE)\b|\b[Ss]pec: |\b[Ii]ssue #?\d|\bdecision \d")
 DOTTED = re.compile(r"`(longspan(?:\.\w+)+)`")

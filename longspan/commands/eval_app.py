@@ -20,8 +20,9 @@ from longspan.commands.options import (
     parse_length,
     parse_list,
 )
+from longspan.commands.strict import Commands
 
-eval_app = typer.Typer(help="Score a model on long-context tasks.", rich_markup_mode=None)
+eval_app = Commands(help="Score a model on long-context tasks.", rich_markup_mode=None)
 
 TaskNames = Annotated[list[str], typer.Option(
     "--task", help="Task or suite, see longspan eval list; repeatable, or with commas between.")]

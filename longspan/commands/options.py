@@ -26,6 +26,9 @@ KvDisk = Annotated[float | None, typer.Option(
     help="Most that it may take, GiB; default: half of what is free there.")]
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest prompt and answer, tokens.")]
 Model = Annotated[str, typer.Argument(help="Directory, hub id, or nano (bundled).")]
+Documents = Annotated[list[str] | None, typer.Option(
+    "--document", metavar="PATH", help="File or folder to read: text, code, HTML, PDF, "
+                                       "Word; repeatable, - is standard input.")]
 Results = Annotated[Path, typer.Option(help="Folder of result files.")]
 UNITS = {"k": 2**10, "m": 2**20}
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from typer.core import TyperGroup
 
+from longspan.commands.strict import Commands
 from longspan.errors import LongspanError
 
 if TYPE_CHECKING:
@@ -23,12 +24,12 @@ class RowsByDefault(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Put the subcommand's name before arguments that begin with none."""
-        if args and args[0] not in (*self.commands, "--help"):
+        if args and args[0] not in (*self.commands, "-h", "--help"):
             args = [ROWS, *args]
         return super().parse_args(ctx, args)
 
 
-synth_app = typer.Typer(
+synth_app = Commands(
     cls=RowsByDefault, rich_markup_mode=None,
     help="Make training data for long contexts of any text: synth SOURCES is synth rows SOURCES.")
 

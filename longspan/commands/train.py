@@ -24,6 +24,7 @@ import torch
 import typer
 
 from longspan.commands.run_app import run_app
+from longspan.commands.strict import Commands
 from longspan.data.corpus import (
     choose_held_out,
     lower_words,
@@ -206,8 +207,8 @@ def run_recipe(
     return run_app(app, arguments, f"python -m recipes.{recipe.name}")
 
 
-def _make_app(choose: Callable[[bool], Recipe], rules: DataRules) -> typer.Typer:
-    app = typer.Typer(help=f"From raw text to {choose(False).name}.", add_completion=False,
+def _make_app(choose: Callable[[bool], Recipe], rules: DataRules) -> Commands:
+    app = Commands(help=f"From raw text to {choose(False).name}.", add_completion=False,
                       pretty_exceptions_enable=False, rich_markup_mode=None)
 
     @app.command("corpus")

@@ -6,27 +6,22 @@ read is noted in the `Intake`; nothing is skipped without a reason.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import itertools
 import json
-import os
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from longspan.data.intake import Intake
-from longspan.data.markup import html_to_text
 from longspan.data.records import RECORD_SUFFIXES, hub_records, read_records
+from longspan.documents.files import list_files, printable
+from longspan.documents.formats import UnreadableError, read_file
 from longspan.errors import LongspanError
 
 HUB = "datasets:"
 """What a source begins with that is the name of a data set on the hub."""
-
-_HEAD = 8192
-"""Bytes that are looked at before a file is read whole."""
 
 Filter = Callable[[str], str | None]
 """Why a text is refused; None: it is kept."""
@@ -138,18 +133,11 @@ class Reader:
 
     def _file(self, path: Path, name: str, source: str) -> Iterator[Document]:
         try:
-            with path.open("rb") as file:
-                refuse_binary(file.read(_HEAD), path.suffix)
-            data = path.read_bytes()
-            if path.suffix == ".gz":
-                data = gzip.decompress(data)
-            text = decode(data)
-        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-            self.intake.note(source, unreadable(error), name, path.lstat().st_size)
+            text, num_bytes = read_file(path)
+        except UnreadableError as error:
+            self.intake.note(source, str(error), name, path.lstat().st_size)
             return
-        if Path(path.name.removesuffix(".gz")).suffix in (".html", ".htm", ".xhtml"):
-            text = html_to_text(text)
-        yield from self._checked(text, name, source, len(data))
+        yield from self._checked(text, name, source, num_bytes)
 
     def _records(
         self, texts: Iterator[tuple[str | None, str]], source: str, prefix: str = ""
@@ -184,50 +172,9 @@ class Reader:
                 num_bytes=sum(part.num_bytes for part in parts))
 
 
-def list_files(
-    folder: Path, on_error: Callable[[OSError], None] = lambda error: None
-) -> list[str]:
-    """Paths of all files and links below a folder, relative to it; the files of a folder stand
-    together. ``on_error`` is told of folders that cannot be read."""
-    names = []
-    for directory, subfolders, files in os.walk(folder, onerror=on_error):
-        subfolders.sort()
-        links = [name for name in subfolders if os.path.islink(os.path.join(directory, name))]
-        inside = Path(directory).relative_to(folder)
-        names += [str(inside / name) for name in sorted(files + links)]
-    return names
-
-
-def printable(name: str) -> str:
-    """Return a file's name without the bytes that are not UTF-8."""
-    return name.encode("utf-8", "replace").decode()
-
-
 def is_record_file(path: Path) -> bool:
     """Whether a file holds records: JSONL or Parquet by its name."""
     return path.name.endswith(RECORD_SUFFIXES)
-
-
-def decode(data: bytes) -> str:
-    """Text of a file in UTF-8, or in UTF-16 with its mark. Raises `UnicodeDecodeError`."""
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return data.decode("utf-16")
-    refuse_binary(data)
-    return data.decode("utf-8-sig")
-
-
-def refuse_binary(data: bytes, suffix: str = "") -> None:
-    """Raise `UnicodeDecodeError` for data that is no text; its beginning is enough."""
-    is_wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
-    if b"\0" in data and not is_wide and suffix != ".gz":
-        raise UnicodeDecodeError("utf-8", data, data.index(b"\0"), data.index(b"\0") + 1, "binary")
-
-
-def unreadable(error: Exception) -> str:
-    """Why a file is no text, in words."""
-    if isinstance(error, UnicodeDecodeError):
-        return "binary" if error.reason == "binary" else "not UTF-8"
-    return "cannot be read"
 
 
 def within_budget(

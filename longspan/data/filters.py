@@ -6,7 +6,7 @@ import zlib
 from dataclasses import dataclass
 
 from longspan.data.duplicates import Duplicates
-from longspan.data.markup import markup_share
+from longspan.documents.markup import markup_share
 
 _MIN_JUDGED = 1000
 """Shorter texts are not judged by their compressibility: hardly any of them can be compressed."""

@@ -15,8 +15,8 @@ import pytest
 from longspan.data.documents import Document, Reader, Reading, Root
 from longspan.data.filters import Filters, Refusal
 from longspan.data.intake import KEPT, Intake
-from longspan.data.markup import html_to_text
 from longspan.data.vocabulary import ADJECTIVES, NOUNS, pseudo_word
+from longspan.documents.markup import html_to_text
 from longspan.errors import LongspanError
 
 
