@@ -35,6 +35,7 @@ from longspan.commands.options import (
 from longspan.commands.run_app import run_app
 from longspan.commands.strict import Commands
 from longspan.commands.synth_options import synth_app
+from longspan.commands.train_app import train_app
 
 Attention = Annotated[str, typer.Option(help="Prefill: auto, dense or sparse.")]
 Positions = Annotated[str, typer.Option(help="auto, rope, dca or dca+yarn.")]
@@ -62,6 +63,7 @@ app = Commands(
 bench_app = Commands(help="Measure speed and memory.", rich_markup_mode=None)
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
+app.add_typer(train_app, name="train")
 app.command("import")(import_gguf)
 app.add_typer(synth_app, name="synth")
 

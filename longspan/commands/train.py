@@ -39,13 +39,12 @@ from longspan.data.intake import Intake
 from longspan.data.rows import Mixture, compose_batch
 from longspan.data.source import load_source
 from longspan.data.templates import template_texts
-from longspan.data.tokens import Kind
 from longspan.errors import LongspanError
 from longspan.train.export import export_model, join_shards
 from longspan.train.gate import Haystack, run_gate
-from longspan.train.loader import RowMaker, loader_batches
+from longspan.train.loader import ComposedFeed, RowMaker
+from longspan.train.loop import RunConfig, run_phases
 from longspan.train.phases import with_tokens
-from longspan.train.pretrain import RunConfig, pretrain
 from longspan.train.recipe import Recipe
 from longspan.train.report import write_results
 from longspan.train.state import load_weights
@@ -109,12 +108,14 @@ def train(recipe: Recipe, rules: DataRules, options: TrainOptions) -> None:
     phases = with_tokens(recipe.phases, options.num_tokens)
     config = run_config(recipe, options)
     model = recipe.new_model(vocab_size=recipe.vocab_size)
-    batches = partial(
-        loader_batches, partial(open_rows, options.data, rules.mixture), config.seed,
-        options.num_workers)
+    feed = ComposedFeed(
+        open_rows=partial(open_rows, options.data, rules.mixture),
+        kind_weights=recipe.kind_weights, num_workers=options.num_workers, inputs={
+            "data": options.data / "corpus",
+            "tokenizer": options.data / "tokenizer" / "tokenizer.json"})
     gate = partial(run_gate, partial(haystacks, recipe, options.data), recipe.gate_lengths)
     with stopped_by_sigterm() as stop:
-        progress = pretrain(model, phases, batches, config, gate, stop)
+        progress = run_phases(model, phases, feed, config, gate, stop)
     print(f"ended at {progress}", flush=True)
     if options.shards:
         phase = progress.trained(phases)
@@ -132,11 +133,8 @@ def run_config(recipe: Recipe, options: TrainOptions) -> RunConfig:
             f"{recipe.name} {recipe.vocab_size:,}: make the corpus with the same recipe")
     has_cuda = torch.cuda.is_available()
     return RunConfig(
-        out_dir=options.out, kind_weights=recipe.kind_weights, filler_kind=Kind.FILLER,
-        answer_kind=Kind.ANSWER,
-        inputs={"data": options.data / "corpus",
-                "tokenizer": options.data / "tokenizer" / "tokenizer.json"},
-        token_bytes=tuple(int(n) for n in table.num_bytes), device="cuda" if has_cuda else "cpu",
+        out_dir=options.out, token_bytes=tuple(int(n) for n in table.num_bytes),
+        device="cuda" if has_cuda else "cpu",
         deadline_s=options.deadline_s, phase_start_s=45.0 if has_cuda else 0.0,
         compile=has_cuda and not options.eager, recompute=options.recompute,
         resume=options.resume, warmup_steps=recipe.warmup_steps)

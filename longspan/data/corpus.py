@@ -228,6 +228,10 @@ class Corpus:
         """Tokens of each document, ascending, int64 [D]."""
         return self._lengths
 
+    def spans(self) -> list[tuple[int, int]]:
+        """Start and length of each document in ``tokens``, ascending by length."""
+        return list(zip(self._starts.tolist(), self._lengths.tolist(), strict=True))
+
     def span(self, rng: random.Random, max_tokens: int, min_tokens: int = 0) -> np.ndarray:
         """Return a random contiguous span of one document with at least ``min_tokens``, or of one
         of the longest; the whole document where it is not longer than ``max_tokens``."""

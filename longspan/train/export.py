@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2ForCausalLM
 
 from longspan.errors import LongspanError
 from longspan.train.files import replaced_checkpoint
+from longspan.train.model import CausalLM
 
-MAX_POSITIONS = 1_010_000
+TRAINED_LEN, MAX_POSITIONS = 262_144, 1_010_000
+"""What Qwen2.5-1M was trained on and what it claims, tokens; others claim in proportion."""
+LOCAL_MULTIPLE = 128
+"""Sparse attention needs DCA chunks of whole blocks."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -23,14 +26,24 @@ TEXT_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 
 
 def dual_chunk_config(trained_len: int) -> dict[str, int]:
-    """Qwen2.5-1M's key: DCA chunk = trained length, 1/32 of it as local window."""
+    """Qwen2.5-1M's key: DCA chunk = trained length, 1/32 of it as local window, in whole blocks."""
+    local = max(LOCAL_MULTIPLE, trained_len // 32 // LOCAL_MULTIPLE * LOCAL_MULTIPLE)
     return {
-        "chunk_size": trained_len, "local_size": trained_len // 32,
+        "chunk_size": trained_len, "local_size": min(local, trained_len // 2),
         "original_max_position_embeddings": trained_len}
 
 
+def context_facts(rope_theta: float, trained_len: int) -> dict[str, Any]:
+    """Return the keys of config.json that say how long prompts may be."""
+    return {
+        "max_position_embeddings": MAX_POSITIONS * trained_len // TRAINED_LEN,
+        "rope_theta": float(rope_theta),
+        "rope_parameters": {"rope_type": "default", "rope_theta": float(rope_theta)},
+        "dual_chunk_attention_config": dual_chunk_config(trained_len)}
+
+
 def config_json(
-    model: Qwen2ForCausalLM, rope_theta: float, trained_len: int, special: dict[str, int]
+    model: CausalLM, rope_theta: float, trained_len: int, special: dict[str, int]
 ) -> dict[str, Any]:
     """config.json as released Qwen2.5-1M checkpoints have it, plus transformers 5's RoPE key.
 
@@ -45,15 +58,13 @@ def config_json(
         "rms_norm_eps": c.rms_norm_eps, "initializer_range": c.initializer_range,
         "attention_dropout": 0.0, "tie_word_embeddings": c.tie_word_embeddings,
         "use_sliding_window": False, "sliding_window": None,
-        "max_position_embeddings": MAX_POSITIONS, "rope_theta": float(rope_theta),
-        "rope_parameters": {"rope_type": "default", "rope_theta": float(rope_theta)},
-        "dual_chunk_attention_config": dual_chunk_config(trained_len),
+        **context_facts(rope_theta, trained_len),
         "bos_token_id": special["<|endoftext|>"], "eos_token_id": special["<|im_end|>"],
         "pad_token_id": special["<|endoftext|>"], "use_cache": True, "torch_dtype": "bfloat16"}
 
 
 def export_model(
-    model: Qwen2ForCausalLM, tokenizer_dir: Path, out_dir: Path, *, rope_theta: float,
+    model: CausalLM, tokenizer_dir: Path, out_dir: Path, *, rope_theta: float,
     trained_len: int, max_shard_size: str = "1GB",
 ) -> None:
     """Write bf16 safetensors, config, generation config and tokenizer files to ``out_dir``.
@@ -70,11 +81,11 @@ def export_model(
         "eos_token_id": [special["<|im_end|>"], special["<|endoftext|>"]], "do_sample": False}
     with replaced_checkpoint(out_dir) as folder:
         shipped.save_pretrained(folder, max_shard_size=max_shard_size)
-        _write_json(folder / "config.json", config_json(model, rope_theta, trained_len, special))
-        _write_json(folder / "generation_config.json", generation)
+        write_json(folder / "config.json", config_json(model, rope_theta, trained_len, special))
+        write_json(folder / "generation_config.json", generation)
         for name in TOKENIZER_FILES:
             shutil.copyfile(tokenizer_dir / name, folder / name)
-        _make_readable(folder)
+        make_readable(folder)
 
 
 def join_shards(shard_dir: Path, out_dir: Path) -> None:
@@ -96,14 +107,15 @@ def join_shards(shard_dir: Path, out_dir: Path) -> None:
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         for name in TEXT_FILES:
             shutil.copyfile(shard_dir / name, folder / name)
-        _make_readable(folder)
+        make_readable(folder)
 
 
-def _write_json(file: Path, content: dict[str, Any]) -> None:
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object, indented."""
     file.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _make_readable(folder: Path) -> None:
+def make_readable(folder: Path) -> None:
     """Give weights the mode of the other files: safetensors shuts out other users."""
     for file in folder.glob("*.safetensors"):
         shutil.copymode(folder / "config.json", file)

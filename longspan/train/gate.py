@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Qwen2ForCausalLM
 
-from longspan.train.model import rope_tables
+from longspan.train.model import CausalLM, rope_tables
 from longspan.train.phases import Phase
 
 
@@ -66,10 +65,11 @@ class DocumentCache:
         return torch.cat((old_key, key), 2), torch.cat((old_value, value), 2)
 
 
-def _forward(model: Qwen2ForCausalLM, ids: Tensor, start: int, cache: DocumentCache) -> Tensor:
+def _forward(model: CausalLM, ids: Tensor, start: int, cache: DocumentCache) -> Tensor:
     """Hidden states [1, T, M] of ids [1, T] at positions from ``start`` behind the cache."""
     hidden = model.model.embed_tokens(ids)
-    cos, sin = rope_tables(model, start, start + ids.shape[1])
+    positions = torch.arange(start, start + ids.shape[1], device=ids.device)
+    cos, sin = rope_tables(model, positions)
     # transformers up to 5.23 calls it by another name
     names = inspect.signature(type(model.model.layers[0]).forward).parameters
     held = {"cache" if "cache" in names else "past_key_values": cache}
@@ -79,7 +79,7 @@ def _forward(model: Qwen2ForCausalLM, ids: Tensor, start: int, cache: DocumentCa
     return model.model.norm(hidden)
 
 
-def inference_copy(model: Qwen2ForCausalLM) -> Qwen2ForCausalLM:
+def inference_copy(model: CausalLM) -> CausalLM:
     """Copy the model as it will be shipped: bf16 on CUDA, unchanged precision elsewhere."""
     clone = copy.deepcopy(model).eval()
     if clone.model.embed_tokens.weight.is_cuda:
@@ -90,7 +90,7 @@ def inference_copy(model: Qwen2ForCausalLM) -> Qwen2ForCausalLM:
 
 
 def run_gate(
-    haystacks: Callable[[int], Iterable[Haystack]], lengths: Sequence[int], model: Qwen2ForCausalLM,
+    haystacks: Callable[[int], Iterable[Haystack]], lengths: Sequence[int], model: CausalLM,
     phase: Phase,
 ) -> dict[str, Any]:
     """Return shares of exact answers, at the phase's length; of the longest, at all ``lengths``.
@@ -111,7 +111,7 @@ def run_gate(
 
 
 @torch.no_grad()
-def score_haystacks(model: Qwen2ForCausalLM, haystacks: Iterable[Haystack]) -> Score:
+def score_haystacks(model: CausalLM, haystacks: Iterable[Haystack]) -> Score:
     """Ask every question of every haystack; ``model`` is used as it is (see inference_copy)."""
     score = Score()
     device = model.model.embed_tokens.weight.device
@@ -128,7 +128,7 @@ def score_haystacks(model: Qwen2ForCausalLM, haystacks: Iterable[Haystack]) -> S
 
 
 def _answer_hits(
-    model: Qwen2ForCausalLM, cache: DocumentCache, start: int, question: Sequence[int],
+    model: CausalLM, cache: DocumentCache, start: int, question: Sequence[int],
     answer: Sequence[int],
 ) -> list[bool]:
     device = model.model.embed_tokens.weight.device

@@ -1,7 +1,7 @@
-"""Weighted cross-entropy through the tied head in chunks: the logits never exist as a whole.
+"""Weighted cross-entropy through the head in chunks: the logits never exist as a whole.
 
 At 262,144 tokens and a vocabulary of 4,096 the fp32 logits alone would take 4.3 GB, and three
-such tensors live at once in the ordinary computation.
+such tensors live at once in the ordinary computation; with 151,936 words it is 159 GB each.
 """
 
 from __future__ import annotations
@@ -13,6 +13,17 @@ import torch
 from torch import Tensor
 
 CHUNK = 16_384
+"""Tokens of a chunk, at most."""
+CHUNK_LOGITS = {"cuda": 1 << 28, "cpu": 1 << 24}
+"""Logits of a chunk, at most, by device: 1 GiB in fp32 on GPUs, of which about five live at once;
+on CPUs what caches hold counts."""
+MIN_CHUNK = 128
+
+
+def chunk_len(vocab_size: int, device: str = "cuda") -> int:
+    """Tokens of a chunk."""
+    logits = CHUNK_LOGITS.get(device, CHUNK_LOGITS["cpu"])
+    return max(MIN_CHUNK, min(CHUNK, logits // vocab_size // MIN_CHUNK * MIN_CHUNK))
 
 
 def _chunk_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,22 +49,22 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor,
         chunk_loss: ChunkLoss,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        low = head.to(hidden.dtype)
-        grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head)
-        scaled = weights / weights.sum().clamp_min(1e-9)
+        low, step = head.to(hidden.dtype), chunk_len(len(head), head.device.type)
+        grad_hidden = torch.empty_like(hidden)
+        grad_head = torch.zeros_like(head, dtype=torch.float32)
         nlls, hits = [], []
-        for start in range(0, len(targets), CHUNK):
-            part = slice(start, start + CHUNK)
+        for start in range(0, len(targets), step):
+            part = slice(start, start + step)
             logits = hidden[part] @ low.T
-            nll, hit, grad = chunk_loss(logits, targets[part], scaled[part])
+            nll, hit, grad = chunk_loss(logits, targets[part], weights[part])
             grad_hidden[part] = grad @ low
-            grad_head += (grad.T @ hidden[part]).to(head.dtype)
+            grad_head += grad.T @ hidden[part]
             nlls.append(nll)
             hits.append(hit)
         nll, hit = torch.cat(nlls), torch.cat(hits)
-        ctx.save_for_backward(grad_hidden, grad_head)
+        ctx.save_for_backward(grad_hidden, grad_head.to(head.dtype))
         ctx.mark_non_differentiable(nll, hit)
-        return (nll * scaled).sum(), nll, hit
+        return (nll * weights).sum(), nll, hit
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
@@ -65,12 +76,25 @@ def weighted_cross_entropy(
     hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor,
     chunk_loss: ChunkLoss = _chunk_loss,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of weight x nll over the sum of weights, and per token nll and whether argmax hits.
+    """Sum of weight x nll, and per token nll and whether argmax hits.
 
-    hidden [T, M] (bf16 or fp32), head [V, M] (fp32), targets [T] int64, weights [T] fp32
-    -> loss [] (differentiable in hidden and head), nll [T] fp32, hit [T] bool.
+    hidden [T, M] (bf16 or fp32), head [V, M] (fp32), targets [T] int64, weights [T] fp32, of any
+    sign -> loss [] (differentiable in hidden and head), nll [T] fp32, hit [T] bool.
     """
     with torch.autocast(hidden.device.type, enabled=False):
         result = _WeightedCrossEntropy.apply(hidden, head, targets, weights, chunk_loss)
     loss, nll, hit = result
     return loss, nll, hit
+
+
+@torch.no_grad()
+def token_nll(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Nll and whether argmax hits, per token, without gradients: both [T], as above."""
+    low, step = head.to(hidden.dtype), chunk_len(len(head), head.device.type)
+    nlls, hits = [], []
+    for start in range(0, len(targets), step):
+        part = slice(start, start + step)
+        scores = (hidden[part] @ low.T).float()
+        nlls.append(scores.logsumexp(-1) - scores.gather(-1, targets[part, None]).squeeze(-1))
+        hits.append(scores.argmax(-1) == targets[part])
+    return torch.cat(nlls), torch.cat(hits)

@@ -1,65 +1,24 @@
-"""Build a Qwen2 model in transformers, switch its RoPE base, run its layers for training.
-
-Attention is causal SDPA without any mask: a mask would take 69 GB at 262,144 tokens, leave the
-fast kernels, and be silently wrong above 65,536 tokens in some of them (pytorch#162588).
-"""
+"""Build a Qwen2 model in transformers, switch RoPE bases, run any family's layers for training."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, Qwen2Config, Qwen2ForCausalLM
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3ForCausalLM
 
-ATTENTION_NAME = "longspan_causal"
+from longspan.config import ModelConfig
+from longspan.train.attention import ATTENTION_NAME
+from longspan.train.world import ContextGroup
+
 INIT_STD = 0.02
-BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
-log = logging.getLogger(__name__)
 
-RunLayer = Callable[[torch.nn.Module, Tensor, Tensor, Tensor], Tensor]
-
-
-def causal_attention(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,
-    attention_mask: Tensor | None, scaling: float | None = None, **_: Any
-) -> tuple[Tensor, None]:
-    """Attend from query [B, H, Q, D] to key, value [B, K, S, D]: ([B, Q, H, D], None); no mask.
-
-    With Q < S the queries are the last Q positions (a question after a cached document).
-    """
-    if attention_mask is not None:
-        raise ValueError("longspan_causal takes no attention mask: use one document per row")
-    groups = query.shape[1] // key.shape[1]
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    if query.shape[2] != key.shape[2]:
-        return _suffix_attention(query, key, value, scaling).transpose(1, 2).contiguous(), None
-    if groups > 1:
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
-    return out.transpose(1, 2).contiguous(), None
-
-
-def _suffix_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """Attend from the last Q positions to all S keys, explicitly in fp32: [B, H, Q, D]."""
-    batch, heads, q_len, dim = query.shape
-    kv_heads, k_len = key.shape[1:3]
-    grouped = query.reshape(batch, kv_heads, heads // kv_heads * q_len, dim).float()
-    scores = grouped @ key.float().transpose(-1, -2) * (scale or dim**-0.5)
-    positions = torch.arange(k_len, device=key.device)
-    last = positions[k_len - q_len :].repeat(heads // kv_heads)
-    scores = scores.masked_fill(positions[None, :] > last[:, None], float("-inf"))
-    out = scores.softmax(-1) @ value.float()
-    return out.reshape(batch, heads, q_len, dim).to(value.dtype)
-
-
-AttentionInterface.register(ATTENTION_NAME, causal_attention)
+CausalLM: TypeAlias = Qwen2ForCausalLM | Qwen3ForCausalLM | LlamaForCausalLM
+"""What is trained: embedding, layers of one shape, a norm, a head that may be the embedding."""
+RunLayer = Callable[[torch.nn.Module, Tensor, Tensor, Tensor, ContextGroup | None], Tensor]
 
 
 def build_model(
@@ -84,30 +43,49 @@ def build_model(
     return model
 
 
-def set_rope(model: Qwen2ForCausalLM, rope_theta: float, max_positions: int) -> None:
-    """Switch the RoPE base; ``config.rope_theta = x`` alone is ignored by transformers 5."""
+def model_config(model: CausalLM) -> ModelConfig:
+    """Return the model's sizes."""
+    raw = {**model.config.to_dict(), "architectures": [type(model).__name__],
+           "head_dim": head_dim(model)}
+    return ModelConfig.from_hf(raw, "the model's config")
+
+
+def head_dim(model: CausalLM) -> int:
+    """Return the size of a head."""
+    return int(model.model.layers[0].self_attn.head_dim)
+
+
+def set_rope(model: CausalLM, rope_theta: float, max_positions: int) -> None:
+    """Switch the RoPE base, and keep what else the model's frequencies are made of.
+
+    ``config.rope_theta = x`` alone is ignored by transformers 5.
+    """
     config = model.config
-    config.rope_parameters = {"rope_type": "default", "rope_theta": float(rope_theta)}
+    parameters: dict[str, Any] = {**(config.rope_parameters or {}), "rope_theta": float(rope_theta)}
+    config.rope_parameters = parameters
     config.max_position_embeddings = max_positions
     device = model.model.embed_tokens.weight.device
-    rotary = Qwen2RotaryEmbedding(config=config).to(device)
-    dim = rotary.inv_freq.numel() * 2
-    expected = rope_theta ** (-2.0 / dim)
-    assert abs(rotary.inv_freq[1].item() / expected - 1) < 1e-4, "the RoPE base did not change"
+    rotary = type(model.model.rotary_emb)(config=config).to(device)
+    # Of the kinds of scaling that are trained, one divides the fastest frequencies too.
+    divisor = parameters["factor"] if parameters["rope_type"] == "linear" else 1.0
+    expected = rope_theta ** (-1.0 / rotary.inv_freq.numel()) / divisor
+    actual = rotary.inv_freq[1].item()
+    assert abs(actual / expected - 1) < 1e-4, "the RoPE base did not change"
     model.model.rotary_emb = rotary
 
 
-def rope_tables(model: Qwen2ForCausalLM, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of positions [start, stop), fp32, each [1, stop - start, D]."""
-    device = model.model.embed_tokens.weight.device
-    positions = torch.arange(start, stop, device=device)[None]
-    cos, sin = model.model.rotary_emb(torch.zeros(1, device=device), positions)
+def rope_tables(model: CausalLM, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of positions [T], fp32, each [1, T, D]."""
+    cos, sin = model.model.rotary_emb(torch.zeros(1, device=positions.device), positions[None])
     return cos, sin
 
 
-def run_layer(layer: torch.nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def run_layer(
+    layer: torch.nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor,
+    context: ContextGroup | None = None,
+) -> Tensor:
     """Run one decoder layer over whole rows: hidden [B, T, M] -> [B, T, M]."""
-    out = layer(hidden, attention_mask=None, position_embeddings=(cos, sin))
+    out = layer(hidden, attention_mask=None, position_embeddings=(cos, sin), context=context)
     return out[0] if isinstance(out, tuple) else out
 
 
@@ -119,59 +97,23 @@ def compiled_run_layer() -> RunLayer:
 
 
 def hidden_states(
-    model: Qwen2ForCausalLM, ids: Tensor, run: RunLayer = run_layer,
-    dtype: torch.dtype = torch.float32, recompute: bool = False,
+    model: CausalLM, ids: Tensor, run: RunLayer = run_layer, dtype: torch.dtype = torch.float32,
+    recompute: bool = False, context: ContextGroup | None = None,
 ) -> Tensor:
     """Compute the final normed hidden states of whole rows: ids [B, T] -> [B, T, M].
 
-    ``dtype`` is the residual stream's; ``recompute`` trades time for memory (checkpointing).
+    Args:
+        dtype: the residual stream's.
+        recompute: trade time for memory (activation checkpointing).
+        context: the processes that share the rows; ids are then this one's places of them.
     """
+    length = ids.shape[1] * (context.size if context else 1)
+    positions = (context or ContextGroup()).places(length, ids.device)
     hidden = model.model.embed_tokens(ids).to(dtype)
-    cos, sin = rope_tables(model, 0, ids.shape[1])
+    cos, sin = rope_tables(model, positions)
     for layer in model.model.layers:
         if recompute:
-            hidden = checkpoint(run, layer, hidden, cos, sin, use_reentrant=False)
+            hidden = checkpoint(run, layer, hidden, cos, sin, context, use_reentrant=False)
         else:
-            hidden = run(layer, hidden, cos, sin)
+            hidden = run(layer, hidden, cos, sin, context)
     return model.model.norm(hidden).to(dtype)
-
-
-def choose_backend(shape: tuple[int, int], num_heads: int, head_dim: int) -> list[SDPBackend]:
-    """Choose the faster of cuDNN and flash SDPA, forward and backward, at rows x length."""
-    timings: list[tuple[float, SDPBackend]] = []
-    for backend in BACKENDS:
-        try:
-            timings.append((_time_attention(backend, shape, num_heads, head_dim), backend))
-        except RuntimeError as error:
-            log.warning("%s unusable: %s", backend, str(error)[:200])
-    timings.sort(key=lambda pair: pair[0])
-    log.info("attention at %s: %s", shape, [(str(b), round(t, 2)) for t, b in timings])
-    return [b for _, b in timings] or [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
-def _time_attention(
-    backend: SDPBackend, shape: tuple[int, int], num_heads: int, head_dim: int
-) -> float:
-    rows, length = shape
-    size = (rows, num_heads, length, head_dim)
-    q, k, v = (
-        torch.randn(size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        for _ in range(3))
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    with sdpa_kernel(backend):
-        for measured in (False, True):
-            if measured:
-                begin.record()
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            out.backward(torch.ones_like(out))
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end)
-
-
-def use_backends(backends: list[SDPBackend]) -> None:
-    """Enable exactly these SDPA backends for the process (read when a graph is traced)."""
-    torch.backends.cuda.enable_cudnn_sdp(SDPBackend.CUDNN_ATTENTION in backends)
-    torch.backends.cuda.enable_flash_sdp(SDPBackend.FLASH_ATTENTION in backends)
-    torch.backends.cuda.enable_mem_efficient_sdp(SDPBackend.EFFICIENT_ATTENTION in backends)
-    torch.backends.cuda.enable_math_sdp(SDPBackend.MATH in backends)

@@ -87,6 +87,59 @@ def validate_phases(phases: Sequence[Phase]) -> None:
                 "by length and base")
 
 
+LADDER = ((4096, 1e4), (32_768, 1e6), (65_536, 1e6), (131_072, 5e6), (262_144, 1e7))
+"""The report's lengths and the RoPE base that each was trained with."""
+MIN_SHORTER = 4096
+"""Shorter rows of an extension are not below this, unless the checkpoint's own length is."""
+
+
+def ladder_base(length: int) -> float:
+    """Return the report's RoPE base for rows of a length. Raises `LongspanError` beyond its own."""
+    for most, base in LADDER:
+        if length <= most:
+            return base
+    raise LongspanError(f"rows of {length:,} tokens: the report's bases end at {LADDER[-1][0]:,}; "
+                        "train to that, longer prompts are DCA's part, or name a base by --phase")
+
+
+def extension(
+    start_len: int, rope_theta: float, to: int, *, num_tokens: int, learning_rate: float,
+    tokens_per_step: int | None = None,
+) -> list[Phase]:
+    """Return phases that double the length up to ``to``, with the report's bases and 75/25 mixture.
+
+    The tokens are shared out equally. Raises `LongspanError` for a length that is not beyond
+    ``start_len``.
+    """
+    if to <= start_len:
+        raise LongspanError(f"the checkpoint already has {start_len:,} tokens of context, "
+                            f"{to:,} is no extension: ask for more")
+    lengths = [to]
+    while lengths[0] % 2 == 0 and lengths[0] // 2 > start_len:
+        lengths.insert(0, lengths[0] // 2)
+    step = tokens_per_step or to * max(1, TOKENS_PER_STEP // to)
+    phases: list[Phase] = []
+    for length in lengths:
+        rope_theta = max(rope_theta, ladder_base(length))
+        phases.append(Phase(
+            name=short_length(length), seq_len=length, rope_theta=rope_theta,
+            num_tokens=num_tokens // len(lengths), learning_rate=learning_rate,
+            shorter=shorter_lengths(length, min(start_len, MIN_SHORTER)), full_share=0.75,
+            tokens_per_step=step))
+    return phases
+
+
+def shorter_lengths(length: int, least: int) -> tuple[int, ...]:
+    """Return halves, quarters and so on of a length, down to ``least`` and three at most."""
+    found = [length >> k for k in (1, 2, 3) if length >> k >= max(least, ROW_MULTIPLE)]
+    return tuple(n for n in found if n % ROW_MULTIPLE == 0 and length % n == 0)
+
+
+def short_length(length: int) -> str:
+    """Name a length: 32k for 32,768, 500 for 500."""
+    return f"{length // 1024}k" if length % 1024 == 0 else str(length)
+
+
 def with_tokens(phases: Sequence[Phase], num_tokens: Mapping[str, int]) -> list[Phase]:
     """Return phases with new numbers of tokens, by name. Raises `LongspanError` for other names."""
     names = [phase.name for phase in phases]
@@ -97,10 +150,12 @@ def with_tokens(phases: Sequence[Phase], num_tokens: Mapping[str, int]) -> list[
 
 
 def learning_rate(
-    phases: Sequence[Phase], index: int, step: int, warmup_steps: int, final_lr: float
+    phases: Sequence[Phase], index: int, step: int, num_steps: int, warmup_steps: int,
+    final_lr: float,
 ) -> float:
-    """Rate at ``step`` of phase ``index``: warm-up in the first phase, a short linear glide at each
-    later phase's start, constant else, linear decay over the last phase's second 60 %."""
+    """Rate at ``step`` of ``num_steps`` of phase ``index``: warm-up in the first phase, a short
+    linear glide at each later phase's start, constant else, linear decay over the last phase's
+    second 60 %."""
     phase = phases[index]
     rate = phase.learning_rate
     if index == 0:
@@ -109,6 +164,6 @@ def learning_rate(
         glide = min(1.0, (step + 1) / 10)
         rate = phases[index - 1].learning_rate * (1 - glide) + rate * glide
     if index == len(phases) - 1:
-        progress = (step + 1) / phase.num_steps
+        progress = (step + 1) / num_steps
         rate += (final_lr - rate) * max(0.0, (progress - 0.4) / 0.6)
     return rate

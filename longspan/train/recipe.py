@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from transformers import Qwen2ForCausalLM
-
+from longspan.train.model import CausalLM
 from longspan.train.phases import Phase
 
 
@@ -16,7 +15,7 @@ class Recipe:
 
     name: str
     vocab_size: int
-    new_model: Callable[..., Qwen2ForCausalLM]
+    new_model: Callable[..., CausalLM]
     """A fresh model; takes ``vocab_size`` by name."""
     phases: tuple[Phase, ...]
     kind_weights: Mapping[int, float]

@@ -44,13 +44,13 @@ def phase_rows(log: list[dict[str, Any]], model: str) -> list[dict[str, Any]]:
     return rows
 
 
-def device_facts() -> dict[str, Any]:
+def device_facts(count: int = 1) -> dict[str, Any]:
     """Device and versions of this machine, for the run's own log."""
-    device: dict[str, Any] = {"name": platform.processor() or "cpu", "count": 1}
+    device: dict[str, Any] = {"name": platform.processor() or "cpu", "count": count}
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         device = {
-            "name": properties.name, "count": 1,
+            "name": properties.name, "count": count,
             "memory_gib": round(properties.total_memory / 2**30, 1), "driver": _driver()}
     versions = {
         "python": platform.python_version(), "torch": torch.__version__,

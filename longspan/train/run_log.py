@@ -14,13 +14,19 @@ LOG_FILE = "log.jsonl"
 
 
 class RunLog:
-    """Appends rows to a file and prints them."""
+    """Appends rows to a file and prints them.
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    Args:
+        is_writer: whether this process does; of several, one does.
+    """
+
+    def __init__(self, file: Path, is_writer: bool = True) -> None:
+        self.file, self.is_writer = file, is_writer
 
     def clear(self) -> None:
         """Begin an empty log."""
+        if not self.is_writer:
+            return
         replace_file(self.file, lambda out: None)
 
     def rewind(self, num_tokens: int) -> None:
@@ -28,6 +34,8 @@ class RunLog:
 
         A line cut short by a crash or a full disk ends what is kept.
         """
+        if not self.is_writer:
+            return
         kept: list[str] = []
         for line in self.file.read_text().splitlines() if self.file.is_file() else []:
             row = _parse(line)
@@ -38,6 +46,8 @@ class RunLog:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append and print a row. Raises `LongspanError` when the disk is full."""
+        if not self.is_writer:
+            return
         line = json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()})
         try:
             with self.file.open("a") as out:

@@ -14,6 +14,7 @@ import torch
 from longspan.errors import CheckpointError, LongspanError
 from longspan.train.files import replace_file
 from longspan.train.phases import Phase
+from longspan.train.world import World, like, whole
 
 STATE_FILE = "state.pt"
 PARTS = ("model", "optimizer", "progress", "phases", "fingerprint")
@@ -43,17 +44,38 @@ class Progress:
 
 def save_state(
     folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Progress,
-    phases: Sequence[Phase], fingerprint: Mapping[str, str],
+    phases: Sequence[Phase], fingerprint: Mapping[str, str], world: World | None = None,
 ) -> None:
     """Write the state to ``folder``; the one before stays until it is whole.
 
+    Of several processes the first writes, whole tensors whatever their number; all must call this.
     Raises `LongspanError` when the disk is full.
     """
+    moments = optimizer.state_dict()
     content = {
-        "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+        "model": whole_weights(model),
+        "optimizer": {**moments, "state": {
+            index: {name: whole(value) for name, value in entry.items()}
+            for index, entry in moments["state"].items()}},
         "progress": asdict(progress), "phases": [asdict(phase) for phase in phases],
         "fingerprint": dict(fingerprint)}
-    replace_file(folder / STATE_FILE, lambda out: torch.save(content, out))
+    if world is None or world.is_first:
+        replace_file(folder / STATE_FILE, lambda out: torch.save(content, out))
+    if world is not None:
+        world.barrier()
+
+
+def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return a model's tensors by name, whole and on the CPU; tied ones are one tensor.
+
+    Every process must ask for it.
+    """
+    found: dict[int, torch.Tensor] = {}
+    weights = model.state_dict(keep_vars=True)
+    for value in weights.values():
+        if id(value) not in found:
+            found[id(value)] = whole(value)
+    return {name: found[id(value)] for name, value in weights.items()}
 
 
 def load_state(
@@ -67,8 +89,14 @@ def load_state(
     """
     content = _read(folder)
     _check_same(folder / STATE_FILE, content["fingerprint"], fingerprint)
-    model.load_state_dict(content["model"])
-    optimizer.load_state_dict(content["optimizer"])
+    current = model.state_dict()
+    model.load_state_dict({
+        name: like(value, current[name]) for name, value in content["model"].items()})
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = content["optimizer"]
+    optimizer.load_state_dict({**moments, "state": {
+        index: {name: like(value, parameters[index]) for name, value in entry.items()}
+        for index, entry in moments["state"].items()}})
     return Progress(**content["progress"])
 
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longspan.errors import LongspanError
-from longspan.train.export import export_model, join_shards
+from longspan.train.export import context_facts, export_model, join_shards
 from longspan.train.model import build_model, hidden_states, set_rope
 from longspan.train.tokenizer import save_tokenizer, train_tokenizer
 
@@ -51,9 +51,20 @@ def test_loads_and_gives_the_same_states(exported: Path) -> None:
 def test_config_speaks_both_dialects(exported: Path) -> None:
     config = json.loads((exported / "out" / "config.json").read_text())
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 1e7
-    assert config["max_position_embeddings"] == 1_010_000
+    assert config["max_position_embeddings"] == 1_010_000 * 1024 // 262_144
     assert config["dual_chunk_attention_config"] == {
-        "chunk_size": 1024, "local_size": 32, "original_max_position_embeddings": 1024}
+        "chunk_size": 1024, "local_size": 128, "original_max_position_embeddings": 1024}
+
+
+def test_what_a_trained_length_claims() -> None:
+    """Qwen2.5-1M's own numbers at its length."""
+    facts = context_facts(1e7, 262_144)
+    assert facts["max_position_embeddings"] == 1_010_000
+    assert facts["dual_chunk_attention_config"] == {
+        "chunk_size": 262_144, "local_size": 8192, "original_max_position_embeddings": 262_144}
+    for trained in (512, 4096, 131_072):
+        dca = context_facts(1e6, trained)["dual_chunk_attention_config"]
+        assert (dca["chunk_size"] - dca["local_size"]) % 128 == 0
 
 
 def test_tokenizer_renders_chatml_and_splits_digits(exported: Path) -> None:

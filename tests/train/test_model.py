@@ -9,13 +9,8 @@ import torch
 import torch.nn.functional as F
 from transformers import Qwen2ForCausalLM
 
-from longspan.train.model import (
-    build_model,
-    causal_attention,
-    compiled_run_layer,
-    hidden_states,
-    set_rope,
-)
+from longspan.train.attention import causal_attention
+from longspan.train.model import build_model, compiled_run_layer, hidden_states, set_rope
 
 
 def tiny() -> Qwen2ForCausalLM:

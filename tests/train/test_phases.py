@@ -53,9 +53,9 @@ def test_lengths_and_bases_do_not_fall() -> None:
 
 def test_rate_warms_up_holds_glides_and_decays() -> None:
     phases = [make(), make(learning_rate=5e-4)]
-    rates = [learning_rate(phases, 0, s, 20, 5e-5) for s in range(100)]
+    rates = [learning_rate(phases, 0, s, 100, 20, 5e-5) for s in range(100)]
     assert rates[0] == pytest.approx(1e-3 / 20) and rates[19:] == [1e-3] * 81
-    later = [learning_rate(phases, 1, s, 20, 5e-5) for s in range(100)]
+    later = [learning_rate(phases, 1, s, 100, 20, 5e-5) for s in range(100)]
     assert later[0] == pytest.approx(9.5e-4) and later[20] == pytest.approx(5e-4)
     assert later[-1] == pytest.approx(5e-5)
     assert later[10:] == sorted(later[10:], reverse=True)
