@@ -101,7 +101,8 @@ def test_chain_from_text_files_to_checkpoint(data: Path, tmp_path: Path) -> None
     first, last = json.loads(file.read_text())["rows"]
     assert [first["num_tokens_trained"], last["num_tokens_trained"]] == [2048, 1024]
     assert 0 < last["loss"] < math.log(600) + 0.5 and first["tokens_per_s"] > 0
-    assert first["gate"].keys() == {"exact_256", "digits_256", "n_256", "gate_s"}
+    assert first["gate"].keys() == {
+        "num_tokens", "exact_256", "digits_256", "n_256", "gate_s"}
     assert (last["gate"]["n_256"], last["gate"]["n_512"]) == (4, 4)
     config = json.loads((model_dir / "config.json").read_text())
     assert (config["rope_theta"], config["vocab_size"]) == (1e6, 600)
