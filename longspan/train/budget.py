@@ -18,7 +18,7 @@ from longspan.train.phases import Phase, Shape
 
 GIB = 2**30
 STATE_BYTES = 16
-"""Of a parameter: fp32 weight, gradient and two moments."""
+"""What a parameter takes: fp32 weight, gradient and two moments."""
 EAGER = 2.2
 """How much more an uncompiled layer keeps than a compiled one."""
 
@@ -31,9 +31,9 @@ class Processes:
     context_parallel: int = 1
     """Processes that share a row."""
     tflops: float = 400.0
-    """Of one GPU, sustained: 1e12 operations a second."""
+    """What one GPU sustains: 1e12 operations a second."""
     memory_gib: float = 80.0
-    """Of one GPU."""
+    """What one GPU has."""
 
     @property
     def num_row_groups(self) -> int:
@@ -47,10 +47,10 @@ class PhaseCost:
 
     phase: Phase
     flops: float
-    """Of the model; recomputation is not counted."""
+    """What the model needs; recomputation is not counted."""
     seconds: float
     memory_gib: float
-    """Of the fullest GPU."""
+    """What the fullest GPU needs."""
     recompute: bool
     """Whether activations must be recomputed for that."""
 

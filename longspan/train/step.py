@@ -62,7 +62,7 @@ class Step(torch.nn.Module):
 
     @torch.no_grad()
     def bits_per_byte(self, batch: Batch, cross_entropy: CrossEntropy) -> float | None:
-        """Of text that is all filler; None when there is less than a row for each process."""
+        """Measure text that is all filler; None when there is less than a row for each process."""
         groups = self.world.num_row_groups
         batch = batch.rows(0, len(batch.ids) // groups * groups)
         if not len(batch.ids):
