@@ -26,6 +26,9 @@ COPIED = ("*.json", "*.jinja", "*.txt", "*.model")
 NOT_COPIED = ("config.json", "model.safetensors.index.json", "sparse_attention_config.json")
 """What is written anew, or was measured on the weights before."""
 
+SCALINGS = ("linear", "llama3")
+"""Scaled frequencies that a checkpoint was trained with, so that training goes on with them."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Base:
@@ -53,6 +56,10 @@ class Base:
 def open_base(folder: Path) -> Base:
     """Read what a checkpoint says of itself. Raises `CheckpointError` when it cannot be trained."""
     config = ModelConfig.from_dir(folder)
+    if config.rope_scaling is not None and config.rope_scaling.kind not in SCALINGS:
+        raise CheckpointError(
+            f"{folder}: rope scaling of type {config.rope_scaling.kind} stretches what the weights "
+            "were trained on; remove it from config.json, and train to the length instead")
     if not list(folder.glob("*.safetensors")):
         raise CheckpointError(f"{folder}: no safetensors there; fetch the weights")
     if not (folder / "tokenizer.json").is_file():

@@ -66,7 +66,7 @@ def set_rope(model: CausalLM, rope_theta: float, max_positions: int) -> None:
     config.max_position_embeddings = max_positions
     device = model.model.embed_tokens.weight.device
     rotary = type(model.model.rotary_emb)(config=config).to(device)
-    # Of the kinds of scaling that are trained, one divides the fastest frequencies too.
+    # The linear kind of scaling divides the fastest frequencies too.
     divisor = parameters["factor"] if parameters["rope_type"] == "linear" else 1.0
     expected = rope_theta ** (-1.0 / rotary.inv_freq.numel()) / divisor
     actual = rotary.inv_freq[1].item()
