@@ -14,6 +14,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from longspan.errors import CheckpointError, LongspanError
+from longspan.expert_config import ExpertConfig, read_experts
+from longspan.families import (
+    ATTENTION_BIAS,
+    FAMILIES,
+    MLP_BIAS,
+    find_architecture,
+    refuse_unsupported,
+)
 from longspan.fields import Fields
 from longspan.rope_config import RopeScaling, read_rope
 
@@ -24,33 +32,6 @@ WeightSource = Literal["checkpoint", "random"]
 MAX_THREADS = 1024
 """torch crashes if the operating system cannot give it as many threads as it was told to use."""
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Family:
-    """Facts of an architecture that its config.json leaves unsaid."""
-
-    qkv_bias: bool = False
-    """Bias on the q, k and v projections, and on no other, whatever config.json says."""
-    reads_biases: bool = False
-    """config.json's ``attention_bias`` and ``mlp_bias`` put one on all projections of a part."""
-    qk_norm: bool = False
-    """RMSNorm on each query and key head."""
-    head_dim: int | None = None
-    """Where config.json names none; None: the model dim over the heads."""
-    sliding_window: int | None = None
-    """Where config.json has no such key, tokens; None: every token is seen."""
-    has_window_switch: bool = False
-    """A ``sliding_window`` counts only beside a true ``use_sliding_window``."""
-
-
-FAMILIES = {
-    "Qwen2ForCausalLM": Family(qkv_bias=True, has_window_switch=True),
-    "Qwen3ForCausalLM": Family(qk_norm=True, head_dim=128, has_window_switch=True),
-    "LlamaForCausalLM": Family(reads_biases=True),
-    "MistralForCausalLM": Family(sliding_window=4096),
-}
-"""By class name in config.json. `longspan.model.MODELS` has the class of each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,6 +84,8 @@ class ModelConfig:
     """Bias on the attention's output projection."""
     mlp_bias: bool = False
     """Bias on the MLP's three projections."""
+    experts: ExpertConfig | None = None
+    """Routed experts in place of MLPs; None: there are none."""
     rope_scaling: RopeScaling | None = None
     """How the rotary frequencies differ from those of ``rope_theta``; None: not at all."""
     dca: DcaConfig | None = None
@@ -128,15 +111,16 @@ class ModelConfig:
         if not isinstance(raw, Mapping):
             raise CheckpointError(f"{source}: a JSON object is needed, not {type(raw).__name__}")
         need = Fields(raw, source)
-        architecture = _architecture(raw, source)
+        architecture = find_architecture(raw, source)
         family = FAMILIES[architecture]
-        _refuse_unsupported(need, architecture)
+        refuse_unsupported(need, architecture)
         hidden_size, num_heads = need.integer("hidden_size"), need.integer("num_attention_heads")
         num_layers = need.integer("num_hidden_layers")
         dca_need = need.block("dual_chunk_attention_config")
         rope_theta, rope_scaling = read_rope(need)
         _refuse_two_extensions(dca_need, rope_scaling)
-        has_bias = family.reads_biases and need.boolean("attention_bias")
+        has_bias = ATTENTION_BIAS in family.biases and need.boolean(ATTENTION_BIAS)
+        without = family.reads_qkv_bias and need.raw.get("qkv_bias") is False
         return cls(
             architecture=architecture,
             vocab_size=need.integer("vocab_size"),
@@ -151,10 +135,12 @@ class ModelConfig:
             rope_scaling=rope_scaling,
             max_position_embeddings=_claimed_len(need, rope_scaling),
             tie_word_embeddings=need.boolean("tie_word_embeddings"),
-            attention_bias=family.qkv_bias or has_bias,
+            attention_bias=family.qkv_bias and not without or has_bias,
             output_bias=has_bias,
-            mlp_bias=family.reads_biases and need.boolean("mlp_bias"),
+            mlp_bias=MLP_BIAS in family.biases and need.boolean(MLP_BIAS),
             qk_norm=family.qk_norm,
+            experts=(read_experts(need, has_shared=family.has_shared_expert)
+                     if family.has_experts else None),
             dca=_dca(dca_need),
             sparse_budgets=_released_budgets(dca_need.raw, num_layers, source),
             sparse_threshold=int(dca_need.number("sparse_attention_threshold", 32_768)),
@@ -204,14 +190,14 @@ class ModelConfig:
         vectors += 2 * self.intermediate_size + self.hidden_size if self.mlp_bias else 0
         vectors += 2 * self.head_dim if self.qk_norm else 0
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        matrices = self.num_layers * (self._attention_matrices + self._mlp_matrices)
+        matrices = self.num_layers * self._attention_matrices + self._mlp_matrices(active=False)
         return matrices + self.num_layers * vectors + embeddings + self.hidden_size
 
     @property
     def num_active_parameters(self) -> int:
         """Weights of the layers' matrices that one token is multiplied by: twice as many
         operations. Embedding and head are not among them."""
-        return self.num_layers * (self._attention_matrices + self._mlp_matrices)
+        return self.num_layers * self._attention_matrices + self._mlp_matrices(active=True)
 
     @property
     def _qkv_size(self) -> int:
@@ -221,9 +207,15 @@ class ModelConfig:
     def _attention_matrices(self) -> int:
         return self.hidden_size * (self._qkv_size + self.head_dim * self.num_heads)
 
-    @property
-    def _mlp_matrices(self) -> int:
-        return 3 * self.hidden_size * self.intermediate_size
+    def _mlp_matrices(self, *, active: bool) -> int:
+        """Count the MLPs' weights, of experts all or only those that one token takes."""
+        experts, hidden = self.experts, self.hidden_size
+        num_routed = experts.num_routed(self.num_layers) if experts else 0
+        dense = (self.num_layers - num_routed) * 3 * hidden * self.intermediate_size
+        if experts is None:
+            return dense
+        count = experts.num_chosen if active else experts.num_experts
+        return dense + num_routed * experts.parameters(hidden, count)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -320,56 +312,6 @@ def read_json(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{file}: not valid JSON ({error}); fetch the file again") from None
-
-
-def _architecture(raw: Mapping[str, Any], source: str) -> str:
-    names = raw.get("architectures") or []
-    if not isinstance(names, list):
-        raise CheckpointError(f"{source}: architectures is {names!r}, a list of names is needed")
-    for name in names:
-        if name in FAMILIES:
-            return str(name)
-    raise CheckpointError(
-        f"{source}: architecture {', '.join(map(str, names)) or 'missing'} is not supported; "
-        f"supported: {', '.join(FAMILIES)}"
-    )
-
-
-def _refuse_unsupported(need: Fields, architecture: str) -> None:
-    raw, source = need.raw, need.source
-    kinds = raw.get("layer_types") or []
-    if not isinstance(kinds, list):
-        raise need.wrong("layer_types", "a list of names")
-    others = [kind for kind in kinds if kind != "full_attention"]
-    if need.boolean("use_sliding_window") or "sliding_attention" in others:
-        raise CheckpointError(f"{source}: sliding window attention is not supported")
-    family = FAMILIES[architecture]
-    _refuse_window(need, family)
-    if others:
-        raise CheckpointError(f"{source}: layer_types names {others[0]!r}, which is not supported")
-    for key in ("attention_bias", "mlp_bias"):
-        is_known = family.reads_biases or family.qkv_bias and key == "attention_bias"
-        if need.boolean(key) and not is_known:
-            raise CheckpointError(f"{source}: {key} is true, not supported for {architecture}")
-    if need.number("partial_rotary_factor", 1.0) != 1.0:
-        raise need.wrong("partial_rotary_factor", "1")
-    if raw.get("quantization_config") or raw.get("compression_config"):
-        raise CheckpointError(
-            f"{source}: quantised weights are not supported; use the bf16 checkpoint")
-    activation = raw.get("hidden_act", "silu")
-    if activation != "silu":
-        raise CheckpointError(f"{source}: hidden_act {activation!r} is not supported, only silu")
-
-
-def _refuse_window(need: Fields, family: Family) -> None:
-    """Refuse a window that the architecture applies without being told so by another key."""
-    window = need.raw.get("sliding_window", family.sliding_window)
-    if family.has_window_switch or window is None:
-        return
-    stated = "is" if "sliding_window" in need.raw else "is not there, which means"
-    raise CheckpointError(
-        f"{need.source}: sliding_window {stated} {window!r}, and sliding window attention is not "
-        "supported; write null if the checkpoint was trained without one")
 
 
 def _claimed_len(need: Fields, scaling: RopeScaling | None) -> int:

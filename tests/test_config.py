@@ -12,6 +12,7 @@ import pytest
 
 from longspan.config import EngineConfig, ModelConfig
 from longspan.errors import CheckpointError, LongspanError
+from longspan.expert_config import ExpertConfig
 from longspan.rope_config import RopeScaling
 
 RELEASED_DCA = {
@@ -284,6 +285,32 @@ def test_two_ways_beyond_the_trained_length_are_one_too_many(kind):
         ModelConfig.from_hf(raw)
 
 
+QWEN3_30B = {
+    "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "decoder_sparse_step": 1,
+    "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 6144,
+    "max_position_embeddings": 262144, "max_window_layers": 48, "mlp_only_layers": [],
+    "model_type": "qwen3_moe", "moe_intermediate_size": 768, "norm_topk_prob": True,
+    "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8,
+    "num_hidden_layers": 48, "num_key_value_heads": 4, "output_router_logits": False,
+    "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 10000000,
+    "router_aux_loss_coef": 0.001, "sliding_window": None, "tie_word_embeddings": False,
+    "use_sliding_window": False, "vocab_size": 151936,
+}
+
+
+def test_a_model_of_experts():
+    config = ModelConfig.from_hf(QWEN3_30B)
+    assert config.num_parameters / 1e9 == pytest.approx(30.53, abs=0.01)
+    assert config.num_active_parameters / 1e9 == pytest.approx(2.73, abs=0.01)
+    assert config.experts == ExpertConfig(
+        num_experts=128, num_chosen=8, expert_size=768, is_normed=True)
+    renamed = without(QWEN3_30B, "num_experts") | {"num_local_experts": 128}
+    assert ModelConfig.from_hf(renamed) == config
+    mixed = ModelConfig.from_hf(QWEN3_30B | {"decoder_sparse_step": 2, "mlp_only_layers": [1, 46]})
+    assert [idx for idx in range(8) if mixed.experts.is_routed(idx)] == [3, 5, 7]
+    assert mixed.experts.num_routed(48) == 23
+
+
 def test_biases_are_those_of_config_json():
     config = ModelConfig.from_hf(LLAMA3_1_8B | {"attention_bias": True})
     assert config.attention_bias and config.output_bias and not config.mlp_bias
@@ -378,7 +405,12 @@ REFUSED = [
     (small_dca(chunk_size="x"), "dual_chunk_attention_config: chunk_size is 'x'"),
     (small_dca(sparse_attention_config={"0": []}), "must be a list of objects, one a layer"),
     (small_dca(sparse_attention_config=[{}] * 3), "is for 3 layers, the model has 2"),
-    (QWEN3_8B | {"attention_bias": True}, "attention_bias is true"),
+    (QWEN3_8B | {"mlp_bias": True}, "mlp_bias is true"),
+    (QWEN3_30B | {"num_experts_per_tok": 129}, "num_experts_per_tok 129 is more than num_experts"),
+    (QWEN3_30B | {"num_local_experts": 64}, "num_experts is 128 and num_local_experts 64"),
+    (QWEN3_30B | {"mlp_only_layers": [True]}, "mlp_only_layers is [True], a list of layers"),
+    (without(QWEN3_30B, "num_experts"), "num_experts is None, a positive integer"),
+    (without(QWEN3_30B, "moe_intermediate_size"), "moe_intermediate_size is None"),
     ([], "a JSON object is needed, not list"),
 ]
 

@@ -29,8 +29,8 @@ PAGES = [*sorted((REPOSITORY / "docs").glob("*.md")),
          *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md"))]
 
 EVERYTHING = ("longspan",)
-BASE = ("longspan.config", "longspan.errors", "longspan.fields", "longspan.rope_config",
-        "longspan.text_files", "longspan.units")
+BASE = ("longspan.config", "longspan.errors", "longspan.expert_config", "longspan.families",
+        "longspan.fields", "longspan.rope_config", "longspan.text_files", "longspan.units")
 # What all rooms of the engine speak of.
 WORDS = tuple(f"longspan.engine.{name}"
               for name in ("plain", "request", "transfer", "kv_file", "step", "intake",
@@ -46,7 +46,10 @@ ALLOWED_OURS: dict[str, tuple[str, ...]] = {
     "longspan.units": (),
     "longspan.fields": ("longspan.errors",),
     "longspan.rope_config": ("longspan.errors", "longspan.fields"),
-    "longspan.config": ("longspan.errors", "longspan.fields", "longspan.rope_config"),
+    "longspan.expert_config": ("longspan.errors", "longspan.fields"),
+    "longspan.families": ("longspan.errors", "longspan.fields"),
+    "longspan.config": ("longspan.errors", "longspan.expert_config", "longspan.families",
+                        "longspan.fields", "longspan.rope_config"),
     "longspan.text_files": ("longspan.errors",),
     "longspan.ops": ("longspan.ops",),
     "longspan.ops.types": (),
@@ -54,7 +57,8 @@ ALLOWED_OURS: dict[str, tuple[str, ...]] = {
     "longspan.ops.reference": ("longspan.ops.types", "longspan.ops.geometry"),
     "longspan.ops.sampling": (),
     **dict.fromkeys(("longspan.ops.tiles", "longspan.ops.dense", "longspan.ops.select",
-                     "longspan.ops.sparse", "longspan.ops.decode", "longspan.ops.pointwise"),
+                     "longspan.ops.sparse", "longspan.ops.decode", "longspan.ops.moe",
+                     "longspan.ops.pointwise"),
                     KERNEL_PARTS),
     "longspan.attention": ("longspan.ops", *BASE),
     "longspan.model": ("longspan.attention", "longspan.ops", *BASE),
@@ -90,6 +94,8 @@ ALLOWED_OTHERS: dict[str, tuple[str, ...]] = {
     "longspan.units": (),
     "longspan.fields": (),
     "longspan.rope_config": (),
+    "longspan.expert_config": (),
+    "longspan.families": (),
     "longspan.config": (),
     "longspan.ops": ("torch", "triton", "numpy"),
 }

@@ -20,7 +20,7 @@ Run = Callable[[], object]
 FLUSH_BYTES = 256 * 1024**2
 """Written before a timed call that must not find its data in the L2 cache: several caches full."""
 LINEAR_FUNCTIONS = (F.linear, torch.Tensor.addmm_)
-"""What products with weights are made of (`longspan.model.qwen2.Linear`)."""
+"""What products with weights are made of (`longspan.model.layers.Linear`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

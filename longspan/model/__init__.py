@@ -15,8 +15,9 @@ __all__ = ["MODELS", "TORCH_DTYPES", "CausalLM", "build_model", "load_weights", 
            "resolve_checkpoint"]
 
 MODELS: dict[str, type[CausalLM]] = dict.fromkeys(
-    ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM"), CausalLM)
-"""Class of each architecture in `longspan.config.FAMILIES`."""
+    ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM",
+     "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"), CausalLM)
+"""Class of each architecture in `longspan.families.FAMILIES`."""
 TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_BYTES}
 
 

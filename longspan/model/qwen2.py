@@ -1,6 +1,7 @@
-"""Dense decoders of the Qwen2, Qwen3 and Llama shape over packed tokens, in reading order.
+"""Decoders of the Qwen2, Qwen3 and Llama shape over packed tokens, in reading order.
 
-They differ in biases, head norms and rotary frequencies, all facts of `ModelConfig`.
+They differ in biases, head norms, rotary frequencies and routed experts, all facts of
+`ModelConfig`.
 
 A pipeline stage is the same class with a slice of the layers: the embedding lives on the stage
 that holds layer 0, the final norm and the head on the one that holds the last layer.
@@ -27,59 +28,12 @@ from longspan.attention.metadata import AttentionMetadata
 from longspan.attention.observer import AttentionObserver
 from longspan.attention.sparsity import SparsityPlan
 from longspan.config import ModelConfig
-from longspan.ops import add_rms_norm, rms_norm, silu_mul
+from longspan.model.experts import RoutedMLP
+from longspan.model.layers import MLP, Linear, RMSNorm, named
 from longspan.ops.types import PagedKV, QueryRotary
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 """Names in a checkpoint of the weights outside the layers."""
-MLP_ROWS, MLP_ROWS_CPU = 8_192, 2_048
-"""Rows that the MLP computes at a time: its activations, 4 I numbers a row, are the largest of a
-step. On one CPU core 2,048 rows are as fast as more, with a quarter of the memory."""
-
-
-class Linear(nn.Module):
-    """y = x W^T + b without an initial fill: every weight comes from a checkpoint."""
-
-    def __init__(
-        self, in_features: int, out_features: int, *, bias: bool = False,
-        dtype: torch.dtype, device: torch.device | str,
-    ) -> None:
-        super().__init__()
-        self.weight = _parameter(out_features, in_features, dtype=dtype, device=device)
-        self.bias = _parameter(out_features, dtype=dtype, device=device) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] to [..., out]."""
-        return F.linear(x, self.weight, self.bias)
-
-    def add_to(self, sums: Tensor, x: Tensor) -> None:
-        """Add the product, and the bias, to [T, out], in place, without writing it first."""
-        sums.addmm_(x, self.weight.t())
-        if self.bias is not None:
-            sums.add_(self.bias)
-
-    def part(self, x: Tensor, outputs: slice) -> Tensor:
-        """Compute some of the outputs only."""
-        return F.linear(x, self.weight[outputs], None if self.bias is None else self.bias[outputs])
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, computed in fp32."""
-
-    def __init__(
-        self, dim: int, eps: float, *, dtype: torch.dtype, device: torch.device | str
-    ) -> None:
-        super().__init__()
-        self.weight = _parameter(dim, dtype=dtype, device=device)
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., dim] to the same shape and type."""
-        return rms_norm(x, self.weight, self.eps)
-
-    def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        """Return the norm of x + residual, which replaces ``residual``. [T, dim]."""
-        return add_rms_norm(x, residual, self.weight, self.eps)[0]
 
 
 class Attention(nn.Module):
@@ -133,7 +87,7 @@ class Attention(nn.Module):
             for kind, merged in self.qkv_proj.named_parameters()
             for name, part in zip(
                 "qkv", merged.split([n * self.head_dim for n in heads]), strict=True)}
-        targets |= _named("o_proj", self.o_proj)
+        targets |= named("o_proj", self.o_proj)
         if self.qk_norm:
             targets |= {"q_norm.weight": self.q_norm.weight, "k_norm.weight": self.k_norm.weight}
         return targets
@@ -150,33 +104,6 @@ class Attention(nn.Module):
         return (q.unflatten(-1, (-1, self.head_dim)), *kv.split(heads[1:], dim=1))
 
 
-class MLP(nn.Module):
-    """SwiGLU with gate and up merged into one product."""
-
-    def __init__(
-        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str
-    ) -> None:
-        super().__init__()
-        self.gate_up_proj = Linear(
-            config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias,
-            dtype=dtype, device=device)
-        self.down_proj = Linear(
-            config.intermediate_size, config.hidden_size, bias=config.mlp_bias,
-            dtype=dtype, device=device)
-
-    def add_to(self, hidden: Tensor, x: Tensor) -> None:
-        """x: [T, M]; the result is added to ``hidden`` [T, M], in place."""
-        self.down_proj.add_to(hidden, silu_mul(self.gate_up_proj(x)))
-
-    def weight_targets(self) -> dict[str, Tensor]:
-        """As `CausalLM.weight_targets`: gate and up are stored apart."""
-        targets: dict[str, Tensor] = {
-            f"{name}_proj.{kind}": part
-            for kind, merged in self.gate_up_proj.named_parameters()
-            for name, part in zip(("gate", "up"), merged.chunk(2), strict=True)}
-        return targets | _named("down_proj", self.down_proj)
-
-
 class DecoderLayer(nn.Module):
     """Attention and MLP, each behind a norm, added to the residual stream."""
 
@@ -190,7 +117,12 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(
             config, layer_idx=layer_idx, rotary=rotary, plan=plan, dtype=dtype, device=device)
         self.post_attention_layernorm = RMSNorm(*norm_args, dtype=dtype, device=device)
-        self.mlp = MLP(config, dtype=dtype, device=device)
+        experts = config.experts
+        self.mlp: MLP | RoutedMLP = (
+            RoutedMLP(config.hidden_size, experts, dtype=dtype, device=device)
+            if experts is not None and experts.is_routed(layer_idx) else
+            MLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, dtype=dtype,
+                device=device))
 
     def forward(self, hidden: Tensor, metadata: AttentionMetadata, cache: PagedKV) -> Tensor:
         """hidden: [T, M] residual stream, changed in place and returned; where the output is
@@ -224,7 +156,7 @@ class DecoderLayer(nn.Module):
 
     def finish(self, hidden: Tensor, attended: Tensor) -> None:
         """Compute what follows attention. hidden: [T, M], changed in place; attended: [T, M]."""
-        size = mlp_rows(hidden.device.type)
+        size = self.mlp.rows_at_a_time(hidden.device.type)
         # pieces are views: each is added in place
         for piece, update in zip(hidden.split(size), attended.split(size), strict=True):
             self.mlp.add_to(piece, self.post_attention_layernorm.add(update, piece))
@@ -359,9 +291,11 @@ class CausalLM(nn.Module):
 
     def checkpoint_names(self) -> set[str]:
         """Return all names that a checkpoint of the model may hold, a redundant head included."""
-        layer = self.decoder_layers()[0].weight_targets()
+        layer = [name for name in self.decoder_layers()[0].weight_targets()
+                 if not name.startswith("mlp.")]
         return {EMBEDDING, NORM, HEAD} | {
-            f"model.layers.{idx}.{name}" for idx in range(self.config.num_layers) for name in layer}
+            f"model.layers.{idx}.{name}" for idx in range(self.config.num_layers)
+            for name in (*layer, *mlp_names(self.config, idx))}
 
     def decoder_layers(self) -> list[DecoderLayer]:
         """Return this stage's layers in order, with their type."""
@@ -371,15 +305,15 @@ class CausalLM(nn.Module):
         return [layer.self_attn.core for layer in self.decoder_layers()]
 
 
-def mlp_rows(device_type: str) -> int:
-    """Rows that the MLP computes at a time on ``cpu`` or ``cuda``; memory plans need it too."""
-    return MLP_ROWS_CPU if device_type == "cpu" else MLP_ROWS
-
-
-def _named(name: str, linear: Linear) -> dict[str, Tensor]:
-    """Weight and bias by their names in a checkpoint."""
-    return {f"{name}.{kind}": tensor for kind, tensor in linear.named_parameters()}
-
-
-def _parameter(*shape: int, dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+def mlp_names(config: ModelConfig, layer_idx: int) -> list[str]:
+    """List the weights of a layer's MLP by their names within the layer, whatever their stage."""
+    experts = config.experts
+    kinds = ("weight", "bias") if config.mlp_bias else ("weight",)
+    names = [f"{part}_proj.{kind}" for part in ("gate", "up", "down") for kind in kinds]
+    if experts is None or not experts.is_routed(layer_idx):
+        return [f"mlp.{name}" for name in names]
+    found = ["gate.weight"]
+    found += [f"experts.{expert}.{name}" for expert in range(experts.num_experts) for name in names]
+    if experts.shared_size:
+        found += [*(f"shared_expert.{name}" for name in names), "shared_expert_gate.weight"]
+    return [f"mlp.{name}" for name in found]

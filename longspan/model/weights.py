@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from importlib.resources import files as package_files
 from itertools import groupby, pairwise
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from longspan.config import read_json
 from longspan.errors import CheckpointError, MissingDependencyError
+from longspan.model.fused_experts import split_fused
 from longspan.model.qwen2 import EMBEDDING, HEAD, CausalLM
 
 BUNDLED_MODEL = "nano"
@@ -33,6 +34,7 @@ HUB_PATTERNS = ("*.json", "*.jinja", "merges.txt", "tokenizer.model")
 HUB_WEIGHTS = "*.safetensors"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+ONE_EXPERT_NAME = re.compile(r"\.mlp\.experts\.(\d+)\.")
 MAX_HEADER_BYTES = 100_000_000
 
 
@@ -79,9 +81,11 @@ def load_weights(model: CausalLM, path: Path) -> None:
     shaped, quantised or unknown tensors.
     """
     stored = _stored_tensors(path)
-    targets = model.weight_targets()
+    targets, fused = split_fused(
+        stored, model.weight_targets(), model.config, lambda entry: entry.shape)
+    _refuse_other_experts(stored, model)
     _check(stored, targets, path)
-    _refuse_unknown(stored, model)
+    _refuse_unknown(stored, model, fused)
     if model.config.tie_word_embeddings and EMBEDDING in targets and HEAD in stored:
         _check_tied(stored)
     for name, tensor in _read({name: stored[name] for name in targets}):
@@ -274,9 +278,28 @@ def _check_tied(stored: Mapping[str, StoredTensor]) -> None:
             "tie_word_embeddings to false to use this head, or remove it from the file")
 
 
-def _refuse_unknown(stored: Mapping[str, StoredTensor], model: CausalLM) -> None:
-    """Refuse a stored tensor that no layer of the model has and that is not redundant."""
+def _refuse_other_experts(stored: Mapping[str, StoredTensor], model: CausalLM) -> None:
+    """Refuse a checkpoint of more experts than config.json says, or of any where it says none."""
+    experts = model.config.experts
+    for name, entry in stored.items():
+        found = ONE_EXPERT_NAME.search(name)
+        if found and experts is not None and int(found[1]) >= experts.num_experts:
+            raise CheckpointError(
+                f"{entry.file}: {name} is of expert {found[1]}, and config.json says num_experts "
+                f"{experts.num_experts} (0 to {experts.num_experts - 1}); correct config.json")
+
+
+def _refuse_unknown(
+    stored: Mapping[str, StoredTensor], model: CausalLM, fused: Set[str],
+) -> None:
+    """Refuse a stored tensor that no layer of the model has and that is not redundant.
+
+    Args:
+        fused: tensors that hold all experts of some layer that has experts.
+    """
+    experts = model.config.experts
     known = model.checkpoint_names()
+    known |= {name for name in fused if experts and experts.is_routed(int(name.split(".")[2]))}
     unknown = [name for name in stored
                if name not in known and not name.endswith("rotary_emb.inv_freq")]
     if unknown:

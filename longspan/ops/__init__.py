@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longspan.ops import reference
 from longspan.ops.dense import eager as eager_dense
+from longspan.ops.moe import eager as eager_moe
 from longspan.ops.reference import rotate
 from longspan.ops.select import eager as select
 from longspan.ops.sparse import eager as eager_sparse
@@ -23,10 +24,12 @@ __all__ = [
     "QueryRotary",
     "Selection",
     "add_rms_norm",
+    "add_routed_mlp",
     "decode_attention",
     "prefill_attention",
     "rms_norm",
     "rotate",
+    "route",
     "select_vertical_slash",
     "silu_mul",
     "sparse_prefill_attention",
@@ -143,3 +146,15 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
         return pointwise.silu_mul(gate_up)
     return reference.silu_mul(gate_up)
+
+
+def route(logits: Tensor, num_chosen: int, is_normed: bool) -> tuple[Tensor, Tensor]:
+    """See `reference.route`."""
+    return reference.route(logits, num_chosen, is_normed)
+
+
+def add_routed_mlp(
+    sums: Tensor, x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor,
+) -> None:
+    """See `reference.add_routed_mlp`."""
+    eager_moe.add_routed_mlp(sums, x, weights, experts, gate_up, down)

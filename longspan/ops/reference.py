@@ -264,3 +264,29 @@ def _attend(scores: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
     finite = lse.clamp(min=torch.finfo(torch.float32).min)
     out = torch.einsum("hts,shd->thd", torch.exp(scores - finite[..., None]), v)
     return out.to(dtype), lse.T.contiguous()
+
+
+def route(logits: Tensor, num_chosen: int, is_normed: bool) -> tuple[Tensor, Tensor]:
+    """Choose each token's experts, those of the highest probability.
+
+    logits: [T, E] fp32. Returns weights [T, k] fp32, their probabilities, divided by their sum if
+    ``is_normed``, and experts [T, k] int64.
+    """
+    weights, experts = logits.float().softmax(-1).topk(num_chosen)
+    return (weights / weights.sum(-1, keepdim=True) if is_normed else weights), experts
+
+
+def add_routed_mlp(
+    sums: Tensor, x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor,
+) -> None:
+    """Add to each token the weighted outputs of its experts, SwiGLU MLPs, in place.
+
+    sums, x: [T, M]; weights: [T, k] fp32 and experts: [T, k], as `route` returns them;
+    gate_up: [E, 2F, M]; down: [E, M, F].
+    """
+    for token, row in enumerate(x.float()):
+        total = sums[token].float()
+        for weight, expert in zip(weights[token], experts[token].tolist(), strict=True):
+            gate, up = (gate_up[expert].float() @ row).chunk(2)
+            total = total + weight * (down[expert].float() @ (torch.nn.functional.silu(gate) * up))
+        sums[token] = total.to(sums.dtype)

@@ -31,27 +31,31 @@ VOCAB_SIZE = 61
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A random Qwen2 model on disk; 4 query heads, 2 KV heads."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    return save_random(tmp_path_factory.mktemp("qwen2"), "Qwen2")
+
+
+def save_random(path, family: str, **facts: Any):
+    """Random transformers weights, large enough that attention is not flat. Returns ``path``."""
+    import transformers
 
     torch.manual_seed(0)
-    config = Qwen2Config(
+    config = getattr(transformers, f"{family}Config")(
         vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-        rope_parameters={"rope_type": "default", "rope_theta": 2_000.0})
-    model = Qwen2ForCausalLM(config)
+        rope_parameters={"rope_type": "default", "rope_theta": 2_000.0}, **facts)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() > 1:
                 parameter.normal_(0.0, 0.2)
-    path = tmp_path_factory.mktemp("qwen2")
     model.save_pretrained(path)
     return path
 
 
 def hf_model(checkpoint, implementation: str, dtype: torch.dtype = torch.float32):
-    from transformers import Qwen2ForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    return Qwen2ForCausalLM.from_pretrained(
+    return AutoModelForCausalLM.from_pretrained(
         checkpoint, attn_implementation=implementation, dtype=dtype).eval()
 
 
@@ -193,6 +197,23 @@ def test_generate_equals_eager(checkpoint):
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     ours = hf_model(checkpoint, name).generate(ids, **options)
     assert torch.equal(ours, hf_model(checkpoint, "eager").generate(ids, **options))
+
+
+@pytest.mark.parametrize("is_sparse", [False, True])
+def test_experts_behind_dca_equal_the_engine(tmp_path, is_sparse):
+    """transformers' own router and experts, our attention; and all of it ours."""
+    path = save_random(tmp_path, "Qwen3Moe", num_experts=6, num_experts_per_tok=2,
+                       moe_intermediate_size=24, head_dim=16)
+    config = replace(config_of(path, DcaConfig(chunk_size=160, local_size=32)),
+                     sparse_threshold=256)
+    plan = SparsityPlan.default(2, 4, vertical=8, slash=128) if is_sparse else None
+    plan = replace(plan, dense_tail_len=16) if plan else None
+    ids = token_ids(400)
+    ours = logits_of(hf_model(path, register(config, plan=plan)), ids)
+    assert (ours - engine_logits(path, config, ids, plan)).abs().max() <= MAX_DIFFERENCE
+    if is_sparse:
+        dense = logits_of(hf_model(path, register(config)), ids)
+        assert (ours - dense).abs().max() > MAX_DIFFERENCE
 
 
 def test_sparse_plan_equals_the_engine(checkpoint):

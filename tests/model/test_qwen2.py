@@ -14,14 +14,15 @@ from torch import Tensor
 from longspan.attention.layer import allocate_cache
 from longspan.attention.metadata import SequenceSlice, build_metadata
 from longspan.attention.rope import build_rotary
-from longspan.config import FAMILIES, ModelConfig
+from longspan.config import ModelConfig
+from longspan.families import FAMILIES
 from longspan.model import (
     MODELS,
     TORCH_DTYPES,
     CausalLM,
     build_model,
+    layers,
     load_weights,
-    qwen2,
     random_weights,
 )
 from longspan.units import DTYPE_BYTES
@@ -36,6 +37,8 @@ LINEAR = {"rope_type": "linear", "rope_theta": 5_000.0, "factor": 4.0}
 YARN = {"rope_type": "yarn", "rope_theta": 5_000.0, "factor": 4.0,
         "original_max_position_embeddings": 64}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 5_000.0, "factor": 2.0}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+           "head_dim": 24}
 BIASES = {"attention_bias": True, "mlp_bias": True}
 # Each case: family, and what its config.json says beyond the others'.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -51,6 +54,15 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "yarn-rope": ("Llama", {"rope_parameters": YARN}),
     "qwen3-yarn-rope": ("Qwen3", {"head_dim": 24, "rope_parameters": YARN}),
     "dynamic-rope": ("Llama", {"rope_parameters": DYNAMIC}),
+    "qwen3-attention-bias": ("Qwen3", {"head_dim": 24, "attention_bias": True}),
+    "qwen2-moe": ("Qwen2Moe", {**EXPERTS, "shared_expert_intermediate_size": 40}),
+    "qwen2-moe-no-bias": ("Qwen2Moe", {
+        **EXPERTS, "shared_expert_intermediate_size": 16, "qkv_bias": False,
+        "norm_topk_prob": True, "decoder_sparse_step": 2}),
+    "qwen3-moe": ("Qwen3Moe", {**EXPERTS, "norm_topk_prob": True}),
+    "qwen3-moe-mixed": ("Qwen3Moe", {
+        **EXPERTS, "mlp_only_layers": [0], "num_experts_per_tok": 3, "rope_parameters": YARN}),
+    "qwen3-moe-bias": ("Qwen3Moe", {**EXPERTS, "attention_bias": True, "num_experts_per_tok": 6}),
     "mistral": ("Mistral", {"sliding_window": None, "head_dim": 24}),
 }
 
@@ -73,6 +85,12 @@ SHAPES = [
     pytest.param("yarn-rope", 8, 2, False, id="yarn-rope-gqa4-untied"),
     pytest.param("qwen3-yarn-rope", 6, 2, True, id="qwen3-yarn-rope-gqa3-tied"),
     pytest.param("dynamic-rope", 4, 2, True, id="dynamic-rope-gqa2-tied"),
+    pytest.param("qwen3-attention-bias", 4, 2, True, id="qwen3-attention-bias-gqa2-tied"),
+    pytest.param("qwen2-moe", 4, 4, False, id="qwen2-moe-gqa1-untied"),
+    pytest.param("qwen2-moe-no-bias", 6, 2, True, id="qwen2-moe-no-bias-gqa3-tied"),
+    pytest.param("qwen3-moe", 8, 2, False, id="qwen3-moe-gqa4-untied"),
+    pytest.param("qwen3-moe-mixed", 7, 1, True, id="qwen3-moe-mixed-gqa7-tied"),
+    pytest.param("qwen3-moe-bias", 4, 2, False, id="qwen3-moe-bias-gqa2-untied"),
     pytest.param("mistral", 8, 2, False, id="mistral-gqa4-untied"),
 ]
 
@@ -206,9 +224,21 @@ def test_active_parameters_are_those_of_the_layers_matrices(tmp_path, family):
     assert sum(matrices) == model.config.num_active_parameters
 
 
+@pytest.mark.parametrize("family", ["qwen2-moe", "qwen3-moe", "qwen3-moe-mixed"])
+def test_active_parameters_are_of_the_chosen_experts(tmp_path, family):
+    save_model(tmp_path, family, 4, 2, tied=False)
+    (model,) = load(tmp_path)
+    experts = model.config.experts
+    matrices = sum(p.numel() for p in model.layers.parameters() if p.dim() == 2)
+    routed = sum(p.numel() for p in model.layers.parameters() if p.dim() == 3)
+    active = matrices + routed * experts.num_chosen // experts.num_experts
+    assert active == model.config.num_active_parameters < matrices + routed
+
+
 @pytest.mark.parametrize("cuts", [(), (1,)], ids=["whole", "stages"])
 @pytest.mark.parametrize(("family", "tied"), [
-    ("qwen2", False), ("qwen3", False), ("qwen3", True), ("llama-biases", False)])
+    ("qwen2", False), ("qwen3", False), ("qwen3", True), ("llama-biases", False),
+    ("qwen2-moe", False), ("qwen3-moe-mixed", True)])
 def test_every_weight_is_filled_from_one_place(tmp_path, family, tied, cuts):
     save_model(tmp_path, family, 4, 2, tied)
     for stage in load(tmp_path, cuts):
@@ -271,16 +301,17 @@ def test_packed_requests_do_not_see_each_other(tmp_path):
     assert (stages[0].logits(hidden) - torch.cat(alone)).abs().max() <= MAX_DIFFERENCE
 
 
-def test_mlp_row_pieces_change_nothing(tmp_path, monkeypatch):
-    save_model(tmp_path, "qwen2", 4, 2, tied=False)
+@pytest.mark.parametrize("family", ["qwen2", "qwen2-moe"])
+def test_mlp_row_pieces_change_nothing(tmp_path, monkeypatch, family):
+    save_model(tmp_path, family, 4, 2, tied=False)
     stages, ids = load(tmp_path), token_ids(50)
     whole = Driver(stages, 50).step(ids)
-    monkeypatch.setattr(qwen2, "MLP_ROWS_CPU", 7)
+    monkeypatch.setattr(layers, "MLP_ROWS_CPU", 7)
     assert (Driver(stages, 50).step(ids) - whole).abs().max() <= MAX_DIFFERENCE
 
 
 @pytest.mark.parametrize("cuts", [(), (2,)], ids=["whole", "2+1"])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama-biases"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama-biases", "qwen2-moe"])
 def test_last_layer_computes_only_the_wanted_rows(tmp_path, family, cuts):
     save_model(tmp_path, family, 4, 2, tied=False)
     stages, ids = load(tmp_path, cuts), token_ids(53)

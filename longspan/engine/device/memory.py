@@ -14,7 +14,8 @@ from longspan.config import EngineConfig, ModelConfig
 from longspan.engine.device.graphs import recorded_sizes
 from longspan.engine.device.sampling import history_bytes
 from longspan.errors import LongspanError, NotEnoughMemoryError
-from longspan.model.qwen2 import mlp_rows
+from longspan.model.experts import expert_rows
+from longspan.model.layers import mlp_rows
 from longspan.units import DTYPE_BYTES, GIB, in_gib
 
 USABLE_SHARE = 0.9
@@ -192,8 +193,7 @@ def workspace_bytes(
     # kernels read the queries rotated for each of three zones.
     zones = 2 * model.num_heads * model.head_dim if config.device.startswith("cuda") else 0
     per_token = (3 * model.hidden_size + 2 * heads + zones) * element
-    num_mlp_rows = min(num_tokens, mlp_rows(config.device.split(":")[0]))
-    mlp = num_mlp_rows * (3 * model.intermediate_size * element + 2 * model.hidden_size * 4)
+    mlp = _mlp_bytes(model, num_tokens, config.device.split(":")[0], element)
     # Every row may ask for all that a request can.
     sampling = (model.vocab_size * (num_requests * SAMPLING_BYTES + RANK_BYTES)
                 + history_bytes(model.vocab_size, num_requests))
@@ -201,6 +201,22 @@ def workspace_bytes(
     rotary = 4 * model.head_dim * (min(rows, model.dca.chunk_size + 1) if model.dca else rows)
     graphs = _graph_bytes(model, num_requests) if config.device.startswith("cuda") else 0
     return num_tokens * per_token + mlp + sampling + rotary + graphs + ATTENTION_SCRATCH_BYTES
+
+
+def _mlp_bytes(model: ModelConfig, num_tokens: int, device_type: str, element: int) -> int:
+    """Return what the largest MLP needs for the rows that it computes at a time."""
+    rows = min(num_tokens, mlp_rows(device_type))
+    found = rows * (3 * model.intermediate_size * element + 2 * model.hidden_size * 4)
+    if model.experts is None:
+        return found
+    # each token once for every expert that it takes: gathered, gate and up, their product, the
+    # output; its probabilities of all experts; the shared expert
+    experts, rows = model.experts, min(num_tokens, expert_rows(device_type))
+    routed = experts.num_chosen * (2 * model.hidden_size + 3 * experts.expert_size)
+    shared = 3 * experts.shared_size + model.hidden_size
+    output = 4 * model.hidden_size * (experts.num_chosen if device_type == "cpu" else 1)
+    token = (routed + shared) * element + output + 16 * experts.num_experts
+    return max(found, rows * token)
 
 
 def head_rows(vocab_size: int) -> int:

@@ -16,7 +16,8 @@ from longspan.bench.session import BenchOptions, BenchSession, CheckFailed
 from longspan.bench.timing import LinearRegions, Regions
 from longspan.commands import results
 from longspan.errors import LongspanError, NotEnoughMemoryError
-from longspan.model.qwen2 import CausalLM, Linear
+from longspan.model.layers import Linear
+from longspan.model.qwen2 import CausalLM
 from tests.bench.shapes_for_tests import tiny_shape
 
 

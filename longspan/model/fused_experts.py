@@ -1,0 +1,100 @@
+"""Checkpoints that store all experts of a layer in one tensor, recognised by shape.
+
+Names differ from writer to writer, and so does the order of axes. What is known is what a layer
+needs: gate and up of E experts, merged or apart, and their down projection. Two tensors hold them,
+merged as [E, 2F, M] (out before in, as transformers has it) or [E, M, 2F], and down as [E, M, F] or
+[E, F, M]. Where a shape fits both orders (2F = M or F = M) it is read as transformers' own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from torch import Tensor
+
+from longspan.config import ModelConfig
+from longspan.errors import CheckpointError
+
+EXPERTS = re.compile(r"(model\.layers\.(\d+)\.mlp\.experts\.)(.+)")
+ONE_EXPERT = re.compile(r"(\d+)\.")
+Stored = TypeVar("Stored")
+
+
+def split_fused(
+    stored: Mapping[str, Stored], targets: Mapping[str, Tensor], model: ModelConfig,
+    shape_of: Callable[[Stored], tuple[int, ...]],
+) -> tuple[dict[str, Tensor], set[str]]:
+    """Replace the targets of layers whose experts are stored together.
+
+    Args:
+        stored: a checkpoint's tensors by name.
+        targets: the model's own, three for each expert.
+        shape_of: the shape of a stored tensor.
+
+    Returns the targets, [E, ...] views under the stored names, and the names of all tensors of that
+    kind, whatever their layer. Raises `CheckpointError` for experts in a layout that is not known.
+    """
+    found, fused = dict(targets), set[str]()
+    if model.experts is None:
+        return found, fused
+    for layer, names in _layers(stored).items():
+        fused |= set(names)
+        prefix = f"model.layers.{layer}.mlp.experts."
+        own = {name: tensor for name, tensor in targets.items() if name.startswith(prefix)}
+        if not own:
+            continue  # of another stage, or a layer without experts: refused as unknown
+        for name in own:
+            del found[name]
+        merged, down = _whole(own, prefix)
+        shapes = {name: shape_of(stored[name]) for name in names}
+        found |= _matched(shapes, merged, down, prefix)
+    return found, fused
+
+
+def _layers(stored: Mapping[str, object]) -> dict[int, list[str]]:
+    """List the tensors of each layer's experts that are not one expert's."""
+    layers: dict[int, list[str]] = {}
+    for name in stored:
+        match = EXPERTS.fullmatch(name)
+        if match and not ONE_EXPERT.match(match[3]):
+            layers.setdefault(int(match[2]), []).append(name)
+    return layers
+
+
+def _whole(own: Mapping[str, Tensor], prefix: str) -> tuple[Tensor, Tensor]:
+    """Return the parameters that the targets are views of: [E, 2F, M] and [E, M, F]."""
+    gate, down = own[f"{prefix}0.gate_proj.weight"], own[f"{prefix}0.down_proj.weight"]
+    (width, dim), count = gate.shape, len(own) // 3
+    merged = gate.as_strided((count, 2 * width, dim), (2 * width * dim, dim, 1))
+    return merged, down.as_strided((count, dim, width), (dim * width, width, 1))
+
+
+def _matched(
+    shapes: Mapping[str, tuple[int, ...]], merged: Tensor, down: Tensor, prefix: str,
+) -> dict[str, Tensor]:
+    """Pair stored names with the views that have their shapes."""
+    gate_up = _only(shapes, merged, ())
+    rest = _only(shapes, down, tuple(gate_up))
+    if len(gate_up) == len(rest) == 1 and len(shapes) == 2:
+        return gate_up | rest
+    told = ", ".join(f"{name.removeprefix(prefix)} {list(shape)}"
+                     for name, shape in sorted(shapes.items()))
+    raise CheckpointError(
+        f"{prefix.removesuffix('.')} are stored together as {told}, which is not known; needed are "
+        f"{list(merged.shape)} and {list(down.shape)}, or both with their last two axes exchanged; "
+        "convert the checkpoint with transformers' save_pretrained")
+
+
+def _only(
+    shapes: Mapping[str, tuple[int, ...]], whole: Tensor, taken: tuple[str, ...],
+) -> dict[str, Tensor]:
+    """Return the tensors that have a parameter's shape, as it is or else transposed."""
+    turned = whole.transpose(1, 2)
+    for view in (whole, turned):
+        found = {name: view for name, shape in shapes.items()
+                 if shape == tuple(view.shape) and name not in taken}
+        if found:
+            return found
+    return {}

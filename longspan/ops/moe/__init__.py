@@ -1,0 +1,1 @@
+"""Routed experts: one file a backend. See `longspan.ops` for what chooses among them."""
