@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from typer.core import TyperGroup
 
+from longspan.commands.options import Device, Threads
 from longspan.commands.strict import Commands
 from longspan.errors import LongspanError
 
@@ -118,6 +119,64 @@ def pairs(
 ) -> None:
     """Make right and wrong answers to questions that a rule can check, for preference training."""
     _chat_rows("pairs", locals())
+
+
+@synth_app.command()
+def instruct(
+    sources: Sources, tokenizer: TokenizerFile, out: Out,
+    model: Annotated[str, typer.Option(
+        help="Name at --url; without it a directory, hub id, or nano, in this process.")],
+    queries: Annotated[int, typer.Option(min=1, help="Queries to try; filters leave fewer.")],
+    url: Annotated[str | None, typer.Option(
+        help="OpenAI-compatible address, such as http://127.0.0.1:8000/v1.")] = None,
+    api_key: Annotated[str, typer.Option(
+        help="For --url.", envvar="LONGSPAN_SYNTH_API_KEY", show_envvar=True)] = "none",
+    timeout_s: Annotated[float, typer.Option(help="Longest silence of a server.")] = 600.0,
+    concurrency: Annotated[int, typer.Option(
+        min=1, help="Queries that are worked on at a time.")] = 8,
+    task: TaskShares = None, seed: Seed = 0,
+    min_tokens: Annotated[int, typer.Option(min=64, help="Shortest document.")] = 4096,
+    max_tokens: Annotated[int, typer.Option(
+        min=256, help="Longest document; of a longer one a span is taken.")] = 250_000,
+    segment: Annotated[int, typer.Option(
+        min=64, help="Tokens that a query is written from, at most.")] = 1024,
+    part: Annotated[int, typer.Option(
+        min=64, help="Tokens that are read and searched at a time.")] = 512,
+    evidence: Annotated[int, typer.Option(
+        min=128, help="Tokens that an answer is written from, at most.")] = 4096,
+    steps: Annotated[int, typer.Option(min=0, help="Simpler questions, at most.")] = 2,
+    answer: Annotated[int, typer.Option(min=16, help="Longest answer, tokens.")] = 512,
+    read: Annotated[str, typer.Option(
+        help="all: every part is read; found: only those that a search finds.")] = "all",
+    judge: Annotated[bool, typer.Option(
+        "--judge/--no-judge", help="The model judges what rules cannot.")] = True,
+    column: Column = "text", split: Split = "train", include: Include = None,
+    exclude: Exclude = None, join_depth: JoinDepth = None, min_chars: MinChars = 200,
+    max_chars: MaxChars = None, max_markup: MaxMarkup = 0.3, compressed: Compressed = "0.04:0.75",
+    near_duplicate: NearDuplicate = 0.8, held_out: HeldOut = 0.02, licence: Licence = "not stated",
+    device: Device = None, threads: Threads = None,
+) -> None:
+    """Make long instructions: a query from a segment, an answer over the document, filters."""
+    from longspan.commands import synth_instruct as body
+    from longspan.data.instruct.agent import Agent
+    from longspan.data.instruct.job import Recipe
+    from longspan.data.instruct.prompts import WEIGHTS
+    from longspan.eval.endpoint import EndpointConfig
+
+    if read not in ("all", "found"):
+        raise LongspanError(f"--read: {read!r} is not one of all, found")
+    agent = Agent(part_len=part, evidence_len=evidence, max_steps=steps,
+                  reads_all=read == "all", answer_len=answer)
+    status = body.make_instructions(body.InstructJob(
+        corpus=corpus_job(locals()), num_queries=queries, min_tokens=min_tokens, model=model,
+        concurrency=concurrency, options={"device": device, "num_threads": threads},
+        recipe=Recipe(
+            agent=agent, seed=seed, segment_len=segment, max_tokens=max_tokens, has_judge=judge,
+            weights=parse_pairs("--task", task, str, float) if task else WEIGHTS),
+        endpoint=None if url is None else EndpointConfig(
+            url=url, model=model, api="chat", api_key=api_key, timeout_s=timeout_s)))
+    if status:
+        raise typer.Exit(status)
 
 
 def _chat_rows(form: str, given: Mapping[str, Any]) -> None:

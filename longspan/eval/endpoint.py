@@ -119,7 +119,14 @@ class Endpoint:
     def say(self, messages: Sequence[dict[str, str]], max_tokens: int) -> str:
         """Return the reply to a conversation, whatever the API of prompts is. Raises
         `NoAnswerError` when there is none after all attempts."""
-        return self._chat(messages, max_tokens).text
+        return self.converse(messages, max_tokens).text
+
+    def converse(
+        self, messages: Sequence[dict[str, str]], max_tokens: int, **sampling: float
+    ) -> Answer:
+        """Return the reply to a conversation, sampled as the server names it (``temperature``,
+        ``seed``). Raises `NoAnswerError` when there is none after all attempts."""
+        return self._chat(messages, max_tokens, **sampling)
 
     def max_model_len(self) -> int | None:
         """Return the longest prompt and answer, where the server says so. Raises `LongspanError`
@@ -151,8 +158,10 @@ class Endpoint:
         return self._with_retries(
             lambda: self._attempt("completions", fields, len(prompt.ids)))
 
-    def _chat(self, messages: Sequence[dict[str, str]], max_tokens: int) -> Answer:
-        fields = {"messages": list(messages), "max_tokens": max_tokens}
+    def _chat(
+        self, messages: Sequence[dict[str, str]], max_tokens: int, **sampling: float
+    ) -> Answer:
+        fields = {"messages": list(messages), "max_tokens": max_tokens, **sampling}
         return self._with_retries(lambda: self._attempt("chat/completions", fields))
 
     def _with_retries(self, attempt: Callable[[], Answer]) -> Answer:
@@ -216,7 +225,7 @@ class _Stream:
     start_s: float
     parts: list[str] = field(default_factory=list)
     logprobs: list[float | None] = field(default_factory=list)
-    is_whole: bool = False
+    finish_reason: str | None = None
     ttft_s: float | None = None
     prompt_tokens: int | None = None
     cached_tokens: int = 0
@@ -245,19 +254,19 @@ class _Stream:
             self.ttft_s = round(time.monotonic() - self.start_s, 4)
         self.parts.append(text)
         self.logprobs += (choice.get("logprobs") or {}).get("token_logprobs") or ()
-        self.is_whole = self.is_whole or choice.get("finish_reason") is not None
+        self.finish_reason = self.finish_reason or choice.get("finish_reason")
 
     def answer(self, prompt_len: int | None) -> Answer:
         """Return the whole answer. Raises `_Retry` when it was cut short, `LongspanError` when the
         server cut the prompt."""
-        if not self.is_whole:
+        if self.finish_reason is None:
             raise _Retry("the stream ended before the answer did")
         read = self.prompt_tokens
         if prompt_len is not None and read is not None and read < prompt_len:
             raise LongspanError(f"the server read {read:,} of {prompt_len:,} prompt "
                                 "tokens: it cuts long prompts; raise its limit or ask for less")
         return Answer(text="".join(self.parts), ttft_s=self.ttft_s,
-                      num_cached_tokens=self.cached_tokens)
+                      num_cached_tokens=self.cached_tokens, finish_reason=self.finish_reason)
 
     def prompt_logprobs(self, prompt_len: int) -> np.ndarray:
         """[T - 1] of an echoed prompt. Raises `LongspanError` where there are not as many."""

@@ -27,6 +27,8 @@ class Answer:
     """Prompt tokens that did not have to be computed again."""
     density: float | None = None
     ttft_s: float | None = None
+    finish_reason: str = ""
+    """``stop``, or ``length``: the answer was cut at its longest; empty where nobody says."""
     logprobs: np.ndarray | None = None
     """[T - 1] natural logarithms: of each prompt token but the first, given those before it. Only
     where a task asks for them."""

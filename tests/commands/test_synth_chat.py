@@ -29,10 +29,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def call(form: str, folder: Path, out: Path, *options: object) -> int:
     """Exit status of the command."""
     given = [str(option) for option in options]
-    rows = [] if "--rows" in given else ["--rows", "512=12", "--rows", "2048=6"]
+    usual = [] if "--rows" in given else ["--rows", "512=12", "--rows", "2048=6"]
+    usual += [] if "--workers" in given else ["--workers", "1"]
     return run_command(["synth", form, str(folder / "text"), "--tokenizer",
-                        str(folder / "tokenizer"), "--out", str(out), "--workers", "1", *rows,
-                        "--held-out", "0.1", *given])
+                        str(folder / "tokenizer"), "--out", str(out), "--held-out", "0.1", *usual,
+                        *given])
 
 
 def rows_of(file: Path) -> list[dict[str, Any]]:
