@@ -33,7 +33,7 @@ BASE = ("longspan.config", "longspan.errors", "longspan.expert_config", "longspa
         "longspan.fields", "longspan.rope_config", "longspan.text_files", "longspan.units")
 # What all rooms of the engine speak of.
 WORDS = tuple(f"longspan.engine.{name}"
-              for name in ("plain", "request", "transfer", "kv_file", "step", "intake",
+              for name in ("plain", "recall", "request", "transfer", "kv_file", "step", "intake",
                            "resolve"))
 KERNEL_PARTS = ("longspan.ops.tiles", "longspan.ops.types", "longspan.ops.geometry",
                 "longspan.ops.reference")
@@ -81,7 +81,7 @@ ALLOWED_OURS: dict[str, tuple[str, ...]] = {
         "longspan.attention.observer", "longspan.engine.control", "longspan.engine.front",
         "longspan.engine.setup", "longspan.engine.text", *WORDS, *BASE),
     "longspan.serve": ("longspan.engine.front.client", "longspan.engine.front.stream",
-                       "longspan.engine.request", *BASE),
+                       "longspan.engine.recall", "longspan.engine.request", *BASE),
     "longspan.train": ("longspan.attention.rope", "longspan.attention.hf", *BASE),
     "longspan.documents": ("longspan.errors", "longspan.text_files"),
     "longspan.data": ("longspan.documents", *BASE),

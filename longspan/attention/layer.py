@@ -15,6 +15,7 @@ from longspan.attention.observer import UNWATCHED, AttendedRows, AttentionObserv
 from longspan.attention.sparsity import SparsityPlan
 from longspan.config import dense_tail_start
 from longspan.ops.geometry import segments
+from longspan.ops.select.recall import num_typical
 from longspan.ops.types import PagedKV, QueryRotary, Selection
 
 
@@ -153,9 +154,13 @@ class DualChunkAttention:
     ) -> Selection:
         assert self.budget is not None
         rows = q[start - item.cached_len : stop - item.cached_len]
+        args = rows, cache, item.block_table, start, self.rotary, item.scale
         with self._region("selection"):
-            return ops.select_vertical_slash(
-                rows, cache, item.block_table, start, self.rotary, item.scale, self.budget)
+            selection = ops.select_vertical_slash(*args, self.budget)
+            if selection.aligned and item.recall is not None:
+                item.recall.add(ops.measure_recall(*args, selection), num_typical(stop - start),
+                                stop - start, self.layer_idx)
+        return selection
 
     def _sparse(
         self, q: Tensor, cache: PagedKV, item: PrefillSlice, start: int, selection: Selection,

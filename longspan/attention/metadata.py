@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from longspan.attention.recall import RecallMeter
 from longspan.attention.rope import yarn_temperature
 from longspan.attention.upload import upload
 from longspan.config import DcaConfig
@@ -35,6 +36,8 @@ class PrefillSlice:
     scale: float
     """Softmax scale, with the YaRN attention temperature in it."""
     sparse: bool
+    recall: RecallMeter | None = None
+    """Takes what the layers measure, where the slice is sparse."""
 
     @property
     def context_len(self) -> int:
@@ -165,7 +168,7 @@ def _metadata(
                 prompt_len=item.prompt_len,
                 block_table=torch.from_numpy(_table(item, context_len, block_size)),
                 scale=softmax_scale(head_dim, max(context_len, item.prompt_len), dca),
-                sparse=item.sparse,
+                sparse=item.sparse, recall=RecallMeter() if item.sparse else None,
             ))
         start += item.query_len
     return AttentionMetadata(

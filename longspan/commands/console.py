@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 from longspan.units import in_gib
 
 if TYPE_CHECKING:
+    from longspan.engine.recall import Recall
     from longspan.engine.request import Progress, RequestOutput
 
 LOG_WIDTH = 120
@@ -120,8 +121,20 @@ def report_rows(output: RequestOutput, peak_bytes: int) -> list[tuple[str, str]]
         ("prefill", per_second(computed / output.prefill_s if output.prefill_s else None)),
         ("decode", per_second(output.decode_tokens_per_s)),
         ("attention density", percent(output.density)),
+        *recall_rows(output.recall),
         ("peak memory", in_gib(peak_bytes)),
     ]
+
+
+def recall_rows(recall: Recall | None) -> list[tuple[str, str]]:
+    """Return how much attention mass sparse prefill kept; nothing where none was sparse."""
+    if recall is None:
+        return []
+    covered = f" ({recall.num_tokens:,} tokens)"
+    rows = [("attention recall", percent(recall.typical) + covered)]
+    if recall.scouts is not None:
+        rows.append(("recall of scouts", percent(recall.scouts)))
+    return rows
 
 
 def seconds(value: float | None) -> str:

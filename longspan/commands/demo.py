@@ -10,6 +10,7 @@ from typing import Any
 from longspan.commands.console import (
     per_second,
     percent,
+    recall_rows,
     seconds,
     show_table,
 )
@@ -92,5 +93,6 @@ def _report(examples: Sequence[Example], outputs: Sequence[RequestOutput], peak_
         ("prefill", per_second(computed / first.ttft_s if first.ttft_s else None)),
         ("decode", per_second(sum(rates) / len(rates) if rates else None)),
         ("attention density", percent(first.density)),
+        *recall_rows(first.recall),
         ("peak memory", in_gib(peak_bytes)),
     ])

@@ -22,6 +22,7 @@ from longspan.engine.plain import (
     is_text,
     require,
 )
+from longspan.engine.recall import Recall
 from longspan.errors import InvalidRequestError, PromptTooLongError
 
 if TYPE_CHECKING:
@@ -375,6 +376,9 @@ class RequestOutput:
     density: float | None
     """Attention pairs computed over causal pairs, in the steps that prefilled this prompt;
     1 is dense, None when nothing was measured."""
+    recall: Recall | None = None
+    """How much attention mass sparse prefill kept; None: no token of this prompt was prefilled
+    sparsely."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """For each token of the text, if ``params.logprobs`` is not None; with
     ``params.prompt_logprobs`` also for a token that ended the completion."""

@@ -105,6 +105,22 @@ class PromptLogprobs(Data, frozen=True, kw_only=True):
     """[n, K] fp32"""
 
 
+class SparseRecall(Data, frozen=True, kw_only=True):
+    """Share of attention mass that the selections of one request's sparse queries kept, as sums
+    over chunks and layers, to be added up and divided by the weights."""
+
+    request_id: str
+    typical: float
+    """Sum over rows spread over each chunk."""
+    typical_weight: int
+    scouts: float
+    """Sum over the rows least like the mean query."""
+    scouts_weight: int
+    """0: the plan has no scouts."""
+    num_tokens: int
+    """Queries that the sums cover."""
+
+
 class Pieces(Data, frozen=True):
     """Part of a sparse prefill chunk's work; `longspan.engine.control.chunking` says what a piece
     is."""
@@ -221,6 +237,8 @@ class StepResult(Data, frozen=True, kw_only=True, tag=True):
     """For each of ``token_ids``, None where not asked for; empty when nobody asked."""
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
     """Scores of the slices that have `ScoredTokens`, some for each."""
+    recalls: tuple[SparseRecall, ...] = ()
+    """Recall in the sparse prefill chunks that the step completed."""
     failures: dict[int, str] = {}
     """Why sampling failed, by place in ``token_ids``, where the host knows it."""
     repeats: int = 1
@@ -270,3 +288,4 @@ class StepReport:
     kept_pairs: float = 0.0
     causal_pairs: float = 0.0
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
+    recalls: tuple[SparseRecall, ...] = ()

@@ -16,6 +16,7 @@ from longspan.ops.dense import eager as eager_dense
 from longspan.ops.moe import eager as eager_moe
 from longspan.ops.reference import rotate
 from longspan.ops.select import eager as select
+from longspan.ops.select import recall
 from longspan.ops.sparse import eager as eager_sparse
 from longspan.ops.types import Budget, PagedKV, QueryRotary, Selection
 
@@ -26,6 +27,7 @@ __all__ = [
     "add_rms_norm",
     "add_routed_mlp",
     "decode_attention",
+    "measure_recall",
     "prefill_attention",
     "rms_norm",
     "rotate",
@@ -91,6 +93,22 @@ def select_vertical_slash(
         if sparse_index.supports(q, cache, rotary, cached_len, budget):
             return sparse_index.select_vertical_slash(*args)
     return select.select_vertical_slash(*args)
+
+
+def measure_recall(
+    q: Tensor, cache: PagedKV, block_table: Tensor, cached_len: int, rotary: QueryRotary,
+    scale: float, selection: Selection,
+) -> Tensor:
+    """See `recall.measure_recall`."""
+    args = (q, cache, block_table, cached_len, rotary, scale, selection)
+    if q.is_cuda:
+        from longspan.ops.select import triton as sparse_index
+        from longspan.ops.select import triton_recall
+        from longspan.ops.tiles.splits import num_sms
+
+        if sparse_index.supports_shapes(q, cache, rotary, cached_len):
+            return triton_recall.measure_recall(*args, num_sms(q.device))
+    return recall.measure_recall(*args)
 
 
 def decode_attention(

@@ -66,6 +66,8 @@ class Selection(NamedTuple):
     padded with -1 at the end; None: nowhere any."""
     first_tile: int = 0
     """The query tile that ``tiles[:, 0]`` belongs to."""
+    scouts: Tensor | None = None
+    """[H, R] the rows that found ``tiles``, ascending, from the segment's first query on."""
 
 
 class Budget(NamedTuple):

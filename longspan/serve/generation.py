@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from longspan.engine.front.client import AsyncEngine, GenerateRequest
 from longspan.engine.front.stream import Stream
+from longspan.engine.recall import Recall, merged
 from longspan.engine.request import (
     MAX_SEED,
     Event,
@@ -48,6 +49,8 @@ class Usage:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    recalls: list[Recall] = field(default_factory=list)
+    """One for each of the prompts that were prefilled sparsely."""
     first_s: float | None = None
     last_s: float | None = None
 
@@ -65,9 +68,20 @@ class Usage:
 
     def as_dict(self) -> dict[str, object]:
         """OpenAI's usage object."""
-        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens,
-                "total_tokens": self.prompt_tokens + self.completion_tokens,
-                "prompt_tokens_details": {"cached_tokens": self.cached_tokens}}
+        usage = {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens,
+                 "total_tokens": self.prompt_tokens + self.completion_tokens,
+                 "prompt_tokens_details": {"cached_tokens": self.cached_tokens}}
+        recall = self.recall
+        if recall is None:
+            return usage
+        scouts = {} if recall.scouts is None else {"scouts": round(recall.scouts, 4)}
+        return usage | {"attention_recall": {
+            "typical": round(recall.typical, 4), **scouts, "num_tokens": recall.num_tokens}}
+
+    @property
+    def recall(self) -> Recall | None:
+        """Recall of all prompts together, by tokens; None: nothing was prefilled sparsely."""
+        return merged(self.recalls)
 
     def timings(self) -> dict[str, object]:
         """llama.cpp's timings, and the first token's predicted and actual time."""
@@ -227,6 +241,8 @@ class Generation:
             self.usage.completion_tokens += len(event.token_ids)
         if event.finish_reason is not None:
             self._unfinished.discard(number)
+        if event.output is not None and event.output.recall is not None:
+            self.usage.recalls.append(event.output.recall)
 
 
 def millis(seconds: float | None) -> float | None:

@@ -17,6 +17,7 @@ LAG_PERIOD_S = 0.05
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
 SHORT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
 RATIOS = (0.25, 0.5, 0.8, 0.9, 0.95, 1.05, 1.1, 1.25, 2, 4)
+RECALLS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 1)
 STATES = ("loading", "ready", "draining", "dead")
 
 
@@ -36,6 +37,9 @@ class Metrics:
             "tpot_seconds", "Mean time of a token after the first.", SHORT_SECONDS)
         self._ratio = self._histogram(
             "ttft_prediction_ratio", "Predicted over actual time to first token.", RATIOS)
+        self._recall = Histogram(
+            "longspan_attention_recall", "Attention mass that sparse prefill kept, by request.",
+            ["rows"], buckets=RECALLS, registry=self._registry)
         self._lag = self._histogram(
             "event_loop_lag_seconds", "Delay of a timer in the front end.", SHORT_SECONDS)
         self._add_gauges()
@@ -57,6 +61,10 @@ class Metrics:
             self._ttft.observe(usage.ttft_s)
             if usage.predicted_ttft_s and usage.ttft_s > 0:
                 self._ratio.observe(usage.predicted_ttft_s / usage.ttft_s)
+        if usage.recall is not None:
+            self._recall.labels("typical").observe(usage.recall.typical)
+            if usage.recall.scouts is not None:
+                self._recall.labels("scouts").observe(usage.recall.scouts)
         if usage.decode_s is not None:
             self._tpot.observe(usage.decode_s / (usage.completion_tokens - 1))
 

@@ -36,6 +36,17 @@ class PromptTokensDetails(Reply):
     cached_tokens: int
 
 
+class AttentionRecall(Reply):
+    """Share of attention mass that sparse prefill kept, measured on some rows."""
+
+    typical: float
+    """Mean over rows spread over the prompt."""
+    scouts: float | None = None
+    """Mean over the rows that look something up; absent: the plan has no scouts."""
+    num_tokens: int
+    """Prompt tokens that the shares cover: computed for this request, and sparsely."""
+
+
 class UsageReply(Reply):
     """Tokens of a request."""
 
@@ -43,6 +54,8 @@ class UsageReply(Reply):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    attention_recall: AttentionRecall | None = None
+    """Absent where nothing was prefilled sparsely."""
 
 
 class Timings(Reply):

@@ -13,6 +13,7 @@ import pytest
 
 from longspan import cli
 from longspan.commands import demo
+from longspan.engine.recall import Recall
 from longspan.engine.request import Progress, RequestOutput, TokenEvent
 from longspan.engine.text.tokenizer import Tokenizer
 from longspan.eval.text import python_text_roots
@@ -59,7 +60,8 @@ class ReadingModel:
         for done in range(0, len(prompt) + 1, len(prompt) // 4):
             yield Progress(**common, num_prefilled_tokens=done, elapsed_s=done / 500)
         output = RequestOutput(**common, text=answer, token_ids=(1,), finish_reason="stop",
-                               ttft_s=8.0, prefill_s=8.0, decode_tokens_per_s=50.0, density=0.25)
+                               ttft_s=8.0, prefill_s=8.0, decode_tokens_per_s=50.0, density=0.25,
+                               recall=Recall(0.931, 0.872, 3_456))
         yield TokenEvent(**common, text=answer, token_ids=(1,), finish_reason="stop",
                          output=output)
 
@@ -72,7 +74,7 @@ def test_all_right_is_status_0(
     captured = capsys.readouterr()
     assert "5 of 5 right" in captured.out and "WRONG" not in captured.out
     for text in ("seed 7", "4,000 tokens", "8.00 s", "500.0 tokens/s", "50.0 tokens/s", "25.0 %",
-                 "1.00 GiB"):
+                 "93.1 % (3,456 tokens)", "87.2 %", "1.00 GiB"):
         assert text in captured.out
     assert "reading" in captured.err, "a plain log shows the progress"
 

@@ -24,6 +24,7 @@ from longspan.ops import decode
 from longspan.ops.dense import triton as prefill
 from longspan.ops.select import top_k as threshold
 from longspan.ops.select import triton as sparse_index
+from longspan.ops.select import triton_recall
 from longspan.ops.types import Budget
 
 SHARED_BYTES, NUM_SMS = 232_448, 132
@@ -100,6 +101,10 @@ def main() -> None:
         selection = sparse_index.select_vertical_slash(*args, budget)
         vertical_slash.sparse_prefill_attention(*args, selection, False)
         if mode == "tile":
+            # nothing was computed, and PyTorch's own steps index with what is there
+            chosen = selection._replace(
+                offsets=torch.zeros_like(selection.offsets), tiles=None, scouts=None)
+            triton_recall.measure_recall(*args, chosen, NUM_SMS)
             vertical_slash.sparse_prefill_attention(*args, selection, True)
             for correction in (False, True):
                 hopper_sparse.sparse_prefill_attention(*args, selection, correction)

@@ -217,4 +217,5 @@ class Loop:
         return StepReport(
             updates=tuple(updates), submitted_s=step.submitted_s,
             finished_s=self._freed_s, kept_pairs=result.kept_pairs,
-            causal_pairs=result.causal_pairs, prompt_logprobs=result.prompt_logprobs)
+            causal_pairs=result.causal_pairs, prompt_logprobs=result.prompt_logprobs,
+            recalls=result.recalls)

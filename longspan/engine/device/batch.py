@@ -5,16 +5,25 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from longspan.attention.metadata import AttentionMetadata, SequenceSlice, build_metadata
+from longspan.attention.recall import RecallMeter
 from longspan.attention.upload import upload
 from longspan.config import DcaConfig
 from longspan.engine.request import TokenIds
 from longspan.engine.step import ScheduledBatch, ScheduledSlice
 from longspan.ops.sampling.sample import SamplingRows
+
+
+class RequestMeter(NamedTuple):
+    """Who takes the recall of one request's slice."""
+
+    request_id: str
+    meter: RecallMeter
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +41,8 @@ class DeviceBatch:
     all_greedy: bool
     scored: tuple[ScheduledSlice, ...] = ()
     """The slices that are packed together, if any of them has `ScoredTokens`."""
+    meters: tuple[RequestMeter, ...] = ()
+    """Recall of the sparse slices that are packed together."""
 
 
 def build_batch(
@@ -60,7 +71,10 @@ def build_batch(
         sampling=_sampling_rows(sampled),
         slots=torch.tensor([item.slot for item in sampled], dtype=torch.int64),
         all_greedy=is_greedy(sampled),
-        scored=tuple(together) if any(item.scored for item in together) else ())
+        scored=tuple(together) if any(item.scored for item in together) else (),
+        meters=tuple(RequestMeter(item.request_id, part.recall)
+                     for item, part in zip(together, metadata.prefills, strict=False)
+                     if part.recall is not None))
     there = upload(here, device)
     if ahead:
         assert last_tokens is not None

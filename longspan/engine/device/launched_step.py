@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from longspan.attention.recall import RecallSums
 from longspan.engine.device.block_mover import BlockMover
 from longspan.engine.device.sampling import SampledTokens
-from longspan.engine.step import ScheduledBatch, StepResult
+from longspan.engine.step import ScheduledBatch, SparseRecall, StepResult
 
 NEWS_S = 0.02
 """A step that computes nothing ends when a copy of blocks does, or after this time."""
@@ -69,6 +71,7 @@ class LaunchedStep:
     Args:
         sampled: None when no slice samples or scores.
         pairs: attention pairs kept, where they were counted, and causal.
+        recalls: of the requests whose sparse chunks the step completed.
         watch: started before the work was queued.
         copies: for the way to the host, beside the next step's work; None on CPUs.
         mover: tells which copies of blocks have ended.
@@ -77,14 +80,14 @@ class LaunchedStep:
     def __init__(
         self, batch: ScheduledBatch, sampled: SampledTokens | None,
         pairs: tuple[Tensor | float, float], watch: Stopwatch, copies: torch.cuda.Stream | None,
-        mover: BlockMover | None = None,
+        recalls: Sequence[tuple[str, RecallSums]] = (), mover: BlockMover | None = None,
     ) -> None:
         self._batch, self._pairs, self._watch, self._mover = batch, pairs, watch, mover
-        self._sampled = sampled
+        self._sampled, self._recalls = sampled, recalls
         self._copied: torch.cuda.Event | None = None
         watch.stop()
-        if sampled is not None and copies is not None:
-            self._sampled = self._fetch(sampled, copies)
+        if copies is not None and (sampled is not None or recalls):
+            self._fetch(copies)
 
     def wait_for(self, timeout_s: float) -> bool:
         """Wait up to ``timeout_s``; True if the device has finished the step."""
@@ -104,16 +107,28 @@ class LaunchedStep:
             token_ids=token_ids, logprobs=logprobs, kept_pairs=float(kept), causal_pairs=causal,
             failures={} if self._sampled is None else self._sampled.failures,
             prompt_logprobs=() if self._sampled is None else tuple(
-                rows.as_message() for rows in self._sampled.scored), elapsed_s=elapsed_s)
+                rows.as_message() for rows in self._sampled.scored), elapsed_s=elapsed_s,
+            recalls=tuple(_as_message(name, recall) for name, recall in self._recalls))
 
-    def _fetch(self, sampled: SampledTokens, copies: torch.cuda.Stream) -> SampledTokens:
+    def _fetch(self, copies: torch.cuda.Stream) -> None:
         kept, causal = self._pairs
-        self._on_device = sampled, kept  # their memory is not used again before the copy is done
+        # their memory is not used again before the copy is done
+        self._on_device = self._sampled, kept, self._recalls
         self._watch.hold(copies)
         with torch.cuda.stream(copies):
-            found = sampled.cpu(non_blocking=True)  # to pinned memory
+            if self._sampled is not None:
+                self._sampled = self._sampled.cpu(non_blocking=True)  # to pinned memory
             if isinstance(kept, Tensor):
                 self._pairs = kept.to("cpu", non_blocking=True), causal
+            self._recalls = [
+                (name, recall._replace(sums=recall.sums.to("cpu", non_blocking=True)))
+                for name, recall in self._recalls]
         self._copied = torch.cuda.Event(blocking=True)
         self._copied.record(copies)
-        return found
+
+
+def _as_message(request_id: str, recall: RecallSums) -> SparseRecall:
+    typical, scouts = recall.sums.tolist()
+    return SparseRecall(
+        request_id=request_id, typical=typical, typical_weight=recall.weights[0], scouts=scouts,
+        scouts_weight=recall.weights[1], num_tokens=recall.num_tokens)

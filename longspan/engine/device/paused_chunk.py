@@ -8,7 +8,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from longspan.engine.control.chunking import row_cuts
-from longspan.engine.device.batch import DeviceBatch
+from longspan.engine.device.batch import DeviceBatch, RequestMeter
 from longspan.engine.device.prompt_logprobs import PromptScorer
 from longspan.engine.device.stage import PipelineStage
 from longspan.engine.step import ScheduledSlice
@@ -29,6 +29,7 @@ class PausableChunk:
         self._work: Generator[None, None, Tensor] | None = None
         self._place = ("", 0, 0)
         """Request, first token and pieces done of the chunk in ``_work``."""
+        self._meters: tuple[RequestMeter, ...] = ()
 
     def advance(
         self, item: ScheduledSlice, build: Callable[[], DeviceBatch],
@@ -44,7 +45,8 @@ class PausableChunk:
         assert pieces is not None
         if pieces.first == 0:
             cuts = row_cuts(item.cached_len, item.context_len, self._rows)
-            self._work = self._compute(item, build(), cuts)
+            inputs = build()
+            self._work, self._meters = self._compute(item, inputs, cuts), inputs.meters
             self._place = (item.request_id, item.cached_len, 0)
         assert self._work is not None and self._place == (
             item.request_id, item.cached_len, pieces.first), (self._place, item.request_id, pieces)
@@ -59,6 +61,13 @@ class PausableChunk:
             return hidden
         assert not pieces.is_last, "the chunk has more pieces than the scheduler thinks"
         return None
+
+    def take_meters(self) -> tuple[RequestMeter, ...]:
+        """Return the recall of the chunk once it is complete, and forget it."""
+        if self._work is not None:
+            return ()
+        meters, self._meters = self._meters, ()
+        return meters
 
     def _compute(
         self, item: ScheduledSlice, inputs: DeviceBatch, cuts: Sequence[int],

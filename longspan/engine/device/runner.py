@@ -16,13 +16,20 @@ from torch import Tensor
 from longspan.attention.layer import allocate_cache
 from longspan.attention.metadata import AttentionMetadata
 from longspan.attention.observer import AttentionObserver
+from longspan.attention.recall import RecallSums
 from longspan.attention.rope import build_rotary
 from longspan.attention.sparsity import SparsityPlan, needs_means
 from longspan.config import DcaConfig, EngineConfig, ModelConfig
 from longspan.engine.control.chunking import piece_rows
 from longspan.engine.control.copy_queue import TierConfig
 from longspan.engine.control.loop import LocalTransport, Transport
-from longspan.engine.device.batch import DeviceBatch, build_batch, is_greedy, num_outputs
+from longspan.engine.device.batch import (
+    DeviceBatch,
+    RequestMeter,
+    build_batch,
+    is_greedy,
+    num_outputs,
+)
 from longspan.engine.device.block_files import BlockFiles, KvFolder
 from longspan.engine.device.block_mover import BlockMover
 from longspan.engine.device.block_store import BlockStore
@@ -60,6 +67,7 @@ class Runner:
         self._copies = torch.cuda.Stream(device) if device.startswith("cuda") else None
         self._graphs: DecodeGraphs | None = None
         self._mover: BlockMover | None = None
+        self._meters: tuple[RequestMeter, ...] = ()
 
     @classmethod
     def load(
@@ -177,7 +185,8 @@ class Runner:
             # not after each step: to add them up takes a launch for each layer
             is_counted = sampled is not None and batch.prefills
             pairs = self._take_attention_pairs() if is_counted else (0.0, 0.0)
-        step = LaunchedStep(batch, sampled, pairs, watch, self._copies, self._mover)
+        step = LaunchedStep(batch, sampled, pairs, watch, self._copies, self._take_recalls(),
+                            self._mover)
         if self._mover is not None:
             with torch.inference_mode():
                 self._mover.start(batch.transfers, batch.seen, watch.begun)
@@ -238,6 +247,7 @@ class Runner:
     def _compute_once(self, batch: ScheduledBatch) -> SampledTokens | None:
         apart = self._advance(batch)
         inputs = self._build(batch)
+        self._meters = inputs.meters + self._chunk.take_meters()
         logits = self.forward(inputs, apart)
         scored = self._scorer.take()
         if logits is None:
@@ -291,6 +301,13 @@ class Runner:
         for stage in self._stages:
             stage.model.reset_attention_stats()
         return sum((kept for kept, _ in pairs), 0.0), sum(causal for _, causal in pairs)
+
+
+    def _take_recalls(self) -> list[tuple[str, RecallSums]]:
+        """Return the recall of the sparse chunks that are complete since the last call."""
+        meters, self._meters = self._meters, ()
+        found = [(request_id, meter.read()) for request_id, meter in meters]
+        return [(request_id, recall) for request_id, recall in found if recall is not None]
 
 
 def _allocate(

@@ -26,7 +26,13 @@ from longspan.engine.control.latency import Forecast
 from longspan.engine.control.prefixes import hash_prompt
 from longspan.engine.control.scheduler import Load
 from longspan.engine.front.stream import Channel, Stream
-from longspan.engine.front.tracking import Tracker, deliver, deliver_scores, updates
+from longspan.engine.front.tracking import (
+    Tracker,
+    deliver,
+    deliver_recalls,
+    deliver_scores,
+    updates,
+)
 from longspan.engine.intake import Prompt, as_token_ids, default_sampling
 from longspan.engine.processes.backend import Backend, Start
 from longspan.engine.processes.launch import in_processes
@@ -354,6 +360,7 @@ class AsyncEngine:
             submitted_s=message.started_s, finished_s=message.finished_s,
             kept_pairs=result.kept_pairs, causal_pairs=result.causal_pairs)
         deliver_scores(self._completions, result.prompt_logprobs)
+        deliver_recalls(self._completions, result.recalls)
         for update in updates(message, self._trackers):
             self._push(update, report)
 

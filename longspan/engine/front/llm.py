@@ -14,7 +14,7 @@ from longspan.attention.observer import AttentionObserver
 from longspan.config import EngineConfig
 from longspan.engine.control.loop import Loop
 from longspan.engine.control.scheduler import Scheduler
-from longspan.engine.front.tracking import deliver, deliver_scores
+from longspan.engine.front.tracking import deliver, deliver_recalls, deliver_scores
 from longspan.engine.intake import Prompt, as_prompts
 from longspan.engine.request import Event, Progress, Request, RequestOutput, SamplingParams
 from longspan.engine.setup.engine_plan import ResolvedEngine
@@ -199,6 +199,7 @@ class LLM:
         self._pairs[0] += report.kept_pairs
         self._pairs[1] += report.causal_pairs
         deliver_scores(self._completions, report.prompt_logprobs)
+        deliver_recalls(self._completions, report.recalls)
         for update in report.updates:
             completion = deliver(self._completions, update, report, self._loop.abort)
             if completion is not None and completion.output is not None:

@@ -12,7 +12,13 @@ from itertools import zip_longest
 
 from longspan.engine.processes.wire import Stepped
 from longspan.engine.request import Request, conclude
-from longspan.engine.step import PromptLogprobs, RowLogprobs, StepReport, Update
+from longspan.engine.step import (
+    PromptLogprobs,
+    RowLogprobs,
+    SparseRecall,
+    StepReport,
+    Update,
+)
 from longspan.engine.text.completion import Completion
 
 
@@ -70,6 +76,16 @@ def deliver_scores(
         completion = completions.get(part.request_id)
         if completion is not None:
             completion.score(part)
+
+
+def deliver_recalls(
+    completions: Mapping[str, Completion], parts: Sequence[SparseRecall]
+) -> None:
+    """Hand a step's recall to those who wait, before the step's updates."""
+    for part in parts:
+        completion = completions.get(part.request_id)
+        if completion is not None:
+            completion.add_recall(part)
 
 
 def deliver(

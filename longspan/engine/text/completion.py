@@ -8,7 +8,9 @@ from __future__ import annotations
 import time
 from array import array
 from collections import deque
+from collections.abc import Sequence
 
+from longspan.engine.recall import Recall
 from longspan.engine.request import (
     Event,
     FinishReason,
@@ -18,7 +20,13 @@ from longspan.engine.request import (
     TokenEvent,
     TokenLogprob,
 )
-from longspan.engine.step import NOT_FINITE, PromptLogprobs, StepReport, Update
+from longspan.engine.step import (
+    NOT_FINITE,
+    PromptLogprobs,
+    SparseRecall,
+    StepReport,
+    Update,
+)
 from longspan.engine.text.prompt_scores import PromptScores
 from longspan.engine.text.text_stream import TextStream
 from longspan.engine.text.token_bytes import TokenBytes
@@ -49,6 +57,7 @@ class Completion:
         self._num_cached_tokens = 0
         self._is_admitted = self._has_token_event = False
         self._pairs = [0.0, 0.0]  # kept, causal
+        self._recalls: list[SparseRecall] = []
         self._arrived_s = time.monotonic()
         self._started_s: float | None = None
         self._first_s: float | None = None
@@ -75,6 +84,10 @@ class Completion:
         same step."""
         if self._scores is not None:
             self._scores.take(part)
+
+    def add_recall(self, part: SparseRecall) -> None:
+        """Take what a step measured of the prompt's sparse prefill, before the step's update."""
+        self._recalls.append(part)
 
     def push(self, update: Update, report: StepReport) -> bool:
         """Take an update of the loop. True if the request must be stopped by the caller: a stop
@@ -164,13 +177,23 @@ class Completion:
             ttft_s=_span(self._arrived_s, self._first_s),
             prefill_s=_span(self._started_s, self._first_s),
             decode_tokens_per_s=self._decode_rate(), density=kept / causal if causal else None,
-            logprobs=tuple(self._logprobs),
+            recall=_recall(self._recalls), logprobs=tuple(self._logprobs),
             prompt_logprobs=None if found is None else found.logprobs,
             prompt_alternatives=found if found is not None and found.top_ids.size else None)
 
     def _decode_rate(self) -> float | None:
         elapsed_s = _span(self._first_s, self._last_s)
         return (len(self._token_ids) - 1) / elapsed_s if elapsed_s else None
+
+
+def _recall(parts: Sequence[SparseRecall]) -> Recall | None:
+    weight, scouts_weight = (sum(part.typical_weight for part in parts),
+                             sum(part.scouts_weight for part in parts))
+    if not weight:
+        return None
+    scouts = sum(part.scouts for part in parts) / scouts_weight if scouts_weight else None
+    return Recall(sum(part.typical for part in parts) / weight, scouts,
+                  sum(part.num_tokens for part in parts))
 
 
 def _span(start_s: float | None, end_s: float | None) -> float | None:

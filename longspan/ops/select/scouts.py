@@ -33,13 +33,15 @@ def add_scouts(
     `ROWS_AT_ONCE` x S fp32 for one head.
     """
     first_tile, group = start // selection.tile_len, q.shape[1] // k.shape[1]
-    lists = []
+    lists, rows = [], []
     for head in range(q.shape[1]):
-        scouts = start + place_scouts(q[:, head], budget.num_scouts)
-        excess = _excess(selection, head, q[:, head], k[:, head // group], scouts, start, rotary,
-                         scale)
+        scouts = place_scouts(q[:, head], budget.num_scouts)
+        excess = _excess(selection, head, q[:, head], k[:, head // group], start + scouts, start,
+                         rotary, scale)
         lists.append(_largest_tiles(excess, budget))
-    return selection._replace(tiles=torch.stack(lists), first_tile=first_tile)
+        rows.append(scouts)
+    return selection._replace(tiles=torch.stack(lists), first_tile=first_tile,
+                              scouts=torch.stack(rows))
 
 
 def place_scouts(q: Tensor, count: int) -> Tensor:

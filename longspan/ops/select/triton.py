@@ -119,7 +119,13 @@ class _Heads(NamedTuple):
 
 def supports(q: Tensor, cache: PagedKV, rotary: QueryRotary, cached_len: int,
              budget: Budget) -> bool:
-    """Return whether the kernels take these inputs; otherwise `select` does.
+    """Return whether the kernels take these inputs; otherwise `select` does. q: [T, H, D]."""
+    return (0 < _most_rows(budget) <= MAX_ROWS
+            and supports_shapes(q, cache, rotary, cached_len))
+
+
+def supports_shapes(q: Tensor, cache: PagedKV, rotary: QueryRotary, cached_len: int) -> bool:
+    """Return whether the kernels take these queries and keys, whatever the budget.
 
     q: [T, H, D]. Tiles must be powers of two and lie in one zone each; GPUs need the shared memory
     of Hopper.
@@ -131,7 +137,6 @@ def supports(q: Tensor, cache: PagedKV, rotary: QueryRotary, cached_len: int,
     return (q.dtype == cache.k.dtype and q.dtype in dtypes and q.stride(-1) == 1
             and cache.k.stride(-1) == 1 and head_dim in (16, 32, 64, 128)
             and tile_len in (16, 32, 64, 128) and q.shape[1] % num_kv_heads == 0
-            and 0 < _most_rows(budget) <= MAX_ROWS
             and (rotary.stride % tile_len == 0 or cached_len + q.shape[0] <= rotary.stride))
 
 

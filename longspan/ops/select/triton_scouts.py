@@ -67,7 +67,7 @@ def add_scouts(
             P=tile_len, BLOCK=max(1024, triton.next_power_of_2(num_tiles)),
             WIDTH=triton.next_power_of_2(tiles.shape[2]), num_warps=8)
         del missed, lse  # or the next heads' would be allocated beside them
-    return selection._replace(tiles=tiles, first_tile=first_tile)
+    return selection._replace(tiles=tiles, first_tile=first_tile, scouts=scouts.rows)
 
 
 def _place(q: Tensor, count: int) -> Tensor:

@@ -321,6 +321,38 @@ def test_long_prompts_are_sparse_and_hits_change_nothing(tmp_path: Path, mode: A
         assert dense.sparsity_plan is None
 
 
+def test_recall_is_of_one_request_and_of_what_was_computed_sparsely(tmp_path: Path) -> None:
+    """However its chunks are packed, cut or cached, a prompt's recall is that of its own chunks;
+    dense prompts, and plans in paper mode, have none."""
+    write_checkpoint(tmp_path, max_position_embeddings=2048, dual_chunk_attention_config=DCA)
+    plan = replace(SparsityPlan.default(3, 4, vertical=16, slash=64), local=16, dense_tail_len=64,
+                   num_scouts=8)
+    plan.save(tmp_path / "sparsity_plan.json")
+    documents = [[(7 * index * index + index // part) % 256 for index in range(1500)]
+                 for part in (3, 5)]
+    options = {"prefill_chunk_len": 128}
+    with load(tmp_path, **options) as llm:
+        short, both = llm.generate(documents[0][:300], PARAMS)[0], llm.generate(documents, PARAMS)
+        hit = llm.generate([*documents[0][:-20], 3, 5], PARAMS)[0]
+    with load(tmp_path, **options, step_budget_s=1e-9) as cut:
+        pieces = [cut.generate(document, PARAMS)[0] for document in documents]
+    assert short.recall is None and None not in (both[0].recall, both[1].recall)
+    for one, other in zip(both, pieces, strict=True):
+        assert one.recall is not None and one.recall.scouts is not None
+        assert one.recall == other.recall
+        assert 0.02 < one.recall.typical < 0.98 and 0.02 < one.recall.scouts < 0.98
+        assert one.recall.num_tokens == 1408 - 64  # up to the tail, behind the slash budget
+    assert both[0].recall != both[1].recall
+    assert hit.num_cached_tokens == 1472 and hit.recall is None  # only the dense tail was left
+    replace(plan, num_scouts=0).save(tmp_path / "sparsity_plan.json")
+    with load(tmp_path, **options) as llm:
+        alone = llm.generate(documents[0], PARAMS)[0].recall
+        assert alone is not None and alone.scouts is None and alone.num_tokens == 1408 - 64
+    plan.paper().save(tmp_path / "sparsity_plan.json")
+    with load(tmp_path, **options) as llm:
+        assert llm.generate(documents[0], PARAMS)[0].recall is None
+
+
 def test_plain_models_get_the_default_plan_on_demand(path: Path) -> None:
     with load(path, attention="sparse") as llm:
         assert llm.sparsity_plan == SparsityPlan.default(3, 4)
