@@ -298,6 +298,29 @@ def ttft(
 
 
 @bench_app.command()
+def cache(
+    shape: ShapeName = "qwen2.5-7b",
+    lengths: Annotated[str, typer.Option(help="Prompt tokens.")] = "131072",
+    places: Annotated[str, typer.Option(help="host, disk.")] = "host,disk",
+    folder: Annotated[Path, typer.Option("--dir", help="Empty, on the disk to measure.")] =
+        Path("kv-bench"),
+    attention: Annotated[str, typer.Option(help="dense or sparse.")] = "sparse",
+    chunk_len: ChunkLen = None, device: Device = None, commit: Commit = None,
+    budget_s: BudgetS = None, out: Results = Path("bench/results"),
+) -> None:
+    """Time until a prompt's KV is back from host memory or disk, beside its prefill."""
+    from longspan.bench.engine.cache import CacheOptions, run
+    from longspan.bench.session import BenchOptions, BenchSession
+    from longspan.bench.shapes import Shape
+
+    options = CacheOptions(
+        lengths=parse_list(lengths, int, "--lengths"), folder=folder, chunk_len=chunk_len,
+        places=parse_list(places, str, "--places"), attention=attention)
+    session = BenchSession("cache", BenchOptions.make(device, out, commit, budget_s))
+    _exit(run(session, Shape.make(shape), options))
+
+
+@bench_app.command()
 def decode(
     shape: ShapeName = "qwen2.5-7b",
     contexts: Annotated[str, typer.Option(help="Tokens of each request.")] = "1000,131072,1000000",

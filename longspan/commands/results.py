@@ -26,6 +26,7 @@ KEY_FIELDS: dict[str, tuple[str, ...]] = {
     "cpu": ("model", "impl", "num_tokens", "threads"),
     "ops": ("op", "impl", "params"),
     "ttft": ("shape", "num_tokens", "attention", "plan", "layers", "gpus", "chunk_len"),
+    "cache": ("shape", "place", "num_tokens", "attention", "plan"),
     "decode": ("shape", "context_len", "batch_size", "layers"),
     "quality": ("model", "num_tokens", "num_questions", "attention", "chunk_len"),
     "serve": ("model", "scenario", "metric"),

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import gc
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +38,8 @@ class EngineSizes:
     max_num_requests: int = 1
     memory_gib: float | None = None
     """Default: nearly all that is free."""
+    places: Mapping[str, Any] = field(default_factory=dict)
+    """``kv_host_gib``, ``kv_dir`` and ``kv_disk_gib`` of the engine."""
 
 
 class ShapeEngine(NamedTuple):
@@ -57,7 +59,7 @@ def plan_engine(shape: Shape, device: str, sizes: EngineSizes) -> ResolvedEngine
             model=shape.name, weights="random", device=device, attention="sparse",
             max_model_len=max(sizes.max_model_len, sizes.num_tokens),
             prefill_chunk_len=sizes.chunk_len, max_num_requests=sizes.max_num_requests,
-            memory_gib=sizes.memory_gib or free_gib),
+            memory_gib=sizes.memory_gib or free_gib, **sizes.places),
         path=Path(shape.name), plan=shape.plan)
     num_blocks = -(-sizes.num_tokens // needed.config.block_size)
     return replace(
