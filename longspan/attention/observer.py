@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -47,6 +47,22 @@ class AttendedRows:
         if self.selection is None or not self.correction:
             return self.lse
         return ops.sparse_prefill_attention(*self._args(), self.selection, False)[1]
+
+    def part(self, start: int, stop: int) -> AttendedRows:
+        """Return the rows at positions ``start`` ... ``stop`` - 1 of these; in tile mode whole
+        tiles."""
+        rows = slice(start - self.start, stop - self.start)
+        return replace(self, q=self.q[rows], lse=self.lse[rows], start=start)
+
+    def output_error(self) -> Tensor:
+        """Return how far each output is from that of dense attention of the same queries, keys and
+        values, as a share of the latter's length: [n, H] fp32."""
+        if self.selection is None:
+            return torch.zeros_like(self.lse)
+        full = ops.prefill_attention(*self._args())[0].float()
+        own = ops.sparse_prefill_attention(*self._args(), self.selection, self.correction)[0]
+        size = torch.linalg.vector_norm(full, dim=-1).clamp_min(1e-20)
+        return torch.linalg.vector_norm(own.float() - full, dim=-1) / size
 
     def recall(self) -> Tensor:
         """Return the share of each query's attention mass that its selection keeps, [n, H] fp32."""

@@ -43,6 +43,8 @@ Template = Annotated[str, typer.Option(
     help="chat: the tokenizer's template around prompts; none: plain text.")]
 Prefix = Annotated[str, typer.Option(
     help="Where RULER's beginning of the answer goes: assistant (turn), user (message), none.")]
+DEFAULT_TEXTS = ["perplexity", "niah_multikey_2", "niah_multivalue", "vt"]
+"""Real text, lines that are all alike, facts to collect, a chain."""
 Folders = Annotated[list[Path], typer.Argument(help="Folders that eval run wrote.")]
 
 
@@ -143,6 +145,50 @@ def run(
 
 
 @eval_app.command()
+def fidelity(
+    model: Model, task: TaskNames = DEFAULT_TEXTS,
+    lengths: Lengths = "32k", n: Count = 2, seed: Seed = 0,
+    attention: Annotated[str, typer.Option(
+        help="Compared with dense: sparse, paper (MInference's policy), or both.")] = "sparse",
+    positions: Annotated[str, typer.Option(help="auto, or rope, dca, dca+yarn.")] = "auto",
+    compared_positions: Annotated[int, typer.Option(
+        help="Positions of each text whose distributions are compared.")] = 2048,
+    every: Annotated[int, typer.Option(
+        help="One query tile of so many is attended to densely, for recall.")] = 8,
+    out: Annotated[Path, typer.Option(help="Folder of result files.")] = Path("out/fidelity"),
+    time_limit_s: Annotated[float | None, typer.Option(
+        help="Begin no text after these seconds.")] = None,
+    name: Annotated[str | None, typer.Option(help="Model's name in the results.")] = None,
+    text_root: TextRoots = None, words: Words = None, data: Data = None,
+    template: Template = "chat", max_model_len: MaxModelLen = None, device: Device = None,
+    dtype: Dtype = None, prefill_chunk_len: ChunkLen = None, sparsity_plan: Plan = None,
+    memory_gib: Memory = None, threads: Threads = None,
+) -> None:
+    """Compare sparse attention with dense: recall, output error, KL, top-1, nats by position."""
+    from longspan.commands.console import note
+    from longspan.commands.fidelity import FidelityJob
+    from longspan.commands.fidelity import run as run_job
+    from longspan.commands.models import ModelJob
+    from longspan.commands.prompts import PromptsJob, make_plan
+    from longspan.eval.tasks.registry import TaskOptions
+
+    prompts = PromptsJob(
+        tokenizer=model, plan=make_plan(task, _lengths(lengths), n, seed,
+                                        TaskOptions(num_questions=1)),
+        text_roots=tuple(text_root or ()), words=words, data=data, template=template,
+        prefix="assistant")
+    note(str(run_job(FidelityJob(
+        prompts=prompts, num_positions=compared_positions, every=every, out=out,
+        time_limit_s=time_limit_s, model=ModelJob(
+            model=model, name=name, max_model_len=max_model_len,
+            attention=parse_list(attention, str, "--attention"),
+            positions=parse_list(positions, str, "--positions"),
+            options={"device": device, "dtype": dtype, "prefill_chunk_len": prefill_chunk_len,
+                     "sparsity_plan": sparsity_plan, "memory_gib": memory_gib,
+                     "num_threads": threads})))))
+
+
+@eval_app.command()
 def score(
     folders: Folders,
     judge_url: Annotated[str | None, typer.Option(
@@ -175,10 +221,11 @@ def compare(
 
 @eval_app.command()
 def plot(
-    folders: Folders,
+    folders: Annotated[list[Path], typer.Argument(
+        help="Folders that eval run wrote, files that eval fidelity wrote.")],
     out: Annotated[Path, typer.Option(help="Folder of the plots.")] = Path("out/plots"),
 ) -> None:
-    """Draw heat maps, scores by length, and further runs against the first."""
+    """Draw heat maps, scores by length, further runs against the first, and per-head maps."""
     from longspan.commands.evaluate import plot as run
 
     run(folders, out)

@@ -15,17 +15,18 @@ from longspan.commands.console import note, percent, seconds, show_table
 from longspan.commands.models import (
     ModelJob,
     Setting,
+    check_lengths,
     fingerprint,
-    model_limit,
     open_model,
     settings,
 )
 from longspan.commands.prompts import PromptsJob, gather, held_out
-from longspan.commands.results import make_folder, write_rows
+from longspan.commands.results import make_folder, read_file, write_rows
 from longspan.errors import LongspanError
 from longspan.eval.compare import compare_runs
 from longspan.eval.endpoint import Endpoint, EndpointConfig
 from longspan.eval.plot import draw_all
+from longspan.eval.plot_fidelity import draw_fidelity
 from longspan.eval.prompt import Materials
 from longspan.eval.runner import Job, Plan, rescore, work_order
 from longspan.eval.runner import build as build_examples
@@ -97,11 +98,7 @@ def run(job: PromptsJob, model: ModelJob, out: Path, pace: Pace) -> int:
         raise LongspanError(f"{model.model}: no such checkpoint here; name the tokenizer of the "
                             "model behind --url with --tokenizer")
     materials, about = gather(job)
-    limit = model_limit(model)
-    too_long = [length for length in job.plan.lengths if limit is not None and length > limit]
-    if too_long:
-        raise LongspanError(f"--lengths: {max(too_long):,} tokens are more than the model's limit "
-                            f"of {limit:,}; leave such lengths out")
+    limit = check_lengths(model, job.plan.lengths)
     materials = replace(materials, max_prompt_tokens=limit)
     longest = _longest(job.plan, materials)
     status = 0
@@ -207,9 +204,18 @@ def compare(first: Path, second: Path, margin: float, out: Path | None) -> None:
 
 
 def plot(folders: Sequence[Path], out: Path) -> None:
-    """Draw all plots of the runs."""
-    for file in draw_all([_summarise(folder) for folder in open_runs(folders)], out):
-        note(str(file))
+    """Draw all plots of the runs; of files that `fidelity` wrote, theirs."""
+    files = [place for place in folders if place.is_file()]
+    for file in files:
+        content = read_file(file)
+        if content.get("bench") != "fidelity":
+            raise LongspanError(f"{file}: only files that longspan eval fidelity wrote are drawn; "
+                                "of runs name the folders")
+        for drawn in draw_fidelity(content["rows"], out):
+            note(str(drawn))
+    runs = [place for place in folders if not place.is_file()]
+    for drawn in draw_all([_summarise(folder) for folder in open_runs(runs)], out) if runs else ():
+        note(str(drawn))
 
 
 def export(folders: Sequence[Path], form: str, out: Path) -> None:

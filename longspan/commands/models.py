@@ -97,6 +97,15 @@ def model_limit(job: ModelJob) -> int | None:
     return job.max_model_len or claimed
 
 
+def check_lengths(job: ModelJob, lengths: Sequence[int]) -> int | None:
+    """Return `model_limit`. Raises `LongspanError` for a length above it."""
+    limit = model_limit(job)
+    if limit is not None and max(lengths, default=0) > limit:
+        raise LongspanError(f"--lengths: {max(lengths):,} tokens are more than the model's limit "
+                            f"of {limit:,}; leave such lengths out")
+    return limit
+
+
 @contextmanager
 def open_model(
     job: ModelJob, setting: Setting, longest: int
@@ -115,9 +124,16 @@ def open_model(
 
 
 @contextmanager
-def open_llm(job: ModelJob, setting: Setting, longest: int) -> Iterator[LLM]:
-    """Open our engine in one setting, for prompts and answers of at most `longest` tokens."""
-    options = {"positions": setting.positions, "max_model_len": longest, **job.options}
+def open_llm(
+    job: ModelJob, setting: Setting, longest: int, more: Mapping[str, Any] | None = None
+) -> Iterator[LLM]:
+    """Open our engine in one setting, for prompts and answers of at most `longest` tokens.
+
+    Args:
+        more: fields of `EngineConfig`, before those of the job.
+    """
+    options = {"positions": setting.positions, "max_model_len": longest, **job.options,
+               **(more or {})}
     if setting.attention != "paper":
         with LLM(job.model, attention=setting.attention, **options) as llm:
             yield llm

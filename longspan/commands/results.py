@@ -32,6 +32,7 @@ KEY_FIELDS: dict[str, tuple[str, ...]] = {
     "serve": ("model", "scenario", "metric"),
     "pipeline": ("shape", "num_tokens", "attention", "pp", "tp", "plan"),
     "eval": ("model", "task", "num_tokens", "depth", "attention"),
+    "fidelity": ("model", "task", "num_tokens", "attention"),
     "train": ("model", "phase"),
 }
 """What identifies a row of each bench."""

@@ -44,8 +44,8 @@ def _heat_map(rows: Sequence[Row], folder: Path) -> list[Path]:
     if not cells:
         return []
     depths = sorted({depth for _, depth in cells})
-    name = f"{rows[0]['task']}.{_file_name(_arm(rows[0]))}.heatmap.svg"
-    with _figure(folder / name, (1.5 + 0.8 * len(lengths), 4.5)) as figure:
+    name = f"{rows[0]['task']}.{file_name(_arm(rows[0]))}.heatmap.svg"
+    with draw(folder / name, (1.5 + 0.8 * len(lengths), 4.5)) as figure:
         axes = figure.add_subplot()
         grid = [[cells[n, d]["score"] if (n, d) in cells else float("nan") for n in lengths]
                 for d in depths]
@@ -58,7 +58,7 @@ def _heat_map(rows: Sequence[Row], folder: Path) -> list[Path]:
                           va="center", fontsize=7,
                           color="white" if row["score"] < 0.5 else "black")
         axes.invert_yaxis()
-        axes.set_xticks([i + 0.5 for i in range(len(lengths))], map(_tokens, lengths))
+        axes.set_xticks([i + 0.5 for i in range(len(lengths))], map(short_tokens, lengths))
         axes.set_yticks([i + 0.5 for i in range(len(depths))],
                         [f"{100 * depth:.0f} %" for depth in depths])
         axes.set(xlabel="prompt, tokens", ylabel="depth of the fact",
@@ -76,7 +76,7 @@ def _curves(rows: Sequence[Row], folder: Path) -> list[Path]:
         return []
     height = -(-len(tasks) // COLUMNS)
     file = folder / "scores.svg"
-    with _figure(file, (4 * min(COLUMNS, len(tasks)), 2.6 * height + 0.6)) as figure:
+    with draw(file, (4 * min(COLUMNS, len(tasks)), 2.6 * height + 0.6)) as figure:
         for number, task in enumerate(tasks, 1):
             axes = figure.add_subplot(height, min(COLUMNS, len(tasks)), number)
             own = [row for row in scored if row["task"] == task]
@@ -100,7 +100,7 @@ def _lines(axes: Any, rows: Sequence[Row], arms: Sequence[str]) -> None:
                           [row["ci_high"] for row in own], color=colour, alpha=0.15, linewidth=0)
     ticks = sorted({row["num_tokens"] for row in rows})
     axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, map(_tokens, ticks), fontsize=7)
+    axes.set_xticks(ticks, map(short_tokens, ticks), fontsize=7)
     axes.minorticks_off()
     axes.set_ylim(-0.03, 1.03)
     axes.grid(alpha=0.3)
@@ -116,8 +116,8 @@ def _differences(summaries: Sequence[Mapping[str, Any]], folder: Path) -> list[P
         title = f"{_arm(summary['rows'][0])} minus {_arm(summaries[0]['rows'][0])}"
         tasks = list(dict.fromkeys(task for task, _ in cells))
         lengths = sorted({length for _, length in cells})
-        file = folder / f"{_file_name(title)}.svg"
-        with _figure(file, (3 + 0.8 * len(lengths), 1.6 + 0.3 * len(tasks))) as figure:
+        file = folder / f"{file_name(title)}.svg"
+        with draw(file, (3 + 0.8 * len(lengths), 1.6 + 0.3 * len(tasks))) as figure:
             axes = figure.add_subplot()
             grid = [[cells.get((task, n), float("nan")) for n in lengths] for task in tasks]
             axes.patch.set(hatch="////", edgecolor="#999999", facecolor="white")
@@ -126,7 +126,7 @@ def _differences(summaries: Sequence[Mapping[str, Any]], folder: Path) -> list[P
                 axes.text(lengths.index(length) + 0.5, tasks.index(task) + 0.5,
                           f"{100 * value:+.0f}", ha="center", va="center", fontsize=7)
             axes.invert_yaxis()
-            axes.set_xticks([i + 0.5 for i in range(len(lengths))], map(_tokens, lengths))
+            axes.set_xticks([i + 0.5 for i in range(len(lengths))], map(short_tokens, lengths))
             axes.set_yticks([i + 0.5 for i in range(len(tasks))], tasks, fontsize=8)
             axes.set(xlabel="prompt, tokens", title=f"{title}, points")
             figure.colorbar(image)
@@ -149,7 +149,7 @@ def _difference_cells(
 
 
 @contextmanager
-def _figure(file: Path, size: tuple[float, float]) -> Iterator[Any]:
+def draw(file: Path, size: tuple[float, float]) -> Iterator[Any]:
     """Make a figure that is saved at the end."""
     try:
         from matplotlib import rc_context
@@ -177,12 +177,14 @@ def _arms(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(_arm(row) for row in rows))
 
 
-def _tokens(count: int) -> str:
-    for size, unit in ((2**20, "M"), (2**10, "K")):
+def short_tokens(count: int) -> str:
+    """Write a length as a label: 4K, 1M, or all digits."""
+    for size, unit in ((2**20, "M"), (10**6, "M"), (2**10, "K")):
         if count >= size and count % size == 0:
             return f"{count // size}{unit}"
     return f"{count:,}"
 
 
-def _file_name(text: str) -> str:
+def file_name(text: str) -> str:
+    """Make part of a file name of a text."""
     return "".join(char if char.isalnum() or char in "+-._" else "-" for char in text)

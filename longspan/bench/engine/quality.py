@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from longspan.attention.observer import AttendedRows, AttentionObserver
+from longspan.attention.head_errors import HeadErrors
 from longspan.attention.sparsity import SparsityPlan
 from longspan.bench.engine.engine import free_memory
 from longspan.bench.engine.questions import Quiz, many_questions, single_questions
@@ -114,7 +112,9 @@ class Subject:
 
     def measure(self, prompts: Sequence[Quiz], plan: SparsityPlan | None) -> dict[str, Any]:
         """Measure the scores of all prompts, density and recall of the first one."""
-        recall = Recall(self._last_sparse_chunk(prompts[0].prompt_len, plan), self._last_layer)
+        # the last layer computes few rows, or all of them
+        recall = HeadErrors(from_position=self._last_sparse_chunk(prompts[0].prompt_len, plan),
+                            skipped_layer=self._last_layer)
         with self._engine(plan) as llm:
             llm.observe(recall)
             hits, output = ask(llm, prompts[0])
@@ -122,7 +122,7 @@ class Subject:
             for quiz in prompts[1:]:
                 hits += ask(llm, quiz)[0]
         assert output.density is not None and not output.num_cached_tokens
-        found = recall.by_layer()
+        found = recall.recalls()
         low, high = wilson_interval(sum(hits), len(hits))
         return {"score": rounded(sum(hits) / len(hits)), "n": len(hits), "ci_low": rounded(low),
                 "ci_high": rounded(high), "density": rounded(output.density, 4),
@@ -189,32 +189,6 @@ def ask(llm: LLM, quiz: Quiz) -> tuple[list[bool], RequestOutput]:
     guesses = output.prompt_alternatives.top_ids[:, 0]
     return [tuple(guesses[place : place + len(answer)].tolist()) == answer
             for place, answer in quiz.answers], output
-
-
-class Recall(AttentionObserver):
-    """Attention mass that sparse prefill keeps from a position on, by layer and head. The last
-    layer, which computes few rows or all of them, is left out."""
-
-    def __init__(self, from_position: int, last_layer: int) -> None:
-        self._from, self._last_layer = from_position, last_layer
-        self._found: defaultdict[int, list[Tensor]] = defaultdict(list)
-
-    def attended(self, rows: AttendedRows) -> None:
-        """Compare with dense attention of the same queries."""
-        is_counted = rows.layer_idx < self._last_layer and rows.start >= self._from
-        if rows.selection is not None and is_counted:
-            self._found[rows.layer_idx].append(rows.recall())
-
-    def by_layer(self) -> list[list[tuple[float, float, float]]]:
-        """Return [layers][heads] of (mean, 5th percentile, least) over the queries; no layers where
-        nothing was sparse."""
-        found = []
-        for _, parts in sorted(self._found.items()):
-            rows = torch.cat(parts).double()
-            fifth = torch.quantile(rows, 0.05, dim=0)
-            found.append([(float(mean), float(low), float(least)) for mean, low, least in
-                          zip(rows.mean(0), fifth, rows.amin(0), strict=True)])
-        return found
 
 
 def summary(by_layer: Sequence[Sequence[Sequence[float]]]) -> dict[str, float] | None:

@@ -19,6 +19,9 @@ from longspan.ops.sampling.logits import token_logprobs
 
 Head = Callable[[Tensor], Tensor]
 """[n, M] hidden states after the last layer to [n, V] fp32 logits."""
+OnLogits = Callable[[int, Tensor], None]
+"""Told which prompt token the first of some consecutive rows predicts, and their logits, [n, V]
+fp32. It runs in the middle of a step and must change nothing."""
 
 
 class ScoredRows(NamedTuple):
@@ -57,6 +60,8 @@ class PromptScorer:
     def __init__(self, num_rows: int) -> None:
         self._num_rows = num_rows
         self._found = list[ScoredRows]()
+        self.on_logits: OnLogits | None = None
+        """Watches all logits that are scored."""
 
     def take(self) -> tuple[ScoredRows, ...]:
         """Return what was scored since the last call."""
@@ -78,7 +83,12 @@ class PromptScorer:
         rows = hidden[first - 1 - start : stop - 1 - start]
         token_ids = torch.frombuffer(scored.token_ids, dtype=torch.int32).long()
         targets = upload(token_ids[first - scored.first : stop - scored.first], hidden.device)
-        parts = [token_logprobs(head(few), wanted, scored.num_top) for few, wanted in zip(
-            rows.split(self._num_rows), targets.split(self._num_rows), strict=True)]
+        parts = list[tuple[Tensor, Tensor, Tensor]]()
+        for few, wanted in zip(rows.split(self._num_rows), targets.split(self._num_rows),
+                               strict=True):
+            logits = head(few)
+            if self.on_logits is not None:
+                self.on_logits(first + len(parts) * self._num_rows, logits)
+            parts.append(token_logprobs(logits, wanted, scored.num_top))
         logprobs, top_ids, top = (torch.cat(same) for same in zip(*parts, strict=True))
         self._found.append(ScoredRows(item.request_id, first, logprobs, top_ids, top))

@@ -38,7 +38,7 @@ from longspan.engine.device.host_memory import keep_buffers_in_heap
 from longspan.engine.device.launched_step import LaunchedStep, Stopwatch
 from longspan.engine.device.memory import MemoryPlan, head_rows, peak_memory_bytes
 from longspan.engine.device.paused_chunk import PausableChunk
-from longspan.engine.device.prompt_logprobs import PromptScorer
+from longspan.engine.device.prompt_logprobs import OnLogits, PromptScorer
 from longspan.engine.device.sampling import SampledTokens, Sampler
 from longspan.engine.device.stage import PipelineStage
 from longspan.engine.step import ScheduledBatch, ScheduledSlice, StepResult
@@ -147,6 +147,10 @@ class Runner:
         """Tell ``observer`` what attention does in every prefill; None: nobody."""
         for stage in self._stages:
             stage.model.observe_attention(observer)
+
+    def watch_logits(self, on_logits: OnLogits | None) -> None:
+        """Show ``on_logits`` the logits of every prompt token that is scored; None: nobody."""
+        self._scorer.on_logits = on_logits
 
     def record_graphs(self) -> None:
         """Record all decode graphs now, where there are any: a server has no time for it later."""

@@ -155,6 +155,12 @@ class LLM:
         """Tell ``observer`` what attention does in every prefill from now on; None: nobody."""
         self._runner.observe(observer)
 
+    def watch_logits(self, on_logits: Callable[[int, Any], None] | None) -> None:
+        """Show ``on_logits`` the logits of prompt tokens that are scored (``prompt_logprobs``): [n,
+        V] fp32 of consecutive rows, and which prompt token the first row predicts. For one request
+        at a time; it must change nothing. None: nobody."""
+        self._runner.watch_logits(on_logits)
+
     def close(self) -> None:
         """Cancel what runs and free weights and cache. The object is of no use afterwards."""
         self._end(list(self._completions.values()))

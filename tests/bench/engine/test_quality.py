@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from longspan import cli
+from longspan.attention.head_errors import HeadErrors
 from longspan.attention.sparsity import SparsityPlan
 from longspan.bench.engine import quality, questions
 from longspan.bench.engine.quality import QualityOptions, Subject, scaled
@@ -135,11 +136,11 @@ def test_recall_is_that_of_the_last_rows(subject: Subject, bank: TextBank) -> No
     plan = replace(scaled(subject.plan, 0.1), dense_tail_len=256)
     found = []
     for start in (0, 1024, 2600):
-        recall = quality.Recall(start, last_layer=5)
+        recall = HeadErrors(from_position=start, skipped_layer=5)
         with subject._engine(plan) as llm:
             llm.observe(recall)
             llm.generate([quiz.ids], SamplingParams(max_tokens=1))
-        found.append(recall.by_layer())
+        found.append(recall.recalls())
     every, later, none = found
     assert none == [] and len(every) == len(later) == 5 and every != later
     assert all(len(layer) == 4 for layer in every)
