@@ -46,7 +46,7 @@ test-gpu: $(INSTALLED_DEV)
 
 # Needs chromium and chromedriver.
 test-browser: $(INSTALLED_DEV)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser tests/serve/test_playground.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser tests/serve
 
 bench: $(INSTALLED_DEV)
 	$(BIN)/longspan bench cpu

@@ -8,12 +8,11 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from importlib.resources import files
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
@@ -28,6 +27,7 @@ from longspan.serve.body import cancel
 from longspan.serve.config import ServeConfig
 from longspan.serve.errors import ApiError, ClientGone, error_response
 from longspan.serve.generation import millis
+from longspan.serve.page_routes import page_routes
 from longspan.serve.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -45,13 +45,6 @@ REFUSALS = {400: "The request is wrong; the message names the field.",
             408: "The request did not arrive in time.", 413: "The body is too long.",
             415: "The body is not JSON.", 429: "The queue is full; see Retry-After.",
             431: "Too many headers.", 503: "Loading, shutting down or dead."}
-PAGE_HEADERS = {
-    "Content-Security-Policy":
-        "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-        "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
-        "frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache"}
 IDS_PER_PIECE = 16_384
 
 
@@ -72,6 +65,7 @@ def create_app(engine: AsyncEngine, config: ServeConfig) -> FastAPI:
     app.include_router(_completions(service))
     app.include_router(_tokens(service))
     app.include_router(_operations(service))
+    app.include_router(page_routes(_errors((401, 403, 431))))
     app.add_middleware(EdgeMiddleware, config=config, answered=service.metrics.answered)
     for kind in (ApiError, ClientGone, HTTPException, LongspanError):
         app.add_exception_handler(kind, error_response)
@@ -121,7 +115,6 @@ def _tokens(service: Service) -> APIRouter:
 
 def _operations(service: Service) -> APIRouter:
     router = APIRouter(tags=["operations"])
-    page = files("longspan.serve").joinpath("playground.html").read_text(encoding="utf-8")
     created = int(time.time())
 
     @router.get("/v1/models", responses=_responses(replies.ModelList, (401, 403, 431)))
@@ -145,11 +138,6 @@ def _operations(service: Service) -> APIRouter:
     async def metrics() -> Response:
         """Return Prometheus metrics."""
         return PlainTextResponse(service.metrics.render())
-
-    @router.get("/", response_class=HTMLResponse, responses=_errors((401, 403, 431)))
-    async def playground() -> Response:
-        """Serve a page to try the model with a document."""
-        return HTMLResponse(page, headers=PAGE_HEADERS)
 
     return router
 

@@ -1,196 +1,25 @@
-"""The playground in headless Chromium, against the bundled model: `make test-browser`."""
+"""The page in headless Chromium, against the bundled model: `make test-browser`."""
 
 from __future__ import annotations
 
 import re
-import shutil
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.serve.nano import NanoServer, nano_server
+from longspan.documents.gather import gather
+from tests.serve.browser import DESKTOP, ENTER, ESCAPE, PHONE, TAB, Page
+from tests.serve.fake import running
 
 pytestmark = pytest.mark.browser
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage")
-DESKTOP, PHONE = (1100, 800), (390, 780)
-ENTER, TAB, SHIFT, ESCAPE = "\ue007", "\ue004", "\ue008", "\ue00c"
-"""WebDriver's keys."""
-TIMEOUT_S = 60.0
 TEXT = "".join(f"On day {day} the crew of the Ada saw {day * 7 % 91} whales.\n"
                for day in range(120))
-DROP = """
-const data = new DataTransfer();
-data.items.add(new File([arguments[0]], arguments[1], {type: "text/plain"}));
-for (const kind of ["dragenter", "dragover", "drop"])
-  document.querySelector("main").dispatchEvent(
-    new DragEvent(kind, {dataTransfer: data, bubbles: true, cancelable: true}));
-"""
-CONTRAST = """
-const rgb = (text) => text.match(/[0-9.]+/g).map(Number);
-const light = ([r, g, b]) => {
-  const [x, y, z] = [r, g, b].map((v) => (v /= 255) <= .04045 ? v / 12.92
-    : ((v + .055) / 1.055) ** 2.4);
-  return .2126 * x + .7152 * y + .0722 * z;
-};
-const behind = (node) => {
-  for (; node; node = node.parentElement) {
-    const color = rgb(getComputedStyle(node).backgroundColor);
-    if (color.length === 3 || color[3] === 1) return color;
-  }
-  return [255, 255, 255];
-};
-const found = [];
-for (const node of document.querySelectorAll("body *")) {
-  const own = [...node.childNodes].some((c) => c.nodeType === 3 && c.data.trim());
-  if (!own || !node.checkVisibility() || node.disabled || node.matches("script, .hidden")) continue;
-  const [a, b] = [light(rgb(getComputedStyle(node).color)), light(behind(node))];
-  found.push([(Math.max(a, b) + .05) / (Math.min(a, b) + .05), node.textContent.slice(0, 40)]);
-}
-return found;
-"""
-SMALL = """
-return [...document.querySelectorAll("button, textarea, summary, input:not(.hidden)")]
-  .filter((node) => node.checkVisibility())
-  .map((node) => [node.id || node.textContent, node.getBoundingClientRect().height])
-  .filter(([, height]) => height < 44);
-"""
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[NanoServer]:
-    with nano_server() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def driver() -> Iterator[Any]:
-    """A browser; it is a failure, not a skip, if this machine has none."""
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    control = shutil.which("chromedriver")
-    assert browser and control, "install chromium and chromedriver to run the browser tests"
-    options = webdriver.ChromeOptions()
-    options.binary_location = browser
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    for flag in FLAGS:
-        options.add_argument(flag)
-    driver = webdriver.Chrome(options=options, service=Service(control))
-    try:
-        yield driver
-    finally:
-        driver.quit()
-
-
-class Page:
-    """The page as a person uses it. ``shots``: where pictures of it go."""
-
-    def __init__(self, driver: Any, server: NanoServer, shots: Path) -> None:
-        self.driver, self.server, self.shots = driver, server, shots
-
-    def open(self, size: tuple[int, int] = DESKTOP, scheme: str = "light") -> None:
-        """On a screen of this size, until the server is known to be ready."""
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
-            "width": size[0], "height": size[1], "deviceScaleFactor": 1,
-            "mobile": size == PHONE})
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {
-            "features": [{"name": "prefers-color-scheme", "value": scheme}]})
-        self.driver.get(self.server.url + "/")
-        self.until(lambda: self.text("state") == "ready" and "nano" in self.text("model"))
-
-    def until(self, condition: Callable[[], Any], timeout_s: float = TIMEOUT_S) -> None:
-        """Poll."""
-        end_s = time.monotonic() + timeout_s
-        while not condition():
-            assert time.monotonic() < end_s, self.shot("timeout")
-            time.sleep(0.02)
-
-    def shot(self, name: str) -> str:
-        """A picture."""
-        path = str(self.shots / f"{name}.png")
-        self.driver.save_screenshot(path)
-        return path
-
-    def js(self, code: str, *arguments: Any) -> Any:
-        """What the script returns."""
-        return self.driver.execute_script(code, *arguments)
-
-    def find(self, selector: str) -> Any:
-        """The last element that fits."""
-        return self.driver.find_elements("css selector", selector)[-1]
-
-    def text(self, name: str) -> str:
-        """What an element shows."""
-        return str(self.find(f"#{name}").text)
-
-    def keys(self, *keys: str) -> None:
-        """Pressed wherever the focus is."""
-        from selenium.webdriver.common.action_chains import ActionChains
-
-        ActionChains(self.driver).send_keys(*keys).perform()
-
-    def back(self) -> None:
-        """Shift and Tab."""
-        from selenium.webdriver.common.action_chains import ActionChains
-
-        ActionChains(self.driver).key_down(SHIFT).send_keys(TAB).key_up(SHIFT).perform()
-
-    def focus(self) -> str:
-        """Id of the element with the focus, or its name."""
-        return str(self.js("const e = document.activeElement; return e.id || e.tagName;"))
-
-    def drop(self, text: str, name: str = "log.txt") -> None:
-        """Drag a file onto the page; until its tokens are counted."""
-        self.js(DROP, text, name)
-        self.until(lambda: self.text("expected"))
-
-    def ask(self, question: str) -> None:
-        """Type it, press Enter, until the page is at it."""
-        before = self.turns
-        self.keys(question, ENTER)
-        self.until(lambda: self.turns == before + 1)
-
-    @property
-    def turns(self) -> int:
-        """Answers begun."""
-        return len(self.driver.find_elements("css selector", ".turn.assistant"))
-
-    def wait_idle(self) -> None:
-        """Until the answer is there."""
-        self.until(lambda: self.find("#ask").is_displayed())
-
-    def facts(self) -> list[str]:
-        """Beneath the last answer."""
-        return [fact.text for fact in self.driver.find_elements(
-            "css selector", ".turn:last-child .facts span")]
-
-    def state(self) -> tuple[int | None, int]:
-        """Percent read, None without a bar, and length of the answer so far."""
-        percent, length = self.js("""
-            const bar = document.querySelector(".turn:last-child .bar");
-            const text = document.querySelector(".turn:last-child .text");
-            return [bar && bar.getAttribute("aria-valuenow"), text.textContent.length];""")
-        return None if percent is None else int(percent), int(length)
-
-
-@pytest.fixture
-def page(driver: Any, server: NanoServer, tmp_path: Path) -> Iterator[Page]:
-    """Opened; afterwards nothing may have complained, and no request may be left."""
-    page = Page(driver, server, tmp_path)
-    page.open()
-    yield page
-    server.until(lambda: server.gauge("longspan_open_requests") == 0, "the page's requests", 20)
-    assert not driver.get_log("browser")
-
-
-def count_tokens(server: NanoServer, text: str) -> int:
-    return int(httpx.post(server.url + "/tokenize", json={"prompt": text}).json()["count"])
+def count_tokens(page: Page, text: str) -> int:
+    return int(httpx.post(page.url + "/tokenize", json={"prompt": text}).json()["count"])
 
 
 def number(text: str) -> int:
@@ -198,17 +27,23 @@ def number(text: str) -> int:
     return int(re.search(r"[\d,]+", text)[0].replace(",", ""))
 
 
-def test_a_document_from_drop_to_follow_up(page: Page) -> None:
+def set_option(page: Page, name: str, value: str) -> None:
+    page.js("const e = document.getElementById(arguments[0]); e.value = arguments[1];"
+            "e.dispatchEvent(new Event('change'));", name, value)
+
+
+def test_a_file_from_drop_to_follow_up(page: Page) -> None:
     page.shot("empty")
     page.drop(TEXT)
-    count = count_tokens(page.server, TEXT)
-    assert page.text("count") == f"{count:,} tokens" and page.text("name") == "log.txt"
+    count = count_tokens(page, f"===== log.txt =====\n{TEXT.rstrip()}")
+    assert page.text("count") == f"1 file, {count:,} tokens"
+    assert "log.txt" in page.text("chips")
     assert page.text("expected").startswith("first answer in about ")
     page.keys("How many whales?")
     page.until(lambda: "first token in about" in page.text("live"))
     assert number(page.text("live")) > count
     page.shot("document")
-    page.js("document.querySelector('#max').value = 60")
+    set_option(page, "max", "60")
     page.ask("")
     seen = list[tuple[int | None, int]]()
     assert page.find("#stop").is_displayed()
@@ -218,32 +53,48 @@ def test_a_document_from_drop_to_follow_up(page: Page) -> None:
             page.shot("reading")
     percents = [percent for percent, _ in seen if percent is not None]
     assert percents == sorted(percents) and len(set(percents)) > 3
-    lengths = [length for _, length in seen]
-    assert lengths == sorted(lengths) and len(set(lengths)) > 3  # it came in pieces
-    assert not page.driver.find_elements("css selector", ".bar")
+    assert len({length for _, length in seen}) > 3  # it came in pieces
+    assert not page.all(".bar")
     first = page.facts()
     assert any(re.match(r"first token .+, predicted .+", fact) for fact in first)
     assert count < number(next(fact for fact in first if "prompt tokens" in fact)) < count + 60
     page.ask("And which day had most?")
     page.wait_idle()
-    page.until(lambda: "in the cache" in page.text("live"))
+    page.until(lambda: "are in the cache" in page.text("live"))
     page.shot("follow-up")
     cached = next(fact for fact in page.facts() if "from the prefix cache" in fact)
     assert count - 32 <= number(cached)
-    assert page.turns == 2
+    asked = page.sent()[1]["messages"]
+    assert [message["role"] for message in asked] == ["user", "assistant", "user"]
+    assert asked[0]["content"] == f"===== log.txt =====\n{TEXT.rstrip()}\n\nHow many whales?"
+    assert asked[2]["content"] == "And which day had most?"
+
+
+def test_a_file_dropped_later_goes_with_the_next_question(page: Page) -> None:
+    """The conversation before it stays."""
+    set_option(page, "max", "4")
+    page.drop("One.", "a.txt")
+    page.ask("First?")
+    page.wait_idle()
+    page.drop("Two.", "a.txt")
+    assert page.turns == 1 and "a.txt (2)" in page.text("chips")
+    page.ask("Second?")
+    page.wait_idle()
+    contents = [message["content"] for message in page.sent()[1]["messages"]]
+    assert contents[0] == "===== a.txt =====\nOne.\n\nFirst?"
+    assert contents[2] == "===== a.txt (2) =====\nTwo.\n\nSecond?"
 
 
 @pytest.mark.parametrize("way", ["button", "escape"])
-def test_stop(page: Page, way: str) -> None:
+def test_stopped_before_the_answer_begins(page: Page, way: str) -> None:
     page.drop(TEXT * 5)
     page.ask("Who?")
     page.until(lambda: page.state()[0])  # it reads
     page.keys(ESCAPE) if way == "escape" else page.find("#stop").click()
     page.wait_idle()
-    assert "stopped" in page.facts()
-    page.server.until(
-        lambda: page.server.gauge("longspan_open_requests") == 0, "the cancelled request", 5)
+    assert page.text("notice") == "Stopped before the answer began."
     assert page.find("#question").get_attribute("value") == "Who?"  # to be asked again
+    assert "log.txt" in page.text("chips") and page.turns == 0
     assert page.focus() == "question"
     page.shot(f"stopped by {way}")
 
@@ -252,19 +103,17 @@ def test_keyboard_alone(page: Page) -> None:
     assert page.focus() == "question"
     page.keys("Hello")
     order = list[str]()
-    for more in ("", ENTER, ""):  # Enter opens the options
+    for more in ("", ENTER, "", "", "", "", "", ""):  # Enter opens the options
         page.keys(TAB)
         order.append(page.focus())
         page.keys(more)
-    assert order == ["ask", "SUMMARY", "temperature"]
-    page.keys(TAB)
-    assert page.focus() == "max"
-    page.keys("5")  # a field that is entered is selected
+    assert order == ["ask", "SUMMARY", "system", "temperature", "top_p", "top_k", "seed", "max"]
+    page.keys("5")
     assert page.find("#max").get_attribute("value") == "5"
     outline = page.js("return getComputedStyle(document.activeElement).outlineStyle")
     assert outline == "solid"
     page.shot("options")
-    for _ in range(4):
+    for _ in range(8):
         page.back()
     assert page.focus() == "question"
     page.keys(ENTER)
@@ -272,45 +121,228 @@ def test_keyboard_alone(page: Page) -> None:
     assert "5 answer tokens" in page.facts() and "cut at the longest answer" in page.facts()
     assert page.focus() == "question"
     page.back()
-    assert page.focus() == "choose"
+    assert page.focus() == "attach"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_every_screen(page: Page, size: tuple[int, int], scheme: str) -> None:
-    """Nothing sticks out, what is touched is large enough, and every text can be read."""
     page.open(size, scheme)
     page.shot(f"{scheme} {size[0]} empty")
-    check_screen(page, size)
+    page.check_screen(size)
     page.drop(TEXT[:2000], "a-very-long-name-of-a-file-from-some-archive-" * 3 + ".txt")
-    page.find("summary").click()
-    page.find("#max").clear()
+    page.find("#options summary").click()
+    page.shot(f"{scheme} {size[0]} options")
+    page.check_screen(size)
     page.find("#max").send_keys("12")
+    page.find("#options summary").click()
     page.find("#question").click()
     page.ask("A rather long question, to see how it wraps: who saw how many whales, and when?")
-    check_screen(page, size)
+    page.check_screen(size)
     page.wait_idle()
     page.until(lambda: "in the cache" in page.text("live"))
+    page.js("""
+        const turn = document.querySelector(".turn.assistant .text");
+        return import("/page/markdown.js").then((m) => turn.replaceChildren(m.markdown(
+          arguments[0])));""", "# Whales\n\nSeen **daily**, see [the log](https://example.org):\n\n"
+        "| day | whales |\n| --- | ---: |\n" + "| a rather long cell of a table | 7 |\n" * 3
+        + "\n1. one\n2. two `x = 1`\n\n> said\n\n```python\nfor day in range(120): "
+        "print(day, day * 7 % 91, 'whales were seen by the crew of the Ada')\n```\n")
     page.shot(f"{scheme} {size[0]} answered")
-    check_screen(page, size)
+    page.check_screen(size)
+    page.find("#history").click()
+    page.shot(f"{scheme} {size[0]} history")
+    page.check_screen(size)
 
 
-def check_screen(page: Page, size: tuple[int, int]) -> None:
-    width, height = page.js("const e = document.documentElement; "
-                            "return [e.scrollWidth, e.scrollHeight]")
-    assert width <= size[0] and height <= size[1]
-    faint = [item for item in page.js(CONTRAST) if item[0] < 4.5]
-    assert not faint
-    if size == PHONE:
-        assert not page.js(SMALL)
-
-
-def test_what_cannot_be_read(page: Page) -> None:
+def test_what_cannot_be_read(page: Page, tmp_path: Path) -> None:
     page.drop(TEXT * 16, "long.txt")
-    assert page.text("expected") == "too long: the limit is 32,768 tokens"
+    assert page.text("expected") == "too long: the limit is 32,768 tokens; remove some"
+    page.keys("Who?")
+    assert not page.find("#ask").is_enabled()
     page.shot("too long")
-    page.find("#remove").click()
-    assert page.focus() == "choose" and not page.find("#document").is_displayed()
-    page.js(DROP, "\0" * 50, "photo.jpg")
-    page.until(lambda: "photo.jpg is not a text file" in page.text("log"))
+    page.find("#remove-all").click()
+    assert page.focus() == "question" and not page.find("#files").is_displayed()
+    page.until(lambda: page.find("#ask").is_enabled())
+    for name, data, reason in (
+            ("photo.jpg", b"\xff\xd8\0\0", "binary"), ("old.txt", b"caf\xe9 noir", "not UTF-8"),
+            ("late.py", b"x" * 9000 + b"\0", "binary"), ("blank.txt", b" \n", "empty"),
+            ("a.pdf", b"%PDF-1.4 \xe2", "PDF: `longspan generate --document` reads it"),
+            ("a.docx", b"PK\3\4", "Word: `longspan generate --document` reads it")):
+        file = tmp_path / name
+        file.write_bytes(data)
+        page.choose("file", file)
+        page.until(lambda name=name, reason=reason: page.text(  # type: ignore[misc]
+            "notice") == f"{name} is not taken: {reason}.")
+        assert page.find("#left-out").is_displayed()
     page.shot("no text")
+
+
+def test_a_reload_loses_nothing(page: Page) -> None:
+    set_option(page, "max", "6")
+    set_option(page, "system", "Be brief.")
+    page.drop("One day.", "a.txt")
+    page.ask("First?")
+    page.wait_idle()
+    answer = page.find(".turn.assistant .text").text
+    page.drop("Two days.", "b.txt")
+    page.until(lambda: "2 files" in page.text("count") or "1 file," in page.text("count"))
+    page.reload()
+    assert page.find(".turn.assistant .text").text == answer
+    assert "with a.txt" in page.find(".turn.user").text
+    page.until(lambda: "b.txt" in page.text("chips"))
+    assert page.find("#max").get_attribute("value") == "6"
+    page.until(lambda: "are in the cache" in page.text("live"))
+    page.ask("Second?")
+    page.wait_idle()
+    (asked,) = page.sent()
+    assert [message["content"] for message in asked["messages"]][::3] == [
+        "Be brief.", "===== b.txt =====\nTwo days.\n\nSecond?"]
+
+
+def test_a_reload_while_it_reads_keeps_the_question(page: Page) -> None:
+    page.drop(TEXT * 5)
+    page.ask("Who?")
+    page.until(lambda: page.state()[0])
+    page.reload()
+    assert page.find("#question").get_attribute("value") == "Who?"
+    page.until(lambda: "log.txt" in page.text("chips"))
+    assert page.turns == 0
+
+
+def test_history(page: Page) -> None:
+    set_option(page, "max", "3")
+    for question in ("First <b>one</b>", "Second"):
+        page.ask(question)
+        page.wait_idle()
+        page.find("#new").click()
+        assert page.turns == 0 and page.find("#drop").is_displayed()
+    page.find("#history").click()
+    page.until(lambda: len(page.all("#past .open")) == 2)
+    assert [item.text.splitlines()[0] for item in page.all("#past .open")] == [
+        "Second", "First <b>one</b>"]
+    page.find("#past .open").click()
+    assert page.find(".turn.user .text").text == "First <b>one</b>" and page.turns == 1
+    page.find("#history").click()
+    page.until(lambda: page.all("#past .open"))
+    page.find("#past li:first-child .small").click()
+    page.until(lambda: len(page.all("#past .open")) == 1)
+    page.find("#forget").click()
+    page.until(lambda: "Nothing yet." in page.text("past"))
+    assert page.turns == 0
+
+
+def test_edit_and_ask_again(page: Page) -> None:
+    set_option(page, "max", "3")
+    page.drop("One day.", "a.txt")
+    page.ask("First?")
+    page.wait_idle()
+    page.ask("Second?")
+    page.wait_idle()
+    page.find(".turn:nth-child(1) .edit").click()
+    assert page.text("editing").startswith("Editing: what follows this question is replaced.")
+    page.keys(ESCAPE)
+    assert page.turns == 2 and page.find("#question").get_attribute("value") == ""
+    page.find(".turn:nth-child(3) .edit").click()
+    page.keys(" And third?", ENTER)
+    page.until(lambda: len(page.sent()) == 3)
+    page.wait_idle()
+    assert [message["content"] for message in page.sent()[2]["messages"]][::2] == [
+        "===== a.txt =====\nOne day.\n\nFirst?", "Second? And third?"]
+    page.find(".turn:nth-child(2) .again").click()
+    page.until(lambda: len(page.sent()) == 4)
+    page.wait_idle()
+    assert [message["content"] for message in page.sent()[3]["messages"]] == [
+        "===== a.txt =====\nOne day.\n\nFirst?"]
+    assert page.turns == 1
+
+
+def test_options_are_sent_and_what_is_left_open_is_not(page: Page) -> None:
+    page.ask("Hello")
+    page.find("#stop").click()
+    page.wait_idle()
+    assert not {"temperature", "top_p", "top_k", "seed"} & set(page.sent()[0])
+    assert page.sent()[0]["max_tokens"] == 512
+    for name, value in (("temperature", "0"), ("top_p", "0.9"), ("top_k", "20"), ("seed", "3"),
+                        ("max", "2"), ("system", "Be brief.")):
+        set_option(page, name, value)
+    page.keys(ENTER)
+    page.until(lambda: len(page.sent()) == 2)
+    page.wait_idle()
+    sent = page.sent()[1]
+    assert sent["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert {name: sent[name] for name in ("temperature", "top_p", "top_k", "seed", "max_tokens")
+            } == {"temperature": 0, "top_p": 0.9, "top_k": 20, "seed": 3, "max_tokens": 2}
+
+
+def test_the_example_is_answered_in_one_click(page: Page) -> None:
+    assert "finds facts in long texts" in page.text("about")
+    page.find("#example").click()
+    page.until(lambda: page.facts())
+    (message,) = page.sent()[0]["messages"]
+    key = re.search(r"magic number for ([\w-]+) mentioned", message["content"])[1]
+    value = re.search(rf"magic numbers for {key} is: (\d+)\.", message["content"])[1]
+    assert page.find(".turn.assistant .text").text == value
+    page.shot("example")
+
+
+def test_copied_answers_are_their_source(page: Page) -> None:
+    page.driver.execute_cdp_cmd("Browser.grantPermissions", {
+        "origin": page.url, "permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]})
+    set_option(page, "max", "4")
+    page.ask("**Hello**")
+    page.wait_idle()
+    page.find(".turn.user .copy").click()
+    page.until(lambda: page.find(".turn.user .copy").text == "Copied")
+    assert page.driver.execute_async_script(
+        "navigator.clipboard.readText().then(arguments[0])") == "**Hello**"
+
+
+def test_the_true_state_when_the_server_is_gone(driver: Any, tmp_path: Path) -> None:
+    with running() as server:
+        page = Page(driver, server.url, tmp_path)
+        page.open()
+        page.keys("Hello")
+        page.until(lambda: page.find("#ask").is_enabled())
+        server.server.should_exit = True
+        page.until(lambda: page.text("state") == "unreachable", 15)
+    assert page.text("notice").startswith("The server cannot be reached")
+    assert not page.find("#ask").is_enabled()
+    page.keys(ENTER)
+    assert page.turns == 0 and page.find("#question").get_attribute("value") == "Hello"
+    page.shot("gone")
+    driver.get_log("browser")
+
+
+def test_a_folder_as_the_command_line_reads_it(page: Page, tmp_path: Path) -> None:
+    folder = tmp_path / "project"
+    for name, text in {
+            ".gitignore": "*.log\nbuild/\n/top.txt\n!keep.log\ndeep/**/x.txt\nq[ab]?.c\n\\#d\n",
+            "a.log": "1", "keep.log": "2", "top.txt": "3", "sub/top.txt": "4", "build/out": "5",
+            "deep/a/b/x.txt": "7", "deep/x.txt": "7", "deep/y.txt": "8", "qa1.c": "9", "qc1.c": "x",
+            "sub/.gitignore": "!a.log\ny.txt\n", "sub/a.log": "9", "sub/y.txt": "10", "#d": "11",
+            ".env": "key", "crlf.txt": "a\r\nb\r\n", "page.html": "<p>One &amp; two</p>",
+            "wide.txt": "", "old.txt": "", "blank": "\n", "doc/README.md": "# Title\n"}.items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(text.encode())
+    (folder / "wide.txt").write_bytes("wide é".encode("utf-16"))
+    (folder / "old.txt").write_bytes(b"caf\xe9")
+    expected = gather([str(folder)])
+    names = [one.name for one in expected.documents]
+    for way in ("drop", "choose"):
+        page.open()
+        page.drop_paths(folder) if way == "drop" else page.choose("folder", folder)
+        page.until(lambda: page.text("expected"))
+        shown = [item.text for item in page.all("#chips .name")]
+        assert sorted(shown) == sorted(names)
+        left_out = page.js("return [...document.querySelectorAll('#left-out li')].map("
+                           "(e) => e.textContent)")
+        assert sorted(left_out) == sorted(f"{one.name}: {one.reason}" for one in expected.left_out)
+        set_option(page, "max", "1")
+        page.find("#question").click()
+        page.ask("Which?")
+        page.wait_idle()
+        content = page.sent()[0]["messages"][0]["content"]
+        for one in expected.documents:
+            assert f"===== {one.name} =====\n{one.text.strip()}\n" in content
