@@ -6,25 +6,27 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from longspan.data.instruct.asking import Messages, Reply, Say, UnansweredError
+from longspan.data.calls import Messages, Reply, Say, UnansweredError
 from longspan.errors import LongspanError, PromptTooLongError
 from longspan.eval.endpoint import Endpoint, EndpointConfig, NoAnswerError
 
 
 @contextmanager
 def open_speaker(
-    model: str, endpoint: EndpointConfig | None, options: Mapping[str, Any], longest: int
+    model: str, endpoint: EndpointConfig | None, options: Mapping[str, Any], longest: int,
+    shorter: str,
 ) -> Iterator[Say]:
     """Open a model that takes messages, and prompts with their replies of ``longest`` tokens.
 
     Args:
         options: fields of `EngineConfig`, for a model in this process.
+        shorter: what makes prompts shorter, for the message.
 
     Raises `LongspanError` when nobody answers at the address, or the model takes less.
     """
     if endpoint is not None:
         with Endpoint(endpoint) as client:
-            _check_limit(model, client.max_model_len(), longest)
+            _check_limit(model, client.max_model_len(), longest, shorter)
             yield _of_endpoint(client)
         return
     from longspan.config import ModelConfig
@@ -32,17 +34,16 @@ def open_speaker(
     from longspan.model.weights import resolve_checkpoint
 
     facts = ModelConfig.from_dir(resolve_checkpoint(model))
-    _check_limit(model, facts.max_position_embeddings, longest)
+    _check_limit(model, facts.max_position_embeddings, longest, shorter)
     with LLM(model, **{"max_model_len": min(2 * longest, facts.max_position_embeddings),
                        **options}) as llm:
         yield _of_engine(llm)
 
 
-def _check_limit(model: str, limit: int | None, longest: int) -> None:
+def _check_limit(model: str, limit: int | None, longest: int, shorter: str) -> None:
     if limit is not None and limit < longest:
-        raise LongspanError(f"{model} takes {limit:,} tokens, reading documents needs prompts of "
-                            f"{longest:,}: ask for less by --evidence, --segment or --part, or "
-                            "serve it with a longer --max-model-len")
+        raise LongspanError(f"{model} takes {limit:,} tokens, prompts and answers here have up to "
+                            f"{longest:,}: {shorter}, or serve it with a longer --max-model-len")
 
 
 def _of_endpoint(client: Endpoint) -> Say:

@@ -11,8 +11,8 @@ from typing import Any
 from longspan.commands.console import note, show_table
 from longspan.commands.corpus import CorpusJob, claim, prepare_corpus, progress
 from longspan.commands.speakers import open_speaker
+from longspan.data.calls import Calls
 from longspan.data.files import replaced
-from longspan.data.instruct.asking import Calls
 from longspan.data.instruct.job import Recipe
 from longspan.data.instruct.library import Library
 from longspan.data.instruct.prompts import ALL, WISHES
@@ -95,7 +95,8 @@ def _make(
         return Outcome()
     names = {name for name, _ in missing}
     known = (row for row in read_lines(lines.path) if row["job"] in names)
-    with open_speaker(job.model, job.endpoint, job.options, job.longest_prompt) as say, \
+    shorter = "ask for less by --evidence, --segment or --part"
+    with open_speaker(job.model, job.endpoint, job.options, job.longest_prompt, shorter) as say, \
             progress("queries", len(missing)) as advance:
         calls = Calls(say, lines, known)
         return run(missing, library, job.recipe, calls, written, job.concurrency,

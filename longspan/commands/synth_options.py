@@ -15,6 +15,8 @@ from longspan.errors import LongspanError
 
 if TYPE_CHECKING:
     from longspan.commands.corpus import CorpusJob
+    from longspan.data.chat.rows import ChatPlanner
+    from longspan.eval.endpoint import EndpointConfig
 
 Number = TypeVar("Number", int, float)
 ROWS = "rows"
@@ -60,6 +62,12 @@ NearDuplicate = Annotated[float, typer.Option(
 HeldOut = Annotated[float, typer.Option(
     min=0, max=0.5, help="Share of documents and rows that is set aside.")]
 Licence = Annotated[str, typer.Option(help="Of the texts, for the card.")]
+Url = Annotated[str | None, typer.Option(
+    help="OpenAI-compatible address, such as http://127.0.0.1:8000/v1.")]
+ApiKey = Annotated[str, typer.Option(
+    help="For --url.", envvar="LONGSPAN_SYNTH_API_KEY", show_envvar=True)]
+Timeout = Annotated[float, typer.Option(help="Longest silence of a server, seconds.")]
+Concurrency = Annotated[int, typer.Option(min=1, help="Questions that are asked at a time.")]
 Workers = Annotated[int | None, typer.Option(
     min=1, help="Processes; default: all cores but one.")]
 
@@ -111,14 +119,39 @@ def chat(
 @synth_app.command()
 def pairs(
     sources: Sources, tokenizer: TokenizerFile, out: Out, rows: RowCounts, task: TaskShares = None,
+    model: Annotated[str | None, typer.Option(
+        help="Whose own wrong answers are wanted: a name at --url; else a directory, hub id, or "
+             "nano, in this process. Without it wrong answers are made by rule.")] = None,
+    url: Url = None, api_key: ApiKey = "none", timeout_s: Timeout = 600.0,
+    concurrency: Concurrency = 8,
+    tries: Annotated[int, typer.Option(
+        min=1, help="Answers to a question, at most, until one is wrong.")] = 4,
+    temperature: Annotated[float, typer.Option(
+        min=0, help="Of the answers behind the first, which is greedy.")] = 1.0,
+    answer: Annotated[int, typer.Option(min=16, help="Longest answer, tokens.")] = 192,
     seed: Seed = 0, column: Column = "text", split: Split = "train", include: Include = None,
     exclude: Exclude = None, join_depth: JoinDepth = None, min_chars: MinChars = 200,
     max_chars: MaxChars = None, max_markup: MaxMarkup = 0.3, compressed: Compressed = "0.04:0.75",
     near_duplicate: NearDuplicate = 0.8, held_out: HeldOut = 0.02,
-    licence: Licence = "not stated", workers: Workers = None,
+    licence: Licence = "not stated", workers: Workers = None, device: Device = None,
+    threads: Threads = None,
 ) -> None:
     """Make right and wrong answers to questions that a rule can check, for preference training."""
-    _chat_rows("pairs", locals())
+    if model is None and url is not None:
+        raise LongspanError("--url: name the model there by --model")
+    if model is None:
+        _chat_rows("pairs", locals())
+        return
+    from longspan.commands import synth_sampled as body
+    from longspan.data.chat.sampled import Sampling
+
+    status = body.sample_pairs(body.SampledJob(
+        corpus=corpus_job(locals()), planner=_planner("pairs", locals()), model=model,
+        endpoint=_endpoint(model, url, api_key, timeout_s), concurrency=concurrency,
+        sampling=Sampling(num_tries=tries, temperature=temperature, max_tokens=answer),
+        options={"device": device, "num_threads": threads}))
+    if status:
+        raise typer.Exit(status)
 
 
 @synth_app.command()
@@ -127,13 +160,8 @@ def instruct(
     model: Annotated[str, typer.Option(
         help="Name at --url; without it a directory, hub id, or nano, in this process.")],
     queries: Annotated[int, typer.Option(min=1, help="Queries to try; filters leave fewer.")],
-    url: Annotated[str | None, typer.Option(
-        help="OpenAI-compatible address, such as http://127.0.0.1:8000/v1.")] = None,
-    api_key: Annotated[str, typer.Option(
-        help="For --url.", envvar="LONGSPAN_SYNTH_API_KEY", show_envvar=True)] = "none",
-    timeout_s: Annotated[float, typer.Option(help="Longest silence of a server.")] = 600.0,
-    concurrency: Annotated[int, typer.Option(
-        min=1, help="Queries that are worked on at a time.")] = 8,
+    url: Url = None, api_key: ApiKey = "none", timeout_s: Timeout = 600.0,
+    concurrency: Concurrency = 8,
     task: TaskShares = None, seed: Seed = 0,
     min_tokens: Annotated[int, typer.Option(min=64, help="Shortest document.")] = 4096,
     max_tokens: Annotated[int, typer.Option(
@@ -161,7 +189,6 @@ def instruct(
     from longspan.data.instruct.agent import Agent
     from longspan.data.instruct.job import Recipe
     from longspan.data.instruct.prompts import WEIGHTS
-    from longspan.eval.endpoint import EndpointConfig
 
     if read not in ("all", "found"):
         raise LongspanError(f"--read: {read!r} is not one of all, found")
@@ -173,8 +200,7 @@ def instruct(
         recipe=Recipe(
             agent=agent, seed=seed, segment_len=segment, max_tokens=max_tokens, has_judge=judge,
             weights=parse_pairs("--task", task, str, float) if task else WEIGHTS),
-        endpoint=None if url is None else EndpointConfig(
-            url=url, model=model, api="chat", api_key=api_key, timeout_s=timeout_s)))
+        endpoint=_endpoint(model, url, api_key, timeout_s)))
     if status:
         raise typer.Exit(status)
 
@@ -182,15 +208,28 @@ def instruct(
 def _chat_rows(form: str, given: Mapping[str, Any]) -> None:
     from longspan.commands import synth_chat as body
     from longspan.commands.workers import default_workers
+
+    body.run(body.ChatJob(corpus=corpus_job(given), planner=_planner(form, given),
+                          num_workers=given["workers"] or default_workers()))
+
+
+def _planner(form: str, given: Mapping[str, Any]) -> ChatPlanner:
     from longspan.data.chat.rows import ChatPlanner
 
     task = given["task"]
-    body.run(body.ChatJob(
-        corpus=corpus_job(given), num_workers=given["workers"] or default_workers(),
-        planner=ChatPlanner(
-            form=form, num_rows=parse_pairs("--rows", given["rows"], int, int),
-            seed=given["seed"], held_out=given["held_out"],
-            weights=parse_pairs("--task", task, str, float) if task else {})))
+    return ChatPlanner(
+        form=form, num_rows=parse_pairs("--rows", given["rows"], int, int), seed=given["seed"],
+        held_out=given["held_out"],
+        weights=parse_pairs("--task", task, str, float) if task else {})
+
+
+def _endpoint(
+    model: str, url: str | None, api_key: str, timeout_s: float
+) -> EndpointConfig | None:
+    from longspan.eval.endpoint import EndpointConfig
+
+    return None if url is None else EndpointConfig(
+        url=url, model=model, api="chat", api_key=api_key, timeout_s=timeout_s)
 
 
 def corpus_job(given: Mapping[str, Any]) -> CorpusJob:

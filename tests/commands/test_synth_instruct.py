@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from longspan.cli import run_command
+from longspan.data import calls
 from longspan.data.instruct.prompts import ALL, SUPPORTED
 from longspan.data.lines import read_lines
 from longspan.eval import endpoint
@@ -142,10 +143,10 @@ def test_samples_carry_where_they_come_from(folder: Path, tmp_path: Path) -> Non
         assert list(verdicts) == ["form", "needs the document", "refusal", "length", "grounded",
                                   "supported", "agreement", "duplicate"]
         assert all(verdicts.values())
-    calls = {(row["job"], row["call"]): row["text"] for row in of(out, "calls")}
+    kept = {(row["job"], row["call"]): row["text"] for row in of(out, "calls")}
     steps = [(s["provenance"]["job"], step["call"]) for s in samples
              for step in s["provenance"]["steps"]]
-    assert set(steps) <= set(calls) and len(calls) == sum(model.asked.values())
+    assert set(steps) <= set(kept) and len(kept) == sum(model.asked.values())
     card = json.loads((out / "instruct-card.json").read_text())
     assert card["licence"] == "CC0" and card["model"] == "m"
     assert card["num_samples"] == len(samples) and card["num_rejected"] == len(rejected)
@@ -210,10 +211,10 @@ def test_misfortunes_and_cuts_change_nothing(
                 with (out / "instruct-calls.jsonl").open("a") as file:
                     file.write('{"job": "torn')
             assert call(folder, out, url, "--timeout-s", 0.3, *options) == 0
-        calls = {(row["job"], row["call"]) for row in of(out, "calls")}
-        assert len(of(out, "calls")) == len(calls)
+        kept = {(row["job"], row["call"]) for row in of(out, "calls")}
+        assert len(of(out, "calls")) == len(kept)
         # What was under way when the run was cut is asked once more, and nothing else.
-        assert 0 <= sum(nasty.answered.values()) - len(calls) <= (8 if name == "cut" else 0)
+        assert 0 <= sum(nasty.answered.values()) - len(kept) <= (8 if name == "cut" else 0)
         outs[name] = [(out / f"instruct-{part}").read_bytes()
                       for part in ("train.jsonl", "rejected.jsonl")]
         assert nasty.requests
@@ -226,7 +227,6 @@ def test_misfortunes_and_cuts_change_nothing(
 
 def fail_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """Make a run end, as an interrupt does, after so many kept replies."""
-    from longspan.data.instruct import asking
     kept = iter(range(count))
 
     def dump(content: object) -> str:
@@ -234,7 +234,7 @@ def fail_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
             raise KeyboardInterrupt
         return json.dumps(content, ensure_ascii=False)
 
-    monkeypatch.setattr(asking, "dump", dump)
+    monkeypatch.setattr(calls, "dump", dump)
 
 
 def run_command_raising(folder: Path, out: Path, url: str) -> None:
@@ -267,7 +267,7 @@ def test_queries_without_an_answer_are_left_for_the_next_run(
     (("--part", "600"), "evidence of 512 tokens has no room for a part"),
     (("--read", "some"), "--read: 'some' is not one of"),
     (("--include", "*.md"), "no text that can be used"),
-    (("--evidence", "4000"), "m takes 2,000 tokens, reading documents needs prompts of")])
+    (("--evidence", "4000"), "m takes 2,000 tokens, prompts and answers here have up to")])
 def test_mistakes_are_one_line(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...],
     message: str

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from longspan.data.instruct.asking import Asker, Calls, UnansweredError
+from longspan.data.calls import Calls, UnansweredError
+from longspan.data.instruct.asking import Asker
 from longspan.data.instruct.checks import SAME_QUERY, Verdict, similarity
 from longspan.data.instruct.job import Recipe, make_sample
 from longspan.data.instruct.library import Library
 from longspan.data.lines import Lines, dump
+from longspan.data.ordered import in_order
 
 DUPLICATE = "duplicate"
-_AHEAD = 4
-"""Samples that may be finished before an earlier one is, for each that is being made."""
 
 Job = tuple[str, int]
 """A name, and the document's place."""
@@ -83,7 +82,7 @@ def run(
         except UnansweredError as error:
             return error
 
-    for line in _in_order(work, jobs, concurrency, calls.stop):
+    for line in in_order(work, jobs, concurrency, calls.stop):
         if isinstance(line, UnansweredError):
             outcome.unanswered.append(str(line))
         elif written.add(line):
@@ -92,35 +91,6 @@ def run(
             outcome.num_rejected += 1
         on_job()
     return outcome
-
-
-def _in_order(
-    work: Callable[[Job], Any], jobs: Sequence[Job], concurrency: int, stop: Callable[[], None]
-) -> Iterator[Any]:
-    """Yield what is made of each job, in their order; one at a time in this thread, where an
-    interrupt reaches it."""
-    if concurrency == 1:
-        yield from map(work, jobs)
-        return
-    running: dict[Future[Any], int] = {}
-    finished: dict[int, Any] = {}
-    begun = shown = 0
-    with ThreadPoolExecutor(concurrency) as pool:
-        try:
-            while shown < len(jobs):
-                while (len(running) < concurrency and begun < len(jobs)
-                       and begun - shown < _AHEAD * concurrency):
-                    running[pool.submit(work, jobs[begun])] = begun
-                    begun += 1
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    finished[running.pop(future)] = future.result()
-                while shown in finished:
-                    yield finished.pop(shown)
-                    shown += 1
-        except BaseException:
-            stop()
-            pool.shutdown(cancel_futures=True)
-            raise
 
 
 def count_samples(
