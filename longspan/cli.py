@@ -179,6 +179,9 @@ def serve(
         help="Wanted of every client; repeatable.", envvar="LONGSPAN_API_KEY")] = None,
     allowed_host: Annotated[list[str] | None, typer.Option(
         help="Name by which clients may call this server, beside localhost; repeatable.")] = None,
+    allowed_origin: Annotated[list[str] | None, typer.Option(
+        help="Origin of pages elsewhere that may use this server, https://app.example.org; * for "
+             "all; repeatable.")] = None,
     model_name: Annotated[str | None, typer.Option(help="Name that clients ask for.")] = None,
     default_max_tokens: Annotated[int, typer.Option(help="Where a request names none.")] = 2048,
     max_queued_tokens: Annotated[int | None, typer.Option(
@@ -202,7 +205,8 @@ def serve(
 
     config = ServeConfig(
         host=host, port=port, api_keys=tuple(api_key or ()),
-        allowed_hosts=tuple(allowed_host or ()), model_name=model_name,
+        allowed_hosts=tuple(allowed_host or ()), allowed_origins=tuple(allowed_origin or ()),
+        model_name=model_name,
         default_max_tokens=default_max_tokens, max_queued_tokens=max_queued_tokens,
         drain_timeout_s=drain_timeout_s)
     status = run(model, config, {

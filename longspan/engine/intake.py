@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -99,19 +99,30 @@ def default_sampling(path: Path) -> dict[str, float]:
 
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """Return one prompt or several as a list. Raises `InvalidRequestError` for anything else."""
+    """Return one prompt or several as a list. Raises `InvalidRequestError` for anything else.
+
+    Arrays of numpy, torch and others count as lists: [T] is one prompt, [N, T] are several.
+    """
+    prompts = _as_list(prompts)
     if isinstance(prompts, str):
         return [prompts]
     if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray):
         raise InvalidRequestError("prompts must be text, token ids, or a list of either")
-    if prompts and not isinstance(prompts[0], str | Sequence):
+    if prompts and not isinstance(_as_list(prompts[0]), str | Sequence):
         return [cast(Sequence[int], prompts)]
-    return list(cast(Sequence[Prompt], prompts))
+    return [_as_list(prompt) for prompt in prompts]
+
+
+def _as_list(value: Any) -> Any:
+    """Turn an array of any library into lists of Python's numbers."""
+    is_array = hasattr(value, "tolist") and getattr(value, "ndim", 0) > 0
+    return value.tolist() if is_array and not isinstance(value, Sequence) else value
 
 
 def as_token_ids(values: Sequence[int], vocab_size: int) -> array[int]:
     """Check token ids. Raises `InvalidRequestError` for none; names the first wrong one."""
-    if isinstance(values, bytes | bytearray) or not isinstance(values, Sequence | np.ndarray):
+    values = _as_list(values)
+    if isinstance(values, bytes | bytearray) or not isinstance(values, Sequence):
         raise InvalidRequestError(
             f"a prompt must be text or a list of token ids, not {type(values).__name__}")
     if not len(values):

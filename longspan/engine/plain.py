@@ -44,6 +44,21 @@ def as_json(schema: object) -> str | None:
     return text
 
 
+def as_grammar(grammar: object, json_schema: str | None) -> str | None:
+    """Check a grammar's outside. Raises `InvalidRequestError` for what is none, or too long, or
+    stands beside a schema."""
+    if grammar is None:
+        return None
+    require(json_schema is None, "grammar", grammar, "None beside json_schema")
+    require(is_text(grammar) and str(grammar).startswith("start:"), "grammar", grammar,
+            "a grammar in Lark's notation that begins with the rule start")
+    text = str(grammar)
+    if len(text) > MAX_SCHEMA_CHARS:
+        raise InvalidRequestError(
+            f"grammar has {len(text)} characters; at most {MAX_SCHEMA_CHARS}")
+    return text
+
+
 def as_plain(value: Any) -> Any:
     """Turn numbers and texts of other classes (numpy's, for example) into Python's own: no other
     class travels between processes."""

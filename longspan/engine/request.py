@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longspan.engine.plain import (
+    as_grammar,
     as_json,
     as_pairs,
     as_plain,
@@ -59,7 +60,7 @@ class SamplingParams:
     top_k: int = 0
     """Keep only the k most probable tokens; 0: all."""
     top_p: float = 1.0
-    """Keep the smallest set of tokens whose probability reaches this; 1: all."""
+    """Keep the smallest set of tokens whose probability reaches this; 1: all, 0: one."""
     min_p: float = 0.0
     """Keep tokens at least this fraction as probable as the most probable one; 0: all."""
     seed: int | None = None
@@ -91,6 +92,8 @@ class SamplingParams:
     """Prompt tokens before this place have none; only they may come from the prefix cache."""
     json_schema: str | None = None
     """JSON text of a JSON schema that the completion must fit; a dict becomes that."""
+    grammar: str | None = None
+    """Or a grammar, in llguidance's dialect of Lark, rule ``start`` first, one rule a line."""
 
     def __post_init__(self) -> None:
         for name in NUMBERS:
@@ -103,19 +106,24 @@ class SamplingParams:
             self, "stop_token_ids", as_plain_tuple("stop_token_ids", self.stop_token_ids or ()))
         object.__setattr__(self, "logit_bias", as_pairs(self.logit_bias or ()))
         object.__setattr__(self, "json_schema", as_json(self.json_schema))
+        object.__setattr__(self, "grammar", as_grammar(self.grammar, self.json_schema))
         self._check_choice()
         self._check_end()
         self._check_penalties()
+
+    @property
+    def constraint(self) -> str | None:
+        """What the completion must fit, as `longspan.engine.text.grammar` takes it."""
+        return self.grammar if self.json_schema is None else self.json_schema
 
     def _check_choice(self) -> None:
         require(is_number(self.temperature) and 0 <= self.temperature <= MAX_TEMPERATURE,
                  "temperature", self.temperature, f"between 0 (greedy) and {MAX_TEMPERATURE:g}")
         require(is_integer(self.top_k) and 0 <= self.top_k <= MAX_TOP_K,
                  "top_k", self.top_k, "an integer from 0 (all tokens) to 2^31 - 1")
-        require(is_number(self.top_p) and 0 < self.top_p <= 1,
-                 "top_p", self.top_p, "above 0 and at most 1")
-        require(is_number(self.min_p) and 0 <= self.min_p <= 1,
-                 "min_p", self.min_p, "between 0 and 1")
+        for name in ("top_p", "min_p"):
+            value = getattr(self, name)
+            require(is_number(value) and 0 <= value <= 1, name, value, "between 0 and 1")
         require(self.seed is None or is_integer(self.seed) and 0 <= self.seed <= MAX_SEED,
                  "seed", self.seed, "an integer from 0 to 2^63 - 1, or -1 for a fresh one")
         for name in ("logprobs", "prompt_logprobs"):
@@ -139,19 +147,18 @@ class SamplingParams:
                  "min_tokens", self.min_tokens,
                  f"an integer from 0 to max_tokens, which is {self.max_tokens}")
         for name in ("ignore_eos", "min_tokens"):
-            if self.json_schema is not None and getattr(self, name):
-                raise InvalidRequestError(
-                    f"{name} does not go with json_schema: the schema says where the end is")
+            if self.constraint is not None and getattr(self, name):
+                raise InvalidRequestError(f"{name} does not go with json_schema and grammar: these "
+                                          "say where the end is")
 
     def _check_penalties(self) -> None:
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             require(is_number(value) and abs(value) <= MAX_PENALTY,
                      name, value, f"between -{MAX_PENALTY:g} and {MAX_PENALTY:g}")
-        least, most = MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY
-        require(is_number(self.repetition_penalty) and least <= self.repetition_penalty <= most,
-                 "repetition_penalty", self.repetition_penalty,
-                 f"between {least:g} and {most:g}; 1: none")
+        least, most, value = MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY, self.repetition_penalty
+        require(is_number(value) and least <= value <= most,
+                 "repetition_penalty", value, f"between {least:g} and {most:g}; 1: none")
         if len(self.logit_bias) > MAX_NUM_BIASES:
             raise InvalidRequestError(
                 f"logit_bias names {len(self.logit_bias)} tokens; at most {MAX_NUM_BIASES}")
@@ -264,7 +271,7 @@ class Request:
         prompt_len, params = len(self.prompt_ids), self.params
         if not prompt_len <= self.scheduled_len < prompt_len + params.max_tokens - 1:
             return False
-        return params.json_schema is None or not self.awaits_token
+        return params.constraint is None or not self.awaits_token
 
     @property
     def num_unscheduled(self) -> int:

@@ -40,7 +40,7 @@ class SamplingExtras(Data, frozen=True, kw_only=True):
     samples first, and remembers it, and counts the tokens that follow, until another request
     samples first in the same slot.
 
-    Rows with a ``json_schema`` are never run ahead: the grammar is told each token by the host."""
+    Rows with a ``constraint`` are never run ahead: the grammar is told each token by the host."""
 
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -53,7 +53,7 @@ class SamplingExtras(Data, frozen=True, kw_only=True):
     end_ids: tuple[int, ...] = ()
     logprobs: int | None = None
     """Log-probabilities of the token and of this many most probable ones; None: none at all."""
-    json_schema: str | None = None
+    constraint: str | None = None
 
     @classmethod
     def of(cls, request: Request) -> SamplingExtras | None:
@@ -67,7 +67,7 @@ class SamplingExtras(Data, frozen=True, kw_only=True):
             repetition_penalty=params.repetition_penalty, logit_bias=params.logit_bias,
             prompt_ids=request.prompt_ids if params.repetition_penalty != 1 else array("i"),
             min_tokens=params.min_tokens, end_ids=ends if params.min_tokens else (),
-            logprobs=params.logprobs, json_schema=params.json_schema)
+            logprobs=params.logprobs, constraint=params.constraint)
         return None if extras == cls() else extras
 
 

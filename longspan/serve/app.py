@@ -117,14 +117,23 @@ def _operations(service: Service) -> APIRouter:
     router = APIRouter(tags=["operations"])
     created = int(time.time())
 
+    def card() -> dict[str, Any]:
+        status = service.engine.status()
+        return {"id": service.model_name, "object": "model", "created": created,
+                "owned_by": "longspan", "max_model_len": status.max_model_len,
+                "capacity_tokens": status.capacity_tokens}
+
     @router.get("/v1/models", responses=_responses(replies.ModelList, (401, 403, 431)))
     async def models() -> Response:
         """List the served model."""
-        status = service.engine.status()
-        return JSONResponse({"object": "list", "data": [{
-            "id": service.model_name, "object": "model", "created": created,
-            "owned_by": "longspan", "max_model_len": status.max_model_len,
-            "capacity_tokens": status.capacity_tokens}]})
+        return JSONResponse({"object": "list", "data": [card()]})
+
+    @router.get("/v1/models/{name:path}",
+                responses=_responses(replies.ModelCard, (401, 403, 404, 431)))
+    async def model(name: str) -> Response:
+        """Describe the served model."""
+        service.check_model(name)
+        return JSONResponse(card())
 
     @router.get("/health", responses={
         **_responses(replies.HealthReply, (403, 431)), 503: {"model": replies.HealthReply}})

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from longspan.serve.config import ServeConfig
 from longspan.serve.errors import ApiError, as_api_error
 from longspan.serve.hosts import Hosts
+from longspan.serve.origins import Origins
 
 MAX_HEADERS = 200
 OPEN_PATHS = frozenset({"/health"})
@@ -30,6 +31,7 @@ class EdgeMiddleware:
     ) -> None:
         self._app, self._answered = app, answered
         self._hosts = Hosts(config)
+        self._origins = Origins(self._hosts)
         self._keys = [key.encode() for key in config.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,10 +50,12 @@ class EdgeMiddleware:
                 route = getattr(scope.get("route"), "path", "other")
                 self._answered(route, message["status"])
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                self._origins.add_headers(scope, message)
             await send(message)
 
         refusal = self._refusal(scope)
-        app = refusal.response() if refusal else self._app
+        app = refusal.response() if refusal else \
+            self._origins.preflight(scope) or self._app
         try:
             await app(scope, receive, send_with_id)
         except Exception as error:
@@ -64,7 +68,8 @@ class EdgeMiddleware:
             return ApiError(431, f"More than {MAX_HEADERS} headers.")
         headers = Headers(scope=scope)
         refusal = self._hosts.refusal(headers)
-        if refusal or not self._keys or scope["path"] in OPEN_PATHS:
+        is_free = scope["path"] in OPEN_PATHS or self._origins.preflight(scope) is not None
+        if refusal or is_free or not self._keys:
             return refusal
         given = _given_key(headers.get("authorization", ""))
         if given is None:

@@ -12,10 +12,11 @@ from starlette.requests import Request
 
 from longspan.serve.errors import ApiError, ClientGone
 from longspan.serve.long_lists import LONG_BYTES, take_out
+from longspan.serve.messages import NOT_SUPPORTED
+from longspan.serve.packed import mend_surrogates, unpacker
 
 Model = TypeVar("Model", bound=BaseModel)
 Result = TypeVar("Result")
-NULL_ERROR = "none_required"
 MAX_MESSAGE_LEN = 300
 SLOWEST_BYTES_PER_S = 4096
 """Bytes per second below which a client that keeps sending is refused."""
@@ -38,12 +39,13 @@ def check_media_type(request: Request) -> None:
 
 
 async def read_body(request: Request, take: Callable[[int], None], timeout_s: float) -> bytes:
-    """Read the whole body. ``take`` counts each piece and raises when it is too much.
+    """Read the whole body, unpacked. ``take`` counts each piece and raises when it is too much.
 
     Raises 408 for a silence of ``timeout_s``, or for drops that keep the body coming for longer
-    than that; `ClientGone` if the sender hangs up.
+    than that; 415 for an encoding other than gzip; `ClientGone` if the sender hangs up.
     """
     pieces = list[bytes]()
+    unpack = unpacker(request.headers.get("content-encoding", ""))
     clock = asyncio.get_running_loop().time
     end_s = clock() + timeout_s
     while True:
@@ -56,11 +58,12 @@ async def read_body(request: Request, take: Callable[[int], None], timeout_s: fl
                            headers={"Connection": "close"}) from None
         if message["type"] == "http.disconnect":
             raise ClientGone
-        piece = message.get("body", b"")
-        take(len(piece))
-        end_s += len(piece) / SLOWEST_BYTES_PER_S
-        pieces.append(piece)
-        if not message.get("more_body", False):
+        packed, is_last = message.get("body", b""), not message.get("more_body", False)
+        for piece in unpack(packed, is_last):
+            take(len(piece))
+            pieces.append(piece)
+        end_s += len(packed) / SLOWEST_BYTES_PER_S
+        if is_last:
             return b"".join(pieces)
 
 
@@ -88,7 +91,15 @@ def parse(model: type[Model], body: bytes) -> Model:
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
-        raise _explain(error) from None
+        mended = mend_surrogates(body) if _is_no_json(error) else body
+        if mended == body:
+            raise _explain(error) from None
+    return parse(model, mended)
+
+
+def _is_no_json(error: ValidationError) -> bool:
+    (fault, *_) = error.errors(include_url=False, include_context=False, include_input=False)
+    return fault["type"] == "json_invalid"
 
 
 def _explain(error: ValidationError) -> ApiError:
@@ -100,8 +111,8 @@ def _explain(error: ValidationError) -> ApiError:
         fault["msg"] = fault["msg"].removeprefix("Value error, ")
     names = [str(part) for part in fault["loc"] if not _is_union_branch(part)]
     param = ".".join(names) or None
-    if fault["type"] == NULL_ERROR:
-        text = f"{param} is not supported by this server; leave it out."
+    if fault["type"] == NOT_SUPPORTED:
+        text = f"{param} is not supported by this server with this value; leave it out."
     elif fault["type"] == "extra_forbidden":
         text = f"{param} is not a known field of this request."
     elif fault["type"] == "json_invalid":

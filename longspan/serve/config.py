@@ -8,6 +8,7 @@ from ipaddress import ip_address
 
 from longspan.errors import LongspanError
 
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@]+|null")
 HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 
@@ -45,6 +46,9 @@ class ServeConfig:
     allowed_hosts: tuple[str, ...] = ()
     """Names, beside those of the loopback interface, by which clients may call this server. A
     server that other machines reach takes any, unless some are named."""
+    allowed_origins: tuple[str, ...] = ()
+    """Origins (scheme, name and port) of pages elsewhere that may use this server from a browser;
+    ``*``: all. They need the API key as everybody does."""
     model_name: str | None = None
     """Name under which clients ask for the model; default: the engine's."""
     max_body_bytes: int | None = None
@@ -94,6 +98,11 @@ class ServeConfig:
             if not (HOST_NAME.fullmatch(plain_name(name)) or is_address(plain_name(name))):
                 raise LongspanError(f"allowed host {name!r} must be a name or an address alone, "
                                     "without scheme and port, for example gpu-3.example.org")
+        for origin in self.allowed_origins:
+            if origin != "*" and not ORIGIN.fullmatch(origin):
+                raise LongspanError(f"allowed origin {origin!r} must be scheme, name and port as "
+                                    "browsers write them, for example https://app.example.org, or "
+                                    "* for all")
         if not all(key and key.isascii() and key.isprintable() for key in self.api_keys):
             raise LongspanError("an API key must be printable ASCII and not empty")
 

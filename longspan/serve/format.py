@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import codecs
 import math
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from longspan.engine.request import TokenEvent, TokenLogprob
+from longspan.engine.text.call_format import CallFormat
+from longspan.serve.call_parser import Argued, Called, CallParser, Piece, Said
 from longspan.serve.generation import Usage
 
 Json = dict[str, Any]
@@ -51,9 +54,14 @@ class Format(Protocol):
 class ChatFormat:
     """Format of /v1/chat/completions."""
 
-    def __init__(self, request_id: str, model: str, *, with_logprobs: bool) -> None:
+    def __init__(
+        self, request_id: str, model: str, *, with_logprobs: bool,
+        call_format: CallFormat | None = None,
+    ) -> None:
         self._with_logprobs = with_logprobs
         self._head = {"id": f"chatcmpl-{request_id}", "created": int(time.time()), "model": model}
+        self._call_format = call_format
+        self._parsers = dict[int, CallParser]()
 
     def opening(self, indices: Sequence[int]) -> list[Json]:
         """Build chunks with the role, one for each completion."""
@@ -62,9 +70,15 @@ class ChatFormat:
 
     def chunk(self, delta: Delta) -> Json:
         """Build a piece of a stream."""
-        content = {"content": delta.text} if delta.text or not delta.finish_reason else {}
-        return self._chunk([self._choice(
-            delta.index, content, delta.logprobs, delta.finish_reason)])
+        pieces, reason = self._read(delta)
+        content: Json = {}
+        text = "".join(piece.text for piece in pieces if isinstance(piece, Said))
+        if text or not (pieces or reason):
+            content["content"] = text
+        calls = [_call_delta(piece) for piece in pieces if not isinstance(piece, Said)]
+        if calls:
+            content["tool_calls"] = calls
+        return self._chunk([self._choice(delta.index, content, delta.logprobs, reason)])
 
     def bare_chunk(self, **values: object) -> Json:
         """Build a chunk without choices."""
@@ -72,11 +86,34 @@ class ChatFormat:
 
     def reply(self, deltas: Sequence[Delta], usage: Usage) -> Json:
         """Build the whole answer."""
-        return {**self._head, "object": "chat.completion", "choices": [{
-            "index": delta.index, "finish_reason": delta.finish_reason,
-            "message": {"role": "assistant", "content": delta.text, "refusal": None},
-            "logprobs": self._logprobs(delta.logprobs)} for delta in deltas],
+        return {**self._head, "object": "chat.completion", "choices": [
+            self._whole_choice(delta) for delta in deltas],
             "usage": usage.as_dict(), "timings": usage.timings()}
+
+    def _whole_choice(self, delta: Delta) -> Json:
+        pieces, reason = self._read(delta)
+        text = "".join(piece.text for piece in pieces if isinstance(piece, Said))
+        calls = list[Json]()
+        for piece in pieces:
+            if isinstance(piece, Called):
+                calls.append(_call_delta(piece))
+                del calls[-1]["index"]
+            elif isinstance(piece, Argued):
+                calls[piece.index]["function"]["arguments"] += piece.text
+        message: Json = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message = {**message, "content": text or None, "tool_calls": calls}
+        return {"index": delta.index, "finish_reason": reason, "message": message,
+                "logprobs": self._logprobs(delta.logprobs)}
+
+    def _read(self, delta: Delta) -> tuple[Sequence[Piece], str | None]:
+        """Return the parts of new text, and why the answer ends, if it does."""
+        if self._call_format is None:
+            return [Said(delta.text)] if delta.text else [], delta.finish_reason
+        parser = self._parsers.setdefault(delta.index, CallParser(self._call_format))
+        pieces = parser.push(delta.text, is_last=delta.finish_reason is not None)
+        has_called = parser.num_calls and delta.finish_reason == "stop"
+        return pieces, "tool_calls" if has_called else delta.finish_reason
 
     def _chunk(self, choices: list[Json]) -> Json:
         return {**self._head, "object": "chat.completion.chunk", "choices": choices}
@@ -93,6 +130,13 @@ class ChatFormat:
         return {"refusal": None, "content": [
             {**_chat_logprob(item), "top_logprobs": [_chat_logprob(other) for other in item.top]}
             for item in items]}
+
+
+def _call_delta(piece: Called | Argued) -> Json:
+    if isinstance(piece, Argued):
+        return {"index": piece.index, "function": {"arguments": piece.text}}
+    return {"index": piece.index, "id": f"call_{secrets.token_hex(12)}", "type": "function",
+            "function": {"name": piece.name, "arguments": ""}}
 
 
 class CompletionFormat:

@@ -14,6 +14,7 @@ from longspan.serve.errors import ApiError
 AUTHORITY = re.compile(r"(?P<name>\[[0-9A-Fa-f:.]+\]|[^\[\]:/?#@\s]+)(?::[0-9]*)?")
 ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://(?P<authority>.+)")
 REMEDY = "if it should, start it with --allowed-host and that name"
+ORIGIN_REMEDY = "if it should, start it with --allowed-origin and that origin"
 
 
 class Hosts:
@@ -25,6 +26,7 @@ class Hosts:
 
     def __init__(self, config: ServeConfig) -> None:
         self._is_open = config.is_public and not config.allowed_hosts
+        self._origins = frozenset(config.allowed_origins)
         self._names = {plain_name(name) for name in (*config.allowed_hosts, config.host)}
 
     def refusal(self, headers: Headers) -> ApiError | None:
@@ -36,11 +38,17 @@ class Hosts:
             return ApiError(403, f"This server does not answer to Host {_shown(hosts)}; {REMEDY}.",
                             code="host_not_allowed")
         for origin in headers.getlist("origin"):
+            if self.is_allowed(origin):
+                continue
             found = ORIGIN.fullmatch(origin)
             if found is None or not self._is_known(found["authority"]):
                 return ApiError(403, f"This server takes no requests of pages from "
-                                f"{_shown([origin])}; {REMEDY}.", code="origin_not_allowed")
+                                f"{_shown([origin])}; {ORIGIN_REMEDY}.", code="origin_not_allowed")
         return None
+
+    def is_allowed(self, origin: str) -> bool:
+        """Return whether pages of this origin were named as ones that may use the server."""
+        return origin in self._origins or "*" in self._origins
 
     def _is_known(self, authority: str) -> bool:
         found = AUTHORITY.fullmatch(authority)

@@ -8,11 +8,14 @@ from dataclasses import replace
 from longspan.engine.front.client import AsyncEngine
 from longspan.engine.request import SamplingParams, check_fits
 from longspan.serve.errors import ApiError
+from longspan.serve.messages import for_template
 from longspan.serve.protocol import ChatRequest, CompletionRequest, TokenizeRequest
+from longspan.serve.sampling import ALL_ROOM
+from longspan.serve.tools import offered_tools
 
 RESERVED_VALUES = frozenset({
-    "messages", "add_generation_prompt", "add_special_tokens", "tools", "documents", "bos_token",
-    "eos_token", "unk_token", "pad_token"})
+    "messages", "add_generation_prompt", "continue_final_message", "add_special_tokens", "tools",
+    "documents", "bos_token", "eos_token", "unk_token", "pad_token"})
 """Variables of chat templates that clients may not set."""
 GenerateBody = ChatRequest | CompletionRequest
 
@@ -33,8 +36,13 @@ class Prompts:
             name = sorted(wrong)[0]
             raise ApiError(400, f"chat_template_kwargs may not set {name}.",
                            param="chat_template_kwargs")
-        messages = [message.for_template() for message in body.messages or ()]
-        return await self._engine.encode_chat(messages, **values, **options)
+        try:
+            messages = for_template(body.messages or ())
+        except ValueError as error:
+            raise ApiError(400, f"{error}.", param="messages") from None
+        offered = [tool.for_template() for tool in offered_tools(body)]
+        tools = {"tools": offered} if offered else {}
+        return await self._engine.encode_chat(messages, **values, **tools, **options)
 
     def fit(self, params: SamplingParams, prompt_len: int, asked: int | None) -> SamplingParams:
         """Fit parameters to one prompt: without max_tokens, use the remaining context. Raises 400
@@ -42,14 +50,22 @@ class Prompts:
         limit = self._engine.status().max_model_len
         if prompt_len == 0:
             raise ApiError(400, "The prompt is empty.", param="prompt")
-        check_fits(prompt_len, 1 if asked is None else asked, limit)
-        return params if asked is not None else replace(
-            params, max_tokens=min(params.max_tokens, limit - prompt_len))
+        is_open = asked in (None, ALL_ROOM)
+        check_fits(prompt_len, 1 if asked is None or is_open else asked, limit)
+        return replace(params, max_tokens=min(params.max_tokens, limit - prompt_len)) \
+            if is_open else params
 
     async def of(self, body: GenerateBody) -> list[Sequence[int]]:
         """Return the token ids of each prompt."""
         if isinstance(body, ChatRequest):
-            return [await self.encode_chat(body, add_generation_prompt=True)]
+            is_open = bool(body.continue_final_message)
+            begins = not is_open if body.add_generation_prompt is None else \
+                body.add_generation_prompt
+            if is_open and begins:
+                raise ApiError(400, "continue_final_message does not go with "
+                               "add_generation_prompt: true.", param="continue_final_message")
+            return [await self.encode_chat(
+                body, add_generation_prompt=begins, continue_final_message=is_open)]
         return [await self._engine.tokenize(each, add_special_tokens=body.add_special_tokens)
                 if isinstance(each, str) else each for each in body.prompt]
 

@@ -1,7 +1,8 @@
 """Requests as OpenAI's API, vLLM and llama.cpp define them; the only pydantic input models.
 
-Fields that OpenAI has and this server does not are declared as null, so that clients may send the
-default, and anything else is refused by name. Unknown fields are refused by name too.
+Fields that clients send and that this server does not have are declared with the values that ask
+for nothing (`Neutral`), and any other is refused by name. Hints, which change no answer, are taken
+and ignored. Unknown fields are refused by name too.
 """
 
 from __future__ import annotations
@@ -11,14 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    PlainValidator,
-    WithJsonSchema,
-)
+from pydantic import AfterValidator, Discriminator, Field, PlainValidator, WithJsonSchema
 
 from longspan.engine.request import (
     MAX_LOGIT_BIAS,
@@ -30,6 +24,7 @@ from longspan.engine.request import (
     MAX_TOP_K,
     MIN_REPETITION_PENALTY,
 )
+from longspan.serve.messages import Hint, Messages, Neutral, Strict, ToolChoice, Tools
 
 MAX_PROMPTS = 64
 MAX_STOPS = 16
@@ -37,7 +32,16 @@ MAX_INT = 2**31 - 1
 BiasKey = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,9})$")]
 Bias = Annotated[float, Field(ge=-MAX_LOGIT_BIAS, le=MAX_LOGIT_BIAS)]
 
+
+
+def _not_zero(value: int) -> int:
+    if value == 0:
+        raise ValueError("must be a positive number, or -1 for as many as there is room for")
+    return value
+
+
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
+MaxTokens = Annotated[int, Field(ge=-1, le=MAX_INT), AfterValidator(_not_zero)]
 Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 Scalar = bool | int | float | Annotated[str, Field(max_length=1024)]
 TemplateValues = Annotated[
@@ -79,18 +83,14 @@ TokenIds = Annotated[Sequence[int], PlainValidator(_as_token_ids), WithJsonSchem
     {"type": "array", "items": ID_SCHEMA})]
 
 
-class Strict(BaseModel):
-    """No unknown fields, no conversions between types."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
-
-
 class StreamOptions(Strict):
     """What a stream carries besides text."""
 
     include_usage: bool = False
     """A last chunk without choices, with the usage."""
+    continuous_usage_stats: bool = False
+    """The usage so far in every chunk."""
+    include_obfuscation: Hint = None
 
 
 class SamplingFields(Strict):
@@ -98,12 +98,13 @@ class SamplingFields(Strict):
 
     model: Annotated[str, Field(max_length=512)] | None = None
     """Name of the served model (see /v1/models); null: whatever is served."""
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
-    """Longest completion, tokens; null: the server's default, less if there is less room."""
+    max_tokens: MaxTokens | None = None
+    """Longest completion, tokens; null: the server's default, less if there is less room; -1: as
+    long as there is room."""
     temperature: Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)] | None = None
     """0: always the most probable token; null: the checkpoint's advice, else 1."""
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Keep the smallest set of tokens that reaches this probability."""
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Keep the smallest set of tokens that reaches this probability; 0: the most probable one."""
     top_k: Annotated[int, Field(ge=-1, le=MAX_TOP_K)] | None = None
     """Keep the k most probable tokens; 0 or -1: all."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -120,7 +121,8 @@ class SamplingFields(Strict):
     """Added to the logits of tokens, by token id."""
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     """Same seed, same request, same answer; null or -1: a fresh one."""
-    stop: Stop | Annotated[list[Stop], Field(fail_fast=True, max_length=MAX_STOPS)] | None = None
+    stop: Stop | Annotated[
+        list[Stop], Field(fail_fast=True, max_length=MAX_STOPS)] | Literal[""] | None = None
     """Text that ends the completion; it is not part of it."""
     stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True, max_length=64)] | None = None
     """Tokens that end the completion."""
@@ -138,43 +140,25 @@ class SamplingFields(Strict):
     """With stream: chunks without choices that tell how far the prefill is, in llama.cpp's form
     (prompt_progress: total, cache, processed, time_ms), and the predicted time to first token."""
     user: Annotated[str, Field(max_length=512)] | None = None
-    """Accepted and ignored."""
+    """A hint."""
 
-    service_tier: None = None
-    prompt_cache_key: None = None
-    safety_identifier: None = None
-    store: None = None
-    metadata: None = None
-
-
-class TextPart(Strict):
-    """A piece of a message. Only text is supported."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(Strict):
-    """One turn of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True, min_length=1)]
-    name: Annotated[str, Field(max_length=64)] | None = None
-    """Given to the chat template, which may ignore it."""
-    refusal: None = None
-    tool_calls: None = None
-    function_call: None = None
-    audio: None = None
-
-    def for_template(self) -> dict[str, str]:
-        """Convert for chat templates: ``developer`` is the newer name of ``system``."""
-        text = self.content if isinstance(self.content, str) else "\n".join(
-            part.text for part in self.content)
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": text, **({"name": self.name} if self.name else {})}
-
-
-Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=4096)]
+    # Hints
+    service_tier: Hint = None
+    prompt_cache_key: Hint = None
+    prompt_cache_retention: Hint = None
+    prompt_cache_options: Hint = None
+    safety_identifier: Hint = None
+    store: Hint = None
+    metadata: Hint = None
+    cache_prompt: Hint = None
+    priority: Hint = None
+    # Nothing but what this server does anyway
+    skip_special_tokens: Annotated[Any, Neutral(True)] = None
+    spaces_between_special_tokens: Annotated[Any, Neutral(True, False)] = None
+    include_stop_str_in_output: Annotated[Any, Neutral(False)] = None
+    length_penalty: Annotated[Any, Neutral(1, 1.0)] = None
+    use_beam_search: Annotated[Any, Neutral(False)] = None
+    typical_p: Annotated[Any, Neutral(1, 1.0)] = None
 
 
 class JsonSchemaBody(Strict):
@@ -215,8 +199,19 @@ class ChatRequest(SamplingFields):
     """POST /v1/chat/completions."""
 
     messages: Messages
-    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
+    max_completion_tokens: MaxTokens | None = None
     """Newer name of max_tokens."""
+    tools: Tools | None = None
+    """Functions that the model may call, if its chat template takes any."""
+    tool_choice: ToolChoice | None = None
+    """none, auto (the default with tools), required, or one of the tools by its name; answers to
+    the last two are held to the tools' schemas by a grammar."""
+    parallel_tool_calls: bool | None = None
+    """false: one call at most."""
+    add_generation_prompt: bool | None = None
+    """Default: true, unless continue_final_message."""
+    continue_final_message: bool | None = None
+    """The last message, the assistant's, is the beginning of the answer."""
     logprobs: bool | None = None
     """Return the log-probability of each token."""
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -226,17 +221,16 @@ class ChatRequest(SamplingFields):
     chat_template_kwargs: TemplateValues | None = None
     """Further variables of the chat template, such as enable_thinking."""
 
-    tools: None = None
-    tool_choice: None = None
-    parallel_tool_calls: None = None
-    functions: None = None
-    function_call: None = None
-    modalities: None = None
-    audio: None = None
-    prediction: None = None
-    reasoning_effort: None = None
-    verbosity: None = None
-    web_search_options: None = None
+    # Hints
+    reasoning_effort: Hint = None
+    verbosity: Hint = None
+    prediction: Hint = None
+    # Nothing but what this server does anyway
+    functions: Annotated[Any, Neutral([])] = None
+    function_call: Annotated[Any, Neutral("none", "auto")] = None
+    modalities: Annotated[Any, Neutral(["text"])] = None
+    audio: Annotated[Any, Neutral()] = None
+    web_search_options: Annotated[Any, Neutral()] = None
 
 
 class CompletionRequest(SamplingFields):
@@ -247,16 +241,16 @@ class CompletionRequest(SamplingFields):
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     """Return log-probabilities of each token and of this many alternatives; with echo, of the
     prompt's tokens too."""
-    max_tokens: Annotated[int, Field(ge=0, le=MAX_INT)] | None = None
-    """Longest completion, tokens; null: the server's default, less if there is less room. 0, with
+    max_tokens: Annotated[int, Field(ge=-1, le=MAX_INT)] | None = None
+    """Longest completion, tokens, as for chats. 0, with
     echo and logprobs: the prompt is scored, and nothing is added to it."""
     add_special_tokens: bool = True
     """Put the checkpoint's beginning-of-text token in front, if it has one."""
 
-    best_of: None = None
+    best_of: Annotated[Any, Neutral(1)] = None
     echo: bool | None = None
     """Put the prompt in front of the completion."""
-    suffix: None = None
+    suffix: Annotated[Any, Neutral("")] = None
 
 
 class TokenizeRequest(Strict):
@@ -267,6 +261,8 @@ class TokenizeRequest(Strict):
     messages: Messages | None = None
     add_special_tokens: bool | None = None
     """Default: true for a prompt, false for messages, whose template has them."""
+    tools: Tools | None = None
+    """With messages: as in a chat."""
     add_generation_prompt: bool = True
     """With messages: end with the beginning of the assistant's turn."""
     chat_template_kwargs: TemplateValues | None = None

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class Reply(BaseModel):
@@ -73,12 +73,31 @@ class Timings(Reply):
     """What the server expected when the request arrived."""
 
 
+class CalledFunctionReply(Reply):
+    """What the model calls."""
+
+    name: str
+    arguments: str
+    """JSON text of an object."""
+
+
+class ToolCallReply(Reply):
+    """A call."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunctionReply
+
+
 class AssistantMessage(Reply):
     """The answer."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    """Null where there is nothing beside the calls."""
     refusal: None
+    tool_calls: list[ToolCallReply] | None = Field(default=None)
+    """Absent when nothing is called."""
 
 
 class ChatLogprob(Reply):

@@ -28,7 +28,7 @@ from longspan.serve.format import ChatFormat, CompletionFormat, Delta, Format
 from longspan.serve.generation import Generation, Job, millis
 from longspan.serve.metrics import Metrics
 from longspan.serve.prompts import GenerateBody, Prompts
-from longspan.serve.protocol import ChatRequest, CompletionRequest
+from longspan.serve.protocol import CompletionRequest
 from longspan.serve.sampling import (
     asked_max_tokens,
     check_scoring,
@@ -36,6 +36,7 @@ from longspan.serve.sampling import (
     sampling_params,
 )
 from longspan.serve.stream import EventStreamResponse, EventWriter, StreamOptions
+from longspan.serve.tools import offered_tools
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -110,9 +111,11 @@ class Service:
             writer.pieces(prepared), watcher, stack.pop_all(), self.config.send_timeout_s, headers)
 
     def _stream_options(self, request_id: str, body: GenerateBody) -> StreamOptions:
+        wanted = body.stream_options
         return StreamOptions(
             request_id=request_id,
-            include_usage=bool(body.stream_options and body.stream_options.include_usage),
+            include_usage=bool(wanted and wanted.include_usage),
+            continuous_usage=bool(wanted and wanted.continuous_usage_stats),
             return_progress=bool(body.return_progress),
             ping_interval_s=self.config.ping_interval_s)
 
@@ -141,12 +144,16 @@ class Service:
             raise ApiError(400, f"{num_prompts * (body.n or 1)} completions in one request; at "
                            f"most {self.config.max_choices}.", param="n")
         return sampling_params(
-            body, self.engine.status().default_sampling, self.config.default_max_tokens)
+            body, self.engine.status().default_sampling, self.config.default_max_tokens,
+            self.engine.status().call_format)
 
     def _format(self, request_id: str, body: GenerateBody) -> Format:
         with_logprobs = body.logprobs is not None and body.logprobs is not False
-        kind = ChatFormat if isinstance(body, ChatRequest) else CompletionFormat
-        return kind(request_id, self.model_name, with_logprobs=with_logprobs)
+        if isinstance(body, CompletionRequest):
+            return CompletionFormat(request_id, self.model_name, with_logprobs=with_logprobs)
+        return ChatFormat(
+            request_id, self.model_name, with_logprobs=with_logprobs,
+            call_format=self.engine.status().call_format if offered_tools(body) else None)
 
     # -- shared with the smaller routes --------------------------------------------------------
 

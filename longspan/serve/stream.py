@@ -29,6 +29,7 @@ class StreamOptions:
 
     request_id: str = ""
     include_usage: bool = False
+    continuous_usage: bool = False
     return_progress: bool = False
     ping_interval_s: float = 5.0
     send_timeout_s: float = 120.0
@@ -92,6 +93,9 @@ class EventWriter:
                 chunks += self._format.opening([index])
             if delta.text or delta.logprobs or delta.finish_reason:
                 chunks.append(self._format.chunk(delta))
+        if self._options.continuous_usage:
+            usage = self._generation.usage.as_dict()
+            chunks = [{**chunk, "usage": usage} for chunk in chunks]
         return [_event(chunk) for chunk in chunks]
 
     def _progress(self) -> Json:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from longspan.engine.intake import as_prompts, as_token_ids
 from longspan.engine.request import check_fits
@@ -21,6 +22,17 @@ from longspan.errors import InvalidRequestError, PromptTooLongError
 ])
 def test_one_prompt_or_several(prompts: Any, expected: list[Any]) -> None:
     assert as_prompts(prompts) == expected
+
+
+@pytest.mark.parametrize("array", [np.array, torch.tensor])
+def test_arrays_of_any_library_are_lists(array: Any) -> None:
+    assert as_prompts(array([1, 2])) == [[1, 2]]
+    assert as_prompts(array([[1, 2], [3, 4]])) == [[1, 2], [3, 4]]
+    assert as_prompts([array([1, 2]), "x", [3]]) == [[1, 2], "x", [3]]
+    assert list(as_token_ids(array([0, 4]), 5)) == [0, 4]
+    for wrong in (array([[0, 4]]), array([0.0]), array(4)):
+        with pytest.raises(InvalidRequestError):
+            as_token_ids(wrong, 5)
 
 
 def test_anything_else_is_refused() -> None:

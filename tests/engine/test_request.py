@@ -60,9 +60,9 @@ def test_out_of_range_fields_are_refused(field: str, value: Any, wanted: str) ->
      "serializable"),
     ({"json_schema": "x" * 65_537}, "json_schema has 65537 characters; at most 65536"),
     ({"json_schema": "{}", "ignore_eos": True},
-     "ignore_eos does not go with json_schema: the schema says where the end is"),
+     "ignore_eos does not go with json_schema and grammar: these say where the end is"),
     ({"json_schema": "{}", "min_tokens": 3},
-     "min_tokens does not go with json_schema: the schema says where the end is"),
+     "min_tokens does not go with json_schema and grammar: these say where the end is"),
 ])
 def test_fields_that_go_together_badly(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequestError) as error:
@@ -126,3 +126,14 @@ def test_tokens_span_prompt_and_completion(start: int, stop: int) -> None:
 def test_what_asks_for_nothing_is_nothing() -> None:
     given = SamplingParams(stop=None, stop_token_ids=None, logit_bias=None, seed=-1)  # type: ignore
     assert given == SamplingParams()
+
+
+def test_a_grammar_is_one_constraint_alone() -> None:
+    assert SamplingParams(grammar="start: \"a\"").constraint == "start: \"a\""
+    assert SamplingParams(json_schema="{}").constraint == "{}"
+    wrong: list[dict[str, Any]] = [
+        {"grammar": "a: b"}, {"grammar": 5}, {"grammar": "start: a", "json_schema": "{}"},
+        {"grammar": "start:" + "x" * 65_536}, {"grammar": "start: a", "min_tokens": 1}]
+    for values in wrong:
+        with pytest.raises(InvalidRequestError, match="grammar"):
+            SamplingParams(**values)

@@ -51,6 +51,9 @@ class FakeEngine:
         self.token_s: float = options.pop("token_s", 0.0)
         self.tokenize_s: float = options.pop("tokenize_s", 0.0)
         self.load_s: float = options.pop("load_s", 0.0)
+        self.answer: str = options.pop("answer", ANSWER)
+        self.chats = list[tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]]()
+        """Messages and template values that came."""
         self._status = EngineStatus(**{
             "state": "ready", "model": MODEL, "max_model_len": 4096, "capacity_tokens": 8192,
             **options})
@@ -110,6 +113,7 @@ class FakeEngine:
         self, messages: Sequence[Mapping[str, Any]], /, **values: Any
     ) -> Sequence[int]:
         """Roles in angle brackets."""
+        self.chats.append((messages, values))
         text = "".join(f"<{message['role']}>{message['content']}" for message in messages)
         return await self.tokenize(text + "<assistant>" * values["add_generation_prompt"])
 
@@ -158,11 +162,14 @@ class FakeEngine:
         for index in range(params.max_tokens):
             await asyncio.sleep(self.token_s)
             self._check_alive()
-            char = ANSWER[index % len(ANSWER)]
+            char = self.answer[index % len(self.answer)]
             text += char
             is_stop = any(text.endswith(stop) for stop in params.stop)
             is_last = index + 1 == params.max_tokens
-            reason: FinishReason | None = "stop" if is_stop else "length" if is_last else None
+            # other answers than the usual one end where they end
+            is_end = self.answer is not ANSWER and len(text) == len(self.answer)
+            reason: FinishReason | None = (
+                "stop" if is_stop or is_end else "length" if is_last else None)
             yield TokenEvent(
                 request_id=request.request_id, text="" if is_stop else char,
                 token_ids=(ord(char),), finish_reason=reason,

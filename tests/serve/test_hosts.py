@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,7 +62,8 @@ def test_every_route_refuses_in_the_apis_shape(server: Running, headers: dict[st
         assert reply.status_code == 403
         error = reply.json()["error"]
         assert error["type"] == "permission_error" and "evil.example" in error["message"]
-        assert "--allowed-host" in error["message"] and "x-request-id" in reply.headers
+        assert re.search("--allowed-(host|origin)", error["message"])
+        assert "x-request-id" in reply.headers
     assert not server.engine.requests
 
 
@@ -100,3 +102,43 @@ def test_public_servers_take_any_name_unless_some_are_named(
 def test_names_that_are_none(name: str) -> None:
     with pytest.raises(LongspanError, match="allowed host"):
         ServeConfig(allowed_hosts=(name,))
+
+
+@pytest.mark.parametrize("origin", [
+    "app.example.org", "https://app.example.org/", "https://", "HTTPS://x y", ""])
+def test_origins_that_are_none(origin: str) -> None:
+    with pytest.raises(LongspanError, match="allowed origin"):
+        ServeConfig(allowed_origins=(origin,))
+
+
+PREFLIGHT = {"Access-Control-Request-Method": "POST",
+             "Access-Control-Request-Headers": "authorization, content-type, x-stainless-os"}
+
+
+@pytest.mark.parametrize("allowed", ["https://app.example.org", "*"])
+def test_a_page_elsewhere(allowed: str) -> None:
+    origin = {"Origin": "https://app.example.org"}
+    with running(allowed_origins=(allowed,), api_keys=("secret",)) as server, \
+            httpx.Client(base_url=server.url) as client:
+        asked = client.options("/v1/chat/completions", headers={**origin, **PREFLIGHT})
+        assert asked.status_code == 204  # without a key, for browsers send none
+        assert asked.headers["access-control-allow-origin"] == origin["Origin"]
+        assert "authorization" in asked.headers["access-control-allow-headers"]
+        assert "POST" in asked.headers["access-control-allow-methods"]
+        assert client.get("/v1/models", headers=origin).status_code == 401
+        models = client.get("/v1/models", headers={**origin, "Authorization": "Bearer secret"})
+        assert models.status_code == 200 and "Origin" in models.headers["vary"]
+        assert models.headers["access-control-allow-origin"] == origin["Origin"]
+        assert "X-Request-Id" in models.headers["access-control-expose-headers"]
+        if allowed != "*":
+            other = {"Origin": "https://evil.example"}
+            asked = client.options("/v1/models", headers={**other, **PREFLIGHT})
+            assert asked.status_code == 403
+            assert "access-control-allow-origin" not in asked.headers
+        assert "access-control-allow-origin" not in client.get("/health").headers
+
+
+def test_no_page_elsewhere_unless_it_is_named(server: Running) -> None:
+    asked = httpx.options(server.url + "/v1/models", headers={
+        "Origin": "https://app.example.org", **PREFLIGHT})
+    assert asked.status_code == 403 and "access-control-allow-origin" not in asked.headers

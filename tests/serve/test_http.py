@@ -78,7 +78,7 @@ def assert_alive(server: Running) -> None:
     (COMPLETE, {"prompt": "a", "repetition_penalty": 0}, "repetition_penalty"),
     (CHAT, {"response_format": {"type": "xml"}}, "response_format"),
     (CHAT, {"messages": []}, "messages"),
-    (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+    (CHAT, {"messages": [{"role": "function", "content": "x"}]}, "messages.0.role"),
     (CHAT, {"messages": [{"role": "user", "content": [
         {"type": "image_url", "image_url": {"url": "http://127.0.0.1/"}}]}]},
      "messages.0.content.0"),
@@ -87,7 +87,7 @@ def assert_alive(server: Running) -> None:
     (CHAT, {"temprature": 1}, "temprature"),
     (CHAT, {"temperature": -1}, "temperature"),
     (CHAT, {"temperature": "1"}, "temperature"),
-    (CHAT, {"top_p": 0}, "top_p"),
+    (CHAT, {"top_p": -0.1}, "top_p"),
     (CHAT, {"n": 0}, "n"),
     (CHAT, {"n": 10**6}, "n"),
     (CHAT, {"max_tokens": 0}, "max_tokens"),
@@ -104,7 +104,7 @@ def assert_alive(server: Running) -> None:
     (COMPLETE, {"prompt": "a", "max_tokens": 0}, "max_tokens"),
     (COMPLETE, {"prompt": "a", "max_tokens": 0, "echo": True}, "max_tokens"),
     (COMPLETE, {"prompt": "a", "max_tokens": 0, "logprobs": 1}, "max_tokens"),
-    (COMPLETE, {"prompt": "a", "max_tokens": -1, "echo": True, "logprobs": 1}, "max_tokens"),
+    (COMPLETE, {"prompt": "a", "max_tokens": -2, "echo": True, "logprobs": 1}, "max_tokens"),
     (CHAT, {"echo": True}, "echo"),
     (COMPLETE, {"prompt": "a", "suffix": "x"}, "suffix"),
     (COMPLETE, {"prompt": "a", "best_of": 3}, "best_of"),
@@ -132,7 +132,7 @@ def test_null_asks_for_nothing(server):
 @pytest.mark.parametrize(("change", "message"), [
     ({"min_tokens": 9}, "min_tokens is 9; it must be an integer from 0 to max_tokens, which is 5"),
     ({"response_format": {"type": "json_object"}, "ignore_eos": True},
-     "ignore_eos does not go with json_schema: the schema says where the end is"),
+     "ignore_eos does not go with json_schema and grammar: these say where the end is"),
     ({"response_format": {"type": "json_schema", "json_schema": {
         "name": "x", "schema": {"description": "x" * 70_000}}}},
      "json_schema has 70019 characters; at most 65536"),
@@ -145,7 +145,7 @@ def test_options_that_go_together_badly(server, change, message):
 
 
 @pytest.mark.parametrize("body", [
-    b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b'{"prompt": "\\ud800"}', b"[" * 100_000,
+    b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"[" * 100_000,
     b'{"prompt": "x", "temperature": NaN}', b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}"])
 def test_garbage_bodies(server, body):
     reply = post(server, COMPLETE, body)

@@ -192,7 +192,7 @@ class Sampler:
         return self._states.get(item.slot)
 
     def _begin(self, index: int, slot: int, extras: SamplingExtras, failures: _Failures) -> None:
-        schema = extras.json_schema
+        schema = extras.constraint
         grammar = None if schema is None else failures.watch(index, lambda: self._grammar(schema))
         if index in failures:
             return
@@ -202,10 +202,10 @@ class Sampler:
             state = _State(extras=replace(extras, prompt_ids=array("i")), grammar=grammar)
         self._states[slot] = state
 
-    def _grammar(self, json_schema: str) -> Grammar:
+    def _grammar(self, constraint: str) -> Grammar:
         if self._grammars is None:
             self._grammars = self._load_grammars()
-        return self._grammars.start(json_schema)
+        return self._grammars.start(constraint)
 
     # -- changes to logits ---------------------------------------------------------------------
 

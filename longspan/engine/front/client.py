@@ -50,6 +50,7 @@ from longspan.engine.processes.wire import (
 )
 from longspan.engine.request import PromptLogprobs, Request, SamplingParams, TokenLogprob
 from longspan.engine.step import StepReport, Update
+from longspan.engine.text.call_format import CallFormat
 from longspan.engine.text.completion import Completion
 from longspan.engine.text.token_bytes import TokenBytes
 from longspan.engine.text.tokenizer import Tokenizer, load_tokenizer
@@ -117,6 +118,8 @@ class EngineStatus:
     """Why these two are not larger; empty: they are as asked for, or as large as they get."""
     default_sampling: Mapping[str, float] = field(default_factory=dict)
     """Sampling fields that the checkpoint recommends."""
+    call_format: CallFormat | None = None
+    """How the model writes tool calls; None: it takes no tools."""
 
 
 class AsyncEngine:
@@ -186,9 +189,9 @@ class AsyncEngine:
                 engine dies.
         """
         tokenizer = self._ready_tokenizer()
-        if request.params.json_schema is not None:
+        if request.params.constraint is not None:
             assert self._schemas is not None
-            await self._schemas.check(request.params.json_schema)
+            await self._schemas.check(request.params.constraint)
         made = await self._aside(self._make, request, tokenizer)
         self._ready_tokenizer()  # it may have died meanwhile
         # Nothing is awaited from here on, so that a request is either handed in or not.
@@ -325,7 +328,8 @@ class AsyncEngine:
             assert self._described is not None
             self._tokenizer, advice = loaded.result()
             self._schemas = SchemaChecker(self._described.path, self._described.intake.vocab_size)
-            self._status = replace(self._status, default_sampling=advice)
+            self._status = replace(self._status, default_sampling=advice,
+                                   call_format=self._tokenizer.call_format)
             self._arrive("text")
         elif isinstance(error, LongspanError):
             self._die(" ".join(str(error).split()), is_mendable=True)

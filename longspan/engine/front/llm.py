@@ -244,8 +244,8 @@ class LLM:
         return self.tokenizer.encode_chat(messages, **template_values)
 
     def _make_request(self, prompt: Prompt, params: SamplingParams) -> Request:
-        if params.json_schema is not None:
-            self._grammars.check(params.json_schema)
+        if params.constraint is not None:
+            self._grammars.check(params.constraint)
         if isinstance(prompt, str):
             prompt = self.tokenizer.encode(prompt, add_special_tokens=True)
         return self._intake.make(

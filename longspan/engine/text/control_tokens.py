@@ -51,6 +51,8 @@ class ControlTokens:
                           and (text in template or FENCED.fullmatch(text)))
         self.texts = special | shown
         self._number = _secret()
+        self.end = _secret()
+        """Marks a place in a content; no content has it."""
         self._in_foreign, self._in_own = _any_of(self.texts), _any_of(special)
 
     def protect(

@@ -1,4 +1,4 @@
-"""JSON schemas as grammars over a checkpoint's tokens, by the llguidance library. No torch.
+"""JSON schemas and grammars over a checkpoint's tokens, by the llguidance library. No torch.
 
 A grammar says which tokens may come next; it is told each token that did. Compiling one takes a
 millisecond or so for an ordinary schema. The library counts the work of each mask and gives up at a
@@ -16,6 +16,8 @@ from typing import Any
 from longspan.engine.text.tokenizer import Tokenizer
 from longspan.errors import InvalidRequestError, LongspanError, MissingDependencyError
 
+GRAMMAR_START = "start:"
+"""Beginning of constraints that are no JSON schemas."""
 NUM_KEPT = 64
 """Compiled schemas that are kept: clients send the same few again and again."""
 # One line with single spaces, or indented lines. Not more: small models that may repeat white space
@@ -69,41 +71,52 @@ class Grammars:
         self._vocabulary: Any = None
         self._compiled: OrderedDict[str, Any] = OrderedDict()
 
-    def check(self, json_schema: str) -> None:
-        """Raise `InvalidRequestError` for a schema that cannot be followed, with the reason;
-        `MissingDependencyError` without the library."""
-        self._compile(json_schema)
+    def check(self, constraint: str) -> None:
+        """Raise `InvalidRequestError` for what cannot be followed, with the reason;
+        `MissingDependencyError` without the library.
 
-    def start(self, json_schema: str) -> Grammar:
+        Args:
+            constraint: JSON text of a schema, or a grammar in Lark's notation, with a rule on each
+                line and the rule ``start`` first.
+        """
+        self._compile(constraint)
+
+    def start(self, constraint: str) -> Grammar:
         """Return a grammar at its beginning. Raises as `check`."""
-        return Grammar(self._compile(json_schema).deep_copy())
+        return Grammar(self._compile(constraint).deep_copy())
 
-    def _compile(self, json_schema: str) -> Any:
+    def _compile(self, constraint: str) -> Any:
         with self._lock:
-            matcher = self._compiled.get(json_schema)
+            matcher = self._compiled.get(constraint)
             if matcher is None:
-                matcher = self._build(json_schema)
-                self._compiled[json_schema] = matcher
-            self._compiled.move_to_end(json_schema)
+                matcher = self._build(constraint)
+                self._compiled[constraint] = matcher
+            self._compiled.move_to_end(constraint)
             while len(self._compiled) > NUM_KEPT:
                 self._compiled.popitem(last=False)
             return matcher
 
-    def _build(self, json_schema: str) -> Any:
+    def _build(self, constraint: str) -> Any:
         library = _library()
         vocabulary = self.load()
         try:
-            schema = json.dumps(_with_known_formats(json.loads(json_schema)))
-            source = library.LLMatcher.grammar_from_json_schema(schema, defaults=JSON_STYLE)
+            source = self._source(library, constraint)
         except (ValueError, RecursionError) as error:
-            raise _refused(error) from None
+            raise _refused(constraint, error) from None
         matcher = library.LLMatcher(
             vocabulary, source, log_level=0, limits=library.LLParserLimits(**LIMITS))
         if not matcher.is_error():
             matcher.compute_bitmask()  # the first takes longest: it builds tables that are kept
         if matcher.is_error():
-            raise _refused(matcher.get_error())
+            raise _refused(constraint, matcher.get_error())
         return matcher
+
+    def _source(self, library: Any, constraint: str) -> str:
+        if not constraint.startswith(GRAMMAR_START):
+            schema = json.dumps(_with_known_formats(json.loads(constraint)))
+            return str(library.LLMatcher.grammar_from_json_schema(schema, defaults=JSON_STYLE))
+        rules = [_with_styled_schema(line) for line in constraint.split("\n")]
+        return str(library.LLMatcher.grammar_from_lark("\n".join(rules)))
 
     def load(self) -> Any:
         """Read the vocabulary for the library now, rather than with the first schema. Raises as
@@ -123,6 +136,16 @@ class Grammars:
                     f"json_schema cannot be followed with this checkpoint's tokenizer: "
                     f"{_first_line(error)}") from None
         return self._vocabulary
+
+
+def _with_styled_schema(rule: str) -> str:
+    """Write the schema of one of a grammar's rules as those that stand alone are written."""
+    head, has_schema, rest = rule.partition(" %json ")
+    if not has_schema:
+        return rule
+    schema, end = json.JSONDecoder().raw_decode(rest)
+    styled = {**_with_known_formats(schema), "x-guidance": JSON_STYLE}
+    return f"{head} %json {json.dumps(styled)}{rest[end:]}"
 
 
 def _with_known_formats(schema: Any) -> Any:
@@ -149,8 +172,9 @@ def _library() -> Any:
     return llguidance
 
 
-def _refused(reason: object) -> InvalidRequestError:
-    return InvalidRequestError(f"json_schema cannot be followed: {_first_line(reason)}")
+def _refused(constraint: str, reason: object) -> InvalidRequestError:
+    name = "the grammar" if constraint.startswith(GRAMMAR_START) else "json_schema"
+    return InvalidRequestError(f"{name} cannot be followed: {_first_line(reason)}")
 
 
 def _first_line(reason: object) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from longspan.config import read_json
+from longspan.engine.text.call_format import CallFormat, find_format
 from longspan.engine.text.chat_template import ChatTemplate
 from longspan.engine.text.control_tokens import ControlTokens, SecretBackend
 from longspan.errors import (
@@ -91,6 +92,13 @@ class Tokenizer:
         return frozenset(self._tokenizer.get_added_tokens_decoder())
 
     @cached_property
+    def call_format(self) -> CallFormat | None:
+        """How the checkpoint writes tool calls; None: its template takes no tools, or calls cannot
+        be read."""
+        return find_format(
+            self._source or "", self._tokenizer.token_to_id, self.special_tokens)
+
+    @cached_property
     def special_tokens(self) -> Mapping[int, str]:
         """Texts of the added tokens that `decode` leaves out, by id."""
         added = self._tokenizer.get_added_tokens_decoder()
@@ -126,21 +134,42 @@ class Tokenizer:
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], /, *, add_special_tokens: bool = False,
-        **values: Any,
+        continue_final_message: bool = False, **values: Any,
     ) -> array[int]:
         """Token ids of a conversation's prompt. The template's own marks become control tokens;
         whatever the contents hold stays text.
 
-        Arguments and errors are those of `render_chat` and `encode`.
+        Args:
+            continue_final_message: the last message is the beginning of the answer, and the prompt
+                ends where it ends.
+
+        Other arguments and errors are those of `render_chat` and `encode`.
         """
-        _check_messages(messages)
-        protected, others, has_marked = self._control.protect(messages, values)
-        rendered = self.render_chat(protected, **others)
+        protected, others, has_marked = self._control.protect(_plain(messages), values)
+        rendered = self._rendered_open(protected, others) if continue_final_message else \
+            self.render_chat(protected, **others)
         if not has_marked:
             return self.encode(rendered, add_special_tokens=add_special_tokens)
         secret = self._secret_backend
         return _encoded(secret.encode, self._control.replace(rendered, secret.secret_of),
                         add_special_tokens=add_special_tokens)
+
+    def _rendered_open(
+        self, messages: Sequence[Mapping[str, Any]], values: Mapping[str, Any]
+    ) -> str:
+        """Render a conversation up to the end of its last message's content."""
+        last = messages[-1]
+        end = self._control.end
+        if last["role"] != "assistant" or not isinstance(last.get("content"), str):
+            raise InvalidRequestError("the last message is to be continued; it must have the role "
+                                      "assistant and some text")
+        opened = [*messages[:-1], {**last, "content": last["content"] + end}]
+        rendered = self.render_chat(opened, **{**values, "add_generation_prompt": False})
+        before, found, _ = rendered.rpartition(end)
+        if not found:
+            raise InvalidRequestError("the last message cannot be continued: the chat template "
+                                      "leaves it out")
+        return before
 
     def prepare_chat(self) -> None:
         """Make now what `encode_chat` needs for contents that name control tokens: it takes half a
@@ -165,12 +194,13 @@ class Tokenizer:
         it, use `encode_chat`: this text no longer says which marks are the template's.
 
         Args:
-            messages: ``{"role": ..., "content": ...}`` in order.
+            messages: ``{"role": ..., "content": ...}`` in order; a content may be a list of
+                ``{"type": "text", "text": ...}``.
             values: further template variables, such as ``tools`` or ``enable_thinking``.
 
         Raises `InvalidRequestError` without messages, without a template, or when it refuses them.
         """
-        _check_messages(messages)
+        messages = _plain(messages)
         if self._template is None:
             raise InvalidRequestError(
                 "this model has no chat template; give a plain prompt instead of messages")
@@ -196,11 +226,23 @@ class Tokenizer:
         return source
 
 
-def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
+def _plain(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return messages whose contents are texts. Raises `InvalidRequestError` for what is none."""
     if not messages:
         raise InvalidRequestError("there are no messages; send at least one")
     if not all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages):
         raise InvalidRequestError("each message must be an object with a role and content")
+    return [{**message, "content": _joined(message["content"])}
+            if isinstance(message.get("content"), list | tuple) else message
+            for message in messages]
+
+
+def _joined(parts: Sequence[Any]) -> str:
+    """Join the parts of a content. Templates differ in what they take; all take a text."""
+    if not all(isinstance(part, Mapping) and part.get("type") == "text"
+               and isinstance(part.get("text"), str) for part in parts):
+        raise InvalidRequestError('each part of a content must be {"type": "text", "text": ...}')
+    return "\n".join(part["text"] for part in parts)
 
 
 def _encoded(encode: Callable[..., array[int]], text: str, **options: Any) -> array[int]:

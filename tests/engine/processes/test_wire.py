@@ -51,7 +51,7 @@ RESULT = StepResult(
     logprobs=(RowLogprobs(-0.5, (1, 2), (-0.5, -float("inf"))), None),
     failures={1: "no way on"})
 EXTRAS = SamplingExtras(
-    presence_penalty=0.5, prompt_ids=array("i", [3, 4]), logit_bias=((5, -1.0),), json_schema="{}")
+    presence_penalty=0.5, prompt_ids=array("i", [3, 4]), logit_bias=((5, -1.0),), constraint="{}")
 SLICES = (
     ScheduledSlice(
         request_id="a/0", token_ids=array("i", range(8)), cached_len=8, prompt_len=40,

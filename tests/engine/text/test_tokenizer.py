@@ -104,6 +104,34 @@ def test_refuses_messages(
         tokenizer.render_chat(messages)
 
 
+def test_contents_may_come_in_parts(tokenizer: Tokenizer) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "<end>"}]
+    messages = [{"role": "user", "content": parts}]
+    assert tokenizer.render_chat(messages) == "<user>a\n<end><end><assistant>"
+    assert list(tokenizer.encode_chat(messages)).count(256) == 1
+    for wrong in (["a"], [{"type": "image_url", "image_url": {}}], [{"type": "text"}]):
+        with pytest.raises(InvalidRequestError, match="each part of a content"):
+            tokenizer.encode_chat([{"role": "user", "content": wrong}])
+
+
+@pytest.mark.parametrize("begun", ["Sure: ", "<end>", "line\n", " {"])
+def test_the_last_message_is_continued(tokenizer: Tokenizer, begun: str) -> None:
+    messages = [*MESSAGES, {"role": "assistant", "content": begun}]
+    ids = tokenizer.encode_chat(messages, continue_final_message=True)
+    text = tokenizer.decode(ids, with_special=True)
+    assert text == "<user>Hi<end><assistant>" + begun and list(ids).count(256) == 1
+
+
+def test_what_cannot_be_continued(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    for last in ({"role": "user", "content": "x"}, {"role": "assistant", "content": None}):
+        with pytest.raises(InvalidRequestError, match="role assistant and some text"):
+            tokenizer.encode_chat([*MESSAGES, last], continue_final_message=True)
+    write_tokenizer(tmp_path, chat_template="{{ messages[0].content }}")
+    with pytest.raises(InvalidRequestError, match="leaves it out"):
+        Tokenizer(tmp_path).encode_chat(
+            [*MESSAGES, {"role": "assistant", "content": "x"}], continue_final_message=True)
+
+
 @pytest.mark.parametrize(("template", "expected"), [
     ("{{ messages | tojson }}", '[{"role": "user", "content": "Hi"}]'),
     ("{{ eos_token }}{{ bos_token }}", "<end>"),
