@@ -14,14 +14,16 @@ STYLES = {"dense": ("#b04a3a", "s"), "sparse": ("#2f6db5", "o")}
 LINES = ("-", "--", ":", "-.")
 
 
-def draw_ttft(content: Mapping[str, Any], file: Path) -> bool:
+def draw_ttft(content: Mapping[str, Any], stem: Path) -> list[Path]:
     """Time to the first token by prompt length, a line for each shape and attention.
 
-    Returns whether there was anything to draw. Raises `MissingDependencyError` without matplotlib.
+    Returns the file, if there was anything to draw. Raises `MissingDependencyError` without
+    matplotlib.
     """
     lines = ttft_lines(content)
+    file = stem.with_name(f"{stem.name}.svg")
     if not lines:
-        return False
+        return []
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -47,7 +49,7 @@ def draw_ttft(content: Mapping[str, Any], file: Path) -> bool:
         axes.legend()
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, metadata={"Date": None})
-    return True
+    return [file]
 
 
 def ttft_lines(content: Mapping[str, Any]) -> dict[tuple[str, str], list[tuple[int, float]]]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench.plots import draw_ttft
+from bench.plots_eval import draw_eval, draw_heads
 from bench.tables import (
     Content,
     caption,
@@ -25,6 +26,7 @@ from bench.tables import (
     serve_section,
     ttft_section,
 )
+from bench.tables_eval import eval_table, fidelity_section, scores_section
 from longspan.commands.console import note
 from longspan.commands.results import read_bench, read_file
 from longspan.errors import LongspanError
@@ -35,11 +37,13 @@ MARKED = re.compile(r"(<!-- bench:(\w+) -->\n)(.*?)(<!-- /bench:\2 -->)", re.DOT
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
-    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="with the markers")
+    parser.add_argument("--readme", type=Path, nargs="+", help="pages with the markers",
+                        default=[Path("README.md"), Path("docs/evaluation.md")])
     parser.add_argument("--results", type=Path, default=Path("bench/results"), help="folder")
     asked = parser.parse_args(arguments)
     try:
-        run(asked.readme, asked.results)
+        for page in asked.readme:
+            run(page, asked.results)
     except LongspanError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -67,7 +71,7 @@ def build_table(name: str, results: Path) -> str:
     known = sorted([*TABLES, *SECTIONS])
     if name not in known:
         raise LongspanError(f"no table is called {name!r}; there are {', '.join(known)}")
-    contents = read_bench(results, name)
+    contents = read_bench(results, BENCHES.get(name, name))
     if name in SECTIONS:
         return SECTIONS[name](contents) if contents else ""
     if not contents:
@@ -80,28 +84,10 @@ def draw_images(name: str, results: Path, readme: Path) -> str:
     them. Raises `LongspanError` without matplotlib."""
     text = ""
     for file in sorted(results.glob(f"{name}.*.json")) if name in PLOTS else ():
-        image = (results.parent / "plots" / file.name).with_suffix(".svg")
-        if PLOTS[name](read_file(file), image):
+        for image in PLOTS[name](read_file(file), results.parent / "plots" / file.stem):
             place = os.path.relpath(image, readme.parent)
-            text += f"\n![{name}]({Path(place).as_posix()})\n"
+            text += f"\n![{image.stem}]({Path(place).as_posix()})\n"
     return text
-
-
-def eval_table(content: Content) -> str:
-    """Scores over all depths: a row for each length, a column for each attention."""
-    rows = [row for row in content["rows"] if row["depth"] is None and row["task"] in EVAL_TASKS]
-    parts = []
-    for model, task in dict.fromkeys((row["model"], row["task"]) for row in rows):
-        chosen = [row for row in rows if (row["model"], row["task"]) == (model, task)]
-        labels = list(dict.fromkeys(row["attention"] for row in chosen))
-        cells = {(row["num_tokens"], row["attention"]): row for row in chosen}
-        body = [[f"{length:,}", *(_score(cells.get((length, label))) for label in labels)]
-                for length in sorted({row["num_tokens"] for row in chosen})]
-        day = max((row["date"] for row in chosen if "date" in row), default=content["date"])
-        parts.append(caption({**content, "date": day},
-                             f"{task}, {model}: share right, 95 % interval, questions")
-                     + markdown(["tokens", *labels], body))
-    return "\n".join(parts)
 
 
 def cpu_table(content: Content) -> str:
@@ -120,20 +106,14 @@ def cpu_table(content: Content) -> str:
     return caption(content, "prefill, fp32") + table
 
 
-EVAL_TASKS = ("passkey", "ruler-retrieval", "ruler-tracking", "ruler-counting", "ruler-11")
-"""Shown in the README; the result file holds every task."""
 TABLES: dict[str, Callable[[Content], str]] = {"eval": eval_table, "cpu": cpu_table}
-PLOTS: dict[str, Callable[[Content, Path], bool]] = {"ttft": draw_ttft}
 SECTIONS: dict[str, Callable[[Sequence[Content]], str]] = {
-    "ttft": ttft_section, "decode": decode_section, "ops": ops_section,
-    "quality": quality_section, "serve": serve_section}
-
-
-def _score(row: Content | None) -> str:
-    if row is None:
-        return "not run"
-    return (f"{100 * row['score']:.0f} % ({100 * row['ci_low']:.0f}-{100 * row['ci_high']:.0f}; "
-            f"{row['n']})")
+    "ttft": ttft_section, "decode": decode_section, "ops": ops_section, "serve": serve_section,
+    "quality": quality_section, "scores": scores_section, "fidelity": fidelity_section}
+PLOTS: dict[str, Callable[[Content, Path], list[Path]]] = {
+    "ttft": draw_ttft, "eval": draw_eval, "fidelity": draw_heads}
+BENCHES = {"scores": "eval"}
+"""Sections of another bench's files than their name says."""
 
 
 if __name__ == "__main__":

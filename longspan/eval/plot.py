@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,33 +38,45 @@ def draw_all(summaries: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]
 
 
 def _heat_map(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Score by length and depth of one task in one run; cells that were not run are hatched."""
-    lengths = sorted({row["num_tokens"] for row in rows if row["num_tokens"]})
-    cells = {(row["num_tokens"], row["depth"]): row for row in rows if row["depth"] is not None}
+    """Score by length and depth of one task in one run."""
+    cells = [row for row in rows if row["depth"] is not None]
     if not cells:
         return []
-    depths = sorted({depth for _, depth in cells})
+    lengths = sorted({row["num_tokens"] for row in rows if row["num_tokens"]})
     name = f"{rows[0]['task']}.{file_name(_arm(rows[0]))}.heatmap.svg"
-    with draw(folder / name, (1.5 + 0.8 * len(lengths), 4.5)) as figure:
+    with draw(folder / name, (2.2 + 0.55 * len(lengths), 4.2)) as figure:
         axes = figure.add_subplot()
-        grid = [[cells[n, d]["score"] if (n, d) in cells else float("nan") for n in lengths]
-                for d in depths]
-        axes.patch.set(hatch="////", edgecolor="#999999", facecolor="white")
-        image = axes.pcolormesh(grid, vmin=0, vmax=1, cmap="cividis", edgecolors="white")
-        for (length, depth), row in cells.items():
-            if row["n"] < SMALL_N:
-                axes.text(lengths.index(length) + 0.5, depths.index(depth) + 0.5,
-                          f"{round(row['score'] * row['n'])}/{row['n']}", ha="center",
-                          va="center", fontsize=7,
-                          color="white" if row["score"] < 0.5 else "black")
-        axes.invert_yaxis()
-        axes.set_xticks([i + 0.5 for i in range(len(lengths))], map(short_tokens, lengths))
-        axes.set_yticks([i + 0.5 for i in range(len(depths))],
-                        [f"{100 * depth:.0f} %" for depth in depths])
-        axes.set(xlabel="prompt, tokens", ylabel="depth of the fact",
-                 title=f"{rows[0]['task']}, {_arm(rows[0])} (hatched: not run)")
+        image = heat_cells(axes, cells, lengths)
+        axes.set_ylabel("depth of the fact")
+        axes.set_title(f"{rows[0]['task']}, {_arm(rows[0])}\n(hatched: not run)", fontsize=9)
         figure.colorbar(image, label="share right")
     return [folder / name]
+
+
+def heat_cells(axes: Any, rows: Sequence[Row], lengths: Sequence[int]) -> Any:
+    """Draw one run's scores by length and depth; cells without a row are hatched. Returns the
+    image, for a colour bar.
+
+    Args:
+        rows: with a depth.
+    """
+    depths = sorted({row["depth"] for row in rows})
+    cells = {(row["num_tokens"], row["depth"]): row for row in rows}
+    grid = [[cells[n, d]["score"] if (n, d) in cells else float("nan") for n in lengths]
+            for d in depths]
+    axes.patch.set(hatch="////", edgecolor="#999999", facecolor="white")
+    image = axes.pcolormesh(grid, vmin=0, vmax=1, cmap="cividis", edgecolors="white")
+    for (length, depth), row in cells.items():
+        if row["n"] < SMALL_N:
+            axes.text(lengths.index(length) + 0.5, depths.index(depth) + 0.5,
+                      f"{round(row['score'] * row['n'])}/{row['n']}", ha="center", va="center",
+                      fontsize=6, color="white" if row["score"] < 0.5 else "black")
+    axes.invert_yaxis()
+    axes.set_xticks([i + 0.5 for i in range(len(lengths))], map(short_tokens, lengths), fontsize=7)
+    axes.set_yticks([i + 0.5 for i in range(len(depths))],
+                    [f"{100 * depth:.0f} %" for depth in depths], fontsize=7)
+    axes.set_xlabel("prompt, tokens")
+    return image
 
 
 def _curves(rows: Sequence[Row], folder: Path) -> list[Path]:
@@ -80,18 +92,41 @@ def _curves(rows: Sequence[Row], folder: Path) -> list[Path]:
         for number, task in enumerate(tasks, 1):
             axes = figure.add_subplot(height, min(COLUMNS, len(tasks)), number)
             own = [row for row in scored if row["task"] == task]
-            _lines(axes, own, _arms(rows))
-            counts = {row["n"] for row in own}
-            axes.set_title(f"{task}, n = {min(counts)}" + f"-{max(counts)}" * (len(counts) > 1),
-                           fontsize=9)
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center",
-                      ncols=COLUMNS, fontsize=8)
+            draw_lines(axes, own, _arms(rows), _arm)
+            axes.set_title(f"{task}, {count_words(own)}", fontsize=9)
+        draw_legend(figure)
     return [file]
 
 
-def _lines(axes: Any, rows: Sequence[Row], arms: Sequence[str]) -> None:
+def count_words(rows: Sequence[Row]) -> str:
+    """Say how many questions rows are of."""
+    counts = sorted({row["n"] for row in rows})
+    return f"n = {counts[0]}" + (f" to {counts[-1]}" if len(counts) > 1 else "")
+
+
+def draw_legend(figure: Any) -> None:
+    """Explain the lines of all panels once, below them."""
+    found: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=COLUMNS,
+                  fontsize=8)
+
+
+def draw_lines(
+    axes: Any, rows: Sequence[Row], arms: Sequence[str], name: Callable[[Row], str]
+) -> None:
+    """Draw scores with their intervals by length, a line for each arm.
+
+    Args:
+        arms: all names that the figure has, so that colours are the same in all panels.
+        name: the arm of a row.
+    """
     for number, arm in enumerate(arms):
-        own = sorted((row for row in rows if _arm(row) == arm), key=lambda row: row["num_tokens"])
+        own = sorted((row for row in rows if name(row) == arm), key=lambda row: row["num_tokens"])
+        if not own:
+            continue
         lengths = [row["num_tokens"] for row in own]
         colour = COLOURS[number % len(COLOURS)]
         axes.plot(lengths, [row["score"] for row in own], color=colour, label=arm, markersize=4,

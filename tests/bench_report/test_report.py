@@ -36,7 +36,8 @@ def eval_row(num_tokens: int, attention: str, depth: float | None = None) -> dic
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     write(tmp_path, "eval", [eval_row(4096, "rope"), eval_row(1_000_000, "rope"),
-                             eval_row(4096, "sparse-dca"), eval_row(4096, "rope", 0.05)])
+                             {**eval_row(4096, "sparse-dca"), "density": 0.05},
+                             eval_row(4096, "rope", 0.05)])
     row = {"impl": "dense", "num_tokens": 65_536, "prefill_s": 12.34, "density": 1.0,
            "peak_memory_gib": 1.5, "threads": 2}
     write(tmp_path, "cpu", [row, {**row, "impl": "other", "density": None}], summary={
@@ -52,9 +53,10 @@ def test_tables_are_rebuilt_between_the_markers(folder: Path) -> None:
     arguments = ["--readme", str(readme), "--results", str(folder)]
     assert report.main(arguments) == 0
     text = readme.read_text()
-    assert "| tokens | rope | sparse-dca |\n| --- | ---: | ---: |\n" in text
-    assert "| 4,096 | 97 % (92-99; 100) | 97 % (92-99; 100) |" in text
-    assert "| 1,000,000 | 97 % (92-99; 100) | not run |" in text
+    assert "| tokens | attention | passkey | density |\n| --- | ---: | ---: | ---: |\n" in text
+    assert "| 4,096 | rope | 97 (92-99; 100) |  |" in text
+    assert "| 4,096 | sparse-dca | 97 (92-99; 100) | 5.0 % |" in text
+    assert "| 1,000,000 | rope | 97 (92-99; 100) |  |" in text and "sparse-dca | not" not in text
     assert "| dense | 65,536 | 12.3 s | 100.0 % | 1.50 GiB | 2 |" in text
     assert "3.2 times as fast as dense at 131,072 tokens" in text
     assert "(2 x Chip, 2025-01-02)" in text

@@ -55,7 +55,7 @@ def test_the_plot_is_drawn_and_shown(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("<!-- bench:ttft -->\n<!-- /bench:ttft -->\n")
     report.run(readme, folder)
-    assert "\n![ttft](bench/plots/ttft.chip.svg)\n" in readme.read_text()
+    assert "\n![ttft.chip](bench/plots/ttft.chip.svg)\n" in readme.read_text()
     drawn = (tmp_path / "bench" / "plots" / "ttft.chip.svg").read_bytes()
     report.run(readme, folder)
     assert (tmp_path / "bench" / "plots" / "ttft.chip.svg").read_bytes() == drawn
@@ -71,8 +71,8 @@ def test_the_plot_is_drawn_and_shown(tmp_path: Path) -> None:
 def test_plots_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(LongspanError, match="longspan.plots"):
-        plots.draw_ttft({"rows": [ttft_row("dense", 1.0)]}, tmp_path / "x.svg")
-    assert not plots.draw_ttft({"rows": []}, tmp_path / "x.svg")
+        plots.draw_ttft({"rows": [ttft_row("dense", 1.0)]}, tmp_path / "x")
+    assert not plots.draw_ttft({"rows": []}, tmp_path / "x")
 
 
 def test_decode(tmp_path: Path) -> None:
@@ -151,7 +151,58 @@ def test_serve(tmp_path: Path) -> None:
     assert "/health" not in report.build_table("serve", tmp_path)
 
 
-def test_the_readme_has_a_place_for_each() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    names = [match[2] for match in report.MARKED.finditer(readme)]
-    assert set(names) == {*report.TABLES, *report.SECTIONS}
+def test_there_is_a_place_for_each() -> None:
+    pages = [(Path(__file__).parents[2] / name).read_text(encoding="utf-8")
+             for name in ("README.md", "docs/evaluation.md")]
+    names = [match[2] for page in pages for match in report.MARKED.finditer(page)]
+    assert sorted(names) == sorted({*report.TABLES, *report.SECTIONS})
+
+
+def score_row(task: str, num_tokens: int, attention: str, depth: float | None = None,
+              **more: Any) -> dict[str, Any]:
+    return {"model": "m", "task": task, "num_tokens": num_tokens, "attention": attention,
+            "depth": depth, "n": 10, "score": 0.5, "ci_low": 0.24, "ci_high": 0.76, **more}
+
+
+def test_scores_and_what_they_cost(tmp_path: Path) -> None:
+    """Many lengths are few in the short table, and all in the long one; plots where they are
+    curves."""
+    results = tmp_path / "results"
+    results.mkdir()
+    lengths = [4096 * 2**i for i in range(8)]
+    rows = [score_row(task, length, arm, density=0.125, ttft_s=1.5, answer_nll=0.25)
+            for task in ("ruler-11", "passkey", "niah_multiquery", "vt") for length in lengths
+            for arm in ("sparse-dca", "dca+yarn", "dca", "rope")]
+    rows += [score_row("needle", length, arm, depth) for length in lengths[:2]
+             for arm in ("dca", "paper-dca", "sparse-dca") for depth in (0.0, 0.5)]
+    rows.append(score_row("ruler-counting", 4096, "rope", score=None, n=0))
+    write(results, "eval", rows)
+    text = report.build_table("eval", results)
+    head = ("| tokens | attention | passkey | RULER-11 | counting | answer, nats a token | density "
+            "| first token |")
+    assert head in text and "| 8,192 |" not in text and "| 131,072 | dca |" in text
+    assert text.index("| 4,096 | rope |") < text.index("| 4,096 | sparse-dca |")
+    assert "| 4,096 | rope | 50 (24-76; 10) | 50 (24-76; 10) | not run | 0.25 | 12.5 % | 1.50 s |" \
+        in text
+    every = report.build_table("scores", results)
+    assert "8,192 |" in every and "| vt | 50 (24-76; 10) |" in every
+    assert every.startswith("### All scores")
+    images = report.draw_images("eval", results, tmp_path / "README.md")
+    assert images.splitlines()[1] == "![eval.chip.m.ruler](plots/eval.chip.m.ruler.svg)"
+    assert {file.name for file in (tmp_path / "plots").iterdir()} == {
+        f"eval.chip.m.{name}.svg" for name in ("ruler", "positions", "needle")}
+
+
+def test_fidelity(tmp_path: Path) -> None:
+    interval = {f"{name}_{end}": None for name in ("kl", "nats_more") for end in ("low", "high")}
+    floor = {"model": "m", "task": "all", "num_tokens": 4096, "attention": "dca floor", "n": 2,
+             "kl": 1e-9, "kl_p99": 1e-8, "worst_task": {"task": "vt", "kl": 2e-9}, "top1": 1.0,
+             "nats_more": 0.0, "density": 1.0, "nats_by_position": {"0-256": 2.0}, **interval}
+    sparse = {**floor, "attention": "sparse-dca", "kl": 0.01, "kl_low": 0.005, "kl_high": 0.02,
+              "recall": 0.8, "output_error": 0.1, "worst_head": {"recall": 0.25}, "density": 0.05,
+              "recall_by_head": [[0.8, 0.25]], "output_error_by_head": [[0.1, 0.2]]}
+    write(tmp_path, "fidelity", [floor, sparse, {**sparse, "task": "vt"}])
+    text = report.build_table("fidelity", tmp_path)
+    assert "| m | 4,096 | sparse-dca | 2 | 0.01 (0.005 to 0.02) |" in text
+    assert "| 80.0 % | 25.0 % | 10.0 % | 5.0 % |" in text and text.count("| m |") == 2
+    assert "heads.svg" in report.draw_images("fidelity", tmp_path, tmp_path / "README.md")
