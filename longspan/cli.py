@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from longspan.commands.calibrate_app import calibrate_app
 from longspan.commands.eval_app import eval_app
 from longspan.commands.import_gguf import import_gguf
 from longspan.commands.options import (
@@ -65,6 +66,7 @@ app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
 app.add_typer(train_app, name="train")
 app.command("import")(import_gguf)
+app.add_typer(calibrate_app)
 app.add_typer(synth_app, name="synth")
 
 

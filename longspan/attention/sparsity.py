@@ -152,6 +152,15 @@ class SparsityPlan:
                 f"sparsity plan is for {shape[0]} layers of {shape[1]} heads, the model has "
                 f"{num_layers} of {num_heads}; calibrate a plan for this model or leave it out")
 
+    def check_model(self, fingerprint: str) -> None:
+        """Raise `LongspanError` when the plan was calibrated on other weights than these."""
+        made_for = self.provenance.get("model_hash")
+        if made_for and fingerprint and made_for != fingerprint:
+            raise LongspanError(
+                f"sparsity plan was calibrated for {self.provenance.get('model')} (weights "
+                f"{str(made_for)[:8]}), this model's are {fingerprint[:8]}; calibrate a plan for "
+                "it or leave it out")
+
     def layer(self, index: int) -> Budget:
         """Return the budgets of one layer in the form that the ops take."""
         return Budget(

@@ -107,6 +107,15 @@ class TextBank:
         names = "\n".join(f"{file.name} {file.stat().st_size}" for file in self._files)
         return hashlib.sha256(names.encode()).hexdigest()[:16]
 
+    def count(self, enough: int) -> int:
+        """Count the tokens of all files, but no further than ``enough``."""
+        total = 0
+        for index in range(len(self._files)):
+            total += sum(len(piece.ids) for piece in self._of_file(index))
+            if total >= enough:
+                return enough
+        return total
+
     def take(self, rng: random.Random, num_tokens: int) -> list[Piece]:
         """Take pieces of whole files in random order, at least `num_tokens` tokens and one piece of
         them; repeated if they run out."""

@@ -29,6 +29,7 @@ from longspan.engine.setup.cache_key import cache_key
 from longspan.engine.setup.prior_costs import prior_costs
 from longspan.engine.setup.step_sizes import choose_sizes
 from longspan.engine.setup.tier_plan import memory_besides, plan_tiers
+from longspan.model.fingerprint import weights_fingerprint
 from longspan.model.weights import resolve_checkpoint
 
 MEASURED_LEN = {"cpu": 1_024, "cuda": 8_192}
@@ -174,7 +175,8 @@ def resolve_plan(path: Path, model: ModelConfig, config: EngineConfig) -> Sparsi
     """Read the plan that the user or the checkpoint brings: the named file, else the one beside
     the checkpoint, else the released budgets in its config. None: there is none.
 
-    Raises `LongspanError` when it was made for another model's shape.
+    Raises `LongspanError` when it was made for another model's shape, or calibrated on another's
+    weights.
     """
     beside = path / "sparsity_plan.json"
     if config.sparsity_plan is not None:
@@ -186,4 +188,6 @@ def resolve_plan(path: Path, model: ModelConfig, config: EngineConfig) -> Sparsi
     else:
         return None
     plan.check_fits(model.num_layers, model.num_heads)
+    if config.weights == "checkpoint" and "model_hash" in plan.provenance:
+        plan.check_model(weights_fingerprint(path))
     return plan
