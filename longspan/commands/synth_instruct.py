@@ -15,7 +15,7 @@ from longspan.data.calls import Calls
 from longspan.data.files import replaced
 from longspan.data.instruct.job import Recipe
 from longspan.data.instruct.library import Library
-from longspan.data.instruct.prompts import ALL, WISHES
+from longspan.data.instruct.prompts import ALL, EXAMPLES, WISHES
 from longspan.data.instruct.run import Job, Outcome, Written, count_samples, plan_jobs, run
 from longspan.data.lines import Lines, read_lines
 from longspan.errors import LongspanError
@@ -55,6 +55,7 @@ class InstructJob:
         """Return what all samples of a folder have in common; the number of queries may grow."""
         prompts = {prompt.label: hashlib.sha256(prompt.text.encode()).hexdigest()[:16]
                    for prompt in ALL}
+        prompts["wishes"] = hashlib.sha256(repr((WISHES, EXAMPLES)).encode()).hexdigest()[:16]
         return {"corpus": corpus, "recipe": asdict(self.recipe), "min_tokens": self.min_tokens,
                 "model": self.model, "prompts": prompts}
 

@@ -51,14 +51,14 @@ class Model:
         text = messages[-1]["content"]
         name = name_of(text)
         self.asked[name] += 1
-        return self.bad.get(name) or getattr(self, name)(text)
+        over = "over" if name == "answer" and "<part " in text else name
+        return self.bad.get(over) or self.bad.get(name) or getattr(self, name)(text)
 
     def query(self, text: str) -> str:
         """Return a question about the first gate of the segment."""
-        gates = re.findall(r"keeper of gate (\d+) is called (\w+)\.", text)
-        number, keeper = gates[0] if gates else ("1", "nobody")
-        return (f"Question: Who is the keeper of gate {number} in the town?\n"
-                f"Answer: The keeper of gate {number} is called {keeper}.")
+        gates = re.findall(r"keeper of gate (\d+) is called \w+\.", text)
+        number = gates[0] if gates else "1"
+        return f"Question: Who is the keeper of gate {number} in the town?\nAnswer: Somebody."
 
     def keywords(self, text: str) -> str:
         """Return the gate's number."""
@@ -66,7 +66,7 @@ class Model:
 
     def read(self, text: str) -> str:
         """Copy the sentence about the gate, with one that is made up; or say that there is none."""
-        part, question = text.split("</part>")
+        question, part = text.split("<part>")
         number = re.findall(r"gate (\d+)", question)[0]
         found = re.findall(rf"The keeper of gate {number} is called \w+\.", part)
         return f"{found[0]}\nInvented words stand nowhere, never." if found else "None"
@@ -138,10 +138,11 @@ def test_samples_carry_where_they_come_from(folder: Path, tmp_path: Path) -> Non
         assert about["num_quotes"] == 1, "what was made up is no quotation"
         assert len(about["sub_questions"]) == 1
         prompts = [step["prompt"] for step in about["steps"]]
-        assert prompts[:2] == ["query/1", "closed/1"] and prompts.count("read/1") > 4
+        assert prompts[:2] == ["query/2", "answer/1"] and prompts[2] == "closed/1"
+        assert prompts.count("read/2") > 4
         verdicts = {verdict["filter"]: verdict["passed"] for verdict in about["verdicts"]}
-        assert list(verdicts) == ["form", "needs the document", "refusal", "length", "grounded",
-                                  "supported", "agreement", "duplicate"]
+        assert list(verdicts) == ["form", "answerable", "needs the document", "refusal", "length",
+                                  "grounded", "supported", "agreement", "duplicate"]
         assert all(verdicts.values())
     kept = {(row["job"], row["call"]): row["text"] for row in of(out, "calls")}
     steps = [(s["provenance"]["job"], step["call"]) for s in samples
@@ -151,31 +152,30 @@ def test_samples_carry_where_they_come_from(folder: Path, tmp_path: Path) -> Non
     assert card["licence"] == "CC0" and card["model"] == "m"
     assert card["num_samples"] == len(samples) and card["num_rejected"] == len(rejected)
     assert card["filters"]["form"] == {"passed": 10, "rejected": 0}
-    assert card["prompts"].keys() == {prompt.label for prompt in ALL}
+    assert card["prompts"].keys() == {*(prompt.label for prompt in ALL), "wishes"}
 
 
 @pytest.mark.parametrize(("bad", "filtered"), [
-    ({"query": "I cannot do that."}, "form"),
-    ({"query": "Question: What does this part say about gates?\nAnswer: Much."}, "form"),
-    ({"closed": "The keeper of gate 1 is called nobody, warden and keeper."}, None),
-    ({"query": "Question: Is the keeper of gate 101 called warden101x?\nAnswer: warden101x."},
+    ({"query": "No."}, "form"),
+    ({"query": "The keeper of gate 101 is called warden101x."}, "form"),
+    ({"query": "Question: What does this part say about the gates?"}, "form"),
+    ({"answer": "The document does not mention it."}, "answerable"),
+    ({"closed": "It is warden", "answer": "warden"}, "needs the document"),
+    ({"query": "Is the keeper of gate 101 called warden101x?", "answer": "warden101x."},
      "needs the document"),
-    ({"read": "None", "answer": "The document does not mention it."}, "refusal"),
+    ({"over": "The document does not mention it."}, "refusal"),
     ({"answer": "gate keeper warden town " * 9}, "length"),
     ({"answer": "The keeper of gate 4711 is called warden4711x."}, "grounded"),
     ({"answer": "Zebras wander quietly beneath purple mountains."}, "grounded"),
     ({"supported": "No."}, "supported")])
 def test_each_filter_takes_out_what_it_is_for(
-    folder: Path, tmp_path: Path, bad: dict[str, str], filtered: str | None
+    folder: Path, tmp_path: Path, bad: dict[str, str], filtered: str
 ) -> None:
     out = tmp_path / "out"
     with NastyServer(Model(**bad)).serve() as url:
         assert call(folder, out, url, "--queries", 3) == 0
-    reasons = [line["rejected"] for line in of(out, "rejected")]
-    if filtered is None:
-        assert len(of(out, "train")) == 3
-    else:
-        assert reasons == [filtered] * 3 and of(out, "train") == []
+    assert [line["rejected"] for line in of(out, "rejected")] == [filtered] * 3
+    assert of(out, "train") == []
 
 
 def test_the_same_question_is_taken_once(folder: Path, tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_misfortunes_and_cuts_change_nothing(
                 assert 25 <= before < 40, before
                 with (out / "instruct-calls.jsonl").open("a") as file:
                     file.write('{"job": "torn')
-            assert call(folder, out, url, "--timeout-s", 0.3, *options) == 0
+            assert call(folder, out, url, "--timeout-s", 30, *options) == 0
         kept = {(row["job"], row["call"]) for row in of(out, "calls")}
         assert len(of(out, "calls")) == len(kept)
         # What was under way when the run was cut is asked once more, and nothing else.

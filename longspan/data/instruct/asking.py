@@ -19,10 +19,17 @@ class Asker:
     """Prompt with its version, and the call's name, of each step in order."""
 
     def ask(
-        self, prompt: Prompt, max_tokens: int, temperature: float = 0.0, /, **values: object
+        self, prompt: Prompt, max_tokens: int, temperature: float = 0.0,
+        example: tuple[str, str] | None = None, /, **values: object,
     ) -> Reply:
-        """Return the reply to a prompt with its values filled in."""
-        messages = [{"role": "user", "content": prompt.fill(values)}]
+        """Return the reply to a prompt with its values filled in.
+
+        Args:
+            example: an earlier turn, what was asked for and the reply.
+        """
+        messages = [] if example is None else [
+            {"role": "user", "content": example[0]}, {"role": "assistant", "content": example[1]}]
+        messages.append({"role": "user", "content": prompt.fill(values)})
         name, reply = self.calls.reply(self.job, messages, max_tokens, temperature, self.seed)
         self.steps.append({"prompt": prompt.label, "call": name})
         return Reply(reply.text.strip(), reply.is_cut)

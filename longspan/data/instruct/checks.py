@@ -34,6 +34,9 @@ _POINTING = re.compile(
     r"\b(this|the|that|given|provided|above|following) (part|passage|segment|excerpt|section|text|"
     r"snippet|paragraph)\b|\b(described|mentioned|shown|given|provided) (above|here)\b",
     re.IGNORECASE)
+_REQUEST = re.compile(
+    r"(please )?(analy[sz]e|compare|complete|describe|discuss|explain|find|give|list|name|outline|"
+    r"provide|rewrite|show|state|sum|summari[sz]e|tell|translate|write)\b", re.IGNORECASE)
 _STOP = frozenset(words(
     "a an the of in on at to for from by with and or but as is are was were be been it its this "
     "that these those he she they them his her their which who what when where why how does do did "
@@ -54,15 +57,15 @@ class Verdict:
         return {"filter": self.name, "passed": self.passed, "value": self.value}
 
 
-def check_query(query: str, answer: str, was_cut: bool) -> Verdict:
+def check_query(query: str, was_cut: bool) -> Verdict:
     """Whether there is one question of a sensible length that names what it is about."""
     count = len(words(query))
-    if not query or not answer:
-        return Verdict("form", False, "no question and answer")
     if was_cut:
         return Verdict("form", False, "cut short")
     if not MIN_QUERY_WORDS <= count <= MAX_QUERY_WORDS:
         return Verdict("form", False, f"{count} words")
+    if query.isascii() and "?" not in query and not _REQUEST.match(query):
+        return Verdict("form", False, "neither question nor request")
     pointing = _POINTING.search(query)
     return Verdict("form", pointing is None, pointing[0] if pointing else "")
 

@@ -19,13 +19,22 @@ from longspan.data.instruct.checks import (
     check_length,
     check_query,
     check_refusal,
+    is_refusal,
 )
 from longspan.data.instruct.library import Library, Text, split
-from longspan.data.instruct.prompts import CLOSED, QUERY, SAME, SUPPORTED, WISHES, Prompt
+from longspan.data.instruct.prompts import (
+    ANSWER,
+    CLOSED,
+    EXAMPLES,
+    QUERY,
+    SAME,
+    SUPPORTED,
+    WISHES,
+    Prompt,
+)
 from longspan.data.tokens import TokenTable
 
-_FORM = re.compile(r"question\W*:\s*(?P<query>.+?)\s*\n\W*answer\W*:\s*(?P<answer>.+)",
-                   re.IGNORECASE | re.DOTALL)
+_MARK = re.compile(r"^\W*(?:question|request|query)\W*:\s*", re.IGNORECASE)
 _YES = re.compile(r"\W*yes\b", re.IGNORECASE)
 CODE = (".py", ".c", ".h", ".cc", ".cpp", ".cu", ".go", ".rs", ".js", ".ts", ".java", ".rb", ".sh",
         ".php", ".swift", ".kt", ".scala", ".lua", ".jl", ".r", ".sql", ".hs", ".ml")
@@ -103,12 +112,17 @@ def _draw_task(rng: random.Random, weights: Mapping[str, float], name: str) -> s
 def _fill(draft: Draft, table: TokenTable, recipe: Recipe, asker: Asker) -> None:
     """Ask and answer, filter by filter, until one says no."""
     start, stop = draft.segment
-    reply = asker.ask(QUERY, _QUERY_LEN, _TEMPERATURE, wish=WISHES[draft.task],
-                      segment=table.text(draft.text.ids[start:stop]).strip())
-    found = _FORM.search(reply.text)
-    draft.query = " ".join(found["query"].split()) if found else ""
-    draft.segment_answer = found["answer"].strip() if found else ""
-    if not draft.passes(check_query(draft.query, draft.segment_answer, reply.is_cut)):
+    segment = table.text(draft.text.ids[start:stop]).strip()
+    wish, (shown, asked) = WISHES[draft.task], EXAMPLES[draft.task]
+    example = (QUERY.fill({"segment": shown, "wish": wish}), asked)
+    reply = asker.ask(QUERY, _QUERY_LEN, _TEMPERATURE, example, wish=wish, segment=segment)
+    draft.query = _first_line(reply.text)
+    if not draft.passes(check_query(draft.query, reply.is_cut)):
+        return
+    # The second way to the answer: from where the query comes from.
+    draft.segment_answer = asker.ask(ANSWER, recipe.agent.answer_len, query=draft.query, notes="",
+                                     evidence=f"<part>\n{segment}\n</part>").text
+    if not draft.passes(Verdict("answerable", not is_refusal(draft.segment_answer))):
         return
     if not draft.passes(_check_closed(draft, recipe, asker)):
         return
@@ -124,6 +138,12 @@ def _fill(draft: Draft, table: TokenTable, recipe: Recipe, asker: Asker) -> None
             asker, SUPPORTED, evidence=evidence, query=draft.query, answer=answer))):
         return
     draft.passes(_check_agreement(draft, document, recipe, asker))
+
+
+def _first_line(reply: str) -> str:
+    """Return the query of a reply: models add answers and marks."""
+    lines = [line for line in _MARK.sub("", reply).split("\n") if line.strip()]
+    return " ".join(lines[0].split()).strip("\"*") if lines else ""
 
 
 def _check_closed(draft: Draft, recipe: Recipe, asker: Asker) -> Verdict:

@@ -26,8 +26,7 @@ class Prompt:
     def fill(self, values: Mapping[str, object]) -> str:
         """Return the text with its values."""
         text = self.text
-        for name in values:
-            assert f"<<{name}>>" in text, f"{self.label} has no {name}"
+        assert all(f"<<{name}>>" in text for name in values), self.label
         pieces = text.split("<<")
         filled = [pieces[0]]
         for piece in pieces[1:]:
@@ -36,34 +35,28 @@ class Prompt:
         return "".join(filled)
 
 
-QUERY = Prompt("query", 1, """Here is a part of a long document.
+QUERY = Prompt("query", 2, """Read this part of a long document:
 
 <part>
 <<segment>>
 </part>
 
-Write <<wish>>
-The reader has the whole document and does not know which part you saw. So name the thing, person, \
-place, function or topic that you ask about, and never write "this part", "the passage", "the \
-text" or "above". Then give the answer, in one to three sentences, from the part alone.
-
-Write exactly two lines:
-Question: ...
-Answer: ...""")
+A reader has the whole document. Write <<wish>> Use the names of the people, places, things or \
+functions that it is about. Do not answer it. Write one line.""")
 KEYWORDS = Prompt("keywords", 1, """Question about a long document: <<query>>
 
 Write up to eight words to search the document for, in the language of the document, on one line, \
 with commas between. Write nothing else.""")
-READ = Prompt("read", 1, """Part <<number>> of <<count>> of a document:
+READ = Prompt("read", 2, """Question: <<query>>
+
+Part <<number>> of <<count>> of a document:
 
 <part>
 <<chunk>>
 </part>
 
-Question: <<query>>
-
-Copy the sentences of this part that help to answer the question, word by word, one a line. If no \
-sentence helps, write only: None""")
+Which sentences of this part help to answer the question "<<query>>"? Copy them word by word, one \
+a line, at most three. If none of them helps, write only: None""")
 STEP = Prompt("step", 1, """Question about a long document: <<query>>
 
 What is known so far:
@@ -103,16 +96,30 @@ Is everything in the answer said by the parts? Write only Yes or No.""")
 ALL = (QUERY, KEYWORDS, READ, STEP, ANSWER, CLOSED, SAME, SUPPORTED)
 
 WISHES = {
-    "retrieval": "one question whose answer is a fact in this part: a name, a number, a place, a "
-                 "reason or a date.",
-    "summary": "one request to sum up what the document says about a topic of this part.",
-    "multi_hop": "one question that takes two facts of this part together to answer.",
-    "reasoning": "one question that asks why something is so, what follows from it, or how two "
-                 "things in this part differ.",
-    "coding": "one question about the code in this part: what a function does, what it returns, or "
-              "how to change it.",
-    "other": "one request that a reader of the document could have, such as to explain, to list, "
-             "to compare or to translate something in this part."}
+    "retrieval": "one question with a short answer, such as a name, a number, a place or a date, "
+                 "which this part tells.",
+    "summary": "one request to summarize what the document says about a topic of this part.",
+    "multi_hop": "one question that takes two different sentences of this part to answer.",
+    "reasoning": "one question about why something that this part tells is so, or what followed "
+                 "from it.",
+    "coding": "one question about a function or class of this part: what it does, what it returns, "
+              "or how it is used.",
+    "other": "one request to explain, to list or to compare things that this part tells of."}
 """What is asked for, by task (the report's types)."""
+_BRIDGE = ("The bridge at Orsk was opened in 1931. Its engineer, Pavel Morin, had lost his brother "
+           "in the ferry that sank there, and asked for no pay. Until 1950 carts paid two coins, "
+           "walkers one.")
+_CODE = ("def clamp(value, low, high):\n    if low > high:\n        raise ValueError(low)\n"
+         "    return min(max(value, low), high)")
+EXAMPLES = {
+    "retrieval": (_BRIDGE, "In which year was the bridge at Orsk opened?"),
+    "summary": (_BRIDGE, "Summarize what the document says about the bridge at Orsk."),
+    "multi_hop": (_BRIDGE, "How much did a walker pay in 1940 to cross the bridge that Pavel Morin "
+                           "built?"),
+    "reasoning": (_BRIDGE, "Why did Pavel Morin ask for no pay for the bridge at Orsk?"),
+    "coding": (_CODE, "What does clamp do when low is greater than high?"),
+    "other": (_BRIDGE, "Compare what carts and walkers paid on the bridge at Orsk.")}
+"""A segment and a query of each task, shown as an earlier turn: small models do as was done, where
+they answer a question that they were told to ask."""
 WEIGHTS = {"retrieval": 30, "summary": 15, "multi_hop": 20, "reasoning": 15, "coding": 15,
            "other": 5}
