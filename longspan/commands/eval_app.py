@@ -58,11 +58,14 @@ def list_tasks() -> None:
 
 @eval_app.command()
 def build(
-    model: Model, out: Annotated[Path, typer.Option(help="File to write.")], task: TaskNames,
+    model: Model, out: Annotated[Path, typer.Option(help="File to write; of lm-eval a folder.")],
+    task: TaskNames,
     lengths: Lengths = None, n: Count = 20, seed: Seed = 0, text_root: TextRoots = None,
     words: Words = None, data: Data = None, depths: Depths = 11, questions: Questions = 20,
     distractors: Distractors = 5, template: Template = "chat", prefix: Prefix = "assistant",
     text: Annotated[bool, typer.Option("--text", help="Write the prompts' texts too.")] = False,
+    form: Annotated[str, typer.Option(
+        "--format", help="recipes, or lm-eval: tasks for its --include_path.")] = "recipes",
 ) -> None:
     """Write the recipes of prompts (task, length, seed, index, hash), without asking anybody."""
     from longspan.commands.evaluate import build as run
@@ -73,7 +76,7 @@ def build(
     run(PromptsJob(
         tokenizer=model, plan=make_plan(task, _lengths(lengths), n, seed, options),
         text_roots=tuple(text_root or ()), words=words, data=data, template=template,
-        prefix=prefix), out, text)
+        prefix=prefix), out, text, form)
 
 
 @eval_app.command()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from longspan.commands import lm_eval_export
 from longspan.commands.console import note, percent, seconds, show_table
 from longspan.commands.models import (
     ModelJob,
@@ -42,6 +43,7 @@ FAILED, STOPPED = 1, 3
 """Exit status: some prompts got no answer; the time limit came first."""
 MAX_JUDGE_TOKENS = 1024
 FORMATS = ("results", "csv", "ruler")
+BUILD_FORMATS = ("recipes", "lm-eval")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,8 +74,14 @@ def list_tasks() -> None:
         for task in tasks.values()])
 
 
-def build(job: PromptsJob, out: Path, with_text: bool) -> None:
-    """Write one line for each prompt."""
+def build(job: PromptsJob, out: Path, with_text: bool, form: str) -> None:
+    """Write one line for each prompt, or a folder of tasks for lm-eval."""
+    if form not in BUILD_FORMATS:
+        raise LongspanError(f"--format: {form!r} is not one of {', '.join(BUILD_FORMATS)}")
+    if form == "lm-eval":
+        note(f"{lm_eval_export.export(job, out):,} prompts in {out}; lm-eval takes them with "
+             f"--include_path {out} --tasks {lm_eval_export.PREFIX}")
+        return
     materials, _ = gather(job)
     count = 0
     with _writing(out) as file:
