@@ -85,6 +85,7 @@ ALLOWED_OURS: dict[str, tuple[str, ...]] = {
                        "longspan.engine.text.call_format", *BASE),
     "longspan.train": ("longspan.attention.rope", "longspan.attention.hf", *BASE),
     "longspan.documents": ("longspan.errors", "longspan.text_files"),
+    "longspan.recipes": ("longspan.data", "longspan.train", *BASE),
     "longspan.data": ("longspan.documents", *BASE),
     "longspan.eval": BASE,
 }
@@ -365,7 +366,7 @@ def faults(source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("file", [
-    *FILES, *sorted((REPOSITORY / "recipes").rglob("*.py")),
+    *FILES,
     *sorted((REPOSITORY / "tests").rglob("*.py")),
 ], ids=lambda file: str(file.relative_to(REPOSITORY)))
 def test_comments_can_be_followed(file: Path) -> None:

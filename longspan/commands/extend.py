@@ -12,9 +12,10 @@ import torch
 
 from longspan.commands import training
 from longspan.commands.corpus import open_source, prepare_corpus
-from longspan.commands.training import DATA, Limits, TextRules
+from longspan.commands.training import DATA, Limits
 from longspan.data.tokens import Kind, load_tokenizer
 from longspan.errors import LongspanError
+from longspan.recipes.recipe import DataRules
 from longspan.train.budget import Processes, plan
 from longspan.train.checkpoint import Base, load_model, open_base
 from longspan.train.loader import ComposedFeed
@@ -33,7 +34,7 @@ class ExtendRun:
     """Folders or files of text, or one folder of rows that ``longspan synth`` wrote."""
     out: Path
     phases: tuple[Phase, ...]
-    rules: TextRules = TextRules()
+    rules: DataRules = DataRules()
     kind_weights: Mapping[int, float] = field(default_factory=lambda: {
         Kind.PLANTED: 0.0, Kind.ANSWER: 2.0})
     """Loss weight of each token kind; a value that is random at its first mention has none."""
@@ -65,7 +66,7 @@ def extend(run: ExtendRun) -> bool:
             progress = run_phases(model, run.phases, feed, _config(run, resume, sizes), stop=stop,
                                   world=world)
         return training.finish(
-            model, progress, run.phases, base, run.out, world, run.phases[-1].seq_len)
+            model, progress, run.phases, base, run.out, world, run.phases[-1])
 
 
 def _config(run: ExtendRun, resume: bool, sizes: tuple[int, ...]) -> RunConfig:

@@ -49,6 +49,8 @@ def extend(
     phase: Annotated[list[str] | None, typer.Option(
         metavar="LENGTH:BASE:TOKENS:RATE", help="In place of the report's phases; repeatable.")] =
         None,
+    recipe: Annotated[str | None, typer.Option(
+        help="Phases of qwen2.5-7b-1m or qwen2.5-14b-1m.")] = None,
     synthetic: Annotated[float, typer.Option(
         min=0, max=1, help="Share of rows with tasks; the others are text.")] = 0.5,
     answer_weight: Annotated[float, typer.Option(min=0, help="Loss weight of answers.")] = 2.0,
@@ -64,28 +66,35 @@ def extend(
 ) -> None:
     """Extend a checkpoint's context: the report's phases on text of your own."""
     from longspan.commands import extend as body
-    from longspan.commands.training import Limits, TextRules, default_workers
+    from longspan.commands.training import Limits, default_workers
     from longspan.data.documents import Reading
     from longspan.data.rows import WEIGHTS, Mixture
     from longspan.data.tokens import Kind
+    from longspan.recipes import find_extension
+    from longspan.recipes.recipe import DataRules
     from longspan.train.budget import Processes
     from longspan.train.checkpoint import open_base
     from longspan.train.phases import extension
 
     base = open_base(checkpoint)
     target = as_length("--to", to)
-    phases = body.parse_phases(phase, tokens_per_step) if phase else tuple(extension(
-        base.trained_len, base.config.rope_theta, target, num_tokens=round(tokens),
-        learning_rate=learning_rate, tokens_per_step=tokens_per_step))
+    if recipe is not None:
+        phases = find_extension(recipe).phases
+    elif phase:
+        phases = body.parse_phases(phase, tokens_per_step)
+    else:
+        phases = tuple(extension(
+            base.trained_len, base.config.rope_theta, target, num_tokens=round(tokens),
+            learning_rate=learning_rate, tokens_per_step=tokens_per_step))
     if phases[-1].seq_len != target:
-        raise LongspanError(f"--to {target}: the last --phase has rows of {phases[-1].seq_len}")
+        raise LongspanError(f"--to {target}: the last phase has rows of {phases[-1].seq_len}")
     tasks = sum(weight for name, weight in WEIGHTS.items() if name != "plain")
     weights = {name: synthetic * weight / tasks for name, weight in WEIGHTS.items()}
     mixture = Mixture(weights={**weights, "plain": 1 - synthetic})
     run = body.ExtendRun(
         checkpoint=checkpoint, corpus=tuple(corpus), out=out, phases=phases, seed=seed,
         kind_weights={Kind.PLANTED: 0.0, Kind.ANSWER: answer_weight},
-        rules=TextRules(reading=Reading(column=column), mixture=mixture, held_out=held_out,
+        rules=DataRules(reading=Reading(column=column), mixture=mixture, held_out=held_out,
                         may_join=join_short),
         limits=Limits(
             time_limit_s=time_limit_s, eager=eager, recompute=recompute, rows_at_once=rows_at_once,
@@ -96,6 +105,149 @@ def extend(
             num=gpus, context_parallel=context_parallel, tflops=gpu_tflops,
             memory_gib=gpu_memory_gib))
     body.extend(run)
+
+
+@train_app.command()
+def sft(
+    checkpoint: Checkpoint,
+    data: Annotated[list[Path], typer.Option(
+        help="JSONL of {messages: [{role, content}]}, short rows; repeatable.")],
+    out: Out,
+    long_data: Annotated[list[Path] | None, typer.Option(
+        help="The same of the second stage, short and long rows mixed; repeatable.")] = None,
+    max_length: Annotated[str, typer.Option(help="Longest row of the first stage.")] = "32k",
+    long_max_length: Annotated[str, typer.Option(help="Longest of the second.")] = "256k",
+    learning_rate: Annotated[float, typer.Option(min=0)] = 7e-6,
+    epochs: Annotated[int, typer.Option(min=1)] = 1,
+    tokens_per_step: TokensPerStep = None, seed: Seed = 0, time_limit_s: TimeLimit = math.inf,
+    rows_at_once: RowsAtOnce = None, recompute: Recompute = False, eager: Eager = False,
+    context_parallel: ContextParallel = 1,
+) -> None:
+    """Fine-tune on conversations, in the report's two stages; only answers are learned."""
+    from longspan.commands import tune as body
+    from longspan.commands.training import Limits
+
+    stages = [body.Stage(name="stage 1", files=tuple(data),
+                         max_length=as_length("--max-length", max_length))]
+    if long_data:
+        stages.append(body.Stage(name="stage 2", files=tuple(long_data),
+                                 max_length=as_length("--long-max-length", long_max_length)))
+    body.sft(body.SftRun(
+        checkpoint=checkpoint, stages=tuple(stages), out=out, learning_rate=learning_rate,
+        epochs=epochs, tokens_per_step=tokens_per_step or 262_144, seed=seed, limits=Limits(
+            time_limit_s=time_limit_s, eager=eager, recompute=recompute, rows_at_once=rows_at_once,
+            context_parallel=context_parallel)))
+
+
+@train_app.command()
+def dpo(
+    checkpoint: Checkpoint,
+    data: Annotated[list[Path], typer.Option(
+        help="JSONL of {messages or prompt, chosen, rejected}; repeatable.")],
+    out: Out,
+    max_length: Annotated[str, typer.Option(help="Longest question with its answer.")] = "8k",
+    beta: Annotated[float, typer.Option(min=0, help="How far answers may move.")] = 0.1,
+    by_length: Annotated[bool, typer.Option(
+        "--by-length", help="Compare mean log-probabilities of tokens, not sums.")] = False,
+    sft_weight: Annotated[float, typer.Option(
+        min=0, help="Weight of the better answer's own loss.")] = 0.1,
+    learning_rate: Annotated[float, typer.Option(min=0)] = 7e-7,
+    epochs: Annotated[int, typer.Option(min=1)] = 1,
+    tokens_per_step: TokensPerStep = None, seed: Seed = 0, time_limit_s: TimeLimit = math.inf,
+    rows_at_once: RowsAtOnce = None, recompute: Recompute = False, eager: Eager = False,
+    context_parallel: ContextParallel = 1,
+) -> None:
+    """Prefer better answers to worse ones (DPO), on short pairs."""
+    from longspan.commands import tune as body
+    from longspan.commands.training import Limits
+
+    body.dpo(body.DpoRun(
+        checkpoint=checkpoint, files=tuple(data), out=out, beta=beta, by_length=by_length,
+        max_length=as_length("--max-length", max_length), sft_weight=sft_weight,
+        learning_rate=learning_rate, epochs=epochs, tokens_per_step=tokens_per_step or 131_072,
+        seed=seed, limits=Limits(
+            time_limit_s=time_limit_s, eager=eager, recompute=recompute, rows_at_once=rows_at_once,
+            context_parallel=context_parallel)))
+
+
+@train_app.command()
+def nano(
+    out: Out,
+    root: Annotated[list[str] | None, typer.Option(
+        metavar="DIR=MB", help="Text, and megabytes of it to read; repeatable.")] = None,
+    tokens: Annotated[list[str] | None, typer.Option(
+        metavar="PHASE=MILLIONS", help="Tokens of one phase; repeatable.")] = None,
+    until: Annotated[str, typer.Option(help="Last piece: corpus, pretrain, sft, dpo.")] = "dpo",
+    base: Annotated[Path | None, typer.Option(
+        help="Pre-trained checkpoint, in place of the phases.")] = None,
+    shards: Annotated[Path | None, typer.Option(
+        help="Pre-training also exports there, in files of 14 MB.")] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="A toy, in seconds on a CPU.")] = False,
+    time_limit_s: TimeLimit = math.inf, workers: Workers = None, recompute: Recompute = False,
+    eager: Eager = False,
+) -> None:
+    """Make the bundled model from raw text: corpus, phases, fine-tuning, preferences."""
+    from longspan.commands import nano as body
+    from longspan.commands.train import parse_amounts
+    from longspan.commands.training import Limits, default_workers
+    from longspan.data.documents import Root
+    from longspan.recipes import nano as recipes
+
+    roots = [Root(path=path, max_bytes=size)
+             for path, size in parse_amounts("--root", root or ()).items()]
+    body.run(body.NanoJob(
+        recipe=recipes.smoke() if smoke else recipes.nano(), roots=roots, out=out, until=until,
+        num_tokens=parse_amounts("--tokens", tokens or ()), base=base, shards=shards,
+        limits=Limits(time_limit_s=time_limit_s, eager=eager, recompute=recompute,
+                      num_workers=default_workers() if workers is None else workers)))
+
+
+@train_app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="qwen2.5-7b-1m or qwen2.5-14b-1m.")],
+    gpus: Annotated[int | None, typer.Option(min=1, help="Default: the recipe's.")] = None,
+    context_parallel: Annotated[int | None, typer.Option(
+        min=1, help="GPUs that share a row; default: the recipe's.")] = None,
+    gpu_memory_gib: GpuMemory = 80, gpu_tflops: GpuTflops = 400,
+) -> None:
+    """Print what one of the report's own models takes at its real scale."""
+    from longspan.commands.training import show_plan
+    from longspan.recipes import find_extension
+    from longspan.train.budget import Processes
+    from longspan.train.budget import plan as costs
+
+    found = find_extension(recipe)
+    processes = Processes(
+        num=gpus or found.num_gpus, tflops=gpu_tflops, memory_gib=gpu_memory_gib,
+        context_parallel=context_parallel or found.context_parallel)
+    show_plan(f"{recipe} on {processes.num} GPUs of {gpu_memory_gib:g} GiB, "
+              f"{processes.context_parallel} to a row", costs(
+                  found.config, found.phases, processes))
+
+
+@train_app.command()
+def join(
+    shards: Annotated[Path, typer.Argument(help="What --shards wrote.")],
+    out: Annotated[Path, typer.Argument(help="Checkpoint to write.")],
+) -> None:
+    """Join the small files of an export to a checkpoint."""
+    from longspan.train.export import join_shards
+
+    join_shards(shards, out)
+
+
+@train_app.command()
+def results(
+    log: Annotated[Path, typer.Argument(help="log.jsonl of a run.")],
+    file: Annotated[Path, typer.Argument(help="Result file to write.")],
+    model: Annotated[str, typer.Option(help="Its name in the rows.")],
+    command: Annotated[str, typer.Option(help="What ran.")],
+    commit: Annotated[str, typer.Option(help="Of the code that ran.")] = "unknown",
+) -> None:
+    """Write the result rows of a run."""
+    from longspan.train.report import write_results
+
+    write_results(log, file, model=model, command=command, commit=commit)
 
 
 def as_length(option: str, text: str) -> int:

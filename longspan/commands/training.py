@@ -18,12 +18,12 @@ import torch
 
 from longspan.commands.console import note, show_table
 from longspan.commands.corpus import CorpusJob, open_source
-from longspan.data.documents import Reading, Root
-from longspan.data.filters import Filters
+from longspan.data.documents import Root
 from longspan.data.rows import Mixture, compose_batch
 from longspan.data.source import Source
 from longspan.data.tasks import DOCUMENT_TASKS
 from longspan.errors import LongspanError
+from longspan.recipes.recipe import DataRules
 from longspan.train.batch import FILLER, Batch
 from longspan.train.budget import GIB, PhaseCost, Processes, plan
 from longspan.train.checkpoint import Base, save_trained
@@ -53,18 +53,6 @@ class Limits:
     recompute: bool = False
     rows_at_once: int | None = None
     context_parallel: int = 1
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TextRules:
-    """How text becomes documents, and documents rows."""
-
-    reading: Reading = Reading()
-    filters: Filters = Filters()
-    mixture: Mixture = Mixture()
-    held_out: float = 0.02
-    may_join: bool = False
-    """Tasks may read short documents as one."""
 
 
 def device_name() -> str:
@@ -123,7 +111,7 @@ def check_memory(base: Base, phases: Sequence[Phase], world: World, rows_togethe
     plan(base.config, phases, this_machine(world), rows_together)
 
 
-def text_job(sources: Sequence[str], base: Base, rules: TextRules, out: Path) -> CorpusJob:
+def text_job(sources: Sequence[str], base: Base, rules: DataRules, out: Path) -> CorpusJob:
     """Return the corpus that text becomes in the tokens of a checkpoint."""
     return CorpusJob(
         roots=[Root(path=source) for source in sources], reading=rules.reading,
@@ -187,7 +175,7 @@ def stopped_by_sigterm() -> Iterator[threading.Event]:
 
 def finish(
     model: CausalLM, progress: Progress, phases: Sequence[Phase], base: Base, out: Path,
-    world: World, trained_len: int,
+    world: World, extended: Phase | None = None,
 ) -> bool:
     """Draw the log and, where all phases are done, write the checkpoint; says what to do next."""
     is_done = progress.phase == len(phases)
@@ -195,8 +183,7 @@ def finish(
     if world.is_first:
         draw_run(out / LOG_FILE, out / PLOT)
         if is_done:
-            save_trained(model, dict(weights), base, out / MODEL,
-                         rope_theta=phases[-1].rope_theta, trained_len=trained_len)
+            save_trained(model, dict(weights), base, out / MODEL, extended)
             note(f"done: {out / MODEL} is a checkpoint")
         else:
             note(f"stopped in phase {phases[progress.phase].name} after {progress.step} steps; "

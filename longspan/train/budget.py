@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from longspan.config import ModelConfig
-from longspan.errors import NotEnoughMemoryError
+from longspan.errors import LongspanError, NotEnoughMemoryError
 from longspan.train.loss import chunk_len
 from longspan.train.phases import Phase, Shape
 
@@ -104,6 +104,12 @@ def plan(
     costs = []
     room = processes.memory_gib * GIB
     for phase in phases:
+        if phase.tokens_per_step // phase.seq_len % processes.num_row_groups or (
+                processes.num % processes.context_parallel):
+            raise LongspanError(
+                f"phase {phase.name}: {phase.tokens_per_step // phase.seq_len} rows a step cannot "
+                f"be divided over {processes.num} GPUs, {processes.context_parallel} to a row: "
+                "change their number, or --context-parallel")
         all_rows = phase.tokens_per_step // phase.seq_len // processes.num_row_groups
         own = phase.seq_len // processes.context_parallel
         needed = memory_bytes(model, max(all_rows, rows_together) * own, processes, False)

@@ -19,6 +19,7 @@ from longspan.train.attention import ATTENTION_NAME
 from longspan.train.export import context_facts, make_readable, write_json
 from longspan.train.files import replaced_checkpoint
 from longspan.train.model import CausalLM
+from longspan.train.phases import Phase
 from longspan.train.state import digest
 
 COPIED = ("*.json", "*.jinja", "*.txt", "*.model")
@@ -95,11 +96,11 @@ def load_model(base: Base) -> CausalLM:
 
 
 def save_trained(
-    model: CausalLM, weights: dict[str, torch.Tensor], base: Base, out_dir: Path, *,
-    rope_theta: float, trained_len: int, max_shard_size: str = "5GB",
+    model: CausalLM, weights: dict[str, torch.Tensor], base: Base, out_dir: Path,
+    extended: Phase | None = None, max_shard_size: str = "5GB",
 ) -> None:
     """Write a trained checkpoint as bf16: the base's config with what training changed, its
-    tokenizer and its other files.
+    tokenizer and its other files. ``extended`` is the phase that made its context longer.
 
     ``use_cache`` is set, because trainers leave it false, which makes generation quadratic. Weights
     that were there are replaced. Raises `LongspanError` when it cannot be written; what was there
@@ -107,13 +108,13 @@ def save_trained(
     """
     if out_dir.resolve() == base.folder.resolve():
         raise LongspanError(f"{out_dir} is the checkpoint that training starts from: name another")
-    scaling = {key: value for key, value in (model.config.rope_parameters or {}).items()
-               if key != "rope_theta"}
-    raw = {key: value for key, value in base.raw.items()
-           if key not in ("rope_scaling", "dtype", "rope_parameters")}
-    config = {**raw, **context_facts(rope_theta, trained_len), "torch_dtype": "bfloat16",
-              "use_cache": True}
-    config["rope_parameters"] = {**scaling, "rope_theta": float(rope_theta)}
+    config = {key: value for key, value in base.raw.items() if key != "dtype"}
+    if extended is not None:
+        config.pop("rope_scaling", None)
+        config |= context_facts(extended.rope_theta, extended.seq_len)
+        config["rope_parameters"] = {
+            **(model.config.rope_parameters or {}), "rope_theta": extended.rope_theta}
+    config |= {"torch_dtype": "bfloat16", "use_cache": True}
     low = {id(value): value.to(torch.bfloat16) for value in weights.values()}
     with replaced_checkpoint(out_dir) as folder:
         model.save_pretrained(

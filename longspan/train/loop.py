@@ -18,7 +18,7 @@ from longspan.train.attention import choose_backend, use_backends
 from longspan.train.batch import Batch, Feed
 from longspan.train.budget import step_flops
 from longspan.train.files import PART, make_folder
-from longspan.train.loss import _chunk_loss
+from longspan.train.loss import compiled_chunk_loss
 from longspan.train.meter import Meter
 from longspan.train.model import (
     CausalLM,
@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 Gate = Callable[[CausalLM, Phase], dict[str, Any]]
 """Measures a model, in one process; the phase is the one that trained it last."""
+Before = Callable[[Step, Callable[[], bool]], Feed | None]
+"""Looks at the untrained model until it is told that time is up."""
 LONG_ROW = 32_768
 """Row length above which each step is logged: one takes seconds."""
 BEFORE = "before"
@@ -72,6 +74,8 @@ class RunConfig:
     rows_at_once: int | None = None
     """Rows of a forward pass at most, whose gradients add up; None: as many as fit."""
     resume: bool = False
+    objective: Objective | None = None
+    """The loss; None: weighted cross-entropy."""
 
     def fingerprint(
         self, model: torch.nn.Module, phases: Sequence[Phase], feed: Feed
@@ -92,7 +96,7 @@ class _Run:
 
     def __init__(
         self, model: CausalLM, phases: Sequence[Phase], feed: Feed, config: RunConfig,
-        world: World, objective: Objective | None, stop: threading.Event,
+        world: World, stop: threading.Event,
     ) -> None:
         self.model, self.phases, self.feed, self.config = model, phases, feed, config
         self.world, self.stop = world, stop
@@ -103,12 +107,13 @@ class _Run:
         is_compiled = config.compile and world.size == 1
         self.cross_entropy = cross_entropy(model, config, world)
         self.step_module = Step(
-            model, objective or self.cross_entropy, world,
+            model, config.objective or self.cross_entropy, world,
             run=compiled_run_layer() if is_compiled else run_layer,
             recompute=config.recompute, rows_at_once=config.rows_at_once)
         world.shard(self.step_module, model.model.layers)
         self.optimizer = make_optimizer(model, config)
         self.meter = Meter()
+        self.save_s = 0.0
         self.log = RunLog(config.out_dir / LOG_FILE, world.is_first)
         self.progress = self._open()
 
@@ -147,8 +152,10 @@ class _Run:
     def save(self) -> None:
         """Write the resumable state; all steps in it are in the log."""
         self.end_window()
+        begin_s = self.elapsed_s
         save_state(self.config.out_dir, self.model, self.optimizer, self.progress, self.phases,
                    self.fingerprint, self.world)
+        self.save_s = self.elapsed_s - begin_s
         self.meter = Meter()
 
     def end_window(self) -> None:
@@ -186,9 +193,8 @@ def cross_entropy(model: CausalLM, config: RunConfig, world: World) -> CrossEntr
     """Return the loss of ordinary training."""
     size = config.token_bytes or (1,) * model.config.vocab_size
     padded = (*size, *(0,) * (model.config.vocab_size - len(size)))
-    chunk_loss = torch.compile(_chunk_loss, dynamic=False) if config.compile else _chunk_loss
-    return CrossEntropy(
-        torch.tensor(padded, device=world.device, dtype=torch.float32), chunk_loss)
+    return CrossEntropy(torch.tensor(padded, device=world.device, dtype=torch.float32),
+                        compiled_chunk_loss(config.compile))
 
 
 def make_optimizer(model: torch.nn.Module, config: RunConfig) -> torch.optim.AdamW:
@@ -204,7 +210,7 @@ def make_optimizer(model: torch.nn.Module, config: RunConfig) -> torch.optim.Ada
 def run_phases(
     model: CausalLM, phases: Sequence[Phase], feed: Feed, config: RunConfig,
     gate: Gate | None = None, stop: threading.Event | None = None, *,
-    objective: Objective | None = None, world: World | None = None,
+    world: World | None = None, before: Before | None = None,
 ) -> Progress:
     """Train through the phases from the saved or the first step; returns where it ended.
 
@@ -213,8 +219,9 @@ def run_phases(
     its numbers go to the log, with the feed's held-out text before the first step and after each.
 
     Args:
-        objective: the loss; default: weighted cross-entropy.
         world: the processes that take part; default: this one alone.
+        before: returns the rows to train on after it has looked at the untrained model, or None
+            when time was up first; nothing is trained then.
 
     Raises:
         LongspanError: bad phases; nothing to resume, or a run with other inputs; a folder that
@@ -225,8 +232,14 @@ def run_phases(
     validate_phases(phases)
     world = world or World(torch.device(config.device))
     torch.nn.Module.to(model, world.device)
-    run = _Run(model, phases, feed, config, world, objective, stop or threading.Event())
+    run = _Run(model, phases, feed, config, world, stop or threading.Event())
     _check_shapes(run)
+    if before is not None:
+        set_rope(model, phases[0].rope_theta, phases[0].seq_len)
+        looked_at = before(run.step_module, run.is_over)
+        if looked_at is None:
+            return run.progress
+        run.feed = looked_at
     _ask_gate(run, gate)  # An earlier run may have ended before the gate, or in it.
     while run.progress.phase < len(phases) and not run.is_over(config.phase_start_s):
         if _run_phase(run):
@@ -257,7 +270,9 @@ def _run_phase(run: _Run) -> bool:
         is_last = progress.step == len(schedule)
         if phase.seq_len > LONG_ROW or is_last or progress.step % config.log_every == 0:
             run.end_window()
-        if run.world.any(run.elapsed_s - saved_s > config.save_every_s):
+        # A large state takes a while: at most a twentieth of the time goes to saving it.
+        wait_s = max(config.save_every_s, 20 * run.save_s if config.save_every_s > 0 else 0.0)
+        if run.world.any(run.elapsed_s - saved_s > wait_s):
             run.save()
             saved_s = run.elapsed_s
         if not is_last and run.is_over(2 * (run.elapsed_s - begin_s)):

@@ -41,6 +41,11 @@ def _chunk_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tenso
 ChunkLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
+def compiled_chunk_loss(is_compiled: bool) -> ChunkLoss:
+    """Return what computes a chunk, compiled or not."""
+    return torch.compile(_chunk_loss, dynamic=False) if is_compiled else _chunk_loss
+
+
 class _WeightedCrossEntropy(torch.autograd.Function):
     """Computes the gradients chunk by chunk during the forward pass."""
 

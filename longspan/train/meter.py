@@ -43,7 +43,7 @@ class Meter:
         s = dict(zip(names, stacked.tolist(), strict=True))
         seconds = time.perf_counter() - self.started
         found: dict[str, float | None] = {"loss": s["loss"] / self.num_steps}
-        if "filler_nll" in s:
+        if s.get("filler_bytes"):
             found["bits_per_byte"] = s["filler_nll"] / max(1.0, s["filler_bytes"]) / math.log(2)
         if "pairs" in s:
             found |= {"margin": s["margin"] / s["pairs"], "right_pairs": s["right"] / s["pairs"]}

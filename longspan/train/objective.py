@@ -135,7 +135,7 @@ class Preference:
 
     def total(self, targets: Targets, group: RowGroup) -> Tensor:
         """Count the pairs."""
-        return torch.tensor(len(targets.ids) / 2 / group.size, device=targets.ids.device)
+        return _is_pair(targets, group).sum() / group.size
 
     def __call__(
         self, hidden: Tensor, head: Tensor, part: Targets, total: Tensor, group: RowGroup
@@ -149,7 +149,8 @@ class Preference:
         gained = -group.sum((nll.view_as(part.weights) * part.weights).sum(1)) - part.reference
         gained = gained * scale
         margins = self.beta * (gained[0::2] - gained[1::2])
-        push = self.beta * torch.sigmoid(-margins) / total
+        is_pair = _is_pair(part, group)
+        push = is_pair * self.beta * torch.sigmoid(-margins) / total
         row_weights = torch.stack((push, -push), 1).flatten() * scale
         better = torch.arange(len(lengths), device=lengths.device) % 2 == 0
         row_weights = row_weights + self.sft_weight * better / lengths / total
@@ -158,8 +159,32 @@ class Preference:
             flat, head, targets, (part.weights * row_weights[:, None]).flatten(), self.chunk_loss)
         is_answer = (part.weights > 0).flatten() & better.repeat_interleave(part.ids.shape[1])
         return surrogate, {
-            "loss": -F.logsigmoid(margins).sum() / total / group.size,
-            "pairs": torch.full_like(total, len(margins) / group.size),
-            "margin": margins.sum() / self.beta / group.size,
-            "right": (margins > 0).sum() / group.size,
+            "loss": -(F.logsigmoid(margins) * is_pair).sum() / total / group.size,
+            "pairs": is_pair.sum() / group.size,
+            "margin": (margins * is_pair).sum() / self.beta / group.size,
+            "right": ((margins > 0) & is_pair).sum() / group.size,
             "answer_hits": (hit & is_answer).sum().float(), "answers": is_answer.sum().float()}
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerLogProbs:
+    """No loss: the log-probability of each row's weighted tokens, for the reference of DPO."""
+
+    rows_together: int = 1
+
+    def total(self, targets: Targets, group: RowGroup) -> Tensor:
+        """See `Objective`."""
+        return torch.ones((), device=targets.ids.device)
+
+    def __call__(
+        self, hidden: Tensor, head: Tensor, part: Targets, total: Tensor, group: RowGroup
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `Objective`."""
+        nll, _ = token_nll(hidden.flatten(0, 1), head, part.targets.flatten())
+        sums = group.sum((nll.view_as(part.weights) * part.weights).sum(1))
+        return torch.zeros((), device=hidden.device), {"logprobs": -sums}
+
+
+def _is_pair(part: Targets, group: RowGroup) -> Tensor:
+    """Which pairs there are, bool [B / 2]; the others fill a step up."""
+    return group.sum(part.weights.sum(1))[0::2] > 0

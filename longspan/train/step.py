@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -45,6 +47,22 @@ class Step(torch.nn.Module):
             hidden, self.model.lm_head.weight, part, total, self.world.context)
         return loss * self.world.size, sums
 
+    def targets(self, batch: Batch) -> Targets:
+        """Return what this process predicts of its rows."""
+        targets, context = Targets.of(batch), self.world.context
+        if context.size == 1:
+            return targets
+        return targets.at(context.places(batch.ids.shape[1], batch.ids.device))
+
+    @contextmanager
+    def using(self, objective: Objective) -> Iterator[None]:
+        """Compute another objective for a while."""
+        own, self.objective = self.objective, objective
+        try:
+            yield
+        finally:
+            self.objective = own
+
     def backward(self, batch: Batch) -> dict[str, Tensor]:
         """Leave a step's gradients in the parameters; returns its sums for the log.
 
@@ -67,17 +85,14 @@ class Step(torch.nn.Module):
         batch = batch.rows(0, len(batch.ids) // groups * groups)
         if not len(batch.ids):
             return None
-        objective, self.objective = self.objective, cross_entropy
-        targets = Targets.of(self.world.rows(batch).to(self.world.device))
-        targets = targets.at(
-            self.world.context.places(batch.ids.shape[1], self.world.device))
+        targets = self.targets(self.world.rows(batch).to(self.world.device))
         sums = torch.zeros(2, device=self.world.device)
         at_once = max(1, EVALUATED_TOKENS // batch.ids.shape[1])
-        for start in range(0, len(targets.ids), at_once):
-            part = targets.rows(start, start + at_once)
-            _, found = self(part, torch.ones((), device=self.world.device))
-            sums += torch.stack((found["filler_nll"], found["filler_bytes"]))
-        self.objective = objective
+        with self.using(cross_entropy):
+            for start in range(0, len(targets.ids), at_once):
+                part = targets.rows(start, start + at_once)
+                _, found = self(part, torch.ones((), device=self.world.device))
+                sums += torch.stack((found["filler_nll"], found["filler_bytes"]))
         nll, num_bytes = self.world.sum(sums).tolist()
         return nll / max(1.0, num_bytes) / math.log(2)
 
@@ -97,10 +112,7 @@ class Step(torch.nn.Module):
             log.warning("out of memory at %s: recomputing activations", (rows, length))
 
     def _backward(self, batch: Batch) -> dict[str, Tensor]:
-        targets = Targets.of(batch)
-        places = self.world.context.places(batch.ids.shape[1], batch.ids.device)
-        if self.world.context.size > 1:
-            targets = targets.at(places)
+        targets = self.targets(batch)
         total = self.world.sum(self.objective.total(targets, self.world.context)).clamp_min(1e-9)
         sums: dict[str, Tensor] = {}
         at_once = self.rows_at_once or len(batch.ids)

@@ -179,20 +179,26 @@ def joined_world(device: str, context_parallel: int = 1) -> Iterator[World]:
         return
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     try:
-        rank, size = dist.get_rank(), dist.get_world_size()
-        if context_parallel < 1 or size % context_parallel:
-            raise LongspanError(f"--context-parallel {context_parallel} does not divide the {size} "
-                                "processes")
-        if device == "cuda":
-            torch.cuda.set_device(rank % torch.cuda.device_count())
-        grid = init_device_mesh(device, (size // context_parallel, context_parallel),
-                                mesh_dim_names=("rows", "context"))
-        context = ContextGroup()
-        if context_parallel > 1:
-            context = ContextGroup(rank % context_parallel, context_parallel,
-                                   grid.get_group("context"))
-        place = torch.device(device, torch.cuda.current_device()) if device == "cuda" else (
-            torch.device("cpu"))
-        yield World(place, rank, size, context, init_device_mesh(device, (size,)))
+        yield arrange(device, context_parallel)
     finally:
         dist.destroy_process_group()
+
+
+def arrange(device: str, context_parallel: int) -> World:
+    """Arrange the processes that have joined to a grid. Raises `LongspanError` when their number
+    cannot be so divided."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    if context_parallel < 1 or size % context_parallel:
+        raise LongspanError(f"--context-parallel {context_parallel} does not divide the {size} "
+                            "processes")
+    place = torch.device(device)
+    if device == "cuda":
+        place = torch.device(device, rank % torch.cuda.device_count())
+        torch.cuda.set_device(place)
+    grid = init_device_mesh(device, (size // context_parallel, context_parallel),
+                            mesh_dim_names=("rows", "context"))
+    context = ContextGroup()
+    if context_parallel > 1:
+        context = ContextGroup(rank % context_parallel, context_parallel,
+                               grid.get_group("context"))
+    return World(place, rank, size, context, init_device_mesh(device, (size,)))

@@ -113,7 +113,7 @@ def test_resuming_with_another_is_refused(
     ("text", ("--phase", "1k:2e5:2048:1e-3", "--to", "1k", "--tokens-per-step", "1024"),
      "a document of 512 is needed"),
     ("text", ("--join-short", "--to", "128", "--phase", ""), "write LENGTH:BASE:TOKENS:RATE"),
-    ("text", ("--to", "1024"), "the last --phase has rows of 512"),
+    ("text", ("--to", "1024"), "the last phase has rows of 512"),
     ("text", ("--to", "x"), "write tokens, such as"),
     ("text", ("--join-short", "--phase", "64k:1e6:65536:1e-4", "--to", "64k",
               "--tokens-per-step", "65536"), "rows of 65,536 tokens: all training text has"),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 import signal
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,13 +15,16 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
+from longspan.cli import run_command
 from longspan.commands import train as commands
 from longspan.data.tokens import Kind
+from longspan.recipes import find_extension, nano
 from longspan.train.phases import Phase, validate_phases
-from recipes import nano
+from longspan.train.run_log import read_log
 
 LINE = "The quick brown fox number {} jumps over the lazy dog and runs home.\n"
 PHASES = nano.nano().phases
+TOKENS = ("--tokens", "a=0.003", "--tokens", "b=0.002")
 
 
 def make_text_files(folder: Path) -> None:
@@ -32,17 +35,17 @@ def make_text_files(folder: Path) -> None:
 
 
 def call(*arguments: object) -> int:
-    """Exit status of a command of the recipe, with a vocabulary that little text fills."""
-    toy = replace(nano.smoke(), vocab_size=600)
-    return commands.run_recipe([str(a) for a in arguments], nano.nano(), toy, nano.RULES)
+    """Exit status of the toy's training."""
+    return run_command(["train", "nano", "--smoke", "--workers", "0", *map(str, arguments)])
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything, of small text: folder ``run``."""
     folder = tmp_path_factory.mktemp("nano")
     make_text_files(folder / "text")
-    assert call("corpus", "--smoke", "--root", f"{folder / 'text'}=1", "--out", folder) == 0
-    return folder
+    assert call("--root", f"{folder / 'text'}=1", "--out", folder / "run", *TOKENS) == 0
+    return folder / "run"
 
 
 def test_lengths_double_up_to_the_longest() -> None:
@@ -91,58 +94,85 @@ def test_each_gate_is_at_a_trained_length() -> None:
         assert recipe.gate_lengths[-1] == lengths[-1]
 
 
-def test_chain_from_text_files_to_checkpoint(data: Path, tmp_path: Path) -> None:
-    out, model_dir, file = tmp_path / "run", tmp_path / "model", tmp_path / "train.cpu.json"
-    common = ("--smoke", "--data", data, "--out", out)
-    tokens = ("--tokens", "a=0.003", "--tokens", "b=0.002")
-    assert call("train", *common, "--workers", 0, *tokens) == 0
-    assert call("export", *common, "--model-dir", model_dir) == 0
-    assert call("results", "--log", out / "log.jsonl", "--file", file) == 0
+def test_everything_from_text_to_model(done: Path, tmp_path: Path) -> None:
+    """Corpus, phases, conversations, fine-tuning, pairs, preferences."""
+    file = tmp_path / "train.cpu.json"
+    assert run_command(["train", "results", str(done / "pretrain" / "log.jsonl"), str(file),
+                        "--model", "toy", "--command", "c"]) == 0
     first, last = json.loads(file.read_text())["rows"]
     assert [first["num_tokens_trained"], last["num_tokens_trained"]] == [2048, 1024]
     assert 0 < last["loss"] < math.log(600) + 0.5 and first["tokens_per_s"] > 0
-    assert first["gate"].keys() == {
-        "num_tokens", "exact_256", "digits_256", "n_256", "gate_s"}
+    assert first["gate"].keys() == {"num_tokens", "exact_256", "digits_256", "n_256", "gate_s"}
     assert (last["gate"]["n_256"], last["gate"]["n_512"]) == (4, 4)
-    config = json.loads((model_dir / "config.json").read_text())
+    base = done / "pretrain" / "model"
+    config = json.loads((base / "config.json").read_text())
     assert (config["rope_theta"], config["vocab_size"]) == (1e6, 600)
     assert config["dual_chunk_attention_config"]["chunk_size"] == 512
-    trained = torch.load(out / "state.pt", weights_only=True)["model"]
-    exported = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16).state_dict()
+    trained = torch.load(done / "pretrain" / "state.pt", weights_only=True)["model"]
+    exported = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).state_dict()
     assert exported.keys() == trained.keys()
     assert all((exported[name] == trained[name].bfloat16()).all() for name in trained)
-    tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
-    assert tokenizer.get_vocab_size() == 600
+    assert json.loads((done / "model" / "config.json").read_text()) == config
+    stages = [row["phase"] for row in read_log(done / "sft" / "log.jsonl") if "phase" in row]
+    assert list(dict.fromkeys(stages)) == ["stage 1", "stage 2"]
+    pairs = [row for row in read_log(done / "dpo" / "log.jsonl") if "phase" in row]
+    assert pairs[-1]["phase"] == "dpo" and 0 < pairs[-1]["loss"] < 1
+    tokenizer = Tokenizer.from_file(str(done / "model" / "tokenizer.json"))
     assert tokenizer.decode(tokenizer.encode(LINE).ids) == LINE
+    final, before = (AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32).state_dict() for path in (done / "model", base))
+    assert any((final[name] != before[name]).any() for name in final)
 
 
-def test_workers_make_the_same_run(data: Path, tmp_path: Path) -> None:
-    losses = []
-    for workers in (0, 2):
-        out = tmp_path / str(workers)
-        assert call("train", "--smoke", "--data", data, "--out", out, "--workers", workers,
-                    "--tokens", "a=0.003", "--tokens", "b=0.002") == 0
-        rows = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-        losses.append([row["loss"] for row in rows if "loss" in row])
+def test_what_is_done_is_not_done_again(done: Path) -> None:
+    files = {path: path.stat().st_mtime_ns for path in done.rglob("state.pt")}
+    assert len(files) == 3
+    assert call("--root", f"{done.parent / 'text'}=1", "--out", done, *TOKENS) == 0
+    assert files == {path: path.stat().st_mtime_ns for path in done.rglob("state.pt")}
+
+
+def test_other_text_is_refused(
+    done: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("--root", f"{done.parent / 'text'}=2", "--out", done, *TOKENS) == 2
+    assert "was made from other text" in capsys.readouterr().err
+
+
+def test_a_base_takes_the_place_of_the_phases(done: Path, tmp_path: Path) -> None:
+    """As where pre-training ran on another machine."""
+    out = tmp_path / "run"
+    assert call("--root", f"{done.parent / 'text'}=1", "--out", out, "--until", "corpus") == 0
+    assert call("--out", out, "--until", "pretrain", "--base", done / "pretrain" / "model") == 0
+    assert not (out / "pretrain" / "state.pt").exists()
+    assert (out / "model" / "model.safetensors").read_bytes() == (
+        done / "pretrain" / "model" / "model.safetensors").read_bytes()
+
+
+def test_workers_make_the_same_run(done: Path, tmp_path: Path) -> None:
+    """Two processes that make rows give the losses of none."""
+    shutil.copytree(done / "data", tmp_path / "data")
+    assert call("--out", tmp_path, "--until", "pretrain", "--workers", 2, *TOKENS) == 0
+    losses = [[row["loss"] for row in read_log(folder / "pretrain" / "log.jsonl") if "loss" in row]
+              for folder in (done, tmp_path)]
     assert losses[0] == losses[1]
 
 
 def test_a_run_that_ends_between_phases_exports_the_first(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Config and shards say what the weights were trained with, not what would have come next."""
-    out, shards = tmp_path / "run", tmp_path / "shards"
+    """Shards say what the weights were trained with, not what would have come next."""
+    shards = tmp_path / "shards"
+    shutil.copytree(done / "data", tmp_path / "run" / "data")
 
     def gate(*_: object) -> dict[str, object]:
         signal.raise_signal(signal.SIGTERM)
         return {}
 
     monkeypatch.setattr(commands, "run_gate", gate)
-    common = ("--smoke", "--data", data, "--out", out)
-    assert call("train", *common, "--workers", 0, "--tokens", "a=0.002", "--shards", shards) == 0
-    assert call("export", *common, "--model-dir", tmp_path / "state") == 0
-    assert call("export", *common, "--shards", shards, "--model-dir", tmp_path / "joined") == 0
-    for folder in (shards, tmp_path / "state", tmp_path / "joined"):
+    assert call("--out", tmp_path / "run", *TOKENS, "--shards", shards) == 0
+    assert not (tmp_path / "run" / "model").exists()
+    assert run_command(["train", "join", str(shards), str(tmp_path / "joined")]) == 0
+    for folder in (shards, tmp_path / "joined"):
         config = json.loads((folder / "config.json").read_text())
         assert config["rope_theta"] == 1e4, folder
         assert config["dual_chunk_attention_config"]["chunk_size"] == 256, folder
@@ -150,20 +180,19 @@ def test_a_run_that_ends_between_phases_exports_the_first(
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (("train", "--smoke", "--tokens", "c=1"), "no phase named c: choose from a, b"),
-    (("train", "--smoke", "--tokens", "a"), "--tokens a: write NAME=NUMBER"),
-    (("train", "--smoke", "--tokens", "a=x"), "--tokens a=x: write NAME=NUMBER"),
-    (("train", "--smoke", "--tokens", "a=0.0001"), "phase a: 100 tokens is less than one step"),
-    (("train", "--smoke", "--resume"), "nothing to resume"),
-    (("train",), "has 600 tokens, recipe nano 4,096: make the corpus with the same recipe"),
-    (("export", "--smoke", "--model-dir", "x"), "nothing to resume or export"),
-    (("export", "--model-dir", "x", "--shards", "none"), "none is no whole export"),
+    (("--tokens", "c=1"), "no phase named c: choose from a, b"),
+    (("--tokens", "a"), "--tokens a: write NAME=NUMBER"),
+    (("--tokens", "a=x"), "--tokens a=x: write NAME=NUMBER"),
+    (("--tokens", "a=0.0001"), "phase a: 100 tokens is less than one step"),
+    (("--until", "x"), "--until x: choose from corpus, pretrain, sft, dpo"),
+    (("--base", "none"), "none is no checkpoint"),
 ])
 def test_what_a_person_can_mend_is_one_line(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...],
+    done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...],
     message: str,
 ) -> None:
-    assert call(*arguments, "--data", data, "--out", tmp_path / "out") == 2
+    shutil.copytree(done / "data", tmp_path / "data")
+    assert call("--out", tmp_path, *arguments) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
     assert message in printed.err and printed.out == ""
@@ -179,6 +208,25 @@ def test_roots_that_give_nothing_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], root: str, message: str
 ) -> None:
     (tmp_path / "empty").mkdir()
-    assert call("corpus", "--root", root.format(folder=tmp_path), "--out", tmp_path / "out") == 2
+    assert call("--root", root.format(folder=tmp_path), "--out", tmp_path / "out") == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error: ") and printed.count("\n") == 1 and message in printed
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-7b-1m", "qwen2.5-14b-1m"])
+def test_the_reports_models_at_their_real_scale(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The report's lengths and bases; they fit GPUs of 80 GiB, and do not fit one."""
+    phases = find_extension(name).phases
+    assert [(phase.seq_len, phase.rope_theta) for phase in phases] == [
+        (32_768, 1e6), (65_536, 1e6), (131_072, 5e6), (262_144, 1e7)]
+    assert [phase.full_share for phase in phases] == [1.0, 0.75, 0.75, 0.75]
+    validate_phases(phases)
+    assert run_command(["train", "plan", name]) == 0
+    printed = capsys.readouterr().out
+    assert "262,144" in printed and "days" in printed and "recomputed" in printed
+    assert run_command(["train", "plan", name, "--gpus", "1", "--context-parallel", "1"]) == 2
+    assert "GiB on each of 1 processes, 80.0 GiB are there" in capsys.readouterr().err
+    assert run_command(["train", "plan", name, "--gpus", "48"]) == 2
+    assert "rows a step cannot be divided over 48 GPUs" in capsys.readouterr().err

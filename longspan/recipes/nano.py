@@ -1,8 +1,6 @@
-"""nano from nothing: corpus, tokenizer, five-phase pre-training, export.
+"""nano from nothing: corpus, tokenizer, five-phase pre-training, fine-tuning, preferences.
 
-    python -m recipes.nano corpus --out .carry --root DIR=MEGABYTES --root ...
-    python -m recipes.nano train  --data .carry --out runs/nano
-    python -m recipes.nano export --data .carry --out runs/nano --model-dir longspan/nano
+    longspan train nano --root DIR=MEGABYTES --root ... --out runs/nano
 
 The shipped weights read 86 MB of text (19.3M tokens kept). Roots in megabytes, unpacked from
 Debian 12 packages unless said otherwise: python3.11-doc sources 12, python-django-doc 6, linux-doc
@@ -15,16 +13,14 @@ pydantic 0.7, fsspec 0.5, huggingface_hub 1, accelerate 0.5.
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 
-from longspan.commands.train import DataRules, run_recipe
 from longspan.data.documents import Reading
 from longspan.data.filters import Filters
 from longspan.data.tokens import Kind
+from longspan.recipes.recipe import DataRules, Recipe, Tuning
 from longspan.train.model import build_model
 from longspan.train.phases import Phase
-from longspan.train.recipe import Recipe
 
 M = 1_000_000
 # A planted value is random at its first mention, so it cannot be learnt.
@@ -46,7 +42,10 @@ def nano() -> Recipe:
     return Recipe(
         name="nano", vocab_size=4096, new_model=build_model, kind_weights=KIND_WEIGHTS,
         warmup_steps=150, gate_lengths=(4096, 32_768, 131_072, 262_144), gate_documents=4,
-        gate_needles=32, phases=(
+        gate_needles=32, rules=RULES, tuning=Tuning(
+            short_rows={1024: 6000, 4096: 3000, 32_768: 300},
+            mixed_rows={1024: 2000, 4096: 1000, 32_768: 150, 262_144: 40}, sft_rate=1e-4,
+            pairs={1024: 3000, 8192: 600}, dpo_rate=5e-6), phases=(
             Phase(name="4k", seq_len=4096, rope_theta=1e4, num_tokens=300 * M,
                   learning_rate=1.5e-3),
             Phase(name="32k", seq_len=32_768, rope_theta=1e6, num_tokens=40 * M,
@@ -63,7 +62,9 @@ def smoke() -> Recipe:
     """Make a two-layer toy in two tiny phases: everything in seconds on a CPU."""
     tiny = partial(Phase, num_tokens=8192, tokens_per_step=1024)
     return Recipe(
-        name="smoke", vocab_size=4096, kind_weights=KIND_WEIGHTS, warmup_steps=4,
+        name="smoke", vocab_size=600, rules=RULES, tuning=Tuning(
+            short_rows={512: 4}, mixed_rows={512: 2, 1024: 2}, sft_rate=1e-3, pairs={512: 4},
+            dpo_rate=1e-4, tokens_per_step=2048), kind_weights=KIND_WEIGHTS, warmup_steps=4,
         new_model=partial(build_model, num_layers=2, hidden_size=64, num_heads=2, num_kv_heads=1,
                           intermediate_size=96),
         gate_lengths=(256, 512), gate_documents=2, gate_needles=2, phases=(
@@ -71,6 +72,3 @@ def smoke() -> Recipe:
             tiny(name="b", seq_len=512, rope_theta=1e6, learning_rate=5e-4, shorter=(256,),
                  full_share=0.75)))
 
-
-if __name__ == "__main__":
-    sys.exit(run_recipe(sys.argv[1:], nano(), smoke(), RULES))

@@ -1,0 +1,158 @@
+"""``longspan train nano``: from raw text to the bundled model, piece by piece.
+
+Each piece has a folder of its own and is whole or is gone on with: text to corpus, five phases,
+conversations, fine-tuning, pairs, preferences. A model goes from piece to piece as a checkpoint,
+with a new optimizer, so pieces may run on different machines.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from longspan.commands import synth_chat, train, tune
+from longspan.commands.console import note
+from longspan.commands.corpus import print_table
+from longspan.commands.training import MODEL, Limits
+from longspan.data.chat.rows import CHAT, PAIRS, ChatPlanner
+from longspan.data.documents import Root
+from longspan.errors import LongspanError
+from longspan.recipes.recipe import Recipe
+from longspan.train.files import replaced_checkpoint
+from longspan.train.state import STATE_FILE
+
+PIECES = ("corpus", "pretrain", "sft", "dpo")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NanoJob:
+    """What was asked for."""
+
+    recipe: Recipe
+    roots: Sequence[Root]
+    out: Path
+    num_tokens: Mapping[str, int]
+    """Tokens of phases, by name, in place of the recipe's."""
+    limits: Limits
+    until: str = PIECES[-1]
+    """The last piece to do."""
+    base: Path | None = None
+    """A pre-trained checkpoint in place of the phases."""
+    shards: Path | None = None
+    """Where pre-training also exports small files at its end, however far it came."""
+
+
+def run(job: NanoJob) -> bool:
+    """Do what is not done yet; True when the last piece asked for is done."""
+    if job.until not in PIECES:
+        raise LongspanError(f"--until {job.until}: choose from {', '.join(PIECES)}")
+    started = time.perf_counter()
+    steps: dict[str, Callable[[float], bool]] = {
+        "corpus": lambda left_s: _corpus(job),
+        "pretrain": lambda left_s: _pretrain(job, left_s),
+        "sft": lambda left_s: _sft(job, left_s),
+        "dpo": lambda left_s: _dpo(job, left_s)}
+    for name in PIECES[: PIECES.index(job.until) + 1]:
+        left_s = job.limits.time_limit_s - (time.perf_counter() - started)
+        if left_s <= 0 or not steps[name](left_s):
+            note(f"time was up in {name}: repeat the command to go on")
+            return False
+    last = job.out / job.until / MODEL
+    if last.is_dir():
+        _copy(last, job.out / MODEL)
+        note(f"done: {job.out / MODEL} is the model after {job.until}")
+    return True
+
+
+def _data(job: NanoJob) -> Path:
+    return job.out / "data"
+
+
+def _corpus(job: NanoJob) -> bool:
+    meta = _data(job) / "corpus" / "meta.json"
+    if not meta.is_file():
+        if not job.roots:
+            raise LongspanError("no text: name it by --root DIR=MEGABYTES")
+        print_table(train.make_corpus(job.recipe, job.roots, _data(job))["table"])
+        return True
+    made_from = json.loads(meta.read_text()).get("made_from")
+    corpus = train.corpus_job(job.recipe, job.roots, _data(job))
+    if job.roots and made_from != corpus.identity:
+        raise LongspanError(f"{_data(job)} was made from other text: repeat with the same --root, "
+                            "or name a new folder")
+    return True
+
+
+def _pretrain(job: NanoJob, left_s: float) -> bool:
+    folder = job.out / "pretrain"
+    if (folder / MODEL / "config.json").is_file():
+        return True
+    if job.base is not None:
+        if not (job.base / "config.json").is_file():
+            raise LongspanError(f"{job.base} is no checkpoint: name what pre-training exported")
+        _copy(job.base, folder / MODEL)
+        return True
+    is_done = train.train(job.recipe, train.TrainOptions(
+        data=_data(job), out=folder, num_tokens=job.num_tokens,
+        resume=(folder / STATE_FILE).exists(), eager=job.limits.eager,
+        recompute=job.limits.recompute, deadline_s=left_s, num_workers=job.limits.num_workers,
+        shards=job.shards))
+    if is_done:
+        train.export(job.recipe, _data(job), folder, folder / MODEL)
+    return is_done
+
+
+def _rows(job: NanoJob, name: str, form: str, counts: Mapping[int, int], seed: int) -> Path:
+    """Rows of a form over the corpus, written once, in a folder of their own."""
+    folder = job.out / name
+    data = _data(job)
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in ("corpus", "tokenizer"):
+        if not (folder / part).exists():
+            (folder / part).symlink_to((data / part).resolve(), target_is_directory=True)
+    corpus = train.corpus_job(job.recipe, job.roots, folder)
+    synth_chat.run(synth_chat.ChatJob(
+        corpus=corpus, planner=ChatPlanner(form=form, num_rows=counts, seed=seed),
+        num_workers=max(1, job.limits.num_workers)))
+    return folder / f"{form}-train.jsonl"
+
+
+def _limits(job: NanoJob, begin: float, left_s: float) -> Limits:
+    spent = time.perf_counter() - begin
+    return Limits(time_limit_s=max(1e-3, left_s - spent), eager=job.limits.eager,
+                  recompute=job.limits.recompute, rows_at_once=job.limits.rows_at_once)
+
+
+def _sft(job: NanoJob, left_s: float) -> bool:
+    folder, tuning, begin = job.out / "sft", job.recipe.tuning, time.perf_counter()
+    if (folder / MODEL / "config.json").is_file():
+        return True
+    short = _rows(job, "chat-short", CHAT, tuning.short_rows, 1)
+    mixed = _rows(job, "chat-mixed", CHAT, tuning.mixed_rows, 2)
+    return tune.sft(tune.SftRun(
+        checkpoint=job.out / "pretrain" / MODEL, out=folder, learning_rate=tuning.sft_rate,
+        tokens_per_step=tuning.tokens_per_step, limits=_limits(job, begin, left_s), stages=(
+            tune.Stage(name="stage 1", files=(short,), max_length=32_768),
+            tune.Stage(name="stage 2", files=(mixed,), max_length=262_144))))
+
+
+def _dpo(job: NanoJob, left_s: float) -> bool:
+    folder, tuning, begin = job.out / "dpo", job.recipe.tuning, time.perf_counter()
+    if (folder / MODEL / "config.json").is_file():
+        return True
+    pairs = _rows(job, "pairs", PAIRS, tuning.pairs, 3)
+    return tune.dpo(tune.DpoRun(
+        checkpoint=job.out / "sft" / MODEL, files=(pairs,), out=folder,
+        learning_rate=tuning.dpo_rate, tokens_per_step=tuning.tokens_per_step // 2,
+        limits=_limits(job, begin, left_s)))
+
+
+def _copy(checkpoint: Path, out: Path) -> None:
+    with replaced_checkpoint(out) as folder:
+        for file in checkpoint.iterdir():
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
