@@ -44,7 +44,7 @@ Weights = Annotated[str, typer.Option(
     help="checkpoint, or random: the same sizes and no weights read, to measure with.")]
 ModelOption = Annotated[str, typer.Option(help="Directory, hub id, or nano (bundled).")]
 ShapeName = Annotated[str, typer.Option(
-    "--shape", help="qwen2.5-7b, qwen2.5-14b or nano; random weights.")]
+    "--shape", help="qwen2.5-7b, qwen2.5-14b, qwen3-30b-a3b or nano; random weights.")]
 Vertical = Annotated[int | None, typer.Option(help="Columns of each head; default: released.")]
 Slash = Annotated[int | None, typer.Option(help="Diagonals of each head; default: released.")]
 SelectionMode = Annotated[str, typer.Option("--mode", help="Selection: tile or paper.")]

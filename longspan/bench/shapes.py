@@ -26,8 +26,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2.5-14b": {
         **_QWEN, "hidden_size": 5120, "intermediate_size": 13_824, "num_hidden_layers": 48,
         "num_attention_heads": 40, "num_key_value_heads": 8},
+    "qwen3-30b-a3b": {
+        "architectures": ["Qwen3MoeForCausalLM"], "vocab_size": 151_936, "rms_norm_eps": 1e-6,
+        "rope_theta": 1e7, "max_position_embeddings": 1_010_000, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "hidden_size": 2048, "intermediate_size": 6144,
+        "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4,
+        "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
+        "moe_intermediate_size": 768, "dual_chunk_attention_config": {
+            "chunk_size": 131_072, "local_size": 4096,
+            "original_max_position_embeddings": 262_144}},
 }
-"""config.json of Qwen2.5-7B-Instruct-1M and Qwen2.5-14B-Instruct-1M, what matters here."""
+"""config.json of Qwen2.5-7B-Instruct-1M, Qwen2.5-14B-Instruct-1M and Qwen3-30B-A3B-2507 as its
+config_1m.json has it, what matters here."""
+EXPERT_SHAPE = "qwen3-30b-a3b"
 BUDGET_FILES = {"qwen2.5-7b": "qwen2.5-7b-instruct-1m.sparsity.json",
                 "qwen2.5-14b": "qwen2.5-14b-instruct-1m.sparsity.json"}
 SHAPES = (*CONFIGS, BUNDLED_MODEL)
@@ -113,6 +124,8 @@ def _plan(name: str, model: ModelConfig, options: PlanOptions) -> tuple[Sparsity
         source = f"v{options.vertical}-s{options.slash}"
     elif name in BUDGET_FILES:
         plan, source = SparsityPlan.from_released(released_budgets(name)), "released"
+    elif name in CONFIGS:
+        plan, source = SparsityPlan.default(model.num_layers, model.num_heads), "default"
     else:
         plan = SparsityPlan.load(resolve_checkpoint(name) / "sparsity_plan.json")
         source = "bundled"

@@ -64,13 +64,19 @@ class RoutedMLP(nn.Module):
 
     def add_to(self, hidden: Tensor, x: Tensor) -> None:
         """x: [T, M]; the result is added to ``hidden`` [T, M], in place."""
-        weights, experts = route(_router_logits(x, self.gate.weight), self.num_chosen,
-                                 self.is_normed)
+        weights, experts = route(self.logits(x), self.num_chosen, self.is_normed)
         add_routed_mlp(hidden, x, weights, experts, self.experts.gate_up_proj,
                        self.experts.down_proj)
         if self.has_shared:
             opened = self.shared_expert_gate(x).float().sigmoid().to(x.dtype)
             hidden.addcmul_(opened, self.shared_expert(x))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Multiply by the router in fp32, so that which experts a token takes is no matter of
+        rounding. x: [T, M]; returns [T, E] fp32."""
+        if x.is_cuda and x.dtype != torch.float32:
+            return torch.mm(x, self.gate.weight.t(), out_dtype=torch.float32)
+        return F.linear(x.float(), self.gate.weight.float())
 
     def rows_at_a_time(self, device_type: str) -> int:
         """Rows that `add_to` is best given on ``cpu`` or ``cuda``."""
@@ -91,13 +97,3 @@ class RoutedMLP(nn.Module):
 def expert_rows(device_type: str) -> int:
     """Tokens that experts compute at a time on ``cpu`` or ``cuda``; memory plans need it too."""
     return mlp_rows(device_type) if device_type == "cpu" else EXPERT_ROWS
-
-
-def _router_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """Multiply in fp32, so that which experts a token takes is no matter of rounding.
-
-    x: [T, M]; weight: [E, M]. Returns [T, E] fp32.
-    """
-    if x.is_cuda and x.dtype != torch.float32:
-        return torch.mm(x, weight.t(), out_dtype=torch.float32)
-    return F.linear(x.float(), weight.float())

@@ -38,6 +38,9 @@ __all__ = [
     "store_kv",
 ]
 
+GROUPED_ROUTES = 16_384
+"""From so many rows of experts on PyTorch's grouped products are taken, where it has them."""
+
 
 def prefill_attention(
     q: Tensor, cache: PagedKV, block_table: Tensor, cached_len: int, rotary: QueryRotary,
@@ -167,7 +170,12 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def route(logits: Tensor, num_chosen: int, is_normed: bool) -> tuple[Tensor, Tensor]:
-    """See `reference.route`."""
+    """See `reference.route`; experts may be int32."""
+    if logits.is_cuda:
+        from longspan.ops.moe import triton_routing
+
+        if logits.shape[1] <= triton_routing.MAX_EXPERTS:
+            return triton_routing.route(logits, num_chosen, is_normed)
     return reference.route(logits, num_chosen, is_normed)
 
 
@@ -175,4 +183,13 @@ def add_routed_mlp(
     sums: Tensor, x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor,
 ) -> None:
     """See `reference.add_routed_mlp`."""
-    eager_moe.add_routed_mlp(sums, x, weights, experts, gate_up, down)
+    args = (sums, x, weights, experts, gate_up, down)
+    if x.is_cuda:
+        from longspan.ops.moe import grouped
+        from longspan.ops.moe import triton as kernels
+
+        if experts.numel() >= GROUPED_ROUTES and grouped.supports(x, gate_up, down):
+            return grouped.add_routed_mlp(*args)
+        if kernels.supports(x, gate_up):
+            return kernels.add_routed_mlp(*args)
+    return eager_moe.add_routed_mlp(*args)

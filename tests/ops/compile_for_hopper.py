@@ -121,6 +121,27 @@ def main() -> None:
     pointwise.silu_mul(x)
     rows, positions = torch.zeros(9, KV_HEADS, DIM, dtype=torch.bfloat16), torch.arange(9)
     pointwise.store_kv(cache, rows, rows, positions, positions, table[:1], rotary)
+    compile_experts()
+
+
+def compile_experts() -> None:
+    """Compile the kernels of routed experts at the sizes of Qwen3-30B-A3B, with all tiles."""
+    from longspan.ops.moe import triton as experts
+    from longspan.ops.moe import triton_routing
+
+    weights, chosen = triton_routing.route(torch.zeros(9, 128), 8, True)
+    groups = triton_routing.group(chosen, 128)
+    x = torch.zeros(9, 2_048, dtype=torch.bfloat16)
+    gate_up = torch.zeros(1, dtype=torch.bfloat16).expand(128, 1_536, 2_048)
+    down = torch.zeros(1, dtype=torch.bfloat16).expand(128, 2_048, 768)
+    # one element stands for all of them, as nothing is read
+    setattr(gate_up, "is_contiguous", lambda: True)  # noqa: B010
+    setattr(down, "is_contiguous", lambda: True)  # noqa: B010
+    for up_tiles, down_tiles in (experts.FEW, experts.SOME, experts.MANY):
+        hidden = experts.expert_up(x, groups, gate_up, 8, up_tiles)
+        routed = experts.expert_down(hidden, groups, weights, down, down_tiles)
+    experts.combine(x, routed, 8)
+    experts.combine(x, routed, 8, weights, groups.order)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ KERNELS = {
     "select/top_k": "choose_windows write_largest place_columns group_maxima lower_bounds "
                     "count_reached list_reached place_diagonals",
     "tiles/splits": "_merge_kernel", "tiles/rotary": "_rotate_kernel",
+    "moe/triton": "_expert_up _expert_down _combine", "moe/triton_routing": "_route _count",
     "decode": "_attend_items _merge_items",
     "pointwise": "_rms_norm _silu_mul _store_rotated _block_means"}
 

@@ -19,9 +19,11 @@ from longspan.bench.ops.inputs import BLOCK_SIZE, LayerInput, make_input, make_r
 from longspan.bench.session import CheckFailed
 from longspan.bench.shapes import Shape
 from longspan.config import DcaConfig
+from longspan.model import TORCH_DTYPES
 from longspan.ops import reference
 from longspan.ops.select import eager
 from longspan.ops.types import Budget, PagedKV, Selection
+from longspan.units import default_dtype
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 """Error ratio, as docs/numerics.md."""
@@ -134,6 +136,27 @@ def check_pointwise(shape: Shape, device: str) -> float:
                              dtype)
                for one, other in zip(*caches, strict=True)
                if one is not None and other is not None]
+    return max(ratios)
+
+
+def check_experts(device: str) -> float:
+    """Check 1, 13 and 700 tokens through nine experts, some of whom nobody takes. Returns the worst
+    ratio."""
+    dtype = TORCH_DTYPES[default_dtype(device)]
+    gate_up = (torch.randn(9, 2 * 96, 128, device=device) * 128**-0.5).to(dtype)
+    down = (torch.randn(9, 128, 96, device=device) * 96**-0.5).to(dtype)
+    ratios = []
+    for count in (1, 13, 700):
+        logits = torch.randn(count, 9, device=device)
+        logits[:, 6:] -= 20
+        weights, experts = ops.route(logits, 3, True)
+        ratios.append(require_close(
+            "route", weights, reference.route(logits, 3, True)[0], torch.float32))
+        x = torch.randn(count, 128, device=device).to(dtype)
+        ours, theirs = torch.zeros_like(x), torch.zeros_like(x)
+        ops.add_routed_mlp(ours, x, weights, experts, gate_up, down)
+        reference.add_routed_mlp(theirs, x, weights, experts, gate_up, down)
+        ratios.append(require_close("experts", ours, theirs, dtype))
     return max(ratios)
 
 

@@ -24,7 +24,7 @@ from longspan.model import TORCH_DTYPES
 from longspan.units import GIB, default_dtype
 
 SECTIONS = ("ceilings", "chunk", "sparse", "decode", "positions", "whole", "dense", "contents",
-            "pointwise")
+            "pointwise", "experts")
 """In the order they run: what matters most comes first, should time run out."""
 
 
@@ -52,6 +52,10 @@ class OpsOptions:
     gemm_size: int | None = None
     """Rows of the square matrices; default by device."""
     copy_bytes: int | None = None
+    expert_tokens: tuple[int, ...] = (32_768, 8_192)
+    """Tokens of a prefill through a layer of experts."""
+    expert_batches: tuple[int, ...] = (1, 8, 64)
+    """Tokens of a decode step through it."""
 
     def __post_init__(self) -> None:
         for name, values, known in (("--only", self.sections, SECTIONS),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from longspan.bench.session import BenchOptions, BenchSession, CheckFailed, Unav
 from longspan.bench.timing import Repeats
 from longspan.commands import results
 from longspan.errors import LongspanError
+from longspan.expert_config import ExpertConfig
 from longspan.ops.types import Selection
 from tests.bench.shapes_for_tests import tiny_shape
 from tests.conftest import assert_close
@@ -34,7 +36,7 @@ def options(**values: Any) -> OpsOptions:
         "lengths": (512, 2048), "square": (600,), "baselines": ("math", "cudnn", "flex"),
         "chunk_baselines": ("math", "cudnn"), "flex_max": 512, "chunk_len": 512, "layers": 2,
         "sections": SECTIONS, "contents": CONTENTS, "repeats": ONCE, "gemm_size": 64,
-        "copy_bytes": 4096}
+        "copy_bytes": 4096, "expert_tokens": (40,), "expert_batches": (1, 3)}
     return OpsOptions(**{**defaults, **values})
 
 
@@ -45,7 +47,10 @@ def session(folder: Path, **values: Any) -> BenchSession:
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ops")
-    assert run(session(folder), tiny_shape(), options()) == 0
+    shape = tiny_shape()
+    experts = ExpertConfig(num_experts=6, num_chosen=2, expert_size=24)
+    shape = replace(shape, model=replace(shape.model, experts=experts))
+    assert run(session(folder), shape, options()) == 0
     (content,) = results.read_bench(folder, "ops")
     assert content["commit"] == "abc"
     rows: list[dict[str, Any]] = content["rows"]
@@ -64,11 +69,26 @@ def test_every_section_has_rows(measured: list[dict[str, Any]]) -> None:
         ("sparse_chunk", "ours"), ("decode", "ours"), ("decode", "math"),
         ("dense_chunk_dca_over_rope", "ours"), ("sparse_chunk_dca_over_rope", "ours"),
         ("whole_dense", "ours"), ("whole_dense", "math"), ("whole_sparse", "ours"),
-        ("rms_norm", "ours"), ("add_rms_norm", "ours"), ("silu_mul", "ours"), ("store_kv", "ours")}
+        ("rms_norm", "ours"), ("add_rms_norm", "ours"), ("silu_mul", "ours"), ("store_kv", "ours"),
+        ("experts", "ours"), ("read", "torch"), ("experts_decode", "ours")}
     assert all(row["time_ms"] > 0 and row["n"] >= 1 for row in measured
                if "error" not in row and row["op"] != "whole_dense")
     assert {row["error"] for row in measured if "error" in row} == {
-        "cudnn needs a CUDA GPU"}
+        "cudnn needs a CUDA GPU", "triton needs a CUDA GPU", "grouped_mm needs a CUDA GPU"}
+
+
+def test_rows_of_experts_say_what_was_read(measured: list[dict[str, Any]]) -> None:
+    (prefill,), decodes = chosen(measured, "experts"), chosen(measured, "experts_decode")
+    assert prefill["params"]["num_tokens"] == 40 and prefill["tflops"] > 0
+    assert [row["params"]["num_tokens"] for row in decodes] == [1, 3]
+    assert decodes[0]["experts_read"] == 2 and 2 <= decodes[1]["experts_read"] <= 6
+    assert all(row["ratio"] > 0 and row["rel_error"] <= 1e-5 for row in decodes)
+
+
+def test_a_shape_without_experts_is_not_measured_on_a_cpu(tmp_path: Path) -> None:
+    assert run(session(tmp_path), tiny_shape(), options(sections=("experts",))) == 0
+    assert not results.read_bench(tmp_path, "ops") or not results.read_bench(
+        tmp_path, "ops")[0]["rows"]
 
 
 def test_sparse_rows_say_what_was_computed(measured: list[dict[str, Any]]) -> None:

@@ -1,0 +1,251 @@
+"""Routed experts (Triton): grouped products that gather their rows and fuse the activation.
+
+Routes lie in the order of their experts (`triton_routing`), each expert's in tiles of its own, and
+a program finds its tile from where the experts' routes end: nothing is read on the host, grids
+depend on shapes alone, and a step that is recorded as a CUDA graph reads the weights of whatever
+experts its tokens take, and no others. The same kernels serve a prefill's thousands of rows and a
+decode step's few, with other tiles.
+
+Shapes: T tokens, E experts, k chosen ones, R = T k routes, M model dim, F width of one expert.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from longspan.ops.moe.triton_routing import MAX_EXPERTS, Groups, group
+
+COMBINE_TILE = 1_024
+
+
+class Tiles(NamedTuple):
+    """Sizes of one product's tiles."""
+
+    rows: int
+    columns: int
+    depth: int
+    stages: int
+    warps: int
+
+
+FEW = (Tiles(16, 32, 128, 4, 4), Tiles(16, 32, 128, 4, 4))
+"""Up and down, where an expert has few routes: the weights' way through is all that counts."""
+SOME = (Tiles(64, 64, 64, 4, 4), Tiles(64, 128, 64, 4, 4))
+MANY = (Tiles(128, 64, 64, 4, 8), Tiles(128, 128, 64, 4, 8))
+SUPER = 8
+"""Row tiles whose programs come together for each column tile, so that weights stay in the L2."""
+
+
+def add_routed_mlp(
+    sums: Tensor, x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor,
+) -> None:
+    """See `reference.add_routed_mlp`. Needs what `supports` says."""
+    assert supports(x, gate_up)
+    if not x.shape[0]:
+        return
+    groups = group(experts, gate_up.shape[0])
+    up_tiles, down_tiles = choose_tiles(experts.numel(), gate_up.shape[0])
+    hidden = expert_up(x, groups, gate_up, experts.shape[1], up_tiles)
+    routed = expert_down(hidden, groups, weights, down, down_tiles)
+    combine(sums, routed, experts.shape[1])
+
+
+def supports(x: Tensor, gate_up: Tensor) -> bool:
+    """Return whether the kernels take such rows and experts."""
+    return (gate_up.shape[0] <= MAX_EXPERTS and x.stride(1) == 1 and gate_up.is_contiguous()
+            and x.dtype == gate_up.dtype and x.dtype in (torch.float32, torch.bfloat16))
+
+
+def choose_tiles(num_routes: int, num_experts: int) -> tuple[Tiles, Tiles]:
+    """Choose tiles for both products by how many routes an expert has, about."""
+    mean = num_routes / num_experts
+    return FEW if mean <= 16 else SOME if mean <= 64 else MANY
+
+
+def expert_up(
+    x: Tensor, groups: Groups, gate_up: Tensor, num_chosen: int, tiles: Tiles,
+) -> Tensor:
+    """Compute silu(gate) * up of every route. x: [T, M]; gate_up: [E, 2F, M]. Returns [R, F] in
+    the order of the groups."""
+    num_routes, (num_experts, twice, dim) = groups.order.shape[0], gate_up.shape
+    out = torch.empty(num_routes, twice // 2, dtype=x.dtype, device=x.device)
+    grid = row_tiles(num_routes, num_experts, tiles.rows) * triton.cdiv(twice // 2, tiles.columns)
+    _expert_up[(grid,)](
+        x, gate_up, out, groups.order, groups.ends, num_routes, num_experts, dim, twice // 2,
+        num_chosen, x.stride(0), row_tiles(num_routes, num_experts, tiles.rows),
+        EXPERTS=triton.next_power_of_2(num_experts), ROWS=tiles.rows, COLUMNS=tiles.columns,
+        DEPTH=tiles.depth, IS_WHOLE=dim % tiles.depth == 0, SUPER=SUPER,
+        PRECISION=_precision(x), STAGES=tiles.stages, num_warps=tiles.warps)
+    return out
+
+
+def expert_down(
+    hidden: Tensor, groups: Groups, weights: Tensor, down: Tensor, tiles: Tiles,
+) -> Tensor:
+    """Compute the weighted output of every route. hidden: [R, F] in the order of the groups;
+    weights: [T, k] fp32; down: [E, M, F]. Returns [R, M] in the order of the routes."""
+    num_routes, (num_experts, dim, width) = groups.order.shape[0], down.shape
+    assert weights.is_contiguous() and down.is_contiguous()
+    out = torch.empty(num_routes, dim, dtype=hidden.dtype, device=hidden.device)
+    grid = row_tiles(num_routes, num_experts, tiles.rows) * triton.cdiv(dim, tiles.columns)
+    _expert_down[(grid,)](
+        hidden, down, weights, out, groups.order, groups.ends, num_routes, num_experts, dim, width,
+        row_tiles(num_routes, num_experts, tiles.rows),
+        EXPERTS=triton.next_power_of_2(num_experts), ROWS=tiles.rows, COLUMNS=tiles.columns,
+        DEPTH=tiles.depth, IS_WHOLE=width % tiles.depth == 0, SUPER=SUPER,
+        PRECISION=_precision(hidden), STAGES=tiles.stages, num_warps=tiles.warps)
+    return out
+
+
+def combine(
+    sums: Tensor, routed: Tensor, num_chosen: int, weights: Tensor | None = None,
+    places: Tensor | None = None,
+) -> None:
+    """Add each token's k rows to it, in fp32, in place.
+
+    Args:
+        sums: [T, M]
+        routed: [R, M]
+        weights: [T, k] fp32, what rows are multiplied by; None: they are weighted.
+        places: [R] int32, the row of each route; None: they lie in the order of the routes.
+    """
+    num_tokens, dim = sums.shape
+    assert sums.stride(1) == 1 and routed.is_contiguous()
+    assert weights is None or weights.is_contiguous()
+    tile = min(COMBINE_TILE, triton.next_power_of_2(dim))
+    _combine[(num_tokens, triton.cdiv(dim, tile))](
+        sums, routed, sums if weights is None else weights, sums if places is None else places,
+        dim, sums.stride(0), CHOSEN=num_chosen, HAS_WEIGHTS=weights is not None,
+        HAS_PLACES=places is not None, TILE=tile, num_warps=4)
+
+
+def row_tiles(num_routes: int, num_experts: int, rows: int) -> int:
+    """Return the most tiles that experts' routes can take: each may end in a part of one."""
+    return min(num_routes, triton.cdiv(num_routes, rows) + num_experts - 1)
+
+
+def _precision(x: Tensor) -> str:
+    return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+@triton.jit
+def _place(
+    ends, num_experts, num_row_tiles, num_column_tiles,
+    EXPERTS: tl.constexpr, ROWS: tl.constexpr, SUPER: tl.constexpr,
+):
+    """Find a program's expert, the rows [ROWS] of its tile in the groups' order, where the expert's
+    rows end, and its column tile. An expert of ``num_experts`` or more: there is nothing to do."""
+    program = tl.program_id(0)
+    width = SUPER * num_column_tiles
+    first = program // width * SUPER
+    height = tl.minimum(num_row_tiles - first, SUPER)
+    tile = first + program % width % height
+    column_tile = program % width // height
+    numbers = tl.arange(0, EXPERTS)
+    is_expert = numbers < num_experts
+    stops = tl.load(ends + numbers, mask=is_expert, other=0)
+    starts = tl.load(ends + numbers - 1, mask=is_expert & (numbers > 0), other=0)
+    tiles = tl.where(is_expert, (stops - starts + ROWS - 1) // ROWS, 0)
+    tile_ends = tl.cumsum(tiles, 0)
+    expert = tl.sum(((tile_ends <= tile) & is_expert).to(tl.int32), 0)
+    is_own = numbers == expert
+    within = tile - tl.sum(tl.where(is_own, tile_ends - tiles, 0), 0)
+    start = tl.sum(tl.where(is_own, starts, 0), 0) + within * ROWS
+    stop = tl.sum(tl.where(is_own, stops, 0), 0)
+    return expert, start + tl.arange(0, ROWS), stop, column_tile
+
+
+@triton.jit
+def _expert_up(
+    x, gate_up, out, order, ends, num_routes, num_experts, dim, width, num_chosen, x_row,
+    num_row_tiles,
+    EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    IS_WHOLE: tl.constexpr, SUPER: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):
+    """Compute one tile of silu(gate) * up for rows of one expert, gathered from the tokens."""
+    expert, rows, stop, column_tile = _place(
+        ends, num_experts, num_row_tiles, (width + COLUMNS - 1) // COLUMNS, EXPERTS, ROWS, SUPER)
+    if expert >= num_experts:
+        return
+    is_row = rows < stop
+    tokens = tl.load(order + rows, mask=is_row, other=0) // num_chosen
+    columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    is_column = columns < width
+    depths = tl.arange(0, DEPTH)
+    row_places = x + tokens.to(tl.int64)[:, None] * x_row + depths[None, :]
+    matrix = gate_up + expert.to(tl.int64) * 2 * width * dim
+    gate_places = matrix + columns[None, :] * dim + depths[:, None]
+    gate = tl.zeros([ROWS, COLUMNS], tl.float32)
+    up = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in tl.range(0, dim, DEPTH, num_stages=STAGES):
+        row_mask, column_mask = is_row[:, None], is_column[None, :]
+        if not IS_WHOLE:
+            row_mask = row_mask & (first + depths < dim)[None, :]
+            column_mask = column_mask & (first + depths < dim)[:, None]
+        part = tl.load(row_places + first, mask=row_mask, other=0.0)
+        gates = tl.load(gate_places + first, mask=column_mask, other=0.0)
+        ups = tl.load(gate_places + width * dim + first, mask=column_mask, other=0.0)
+        gate = tl.dot(part, gates, gate, input_precision=PRECISION)
+        up = tl.dot(part, ups, up, input_precision=PRECISION)
+    # of large negative gates the power is inf, and the quotient 0, as it should be
+    hidden = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out + rows.to(tl.int64)[:, None] * width + columns[None, :],
+             hidden.to(out.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
+
+
+@triton.jit
+def _expert_down(
+    hidden, down, weights, out, order, ends, num_routes, num_experts, dim, width, num_row_tiles,
+    EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    IS_WHOLE: tl.constexpr, SUPER: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):
+    """Compute one tile of an expert's output, weighted, and put its rows to their routes."""
+    expert, rows, stop, column_tile = _place(
+        ends, num_experts, num_row_tiles, (dim + COLUMNS - 1) // COLUMNS, EXPERTS, ROWS, SUPER)
+    if expert >= num_experts:
+        return
+    is_row = rows < stop
+    routes = tl.load(order + rows, mask=is_row, other=0)
+    columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    is_column = columns < dim
+    depths = tl.arange(0, DEPTH)
+    row_places = hidden + rows.to(tl.int64)[:, None] * width + depths[None, :]
+    matrix = down + expert.to(tl.int64) * dim * width
+    column_places = matrix + columns[None, :] * width + depths[:, None]
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in tl.range(0, width, DEPTH, num_stages=STAGES):
+        row_mask, column_mask = is_row[:, None], is_column[None, :]
+        if not IS_WHOLE:
+            row_mask = row_mask & (first + depths < width)[None, :]
+            column_mask = column_mask & (first + depths < width)[:, None]
+        part = tl.load(row_places + first, mask=row_mask, other=0.0)
+        matrix_part = tl.load(column_places + first, mask=column_mask, other=0.0)
+        total = tl.dot(part, matrix_part, total, input_precision=PRECISION)
+    total *= tl.load(weights + routes, mask=is_row, other=0.0)[:, None]
+    tl.store(out + routes.to(tl.int64)[:, None] * dim + columns[None, :],
+             total.to(out.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
+
+
+@triton.jit
+def _combine(
+    sums, routed, weights, places, dim, sums_row, CHOSEN: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    HAS_PLACES: tl.constexpr, TILE: tl.constexpr,
+):
+    """Add up one token's routes, in the order of its choice."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    is_column = columns < dim
+    total = tl.zeros([TILE], tl.float32)
+    for choice in tl.static_range(CHOSEN):
+        route = token * CHOSEN + choice
+        row = tl.load(places + route).to(tl.int64) if HAS_PLACES else route
+        part = tl.load(routed + row * dim + columns, mask=is_column, other=0.0).to(tl.float32)
+        total += part * tl.load(weights + route) if HAS_WEIGHTS else part
+    place = sums + token * sums_row + columns
+    total += tl.load(place, mask=is_column, other=0.0).to(tl.float32)
+    tl.store(place, total.to(sums.dtype.element_ty), mask=is_column)
