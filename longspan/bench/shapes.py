@@ -34,7 +34,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
         "moe_intermediate_size": 768, "dual_chunk_attention_config": {
             "chunk_size": 131_072, "local_size": 4096,
-            "original_max_position_embeddings": 262_144}},
+            "original_max_position_embeddings": 131_072}},
 }
 """config.json of Qwen2.5-7B-Instruct-1M, Qwen2.5-14B-Instruct-1M and Qwen3-30B-A3B-2507 as its
 config_1m.json has it, what matters here."""
