@@ -39,7 +39,8 @@ from longspan.commands.synth_options import synth_app
 from longspan.commands.train_app import train_app
 
 Attention = Annotated[str, typer.Option(help="Prefill: auto, dense or sparse.")]
-Positions = Annotated[str, typer.Option(help="auto, rope, dca or dca+yarn.")]
+Positions = Annotated[str, typer.Option(
+    help="auto, rope, dca or dca+yarn; the last two also for checkpoints that have no DCA.")]
 Weights = Annotated[str, typer.Option(
     help="checkpoint, or random: the same sizes and no weights read, to measure with.")]
 ModelOption = Annotated[str, typer.Option(help="Directory, hub id, or nano (bundled).")]

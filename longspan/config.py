@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from longspan.dca_config import DcaConfig as DcaConfig
+from longspan.dca_config import read_budgets, read_dca
 from longspan.errors import CheckpointError, LongspanError
 from longspan.expert_config import ExpertConfig, read_experts
 from longspan.families import (
@@ -31,31 +33,13 @@ WeightSource = Literal["checkpoint", "random"]
 
 MAX_THREADS = 1024
 """torch crashes if the operating system cannot give it as many threads as it was told to use."""
+LONG_CONFIG = "config_1m.json"
+"""A checkpoint's config.json for contexts longer than it usually claims."""
+WEIGHT_FIELDS = ("architecture", "vocab_size", "hidden_size", "intermediate_size", "num_layers",
+                 "num_heads", "num_kv_heads", "head_dim", "experts", "rope_theta",
+                 "tie_word_embeddings")
+"""Facts of the weights, the same in both."""
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DcaConfig:
-    """Dual Chunk Attention as released checkpoints describe it (`dual_chunk_attention_config`)."""
-
-    chunk_size: int
-    """Clamp of relative positions (c in the paper), tokens; not the DCA chunk's length."""
-    local_size: int
-    """Local window w, tokens."""
-    original_max_position_embeddings: int = 0
-    """Trained length for the YaRN attention temperature, tokens; 0 means no temperature."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.local_size < self.chunk_size:
-            raise CheckpointError(
-                f"dual_chunk_attention_config: local_size {self.local_size} must be between 1 and "
-                f"chunk_size - 1 = {self.chunk_size - 1}; correct config.json"
-            )
-
-    @property
-    def dca_chunk_len(self) -> int:
-        """Length s of one DCA chunk, tokens: chunk_size - local_size."""
-        return self.chunk_size - self.local_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,15 +125,23 @@ class ModelConfig:
             qk_norm=family.qk_norm,
             experts=(read_experts(need, has_shared=family.has_shared_expert)
                      if family.has_experts else None),
-            dca=_dca(dca_need),
-            sparse_budgets=_released_budgets(dca_need.raw, num_layers, source),
+            dca=read_dca(dca_need),
+            sparse_budgets=read_budgets(need, dca_need, num_layers),
             sparse_threshold=int(dca_need.number("sparse_attention_threshold", 32_768)),
             sparse_probe_len=dca_need.integer("sparse_attention_last_q", 64),
         )
 
     @classmethod
-    def from_dir(cls, path: Path) -> ModelConfig:
-        """Read ``config.json`` and, beside it, ``sparse_attention_config.json`` where present."""
+    def from_dir(
+        cls, path: Path, *, wanted_len: int | None = None, wants_dca: bool = False
+    ) -> ModelConfig:
+        """Read ``config.json`` and, beside it, ``sparse_attention_config.json`` where present.
+
+        Args:
+            wanted_len: contexts longer than ``config.json`` claims are wanted: ``config_1m.json``
+                is read instead, where the checkpoint has one (Qwen3-2507).
+            wants_dca: the same where ``config.json`` has no DCA.
+        """
         adapter = next((name for name in ADAPTER_FILES if (path / name).is_file()), None)
         if adapter is not None:
             raise CheckpointError(
@@ -161,8 +153,23 @@ class ModelConfig:
                 f"{path}: no config.json there; name a directory that holds a Hugging Face "
                 "checkpoint, or a hub id such as Qwen/Qwen2.5-7B-Instruct-1M"
             )
+        config, longer = cls._from_file(file), path / LONG_CONFIG
+        is_wanted = wants_dca and config.dca is None or (
+            wanted_len is not None and wanted_len > config.max_position_embeddings)
+        if not is_wanted or not longer.is_file():
+            return config
+        found = cls._from_file(longer)
+        differing = [name for name in WEIGHT_FIELDS
+                     if getattr(found, name) != getattr(config, name)]
+        if differing:
+            raise CheckpointError(f"{longer}: another {differing[0]} than in config.json; fetch "
+                                  "both files again")
+        return found
+
+    @classmethod
+    def _from_file(cls, file: Path) -> ModelConfig:
         raw = read_json(file)
-        sparse_file = path / "sparse_attention_config.json"
+        sparse_file = file.with_name("sparse_attention_config.json")
         dca_raw = raw.get("dual_chunk_attention_config") if isinstance(raw, dict) else None
         inlined = isinstance(dca_raw, dict) and "sparse_attention_config" in dca_raw
         if isinstance(dca_raw, dict) and dca_raw and not inlined and sparse_file.is_file():
@@ -327,28 +334,3 @@ def _refuse_two_extensions(dca: Fields, scaling: RopeScaling | None) -> None:
         raise CheckpointError(
             f"{dca.source} stands beside rope scaling of type {scaling.kind!r}, and both reach "
             "beyond the trained length; remove one of them from config.json")
-
-
-def _dca(need: Fields) -> DcaConfig | None:
-    if not need.raw:
-        return None
-    return DcaConfig(
-        chunk_size=need.integer("chunk_size", 8192),
-        local_size=need.integer("local_size", 1024),
-        original_max_position_embeddings=int(need.number("original_max_position_embeddings", 0)),
-    )
-
-
-def _released_budgets(
-    raw: Mapping[str, Any], num_layers: int, source: str
-) -> tuple[dict[str, Any], ...] | None:
-    budgets = raw.get("sparse_attention_config")
-    if not budgets or raw.get("sparse_attention_enabled") is False:
-        return None
-    if not isinstance(budgets, list) or not all(isinstance(layer, dict) for layer in budgets):
-        raise CheckpointError(
-            f"{source}: sparse_attention_config must be a list of objects, one a layer")
-    if len(budgets) != num_layers:
-        raise CheckpointError(f"{source}: sparse_attention_config is for {len(budgets)} layers, "
-                              f"the model has {num_layers}; they do not belong together")
-    return tuple(budgets)

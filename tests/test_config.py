@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from longspan.config import EngineConfig, ModelConfig
+from longspan.config import DcaConfig, EngineConfig, ModelConfig
 from longspan.errors import CheckpointError, LongspanError
 from longspan.expert_config import ExpertConfig
 from longspan.rope_config import RopeScaling
@@ -151,6 +151,60 @@ def test_budgets_without_dca_are_not_read(tmp_path):
     """The engines read the file only for dual chunk checkpoints."""
     raw = small(dual_chunk_attention_config=None)
     assert ModelConfig.from_dir(write(tmp_path, raw, [BUDGETS_LAYER] * 2)).sparse_budgets is None
+
+
+LONG_DCA = {"chunk_size": 131_072, "local_size": 4_096, "original_max_position_embeddings": 131_072}
+
+
+def write_long(path, **changes):
+    """Qwen3-2507: config.json claims 262,144 tokens, config_1m.json a million, with DCA."""
+    write(path, QWEN3_30B)
+    (path / "config_1m.json").write_text(json.dumps(
+        QWEN3_30B | {"max_position_embeddings": 1_010_000, "dual_chunk_attention_config": LONG_DCA}
+        | changes))
+    return path
+
+
+def test_the_config_of_a_million_is_read_when_it_is_wanted(tmp_path):
+    path = write_long(tmp_path)
+    for wanted in (None, 262_144):
+        config = ModelConfig.from_dir(path, wanted_len=wanted)
+        assert config.dca is None and config.max_position_embeddings == 262_144
+    for options in ({"wanted_len": 262_145}, {"wants_dca": True}):
+        config = ModelConfig.from_dir(path, **options)
+        assert config.max_position_embeddings == 1_010_000
+        assert config.dca == DcaConfig(**LONG_DCA) and config.dca.dca_chunk_len == 126_976
+    (path / "config_1m.json").unlink()
+    assert ModelConfig.from_dir(path, wanted_len=500_000).dca is None
+
+
+@pytest.mark.parametrize(("changes", "name"), [
+    ({"num_experts": 64}, "experts"), ({"num_hidden_layers": 36}, "num_layers"),
+    ({"rope_theta": 5e6}, "rope_theta")])
+def test_the_config_of_another_model_is_refused(tmp_path, changes, name):
+    path = write_long(tmp_path, **changes)
+    with pytest.raises(CheckpointError, match=f"config_1m.json: another {name} than in config"):
+        ModelConfig.from_dir(path, wanted_len=500_000)
+
+
+@pytest.mark.parametrize(("stated", "what"), [
+    ({"config_groups": {}, "threshold_scale_factor": 1.0}, "ModelOpt's skip-softmax"),
+    ({"use_sparse_attention": True, "sparse_topk_blocks": 16, "sparse_block_size": 128},
+     "MiniMax's block-sparse attention"),
+    ({"x": 1}, "must be a list of objects"), ("on", "must be a list of objects")])
+@pytest.mark.parametrize("is_inner", [False, True])
+def test_other_meanings_of_sparse_attention_config(stated, what, is_inner):
+    raw = small_dca(sparse_attention_config=stated) if is_inner else small(
+        sparse_attention_config=stated)
+    with pytest.raises(CheckpointError, match=f"config.json: sparse_attention_config .*{what}"):
+        ModelConfig.from_hf(raw)
+
+
+def test_budgets_are_known_by_their_shape_where_they_stand():
+    budgets = [BUDGETS_LAYER] * 2
+    for raw in (small_dca(sparse_attention_config=budgets), small(sparse_attention_config=budgets)):
+        assert ModelConfig.from_hf(raw).sparse_budgets == tuple(budgets)
+    assert ModelConfig.from_hf(small(sparse_attention_config={})).sparse_budgets is None
 
 
 def test_missing_dca_keys_take_the_engines_defaults():

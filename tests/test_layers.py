@@ -29,8 +29,9 @@ PAGES = [*sorted((REPOSITORY / "docs").glob("*.md")),
          *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md"))]
 
 EVERYTHING = ("longspan",)
-BASE = ("longspan.config", "longspan.errors", "longspan.expert_config", "longspan.families",
-        "longspan.fields", "longspan.rope_config", "longspan.text_files", "longspan.units")
+BASE = ("longspan.config", "longspan.dca_config", "longspan.errors", "longspan.expert_config",
+        "longspan.families", "longspan.fields", "longspan.rope_config", "longspan.text_files",
+        "longspan.units")
 # What all rooms of the engine speak of.
 WORDS = tuple(f"longspan.engine.{name}"
               for name in ("plain", "recall", "request", "transfer", "kv_file", "step", "intake",
@@ -48,8 +49,9 @@ ALLOWED_OURS: dict[str, tuple[str, ...]] = {
     "longspan.rope_config": ("longspan.errors", "longspan.fields"),
     "longspan.expert_config": ("longspan.errors", "longspan.fields"),
     "longspan.families": ("longspan.errors", "longspan.fields"),
-    "longspan.config": ("longspan.errors", "longspan.expert_config", "longspan.families",
-                        "longspan.fields", "longspan.rope_config"),
+    "longspan.dca_config": ("longspan.errors", "longspan.fields"),
+    "longspan.config": ("longspan.dca_config", "longspan.errors", "longspan.expert_config",
+                        "longspan.families", "longspan.fields", "longspan.rope_config"),
     "longspan.text_files": ("longspan.errors",),
     "longspan.ops": ("longspan.ops",),
     "longspan.ops.types": (),
@@ -98,6 +100,7 @@ ALLOWED_OTHERS: dict[str, tuple[str, ...]] = {
     "longspan.rope_config": (),
     "longspan.expert_config": (),
     "longspan.families": (),
+    "longspan.dca_config": (),
     "longspan.config": (),
     "longspan.ops": ("torch", "triton", "numpy"),
 }

@@ -6,22 +6,19 @@ import json
 import shutil
 import sys
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from longspan.commands.console import note
+from longspan.dca_config import DCA_REACH, derive_dca
 from longspan.errors import LongspanError, MissingDependencyError
 from longspan.units import in_gib
 
 if TYPE_CHECKING:
     from longspan.model.gguf import GgufModel, PlannedTensor
-
-DCA_REACH = 4
-"""Windows that a model with DCA claims: what the released ones do, 262,144 to 1,010,000."""
-BLOCK = 128
-"""DCA chunks are whole KV blocks of the default size, as sparse prefill wants them."""
 
 
 def import_gguf(
@@ -56,13 +53,9 @@ def import_gguf(
 
 
 def dca_config(window: int) -> dict[str, Any]:
-    """DCA for weights trained on ``window`` tokens: a local window of 1/32, or a little more."""
-    stride = (window - window // 32) // BLOCK * BLOCK or window - window // 32
-    return {
-        "max_position_embeddings": DCA_REACH * window,
-        "dual_chunk_attention_config": {
-            "chunk_size": window, "local_size": window - stride,
-            "original_max_position_embeddings": window}}
+    """Write down DCA for weights trained on ``window`` tokens."""
+    return {"max_position_embeddings": DCA_REACH * window,
+            "dual_chunk_attention_config": asdict(derive_dca(window))}
 
 
 def _check_directory(directory: Path) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 
 from longspan.attention.sparsity import SparsityPlan
 from longspan.commands.console import percent, show_table
-from longspan.config import EngineConfig, ModelConfig
+from longspan.config import LONG_CONFIG, EngineConfig, ModelConfig
 from longspan.engine.device.memory import MemoryPlan
-from longspan.engine.resolve import resolve_attention, resolve_positions
+from longspan.engine.resolve import extend_window, resolve_attention, resolve_positions
 from longspan.engine.setup.engine_plan import ResolvedEngine
 from longspan.errors import LongspanError
 from longspan.model.weights import resolve_checkpoint
@@ -19,7 +19,10 @@ def run(model: str, length: int | None, options: dict[str, Any]) -> None:
     """Print weights, KV cache and workspace for `length` tokens, what fits and what will run: the
     engine's own plan for contexts of that length."""
     if length is None:
-        length = ModelConfig.from_dir(resolve_checkpoint(model)).max_position_embeddings
+        positions = options.get("positions", "auto")
+        facts = ModelConfig.from_dir(resolve_checkpoint(model),
+                                     wants_dca=positions in ("dca", "dca+yarn"))
+        length = extend_window(positions, facts).max_position_embeddings
     if length <= 0:
         raise LongspanError(f"length must be positive, not {length}")
     engine = ResolvedEngine.resolve(
@@ -40,9 +43,12 @@ def position_label(config: EngineConfig, model: ModelConfig) -> str:
 def _model_rows(engine: ResolvedEngine) -> list[tuple[str, str]]:
     model = engine.model
     heads = f"{model.num_heads} heads, {model.num_kv_heads} of keys and values"
+    active = "" if model.experts is None else (
+        f", of them {model.num_active_parameters:,} in the layers of one token "
+        f"({model.experts.num_chosen} of {model.experts.num_experts} experts)")
     return [
         ("architecture", f"{model.architecture}, {model.num_layers} layers, {heads}"),
-        ("parameters", f"{model.num_parameters:,}"),
+        ("parameters", f"{model.num_parameters:,}{active}"),
         ("longest context claimed", f"{model.max_position_embeddings:,} tokens"),
         ("device", f"{engine.config.device}, {engine.config.dtype}"),
     ]
@@ -72,7 +78,7 @@ def _size_rows(engine: ResolvedEngine) -> list[tuple[str, str]]:
 
 def _attention_rows(engine: ResolvedEngine, length: int) -> list[tuple[str, str]]:
     config, model = engine.config, engine.model
-    positions = ("positions", position_label(config, model))
+    positions = ("positions", position_label(config, model) + _dca_sizes(engine))
     is_sparse = resolve_attention(
         config.attention, length, threshold=model.sparse_threshold, has_plan=engine.has_plan,
         has_dca=engine.dca is not None)
@@ -83,6 +89,16 @@ def _attention_rows(engine: ResolvedEngine, length: int) -> list[tuple[str, str]
                 ("density budget", f"{density} of all pairs, about")]
     later = f" (sparse above {model.sparse_threshold:,} tokens)" if engine.plan else ""
     return [("attention", f"dense{later}"), positions]
+
+
+def _dca_sizes(engine: ResolvedEngine) -> str:
+    """Where DCA begins to differ from plain RoPE, and what other config the checkpoint has."""
+    if engine.dca is not None:
+        return (f" (as plain RoPE up to {engine.dca.dca_chunk_len:,} tokens; chunk_size "
+                f"{engine.dca.chunk_size:,}, local_size {engine.dca.local_size:,})")
+    if (engine.path / LONG_CONFIG).is_file():
+        return f" ({LONG_CONFIG} is read for more than {engine.model.max_position_embeddings:,})"
+    return ""
 
 
 def budget_density(plan: SparsityPlan, length: int) -> float:

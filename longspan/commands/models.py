@@ -82,7 +82,7 @@ def settings(job: ModelJob) -> tuple[Setting, ...]:
     for positions in job.positions:
         if positions not in POSITIONS:
             raise LongspanError(f"--positions: {positions!r} is not one of {', '.join(POSITIONS)}")
-    facts = ModelConfig.from_dir(resolve_checkpoint(job.model))
+    facts = ModelConfig.from_dir(resolve_checkpoint(job.model), wanted_len=job.max_model_len)
     labels = [position_label(EngineConfig(model=job.model, positions=positions), facts)  # type: ignore[arg-type]
               for positions in job.positions]
     return tuple(dict.fromkeys(Setting(a, p) for p in labels for a in job.attention))

@@ -33,7 +33,7 @@ def open_speaker(
     from longspan.engine.front.llm import LLM
     from longspan.model.weights import resolve_checkpoint
 
-    facts = ModelConfig.from_dir(resolve_checkpoint(model))
+    facts = ModelConfig.from_dir(resolve_checkpoint(model), wanted_len=longest)
     _check_limit(model, facts.max_position_embeddings, longest, shorter)
     with LLM(model, **{"max_model_len": min(2 * longest, facts.max_position_embeddings),
                        **options}) as llm:

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 
 from longspan.config import AttentionMode, DcaConfig, EngineConfig, ModelConfig, PositionMode
+from longspan.dca_config import DCA_REACH, derive_dca
 from longspan.errors import LongspanError
 from longspan.units import DTYPE_BYTES, default_dtype
 
@@ -35,20 +36,37 @@ def resolve_device(device: str | None, *, has_cuda: bool) -> str:
 
 
 def resolve_positions(mode: PositionMode, model: ModelConfig) -> DcaConfig | None:
-    """Choose the DCA settings in effect; None is plain RoPE. Raises `LongspanError` without any."""
+    """Choose the DCA settings in effect; None is plain RoPE. Raises `LongspanError` without any.
+
+    A checkpoint without DCA gets it where it is asked for by name (`derive_dca`).
+    """
     if mode == "rope" or (mode == "auto" and model.dca is None):
         return None
-    if model.dca is None:
-        raise LongspanError(
-            f"positions {mode!r} needs a dual_chunk_attention_config in the checkpoint's "
-            "config.json; add one or use positions 'rope'")
+    dca = model.dca or derive_dca(model.max_position_embeddings)
     if mode == "dca":
-        return replace(model.dca, original_max_position_embeddings=0)
-    if mode == "dca+yarn" and not model.dca.original_max_position_embeddings:
+        return replace(dca, original_max_position_embeddings=0)
+    if mode == "dca+yarn" and not dca.original_max_position_embeddings:
         raise LongspanError(
             "positions 'dca+yarn' needs original_max_position_embeddings in the checkpoint's "
             "dual_chunk_attention_config; add it or use positions 'dca'")
-    return model.dca
+    scaling = model.rope_scaling
+    if mode == "dca+yarn" and scaling is not None and scaling.kind == "yarn":
+        raise LongspanError("positions 'dca+yarn': the checkpoint's own rope scaling has the YaRN "
+                            "temperature in it; use positions 'dca'")
+    return dca
+
+
+def extend_window(mode: PositionMode, model: ModelConfig) -> ModelConfig:
+    """Return what a checkpoint without DCA claims when it is run with it: `DCA_REACH` windows.
+
+    Prompts of up to one DCA chunk are as without DCA, to the bit: sparse prefill begins behind.
+    """
+    dca = resolve_positions(mode, model)
+    if model.dca is not None or dca is None:
+        return model
+    return replace(
+        model, dca=dca, max_position_embeddings=DCA_REACH * model.max_position_embeddings,
+        sparse_threshold=max(model.sparse_threshold, dca.dca_chunk_len))
 
 
 def check_tiles(dca: DcaConfig | None, *, block_size: int, max_model_len: int) -> None:

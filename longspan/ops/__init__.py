@@ -10,6 +10,7 @@ Kernels are imported when the first CUDA tensor arrives: Triton need not be ther
 from __future__ import annotations
 
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from longspan.ops import reference
 from longspan.ops.dense import eager as eager_dense
@@ -182,8 +183,11 @@ def route(logits: Tensor, num_chosen: int, is_normed: bool) -> tuple[Tensor, Ten
 def add_routed_mlp(
     sums: Tensor, x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor,
 ) -> None:
-    """See `reference.add_routed_mlp`."""
+    """See `reference.add_routed_mlp`. A product with weights like PyTorch's own: modes see it."""
     args = (sums, x, weights, experts, gate_up, down)
+    if has_torch_function(args):
+        handle_torch_function(add_routed_mlp, args, *args)
+        return
     if x.is_cuda:
         from longspan.ops.moe import grouped
         from longspan.ops.moe import triton as kernels

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from longspan.engine.setup.engine_plan import ResolvedEngine
 from longspan.errors import NotEnoughMemoryError
 from longspan.model.weights import resolve_checkpoint
 from longspan.units import GIB
+from tests.doubles import write_checkpoint
 
 GRID = [
     *product((0.001, 0.05, 0.63, 0.8, 1.0, 1.5, 1.76, 1.85, 2.1, 2.27, 2.6, 4.0),
@@ -23,11 +26,14 @@ GRID = [
 ]
 
 
-def rows_of(monkeypatch: pytest.MonkeyPatch, length: int | None, **options: Any) -> dict[str, str]:
-    """The table that info prints about nano."""
+def rows_of(
+    monkeypatch: pytest.MonkeyPatch, length: int | None, model: str | Path = "nano",
+    **options: Any,
+) -> dict[str, str]:
+    """The table that info prints about a model."""
     shown: list[dict[str, str]] = []
     monkeypatch.setattr(info, "show_table", lambda title, columns, rows: shown.append(dict(rows)))
-    info.run("nano", length, options)
+    info.run(str(model), length, options)
     return shown[0]
 
 
@@ -106,3 +112,25 @@ def test_a_plan_that_need_not_fit_says_what_is_missing() -> None:
                         memory_gib=(short.needed_bytes - 1) / GIB)
     with pytest.raises(NotEnoughMemoryError):
         ResolvedEngine.resolve(less)
+
+
+def test_longer_contexts_of_one_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:
+    """By its config_1m.json, or by DCA that is derived from its window."""
+    path = write_checkpoint(tmp_path)
+
+    def rows(length: int | None = None, positions: str = "auto") -> dict[str, str]:
+        return rows_of(monkeypatch, length, path, device="cpu", positions=positions, memory_gib=4.0)
+
+    assert rows()["positions"] == "rope"
+    assert rows(positions="dca")["positions"] == (
+        "dca (as plain RoPE up to 3,968 tokens; chunk_size 4,096, local_size 128)")
+    assert rows(positions="dca")["longest context claimed"] == "16,384 tokens"
+    raw = json.loads((path / "config.json").read_text())
+    (path / "config_1m.json").write_text(json.dumps(raw | {
+        "max_position_embeddings": 40_000, "dual_chunk_attention_config": {
+            "chunk_size": 2_048, "local_size": 128, "original_max_position_embeddings": 2_048}}))
+    assert rows()["positions"] == "rope (config_1m.json is read for more than 4,096)"
+    assert rows(5_000)["longest context claimed"] == "40,000 tokens"
+    assert rows(5_000)["positions"].startswith("dca+yarn (as plain RoPE up to 1,920 tokens")

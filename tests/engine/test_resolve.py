@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from longspan.config import DcaConfig, EngineConfig, ModelConfig
+from longspan.dca_config import derive_dca
 from longspan.engine.resolve import (
     check_tiles,
     check_window,
+    extend_window,
     resolve_attention,
     resolve_config,
     resolve_positions,
@@ -58,10 +61,34 @@ def test_positions() -> None:
 
 def test_positions_without_the_checkpoint_facts_are_refused() -> None:
     without_length = ModelConfig(**MODEL, dca=DcaConfig(chunk_size=64, local_size=8))
-    with pytest.raises(LongspanError, match="dual_chunk_attention_config"):
-        resolve_positions("dca", ModelConfig(**MODEL))
     with pytest.raises(LongspanError, match="original_max_position_embeddings"):
         resolve_positions("dca+yarn", without_length)
+    yarn = ModelConfig(**MODEL, rope_scaling=RopeScaling(kind="yarn", factor=4.0))
+    assert resolve_positions("dca", yarn) is not None
+    with pytest.raises(LongspanError, match="has the YaRN temperature in it; use positions 'dca'"):
+        resolve_positions("dca+yarn", yarn)
+
+
+def test_dca_for_a_checkpoint_without() -> None:
+    """No position beyond the trained window; DCA chunks of whole tiles."""
+    plain = ModelConfig(**{**MODEL, "max_position_embeddings": 131_072})
+    derived = resolve_positions("dca+yarn", plain)
+    assert derived == DcaConfig(chunk_size=131_072, local_size=4_096,
+                                original_max_position_embeddings=131_072)
+    assert resolve_positions("dca", plain) == replace(derived, original_max_position_embeddings=0)
+    assert resolve_positions("auto", plain) is resolve_positions("rope", plain) is None
+    long = extend_window("dca", plain)
+    assert long.max_position_embeddings == 4 * 131_072 and long.sparse_threshold == 126_976
+    assert extend_window("auto", plain) is plain and extend_window("rope", plain) is plain
+    released = ModelConfig(**MODEL, dca=DCA)
+    assert extend_window("dca", released) is released
+
+
+@pytest.mark.parametrize("window", [2, 33, 100, 127, 128, 4_096, 32_768, 131_072, 1_048_576])
+def test_derived_dca_of_any_window(window: int) -> None:
+    dca = derive_dca(window)
+    assert dca.chunk_size == window and 0 < dca.local_size < window
+    assert dca.local_size >= window // 32 and (window < 256 or dca.dca_chunk_len % 128 == 0)
 
 
 @pytest.mark.parametrize(("mode", "prompt_len", "has_plan", "has_dca", "expected"), [

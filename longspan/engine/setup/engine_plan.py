@@ -21,6 +21,7 @@ from longspan.engine.intake import Intake
 from longspan.engine.resolve import (
     check_tiles,
     check_window,
+    extend_window,
     may_be_sparse,
     resolve_config,
     resolve_positions,
@@ -77,7 +78,9 @@ class ResolvedEngine:
         """
         config = resolve_config(asked, has_cuda=torch.cuda.is_available())
         path = resolve_checkpoint(config.model, with_weights=config.weights == "checkpoint")
-        model = ModelConfig.from_dir(path)
+        model = ModelConfig.from_dir(
+            path, wanted_len=config.max_model_len,
+            wants_dca=config.positions in ("dca", "dca+yarn"))
         return cls.of(model, config, path=path, plan=resolve_plan(path, model, config),
                       must_fit=must_fit)
 
@@ -95,6 +98,7 @@ class ResolvedEngine:
             must_fit: as in `resolve`; errors too.
         """
         config = resolve_config(asked, has_cuda=torch.cuda.is_available())
+        model = extend_window(config.positions, model)
         dca = resolve_positions(config.positions, model)
         in_effect = plan_in_effect(config, model, plan, has_dca=dca is not None)
         assert config.device is not None

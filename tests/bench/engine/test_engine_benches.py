@@ -16,6 +16,8 @@ from longspan.bench.session import BenchOptions, BenchSession, CheckFailed
 from longspan.bench.timing import LinearRegions, Regions
 from longspan.commands import results
 from longspan.errors import LongspanError, NotEnoughMemoryError
+from longspan.expert_config import ExpertConfig
+from longspan.model.experts import RoutedMLP
 from longspan.model.layers import Linear
 from longspan.model.qwen2 import CausalLM
 from tests.bench.shapes_for_tests import tiny_shape
@@ -127,6 +129,11 @@ def test_shares_of_linear_layers_are_all_products_with_weights() -> None:
         with regions.region("outer"):
             layer(x)
     layer(x)
+    with LinearRegions(regions, "linear"):  # the router, and its experts once
+        RoutedMLP(4, ExpertConfig(num_experts=3, num_chosen=2, expert_size=8),
+                  dtype=torch.float32, device="cpu").add_to(torch.zeros(2, 4), x)
+    assert len(regions._reads["linear"]) == 5
+    del regions._reads["linear"][3:]
     assert len(regions._reads["linear"]) == 3 and regions.totals_ms()["outer"] > 0
 
 

@@ -377,3 +377,19 @@ def test_attention_is_observed_while_somebody_listens(path: Path) -> None:
         llm.observe(None)
         llm.generate(prompt[::-1], PARAMS)
         assert len(layers.seen) == 5
+
+
+def test_dca_by_flag_changes_nothing_within_the_window(path: Path) -> None:
+    """A checkpoint without DCA: up to one DCA chunk, 384 of its 512 tokens, to the bit."""
+    params = SamplingParams(max_tokens=5, logprobs=3, prompt_logprobs=1, ignore_eos=True)
+    prompts = [list(range(200)) + list(range(n)) for n in (0, 100, 179)]
+    found = []
+    for positions in ("rope", "dca", "dca+yarn"):
+        with load(path, positions=positions, block_size=128, prefill_chunk_len=128) as llm:
+            assert llm.memory.max_model_len == (512 if positions == "rope" else 2048)
+            found.append([(output.token_ids, output.logprobs, output.prompt_logprobs.tobytes())
+                          for output in llm.generate(prompts, params)])
+            if positions != "rope":
+                (long,) = llm.generate([list(range(200)) * 5], params)
+                assert len(long.token_ids) == 5
+    assert found[0] == found[1] == found[2]
