@@ -207,6 +207,23 @@ class ModelConfig:
         return self.num_layers * self._attention_matrices + self._mlp_matrices(active=True)
 
     @property
+    def num_routed_parameters(self) -> int:
+        """Weights of all layers' routed experts, shared ones not counted."""
+        experts = self.experts
+        if experts is None:
+            return 0
+        one = 3 * self.hidden_size * experts.expert_size
+        return experts.num_routed(self.num_layers) * experts.num_experts * one
+
+    def routed_share(self, num_tokens: int) -> float:
+        """Estimate the share of the routed experts that some of so many tokens takes, if all are as
+        likely: the weights that a decode step reads."""
+        experts = self.experts
+        if experts is None:
+            return 0.0
+        return 1.0 - (1.0 - experts.num_chosen / experts.num_experts) ** num_tokens
+
+    @property
     def _qkv_size(self) -> int:
         return self.head_dim * (self.num_heads + 2 * self.num_kv_heads)
 

@@ -39,10 +39,11 @@ def save_random(path, family: str, **facts: Any):
     import transformers
 
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(
-        vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-        rope_parameters={"rope_type": "default", "rope_theta": 2_000.0}, **facts)
+    config = getattr(transformers, f"{family}Config")(**{
+        "vocab_size": VOCAB_SIZE, "hidden_size": 64, "intermediate_size": 96,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 2_000.0}, **facts})
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -110,6 +111,16 @@ def test_plain_rope_equals_eager(checkpoint, batch, lens):
     assert expected.std() > 0.5
     ours = logits_of(hf_model(checkpoint, name), ids, lens)
     assert (ours - expected).abs().max() <= MAX_DIFFERENCE
+
+
+def test_yarn_equals_eager(tmp_path):
+    """transformers has its factor in the rotated queries and keys."""
+    path = save_random(tmp_path, "Qwen3", head_dim=16, rope_parameters={
+        "rope_type": "yarn", "rope_theta": 2_000.0, "factor": 4.0,
+        "original_max_position_embeddings": 128})
+    ids = token_ids(200)
+    ours = logits_of(hf_model(path, register(config_of(path, None))), ids)
+    assert (ours - logits_of(hf_model(path, "eager"), ids)).abs().max() <= MAX_DIFFERENCE
 
 
 def test_dca_equals_eager_up_to_one_dca_chunk(checkpoint):

@@ -99,7 +99,7 @@ def _measure(
     step_ms = time_steps(engine, step, device, options.steps, in_flight=IN_FLIGHT)
     attention_ms, kv_bytes = _attention(shape, engine, device, context, batch)
     layers = shape.model.num_layers
-    num_bytes = weight_bytes_read(shape, device) + layers * kv_bytes
+    num_bytes = weight_bytes_read(shape, device, batch) + layers * kv_bytes
     floor_ms = num_bytes / copy_tb_per_s / 1e9
     return {
         "total_layers": total_layers, "step_ms": rounded(statistics.median(step_ms), 5),

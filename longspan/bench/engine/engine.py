@@ -108,10 +108,11 @@ def decode_step(engine: ShapeEngine, context_len: int, batch_size: int) -> Sched
         for index in range(batch_size)))
 
 
-def weight_bytes_read(shape: Shape, device: str) -> int:
-    """Return the bytes of the weights that decoding one token reads: all but the rows of the
-    embedding not asked for."""
+def weight_bytes_read(shape: Shape, device: str, batch_size: int) -> int:
+    """Return the bytes of the weights that decoding a token of each request reads: all but the rows
+    of the embedding not asked for and, about, the experts that none of the tokens takes."""
     model = shape.model
     element = DTYPE_BYTES[default_dtype(device)]
     embedding = 0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size
-    return element * (model.num_parameters - embedding)
+    idle = model.num_routed_parameters * (1 - model.routed_share(batch_size))
+    return element * (model.num_parameters - embedding - round(idle))

@@ -34,7 +34,9 @@ def prior_costs(model: ModelConfig, config: EngineConfig, plan: SparsityPlan | N
         # The selection comes through SELECTION_ROWS, but for scouts: scores of some rows alone.
         mean = 1 / config.block_size + plan.num_scouts / config.prefill_chunk_len / 2
     sparse = (step_s, (linear + pair * kept) / FLOPS[device], pair * mean / FLOPS[device])
-    weights_s = element * model.num_parameters / BYTES_PER_S[device]
-    decode = (step_s + weights_s, linear / FLOPS[device],
+    # every token of a step may read experts of its own
+    experts_s = element * model.num_routed_parameters / BYTES_PER_S[device]
+    weights_s = element * model.num_parameters / BYTES_PER_S[device] - experts_s
+    decode = (step_s + weights_s, linear / FLOPS[device] + experts_s * model.routed_share(1),
               element * model.kv_elements_per_token / BYTES_PER_S[device])
     return Costs(dense=dense, sparse=sparse, decode=decode)

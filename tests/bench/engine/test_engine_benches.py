@@ -203,8 +203,20 @@ def test_the_floor_counts_what_is_read() -> None:
     shape = tiny_shape()
     model = shape.model
     embedding = model.vocab_size * model.hidden_size
-    assert engine.weight_bytes_read(shape, "cpu") == 4 * (model.num_parameters - embedding)
-    assert engine.weight_bytes_read(shape, "cuda") == 2 * (model.num_parameters - embedding)
+    assert engine.weight_bytes_read(shape, "cpu", 1) == 4 * (model.num_parameters - embedding)
+    assert engine.weight_bytes_read(shape, "cuda", 9) == 2 * (model.num_parameters - embedding)
+
+
+def test_decode_reads_the_experts_that_tokens_take() -> None:
+    from longspan.bench.shapes import Shape
+
+    shape = Shape.make("qwen3-30b-a3b")
+    one, many, all_of_them = (engine.weight_bytes_read(shape, "cuda", n) for n in (1, 64, 10_000))
+    head = shape.model.vocab_size * shape.model.hidden_size
+    vectors = 48 * (2 * 2048 + 2 * 128) + 2048
+    assert one == pytest.approx(2 * (shape.model.num_active_parameters + head + vectors), rel=1e-9)
+    assert all_of_them == 2 * (shape.model.num_parameters - head)
+    assert 0.98 < many / all_of_them < 0.99
 
 
 def test_attention_by_name() -> None:

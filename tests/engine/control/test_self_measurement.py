@@ -12,6 +12,7 @@ from longspan.engine.control.loop import LocalTransport, Loop
 from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
 from longspan.engine.control.self_measurement import measure_itself
 from longspan.engine.setup.prior_costs import prior_costs
+from longspan.expert_config import ExpertConfig
 from tests.doubles import MODEL, FakeRunner
 
 CONFIG = SchedulerConfig(
@@ -61,3 +62,12 @@ def test_prior_knows_the_device() -> None:
     gpu = prior_costs(SHAPE, replace(RESOLVED, device="cuda:0", dtype="bfloat16"), None)
     cpu = prior_costs(SHAPE, RESOLVED, None)
     assert gpu.dense_s(0, 32_768) < cpu.dense_s(0, 32_768) / 100
+
+
+def test_first_guesses_of_experts_are_of_those_that_a_token_takes() -> None:
+    experts = ExpertConfig(num_experts=16, num_chosen=2, expert_size=SHAPE.intermediate_size // 2)
+    dense, routed = (prior_costs(shape, RESOLVED, None)
+                     for shape in (SHAPE, replace(SHAPE, experts=experts)))
+    assert routed.dense[1] == pytest.approx(dense.dense[1], rel=0.1)  # as many operations
+    assert routed.decode[0] < dense.decode[0]  # what every step reads has no MLP in it
+    assert routed.decode[1] > dense.decode[1]  # each token brings its own
