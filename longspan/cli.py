@@ -17,46 +17,41 @@ from longspan.commands.calibrate_app import calibrate_app
 from longspan.commands.eval_app import eval_app
 from longspan.commands.import_gguf import import_gguf
 from longspan.commands.options import (
+    Attention,
+    BudgetS,
     ChunkLen,
+    Commit,
+    Correction,
+    DenseTail,
     Device,
     Documents,
     Dtype,
     KvDir,
     KvDisk,
     KvHost,
+    Layers,
     MaxModelLen,
     MaxRequests,
     Memory,
     Model,
+    ModelOption,
     Plan,
+    Positions,
+    ProbeStrided,
     Results,
+    Scouts,
+    SelectionMode,
+    ShapeName,
+    Slash,
     Threads,
+    Vertical,
+    Weights,
     parse_list,
 )
 from longspan.commands.run_app import run_app
 from longspan.commands.strict import Commands
 from longspan.commands.synth_options import synth_app
 from longspan.commands.train_app import train_app
-
-Attention = Annotated[str, typer.Option(help="Prefill: auto, dense or sparse.")]
-Positions = Annotated[str, typer.Option(
-    help="auto, rope, dca or dca+yarn; the last two also for checkpoints that have no DCA.")]
-Weights = Annotated[str, typer.Option(
-    help="checkpoint, or random: the same sizes and no weights read, to measure with.")]
-ModelOption = Annotated[str, typer.Option(help="Directory, hub id, or nano (bundled).")]
-ShapeName = Annotated[str, typer.Option(
-    "--shape", help="qwen2.5-7b, qwen2.5-14b, qwen3-30b-a3b or nano; random weights.")]
-Vertical = Annotated[int | None, typer.Option(help="Columns of each head; default: released.")]
-Slash = Annotated[int | None, typer.Option(help="Diagonals of each head; default: released.")]
-SelectionMode = Annotated[str, typer.Option("--mode", help="Selection: tile or paper.")]
-Correction = Annotated[bool | None, typer.Option(
-    "--correction/--no-correction", help="Dropped tiles take part as their means.")]
-ProbeStrided = Annotated[int | None, typer.Option(help="Probe queries spread over a chunk.")]
-Scouts = Annotated[int | None, typer.Option(help="Rows of a chunk scored against all keys.")]
-DenseTail = Annotated[int | None, typer.Option(help="Last tokens that attend to everything.")]
-Layers = Annotated[int | None, typer.Option(help="Only the first layers; default: all.")]
-Commit = Annotated[str | None, typer.Option(help="Where the source is a copy without git.")]
-BudgetS = Annotated[float | None, typer.Option(help="Start nothing new after these seconds.")]
 
 app = Commands(
     help="Read a million tokens: long-context inference, measured.", add_completion=False,

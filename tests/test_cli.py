@@ -178,7 +178,7 @@ def test_unfit_checkpoints(capsys: Capture, prompt: str, tmp_path: Path, model: 
     (["--top-p", "2"], "top_p is 2.0"), (["--max-tokens", "0"], "max_tokens is 0"),
     (["--device", "tpu"], "device 'tpu' is not supported"),
     (["--dtype", "int3"], "dtype 'int3' is not supported"),
-    (["--positions", "dca"], "dual_chunk_attention_config"),
+    (["--positions", "near"], "positions 'near' is not one of auto, rope, dca, dca+yarn"),
     (["--attention", "lazy"], "attention 'lazy'"),
     (["--threads", "0"], "num_threads must be positive"),
     (["--prefill-chunk-len", "100"], "multiple of block_size"),

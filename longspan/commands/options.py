@@ -30,6 +30,25 @@ Documents = Annotated[list[str] | None, typer.Option(
     "--document", metavar="PATH", help="File or folder to read: text, code, HTML, PDF, "
                                        "Word; repeatable, - is standard input.")]
 Results = Annotated[Path, typer.Option(help="Folder of result files.")]
+Attention = Annotated[str, typer.Option(help="Prefill: auto, dense or sparse.")]
+Positions = Annotated[str, typer.Option(
+    help="auto, rope, dca or dca+yarn; the last two also for checkpoints that have no DCA.")]
+Weights = Annotated[str, typer.Option(
+    help="checkpoint, or random: the same sizes and no weights read, to measure with.")]
+ModelOption = Annotated[str, typer.Option(help="Directory, hub id, or nano (bundled).")]
+ShapeName = Annotated[str, typer.Option(
+    "--shape", help="qwen2.5-7b, qwen2.5-14b, qwen3-30b-a3b or nano; random weights.")]
+Vertical = Annotated[int | None, typer.Option(help="Columns of each head; default: released.")]
+Slash = Annotated[int | None, typer.Option(help="Diagonals of each head; default: released.")]
+SelectionMode = Annotated[str, typer.Option("--mode", help="Selection: tile or paper.")]
+Correction = Annotated[bool | None, typer.Option(
+    "--correction/--no-correction", help="Dropped tiles take part as their means.")]
+ProbeStrided = Annotated[int | None, typer.Option(help="Probe queries spread over a chunk.")]
+Scouts = Annotated[int | None, typer.Option(help="Rows of a chunk scored against all keys.")]
+DenseTail = Annotated[int | None, typer.Option(help="Last tokens that attend to everything.")]
+Layers = Annotated[int | None, typer.Option(help="Only the first layers; default: all.")]
+Commit = Annotated[str | None, typer.Option(help="Where the source is a copy without git.")]
+BudgetS = Annotated[float | None, typer.Option(help="Start nothing new after these seconds.")]
 UNITS = {"k": 2**10, "m": 2**20}
 
 
