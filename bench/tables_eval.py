@@ -14,6 +14,8 @@ SHORT = {"ruler-11": "RULER-11", "ruler-retrieval": "its retrieval", "ruler-trac
 FEW_LENGTHS = (4096, 32_768, 131_072, 262_144, 524_288, 1_000_000, 1_048_576)
 """Shown of a model that was measured at more than `MANY` lengths; the docs have all."""
 MANY = 6
+SHOWN_BY = ("passkey", "ruler-11", "ruler-retrieval")
+"""A row without any of these holds a question or two, for times."""
 Cells = dict[tuple[Any, ...], Row]
 
 
@@ -34,8 +36,9 @@ def _model_table(content: Content, model: str) -> str:
     for length in lengths:
         for arm in arms_of(rows):
             own = {task: cells.get((task, length, arm)) for task in tasks}
-            if any(row and row["score"] is not None for row in own.values()):
-                # costs are those of the first task that has any: they hardly depend on it
+            if any(row and row["score"] is not None for task, row in own.items()
+                   if task in SHOWN_BY):
+                # density and times hardly depend on the task
                 body.append([f"{length:,}", arm, *(_score(row) for row in own.values()),
                              *(_first(own.values(), name, text) for name, _, text in COSTS)])
     head = ["tokens", "attention", *(SHORT.get(task, task) for task in tasks),
@@ -46,7 +49,7 @@ def _model_table(content: Content, model: str) -> str:
         [head[place] for place in kept], [[line[place] for place in kept] for line in body])
 
 
-COSTS = (("answer_nll", "answer, nats a token", "{:.2f}"), ("density", "density", "{:.1f} %"),
+COSTS = (("answer_nll", "retrieval, nats a token", "{:.2f}"), ("density", "density", "{:.1f} %"),
          ("ttft_s", "first token", "{:.2f} s"))
 """Columns, shown where some row has them: its field, its title, how it is written."""
 
@@ -113,8 +116,9 @@ def _day(content: Content, rows: Sequence[Row]) -> str:
 
 
 def _first(rows: Any, name: str, text: str) -> str:
-    """Write the first figure of this name that the rows have, tasks of single needles last."""
-    for row in [*list(rows)[1:], *list(rows)[:1]]:
+    """Write the first figure of this name that the rows have: nats of retrieval, else of any."""
+    first = "ruler-retrieval" if name == "answer_nll" else "ruler-11"
+    for row in sorted((row for row in rows if row), key=lambda row: row["task"] != first):
         if row is not None and row.get(name) is not None:
             return text.format(row[name] * (100 if "%" in text else 1))
     return ""

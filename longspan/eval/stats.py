@@ -10,6 +10,9 @@ import numpy as np
 
 Z_95 = 1.959963984540054
 NUM_DRAWS = 10_000
+MIN_DRAWN = 6
+"""Fewer prompts than this, or pairs, are no sample to draw a bootstrap from: its intervals are far
+too narrow, and no sign test of five pairs reaches p = 0.05."""
 SEED = 0
 """The seed of bootstraps and permutations: the same samples give the same intervals."""
 
@@ -29,8 +32,8 @@ def estimate(scores: Sequence[float], is_binary: bool, clusters: Sequence[object
     """Estimate the mean of scores from 0 to 1: Wilson's interval for right and wrong, bootstrap for
     shares.
 
-    Scores that are all alike leave a bootstrap without spread; as no share varies more than right
-    and wrong do, Wilson's interval stands in for it.
+    Scores that are all alike, or few, leave a bootstrap without spread; as no share varies more
+    than right and wrong do, Wilson's interval stands in for it.
 
     Args:
         clusters: the document of each score, where several share one: documents are drawn then.
@@ -38,7 +41,7 @@ def estimate(scores: Sequence[float], is_binary: bool, clusters: Sequence[object
     n = len(scores)
     mean = float(np.mean(scores)) if n else 0.0
     is_share = all(0 <= score <= 1 for score in scores)
-    if is_share and (is_binary or len(set(scores)) <= 1):
+    if is_share and (is_binary or len(set(scores)) <= 1 or n < MIN_DRAWN):
         return Estimate(mean, *wilson_interval(sum(scores), n), n, "wilson")
     return Estimate(mean, *bootstrap_interval(scores, clusters), n, "bootstrap")
 
@@ -132,14 +135,20 @@ def compare(
     """Compare scores in pairs on the same prompts.
 
     Right and wrong: exact McNemar test, Agresti and Min's interval. Shares, and questions that
-    share a document: sign flips and a paired bootstrap, of documents; where no pair differs, which
-    leaves a bootstrap without spread, Agresti and Min's interval again.
+    share a document: sign flips and a paired bootstrap, of documents; where no pair differs, or
+    there are few, which leaves a bootstrap without spread, Agresti and Min's interval again.
     """
     differences = np.asarray(second, float) - np.asarray(first, float)
     n = len(differences)
     num_better, num_worse = int((differences > 0).sum()), int((differences < 0).sum())
     is_paired = is_binary and len(set(clusters)) in (0, n)
-    if is_paired or not num_better + num_worse:
+    are_shares = all(0 <= score <= 1 for score in (*first, *second))
+    if not is_paired and n < MIN_DRAWN and are_shares:
+        # a share that a pair differs by counts as that share of a discordant pair
+        gains = differences.clip(0).sum(), -differences.clip(max=0).sum()
+        low, high = paired_interval(float(gains[0]), float(gains[1]), n)
+        p_value, method = sign_flips(differences, clusters), "sign flips"
+    elif is_paired or not num_better + num_worse:
         low, high = paired_interval(num_better, num_worse, n)
         p_value, method = mcnemar(num_better, num_worse), "mcnemar"
     else:
@@ -149,7 +158,7 @@ def compare(
                       method)
 
 
-def paired_interval(num_better: int, num_worse: int, n: int, z: float = Z_95
+def paired_interval(num_better: float, num_worse: float, n: int, z: float = Z_95
                     ) -> tuple[float, float]:
     """Return Agresti and Min's interval for a difference of paired shares: Wald's, with half a pair
     more of each of the four kinds."""

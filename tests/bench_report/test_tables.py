@@ -178,8 +178,8 @@ def test_scores_and_what_they_cost(tmp_path: Path) -> None:
     rows.append(score_row("ruler-counting", 4096, "rope", score=None, n=0))
     write(results, "eval", rows)
     text = report.build_table("eval", results)
-    head = ("| tokens | attention | passkey | RULER-11 | counting | answer, nats a token | density "
-            "| first token |")
+    head = ("| tokens | attention | passkey | RULER-11 | counting | retrieval, nats a token "
+            "| density | first token |")
     assert head in text and "| 8,192 |" not in text and "| 131,072 | dca |" in text
     assert text.index("| 4,096 | rope |") < text.index("| 4,096 | sparse-dca |")
     assert "| 4,096 | rope | 50 (24-76; 10) | 50 (24-76; 10) | not run | 0.25 | 12.5 % | 1.50 s |" \

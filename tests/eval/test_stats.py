@@ -51,7 +51,9 @@ def test_documents_are_drawn_whole() -> None:
 def test_estimates() -> None:
     assert estimate([1.0] * 19 + [0.0], True) == Estimate(
         0.95, *wilson_interval(19, 20), 20, "wilson")
-    assert estimate([0.5, 1.0, 0.75, 0.25], False).method == "bootstrap"
+    assert estimate([0.5, 1.0, 0.75, 0.25] * 2, False).method == "bootstrap"
+    few = estimate([0.25, 0.5], False)
+    assert few.low < 0.1 and few.high > 0.75, "two shares say little"
     # shares that are all alike have an interval too
     assert estimate([1.0] * 20, False).low == pytest.approx(0.8389, abs=1e-4)
     assert estimate([3.2, 3.4], False).method == "bootstrap", "nats are no shares"
@@ -115,6 +117,11 @@ def test_verdicts_go_by_the_interval() -> None:
     assert (same.num_better, same.num_worse, same.p_value) == (0, 0, 1.0)
     assert -0.01 < same.low < 0 < same.high < 0.01 and same.verdict(0.05) == "not worse"
     assert compare([1.0] * 5, [1.0] * 5, True).verdict(0.05) == "undecided", "five prove little"
+    few = compare([0.25, 0.5], [0.5, 0.75], False)
+    assert few.difference == 0.25 and few.low < -0.3 and few.high > 0.6
+    assert few.verdict(0.05) == "undecided", "two pairs that differ alike prove nothing"
+    assert compare([0.6], [0.4], False).verdict(0.05) == "undecided"
+    assert compare([3.0, 3.5], [3.1, 3.6], False).high == pytest.approx(0.1), "nats are no shares"
     shares = compare([1.0, 0.75, 1.0, 0.5] * 20, [0.5, 0.5, 0.25, 0.5] * 20, False)
     assert shares.method == "sign flips" and shares.verdict(0.05) == "worse"
     assert shares.p_value < 0.001
