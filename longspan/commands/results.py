@@ -64,8 +64,13 @@ def write_rows(
     make_folder(directory)
     # Renaming is atomic: a run that is cut off leaves the old file or the new one.
     part = file.with_suffix(".part")
-    part.write_text(_dump(content), encoding="utf-8")
-    os.replace(part, file)
+    try:
+        part.write_text(_dump(content), encoding="utf-8")
+        os.replace(part, file)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise LongspanError(f"{file}: cannot be written ({error.strerror}); its old rows are kept: "
+                            "make room or choose another folder with --out") from None
     return file
 
 

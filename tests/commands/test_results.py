@@ -90,3 +90,16 @@ def test_no_git_is_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_commands_that_do_not_exist_give_nothing() -> None:
     assert results._output_of(["no-such-program-at-all"]) is None
+
+
+def test_a_full_disk_keeps_the_old_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = results.write_rows(tmp_path, "cpu", [{"model": "m"}])
+    before = file.read_bytes()
+
+    def full(self: Path, text: str, **more: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(LongspanError, match="No space left on device.*old rows are kept"):
+        results.write_rows(tmp_path, "cpu", [{"model": "n"}])
+    assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
