@@ -21,8 +21,6 @@ from longspan.commands.options import (
     BudgetS,
     ChunkLen,
     Commit,
-    Correction,
-    DenseTail,
     Device,
     Documents,
     Dtype,
@@ -36,10 +34,9 @@ from longspan.commands.options import (
     Model,
     ModelOption,
     Plan,
+    Policy,
     Positions,
-    ProbeStrided,
     Results,
-    Scouts,
     SelectionMode,
     ShapeName,
     Slash,
@@ -248,8 +245,7 @@ def ops(
         "random,local,scattered",
     max_s: Annotated[float, typer.Option(help="Seconds for the repeats of one figure.")] = 1.0,
     vertical: Vertical = None, slash: Slash = None, mode: SelectionMode = "tile",
-    correction: Correction = None, probe_strided: ProbeStrided = None,
-    scouts: Scouts = None, dense_tail: DenseTail = None, device: Device = None,
+    policy: Policy = "", device: Device = None,
     commit: Commit = None, budget_s: BudgetS = None, out: Results = Path("bench/results"),
 ) -> None:
     """Compare attention ops with PyTorch's on one layer of a real shape; checks come first."""
@@ -259,8 +255,7 @@ def ops(
     from longspan.bench.shapes import PlanOptions, Shape
     from longspan.bench.timing import Repeats
 
-    plan = PlanOptions(vertical=vertical, slash=slash, mode=mode, correction=correction,
-                       probe_strided=probe_strided, scouts=scouts, dense_tail=dense_tail)
+    plan = PlanOptions(vertical=vertical, slash=slash, mode=mode, policy=policy)
     options = OpsOptions(
         lengths=parse_list(lengths, int, "--lengths"), square=parse_list(square, int, "--square"),
         baselines=parse_list(baselines, str, "--baselines"), flex_max=flex_max,
@@ -280,8 +275,7 @@ def ttft(
     layers: Layers = None, chunk_len: Annotated[
         int | None, typer.Option(help="Tokens of a prefill chunk.")] = None,
     vertical: Vertical = None, slash: Slash = None, mode: SelectionMode = "tile",
-    correction: Correction = None, probe_strided: ProbeStrided = None,
-    scouts: Scouts = None, dense_tail: DenseTail = None, memory_gib: Memory = None,
+    policy: Policy = "", memory_gib: Memory = None,
     device: Device = None, commit: Commit = None, budget_s: BudgetS = None,
     out: Results = Path("bench/results"),
 ) -> None:
@@ -290,8 +284,7 @@ def ttft(
     from longspan.bench.session import BenchOptions, BenchSession
     from longspan.bench.shapes import PlanOptions, Shape
 
-    plan = PlanOptions(vertical=vertical, slash=slash, mode=mode, correction=correction,
-                       probe_strided=probe_strided, scouts=scouts, dense_tail=dense_tail)
+    plan = PlanOptions(vertical=vertical, slash=slash, mode=mode, policy=policy)
     options = TtftOptions(
         lengths=parse_list(lengths, int, "--lengths"), layers=layers, chunk_len=chunk_len,
         attention=parse_list(attention, str, "--attention"), memory_gib=memory_gib)
@@ -355,6 +348,9 @@ def quality(
     text_root: Annotated[list[Path] | None,
                          typer.Option(help="Folder of texts; default: Python's library.")] = None,
     chunk_len: Annotated[int | None, typer.Option(help="Tokens of a prefill chunk.")] = None,
+    policy: Annotated[list[str] | None, typer.Option(
+        help="Another tile setting: num_scouts=128,dense_tail_len=0, …; repeatable.")] = None,
+    memory_gib: Memory = None,
     device: Device = None, commit: Commit = None, budget_s: BudgetS = None,
     out: Results = Path("bench/results"),
 ) -> None:
@@ -365,7 +361,8 @@ def quality(
     options = QualityOptions(
         model=model, lengths=parse_list(lengths, int, "--lengths"), num_single=single,
         settings=parse_list(attention, str, "--attention"), num_many=many, seed=seed,
-        text_roots=tuple(text_root or ()), chunk_len=chunk_len)
+        text_roots=tuple(text_root or ()), chunk_len=chunk_len, policies=tuple(policy or ()),
+        memory_gib=memory_gib)
     session = BenchSession("quality", BenchOptions.make(device, out, commit, budget_s))
     _exit(run(session, options))
 

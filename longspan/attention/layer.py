@@ -18,6 +18,9 @@ from longspan.ops.geometry import segments
 from longspan.ops.select.recall import num_typical
 from longspan.ops.types import PagedKV, QueryRotary, Selection
 
+RECALL_LAYERS = 4
+"""Recall is measured in every so many layers: the pass over all keys takes time."""
+
 
 def allocate_cache(
     *, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype,
@@ -157,7 +160,8 @@ class DualChunkAttention:
         args = rows, cache, item.block_table, start, self.rotary, item.scale
         with self._region("selection"):
             selection = ops.select_vertical_slash(*args, self.budget)
-            if selection.aligned and item.recall is not None:
+            if (selection.aligned and item.recall is not None
+                    and self.layer_idx % RECALL_LAYERS == 0):
                 item.recall.add(ops.measure_recall(*args, selection), num_typical(stop - start),
                                 stop - start, self.layer_idx)
         return selection

@@ -18,7 +18,8 @@ SelectionMode = Literal["tile", "paper"]
 MOST = 2**31 - 1
 """The largest number that a plan may hold: kernels take 32 bits."""
 _LEAST = {"probe_last": 1, "probe_strided": 0, "sink": 0, "local": 0, "dense_tail_len": 0,
-          "num_scouts": 0, "scout_tiles": 1}
+          "mean_near_len": 0, "num_scouts": 0, "most_scouts": 0,
+          "scout_tiles": 1}
 _BEFORE_SCOUTS = {"schema_version": 1, "num_scouts": 0}
 """What a file of the first schema leaves unsaid: it was measured without scouts."""
 
@@ -35,9 +36,11 @@ class SparsityPlan:
     slash: tuple[tuple[int, ...], ...]
     """[L][H] diagonals kept, tokens; in tile mode bought as whole tile diagonals."""
     mode: SelectionMode = "tile"
+    budget_share: float = 1.0
+    """The share of both budgets that is bought (tile mode)."""
     probe_last: int = 64
     """Last queries of a prefill chunk that estimate the pattern."""
-    probe_strided: int = 64
+    probe_strided: int = 0
     """Further probe queries, spread over the prefill chunk (tile mode)."""
     sink: int = 4
     """First columns, always kept; inside the vertical budget."""
@@ -45,15 +48,21 @@ class SparsityPlan:
     """Most recent diagonals, always kept; inside the slash budget."""
     mean_correction: bool = True
     """Dropped tiles take part as their mean key and mean value (tile mode)."""
+    mean_near_len: int = 16_384
+    """Tokens before a query tile within which every dropped tile has its own mean; farther on eight
+    share one."""
     num_scouts: int = 256
     """Queries of a prefill chunk, for each head those least like its mean query, that are scored
-    against every key, so that their query tiles get the key tiles they miss (tile mode)."""
+    against every key, so that their query tiles get the key tiles they miss (tile mode); where
+    there are a million keys."""
+    most_scouts: int = 1024
+    """With fewer keys there are more scouts, up to so many."""
     scout_threshold: float = -2.0
     """A key tile is missed where one of its logits exceeds the LSE of what the scout keeps by more
     than this: 0 is right for heads that retrieve, diffuse ones need less."""
     scout_tiles: int = 64
     """Most key tiles that scouts bring to one query tile."""
-    dense_tail_len: int = 2048
+    dense_tail_len: int = 1024
     """The prompt's last tokens attend to everything."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Who measured this plan, on what: model hash, calibration length, recall, date."""
@@ -74,6 +83,10 @@ class SparsityPlan:
         if not isinstance(self.mean_correction, bool):
             raise LongspanError(f"sparsity plan: mean_correction is {self.mean_correction!r}, true "
                                 "or false is needed")
+        share = self.budget_share
+        if type(share) not in (int, float) or not 0 < share <= 1:
+            raise LongspanError(f"sparsity plan: budget_share is {share!r}, a number above 0 and "
+                                "at most 1 is needed")
         threshold = self.scout_threshold
         if type(threshold) not in (int, float) or not math.isfinite(threshold):
             raise LongspanError(f"sparsity plan: scout_threshold is {threshold!r}, a finite number "
@@ -83,8 +96,8 @@ class SparsityPlan:
                 raise LongspanError(f"sparsity plan: {name} needs mode 'tile'")
 
     @classmethod
-    def default(cls, num_layers: int, num_heads: int, vertical: int = 1000,
-                slash: int = 4096) -> SparsityPlan:
+    def default(cls, num_layers: int, num_heads: int, vertical: int = 512,
+                slash: int = 2048) -> SparsityPlan:
         """Make a plan with the same budget for every head, for checkpoints without a plan."""
         return cls(vertical=((vertical,) * num_heads,) * num_layers,
                    slash=((slash,) * num_heads,) * num_layers,
@@ -95,12 +108,12 @@ class SparsityPlan:
                       mode: SelectionMode = "tile") -> SparsityPlan:
         """Read the released format: for each layer {head: [type, vertical, slash, score]}.
 
-        Without scouts: at a million tokens of the 7B shape they take a sixth of the whole prefill.
+        Half of the budgets is bought: with scouts that loses nothing (log.md, 2026-11-28).
         """
         rows = [_released_layer(index, layer) for index, layer in enumerate(budgets)]
         plan = cls(vertical=tuple(tuple(v for v, _ in row) for row in rows),
                    slash=tuple(tuple(s for _, s in row) for row in rows),
-                   probe_last=probe_last, num_scouts=0,
+                   probe_last=probe_last, budget_share=0.5,
                    provenance={"source": "released per-head budgets"})
         return plan if mode == "tile" else plan.paper()
 
@@ -141,8 +154,8 @@ class SparsityPlan:
         vertical budget of exactly 30 raised to 130, no correction, no scouts, no tail (arXiv
         2501.15383, section 5.3)."""
         vertical = tuple(tuple(130 if v == 30 else v for v in row) for row in self.vertical)
-        return replace(self, mode="paper", vertical=vertical, probe_strided=0, sink=30, local=100,
-                       mean_correction=False, num_scouts=0, dense_tail_len=0)
+        return replace(self, mode="paper", vertical=vertical, budget_share=1.0, probe_strided=0,
+                       sink=30, local=100, mean_correction=False, num_scouts=0, dense_tail_len=0)
 
     def check_fits(self, num_layers: int, num_heads: int) -> None:
         """Raise `LongspanError` when the plan was made for another model's shape."""
@@ -163,11 +176,16 @@ class SparsityPlan:
 
     def layer(self, index: int) -> Budget:
         """Return the budgets of one layer in the form that the ops take."""
+        vertical, slash = (
+            values if self.budget_share == 1 else tuple(
+                math.ceil(self.budget_share * value) for value in values)
+            for values in (self.vertical[index], self.slash[index]))
         return Budget(
-            vertical=self.vertical[index], slash=self.slash[index], mode=self.mode,
+            vertical=vertical, slash=slash, mode=self.mode,
             probe_last=self.probe_last, probe_strided=self.probe_strided, sink=self.sink,
-            local=self.local, num_scouts=self.num_scouts,
-            scout_threshold=self.scout_threshold, scout_tiles=self.scout_tiles)
+            local=self.local, num_scouts=self.num_scouts, most_scouts=self.most_scouts,
+            scout_threshold=self.scout_threshold, scout_tiles=self.scout_tiles,
+            near_len=self.mean_near_len if self.mean_correction else None)
 
 
 def needs_means(plan: SparsityPlan | None) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from importlib.resources import files
 from typing import Any
 
@@ -42,6 +42,12 @@ EXPERT_SHAPE = "qwen3-30b-a3b"
 BUDGET_FILES = {"qwen2.5-7b": "qwen2.5-7b-instruct-1m.sparsity.json",
                 "qwen2.5-14b": "qwen2.5-14b-instruct-1m.sparsity.json"}
 SHAPES = (*CONFIGS, BUNDLED_MODEL)
+DEFAULTS = {item.name: item.default for item in fields(SparsityPlan)}
+POLICY_FIELDS: Mapping[str, Callable[[str], Any]] = {
+    "vertical": int, "slash": int, "budget_share": float, "mean_near_len": int,
+    "mean_correction": lambda value: bool(int(value)), "num_scouts": int, "most_scouts": int,
+    "scout_threshold": float, "scout_tiles": int, "probe_last": int,
+    "probe_strided": int, "dense_tail_len": int}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,10 +59,9 @@ class PlanOptions:
     slash: int | None = None
     """The same diagonals for every head, tokens."""
     mode: str = "tile"
-    correction: bool | None = None
-    probe_strided: int | None = None
-    scouts: int | None = None
-    dense_tail: int | None = None
+    policy: str = ""
+    """Fields of the plan in tile mode, such as ``num_scouts=128,dense_tail_len=0``; vertical and
+    slash for every head."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,13 +100,17 @@ class Shape:
 def label_plan(plan: SparsityPlan, source: str) -> str:
     """Budgets and policy in one word, such as
     ``released-tile-correction-strided64-tail2048``."""
-    parts = [source, plan.mode]
+    parts = [source if plan.budget_share == 1 else f"{source}x{plan.budget_share:g}", plan.mode]
     if plan.mean_correction:
         parts.append("correction")
     if plan.probe_strided:
         parts.append(f"strided{plan.probe_strided}")
     if plan.num_scouts:
         parts.append(f"scouts{plan.num_scouts}")
+    if plan.num_scouts and plan.scout_threshold != DEFAULTS["scout_threshold"]:
+        parts.append(f"above{plan.scout_threshold:g}")
+    if plan.mean_correction and plan.mean_near_len != DEFAULTS["mean_near_len"]:
+        parts.append(f"near{plan.mean_near_len}")
     if plan.dense_tail_len:
         parts.append(f"tail{plan.dense_tail_len}")
     return "-".join(parts)
@@ -134,11 +143,39 @@ def _plan(name: str, model: ModelConfig, options: PlanOptions) -> tuple[Sparsity
         return plan.paper(), source
     if options.mode != "tile":
         raise LongspanError(f"--mode {options.mode!r} is not tile or paper")
-    changes: Mapping[str, Any] = {
-        "mean_correction": options.correction, "probe_strided": options.probe_strided,
-        "num_scouts": options.scouts, "dense_tail_len": options.dense_tail}
-    changed = {field: value for field, value in changes.items() if value is not None}
-    return replace(plan, **changed), source
+    return changed(plan, options.policy), source
+
+
+def changed(plan: SparsityPlan, policy: str) -> SparsityPlan:
+    """Return the plan with the changes of `PlanOptions.policy`. Raises `LongspanError` for a name
+    or number that is none."""
+    changes = _changes(policy)
+    for name in ("vertical", "slash"):
+        if name in changes:
+            changes[name] = tuple((changes[name],) * len(row) for row in plan.vertical)
+    return replace(plan, **changes)
+
+
+def scaled(plan: SparsityPlan, factor: float) -> SparsityPlan:
+    """Return the plan with all budgets multiplied."""
+    def rows(values: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(max(1, round(factor * value)) for value in row) for row in values)
+    return replace(plan, vertical=rows(plan.vertical), slash=rows(plan.slash))
+
+
+def _changes(policy: str) -> dict[str, Any]:
+    """Parse --policy."""
+    changes = {}
+    for item in filter(None, policy.split(",")):
+        name, equals, value = item.partition("=")
+        if name not in POLICY_FIELDS or not equals:
+            raise LongspanError(f"--policy {item!r}: name=value is needed, with one of "
+                                + ", ".join(POLICY_FIELDS))
+        try:
+            changes[name] = POLICY_FIELDS[name](value)
+        except ValueError:
+            raise LongspanError(f"--policy {item!r}: {value!r} is no number") from None
+    return changes
 
 
 def released_budgets(name: str) -> list[dict[str, Any]]:

@@ -104,7 +104,8 @@ def _dca_sizes(engine: ResolvedEngine) -> str:
 def budget_density(plan: SparsityPlan, length: int) -> float:
     """Share of all causal pairs that the budgets buy in a prompt of this length: a column or a
     diagonal costs at most `length` pairs, and the dense tail sees everything."""
-    budgets = [min(v + s, length) for row_v, row_s in zip(plan.vertical, plan.slash, strict=True)
+    budgets = [min(plan.budget_share * (v + s), length)
+               for row_v, row_s in zip(plan.vertical, plan.slash, strict=True)
                for v, s in zip(row_v, row_s, strict=True)]
     mean = sum(budgets) / len(budgets)
     tail = min(plan.dense_tail_len, length)

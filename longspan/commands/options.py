@@ -41,11 +41,8 @@ ShapeName = Annotated[str, typer.Option(
 Vertical = Annotated[int | None, typer.Option(help="Columns of each head; default: released.")]
 Slash = Annotated[int | None, typer.Option(help="Diagonals of each head; default: released.")]
 SelectionMode = Annotated[str, typer.Option("--mode", help="Selection: tile or paper.")]
-Correction = Annotated[bool | None, typer.Option(
-    "--correction/--no-correction", help="Dropped tiles take part as their means.")]
-ProbeStrided = Annotated[int | None, typer.Option(help="Probe queries spread over a chunk.")]
-Scouts = Annotated[int | None, typer.Option(help="Rows of a chunk scored against all keys.")]
-DenseTail = Annotated[int | None, typer.Option(help="Last tokens that attend to everything.")]
+Policy = Annotated[str, typer.Option(
+    help="Changes to the plan: num_scouts=128,dense_tail_len=0,budget_share=0.5, …")]
 Layers = Annotated[int | None, typer.Option(help="Only the first layers; default: all.")]
 Commit = Annotated[str | None, typer.Option(help="Where the source is a copy without git.")]
 BudgetS = Annotated[float | None, typer.Option(help="Start nothing new after these seconds.")]

@@ -27,6 +27,8 @@ from torch import Tensor
 
 INTRA, SUCC, INTER = 0, 1, 2
 ZONES = (INTRA, SUCC, INTER)
+COARSE = 8
+"""Tiles that share one mean far before the query."""
 
 
 class Span(NamedTuple):
@@ -80,3 +82,18 @@ def spans(start: int, stop: int, stride: int) -> list[Span]:
     found = [Span(INTER, 0, chunk_start - stride), Span(SUCC, chunk_start - stride, chunk_start),
              Span(INTRA, chunk_start, stop)]
     return [span for span in found if span.start >= 0 and span.stop > span.start]
+
+
+def num_scouts(num_keys: int, at_a_million: int, most: int) -> int:
+    """Return how many scouts a segment has: twice as many where there are half as many keys, for
+    the pass over them takes as long then, up to ``most``."""
+    count = at_a_million
+    while 2 * count <= most and 2 * count * num_keys <= at_a_million << 20:
+        count *= 2
+    return count
+
+
+def near_border(tile: int, near_tiles: int | None) -> int:
+    """Return the first key tile that takes part in the mean correction with its own mean, for
+    queries of tile ``tile``; those before it do so `COARSE` together. A multiple of `COARSE`."""
+    return 0 if near_tiles is None else max(0, tile - near_tiles) // COARSE * COARSE

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from longspan.ops.geometry import ZONES, query_position, zone_of
+from longspan.ops.geometry import COARSE, ZONES, near_border, query_position, zone_of
 from longspan.ops.types import PagedKV, QueryRotary, Selection
 
 
@@ -125,7 +125,9 @@ def sparse_prefill_attention(
 
     With ``correction`` (tile mode only), every whole tile before the query's own that is neither a
     window nor listed takes part as one key and one value, the tile's means, with the logarithm of
-    the number of its keys that are not columns added to the logit.
+    the number of its keys that are not columns added to the logit. Far before the query (see
+    `Selection.near_tiles`) `COARSE` tiles are one: the mean of all their keys, with the logarithm
+    of those that are not columns, times the share of the tiles that the query does not see.
     Returns: out, lse as in `prefill_attention`, and the number of (query, key) pairs kept, fp64.
     """
     num_queries, num_heads, _ = q.shape
@@ -238,23 +240,49 @@ def _correction(
     q: Tensor, cache: PagedKV, block_table: Tensor, queries: Tensor, rotary: QueryRotary,
     scale: float, selection: Selection,
 ) -> tuple[Tensor, Tensor]:
-    """Return scores [H, T, n] and values [n, H, D] of the n tile means."""
+    """Return scores [H, T, n] and values [n, H, D] of the n means: of single tiles, and of `COARSE`
+    tiles together."""
     assert selection.aligned and cache.k_mean is not None and cache.v_mean is not None
     tile_len = selection.tile_len
     num_tiles = int(queries[-1]) // tile_len
-    tiles = torch.arange(num_tiles, device=q.device)
     table = block_table[:num_tiles]
-    scores = dca_scores(q, cache.k_mean[table], queries, tiles * tile_len, rotary) * scale
-    gap = (queries // tile_len)[:, None] - tiles
-    listed = listed_tiles(selection, queries, num_tiles)
-    for head in range(q.shape[1]):
-        columns, offsets = selection.columns[head], selection.offsets[head]
-        taken = torch.bincount(columns[columns >= 0] // tile_len, minlength=num_tiles)[:num_tiles]
-        windows = -offsets[offsets < tile_len] // tile_len
-        dropped = (gap > 0) & ~torch.isin(gap, windows) & ~listed[head]
-        bias = torch.where(dropped, (tile_len - taken).float().log(), -math.inf)
-        scores[head] += bias
-    return scores, repeat_heads(cache.v_mean[table], q.shape[1])
+    k_mean, v_mean = cache.k_mean[table], cache.v_mean[table]
+    own = queries // tile_len
+    border = torch.tensor([near_border(tile, selection.near_tiles) for tile in own.tolist()],
+                          device=q.device)
+    dropped, columns = _dropped_tiles(selection, own, num_tiles)
+    near = dropped & (torch.arange(num_tiles, device=q.device) >= border[:, None])
+    weights = (near * (tile_len - columns)[:, None]).float()
+    groups = int(border.max()) // COARSE
+    far = slice(0, groups * COARSE)
+    assert groups == 0 or rotary.stride % (COARSE * tile_len) == 0 or (
+        queries[-1] < rotary.stride), "a coarse mean lies in one zone"
+    free = dropped[..., far].unflatten(2, (groups, COARSE)).sum(3)
+    free *= torch.arange(groups, device=q.device) * COARSE < border[:, None]
+    left = COARSE * tile_len - columns[:, far].unflatten(1, (groups, COARSE)).sum(2)
+    weights = torch.cat((weights, free * left[:, None] / COARSE), 2)
+    k_mean, v_mean = (
+        torch.cat((x, x[far].unflatten(0, (groups, COARSE)).float().mean(1).to(x.dtype)))
+        for x in (k_mean, v_mean))
+    first_keys = torch.cat((torch.arange(num_tiles, device=q.device),
+                            torch.arange(groups, device=q.device) * COARSE)) * tile_len
+    scores = dca_scores(q, k_mean, queries, first_keys, rotary) * scale
+    return scores + weights.log(), repeat_heads(v_mean, q.shape[1])
+
+
+def _dropped_tiles(selection: Selection, own: Tensor, num_tiles: int) -> tuple[Tensor, Tensor]:
+    """Return which tiles before their own queries see neither as a window nor listed,
+    [H, T, num_tiles] bool, and how many keys of each are columns, [H, num_tiles]. own: [T]."""
+    gap = own[:, None] - torch.arange(num_tiles, device=own.device)
+    dropped = ~listed_tiles(selection, own * selection.tile_len, num_tiles) & (gap > 0)
+    counts = []
+    for head, (columns, offsets) in enumerate(
+            zip(selection.columns, selection.offsets, strict=True)):
+        tiles = columns[columns >= 0] // selection.tile_len
+        counts.append(torch.bincount(tiles, minlength=num_tiles)[:num_tiles])
+        windows = -offsets[offsets < selection.tile_len] // selection.tile_len
+        dropped[head] &= ~torch.isin(gap, windows)
+    return dropped, torch.stack(counts)
 
 
 def _attend(scores: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -68,6 +68,10 @@ class Selection(NamedTuple):
     """The query tile that ``tiles[:, 0]`` belongs to."""
     scouts: Tensor | None = None
     """[H, R] the rows that found ``tiles``, ascending, from the segment's first query on."""
+    near_tiles: int | None = None
+    """Where dropped tiles take part as means: up to about so many tiles before the query's own each
+    has its own mean, farther ones share one, `geometry.COARSE` together; None: all have their own.
+    """
 
 
 class Budget(NamedTuple):
@@ -88,9 +92,14 @@ class Budget(NamedTuple):
     local: int
     """Most recent diagonals, always kept, tokens."""
     num_scouts: int = 0
-    """Queries scored against every key for what they miss (tile mode)."""
+    """Queries scored against every key for what they miss (tile mode), where there are a million
+    keys; see `geometry.num_scouts`."""
     scout_threshold: float = 0.0
     """A scout's query tile lists a key tile where a logit exceeds the LSE of the scout's kept keys
     by more than this."""
     scout_tiles: int = 0
     """Most key tiles that a query tile lists."""
+    near_len: int | None = None
+    """As `Selection.near_tiles`, tokens."""
+    most_scouts: int = 0
+    """The most of them where there are fewer keys; at least ``num_scouts``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,11 @@ def test_save_and_load_roundtrip(plan: SparsityPlan, tmp_path: Path) -> None:
 def test_default_is_the_same_for_every_head() -> None:
     plan = SparsityPlan.default(3, 5, vertical=7, slash=256)
     assert plan.vertical == ((7,) * 5,) * 3 and plan.slash == ((256,) * 5,) * 3
-    assert plan.mode == "tile" and plan.mean_correction and plan.dense_tail_len == 2048
+    assert plan.mode == "tile" and plan.mean_correction and plan.dense_tail_len == 1024
     budget = plan.layer(0)
     assert (budget.num_scouts, budget.scout_threshold, budget.scout_tiles) == (256, -2.0, 64)
+    assert (budget.most_scouts, budget.near_len) == (1024, 16_384)
+    assert replace(plan, mean_correction=False).layer(0).near_len is None
 
 
 def test_released_format_keeps_budgets_and_takes_our_policy(tmp_path: Path) -> None:
@@ -59,6 +62,7 @@ def test_released_format_keeps_budgets_and_takes_our_policy(tmp_path: Path) -> N
     assert plan.vertical == ((9192, 1000, 3048), (30, 500, 3500))
     assert plan.slash == ((14288, 6096, 8144), (800, 700, 100))
     assert plan.mode == "tile" and plan.mean_correction
+    assert plan.layer(1).vertical == (15, 250, 1750)  # half of each is bought
     file = tmp_path / "sparse_attention_config.json"
     file.write_text(json.dumps(EXCERPT))
     assert SparsityPlan.load(file) == plan
@@ -77,6 +81,7 @@ def test_paper_mode_is_minference_policy() -> None:
     assert (budget.mode, budget.sink, budget.local) == ("paper", 30, 100)
     assert (budget.probe_last, budget.probe_strided) == (64, 0)
     assert not plan.mean_correction and plan.dense_tail_len == 0 == budget.num_scouts
+    assert budget.vertical == (130, 500, 3500)
     assert make_plan().paper().vertical == ((130, 1000), (130, 31))
     assert make_plan(vertical=((29, 0), (30, 31))).paper().vertical == ((29, 0), (130, 31))
 
@@ -143,6 +148,8 @@ REFUSED_FILES: dict[str, tuple[Any, str]] = {
     "flat-budget": (file_content(vertical=[30, 5]), "vertical"),
     "no-budget": ({"schema_version": 1, "vertical": [[30]]}, "slash"),
     "bad-policy": (file_content(sink=-1), "sink is -1"),
+    "no-share": (file_content(budget_share=0), "budget_share is 0"),
+    "large-share": (file_content(budget_share=1.5), "budget_share is 1.5"),
     "stream-llm": ([{"0": ["stream_llm", 100, 800, 0.9]}], "layer 0 head 0 has type 'stream_llm'"),
     "missing-head": ([{"0": ["vertical_and_slash", 1, 1, 0.9],
                        "2": ["vertical_and_slash", 1, 1, 0.9]}], "none for head 1"),

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.gpu
 BLOCK, HEADS, KV_HEADS, DIM, DEVICE = 128, 28, 4, 128, "cuda"
 SCALE = DIM**-0.5
 LENGTH, NEW = 40_000, 8_000
-WORKSPACE = 64 << 20
+WORKSPACE = 80 << 20
 
 
 def make_inputs(length: int, new: int, gain: float) -> tuple[Tensor, PagedKV, Tensor]:

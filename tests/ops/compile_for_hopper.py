@@ -63,6 +63,7 @@ def pretend() -> None:
     """From here on launches compile, and the choices are those for a Hopper GPU."""
     from longspan.ops.dense import hopper
     from longspan.ops.select import hopper_tiles as hopper_probe
+    from longspan.ops.select import triton_scouts
     from longspan.ops.tiles import hopper as hopper_tile
 
     driver.set_active(Driver())
@@ -75,6 +76,7 @@ def pretend() -> None:
         "KEYS": 128, "num_warps": 8, "num_stages": 2}
     sparse_index._clear_tiles = lambda call, first: (
         (first, call.mask_from) if call.padded_rows >= 64 else None)
+    triton_scouts._on_hopper = lambda queries, k: queries.shape[2] >= 256
     sparse_index._device_programs = lambda device: NUM_SMS  # type: ignore[assignment]
 
 
@@ -96,7 +98,8 @@ def main() -> None:
     hopper.prefill_attention(*args)
     prefill.prefill_attention(*args)
     prefill.split_prefill_attention(*args, 2)
-    for mode, strided, scouts in (("tile", 0, 256), ("tile", 64, 0), ("paper", 0, 0)):
+    for mode, strided, scouts in (
+            ("tile", 0, 256), ("tile", 64, 128), ("tile", 0, 0), ("paper", 0, 0)):
         budget = Budget((900,) * HEADS, (700,) * HEADS, mode, 64, strided, 4, 100, scouts, 0.0, 64)
         selection = sparse_index.select_vertical_slash(*args, budget)
         vertical_slash.sparse_prefill_attention(*args, selection, False)

@@ -284,8 +284,8 @@ def _mean_terms(
     case: Case, positions: Positions, start: int, selection: Selection
 ) -> tuple[Tensor, Tensor]:
     """One mean key and value for each whole tile before the query's own that is neither a window
-    nor listed, with the logarithm of the number of its keys that are not columns. [H, T, n],
-    [n, H, D]."""
+    nor listed, with the logarithm of the number of its keys that are not columns; far before the
+    query for eight tiles together. [H, T, n], [n, H, D]."""
     length, heads, tile_len = case.k.shape[0], case.q.shape[1], selection.tile_len
     group = heads // case.k.shape[1]
     inv_freq = case.rotary.inv_freq.double().cpu()
@@ -293,22 +293,36 @@ def _mean_terms(
     keys = rotate_pair(case.k, torch.outer(local, inv_freq)).repeat_interleave(group, 1)
     values = case.v.double().repeat_interleave(group, 1)
     num_tiles = (length - 1) // tile_len
-    logits = torch.full((heads, length - start, num_tiles), -math.inf, dtype=torch.float64)
-    for tile in range(num_tiles):
-        inside = slice(tile * tile_len, (tile + 1) * tile_len)
-        rows = [rotated_query(i, tile * tile_len, positions) for i in range(start, length)]
+    runs = [range(tile, tile + 1) for tile in range(num_tiles)]
+    if selection.near_tiles is not None:
+        runs += [range(tile, tile + 8) for tile in range(0, num_tiles - 7, 8)]
+    logits = torch.full((heads, length - start, len(runs)), -math.inf, dtype=torch.float64)
+    means = []
+    for place, tiles in enumerate(runs):
+        inside = slice(tiles.start * tile_len, tiles.stop * tile_len)
+        rows = [rotated_query(i, inside.start, positions) for i in range(start, length)]
         angles = torch.outer(torch.tensor(rows).double(), inv_freq)
         turned = rotate_pair(case.q[start:].cpu(), angles)
         mean_scores = (turned * keys[inside].mean(0)).sum(-1) * case.scale  # [T, H]
+        means.append(values[inside].mean(0))
         for head in range(heads):
-            offsets = set(selection.offsets[head].tolist())
             columns = set(selection.columns[head].tolist())
-            free = tile_len - len(columns & set(range(inside.start, inside.stop)))
+            left = inside.stop - inside.start - len(columns & set(range(inside.start, inside.stop)))
             for row, query in enumerate(range(start, length)):
-                gap = query // tile_len - tile
-                whole = -gap * tile_len in offsets or tile in listed(selection, head, query)
-                if gap > 0 and free > 0 and not whole:
-                    logits[head, row, tile] = mean_scores[row, head] + math.log(free)
-    means = torch.stack([values[i * tile_len : (i + 1) * tile_len].mean(0)
-                         for i in range(num_tiles)]) if num_tiles else values[:0]
-    return logits, means
+                weight = left * _share(selection, head, query, tiles)
+                if weight > 0:
+                    logits[head, row, place] = mean_scores[row, head] + math.log(weight)
+    return logits, torch.stack(means) if means else values[:0]
+
+
+def _share(selection: Selection, head: int, query: int, tiles: range) -> float:
+    """How many of these tiles the query sees through their common mean alone, of all of them."""
+    own = query // selection.tile_len
+    if selection.near_tiles is not None:
+        far = [tile for tile in range(own) if tile < (max(0, own - selection.near_tiles) // 8) * 8]
+        if (tiles.start in far) is not (len(tiles) == 8):
+            return 0.0
+    seen = set(selection.offsets[head].tolist())
+    free = [tile for tile in tiles if tile < own and (tile - own) * selection.tile_len not in seen
+            and tile not in listed(selection, head, query)]
+    return len(free) / len(tiles)

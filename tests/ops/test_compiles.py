@@ -13,11 +13,11 @@ KERNELS = {
     "sparse/triton_unaligned": "_window_kernel _paper_kernel",
     "sparse/layout": "_index_kernel _plan_kernel _gather_columns_kernel _gather_means_kernel "
                      "_list_kernel",
-    "select/hopper_tiles": "_mass_kernel",
+    "select/hopper_tiles": "_mass_kernel", "select/hopper_scouts": "_scout_kernel",
     "select/triton_tiles": "rotate_probes rotate_listed tile_masses combine_logs diagonal_masses "
                            "free_masses",
     "select/triton_recall": "sum_masses",
-    "select/triton_scouts": "sum_queries mean_differences score_scouts list_tiles",
+    "select/triton_scouts": "sum_queries mean_differences score_scouts score_columns list_tiles",
     "select/triton_keys": "find_blocks tile_columns key_masses",
     "select/top_k": "choose_windows write_largest place_columns group_maxima lower_bounds "
                     "count_reached list_reached place_diagonals",

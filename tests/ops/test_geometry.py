@@ -145,3 +145,10 @@ def test_released_geometry_at_random_pairs() -> None:
         rotated = geometry.query_position(torch.tensor([query]), zone, stride, 262_144)
         assert int(rotated) - key % stride == distance(query, key, positions)
         assert 0 <= int(rotated) - key % stride <= 262_144
+
+
+def test_more_scouts_where_there_are_fewer_keys() -> None:
+    """Never fewer than at a million keys, and the pass over all keys never longer."""
+    assert [geometry.num_scouts(keys, 256, 1024) for keys in (
+        2_000_000, 1 << 20, 600_000, 1 << 19, 1 << 18, 5_000)] == [256, 256, 256, 512, 1024, 1024]
+    assert geometry.num_scouts(1_000, 100, 0) == 100 == geometry.num_scouts(1_000, 100, 199)

@@ -12,18 +12,21 @@ import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from longspan.attention.head_errors import HeadErrors
 from longspan.attention.sparsity import SparsityPlan
 from longspan.bench.engine.engine import free_memory
 from longspan.bench.engine.questions import Quiz, many_questions, single_questions
+from longspan.bench.ops.tiles import mean_share
 from longspan.bench.session import BenchSession
+from longspan.bench.shapes import changed, scaled
 from longspan.bench.timing import rounded
 from longspan.commands.console import note, percent, show_table
 from longspan.config import EngineConfig, dense_tail_start
@@ -51,7 +54,10 @@ class QualityOptions:
     num_single: int
     """Prompts with one question, about one document."""
     num_many: int
-    """Questions of the prompt with many."""
+    """Questions of the prompts with many."""
+    memory_gib: float | None = None
+    policies: tuple[str, ...] = ()
+    """Further ``tile`` settings, as `shapes.PlanOptions.policy`."""
     seed: int
     text_roots: tuple[Path, ...]
     chunk_len: int | None
@@ -68,15 +74,18 @@ def run(session: BenchSession, options: QualityOptions) -> int:
     subject = Subject(options, session.device)
     bank = TextBank.from_roots(options.text_roots or python_text_roots(), subject.tokenizer)
     plans: dict[str, SparsityPlan | None] = {"dense": None, "tile": subject.plan}
+    plans |= {f"tile {policy}": changed(subject.plan, policy) for policy in options.policies}
     for length in options.lengths:
         rng = random.Random(f"{options.seed}:{length}")
         singles = single_questions(bank, subject.tokenizer, length, options.num_single, rng)
-        many = many_questions(bank, subject.tokenizer, length, options.num_many, rng)
+        end, spread = (many_questions(bank, subject.tokenizer, length, options.num_many, rng,
+                                      spread=spread) for spread in (False, True))
         matched_on = singles[0] if "paper" in options.settings else None
-        for name in options.settings:
-            for prompts, count in ((singles, 1), ([many], options.num_many)):
+        for name in (*options.settings, *(f"tile {policy}" for policy in options.policies)):
+            for prompts, count, place in ((singles, 1, "end"), ([end], options.num_many, "end"),
+                                          ([spread], options.num_many, "spread")):
                 key = {"model": Path(options.model).name, "num_tokens": length,
-                       "num_questions": count, "attention": name,
+                       "num_questions": count, "place": place, "attention": name,
                        "chunk_len": subject.chunk_len}
                 match = matched_on if name == "paper" else None
                 row = session.attempt(key, partial(_work, subject, prompts, plans, name, match))
@@ -101,7 +110,7 @@ class Subject:
     def __init__(self, options: QualityOptions, device: str) -> None:
         self._options: dict[str, Any] = {
             "device": device, "max_model_len": max(options.lengths) + 64, "max_num_requests": 1,
-            "prefill_chunk_len": options.chunk_len}
+            "prefill_chunk_len": options.chunk_len, "memory_gib": options.memory_gib}
         self._model = options.model
         made = ResolvedEngine.resolve(
             EngineConfig(model=options.model, attention="sparse", **self._options))
@@ -121,10 +130,12 @@ class Subject:
             llm.observe(None)
             for quiz in prompts[1:]:
                 hits += ask(llm, quiz)[0]
+            nats = nats_of(prompts[0], output)
         assert output.density is not None and not output.num_cached_tokens
         found = recall.recalls()
         low, high = wilson_interval(sum(hits), len(hits))
-        return {"score": rounded(sum(hits) / len(hits)), "n": len(hits), "ci_low": rounded(low),
+        return {**nats, "score": rounded(sum(hits) / len(hits)), "n": len(hits),
+                "ci_low": rounded(low),
                 "ci_high": rounded(high), "density": rounded(output.density, 4),
                 "cost": rounded(self._cost(output, plan), 4),
                 "plan": _describe(plan), "recall": summary(found),
@@ -148,10 +159,12 @@ class Subject:
             return self._cost(llm.generate([quiz.ids], SamplingParams(max_tokens=1))[0], plan)
 
     def _cost(self, output: RequestOutput, plan: SparsityPlan | None) -> float:
-        """Return the density plus what tile means add to it: one key for each tile."""
+        """Return the density plus what tile means add to it."""
         assert output.density is not None
-        means = plan is not None and plan.mean_correction
-        return output.density + (1 / self.block_size if means else 0.0)
+        if plan is None or not plan.mean_correction:
+            return output.density
+        return output.density + mean_share(
+            output.num_prompt_tokens, self.block_size, plan.mean_near_len)
 
     def _last_sparse_chunk(self, prompt_len: int, plan: SparsityPlan | None) -> int:
         """Return where the last prefill chunk begins that has queries before the dense tail."""
@@ -191,6 +204,20 @@ def ask(llm: LLM, quiz: Quiz) -> tuple[list[bool], RequestOutput]:
             for place, answer in quiz.answers], output
 
 
+def nats_of(quiz: Quiz, output: RequestOutput) -> dict[str, float]:
+    """Return the mean nats of an answer's token, and of the text from the first answer on, where
+    the prompt holds its answers."""
+    if output.prompt_logprobs is None:
+        return {}
+    nats = -output.prompt_logprobs.astype(np.float64)
+    inside = np.zeros(len(nats), dtype=bool)
+    for place, answer in quiz.answers:
+        inside[place : place + len(answer)] = True
+    text = ~inside & ~np.isnan(nats)
+    return {"answer_nats": round(float(nats[inside].mean()), 4),
+            "text_nats": round(float(nats[text].mean()), 4)}
+
+
 def summary(by_layer: Sequence[Sequence[Sequence[float]]]) -> dict[str, float] | None:
     """Summarise over all heads: mean of means, and the 5th percentile and the least of a head's
     mean."""
@@ -200,13 +227,6 @@ def summary(by_layer: Sequence[Sequence[Sequence[float]]]) -> dict[str, float] |
     values = torch.tensor(means, dtype=torch.float64)
     return {"mean": round(float(values.mean()), 4),
             "p5": round(float(torch.quantile(values, 0.05)), 4), "min": round(means[0], 4)}
-
-
-def scaled(plan: SparsityPlan, factor: float) -> SparsityPlan:
-    """Return the plan with all budgets multiplied."""
-    def rows(values: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-        return tuple(tuple(max(1, round(factor * value)) for value in row) for row in values)
-    return replace(plan, vertical=rows(plan.vertical), slash=rows(plan.slash))
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:

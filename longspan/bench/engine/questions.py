@@ -13,7 +13,7 @@ from longspan.eval.task import Example
 from longspan.eval.tasks.passkey import INSTRUCTION, passkey_haystack, spread_depths
 from longspan.eval.text import TextBank
 
-TOKENS_PER_TURN = 56
+TOKENS_PER_TURN = 64
 """Room for a question and its answer; prompts with many of them come out a little short."""
 
 
@@ -44,29 +44,40 @@ def single_questions(
 
 
 def many_questions(
-    bank: TextBank, tokenizer: Tokenizer, num_tokens: int, count: int, rng: random.Random
+    bank: TextBank, tokenizer: Tokenizer, num_tokens: int, count: int, rng: random.Random, *,
+    spread: bool = False,
 ) -> Quiz:
     """Build one prompt of at most ``num_tokens`` with ``count`` questions about its document at the
-    end, each but the last answered: the conversation as it would have gone, last answer
-    included."""
-    document_len = num_tokens - TOKENS_PER_TURN * (count - 1)
+    end, each but the last answered: the conversation as it would have gone, last answer included.
+
+    Args:
+        spread: the document is the prompt's first quarter, and more text stands before every
+            question but the first, so that they are spread over the rest.
+    """
+    room = num_tokens - TOKENS_PER_TURN * (count - 1)
+    document_len = room // 4 if spread else room
+    filler_len = (room - document_len) // max(1, count - 1)
     examples = passkey_haystack(
         bank, tokenizer, num_tokens=document_len, depths=spread_depths(count, rng), rng=rng)
     rng.shuffle(examples)
     after = Frame.chat(tokenizer).after
     between = _between_turns(tokenizer)
+    filler = [int(token) for piece in bank.take(rng, filler_len * count) for token in piece.ids]
     ids = array("i", examples[0].prompt_ids)
     answers = []
     for index, example in enumerate(examples):
         if index:
-            text = f"{between}{example.question} {INSTRUCTION}{after}"
-            ids.extend(tokenizer.encode(text))
+            ids.extend(tokenizer.encode(between))
+            if filler_len:
+                ids.extend(filler[index * filler_len : (index + 1) * filler_len])
+            ids.extend(tokenizer.encode(f"{example.question} {INSTRUCTION}{after}"))
         answer = _answer(tokenizer, example)
         answers.append((len(ids), answer))
         ids.extend(answer)
     if len(ids) > num_tokens:
-        raise LongspanError(f"{count} questions and answers take {len(ids) - document_len} tokens, "
-                            f"{num_tokens - document_len} are set aside; ask fewer")
+        raise LongspanError(f"{count} questions and answers take "
+                            f"{len(ids) - document_len - filler_len * (count - 1)} tokens, "
+                            f"{num_tokens - room} are set aside; ask fewer")
     return Quiz(ids, tuple(answers))
 
 

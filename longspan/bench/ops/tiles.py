@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from longspan.ops.geometry import COARSE, near_border
 from longspan.ops.sparse.eager_unaligned import window_starts
 from longspan.ops.types import Selection
 
@@ -13,8 +14,8 @@ def count_tiles(selection: Selection, start: int, num_queries: int, *, correctio
 
     For each query tile: its windows that exist, the diagonal one whole; the tiles that it lists;
     its columns up to its last query, in tiles of P, rounded up; with ``correction`` the means of
-    the tiles before it, rounded up as well. Tiles that a kernel splits at DCA borders are not
-    counted twice.
+    the tiles before it and those that stand for several tiles, each rounded up as well. Tiles that
+    a kernel splits at DCA borders are not counted twice.
     """
     tile_len = selection.tile_len
     device = selection.columns.device
@@ -34,8 +35,21 @@ def count_tiles(selection: Selection, start: int, num_queries: int, *, correctio
     if selection.tiles is not None:
         count += (selection.tiles[:, tiles - selection.first_tile] >= 0).sum()
     if correction:
-        count += (-(-tiles // tile_len)).sum() * selection.columns.shape[0]
+        borders = torch.tensor([near_border(tile, selection.near_tiles)
+                                for tile in tiles.tolist()], device=device)
+        means = -(-(tiles - borders) // tile_len) - (-borders // (COARSE * tile_len))
+        count += means.sum() * selection.columns.shape[0]
     return float(count)
+
+
+def mean_share(num_tokens: int, tile_len: int, near_len: int) -> float:
+    """Return the share of all (query, key) pairs of a prompt that tile means add: a key for each
+    tile near the query's, for each `COARSE` tiles beyond."""
+    count = 0
+    for tile in range(-(-num_tokens // tile_len)):
+        border = near_border(tile, near_len // tile_len)
+        count += tile - border + border // COARSE
+    return 2 * count * tile_len / max(1, num_tokens)**2
 
 
 def tile_flops(num_tiles: float, tile_len: int, head_dim: int) -> float:

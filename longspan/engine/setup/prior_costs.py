@@ -30,7 +30,7 @@ def prior_costs(model: ModelConfig, config: EngineConfig, plan: SparsityPlan | N
     kept = mean = 0.0
     if plan is not None:
         budgets = [value for rows in (plan.vertical, plan.slash) for row in rows for value in row]
-        kept = 2 * sum(budgets) / len(budgets) + config.block_size
+        kept = 2 * plan.budget_share * sum(budgets) / len(budgets) + config.block_size
         # The selection comes through SELECTION_ROWS, but for scouts: scores of some rows alone.
         mean = 1 / config.block_size + plan.num_scouts / config.prefill_chunk_len / 2
     sparse = (step_s, (linear + pair * kept) / FLOPS[device], pair * mean / FLOPS[device])

@@ -22,7 +22,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longspan.ops.select.probes import PAPER_TILE_LEN, Probe, place_probes, probe_scores
+from longspan.ops.select.probes import (
+    PAPER_TILE_LEN,
+    Probe,
+    near_tiles,
+    place_probes,
+    probe_scores,
+)
 from longspan.ops.select.scouts import add_scouts
 from longspan.ops.tiles.attend import ordered_kv
 from longspan.ops.types import Budget, PagedKV, QueryRotary, Selection
@@ -53,7 +59,8 @@ def select_vertical_slash(
     pad = torch.nn.utils.rnn.pad_sequence
     selection = Selection(pad(columns, batch_first=True, padding_value=-1),
                           pad(offsets, batch_first=True, padding_value=tile_len), tile_len,
-                          aligned=budget.mode == "tile")
+                          aligned=budget.mode == "tile",
+                          near_tiles=near_tiles(budget, rotary, context_len, tile_len))
     if budget.mode == "paper" or budget.num_scouts == 0:
         return selection
     return add_scouts(selection, q, k, cached_len, rotary, scale, budget)

@@ -80,9 +80,9 @@ def pass_one(
 
 
 @gluon.jit
-def _barriers():
+def _barriers(PARTS: gl.constexpr):
     """Allocate the barriers that say what the producer has filled and both consumers have done
-    with: queries, ring of keys."""
+    with: queries, ring of keys. A tile of keys is there with PARTS arrivals."""
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -90,7 +90,7 @@ def _barriers():
     mbarrier.init(q_full, count=1)
     mbarrier.init(q_empty, count=2)
     for slot in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(slot), count=1)
+        mbarrier.init(k_full.index(slot), count=PARTS)
         mbarrier.init(k_empty.index(slot), count=2)
     fence_async_shared()
     return q_full, q_empty, k_full, k_empty
@@ -211,7 +211,7 @@ def _mass_kernel(
     """
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [BLOCKS, HALF, TILE], q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, TILE, TILE], k_desc.layout)
-    q_full, q_empty, k_full, k_empty = _barriers()
+    q_full, q_empty, k_full, k_empty = _barriers(1)
     kv = gl.program_id(2)
     row = gl.program_id(1) * BLOCKS * HALF
     q_row = (first_kv_head + kv) * rows + row

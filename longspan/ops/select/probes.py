@@ -9,13 +9,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longspan.ops.geometry import continuous_query_position, spans
+from longspan.ops.geometry import COARSE, continuous_query_position, spans
 from longspan.ops.reference import rotate
 from longspan.ops.tiles.attend import scores_fp32
 from longspan.ops.types import Budget, QueryRotary
 
 PAPER_TILE_LEN = 64
 """Rows of a query tile, and keys of a window, in ``paper`` mode."""
+
+
+def near_tiles(budget: Budget, rotary: QueryRotary, stop: int, tile_len: int) -> int | None:
+    """Return `Selection.near_tiles` for queries up to ``stop``: the budget's, unless tiles that
+    would share a mean could lie in two zones."""
+    whole = rotary.stride % (COARSE * tile_len) == 0 or stop <= rotary.stride
+    return budget.near_len // tile_len if whole and budget.near_len is not None else None
 
 
 class Probe(NamedTuple):

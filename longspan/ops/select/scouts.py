@@ -16,6 +16,7 @@ import math
 import torch
 from torch import Tensor
 
+from longspan.ops.geometry import num_scouts
 from longspan.ops.select.probes import probe_scores
 from longspan.ops.types import Budget, QueryRotary, Selection
 
@@ -33,9 +34,10 @@ def add_scouts(
     `ROWS_AT_ONCE` x S fp32 for one head.
     """
     first_tile, group = start // selection.tile_len, q.shape[1] // k.shape[1]
+    count = num_scouts(k.shape[0], budget.num_scouts, budget.most_scouts)
     lists, rows = [], []
     for head in range(q.shape[1]):
-        scouts = place_scouts(q[:, head], budget.num_scouts)
+        scouts = place_scouts(q[:, head], count)
         excess = _excess(selection, head, q[:, head], k[:, head // group], start + scouts, start,
                          rotary, scale)
         lists.append(_largest_tiles(excess, budget))

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from longspan.ops.select import top_k, triton_keys, triton_scouts
 from longspan.ops.select import triton_tiles as probe
-from longspan.ops.select.probes import PAPER_TILE_LEN, Probe, place_probes
+from longspan.ops.select.probes import PAPER_TILE_LEN, Probe, near_tiles, place_probes
 from longspan.ops.tiles.splits import num_sms
 from longspan.ops.types import Budget, PagedKV, QueryRotary, Selection
 
@@ -160,7 +160,8 @@ def select_vertical_slash(
         choose(call, _Heads(first, min(at_once, num_kv_heads - first)), columns, offsets)
     is_tiles = budget.mode == "tile"
     selection = Selection(columns, offsets, call.tile_len if is_tiles else PAPER_TILE_LEN,
-                          aligned=is_tiles, max_columns=call.max_columns)
+                          aligned=is_tiles, max_columns=call.max_columns,
+                          near_tiles=near_tiles(budget, rotary, call.context_len, call.tile_len))
     if not is_tiles or budget.num_scouts == 0:
         return selection
     return triton_scouts.add_scouts(selection, q, cache, block_table, cached_len, rotary, scale,

@@ -1,9 +1,9 @@
 """Scouts on the device: `scouts.add_scouts` in Triton, with the same rules and nothing to wait for.
 
 One pass of the scouts over all keys gives, for each scout, its largest logit in each key tile among
-those that it does not keep, and the LSE of those that it keeps. Then each query tile lists the key
-tiles with the largest excess over its scouts. Scores carry scale * log2(e), as in
-`triton_tiles`.
+those that it does not keep, and the LSE of those that it keeps: columns by a kernel of their own,
+windows on the way. Then each query tile lists the key tiles with the largest excess over its
+scouts. Scores carry scale * log2(e), as in `triton_tiles`. On Hopper the pass is `hopper_scouts`.
 
 Heads are taken as many at a time as the workspace allows.
 """
@@ -11,6 +11,7 @@ Heads are taken as many at a time as the workspace allows.
 from __future__ import annotations
 
 import math
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -18,16 +19,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longspan.ops.geometry import num_scouts
 from longspan.ops.select import top_k
 from longspan.ops.select import triton_tiles as probe
 from longspan.ops.select.top_k import chosen_of, count_above, threshold_of
 from longspan.ops.select.triton_tiles import SPANS, load_keys, load_rows, zone_tiles
 from longspan.ops.types import Budget, PagedKV, QueryRotary, Selection
 
-WORKSPACE_BYTES = 48 << 20
-"""For the largest logits of scouts in key tiles, and which keys are columns."""
+WORKSPACE_BYTES = 72 << 20
+"""For the largest logits of scouts in key tiles, and which keys are columns: seven heads with 256
+scouts each over a million keys."""
 ROW_BLOCK = 128
 """Scouts in one matrix product."""
+COLUMN_ROWS, COLUMN_BLOCK = 64, 64
+"""Scouts and columns in one matrix product."""
 WAVES = 4
 """Programs over the device, in waves: one wave of heads times row blocks would leave many places
 empty."""
@@ -51,22 +56,24 @@ def add_scouts(
 ) -> Selection:
     """See `scouts.add_scouts`. num_programs: as many as the device runs at once."""
     num_heads, tile_len = q.shape[1], selection.tile_len
-    padded = max(16, triton.next_power_of_2(budget.num_scouts))
-    scouts = _rotated(q, _place(q, budget.num_scouts), start, rotary, scale, tile_len, padded)
+    count = num_scouts(start + q.shape[0], budget.num_scouts, budget.most_scouts)
+    padded = max(16, triton.next_power_of_2(count))
+    scouts = _rotated(q, _place(q, count), start, rotary, scale, tile_len, padded)
     num_tiles, first_tile = scouts.zones[1], start // tile_len
     tiles = torch.empty(num_heads, num_tiles - first_tile, budget.scout_tiles, dtype=torch.int32,
                         device=q.device)
-    bytes_per_head = num_tiles * (4 * padded + tile_len + 1)
-    at_once = max(1, min(num_heads, WORKSPACE_BYTES // bytes_per_head))
+    group = num_heads // cache.k.shape[2]
+    bytes_per_group = group * num_tiles * (4 * padded + tile_len + 1)
+    at_once = max(1, min(num_heads // group, WORKSPACE_BYTES // bytes_per_group)) * group
     for first in range(0, num_heads, at_once):
         part = slice(first, min(num_heads, first + at_once))
-        missed, lse = _score(selection, scouts, cache, block_table, part, num_programs)
+        missed, kept = _score(selection, scouts, cache, block_table, part, num_programs)
         list_tiles[tiles.shape[1], part.stop - first](
-            missed, lse, scouts.rows, tiles, first, scouts.rows.shape[1], start, num_tiles,
+            missed, kept, scouts.rows, tiles, first, scouts.rows.shape[1], start, num_tiles,
             tiles.shape[2], budget.scout_threshold * math.log2(math.e), RP=padded,
             P=tile_len, BLOCK=max(1024, triton.next_power_of_2(num_tiles)),
             WIDTH=triton.next_power_of_2(tiles.shape[2]), num_warps=8)
-        del missed, lse  # or the next heads' would be allocated beside them
+        del missed  # or the next heads' would be allocated beside them
     return selection._replace(tiles=tiles, first_tile=first_tile, scouts=scouts.rows)
 
 
@@ -124,22 +131,55 @@ def _score(
     num_zones, num_tiles, *_ = scouts.zones
     _, num_heads, padded, head_dim = scouts.queries.shape
     tile_len, num_here, k = selection.tile_len, heads.stop - heads.start, cache.k
-    is_window, is_column = _flags(selection, heads, num_tiles)
+    group = num_heads // k.shape[2]
+    flags = _flags(selection, heads, num_tiles)
     missed = torch.empty(num_here, num_tiles, padded, dtype=torch.float32, device=k.device)
+    on_hopper = _on_hopper(scouts.queries, k)
     block = min(ROW_BLOCK, padded)
-    programs = min(num_tiles, max(1, WAVES * num_programs // (padded // block * num_here)))
-    partial = torch.empty(programs, num_here, padded, dtype=torch.float32, device=k.device)
-    lse = torch.empty(num_here, padded, dtype=torch.float32, device=k.device)
-    score_scouts[(programs, padded // block, num_here)](
-        scouts.queries, k, block_table, scouts.rows, is_window, is_column, missed, partial,
-        *k.stride()[:3], heads.start, num_heads, *scouts.zones, scouts.start,
-        scouts.rows.shape[1], GROUP=num_heads // k.shape[2], RP=padded, BM=block, P=tile_len,
-        D=head_dim, PRECISION="ieee" if k.dtype == torch.float32 else "tf32", num_warps=8,
-        num_stages=3)
+    programs = (
+        _hopper().num_parts(scouts.queries, k, num_here // group) if on_hopper
+        else min(num_tiles, max(1, WAVES * num_programs // (padded // block * num_here))))
+    shape = programs + 1, num_here, padded  # the last part is the columns'
+    kept = torch.empty(*shape, dtype=torch.float32, device=k.device)
+    constants = {"GROUP": group, "RP": padded, "P": tile_len, "D": head_dim,
+                 "PRECISION": "ieee" if k.dtype == torch.float32 else "tf32"}
+    few = min(COLUMN_ROWS, padded)
+    score_columns[(padded // few, num_here)](
+        scouts.queries, k, block_table, scouts.rows, selection.columns, kept,
+        *k.stride()[:3], heads.start, num_heads, *scouts.zones, scouts.start, scouts.rows.shape[1],
+        selection.columns.shape[1], programs, BM=few, BLOCK=COLUMN_BLOCK, **constants)
+    if on_hopper:
+        _hopper().score(
+            scouts.queries, scouts.rows, k, block_table, _hopper().Flags(*flags), missed, kept,
+            (heads.start // group, num_here // group), scouts.zones, scouts.start)
+    else:
+        score_scouts[(programs, padded // block, num_here)](
+            scouts.queries, k, block_table, scouts.rows, *flags, missed, kept,
+            *k.stride()[:3], heads.start, num_heads, *scouts.zones, scouts.start,
+            scouts.rows.shape[1], BM=block, **constants, num_warps=8, num_stages=3)
+    return missed, _combined(kept, scouts)
+
+
+def _combined(partial: Tensor, scouts: _Scouts) -> Tensor:
+    """Combine the programs' log-sums, [programs, heads here, RP], to [heads here, RP]."""
+    programs, num_here, padded = partial.shape
+    lse = torch.empty(num_here, padded, dtype=torch.float32, device=partial.device)
     probe.combine_logs[(triton.cdiv(lse.numel(), 32),)](
         partial, lse, programs, lse.numel(), scouts.rows.shape[1], RP=padded,
         NP=triton.next_power_of_2(programs), BLOCK=32)
-    return missed, lse
+    return lse
+
+
+def _on_hopper(queries: Tensor, k: Tensor) -> bool:
+    """Return whether Hopper's kernel takes the rotated scouts, [zones, H, RP, D]."""
+    return k.is_cuda and bool(_hopper().supports(queries, k, queries.shape[2]))
+
+
+def _hopper() -> ModuleType:
+    """Import Gluon's kernels with the first CUDA tensor: they cannot be interpreted."""
+    from longspan.ops.select import hopper_scouts
+
+    return hopper_scouts
 
 
 def _flags(selection: Selection, heads: slice, num_tiles: int) -> tuple[Tensor, Tensor]:
@@ -186,18 +226,27 @@ def mean_differences(
     tl.store(differences + head * num_queries + row, tl.maximum(1.0 - cosine, 0.0), mask=exists)
 
 
+@triton.jit
+def _add(top, total, scores):
+    """Add a tile's mass to the rows' running one, relative to their largest logit."""
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    mass = tl.sum(tl.exp2(scores - new_top[:, None]), 1)
+    return new_top, total * tl.exp2(top - new_top) + mass
+
+
 @triton.jit(do_not_specialize=["first_head", *SPANS[1:], "start", "num_rows"])
 def score_scouts(
-    queries, keys, table, rows, is_window, is_column, missed, partial, stride_block, stride_token,
-    stride_head, first_head, num_heads, num_zones, num_tiles, inter_end, succ_end, start, num_rows,
+    queries, keys, table, rows, is_window, is_column, missed, kept, stride_block,
+    stride_token, stride_head, first_head, num_heads, num_zones, num_tiles, inter_end, succ_end,
+    start, num_rows,
     GROUP: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """Score BM scouts of one head over every n-th key tile: their largest logit in the tile among
-    keys that they do not keep, and the log2 of the mass of those that they keep.
+    """Score BM scouts of one head over every n-th key tile, without columns: their largest logit in
+    the tile unless they keep it, and the log2 of the mass of the tiles that they keep.
 
-    missed: [heads here, tiles, RP]; partial: [programs, heads here, RP]. Grid (programs, RP / BM,
-    heads here).
+    missed: [heads here, tiles, RP]; kept: [programs + 1, heads here, RP]. Grid (programs,
+    RP / BM, heads here).
     """
     program, local = tl.program_id(0), tl.program_id(2).to(tl.int64)
     head = first_head + local
@@ -219,20 +268,53 @@ def score_scouts(
             key = tile * P + lane
             if tile >= start // P:  # slots past the context may hold anything
                 scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
+            scores = tl.where(tl.load(is_column + key)[None, :] != 0, float("-inf"), scores)
             gap = tl.where(place < 0, -1, position // P - tile)
-            window = tl.load(is_window + gap, mask=gap >= 0, other=0)
-            column = tl.load(is_column + key)
-            if (tl.max(window, 0) | tl.max(column, 0)) != 0:
-                is_kept = (window[:, None] | column[None, :]) != 0
-                kept = tl.where(is_kept, scores, float("-inf"))
-                new_top = tl.maximum(top, tl.max(kept, 1))
-                mass = tl.sum(tl.exp2(kept - new_top[:, None]), 1)
-                total = total * tl.exp2(top - new_top) + mass
-                top = new_top
-                scores = tl.where(is_kept, float("-inf"), scores)
+            window = tl.load(is_window + gap, mask=gap >= 0, other=0) != 0
+            if tl.max(window.to(tl.int32), 0) != 0:
+                top, total = _add(
+                    top, total, tl.where(window[:, None], scores, float("-inf")))
+                scores = tl.where(window[:, None], float("-inf"), scores)
             tl.store(missed + tile * RP + row, tl.max(scores, 1))
-    target = partial + (program * tl.num_programs(2) + local) * RP + row
-    tl.store(target, top + tl.log2(total))
+    target = (program * tl.num_programs(2) + local) * RP + row
+    tl.store(kept + target, top + tl.log2(total))
+
+
+@triton.jit(do_not_specialize=[
+    "first_head", *SPANS[1:], "start", "num_rows", "num_columns", "part"])
+def score_columns(
+    queries, keys, table, rows, columns, kept, stride_block, stride_token, stride_head,
+    first_head, num_heads, num_zones, num_tiles, inter_end, succ_end, start, num_rows, num_columns,
+    part, GROUP: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr,
+    P: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+) -> None:
+    """Compute log2 of the mass that BM scouts of one head have on its columns: entry ``part`` of
+    kept, see `score_scouts`. columns: [H, V]. Grid (RP / BM, heads here)."""
+    local = tl.program_id(1).to(tl.int64)
+    head = first_head + local
+    keys += head // GROUP * stride_head
+    columns += head * num_columns
+    row, lane, d = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BLOCK), tl.arange(0, D)
+    place = tl.load(rows + head * num_rows + row, mask=row < num_rows, other=-1)
+    position = tl.where(place < 0, -1, start + place)
+    top = tl.full([BM], -1e30, tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    for zone in range(num_zones):
+        q = load_rows(queries, (zone * num_heads + head) * RP, row, RP, D)
+        first = tl.where(zone == 0, succ_end, tl.where(zone == 1, inter_end, 0)) * P
+        stop = tl.where(zone == 0, num_tiles, tl.where(zone == 1, succ_end, inter_end)) * P
+        for begin in range(0, num_columns, BLOCK):
+            column = tl.load(columns + begin + lane, mask=begin + lane < num_columns, other=-1)
+            here = (column >= first) & (column < stop)
+            if tl.max(here.to(tl.int32), 0) != 0:
+                block = tl.load(table + column // P, mask=here, other=0).to(tl.int64)
+                source = block * stride_block + column % P * stride_token
+                k = tl.load(keys + source[:, None] + d[None, :], mask=here[:, None], other=0.0)
+                scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                seen = here[None, :] & (column[None, :] <= position[:, None])
+                top, total = _add(top, total, tl.where(seen, scores, float("-inf")))
+    target = (part * tl.num_programs(1) + local) * RP + row
+    tl.store(kept + target, top + tl.log2(total))
 
 
 @triton.jit(do_not_specialize=["first_head", "num_rows", "start", "num_tiles", "width"])
@@ -252,6 +334,11 @@ def list_tiles(
     scout_tile = (start + place) // P
     first = tl.sum((exists & (scout_tile < query_tile)).to(tl.int32), 0)
     count = tl.sum((exists & (scout_tile == query_tile)).to(tl.int32), 0)
+    tiles += (head * tl.num_programs(0) + tl.program_id(0)) * width
+    i = tl.arange(0, WIDTH)
+    if count == 0:  # as for most query tiles
+        tl.store(tiles + i, tl.full([WIDTH], -1, tl.int32), mask=i < width)
+        return
     tile = tl.arange(0, BLOCK)
     excess = tl.full([BLOCK], float("-inf"), tl.float32)
     source = missed + (local * num_tiles + tile) * RP
@@ -263,7 +350,5 @@ def list_tiles(
     k = tl.minimum(tl.sum((bits > 0).to(tl.int32), 0), width)
     bound = threshold_of(bits, None, BLOCK, k, k, BLOCK)
     chosen, target = chosen_of(bits, bound, k - count_above(bits, None, BLOCK, bound, BLOCK))
-    tiles += (head * tl.num_programs(0) + tl.program_id(0)) * width
     tl.store(tiles + target - 1, tile, mask=chosen)
-    i = tl.arange(0, WIDTH)
     tl.store(tiles + i, tl.full([WIDTH], -1, tl.int32), mask=(i >= k) & (i < width))

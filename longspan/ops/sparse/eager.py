@@ -14,11 +14,12 @@ Unaligned windows (``paper`` mode) take a plain gather with materialised scores.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from longspan.ops.geometry import INTRA, segments, spans
+from longspan.ops.geometry import COARSE, INTRA, Span, near_border, segments, spans
 from longspan.ops.reference import listed_tiles
 from longspan.ops.sparse.eager_unaligned import gathered_attention
 from longspan.ops.tiles.attend import (
@@ -83,10 +84,19 @@ class _Segment:
             for span in self.spans
         }
         self.means: tuple[Tensor, Tensor] | None = None
+        self.coarse_means: tuple[Tensor, Tensor] | None = None
+        self.border = torch.tensor([  # first tile with a mean of its own, by query tile
+            near_border(tile, selection.near_tiles)
+            for tile in range(self.first_tile, self.first_tile + self.num_tiles)], device=q.device)
         if correction:
             assert cache.k_mean is not None and cache.v_mean is not None
-            table = block_table[: self.first_tile + self.num_tiles - 1]
-            self.means = cache.k_mean[table], cache.v_mean[table]
+            near = block_table[: self.first_tile + self.num_tiles - 1]
+            num_far = int(self.border[-1]) // COARSE
+            far = near[: num_far * COARSE]
+            self.means = cache.k_mean[near], cache.v_mean[near]
+            k, v = (x[far].unflatten(0, (num_far, COARSE)).float().mean(1).to(x.dtype)
+                    for x in (cache.k_mean, cache.v_mean))
+            self.coarse_means = k, v
         self.tile_gap = self._query_tiles()[:, None] - torch.arange(
             self.first_tile + self.num_tiles, device=q.device)
         self.listed = listed_tiles(
@@ -251,17 +261,37 @@ class _Segment:
             visible = free[:, in_span // self.tile_len]
             pairs += visible.sum(dtype=torch.float64) * self.tile_len
             k, v, bias = self.k[in_span, kv_head], self.v[in_span, kv_head], _log(visible)
-            if self.means is not None:
-                tiles = slice(span.start // self.tile_len,
-                              min(span.stop // self.tile_len, self.means[0].shape[0]))
-                k = torch.cat((k, self.means[0][tiles, kv_head]))
-                v = torch.cat((v, self.means[1][tiles, kv_head]))
-                weight = (self.tile_len - taken[tiles]).clamp(min=0) * free[:, tiles]
-                bias = torch.cat((bias, weight.float().log()), 1)
+            for means, places, weight in self._mean_parts(span, taken, free):
+                k = torch.cat((k, means[0][places, kv_head]))
+                v = torch.cat((v, means[1][places, kv_head]))
+                bias = torch.cat((bias, weight.log()), 1)
             if k.shape[0]:
                 parts.append(attend_biased(self._query(head, span.zone), k[None, None],
                                            v[None, None], self.scale, bias[:, None, None]))
         return parts, pairs
+
+    def _mean_parts(
+        self, span: Span, taken: Tensor, free: Tensor
+    ) -> Iterator[tuple[tuple[Tensor, Tensor], slice, Tensor]]:
+        """Yield means of single tiles, then of `COARSE` together: keys and values, which of them
+        lie in the span, and for how many keys each stands, [n, means] fp32. taken: [all tiles]."""
+        if self.means is None or self.coarse_means is None:
+            return
+        border = self.border[:, None]
+        first = max(span.start // self.tile_len, int(self.border[0]))
+        stop = min(span.stop // self.tile_len, len(self.means[0]))
+        tiles = slice(min(first, stop), stop)
+        near = torch.arange(tiles.start, tiles.stop, device=free.device) >= border
+        left = (self.tile_len - taken).clamp(min=0)
+        yield self.means, tiles, (free[:, tiles] & near) * left[tiles].float()
+        first = -(-span.start // (COARSE * self.tile_len))
+        stop = min(span.stop // (COARSE * self.tile_len), len(self.coarse_means[0]))
+        groups = slice(min(first, stop), stop)
+        tiles = slice(groups.start * COARSE, groups.stop * COARSE)
+        far = torch.arange(tiles.start, tiles.stop, COARSE, device=free.device) < border
+        shape = groups.stop - groups.start, COARSE
+        share = free[:, tiles].unflatten(1, shape).float().mean(2) * far
+        yield self.coarse_means, groups, share * left[tiles].unflatten(0, shape).sum(1)
 
     def _tile_pairs(self, windows: list[int], listed: Tensor) -> float:
         """Count the pairs kept through whole tiles: half of one on the diagonal."""

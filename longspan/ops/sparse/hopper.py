@@ -13,6 +13,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from longspan.ops.sparse.hopper_loads import (
+    COARSE_TILES,
+    cover,
+    load_columns,
+    load_far_means,
+    load_means,
+    load_whole,
+)
 from longspan.ops.sparse.layout import SparseWork, TileLists, prepare
 from longspan.ops.tiles.hopper import (
     HALF,
@@ -24,8 +32,6 @@ from longspan.ops.tiles.hopper import (
     first_step,
     key_tiles,
     load_queries,
-    load_tile,
-    parity,
     query_halves,
     step,
 )
@@ -65,8 +71,9 @@ def launch(
         work.mean_bias, work.head_order, *lists, out, lse, num_queries // TILE_LEN,
         cached_len // TILE_LEN, (cached_len + num_queries) // TILE_LEN, work.borders[1],
         work.borders[0], num_heads, num_heads // cache.k.shape[2], work.windows.shape[1],
-        lists.tiles.shape[-1], work.mean_bias.shape[1], *work.mean_parts[1:3], variants.shape[0],
-        CORRECTED=work.mean_parts[3] > 0, LISTED=work.lists is not None, num_warps=4)
+        lists.tiles.shape[-1], len(work.k_means), work.mean_counts[0], work.first_mean,
+        work.near_tiles, variants.shape[0], CORRECTED=len(work.k_means) > 0,
+        LISTED=work.lists is not None, num_warps=4)
 
 
 def _scratch(work: SparseWork, cache: PagedKV) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -79,15 +86,23 @@ def _scratch(work: SparseWork, cache: PagedKV) -> tuple[Tensor, Tensor, Tensor, 
 
 
 @gluon.jit
-def _cover(keys):
-    """Return how many tiles hold so many keys."""
-    return (keys + TILE - 1) // TILE
+def _num_means(first, end, border):
+    """Return how many means a zone's tiles [first, end) have, of single tiles and of groups."""
+    near = gl.maximum(end - gl.maximum(first, border), 0)
+    return near, gl.maximum(gl.minimum(end, border) - first, 0) // COARSE_TILES
+
+
+@gluon.jit
+def _mean_steps(first, end, border):
+    """Return how many steps a zone's means take."""
+    near, far = _num_means(first, end, border)
+    return cover(near) + cover(far)
 
 
 @gluon.jit
 def _sparse_item(
     head_order, window_rank, column_rank, list_ends, num_tiles, first_tile, num_key_tiles, start,
-    previous, CORRECTED: gl.constexpr, LISTED: gl.constexpr,
+    previous, near_tiles, CORRECTED: gl.constexpr, LISTED: gl.constexpr,
 ):
     """Find this program's query tile, head, and how its steps lie: windows and listed tiles of the
     zones intra, succ, inter (each bound is where the zone ends), then the biased keys of the same
@@ -114,110 +129,18 @@ def _sparse_item(
         own_whole += whole_list - succ_list
         near_whole += whole_list - inter_list
         all_whole += whole_list
-    own_steps = all_whole + _cover(intra)
-    near_steps = own_steps + _cover(succ)
-    steps = near_steps + _cover(inter)
+    own_steps = all_whole + cover(intra)
+    near_steps = own_steps + cover(succ)
+    steps = near_steps + cover(inter)
     if CORRECTED:
-        own_means = _cover(tile - start)
-        near_means = own_means + _cover(start - previous)
+        border = gl.maximum(tile - near_tiles, 0) // COARSE_TILES * COARSE_TILES
+        own_means = _mean_steps(start, tile, border)
+        near_means = own_means + _mean_steps(previous, start, border)
         own_steps += own_means
         near_steps += near_means
-        steps += near_means + _cover(previous)
+        steps += near_means + _mean_steps(previous * 0, previous, border)
     return (tile, head, own_windows, near_windows, all_windows, inter_list, succ_list, whole_list,
             own_whole, near_whole, all_whole, intra, succ, inter, own_steps, near_steps, steps)
-
-
-@gluon.jit
-def _load_whole(
-    i, k_desc, v_desc, block_table, tiles, base, sign, first, stop, column, k_smem, v_smem, k_full,
-    k_empty, v_full, v_empty,
-):
-    """Load steps from i on: whole KV blocks, key tiles ``base`` + ``sign`` times the entries
-    [first, stop) of ``tiles``. Returns the next step."""
-    entry = gl.load(tiles + first, first < stop, other=0)
-    block = gl.load(block_table + base + sign * entry).to(gl.int32)
-    for at in range(first, stop):
-        entry = gl.load(tiles + gl.minimum(at + 1, stop - 1))
-        following = gl.load(block_table + base + sign * entry).to(gl.int32)
-        slot = i % STAGES
-        mbarrier.wait(k_empty.index(slot), parity(i) ^ 1)
-        load_tile(k_desc, block * TILE, column, k_full.index(slot), k_smem.index(slot))
-        mbarrier.arrive(k_full.index(slot), count=1)  # stands for the bias, which these have not
-        mbarrier.wait(v_empty.index(slot), parity(i) ^ 1)
-        load_tile(v_desc, block * TILE, column, v_full.index(slot), v_smem.index(slot))
-        block = following
-        i += 1
-    return i
-
-
-@gluon.jit
-def _hidden(flags, bits, tile, key_tile, exists, LISTED: gl.constexpr):
-    """Return flags, not 0 where the query tile sees the key tile whole, as a window or listed, or
-    there is none."""
-    hidden = gl.load(flags + tile - key_tile, exists, other=1).to(gl.int32)
-    if LISTED:
-        word = gl.load(bits + key_tile // 32, exists, other=0)
-        hidden = hidden | ((word >> (key_tile % 32)) & 1)
-    return hidden
-
-
-@gluon.jit
-def _set_flag(flag, value):
-    """Set whether the slot's keys have biases."""
-    flag.store(gl.full([1], value, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
-
-
-@gluon.jit
-def _load_columns(
-    i, k_desc, v_desc, column_tile, flags, bits, tile, row, count, k_smem, v_smem, bias_smem,
-    flag_smem, k_full, k_empty, v_full, v_empty, LISTED: gl.constexpr,
-):
-    """Load steps from i on: ``count`` gathered columns from ``row`` on, hidden where this query
-    tile sees their tile whole. Returns the next step."""
-    LANES: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
-    lanes = gl.arange(0, TILE, layout=LANES)
-    for part in range(_cover(count)):
-        slot = i % STAGES
-        first = row + part * TILE
-        mbarrier.wait(k_empty.index(slot), parity(i) ^ 1)
-        load_tile(k_desc, first, 0, k_full.index(slot), k_smem.index(slot))
-        exists = part * TILE + lanes < count
-        key_tile = gl.load(column_tile + first + lanes, exists, other=0)
-        hidden = _hidden(flags, bits, tile, key_tile, exists, LISTED)
-        bias_smem.index(slot).store(gl.where(hidden == 0, 0.0, float("-inf")))
-        _set_flag(flag_smem.index(slot), gl.max(hidden, 0))
-        mbarrier.arrive(k_full.index(slot), count=1)
-        mbarrier.wait(v_empty.index(slot), parity(i) ^ 1)
-        load_tile(v_desc, first, 0, v_full.index(slot), v_smem.index(slot))
-        i += 1
-    return i
-
-
-@gluon.jit
-def _load_means(
-    i, k_desc, v_desc, mean_bias, flags, bits, tile, row, first_tile, count, column, k_smem, v_smem,
-    bias_smem, flag_smem, k_full, k_empty, v_full, v_empty, LISTED: gl.constexpr,
-):
-    """Load steps from i on: means of the ``count`` tiles from ``first_tile`` on, which begin at
-    ``row``, hidden where this query tile sees the tile whole. Returns the next step."""
-    LANES: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
-    lanes = gl.arange(0, TILE, layout=LANES)
-    for part in range(_cover(count)):
-        slot = i % STAGES
-        first = row + part * TILE
-        mbarrier.wait(k_empty.index(slot), parity(i) ^ 1)
-        load_tile(k_desc, first, column, k_full.index(slot), k_smem.index(slot))
-        exists = part * TILE + lanes < count
-        key_tile = first_tile + part * TILE + lanes
-        hidden = _hidden(flags, bits, tile, key_tile, exists, LISTED)
-        weight = gl.load(mean_bias + first + lanes, exists, other=0.0)
-        bias_smem.index(slot).store(gl.where(hidden == 0, weight, float("-inf")))
-        _set_flag(flag_smem.index(slot), 1)
-        mbarrier.arrive(k_full.index(slot), count=1)
-        mbarrier.wait(v_empty.index(slot), parity(i) ^ 1)
-        load_tile(v_desc, first, column, v_full.index(slot), v_smem.index(slot))
-        i += 1
-    return i
 
 
 @gluon.jit
@@ -226,13 +149,13 @@ def _sparse_producer(
     window_flag, window_rank, column_rank, column_tiles, column_tile, mean_bias, head_order, lists,
     list_ends, list_bits, q_smem, k_smem, v_smem, bias_smem, flag_smem, q_full, k_full, k_empty,
     v_full, v_empty, num_tiles, first_tile, num_key_tiles, start, previous, num_heads, group,
-    max_windows, list_width, mean_rows, near_mean_part, own_mean_part, num_zones,
+    max_windows, list_width, mean_rows, num_near, first_mean, near_tiles, num_zones,
     CORRECTED: gl.constexpr, LISTED: gl.constexpr,
 ):
     (tile, head, own_windows, near_windows, all_windows, inter_list, succ_list, whole_list,
      own_whole, near_whole, all_whole, intra, succ, inter, own_steps, near_steps, steps) = (
         _sparse_item(head_order, window_rank, column_rank, list_ends, num_tiles, first_tile,
-                     num_key_tiles, start, previous, CORRECTED, LISTED))
+                     num_key_tiles, start, previous, near_tiles, CORRECTED, LISTED))
     row = (head * num_tiles + tile - first_tile) * TILE
     load_queries(q_desc, q_smem, q_full, row, num_heads * num_tiles * TILE, num_zones)
     column = head // group * TILE
@@ -249,46 +172,54 @@ def _sparse_producer(
                 first, stop, begin, end = own_windows, near_windows, inter_list, succ_list
             else:
                 first, stop, begin, end = near_windows, all_windows, tile * 0, inter_list
-            i = _load_whole(i, k_desc, v_desc, block_table, windows, tile, -1, first, stop, column,
+            i = load_whole(i, k_desc, v_desc, block_table, windows, tile, -1, first, stop, column,
                             k_smem, v_smem, k_full, k_empty, v_full, v_empty)
-            i = _load_whole(i, k_desc, v_desc, block_table, lists, 0, 1, begin, end, column, k_smem,
+            i = load_whole(i, k_desc, v_desc, block_table, lists, 0, 1, begin, end, column, k_smem,
                             v_smem, k_full, k_empty, v_full, v_empty)
     else:
-        i = _load_whole(i, k_desc, v_desc, block_table, windows, tile, -1, 0, all_windows, column,
+        i = load_whole(i, k_desc, v_desc, block_table, windows, tile, -1, 0, all_windows, column,
                         k_smem, v_smem, k_full, k_empty, v_full, v_empty)
     flags = window_flag + head * num_key_tiles
     bias = mean_bias + head * mean_rows
     for zone in gl.static_range(ZONES):
         part = gl.load(column_tiles + head * 4 + 2 - zone) * TILE
         if zone == 0:
-            first, end, count, mean_part = start, tile, intra, own_mean_part
+            first, end, count = start, tile, intra
         elif zone == 1:
-            first, end, count, mean_part = previous, start, succ, near_mean_part
+            first, end, count = previous, start, succ
         else:
-            first, end, count, mean_part = previous * 0, previous, inter, previous * 0
-        i = _load_columns(
+            first, end, count = previous * 0, previous, inter
+        i = load_columns(
             i, k_col_desc, v_col_desc, column_tile, flags, list_bits, tile, part, count, k_smem,
             v_smem, bias_smem, flag_smem, k_full, k_empty, v_full, v_empty, LISTED)
         if CORRECTED:
-            i = _load_means(
-                i, k_mean_desc, v_mean_desc, bias, flags, list_bits, tile, mean_part * TILE, first,
-                end - first, column, k_smem, v_smem, bias_smem, flag_smem, k_full, k_empty, v_full,
-                v_empty, LISTED)
+            border = gl.maximum(tile - near_tiles, 0) // COARSE_TILES * COARSE_TILES
+            near, far = _num_means(first, end, border)
+            near_tile = gl.maximum(first, border)
+            i = load_means(
+                i, k_mean_desc, v_mean_desc, bias, flags, list_bits, tile, near_tile - first_mean,
+                near_tile, near, column, k_smem, v_smem, bias_smem, flag_smem, k_full, k_empty,
+                v_full, v_empty, LISTED)
+            group = first // COARSE_TILES
+            i = load_far_means(
+                i, k_mean_desc, v_mean_desc, bias, window_rank + head * (num_key_tiles + 1),
+                list_bits, tile, num_near + group, group, far, column, k_smem, v_smem, bias_smem,
+                flag_smem, k_full, k_empty, v_full, v_empty, LISTED)
 
 
 @gluon.jit
 def _sparse_consumer(
     out, lse, head_order, window_rank, column_rank, list_ends, q_smem, k_smem, v_smem, bias_smem,
     flag_smem, q_full, k_full, k_empty, v_full, v_empty, num_tiles, first_tile, num_key_tiles,
-    start, previous, num_heads, num_zones, CORRECTED: gl.constexpr, LISTED: gl.constexpr,
-    Q_HALF: gl.constexpr,
+    start, previous, near_tiles, num_heads, num_zones, CORRECTED: gl.constexpr,
+    LISTED: gl.constexpr, Q_HALF: gl.constexpr,
 ):
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     PROBS: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
     (tile, head, own_windows, near_windows, all_windows, inter_list, succ_list, whole_list,
      own_whole, near_whole, all_whole, intra, succ, inter, own_steps, near_steps, steps) = (
         _sparse_item(head_order, window_rank, column_rank, list_ends, num_tiles, first_tile,
-                     num_key_tiles, start, previous, CORRECTED, LISTED))
+                     num_key_tiles, start, previous, near_tiles, CORRECTED, LISTED))
     row = tile * TILE + Q_HALF * HALF
     p, m, total = first_step(q_smem, Q_HALF, k_smem, q_full, k_full, k_empty, v_full, 0, num_zones,
                           tile * TILE, row, SCORES, PROBS)
@@ -309,13 +240,13 @@ def _sparse_consumer(
 
 @gluon.jit(do_not_specialize=[
     "num_tiles", "first_tile", "num_key_tiles", "start", "previous", "num_heads", "group",
-    "max_windows", "list_width", "mean_rows", "near_mean_part", "own_mean_part", "num_zones"])
+    "max_windows", "list_width", "mean_rows", "num_near", "first_mean", "near_tiles", "num_zones"])
 def _sparse_kernel(
     q_desc, k_desc, v_desc, k_col_desc, v_col_desc, k_mean_desc, v_mean_desc, block_table, windows,
     window_flag, window_rank, column_rank, column_tiles, column_tile, mean_bias, head_order, lists,
     list_ends, list_bits, out, lse, num_tiles, first_tile, num_key_tiles, start, previous,
-    num_heads, group, max_windows, list_width, mean_rows, near_mean_part, own_mean_part, num_zones,
-    CORRECTED: gl.constexpr, LISTED: gl.constexpr,
+    num_heads, group, max_windows, list_width, mean_rows, num_near, first_mean, near_tiles,
+    num_zones, CORRECTED: gl.constexpr, LISTED: gl.constexpr,
 ):
     """Compute one query tile of one head over its windows, listed tiles, columns and tile means."""
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * ZONES, HALF, TILE], q_desc.layout)
@@ -342,18 +273,18 @@ def _sparse_kernel(
         (_sparse_consumer, (
             out, lse, head_order, window_rank, column_rank, list_ends, q_smem, k_smem, v_smem,
             bias_smem, flag_smem, q_full, k_full, k_empty, v_full, v_empty, num_tiles, first_tile,
-            num_key_tiles, start, previous, num_heads, num_zones, gl.constexpr(CORRECTED),
-            gl.constexpr(LISTED), gl.constexpr(0))),
+            num_key_tiles, start, previous, near_tiles, num_heads, num_zones,
+            gl.constexpr(CORRECTED), gl.constexpr(LISTED), gl.constexpr(0))),
         (_sparse_consumer, (
             out, lse, head_order, window_rank, column_rank, list_ends, q_smem, k_smem, v_smem,
             bias_smem, flag_smem, q_full, k_full, k_empty, v_full, v_empty, num_tiles, first_tile,
-            num_key_tiles, start, previous, num_heads, num_zones, gl.constexpr(CORRECTED),
-            gl.constexpr(LISTED), gl.constexpr(1))),
+            num_key_tiles, start, previous, near_tiles, num_heads, num_zones,
+            gl.constexpr(CORRECTED), gl.constexpr(LISTED), gl.constexpr(1))),
         (_sparse_producer, (
             q_desc, k_desc, v_desc, k_col_desc, v_col_desc, k_mean_desc, v_mean_desc, block_table,
             windows, window_flag, window_rank, column_rank, column_tiles, column_tile, mean_bias,
             head_order, lists, list_ends, list_bits, q_smem, k_smem, v_smem, bias_smem, flag_smem,
             q_full, k_full, k_empty, v_full, v_empty, num_tiles, first_tile, num_key_tiles, start,
-            previous, num_heads, group, max_windows, list_width, mean_rows, near_mean_part,
-            own_mean_part, num_zones, gl.constexpr(CORRECTED), gl.constexpr(LISTED))),
+            previous, num_heads, group, max_windows, list_width, mean_rows, num_near,
+            first_mean, near_tiles, num_zones, gl.constexpr(CORRECTED), gl.constexpr(LISTED))),
     ], [4, 1], [232, 40])

@@ -3,8 +3,8 @@
 All on the device, without a host sync: sizes follow from bounds that the host knows. Windows of
 all heads get ranks and flags by tile gap; columns of each head are gathered once for all query
 tiles, DCA zone by zone, so that kernels read them as contiguous tiles; tile means are put in
-logical order; the key tiles that query tiles list get bits beside their lists. Six launches, one
-less each without the correction and without lists.
+logical order, eight together far before the queries; the key tiles that query tiles list get bits
+beside their lists. Six launches, one less each without the correction and without lists.
 
 n is the number of key tiles up to the segment's last query, P the tile length.
 """
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longspan.ops.geometry import INTER
+from longspan.ops.geometry import COARSE, INTER, near_border
 from longspan.ops.types import PagedKV, Selection
 
 NO_TILE = 1 << 30
@@ -65,15 +65,19 @@ class SparseWork(NamedTuple):
     kept: Tensor
     """[] fp64 kept (query, key) pairs of all heads; 0 in paper mode, whose kernel adds them."""
     k_means: Tensor
-    """[mean_parts[3] * P, K, D] mean keys of all tiles before the last query tile, part by part,
-    padded with 0. Row r of part p is tile ``(0, *borders)[p] + r - mean_parts[p] * P``. Empty
-    without the correction."""
+    """[rows, K, D] mean keys: of ``mean_counts[0]`` tiles from ``first_mean`` to before the last
+    query tile, then of ``mean_counts[1]`` times `COARSE` tiles from the first one on, then P rows
+    of 0 and more. Empty without the correction."""
     v_means: Tensor
     """As ``k_means``."""
     mean_bias: Tensor
-    """[H, mean_parts[3] * P] fp32: log2 of the tile's keys that are not columns; padding -inf."""
-    mean_parts: tuple[int, int, int, int]
-    """Where each part begins and the last one ends in ``k_means``, in tiles of P rows."""
+    """[H, rows] fp32: log2 of the tile's keys that are not columns, of `COARSE` tiles' less that of
+    `COARSE`; padding -inf."""
+    mean_counts: tuple[int, int]
+    first_mean: int
+    """First tile with a mean of its own: `near_border` of the first query tile."""
+    near_tiles: int
+    """`Selection.near_tiles`; where all tiles have their own mean, more than there are."""
     lists: TileLists | None
     """What query tiles list; None: nothing."""
 
@@ -96,9 +100,13 @@ def prepare(
         own_pairs = 0
     ints = cache.k.new_empty(0, dtype=torch.int32)
     k_cols, v_cols = _column_rows(selection, cache, min(start // stride, INTER) + 1)
-    mean_parts = _mean_parts((*borders, num_tiles - 1), tile_len) if correction else (0, 0, 0, 0)
-    k_means, v_means = (
-        x.new_empty(mean_parts[3] * tile_len, *x.shape[2:]) for x in (cache.k, cache.v))
+    near_tiles = selection.near_tiles
+    assert near_tiles is None or stride % (COARSE * tile_len) == 0 or stop <= stride, (
+        "a coarse mean lies in one zone")
+    first_mean = near_border(start // tile_len, near_tiles)
+    mean_counts = num_tiles - 1 - first_mean, near_border(num_tiles - 1, near_tiles) // COARSE
+    mean_rows = (-(-sum(mean_counts) // tile_len) + 1) * tile_len if correction else 0
+    k_means, v_means = (x.new_empty(mean_rows, *x.shape[2:]) for x in (cache.k, cache.v))
     work = SparseWork(
         borders=borders,
         windows=ints.new_empty(selection.offsets.shape),
@@ -110,7 +118,9 @@ def prepare(
         kept=torch.full((), own_pairs, dtype=torch.float64, device=cache.k.device),
         k_means=k_means, v_means=v_means,
         mean_bias=ints.new_empty(num_heads, k_means.shape[0], dtype=torch.float32),
-        mean_parts=mean_parts, lists=_lists(selection, start, num_tiles))
+        mean_counts=mean_counts, first_mean=first_mean,
+        near_tiles=NO_TILE if near_tiles is None else near_tiles,
+        lists=_lists(selection, start, num_tiles))
     _launch(work, selection, cache, block_table, start, stop)
     return work
 
@@ -145,15 +155,6 @@ def _lists(selection: Selection, start: int, num_tiles: int) -> TileLists | None
     return TileLists(tiles, ends, bits)
 
 
-def _mean_parts(stops: tuple[int, int, int], tile_len: int) -> tuple[int, int, int, int]:
-    """Return where the means of each part begin, and where the last end. stops: where the key tiles
-    of each part end."""
-    inter, succ, intra = (
-        -(-(stop - first) // tile_len)
-        for first, stop in zip((0, *stops), stops, strict=False))
-    return 0, inter, inter + succ, inter + succ + intra
-
-
 def _launch(
     work: SparseWork, selection: Selection, cache: PagedKV, block_table: Tensor, start: int,
     stop: int,
@@ -180,12 +181,12 @@ def _launch(
             work.window_rank, work.window_flag, work.k_cols, work.v_cols, work.col_tile, work.kept,
             num_heads, num_kv_heads, width, num_tiles, num_visible, succ, intra, start,
             stop, HEADS=heads, ALIGNED=selection.aligned, **shape)
-    if work.mean_parts[3]:
+    if work.k_means.numel():
         assert cache.k_mean is not None and cache.v_mean is not None
-        _gather_means_kernel[work.mean_parts[3], num_heads](
+        _gather_means_kernel[len(work.k_means) // tile_len, num_heads](
             cache.k_mean, cache.v_mean, block_table, work.column_rank, work.k_means, work.v_means,
-            work.mean_bias, num_kv_heads, num_tiles, succ, intra, work.mean_parts[1],
-            work.mean_parts[2], work.mean_parts[3], **shape)
+            work.mean_bias, num_kv_heads, num_tiles, work.first_mean, *work.mean_counts,
+            COARSE=COARSE, **shape)
     if work.lists is not None:
         tiles, ends, bits = work.lists
         _list_kernel[tiles.shape[1], num_heads](
@@ -323,36 +324,41 @@ def _gather_columns_kernel(
 
 
 @triton.jit(do_not_specialize=[
-    "num_kv_heads", "num_tiles", "succ", "intra", "succ_part", "intra_part", "num_parts"])
+    "num_kv_heads", "num_tiles", "first_mean", "num_near", "num_far"])
 def _gather_means_kernel(
     k_mean, v_mean, block_table, column_rank, k_means, v_means, mean_bias, num_kv_heads, num_tiles,
-    succ, intra, succ_part, intra_part, num_parts, GROUP: tl.constexpr, TILE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
+    first_mean, num_near, num_far, GROUP: tl.constexpr, TILE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, COARSE: tl.constexpr,
 ):
-    """Gather P tile means of one zone: their bias for one query head; the first head of a group
-    copies."""
+    """Gather P means: their bias for one query head; the first head of a group copies. Rows behind
+    the ``num_near`` ones are means of COARSE tiles."""
     part, head = tl.program_id(0), tl.program_id(1)
-    begin, first, last = succ_part * 0, succ * 0, succ
-    if part >= intra_part:
-        begin, first, last = intra_part, intra, num_tiles - 1
-    elif part >= succ_part:
-        begin, first, last = succ_part, succ, intra
-    row = tl.arange(0, TILE)
-    tile = first + (part - begin) * TILE + row
-    exists = tile < last
+    row = part * TILE + tl.arange(0, TILE)
+    far = row - num_near
+    is_near, is_far = far < 0, (far >= 0) & (far < num_far)
+    tile = tl.where(is_near, first_mean + row, far * COARSE)
+    size = tl.where(is_near, 1, COARSE)
     rank = column_rank + head * (num_tiles + 1) + tile
-    taken = tl.load(rank + 1, mask=exists, other=0) - tl.load(rank, mask=exists, other=0)
-    left = tl.where(exists, TILE - taken, 0).to(tl.float32)
-    bias = tl.where(left > 0, tl.math.log2(tl.maximum(left, 1)), float("-inf"))
-    tl.store(mean_bias + head.to(tl.int64) * num_parts * TILE + part * TILE + row, bias)
+    exists = is_near | is_far
+    taken = tl.load(rank + size, mask=exists, other=0) - tl.load(rank, mask=exists, other=0)
+    left = tl.where(exists, size * TILE - taken, 0).to(tl.float32) / size
+    bias = tl.where(left > 0, tl.math.log2(tl.maximum(left, 1e-6)), float("-inf"))
+    tl.store(mean_bias + head.to(tl.int64) * tl.num_programs(0) * TILE + row, bias)
     if head % GROUP == 0:
         dims = tl.arange(0, HEAD_DIM)
         kv_head = head // GROUP
-        block = tl.load(block_table + tile, mask=exists, other=0)
-        source = (block * num_kv_heads + kv_head)[:, None] * HEAD_DIM + dims
-        target = ((part.to(tl.int64) * TILE + row) * num_kv_heads + kv_head)[:, None] * HEAD_DIM
-        tl.store(k_means + target + dims, tl.load(k_mean + source, exists[:, None], other=0.0))
-        tl.store(v_means + target + dims, tl.load(v_mean + source, exists[:, None], other=0.0))
+        key = tl.zeros([TILE, HEAD_DIM], tl.float32)
+        value = tl.zeros([TILE, HEAD_DIM], tl.float32)
+        for i in range(tl.where(part * TILE + TILE > num_near, COARSE, 1)):
+            here = is_far | (is_near & (i == 0))
+            block = tl.load(block_table + tile + i, mask=here, other=0)
+            source = (block * num_kv_heads + kv_head)[:, None] * HEAD_DIM + dims
+            key += tl.load(k_mean + source, here[:, None], other=0.0).to(tl.float32)
+            value += tl.load(v_mean + source, here[:, None], other=0.0).to(tl.float32)
+        share = 1.0 / size.to(tl.float32)
+        target = (row.to(tl.int64) * num_kv_heads + kv_head)[:, None] * HEAD_DIM + dims
+        tl.store(k_means + target, (key * share[:, None]).to(k_means.dtype.element_ty))
+        tl.store(v_means + target, (value * share[:, None]).to(v_means.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=[

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longspan.ops.geometry import INTER, segments
+from longspan.ops.geometry import COARSE, INTER, segments
 from longspan.ops.sparse.layout import SparseWork, prepare
 from longspan.ops.sparse.triton_unaligned import launch_paper_segment
 from longspan.ops.tiles.rotary import rotated_query_variants
@@ -69,9 +69,10 @@ def _launch_tile_segment(
         *(work.lists or (None, None, None)),
         cached_len, start, stop, num_rows, num_heads, num_kv_heads, work.windows.shape[1],
         num_tiles, num_query_tiles, zones, 0 if work.lists is None else work.lists.tiles.shape[2],
-        *work.borders, *work.mean_parts[1:],
-        GROUP=num_heads // num_kv_heads, CORRECTION=work.mean_parts[3] > 0, TILE=tile_len,
-        HEAD_DIM=head_dim, **options)
+        *work.borders, len(work.k_means), work.mean_counts[0], work.first_mean,
+        work.near_tiles, GROUP=num_heads // num_kv_heads,
+        CORRECTION=len(work.k_means) > 0, COARSE=COARSE, TILE=tile_len, HEAD_DIM=head_dim,
+        **options)
 
 
 @triton.jit
@@ -86,17 +87,32 @@ def _free(scores, window_flag, list_bits, tile, key_tile):
     return tl.where((taken == 0)[None, :], scores, float("-inf"))
 
 
+@triton.jit
+def _free_of_group(window_rank, list_bits, tile, group, exists, COARSE: tl.constexpr):
+    """Count the tiles of each group [N] of COARSE that are no windows of the query tile and not
+    listed, fp32; 0 where there is no group."""
+    gap = tile - group * COARSE  # of the group's first tile, the largest
+    free = COARSE - (tl.load(window_rank + gap + 1, mask=exists, other=COARSE)
+                     - tl.load(window_rank + gap + 1 - COARSE, mask=exists, other=0))
+    if list_bits is not None:
+        word = tl.load(list_bits + group * COARSE // 32, mask=exists, other=0)
+        bits = (word >> (group * COARSE % 32)) & (2**COARSE - 1)
+        for i in tl.static_range(COARSE):
+            free -= (bits >> i) & 1
+    return tl.where(exists, free, 0).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=[
     "cached_len", "start", "stop", "num_rows", "num_heads", "num_kv_heads", "num_windows",
-    "num_tiles", "num_query_tiles", "num_zones", "list_width", "succ", "intra", "succ_part",
-    "intra_part", "num_parts"])
+    "num_tiles", "num_query_tiles", "num_zones", "list_width", "succ", "intra", "mean_rows",
+    "num_near", "first_mean", "near_tiles"])
 def _tile_kernel(
     q, k, v, block_table, out, lse, windows, window_rank, window_flag, column_rank, k_cols, v_cols,
     col_tile, column_tiles, head_order, k_means, v_means, mean_bias, lists, list_ends, list_bits,
     cached_len, start, stop, num_rows, num_heads, num_kv_heads, num_windows, num_tiles,
-    num_query_tiles, num_zones, list_width, succ, intra, succ_part, intra_part, num_parts,
-    GROUP: tl.constexpr, CORRECTION: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
+    num_query_tiles, num_zones, list_width, succ, intra, mean_rows, num_near, first_mean,
+    near_tiles, GROUP: tl.constexpr, CORRECTION: tl.constexpr, COARSE: tl.constexpr,
+    TILE: tl.constexpr, KEYS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):
     """Compute one query tile of one head, zone by zone, the own one first, so that every row has a
     key."""
@@ -129,9 +145,9 @@ def _tile_kernel(
     top = tl.full([TILE], float("-inf"), tl.float32)
     for zone in range(num_zones):
         query = tl.load(q + zone * zone_size)
-        first_key, stop_key, mean_part = succ * 0, succ, succ_part * 0
+        first_key, stop_key = succ * 0, succ
         if zone == 0:
-            first_key, stop_key, mean_part = intra, tile, intra_part
+            first_key, stop_key = intra, tile
             base = tl.load(block_table + tile) * block_size
             for part in range(0, TILE, KEYS):
                 # slots past the context may hold anything
@@ -142,7 +158,7 @@ def _tile_kernel(
                 scores = tl.where(part + lanes[None, :] <= rows[:, None], scores, float("-inf"))
                 acc, total, top = add_tile(acc, total, top, scores, value)
         elif zone == 1:
-            first_key, stop_key, mean_part = succ, intra, succ_part
+            first_key, stop_key = succ, intra
 
         begin = tl.load(window_rank + tile - stop_key + 1)
         end = tl.load(window_rank + tile - first_key + 1)
@@ -176,15 +192,30 @@ def _tile_kernel(
             acc, total, top = add_tile(acc, total, top, scores, value)
 
         if CORRECTION:
-            for part in range(tl.cdiv(stop_key - first_key, TILE) * SUB):
-                row = mean_part * TILE + part * KEYS
+            border = tl.maximum(tile - near_tiles, 0) // COARSE * COARSE
+            first = tl.maximum(first_key, border)
+            for part in range(tl.cdiv(tl.maximum(stop_key - first, 0), KEYS)):
+                row = first - first_mean + part * KEYS
                 key = tl.load(k_means + row * kv_stride + kv_tile)
                 value = tl.load(v_means + row * kv_stride + kv_tile)
-                bias = tl.load(mean_bias + head * num_parts * TILE + row + lanes)
-                key_tile = first_key + part * KEYS + lanes
+                bias = tl.load(mean_bias + head * mean_rows + row + lanes)
+                key_tile = first + part * KEYS + lanes
                 scores = scores_of(query, key) + bias[None, :]
+                scores = tl.where((key_tile < stop_key)[None, :], scores, float("-inf"))
                 scores = _free(scores, window_flag, list_bits, tile, key_tile)
                 acc, total, top = add_tile(acc, total, top, scores, value)
+            first = first_key // COARSE
+            stop_group = tl.minimum(stop_key, border) // COARSE
+            for part in range(tl.cdiv(tl.maximum(stop_group - first, 0), KEYS)):
+                group = first + part * KEYS + lanes
+                row = num_near + first + part * KEYS
+                key = tl.load(k_means + row * kv_stride + kv_tile)
+                value = tl.load(v_means + row * kv_stride + kv_tile)
+                bias = tl.load(mean_bias + head * mean_rows + row + lanes)
+                bias += tl.log2(_free_of_group(
+                    window_rank, list_bits, tile, group, group < stop_group, COARSE))
+                acc, total, top = add_tile(
+                    acc, total, top, scores_of(query, key) + bias[None, :], value)
 
     result, row_lse = finish(acc, total, top)
     position = tile * TILE + rows

@@ -152,20 +152,25 @@ def test_shapes_by_name_are_real() -> None:
     seven = Shape.make("qwen2.5-7b")
     assert seven.model.num_parameters == 7_615_616_512  # as the released checkpoint has
     assert Shape.make("qwen2.5-14b").model.num_parameters == 14_770_033_664
-    assert seven.plan_label == "released-tile-correction-strided64-tail2048"
+    assert seven.plan_label == "releasedx0.5-tile-correction-scouts256-tail1024"
     means = [sum(map(sum, rows)) / 784 for rows in (seven.plan.vertical, seven.plan.slash)]
     assert [round(mean) for mean in means] == [3920, 7650]
     flat = Shape.make("qwen2.5-14b", PlanOptions(
-        vertical=1000, slash=4096, correction=False, probe_strided=0, scouts=0,
-        dense_tail=0))
+        vertical=1000, slash=4096,
+        policy="mean_correction=0,num_scouts=0,dense_tail_len=0"))
     assert flat.plan_label == "v1000-s4096-tile" and flat.plan.slash[47] == (4096,) * 40
+    half = Shape.make("qwen2.5-7b", PlanOptions(policy="budget_share=0.25,num_scouts=128"))
+    assert half.plan_label.startswith("releasedx0.25-") and half.plan.num_scouts == 128
     paper = Shape.make("qwen2.5-7b", PlanOptions(mode="paper"))
     assert paper.plan_label == "released-paper" and paper.plan.sink == 30
     assert Shape.make("nano").model.num_layers == 6
     assert seven.cut(4).model.num_layers == len(seven.cut(4).plan.slash) == 4
     for name, options, message in (
         ("x", None, "there are"), ("nano", PlanOptions(vertical=3), "both or neither"),
-        ("nano", PlanOptions(mode="y"), "tile or paper")):
+        ("nano", PlanOptions(mode="y"), "tile or paper"),
+        ("nano", PlanOptions(policy="scouts=3"), "with one of vertical"),
+        ("nano", PlanOptions(policy="num_scouts=x"), "no number"),
+        ("nano", PlanOptions(policy="num_scouts=-1"), "num_scouts is -1")):
         with pytest.raises(LongspanError, match=message):
             Shape.make(name, options)
     with pytest.raises(LongspanError, match="has 28 layers"):

@@ -14,7 +14,8 @@ from longspan import cli
 from longspan.attention.head_errors import HeadErrors
 from longspan.attention.sparsity import SparsityPlan
 from longspan.bench.engine import quality, questions
-from longspan.bench.engine.quality import QualityOptions, Subject, scaled
+from longspan.bench.engine.quality import QualityOptions, Subject
+from longspan.bench.shapes import scaled
 from longspan.commands import results
 from longspan.engine.request import SamplingParams
 from longspan.engine.text.tokenizer import Tokenizer
@@ -93,13 +94,22 @@ def nano_with_a_small_plan(tmp_path: Path) -> Path:
 def test_nano_answers_and_the_rows_say_so(
     nano_with_a_small_plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["bench", "quality", "--model", str(nano_with_a_small_plan), "--lengths", "1600",
+    arguments = ["bench", "quality", "--model", str(nano_with_a_small_plan), "--lengths", "2000",
                  "--single", "2", "--many", "3", "--text-root", str(TEXTS), "--chunk-len", "512",
-                 "--device", "cpu", "--commit", "abc", "--out", str(tmp_path)]
+                 "--policy", "num_scouts=64,dense_tail_len=0,budget_share=0.5", "--device", "cpu",
+                 "--commit", "abc", "--out", str(tmp_path)]
     assert cli.run_command(arguments) == 0
     (content,) = results.read_bench(tmp_path, "quality")
-    rows = {(row["attention"], row["num_questions"]): row for row in content["rows"]}
-    assert set(rows) == {(name, count) for name in quality.SETTINGS for count in (1, 3)}
+    policy = "tile num_scouts=64,dense_tail_len=0,budget_share=0.5"
+    rows = {(row["attention"], row["num_questions"]): row for row in content["rows"]
+            if row["num_questions"] == 1 or row["place"] == "end"}
+    assert set(rows) == {
+        (name, count) for name in (*quality.SETTINGS, policy) for count in (1, 3)}
+    assert rows[policy, 1]["plan"]["num_scouts"] == 64
+    assert rows[policy, 1]["density"] < rows["tile", 1]["density"]
+    spread = {row["attention"]: row for row in content["rows"] if row["place"] == "spread"}
+    assert spread["dense"]["score"] == 1 and spread["dense"]["answer_nats"] < 0.1
+    assert 0 < spread["dense"]["text_nats"] < 6
     for count, n in ((1, 2), (3, 3)):
         dense = rows["dense", count]
         assert (dense["score"], dense["n"], dense["density"], dense["recall"]) == (1, n, 1, None)
@@ -114,6 +124,17 @@ def test_nano_answers_and_the_rows_say_so(
     assert rows["paper", 1]["cost"] == pytest.approx(rows["tile", 1]["cost"], rel=0.25)
     captured = capsys.readouterr()
     assert "recall" in captured.out and "paper budgets" in captured.err
+
+
+def test_questions_spread_over_the_prompt(tokenizer: Tokenizer, bank: TextBank) -> None:
+    """The first at a quarter of the prompt, the last at its end, in even steps."""
+    quiz = questions.many_questions(bank, tokenizer, 6000, 4, random.Random(2), spread=True)
+    assert 5800 < quiz.prompt_len <= 6000
+    places = [place for place, _ in quiz.answers]
+    steps = [b - a for a, b in zip(places, places[1:], strict=False)]
+    assert 1350 < places[0] < 1550 and max(steps) - min(steps) < 20
+    for place, answer in quiz.answers:
+        assert tuple(quiz.ids[place : place + len(answer)]) == answer
 
 
 def test_scores_count_every_token(

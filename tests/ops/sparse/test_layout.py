@@ -70,20 +70,24 @@ def check_means(work: SparseWork, cache: PagedKV, case: Case, selection: Selecti
     tile_len, group = selection.tile_len, case.q.shape[1] // case.k.shape[1]
     assert cache.k_mean is not None and cache.v_mean is not None
     columns = [c for c in selection.columns[head].tolist() if c >= 0]
-    bounds = [0, *work.borders, (stop - 1) // tile_len]
-    for part in range(3):
-        tiles = range(bounds[part], bounds[part + 1])
-        rows = slice(work.mean_parts[part] * tile_len, work.mean_parts[part + 1] * tile_len)
-        assert work.mean_parts[part + 1] - work.mean_parts[part] == -(-len(tiles) // tile_len)
-        blocks = case.block_table[list(tiles)]
-        for gathered, source in ((work.k_means, cache.k_mean), (work.v_means, cache.v_mean)):
-            kept = gathered[rows][:, head // group]
-            assert torch.equal(kept[: len(tiles)], source[blocks, head // group])
-            assert (kept[len(tiles) :] == 0).all()
-        free = [tile_len - sum(c // tile_len == tile for c in columns) for tile in tiles]
-        expected = [math.log2(n) if n else -math.inf for n in free]
-        expected += [-math.inf] * (rows.stop - rows.start - len(tiles))
-        torch.testing.assert_close(work.mean_bias[head, rows].cpu(), torch.tensor(expected))
+    num_near, num_far = work.mean_counts
+    runs = [range(work.first_mean + i, work.first_mean + i + 1) for i in range(num_near)]
+    runs += [range(8 * i, 8 * i + 8) for i in range(num_far)]
+    last_tile = (stop - 1) // tile_len
+    assert work.first_mean + num_near == last_tile
+    if selection.near_tiles is not None:
+        assert 8 * num_far == max(0, last_tile - selection.near_tiles) // 8 * 8
+    for gathered, source in ((work.k_means, cache.k_mean), (work.v_means, cache.v_mean)):
+        kept = gathered[:, head // group]
+        expected = [source[case.block_table[list(run)], head // group].float().mean(0)
+                    for run in runs]
+        if runs:
+            torch.testing.assert_close(kept[: len(runs)].float(), torch.stack(expected))
+        assert (kept[len(runs) :] == 0).all() and len(kept) >= len(runs) + tile_len
+    free = [tile_len - sum(c // tile_len in run for c in columns) / len(run) for run in runs]
+    biases = [math.log2(n) if n else -math.inf for n in free]
+    biases += [-math.inf] * (len(work.k_means) - len(runs))
+    torch.testing.assert_close(work.mean_bias[head].cpu(), torch.tensor(biases))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -98,6 +102,8 @@ def test_work_equals_its_definition(
                             block_size=tile_len, with_means=True, device=kernel_device)
     selection = make_selection(rng, heads, length, tile_len, kernel_device)
     selection = oracle.with_lists(rng, selection, start, length, 5, min(1, start // tile_len))
+    if positions.stride % (8 * tile_len) == 0:
+        selection = selection._replace(near_tiles=(None, 0, 3)[seed])
     work = prepare(selection, case.cache, case.block_table, start, length, positions.stride,
                    correction=True)
     num_tiles = -(-length // tile_len)
@@ -141,7 +147,7 @@ def test_no_column_at_all(max_columns: tuple[int, ...] | None, kernel_device: st
         offsets = torch.tensor([[0, 16], [0, -16]], device=kernel_device)
         selection = Selection(columns, offsets, 16, True, max_columns if width else None)
         work = prepare(selection, case.cache, case.block_table, 51, 95, 48, correction=False)
-        assert work.column_tiles.eq(0).all() and work.mean_parts == (0, 0, 0, 0)
+        assert work.column_tiles.eq(0).all() and work.k_means.numel() == 0
         assert work.lists is None
         queries = torch.arange(51, 95, device=kernel_device)
         assert float(work.kept) == float(reference.kept_pairs(selection, queries, 95).sum())
