@@ -182,6 +182,9 @@ def serve(
     max_queued_tokens: Annotated[int | None, typer.Option(
         help="Prompt tokens that may wait; then 429.")] = None,
     drain_timeout_s: Annotated[float, typer.Option(help="Longest wait after SIGTERM.")] = 600.0,
+    max_connections: Annotated[int, typer.Option(help="Beyond, idle ones are closed.")] = 4096,
+    access_log: Annotated[bool, typer.Option(
+        "--access-log", help="Log a line for each request.")] = False,
     step_budget_s: Annotated[float | None, typer.Option(
         help="Longest pause of running answers while prompts are read; default: 1 on CPUs, 0.1 "
              "on GPUs.")] = None,
@@ -203,7 +206,7 @@ def serve(
         allowed_hosts=tuple(allowed_host or ()), allowed_origins=tuple(allowed_origin or ()),
         model_name=model_name,
         default_max_tokens=default_max_tokens, max_queued_tokens=max_queued_tokens,
-        drain_timeout_s=drain_timeout_s)
+        drain_timeout_s=drain_timeout_s, max_connections=max_connections, access_log=access_log)
     status = run(model, config, {
         "device": device, "dtype": dtype, "attention": attention, "positions": positions,
         "max_model_len": max_model_len, "prefill_chunk_len": prefill_chunk_len,

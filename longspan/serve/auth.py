@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hmac
+import time
 import uuid
 from collections.abc import Callable
 
@@ -15,9 +16,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from longspan.serve.config import ServeConfig
 from longspan.serve.errors import ApiError, as_api_error
 from longspan.serve.hosts import Hosts
+from longspan.serve.logs import access
 from longspan.serve.origins import Origins
 
 MAX_HEADERS = 200
+MAX_SHOWN = 200
+"""Characters of a path that the log shows."""
 OPEN_PATHS = frozenset({"/health"})
 CHALLENGE = {"WWW-Authenticate": 'Basic realm="longspan: any name, the API key as password"'}
 """Makes a browser ask for the key, so that the playground works with one."""
@@ -38,15 +42,15 @@ class EdgeMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = uuid.uuid4().hex
+        request_id, started_s = uuid.uuid4().hex, time.monotonic()
         scope.setdefault("state", {})["request_id"] = request_id
 
-        has_begun = False
+        has_begun, status = False, 0
 
         async def send_with_id(message: Message) -> None:
-            nonlocal has_begun
+            nonlocal has_begun, status
             if message["type"] == "http.response.start":
-                has_begun = True
+                has_begun, status = True, message["status"]
                 route = getattr(scope.get("route"), "path", "other")
                 self._answered(route, message["status"])
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
@@ -62,6 +66,11 @@ class EdgeMiddleware:
             if has_begun:
                 raise  # the connection has to close: nothing else tells the client
             await as_api_error(error, request_id).response()(scope, receive, send_with_id)
+        finally:
+            client = (scope.get("client") or ("-",))[0]
+            # a path is the client's own text: no line of the log may be made of it
+            access(client, f"{scope['method']} {scope['path'][:MAX_SHOWN]!r}", status, request_id,
+                   started_s)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         if len(scope["headers"]) > MAX_HEADERS:

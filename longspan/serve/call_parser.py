@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from longspan.engine.text.call_format import CallFormat
 
 MAX_HEAD = 512
 """Characters within which a call names its function where no mark says that it is one."""
-HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(arguments|parameters)"\s*:\s*'
+HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]+)"\s*,\s*"(arguments|parameters)"\s*:\s*'
                   r'(?=\S)')
 NO_ARGUMENTS = "{}"
 
@@ -46,12 +47,18 @@ Piece = Said | Called | Argued
 class CallParser:
     """Reads one answer. What it returns never has to be taken back.
 
+    Small models forget the marks now and then: an answer that begins with a brace and calls one of
+    the tools is a call in every format.
+
     Args:
         format: how the model writes calls.
+        names: of the tools.
     """
 
-    def __init__(self, format: CallFormat) -> None:
-        self._format = format
+    def __init__(self, format: CallFormat, names: Collection[str]) -> None:
+        self._format, self._names = format, frozenset(names)
+        self._is_bare = not format.begin
+        """Calls have no marks."""
         self._text = ""
         """What is not decided yet."""
         self._gap = ""
@@ -76,7 +83,7 @@ class CallParser:
         pieces = list[Piece]()
         while (found := self._step(is_last)) is not None:
             pieces += found
-        if is_last and self._is_inside:  # the answer ends right behind the mark
+        if is_last and self._is_inside and not self._is_bare:  # it ends right behind the mark
             pieces += self._say(self._gap + self._format.begin)
         return pieces
 
@@ -97,8 +104,11 @@ class CallParser:
     def _look(self, is_last: bool) -> list[Piece] | None:
         """Look for the beginning of a call. White space before it is no part of the answer."""
         begin = self._format.begin
-        if not begin:
+        if self._is_bare:
             return self._look_for_brace(is_last)
+        if not (self._has_said or self._num_calls) and self._text.lstrip().startswith("{"):
+            self._is_bare = True
+            return []
         place = self._text.find(begin)
         if place >= 0:
             before, self._text = self._text[:place], self._text[place + len(begin):]
@@ -137,25 +147,29 @@ class CallParser:
     def _open(self, is_last: bool) -> list[Piece] | None:
         """Read a call up to its arguments; or all of it, where it is written in another order."""
         head = HEAD.match(self._text)
-        if head is not None:
+        if head is not None and (not self._is_bare or head[1] in self._names):
             self._text = self._text[head.end():]
             self._value, self._is_inside = _Value(), False
-            return [self._call(json.loads(head[1]))]
-        end = self._text.find(self._format.end) if self._format.end else -1
-        is_hopeless = not self._format.end and len(self._text) > MAX_HEAD
+            return [self._call(head[1])]
+        mark = "" if self._is_bare else self._format.end
+        end = self._text.find(mark) if mark else -1
+        is_hopeless = self._is_bare and (head is not None or len(self._text) > MAX_HEAD)
         if not (is_last or end >= 0 or is_hopeless):
             return None
         whole = self._text if end < 0 else self._text[:end]
-        self._text = "" if end < 0 else self._text[end + len(self._format.end):]
+        self._text = "" if end < 0 else self._text[end + len(mark):]
         self._is_inside = False
-        return self._take_whole(whole, self._format.end if end >= 0 else "")
+        return self._take_whole(whole, mark if end >= 0 else "")
 
     def _take_whole(self, text: str, end: str) -> list[Piece]:
         try:
             call: Any = json.loads(text)
             name, arguments = call["name"], call.get("arguments", call.get("parameters"))
-            assert isinstance(name, str)
+            assert isinstance(name, str) and (not self._is_bare or name in self._names)
         except (ValueError, RecursionError, TypeError, LookupError, AttributeError, AssertionError):
+            if self._is_bare:
+                self._is_bare = not self._format.begin
+                return self._say(text)
             return self._say(self._gap + self._format.begin + text + end)
         written = arguments if isinstance(arguments, str) else json.dumps(
             arguments or {}, ensure_ascii=False)
@@ -175,7 +189,7 @@ class CallParser:
 
     def _leave(self, is_last: bool) -> list[Piece] | None:
         """Read on to the end of the call."""
-        end = self._format.end or "}"
+        end = "}" if self._is_bare else self._format.end
         place = self._text.find(end)
         if place < 0:
             self._text = "" if is_last else self._text[-len(end):]

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import math
 import os
+import resource
 import signal
 import socket
 import sys
@@ -26,7 +27,8 @@ from longspan.serve.admission import Gate
 from longspan.serve.app import create_app
 from longspan.serve.body import cancel
 from longspan.serve.config import ServeConfig
-from longspan.serve.connection import MAX_HEAD_BYTES, Connection
+from longspan.serve.connection import MAX_HEAD_BYTES, Connection, Limit
+from longspan.serve.logs import set_up
 from longspan.units import in_gib
 
 POLL_S = 0.1
@@ -36,6 +38,10 @@ WARM_UP_S = 60.0
 """Longest wait for the engine's warm-up before the report is printed without predictions."""
 LAST_WORDS_S = 5.0
 """Time for streams to send their error after the engine's death, and for cancelled ones to end."""
+BACKLOG = 128
+"""Connections that the event loop accepts at a time."""
+OTHER_FILES = 128
+"""Descriptors for everything else: sockets of the engine, forks, libraries."""
 REPORT_LENGTHS = (131_072, 262_144, 524_288, 1_048_576)
 
 
@@ -57,8 +63,7 @@ def serve(model: str, config: ServeConfig, engine_options: Mapping[str, Any]) ->
 
 def run(engine: AsyncEngine, config: ServeConfig) -> int:
     """Serve an engine; 0 after an orderly end, 1 if the engine died or requests were cut off."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    set_up(has_access_log=config.access_log)
     with listen(config) as sock:
         return asyncio.run(_run(engine, config, sock))
 
@@ -118,7 +123,8 @@ async def _run(engine: AsyncEngine, config: ServeConfig, sock: socket.socket) ->
     app = create_app(engine, config)
     server = Server(uvicorn.Config(
         app, log_config=None, access_log=False, loop="asyncio", ws="none",
-        http=partial(Connection, head_timeout_s=config.head_timeout_s),  # type: ignore[arg-type]
+        http=partial(Connection, head_timeout_s=config.head_timeout_s,  # type: ignore[arg-type]
+                     limit=Limit(most_connections(config.max_connections))), backlog=BACKLOG,
         h11_max_incomplete_event_size=MAX_HEAD_BYTES, timeout_keep_alive=30,
         timeout_graceful_shutdown=int(LAST_WORDS_S), server_header=False))
     server.watch_signals()
@@ -136,6 +142,18 @@ async def _run(engine: AsyncEngine, config: ServeConfig, sock: socket.socket) ->
             await cancel(supervisor)
     finally:
         await engine.close()
+
+
+def most_connections(wanted: int) -> int:
+    """Return how many connections the system's limit of descriptors allows, ``wanted`` at most.
+    Raises that limit as far as this user may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    if soft == resource.RLIM_INFINITY:
+        return wanted
+    return max(1, min(wanted, soft - BACKLOG - OTHER_FILES))
 
 
 async def _start(engine: AsyncEngine) -> None:

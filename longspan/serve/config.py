@@ -59,6 +59,11 @@ class ServeConfig:
     """Prompt tokens accepted and not yet prefilled; default: four of the longest prompts."""
     max_queued_requests: int = 1024
     """Requests accepted and not yet answering."""
+    max_connections: int = 4096
+    """Open connections; fewer where the system allows fewer descriptors. Beyond, idle ones are
+    closed, the longest idle first."""
+    access_log: bool = False
+    """Log a line for each request."""
     max_choices: int = 64
     """Completions that one request may ask for: its prompts times its n."""
     default_max_tokens: int = 2048
@@ -87,8 +92,8 @@ class ServeConfig:
         if self.model_name == "":
             raise LongspanError("model_name is empty; leave it out for the model's own")
         for name in ("max_body_bytes", "max_buffered_bytes", "max_queued_tokens",
-                     "max_queued_requests", "max_choices", "default_max_tokens", "ping_interval_s",
-                     "head_timeout_s", "body_timeout_s", "send_timeout_s"):
+                     "max_queued_requests", "max_choices", "max_connections", "default_max_tokens",
+                     "ping_interval_s", "head_timeout_s", "body_timeout_s", "send_timeout_s"):
             value = getattr(self, name)
             if value is not None and not value > 0:  # nan too
                 raise LongspanError(f"{name} must be positive, not {value}")

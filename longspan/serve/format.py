@@ -56,11 +56,11 @@ class ChatFormat:
 
     def __init__(
         self, request_id: str, model: str, *, with_logprobs: bool,
-        call_format: CallFormat | None = None,
+        call_format: CallFormat | None = None, tool_names: Sequence[str] = (),
     ) -> None:
         self._with_logprobs = with_logprobs
         self._head = {"id": f"chatcmpl-{request_id}", "created": int(time.time()), "model": model}
-        self._call_format = call_format
+        self._call_format, self._tool_names = call_format, tool_names
         self._parsers = dict[int, CallParser]()
 
     def opening(self, indices: Sequence[int]) -> list[Json]:
@@ -110,7 +110,8 @@ class ChatFormat:
         """Return the parts of new text, and why the answer ends, if it does."""
         if self._call_format is None:
             return [Said(delta.text)] if delta.text else [], delta.finish_reason
-        parser = self._parsers.setdefault(delta.index, CallParser(self._call_format))
+        parser = self._parsers.setdefault(
+            delta.index, CallParser(self._call_format, self._tool_names))
         pieces = parser.push(delta.text, is_last=delta.finish_reason is not None)
         has_called = parser.num_calls and delta.finish_reason == "stop"
         return pieces, "tool_calls" if has_called else delta.finish_reason

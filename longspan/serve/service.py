@@ -151,9 +151,10 @@ class Service:
         with_logprobs = body.logprobs is not None and body.logprobs is not False
         if isinstance(body, CompletionRequest):
             return CompletionFormat(request_id, self.model_name, with_logprobs=with_logprobs)
+        names = [tool.function.name for tool in offered_tools(body)]
         return ChatFormat(
-            request_id, self.model_name, with_logprobs=with_logprobs,
-            call_format=self.engine.status().call_format if offered_tools(body) else None)
+            request_id, self.model_name, with_logprobs=with_logprobs, tool_names=names,
+            call_format=self.engine.status().call_format if names else None)
 
     # -- shared with the smaller routes --------------------------------------------------------
 

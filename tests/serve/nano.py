@@ -79,6 +79,10 @@ class NanoServer:
         lines = httpx.get(self.url + "/metrics").text.splitlines()
         return next(float(line.split()[1]) for line in lines if line.startswith(name + " "))
 
+    def process_files(self) -> list[object]:
+        """Sockets and files that the front end has open."""
+        return list(range(psutil.Process(self.process.pid).num_fds()))
+
     def connect(self) -> socket.socket:
         """A bare connection."""
         return socket.create_connection(("127.0.0.1", self.port), timeout=10)

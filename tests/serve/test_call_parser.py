@@ -13,12 +13,13 @@ from longspan.engine.text.call_format import FORMATS
 from longspan.serve.call_parser import Argued, Called, CallParser, Said
 
 HERMES, LLAMA = FORMATS
+NAMES = ("weather", "f", "g")
 Read = tuple[str, list[tuple[str, str]]]
 
 
 def read(name: str, pieces: Sequence[str]) -> Read:
     """The text, and name and arguments of each call."""
-    parser = CallParser({"hermes": HERMES, "llama": LLAMA}[name])
+    parser = CallParser({"hermes": HERMES, "llama": LLAMA}[name], NAMES)
     said, calls = "", list[list[str]]()
     for place, text in enumerate(pieces):
         for piece in parser.push(text, is_last=place == len(pieces) - 1):
@@ -57,12 +58,22 @@ CASES: list[tuple[str, str, Read]] = [
     ("hermes", '<tool_call>{"name": "f", "arguments": "{\\"x\\": 1}"}</tool_call>',
      ("", [("f", '{"x": 1}')])),
     ("hermes", "<tool_call>what</tool_call>!", ("<tool_call>what</tool_call>!", [])),
+    ("hermes", '<tool_call>{"name": "\\q", "arguments": {}}</tool_call>',
+     ('<tool_call>{"name": "\\q", "arguments": {}}</tool_call>', [])),
     ("hermes", "a < b and <tool", ("a < b and <tool", [])),
     ("hermes", '<tool_call>\n{"name": "f", "arguments": {"x": [1', ("", [("f", '{"x": [1')])),
     ("hermes", '<tool_call>\n{"name": "f', ('<tool_call>\n{"name": "f', [])),
     ("hermes", '<tool_call>{"name": "f", "arguments": {}}', ("", [("f", "{}")])),
     ("hermes", '<tool_call>{"name": 5, "arguments": {}}</tool_call>',
      ('<tool_call>{"name": 5, "arguments": {}}</tool_call>', [])),
+    ("hermes", WEATHER, ("", [("weather", '{"city": "Paris"}')])),
+    ("hermes", f"\n {WEATHER}\n", ("", [("weather", '{"city": "Paris"}')])),
+    ("hermes", '{"arguments": {"x": 1}, "name": "f"}', ("", [("f", '{"x": 1}')])),
+    ("hermes", '{"name": "nobody", "arguments": {}}',
+     ('{"name": "nobody", "arguments": {}}', [])),
+    ("hermes", '{"answer": 42} <tool_call>', ('{"answer": 42} <tool_call>', [])),
+    ("hermes", '{"name": "f', ('{"name": "f', [])),
+    ("llama", '{"name": "nobody", "parameters": {}}', ('{"name": "nobody", "parameters": {}}', [])),
     ("llama", "Hello {x}.", ("Hello {x}.", [])),
     ("llama", '{"name": "f", "parameters": {"x": {"y": 1}}}', ("", [("f", '{"x": {"y": 1}}')])),
     ("llama", ' {"name": "f", "parameters": {}}; {"name": "g", "parameters": {"x": 2}}\n',
@@ -85,7 +96,7 @@ def test_whole_and_in_pieces(place: int) -> None:
 
 
 def test_names_and_arguments_come_while_they_are_written() -> None:
-    parser = CallParser(HERMES)
+    parser = CallParser(HERMES, NAMES)
     assert parser.push('<tool_call>\n{"name": "f", "arguments": {') == [
         Called(0, "f"), Argued(0, "{")]
     assert parser.push('"city": "Pa') == [Argued(0, '"city": "Pa')]
@@ -94,7 +105,7 @@ def test_names_and_arguments_come_while_they_are_written() -> None:
 
 
 def test_text_before_a_call_comes_at_once() -> None:
-    parser = CallParser(HERMES)
+    parser = CallParser(HERMES, NAMES)
     assert parser.push("Let me") == [Said("Let me")]
     assert parser.push(" see <b") == [Said(" see <b")]
     assert parser.push("\n<tool") == []  # white space and what may be a mark wait
