@@ -17,6 +17,9 @@ from longspan.commands.calibrate_app import calibrate_app
 from longspan.commands.eval_app import eval_app
 from longspan.commands.import_gguf import import_gguf
 from longspan.commands.options import (
+    AccessLog,
+    AllowedHosts,
+    AllowedOrigins,
     Attention,
     BudgetS,
     ChunkLen,
@@ -28,6 +31,7 @@ from longspan.commands.options import (
     KvDisk,
     KvHost,
     Layers,
+    MaxConnections,
     MaxModelLen,
     MaxRequests,
     Memory,
@@ -172,24 +176,17 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on; 0: any free one.")] = 8000,
     api_key: Annotated[list[str] | None, typer.Option(
         help="Wanted of every client; repeatable.", envvar="LONGSPAN_API_KEY")] = None,
-    allowed_host: Annotated[list[str] | None, typer.Option(
-        help="Name by which clients may call this server, beside localhost; repeatable.")] = None,
-    allowed_origin: Annotated[list[str] | None, typer.Option(
-        help="Origin of pages elsewhere that may use this server, https://app.example.org; * for "
-             "all; repeatable.")] = None,
+    allowed_host: AllowedHosts = None, allowed_origin: AllowedOrigins = None,
     model_name: Annotated[str | None, typer.Option(help="Name that clients ask for.")] = None,
     default_max_tokens: Annotated[int, typer.Option(help="Where a request names none.")] = 2048,
     max_queued_tokens: Annotated[int | None, typer.Option(
         help="Prompt tokens that may wait; then 429.")] = None,
     drain_timeout_s: Annotated[float, typer.Option(help="Longest wait after SIGTERM.")] = 600.0,
-    max_connections: Annotated[int, typer.Option(help="Beyond, idle ones are closed.")] = 4096,
-    access_log: Annotated[bool, typer.Option(
-        "--access-log", help="Log a line for each request.")] = False,
+    max_connections: MaxConnections = 4096,
     step_budget_s: Annotated[float | None, typer.Option(
-        help="Longest pause of running answers while prompts are read; default: 1 on CPUs, 0.1 "
-             "on GPUs.")] = None,
-    device: Device = None, dtype: Dtype = None, attention: Attention = "auto",
-    positions: Positions = "auto", max_model_len: MaxModelLen = None,
+        help="Longest pause of running answers; default: 1 on CPUs, 0.1 on GPUs.")] = None,
+    access_log: AccessLog = False, device: Device = None, dtype: Dtype = None,
+    attention: Attention = "auto", positions: Positions = "auto", max_model_len: MaxModelLen = None,
     prefill_chunk_len: ChunkLen = None, sparsity_plan: Plan = None, memory_gib: Memory = None,
     max_num_requests: MaxRequests = None, kv_host_gib: KvHost = 0.0, kv_dir: KvDir = None,
     kv_disk_gib: KvDisk = None, weights: Weights = "checkpoint", threads: Threads = None,
@@ -202,9 +199,8 @@ def serve(
     from longspan.serve.config import ServeConfig
 
     config = ServeConfig(
-        host=host, port=port, api_keys=tuple(api_key or ()),
+        host=host, port=port, api_keys=tuple(api_key or ()), model_name=model_name,
         allowed_hosts=tuple(allowed_host or ()), allowed_origins=tuple(allowed_origin or ()),
-        model_name=model_name,
         default_max_tokens=default_max_tokens, max_queued_tokens=max_queued_tokens,
         drain_timeout_s=drain_timeout_s, max_connections=max_connections, access_log=access_log)
     status = run(model, config, {

@@ -30,7 +30,8 @@ PAGES = [*sorted((REPOSITORY / "docs").glob("*.md")),
 
 EVERYTHING = ("longspan",)
 BASE = ("longspan.config", "longspan.dca_config", "longspan.errors", "longspan.expert_config",
-        "longspan.families", "longspan.fields", "longspan.rope_config", "longspan.text_files",
+        "longspan.families", "longspan.fields", "longspan.proxies", "longspan.rope_config",
+        "longspan.text_files",
         "longspan.units")
 # What all rooms of the engine speak of.
 WORDS = tuple(f"longspan.engine.{name}"
@@ -53,6 +54,7 @@ ALLOWED_OURS: dict[str, tuple[str, ...]] = {
     "longspan.config": ("longspan.dca_config", "longspan.errors", "longspan.expert_config",
                         "longspan.families", "longspan.fields", "longspan.rope_config"),
     "longspan.text_files": ("longspan.errors",),
+    "longspan.proxies": ("longspan.errors",),
     "longspan.ops": ("longspan.ops",),
     "longspan.ops.types": (),
     "longspan.ops.geometry": (),
@@ -95,6 +97,7 @@ ALLOWED_OURS: dict[str, tuple[str, ...]] = {
 ALLOWED_OTHERS: dict[str, tuple[str, ...]] = {
     "longspan.errors": (),
     "longspan.text_files": (),
+    "longspan.proxies": (),
     "longspan.units": (),
     "longspan.fields": (),
     "longspan.rope_config": (),

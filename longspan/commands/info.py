@@ -80,14 +80,14 @@ def _attention_rows(engine: ResolvedEngine, length: int) -> list[tuple[str, str]
     config, model = engine.config, engine.model
     positions = ("positions", position_label(config, model) + _dca_sizes(engine))
     is_sparse = resolve_attention(
-        config.attention, length, threshold=model.sparse_threshold, has_plan=engine.has_plan,
+        config.attention, length, threshold=engine.sparse_threshold, has_plan=engine.has_plan,
         has_dca=engine.dca is not None)
     if is_sparse:
         assert engine.plan is not None
         density = percent(budget_density(engine.plan, length))
         return [("attention", f"sparse, {engine.plan.mode} selection"), positions,
                 ("density budget", f"{density} of all pairs, about")]
-    later = f" (sparse above {model.sparse_threshold:,} tokens)" if engine.plan else ""
+    later = f" (sparse above {engine.sparse_threshold:,} tokens)" if engine.plan else ""
     return [("attention", f"dense{later}"), positions]
 
 

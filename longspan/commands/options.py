@@ -47,6 +47,15 @@ Layers = Annotated[int | None, typer.Option(help="Only the first layers; default
 Commit = Annotated[str | None, typer.Option(help="Where the source is a copy without git.")]
 BudgetS = Annotated[float | None, typer.Option(help="Start nothing new after these seconds.")]
 UNITS = {"k": 2**10, "m": 2**20}
+AllowedHosts = Annotated[list[str] | None, typer.Option(
+    help="Name by which clients may call this server, beside localhost; repeatable.")]
+AllowedOrigins = Annotated[list[str] | None, typer.Option(
+    help="Origin of pages elsewhere that may use this server, https://app.example.org; * for all; "
+         "repeatable.")]
+MaxConnections = Annotated[int, typer.Option(
+    help="Open connections; beyond, idle ones are closed.")]
+AccessLog = Annotated[bool, typer.Option("--access-log", help="Log a line for each request.")]
+
 
 
 def parse_list(text: str, convert: Callable[[str], Item], option: str) -> tuple[Item, ...]:

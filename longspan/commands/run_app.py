@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import os
+import resource
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +19,9 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 def run_app(commands: typer.Typer, arguments: Sequence[str], program: str) -> int:
     """Run one of the commands of a program; returns its exit status."""
+    closed = _prepare_streams()
+    if closed:
+        return _fail(closed)
     try:
         # Without standalone mode errors come here instead of being printed as panels.
         status: Any = commands(list(arguments) or ["--help"], standalone_mode=False)
@@ -25,9 +31,47 @@ def run_app(commands: typer.Typer, arguments: Sequence[str], program: str) -> in
         return _fail(f"{_usage_message(error)}; see {program} --help")
     except KeyboardInterrupt:
         status = 130
+    except (MemoryError, RuntimeError, ImportError) as error:
+        if not (isinstance(error, MemoryError) or _has_memory_limit()):
+            raise
+        return _fail("there is not enough memory, or a limit on this process's memory is too low "
+                     f"(ulimit -v); free some, or raise the limit ({error})")
+    except OSError as error:
+        return _fail(_system_message(error))
     if status == 130:
         print("interrupted", file=sys.stderr)
     return status if isinstance(status, int) else 0
+
+
+def _prepare_streams() -> str:
+    """Make the standard streams safe to use. Returns what is wrong, where nothing would be seen.
+
+    A terminal that cannot show a character gets its code: an answer must not be lost to that.
+    """
+    if sys.stderr is None:
+        sys.stderr = _nothing()
+    if sys.stdin is None:
+        sys.stdin = _nothing()
+    if sys.stdout is None:
+        return "standard output is closed; let it go to a file, or to /dev/null"
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+    return ""
+
+
+def _nothing() -> io.TextIOWrapper:
+    """Return a stream for a process's whole life that is empty, and takes what nobody reads."""
+    return io.TextIOWrapper(io.FileIO(os.devnull, "r+"), write_through=True)
+
+
+def _has_memory_limit() -> bool:
+    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+
+
+def _system_message(error: OSError) -> str:
+    name = f"{error.filename}: " if error.filename else ""
+    return f"{name}{error.strerror or error}; see to it, and run again"
 
 
 def _usage_message(error: Exception) -> str:

@@ -24,6 +24,7 @@ import numpy as np
 from longspan.errors import LongspanError, MissingDependencyError
 from longspan.eval.prompt import Prompt
 from longspan.eval.task import Answer
+from longspan.proxies import check_proxies
 
 if TYPE_CHECKING:
     import httpx
@@ -300,6 +301,7 @@ def _client(config: EndpointConfig) -> httpx.Client:
         raise MissingDependencyError(
             "endpoints are asked with httpx, which is not installed: pip install 'longspan[eval]'"
         ) from None
+    check_proxies()
     return httpx.Client(
         base_url=config.url, headers={"Authorization": f"Bearer {config.api_key}"},
         timeout=httpx.Timeout(config.timeout_s, connect=min(config.timeout_s, MAX_CONNECT_S)),

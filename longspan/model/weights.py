@@ -26,6 +26,7 @@ from longspan.config import read_json
 from longspan.errors import CheckpointError, MissingDependencyError
 from longspan.model.fused_experts import split_fused
 from longspan.model.qwen2 import EMBEDDING, HEAD, CausalLM
+from longspan.proxies import check_proxies
 
 BUNDLED_MODEL = "nano"
 SINGLE_FILE = "model.safetensors"
@@ -122,6 +123,7 @@ def _download(name: str, patterns: list[str]) -> Path:
         raise MissingDependencyError(
             f"{name} is a hub id, and huggingface_hub is not installed: pip install huggingface_hub"
         ) from None
+    check_proxies()
     try:
         return Path(hub.snapshot_download(name, allow_patterns=patterns))
     except errors.GatedRepoError:

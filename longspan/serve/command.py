@@ -238,10 +238,19 @@ def start_up_report(status: EngineStatus) -> str:
     lengths = [length for length in REPORT_LENGTHS if length <= status.max_model_len]
     if status.latency and lengths:
         times = [status.latency.prefill_s(0, length) for length in lengths]
-        lines.append("  first token, predicted     " + ", ".join(
-            f"{length // 1024}K: {seconds:,.1f} s"
+        lines.append("  first token, a guess       " + ", ".join(
+            f"{length // 1024}K: {_about(seconds)}"
             for length, seconds in zip(lengths, times, strict=True)))
+        lines.append("  (from prompts of a thousand tokens or so; long ones will tell better, and "
+                     "the first of each kind waits for what is prepared then)")
     return "\n".join(lines)
+
+
+def _about(seconds: float) -> str:
+    """Write a guess with the digits that it deserves."""
+    if seconds < 90:
+        return f"about {seconds:.2g} s"
+    return f"about {seconds / 60:.0f} min"
 
 
 def _announce(config: ServeConfig, sock: socket.socket) -> None:

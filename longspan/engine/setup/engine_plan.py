@@ -27,7 +27,7 @@ from longspan.engine.resolve import (
     resolve_positions,
 )
 from longspan.engine.setup.cache_key import cache_key
-from longspan.engine.setup.prior_costs import prior_costs
+from longspan.engine.setup.prior_costs import prior_costs, sparse_border
 from longspan.engine.setup.step_sizes import choose_sizes
 from longspan.engine.setup.tier_plan import memory_besides, plan_tiers
 from longspan.model.fingerprint import weights_fingerprint
@@ -131,7 +131,7 @@ class ResolvedEngine:
         """Return what makes requests for this engine."""
         return Intake(
             vocab_size=self.model.vocab_size, max_model_len=self.memory.max_model_len,
-            attention=self.config.attention, sparse_threshold=self.model.sparse_threshold,
+            attention=self.config.attention, sparse_threshold=self.sparse_threshold,
             has_plan=self.has_plan, has_dca=self.dca is not None)
 
     def scheduler_config(self) -> SchedulerConfig:
@@ -155,11 +155,24 @@ class ResolvedEngine:
             cache_key=self.cache_key)
 
     @property
+    def sparse_threshold(self) -> int:
+        """Longest prompt that ``auto`` prefills densely, tokens: the checkpoint's, and on CPUs,
+        whose dense attention is slow, less where a sparse prefill is predicted to be shorter."""
+        threshold = self.model.sparse_threshold
+        if self.plan is None or self.config.device != "cpu":
+            return threshold
+        assert self.config.prefill_chunk_len is not None
+        return sparse_border(
+            prior_costs(self.model, self.config, self.plan), threshold,
+            dense_tail_len=self.plan.dense_tail_len, block_size=self.config.block_size,
+            prefill_chunk_len=self.config.prefill_chunk_len)
+
+    @property
     def _sparse_above(self) -> int | None:
         """Return the longest prompt that is prefilled densely, tokens; None: all are."""
         if self.plan is None:
             return None
-        return 0 if self.config.attention == "sparse" else self.model.sparse_threshold
+        return 0 if self.config.attention == "sparse" else self.sparse_threshold
 
 
 def _finite(budget_s: float | None) -> float | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from longspan.attention.sparsity import SparsityPlan
 from longspan.config import EngineConfig, ModelConfig
+from longspan.engine.control.chunking import sparse_stop
 from longspan.engine.control.latency import Costs
 from longspan.units import DTYPE_BYTES
 
@@ -16,6 +17,9 @@ FLOPS = {"cpu": 5e10, "cuda": 1e14}
 BYTES_PER_S = {"cpu": 2e9, "cuda": 1e12}
 """Weights and cache read in decode; the CPU's attention of one row is slow."""
 STEP_S = {"cpu": 2e-3, "cuda": 2e-3}
+BORDER_STEP = 1_024
+MARGIN = 1.25
+"""A sparse prefill has to be shorter by this, to be chosen: it is an approximation."""
 
 
 def prior_costs(model: ModelConfig, config: EngineConfig, plan: SparsityPlan | None) -> Costs:
@@ -40,3 +44,18 @@ def prior_costs(model: ModelConfig, config: EngineConfig, plan: SparsityPlan | N
     decode = (step_s + weights_s, linear / FLOPS[device] + experts_s * model.routed_share(1),
               element * model.kv_elements_per_token / BYTES_PER_S[device])
     return Costs(dense=dense, sparse=sparse, decode=decode)
+
+
+def sparse_border(
+    costs: Costs, threshold: int, *, dense_tail_len: int, block_size: int, prefill_chunk_len: int,
+) -> int:
+    """Return the longest prompt that is better computed densely, tokens: ``threshold`` at most, and
+    half of it at least, for budgets are meant for long prompts."""
+    for length in range(threshold // 2, threshold, BORDER_STEP):
+        num_sparse = sparse_stop(length + 1, dense_tail_len, block_size)
+        dense_s, sparse_s = (costs.prefill_s(
+            0, length + 1, num_sparse=count, prefill_chunk_len=prefill_chunk_len)
+            for count in (0, num_sparse))
+        if MARGIN * sparse_s < dense_s:
+            return length
+    return threshold

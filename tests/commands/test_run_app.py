@@ -1,0 +1,93 @@
+"""Faults of the surroundings are one line: closed streams, terminals without characters, limits."""
+
+from __future__ import annotations
+
+import errno
+import io
+import resource
+import sys
+from typing import Any
+
+import pytest
+import typer
+
+from longspan.commands.run_app import run_app
+from longspan.errors import LongspanError
+from longspan.proxies import check_proxies
+
+
+def run(work: Any) -> int:
+    app = typer.Typer()
+    app.callback(invoke_without_command=True)(lambda: work())
+    return run_app(app, ["--"], "longspan")
+
+
+def raising(error: BaseException) -> Any:
+    def work() -> None:
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(("error", "said"), [
+    (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+    (PermissionError(errno.EACCES, "Permission denied", "/out/x"), "/out/x: Permission denied"),
+    (MemoryError(), "not enough memory")])
+def test_what_the_system_refuses(
+    capsys: pytest.CaptureFixture[str], error: BaseException, said: str,
+) -> None:
+    assert run(raising(error)) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: ") and said in text and text.count("\n") == 1
+
+
+def test_a_fault_of_ours_is_shown_unless_memory_is_limited(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(RuntimeError):
+        run(raising(RuntimeError("ours")))
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (10**9, 10**9))
+    assert run(raising(ImportError("cannot map"))) == 2
+    assert "ulimit -v" in capsys.readouterr().err
+
+
+def test_closed_streams(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("stdin", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    read = list[str]()
+
+    def work() -> None:
+        read.append(sys.stdin.buffer.read().decode())
+        print("said", file=sys.stderr)
+
+    assert run(work) == 0 and read == [""]
+    for stream in (sys.stdin, sys.stderr):
+        stream.close()
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "stdout", None)
+    assert run(raising(AssertionError("nothing is computed"))) == 2
+    assert "standard output is closed" in capsys.readouterr().err
+
+
+def test_a_terminal_without_a_character_gets_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert run(lambda: print("caf\xe9", flush=True)) == 0
+    assert written.getvalue() == b"caf\\xe9\n"
+
+
+@pytest.mark.parametrize("address", ["http://[", "http://a:b", "http://:3128", "http://x:99999999"])
+def test_proxies_that_are_no_addresses(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv("https_proxy", address)
+    with pytest.raises(LongspanError, match="https_proxy is"):
+        check_proxies()
+
+
+@pytest.mark.parametrize("address", ["http://proxy:3128", "proxy.example.org:3128", "", "socks5://x"])
+def test_proxies_that_are(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    for name in ("http_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("https_proxy", address)
+    check_proxies()
