@@ -75,7 +75,7 @@ class ChatFormat:
         text = "".join(piece.text for piece in pieces if isinstance(piece, Said))
         if text or not (pieces or reason):
             content["content"] = text
-        calls = [_call_delta(piece) for piece in pieces if not isinstance(piece, Said)]
+        calls = _call_deltas(pieces)
         if calls:
             content["tool_calls"] = calls
         return self._chunk([self._choice(delta.index, content, delta.logprobs, reason)])
@@ -93,13 +93,9 @@ class ChatFormat:
     def _whole_choice(self, delta: Delta) -> Json:
         pieces, reason = self._read(delta)
         text = "".join(piece.text for piece in pieces if isinstance(piece, Said))
-        calls = list[Json]()
-        for piece in pieces:
-            if isinstance(piece, Called):
-                calls.append(_call_delta(piece))
-                del calls[-1]["index"]
-            elif isinstance(piece, Argued):
-                calls[piece.index]["function"]["arguments"] += piece.text
+        calls = _call_deltas(pieces)
+        for call in calls:
+            del call["index"]
         message: Json = {"role": "assistant", "content": text, "refusal": None}
         if calls:
             message = {**message, "content": text or None, "tool_calls": calls}
@@ -133,11 +129,19 @@ class ChatFormat:
             for item in items]}
 
 
-def _call_delta(piece: Called | Argued) -> Json:
-    if isinstance(piece, Argued):
-        return {"index": piece.index, "function": {"arguments": piece.text}}
-    return {"index": piece.index, "id": f"call_{secrets.token_hex(12)}", "type": "function",
-            "function": {"name": piece.name, "arguments": ""}}
+def _call_deltas(pieces: Sequence[Piece]) -> list[Json]:
+    """Build what is new of each call, one object a call: clients keep the first of several."""
+    deltas = dict[int, Json]()
+    for piece in pieces:
+        if isinstance(piece, Called):
+            deltas[piece.index] = {
+                "index": piece.index, "id": f"call_{secrets.token_hex(12)}", "type": "function",
+                "function": {"name": piece.name, "arguments": ""}}
+        elif isinstance(piece, Argued):
+            delta = deltas.setdefault(
+                piece.index, {"index": piece.index, "function": {"arguments": ""}})
+            delta["function"]["arguments"] += piece.text
+    return list(deltas.values())
 
 
 class CompletionFormat:

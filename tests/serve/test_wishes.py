@@ -15,6 +15,7 @@ import openai
 import pytest
 
 from longspan.engine.text.call_format import FORMATS
+from longspan.serve.format import ChatFormat, Delta
 from longspan.serve.messages import Message, Neutral
 from longspan.serve.protocol import ChatRequest, CompletionRequest, StreamOptions
 from tests.serve.fake import ANSWER, MODEL, FakeEngine, Running, running
@@ -334,3 +335,20 @@ def test_a_model_that_takes_no_tools() -> None:
         reply = ask(server, tools=[WEATHER])
         assert reply.status_code == 400 and "takes no tools" in reply.json()["error"]["message"]
         assert ask(server, tools=[WEATHER], tool_choice="none").status_code == 200
+
+
+def test_a_chunk_has_one_object_for_each_call() -> None:
+    """Clients keep the first object of several with one index, as the official one does."""
+    form = ChatFormat(
+        "id", "m", with_logprobs=False, call_format=FORMATS[0], tool_names=["weather"])
+    arguments = '{"city": "Paris"}'
+    cut = CALL.index(arguments) + 12
+    delta = Delta(0, text=f"{CALL}\n{CALL[:cut]}")
+    (first, second) = form.chunk(delta)["choices"][0]["delta"]["tool_calls"]
+    assert (first["index"], second["index"]) == (0, 1)
+    assert first["function"] == {"name": "weather", "arguments": arguments}
+    assert second["function"]["arguments"] == arguments[:12]
+    rest = form.chunk(Delta(0, text=CALL[cut:], finish_reason="stop"))["choices"][0]
+    assert rest["delta"]["tool_calls"] == [
+        {"index": 1, "function": {"arguments": arguments[12:]}}]
+    assert rest["finish_reason"] == "tool_calls"
