@@ -31,8 +31,7 @@ PAGES = [*sorted((REPOSITORY / "docs").glob("*.md")),
 EVERYTHING = ("longspan",)
 BASE = ("longspan.config", "longspan.dca_config", "longspan.errors", "longspan.expert_config",
         "longspan.families", "longspan.fields", "longspan.proxies", "longspan.rope_config",
-        "longspan.text_files",
-        "longspan.units")
+        "longspan.text_files", "longspan.units")
 # What all rooms of the engine speak of.
 WORDS = tuple(f"longspan.engine.{name}"
               for name in ("plain", "recall", "request", "transfer", "kv_file", "step", "intake",

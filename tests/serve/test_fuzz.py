@@ -47,8 +47,8 @@ def test_api(case: schemathesis.Case, server: Running) -> None:
 def test_the_schema_is_complete():
     paths = schema.raw_schema["paths"]
     assert set(paths) == {
-        "/", "/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize",
-        "/health", "/metrics"}
+        "/", "/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{name}",
+        "/tokenize", "/detokenize", "/health", "/metrics"}
     for path, methods in paths.items():
         for operation in methods.values():
             assert operation["description"] or operation["summary"], path
