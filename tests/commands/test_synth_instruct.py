@@ -147,6 +147,9 @@ def test_samples_carry_where_they_come_from(folder: Path, tmp_path: Path) -> Non
     kept = {(row["job"], row["call"]): row["text"] for row in of(out, "calls")}
     steps = [(s["provenance"]["job"], step["call"]) for s in samples
              for step in s["provenance"]["steps"]]
+    seeds = [{body["seed"] for body in nasty.requests if s["provenance"]["query"] in str(body)}
+             for s in samples]
+    assert len({min(found) for found in seeds}) == len(samples) and max(map(len, seeds)) == 1
     assert set(steps) <= set(kept) and len(kept) == sum(model.asked.values())
     card = json.loads((out / "instruct-card.json").read_text())
     assert card["licence"] == "CC0" and card["model"] == "m"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,7 +79,9 @@ def run(
 
     def work(job: Job) -> dict[str, Any] | UnansweredError:
         try:
-            return make_sample(library, recipe, Asker(calls, job[0], recipe.seed), job[1])
+            # Jobs that draw one segment of a document shall not draw one query.
+            seed = zlib.crc32(f"{recipe.seed} {job[0]}".encode()) >> 1
+            return make_sample(library, recipe, Asker(calls, job[0], seed), job[1])
         except UnansweredError as error:
             return error
 
