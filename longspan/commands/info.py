@@ -1,35 +1,89 @@
-"""`longspan info`: what a model and a prompt of some length need here, from config.json alone."""
+"""`longspan info`: what a model and a prompt of some length need, from config and sizes alone."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from longspan.attention.sparsity import SparsityPlan
 from longspan.commands.console import percent, show_table
+from longspan.commands.predict import predict_rows
 from longspan.config import LONG_CONFIG, EngineConfig, ModelConfig
-from longspan.engine.device.memory import MemoryPlan
-from longspan.engine.resolve import extend_window, resolve_attention, resolve_positions
-from longspan.engine.setup.engine_plan import ResolvedEngine
+from longspan.engine.device.memory import DeviceMemory, MemoryPlan, device_memory
+from longspan.engine.resolve import (
+    extend_window,
+    resolve_attention,
+    resolve_config,
+    resolve_positions,
+)
+from longspan.engine.setup.engine_plan import ResolvedEngine, resolve_plan
 from longspan.errors import LongspanError
-from longspan.model.weights import resolve_checkpoint
-from longspan.units import in_gib
+from longspan.model.hub import download_size
+from longspan.model.weights import is_on_hub, resolve_checkpoint
+from longspan.units import GIB, in_gib
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The machine that is planned for: this one, or one with the memory that was asked for."""
+
+    device: str
+    memory: DeviceMemory | None
+    """None: what this machine has."""
+    note: str
+    """How it differs from this machine; empty: it is this one."""
 
 
 def run(model: str, length: int | None, options: dict[str, Any]) -> None:
-    """Print weights, KV cache and workspace for `length` tokens, what fits and what will run: the
-    engine's own plan for contexts of that length."""
+    """Print what ``length`` tokens need, what fits and what to change so that it does, what will
+    run and how long it may take: the engine's own plan for contexts of that length."""
+    path = resolve_checkpoint(model, only_facts=True)
+    positions = options.get("positions", "auto")
+    wants_dca = positions in ("dca", "dca+yarn")
     if length is None:
-        positions = options.get("positions", "auto")
-        facts = ModelConfig.from_dir(resolve_checkpoint(model),
-                                     wants_dca=positions in ("dca", "dca+yarn"))
-        length = extend_window(positions, facts).max_position_embeddings
+        length = extend_window(
+            positions, ModelConfig.from_dir(path, wants_dca=wants_dca)).max_position_embeddings
     if length <= 0:
         raise LongspanError(f"length must be positive, not {length}")
-    engine = ResolvedEngine.resolve(
-        EngineConfig(model=model, max_model_len=length, **options), must_fit=False)
-    rows = [*_model_rows(engine), *_memory_rows(engine.memory, engine.model),
-            *_size_rows(engine), *_attention_rows(engine, length)]
+    facts = ModelConfig.from_dir(path, wanted_len=length, wants_dca=wants_dca)
+    machine = choose_machine(options)
+    asked = EngineConfig(model=model, max_model_len=length, **{**options, "device": machine.device})
+    engine = plan_engine(asked, facts, path, machine)
+    rows = [*_model_rows(engine, machine), *_download_rows(model),
+            *_memory_rows(engine.memory, engine.model, length),
+            *_remedy_rows(engine, asked, path, machine), *_size_rows(engine),
+            *_attention_rows(engine, length), *predict_rows(engine, length, not machine.note)]
     show_table(f"{model}, {length:,} tokens", ("", ""), rows)
+
+
+def choose_machine(options: dict[str, Any]) -> Machine:
+    """Take the memory that is asked for as the machine's, even if this one has less or no GPU."""
+    device = options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    gib = options.get("memory_gib")
+    if gib is None:
+        return Machine(device, None, "")
+    wanted = int(gib * GIB)
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        return Machine(device, DeviceMemory(total_bytes=wanted, free_bytes=wanted),
+                       "not this machine, which has no such GPU")
+    here = device_memory(device).total_bytes
+    if wanted <= here:
+        return Machine(device, None, "")
+    return Machine(device, DeviceMemory(total_bytes=wanted, free_bytes=wanted),
+                   f"not this machine, which has {in_gib(here)}")
+
+
+def plan_engine(
+    asked: EngineConfig, facts: ModelConfig, path: Path, machine: Machine
+) -> ResolvedEngine:
+    """Decide as an engine on that machine would, whether it fits or not."""
+    has_cuda = torch.cuda.is_available() or machine.memory is not None
+    config = resolve_config(asked, has_cuda=has_cuda)
+    return ResolvedEngine.of(facts, asked, path=path, plan=resolve_plan(path, facts, config),
+                             must_fit=False, device=machine.memory)
 
 
 def position_label(config: EngineConfig, model: ModelConfig) -> str:
@@ -40,23 +94,37 @@ def position_label(config: EngineConfig, model: ModelConfig) -> str:
     return "dca+yarn" if dca.original_max_position_embeddings else "dca"
 
 
-def _model_rows(engine: ResolvedEngine) -> list[tuple[str, str]]:
+def _model_rows(engine: ResolvedEngine, machine: Machine) -> list[tuple[str, str]]:
     model = engine.model
     heads = f"{model.num_heads} heads, {model.num_kv_heads} of keys and values"
     active = "" if model.experts is None else (
         f", of them {model.num_active_parameters:,} in the layers of one token "
         f"({model.experts.num_chosen} of {model.experts.num_experts} experts)")
+    device = f"{engine.config.device}, {engine.config.dtype}"
     return [
         ("architecture", f"{model.architecture}, {model.num_layers} layers, {heads}"),
         ("parameters", f"{model.num_parameters:,}{active}"),
         ("longest context claimed", f"{model.max_position_embeddings:,} tokens"),
-        ("device", f"{engine.config.device}, {engine.config.dtype}"),
+        ("device", f"{device} ({machine.note})" if machine.note else device),
     ]
 
 
-def _memory_rows(memory: MemoryPlan, model: ModelConfig) -> list[tuple[str, str]]:
-    verdict = f"no, {in_gib(memory.missing_bytes)} are missing" if memory.missing_bytes else "yes"
-    longest = min(memory.fitting_len, model.max_position_embeddings)
+def _download_rows(model: str) -> list[tuple[str, str]]:
+    if not is_on_hub(model):
+        return []
+    size = download_size(model)
+    if size is None:
+        return [("download", "unknown: the hub cannot be asked")]
+    cached = f", {size.cached_bytes / 1e9:.2f} GB of them are here" if size.cached_bytes else ""
+    return [("download", f"{size.total_bytes / 1e9:.2f} GB{cached}")]
+
+
+def _memory_rows(memory: MemoryPlan, model: ModelConfig, length: int) -> list[tuple[str, str]]:
+    claim = model.max_position_embeddings
+    verdict = ("yes" if length <= claim else f"no, the model reads {claim:,} tokens at the most")
+    if memory.missing_bytes:
+        verdict = f"no, {in_gib(memory.missing_bytes)} are missing"
+    longest = min(memory.fitting_len, claim)
     return [
         ("weights", in_gib(memory.weights_bytes)),
         ("KV cache",
@@ -66,6 +134,30 @@ def _memory_rows(memory: MemoryPlan, model: ModelConfig) -> list[tuple[str, str]
                      f"fits: {verdict}"),
         ("longest prompt here", f"{longest:,} tokens"),
     ]
+
+
+def _remedy_rows(
+    engine: ResolvedEngine, asked: EngineConfig, path: Path, machine: Machine
+) -> list[tuple[str, str]]:
+    """List what to change so that it fits; each has been planned. Empty: it fits."""
+    claim, memory = engine.model.max_position_embeddings, engine.memory
+    assert asked.max_model_len is not None
+    if asked.max_model_len > claim:
+        return [("so that it fits", f"--length {claim}, or a model that reads more")]
+    if not memory.missing_bytes:
+        return []
+    remedies = []
+    if engine.config.dtype != "bfloat16":
+        half = plan_engine(replace(asked, dtype="bfloat16"), engine.model, path, machine).memory
+        short = f", {in_gib(half.missing_bytes)} still missing" if half.missing_bytes else ""
+        remedies.append(f"--dtype bfloat16 ({in_gib(half.needed_bytes)}{short})")
+    longest = min(memory.fitting_len, claim)
+    if longest:
+        remedies.append(f"--length {longest}")
+    remedies.append(f"{in_gib(memory.needed_bytes)} of usable memory")
+    if not longest:
+        remedies.append("a smaller model")
+    return [("so that it fits", ", or ".join(remedies))]
 
 
 def _size_rows(engine: ResolvedEngine) -> list[tuple[str, str]]:

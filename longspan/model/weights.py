@@ -23,16 +23,14 @@ import torch
 from torch import Tensor
 
 from longspan.config import read_json
-from longspan.errors import CheckpointError, MissingDependencyError
+from longspan.errors import CheckpointError
 from longspan.model.fused_experts import split_fused
+from longspan.model.hub import FACTS, TEXTS, WEIGHTS, download
 from longspan.model.qwen2 import EMBEDDING, HEAD, CausalLM
-from longspan.proxies import check_proxies
 
 BUNDLED_MODEL = "nano"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-HUB_PATTERNS = ("*.json", "*.jinja", "merges.txt", "tokenizer.model")
-HUB_WEIGHTS = "*.safetensors"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ONE_EXPERT_NAME = re.compile(r"\.mlp\.experts\.(\d+)\.")
@@ -53,12 +51,20 @@ class StoredTensor:
     """Byte behind the last one."""
 
 
-def resolve_checkpoint(name: str, *, with_weights: bool = True) -> Path:
+def is_on_hub(name: str) -> bool:
+    """Whether a model's name is a hub id: neither bundled nor a directory."""
+    is_here = name == BUNDLED_MODEL or os.path.exists(os.path.expanduser(name))
+    return not is_here and HUB_ID.fullmatch(name) is not None
+
+
+def resolve_checkpoint(
+    name: str, *, with_weights: bool = True, only_facts: bool = False
+) -> Path:
     """Directory of a checkpoint: ``nano`` (bundled), a directory, or a hub id.
 
     A hub id is downloaded to the hub's cache, or taken from there; without its weights where they
-    are not asked for. Raises `CheckpointError` when
-    there is no such checkpoint, `MissingDependencyError` without huggingface_hub.
+    are not asked for, or only what memory and time can be planned with. Raises `CheckpointError`
+    when there is no such checkpoint, `MissingDependencyError` without huggingface_hub.
     """
     if name == BUNDLED_MODEL:
         return _bundled_model()
@@ -72,7 +78,9 @@ def resolve_checkpoint(name: str, *, with_weights: bool = True) -> Path:
             f"{name or 'no name'}: no such directory; name a directory, a hub id such as "
             f"Qwen/Qwen2.5-7B-Instruct-1M, or {BUNDLED_MODEL} for the bundled model"
         )
-    return _download(name, [*HUB_PATTERNS, HUB_WEIGHTS] if with_weights else [*HUB_PATTERNS])
+    if only_facts:
+        return download(name, FACTS)
+    return download(name, (*TEXTS, *WEIGHTS) if with_weights else TEXTS)
 
 
 def load_weights(model: CausalLM, path: Path) -> None:
@@ -113,29 +121,6 @@ def _bundled_model() -> Path:
             "or name a directory or a hub id"
         )
     return path
-
-
-def _download(name: str, patterns: list[str]) -> Path:
-    try:
-        import huggingface_hub as hub
-        from huggingface_hub import errors
-    except ImportError:
-        raise MissingDependencyError(
-            f"{name} is a hub id, and huggingface_hub is not installed: pip install huggingface_hub"
-        ) from None
-    check_proxies()
-    try:
-        return Path(hub.snapshot_download(name, allow_patterns=patterns))
-    except errors.GatedRepoError:
-        reason = "the repository is gated; accept its terms on its page, then run `hf auth login`"
-    except errors.RepositoryNotFoundError:
-        reason = "no such repository, or a private one; check the name or run `hf auth login`"
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
-        reason = ("the hub cannot be reached and the files are not in the cache; go online, or "
-                  "name a directory")
-    except (OSError, ValueError) as error:  # HTTP errors, broken connections, a full disk, a bad id
-        reason = f"download failed ({' '.join(str(error).split())}); try again, or name a directory"
-    raise CheckpointError(f"{name}: {reason}")
 
 
 def _stored_tensors(path: Path) -> dict[str, StoredTensor]:

@@ -15,7 +15,7 @@ from longspan.engine.control.chunking import piece_rows, unit_len
 from longspan.engine.control.copy_queue import TierConfig
 from longspan.engine.control.scheduler import SchedulerConfig
 from longspan.engine.device.block_files import KvFolder
-from longspan.engine.device.memory import MemoryPlan
+from longspan.engine.device.memory import DeviceMemory, MemoryPlan
 from longspan.engine.device.runner import Runner
 from longspan.engine.intake import Intake
 from longspan.engine.resolve import (
@@ -87,7 +87,7 @@ class ResolvedEngine:
     @classmethod
     def of(
         cls, model: ModelConfig, asked: EngineConfig, *, path: Path, plan: SparsityPlan | None,
-        must_fit: bool = True,
+        must_fit: bool = True, device: DeviceMemory | None = None,
     ) -> Self:
         """Decide everything for a model whose facts are known; nothing is read.
 
@@ -96,8 +96,10 @@ class ResolvedEngine:
                 and requests are token ids.
             plan: the budgets that there are; None: the built-in ones where prefill is sparse.
             must_fit: as in `resolve`; errors too.
+            device: memory of another machine, which has the device that is asked for; None: this
+                machine.
         """
-        config = resolve_config(asked, has_cuda=torch.cuda.is_available())
+        config = resolve_config(asked, has_cuda=device is not None or torch.cuda.is_available())
         model = extend_window(config.positions, model)
         dca = resolve_positions(config.positions, model)
         in_effect = plan_in_effect(config, model, plan, has_dca=dca is not None)
@@ -106,7 +108,7 @@ class ResolvedEngine:
         # tables grow with the context where there is no DCA
         sizes = choose_sizes(
             replace(model, dca=dca), config, means=needs_means(in_effect), must_fit=must_fit,
-            is_sparse=in_effect is not None, device=memory_besides(config, tiers))
+            is_sparse=in_effect is not None, device=device or memory_besides(config, tiers))
         memory = sizes.memory
         check_window(model, dca, max_model_len=memory.max_model_len)
         if in_effect is not None and in_effect.mode == "tile":
