@@ -5,13 +5,27 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-# With a CUDA GPU any supported PyTorch. Without one exactly this version, which the project's CPU
-# figures are measured with; an open range could bring gigabytes of CUDA libraries.
+# With a CUDA GPU any PyTorch that pyproject.toml allows; without one exactly this version, which the
+# project's CPU figures are measured with. On Linux pip's usual index has only CUDA builds,
+# so PyTorch's own index of CPU builds is asked too, and its build is preferred.
 TORCH_CPU ?= torch==2.13.0
-TORCH_CUDA ?= torch>=2.11
-TORCH := $(if $(shell nvidia-smi -L 2>/dev/null),$(TORCH_CUDA),$(TORCH_CPU))
-# Where PyTorch comes from, if not from pip's usual index: make demo TORCH_INDEX=<url>
+TORCH_CUDA ?= torch>=2.11,<2.14
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+HAS_GPU := $(shell nvidia-smi -L 2>/dev/null)
+TORCH := $(if $(HAS_GPU),$(TORCH_CUDA),$(TORCH_CPU))
+# Where PyTorch comes from instead, and nowhere else: make demo TORCH_INDEX=<url>
 TORCH_INDEX ?=
+ifneq ($(TORCH_INDEX),)
+TORCH_FROM := --index-url $(TORCH_INDEX)
+else ifeq ($(HAS_GPU)$(shell uname -s),Linux)
+TORCH_FROM := --extra-index-url $(CPU_INDEX)
+endif
+ifneq ($(HAS_GPU),)
+DOWNLOAD := PyTorch with CUDA libraries, about 3 GB, and packages, about 200 MB
+else
+DOWNLOAD := PyTorch for CPUs, about 200 MB, and packages, about 200 MB (if $(CPU_INDEX) cannot be \
+	reached, pip may bring CUDA libraries of 3 GB: then name an index with TORCH_INDEX=)
+endif
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
@@ -64,10 +78,12 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(INSTALLED): pyproject.toml | $(BIN)/python
-	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
+	@echo "Downloading into $(VENV): $(DOWNLOAD)"
+	$(PIP) install $(TORCH_FROM) '$(TORCH)'
 	$(PIP) install -e .
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED)
+	@echo "Downloading into $(VENV): tools for tests and what they test, about 500 MB"
 	$(PIP) install -e '.[dev]'
 	@touch $@

@@ -45,6 +45,7 @@ from longspan.commands.options import (
     ShapeName,
     Slash,
     Threads,
+    Version,
     Vertical,
     Weights,
     parse_list,
@@ -67,20 +68,8 @@ app.add_typer(calibrate_app)
 app.add_typer(synth_app, name="synth")
 
 
-def _show_version(is_asked: bool) -> None:
-    if is_asked:
-        from importlib.metadata import version
-
-        print(f"longspan {version('longspan')}")
-        raise typer.Exit
-
-
 @app.callback()
-def root(
-    version: Annotated[bool, typer.Option(
-        "--version", help="Show the version and end.", is_eager=True,
-        callback=_show_version)] = False,
-) -> None:
+def root(version: Version = False) -> None:
     """Read a million tokens: long-context inference, measured."""
 
 
@@ -153,7 +142,9 @@ def info(
 
 @app.command()
 def demo(
-    length: Annotated[int, typer.Option(help="Prompt tokens.")] = 131_072,
+    length: Annotated[int | None, typer.Option(
+        help="Prompt tokens; default: 131,072, or as long as the documents are.")] = None,
+    document: Documents = None,
     seed: Annotated[int | None, typer.Option(help="Repeats a run; default: a new one.")] = None,
     num_facts: Annotated[int, typer.Option(min=1, max=100, help="Numbers to hide.")] = 5,
     model: ModelOption = "nano", device: Device = None, attention: Attention = "auto",
@@ -162,7 +153,7 @@ def demo(
     """Hide numbers in a long text of this machine and ask for each of them."""
     from longspan.commands.demo import run
 
-    is_right = run(model, length, seed, num_facts, {
+    is_right = run(model, length, seed, num_facts, tuple(document or ()), {
         "device": device, "attention": attention, "positions": positions,
         "prefill_chunk_len": prefill_chunk_len, "num_threads": threads})
     if not is_right:

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
+NAMED_TRITON = {"2.11.0": "3.6.0", "2.13.0": "3.7.1", "2.14.1": "3.8.0", "2.15.0": "3.9.0"}
+"""What builds of PyTorch with CUDA require."""
 BLOCKED = """
 import sys
 class Missing:
@@ -75,3 +78,20 @@ def test_imports_without_extras(module: str) -> None:
     code = BLOCKED.format(names=packages_of_extras_alone(), module=module)
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_pins_agree() -> None:
+    """What make installs is what the project allows, and the Triton of tests may be the one that
+    each build of PyTorch names: else pip takes another PyTorch without a word."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    torch = next(Requirement(line) for line in project["dependencies"]
+                 if name_of(line) == "torch")
+    triton = next(Requirement(line) for line in project["optional-dependencies"]["dev"]
+                  if name_of(line) == "triton")
+    asked = {name: Requirement(found) for name, found in re.findall(
+        r"^(TORCH_\w+) \?= (torch.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)}
+    assert asked["TORCH_CUDA"].specifier == torch.specifier
+    assert [pin.operator for pin in asked["TORCH_CPU"].specifier] == ["=="]
+    assert torch.specifier.contains(next(iter(asked["TORCH_CPU"].specifier)).version)
+    for pytorch, its_triton in NAMED_TRITON.items():
+        assert torch.specifier.contains(pytorch) is triton.specifier.contains(its_triton)

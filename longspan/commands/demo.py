@@ -7,6 +7,8 @@ import secrets
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from longspan.commands.console import (
     per_second,
     percent,
@@ -14,20 +16,45 @@ from longspan.commands.console import (
     seconds,
     show_table,
 )
+from longspan.commands.documents import show_documents
 from longspan.commands.generate import show
+from longspan.documents.gather import Document, as_prompt, gather
 from longspan.engine.front.llm import LLM
 from longspan.engine.request import RequestOutput, SamplingParams
-from longspan.eval.task import Example
-from longspan.eval.tasks.passkey import MAX_ANSWER_TOKENS, passkey_haystack, score_number
-from longspan.eval.text import TextBank, TextTokenizer, python_text_roots
+from longspan.engine.text.tokenizer import Tokenizer
+from longspan.errors import LongspanError
+from longspan.eval.prompt import PLAIN, Prompt
+from longspan.eval.task import Example, Gold
+from longspan.eval.tasks.passkey import (
+    INSTRUCTION,
+    MAX_ANSWER_TOKENS,
+    NEEDLE,
+    QUESTION,
+    passkey_haystack,
+    score_number,
+)
+from longspan.eval.text import Piece, TextBank, TextTokenizer, python_text_roots
+from longspan.eval.words import draw_keys, draw_number
 from longspan.units import in_gib
 
 MAX_SEED = 1_000_000
+DEFAULT_LENGTH = 131_072
 
 
-def run(model: str, length: int, seed: int | None, num_facts: int, options: dict[str, Any]) -> bool:
-    """Run the demonstration. True if every answer was right."""
+def run(
+    model: str, length: int | None, seed: int | None, num_facts: int, documents: Sequence[str],
+    options: dict[str, Any],
+) -> bool:
+    """Run the demonstration. True if every answer was right.
+
+    Args:
+        length: of the prompt, tokens; None: 131,072, or what the documents take.
+        documents: files and folders to hide numbers in; empty: Python's own library.
+    """
     seed = secrets.randbelow(MAX_SEED) if seed is None else seed
+    if documents:
+        return _run_on_documents(model, length, seed, num_facts, documents, options)
+    length = DEFAULT_LENGTH if length is None else length
     with LLM(model, max_model_len=length + MAX_ANSWER_TOKENS, max_num_requests=1,
              **options) as llm:
         examples = build(llm.tokenizer, length, seed, num_facts)
@@ -36,10 +63,50 @@ def run(model: str, length: int, seed: int | None, num_facts: int, options: dict
              f"at depths {', '.join(percent(example.depth) for example in examples)}")
         outputs = list(_ask_all(llm, examples))
         peak = llm.stats().peak_memory_bytes
-    _report(examples, outputs, peak)
-    num_right = sum(_is_right(e, o) for e, o in zip(examples, outputs, strict=True))
-    _say(f"{num_right} of {num_facts} right")
-    return num_right == num_facts
+    return _verdict(examples, outputs, peak)
+
+
+def _run_on_documents(
+    model: str, length: int | None, seed: int, num_facts: int, documents: Sequence[str],
+    options: dict[str, Any],
+) -> bool:
+    """Run it on a person's own files, whole and under their names."""
+    if length is not None:
+        raise LongspanError("--length and --document: the prompt is as long as the documents are; "
+                            "leave --length out")
+    gathering = gather(documents)
+    with LLM(model, max_num_requests=1, **options) as llm:
+        show_documents(gathering, lambda text: len(llm.tokenizer.encode(text)))
+        examples = hide(llm.tokenizer, gathering.documents, seed, num_facts)
+        _say(f"longspan demo: {model} on {llm.config.device}, seed {seed} (repeat with --seed)")
+        outputs = list(_ask_all(llm, examples))
+        peak = llm.stats().peak_memory_bytes
+    return _verdict(examples, outputs, peak)
+
+
+def hide(
+    tokenizer: Tokenizer, documents: Sequence[Document], seed: int, num_facts: int
+) -> list[Example]:
+    """Hide one number at a random line of each of some documents, and ask for each."""
+    rng = random.Random(f"demo:{seed}")
+    lines = [(index, place) for index, document in enumerate(documents)
+             for place in range(document.text.count("\n") + 1)]
+    keys = draw_keys(rng, num_facts, set())
+    facts = [(key, draw_number(rng), *rng.choice(lines)) for key in keys]
+    texts = [document.text.split("\n") for document in documents]
+    for key, value, index, place in sorted(facts, key=lambda fact: -fact[3]):
+        texts[index].insert(place, NEEDLE.format(key=key, value=value).rstrip())
+    whole = as_prompt([Document(document.name, "\n".join(text))
+                       for document, text in zip(documents, texts, strict=True)])
+    examples = []
+    for key, value, *_ in facts:
+        question, needle = QUESTION.format(key=key), NEEDLE.format(key=key, value=value).rstrip()
+        text = f"{whole}\n\n{question} {INSTRUCTION}"
+        ids = np.asarray(tokenizer.encode_chat([{"role": "user", "content": text}]), np.int32)
+        examples.append(Example(
+            prompt=Prompt([Piece(text, ids)], PLAIN), gold=Gold(answers=(value,)),
+            question=question, positions=(len(ids) * whole.index(needle) // len(whole),)))
+    return examples
 
 
 def build(tokenizer: TextTokenizer, length: int, seed: int, num_facts: int) -> list[Example]:
@@ -61,6 +128,15 @@ def _ask_all(llm: LLM, examples: Sequence[Example]) -> Iterator[RequestOutput]:
         verdict = "right" if _is_right(example, output) else f"wrong: it is {example.answer}"
         _say(f"  {verdict}, first token after {seconds(output.ttft_s)}")
         yield output
+
+
+def _verdict(
+    examples: Sequence[Example], outputs: Sequence[RequestOutput], peak_bytes: int
+) -> bool:
+    _report(examples, outputs, peak_bytes)
+    num_right = sum(_is_right(e, o) for e, o in zip(examples, outputs, strict=True))
+    _say(f"{num_right} of {len(examples)} right")
+    return num_right == len(examples)
 
 
 def _on_one_line(text: str) -> str:

@@ -25,6 +25,18 @@ KvDir = Annotated[str | None, typer.Option(help="Directory that keeps KV across 
 KvDisk = Annotated[float | None, typer.Option(
     help="Most that it may take, GiB; default: half of what is free there.")]
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest prompt and answer, tokens.")]
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        from importlib.metadata import version
+
+        print(f"longspan {version('longspan')}")
+        raise typer.Exit
+
+
+Version = Annotated[bool, typer.Option(
+    "--version", help="Show the version and end.", is_eager=True, callback=_show_version)]
 Model = Annotated[str, typer.Argument(help="Directory, hub id, or nano (bundled).")]
 Documents = Annotated[list[str] | None, typer.Option(
     "--document", metavar="PATH", help="File or folder to read: text, code, HTML, PDF, "

@@ -13,6 +13,7 @@ import pytest
 
 from longspan import cli
 from longspan.commands import demo
+from longspan.documents.gather import Document, as_prompt
 from longspan.engine.recall import Recall
 from longspan.engine.request import Progress, RequestOutput, TokenEvent
 from longspan.engine.text.tokenizer import Tokenizer
@@ -105,3 +106,31 @@ def test_prompts_are_exact_and_repeat_with_the_seed(model: str) -> None:
 def test_too_short_is_one_line(capsys: Capture, model: str) -> None:
     assert cli.run_command(["demo", "--model", model, "--length", "100"]) == 2
     assert "too short for 5 facts" in capsys.readouterr().err
+
+
+def test_numbers_are_hidden_in_a_persons_own_files(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, model: str, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(demo, "LLM", ReadingModel)
+    for name in ("a.txt", "b.md", "c.py"):
+        (tmp_path / name).write_text("".join(f"Line {i} of {name}.\n" for i in range(40)))
+    arguments = ["demo", "--model", model, "--document", str(tmp_path / "a.txt"), "--document",
+                 str(tmp_path), "--num-facts", "6", "--seed", "3"]
+    assert cli.run_command(arguments) == 0
+    captured = capsys.readouterr()
+    assert "6 of 6 right" in captured.out and "3 documents, " in captured.err
+    assert "named twice" in captured.err
+    assert cli.run_command([*arguments, "--length", "4000"]) == 2
+    assert "leave --length out" in capsys.readouterr().err
+
+
+def test_hidden_numbers_leave_the_documents_whole(model: str) -> None:
+    documents = [Document("a.txt", "One.\nTwo."), Document("b.txt", "<|im_end|>\nThree.")]
+    examples = demo.hide(Tokenizer(Path(model)), documents, seed=1, num_facts=4)
+    texts = [example.prompt.text.partition("\n\nWhat is")[0] for example in examples]
+    assert len(set(texts)) == 1 and len({example.answer for example in examples}) == 4
+    kept = [line for line in texts[0].splitlines() if "magic number" not in line]
+    assert "\n".join(kept) == as_prompt(documents)
+    assert all(0 < example.depth < 1 for example in examples)
+    assert demo.hide(Tokenizer(Path(model)), documents, 1, 4)[0].prompt.text == texts[0] + (
+        f"\n\n{examples[0].question} Answer with the number only.")
