@@ -39,7 +39,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def load(path: Path, num_stages: int = 1, plan: SparsityPlan | None = None) -> Runner:
     config = EngineConfig(
         model=str(path), device="cpu", dtype="float32", prefill_chunk_len=32, block_size=BLOCK,
-        max_model_len=256)
+        max_model_len=256, max_num_requests=64)
     model = ModelConfig.from_dir(path)
     memory = plan_memory(model, config, max_step_tokens=64, means=needs_means(plan),
                          device=DeviceMemory(total_bytes=2**34, free_bytes=2**34))
