@@ -40,6 +40,7 @@ from longspan.commands.options import (
     Plan,
     Policy,
     Positions,
+    Recall,
     Results,
     SelectionMode,
     ShapeName,
@@ -98,9 +99,9 @@ def generate(
         metavar="TEXT", help="Ends the answer; repeatable.")] = None,
     device: Device = None, dtype: Dtype = None, attention: Attention = "auto",
     positions: Positions = "auto", max_model_len: MaxModelLen = None,
-    prefill_chunk_len: ChunkLen = None, sparsity_plan: Plan = None, memory_gib: Memory = None,
-    kv_host_gib: KvHost = 0.0, kv_dir: KvDir = None, kv_disk_gib: KvDisk = None,
-    weights: Weights = "checkpoint", threads: Threads = None,
+    prefill_chunk_len: ChunkLen = None, sparsity_plan: Plan = None, recall: Recall = None,
+    memory_gib: Memory = None, kv_host_gib: KvHost = 0.0, kv_dir: KvDir = None,
+    kv_disk_gib: KvDisk = None, weights: Weights = "checkpoint", threads: Threads = None,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
     json: Annotated[bool, typer.Option(
         "--json", help="Print each result as one line of JSON.")] = False,
@@ -116,9 +117,9 @@ def generate(
         "stop": tuple(stop or ())}, json, {
         "device": device, "dtype": dtype, "attention": attention, "positions": positions,
         "max_model_len": max_model_len, "prefill_chunk_len": prefill_chunk_len,
-        "sparsity_plan": sparsity_plan, "memory_gib": memory_gib, "weights": weights,
-        "kv_host_gib": kv_host_gib, "kv_dir": kv_dir, "kv_disk_gib": kv_disk_gib,
-        "num_threads": threads})
+        "sparsity_plan": sparsity_plan, "recall": recall, "memory_gib": memory_gib,
+        "weights": weights, "kv_host_gib": kv_host_gib, "kv_dir": kv_dir,
+        "kv_disk_gib": kv_disk_gib, "num_threads": threads})
 
 
 @app.command()
@@ -178,7 +179,8 @@ def serve(
         help="Longest pause of running answers; default: 1 on CPUs, 0.1 on GPUs.")] = None,
     access_log: AccessLog = False, device: Device = None, dtype: Dtype = None,
     attention: Attention = "auto", positions: Positions = "auto", max_model_len: MaxModelLen = None,
-    prefill_chunk_len: ChunkLen = None, sparsity_plan: Plan = None, memory_gib: Memory = None,
+    prefill_chunk_len: ChunkLen = None, sparsity_plan: Plan = None, recall: Recall = None,
+    memory_gib: Memory = None,
     max_num_requests: MaxRequests = None, kv_host_gib: KvHost = 0.0, kv_dir: KvDir = None,
     kv_disk_gib: KvDisk = None, weights: Weights = "checkpoint", threads: Threads = None,
 ) -> None:
@@ -194,14 +196,13 @@ def serve(
         allowed_hosts=tuple(allowed_host or ()), allowed_origins=tuple(allowed_origin or ()),
         default_max_tokens=default_max_tokens, max_queued_tokens=max_queued_tokens,
         drain_timeout_s=drain_timeout_s, max_connections=max_connections, access_log=access_log)
-    status = run(model, config, {
+    _exit(run(model, config, {
         "device": device, "dtype": dtype, "attention": attention, "positions": positions,
         "max_model_len": max_model_len, "prefill_chunk_len": prefill_chunk_len,
-        "sparsity_plan": sparsity_plan, "memory_gib": memory_gib, "weights": weights,
-        "max_num_requests": max_num_requests, "kv_host_gib": kv_host_gib, "kv_dir": kv_dir,
-        "kv_disk_gib": kv_disk_gib, "num_threads": threads, "step_budget_s": step_budget_s})
-    if status:
-        raise typer.Exit(status)
+        "sparsity_plan": sparsity_plan, "recall": recall, "memory_gib": memory_gib,
+        "weights": weights, "max_num_requests": max_num_requests, "kv_host_gib": kv_host_gib,
+        "kv_dir": kv_dir, "kv_disk_gib": kv_disk_gib, "num_threads": threads,
+        "step_budget_s": step_budget_s}))
 
 
 @bench_app.command()
@@ -379,8 +380,7 @@ def bench_serve(
         model=model, scenarios=parse_list(scenario, str, "--scenario"), length=length,
         budget_s=budget_s, batches=parse_list(batches, int, "--batches"), soak_s=soak,
         device=device, weights=weights, threads=threads, commit=commit, out=out))
-    if not is_sound:
-        raise typer.Exit(1)
+    _exit(int(not is_sound))
 
 
 def _exit(status: int) -> None:

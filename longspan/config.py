@@ -261,6 +261,9 @@ class EngineConfig:
     """``auto``: DCA with the YaRN temperature when the checkpoint has a DCA config."""
     sparsity_plan: str | None = None
     """JSON file of budgets; default: the plan beside the checkpoint, else the built-in policy."""
+    recall: float | None = None
+    """Share of attention mass that sparse prefill should keep in every head and chunk, above 0 and
+    below 1: budgets grow and shrink to reach it. Default: the plan's budgets as they are."""
     weights: WeightSource = "checkpoint"
     """``random``: the checkpoint's sizes with random weights; none are downloaded or read. For
     measuring time and memory."""
@@ -301,6 +304,11 @@ class EngineConfig:
         if self.num_threads is not None and self.num_threads > MAX_THREADS:
             raise LongspanError(f"num_threads is {self.num_threads}, at most {MAX_THREADS}; leave "
                                 "it out for all cores")
+        if self.recall is not None:
+            check_recall(self.recall)
+            if self.attention == "dense":
+                raise LongspanError(f"recall {self.recall:g} is for sparse prefill, and attention "
+                                    "is 'dense'; leave one of them out")
         for name in ("memory_gib", "kv_host_gib", "kv_disk_gib"):
             if getattr(self, name) == math.inf:
                 raise LongspanError(f"{name} must be finite; leave it out for what is free")
@@ -318,6 +326,13 @@ class EngineConfig:
                 f"{self.block_size}; use "
                 f"{-(-self.prefill_chunk_len // self.block_size) * self.block_size}"
             )
+
+
+def check_recall(value: object) -> None:
+    """Raise `LongspanError` unless this is a recall that can be asked for."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        raise LongspanError(f"recall is {value!r}; it must be above 0 and below 1, for example "
+                            "0.95")
 
 
 def dense_tail_start(prompt_len: int, dense_tail_len: int) -> int:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from longspan.config import read_json
+from longspan.config import check_recall, read_json
 from longspan.errors import CheckpointError, LongspanError
 from longspan.ops.types import Budget
 
@@ -62,6 +62,10 @@ class SparsityPlan:
     than this: 0 is right for heads that retrieve, diffuse ones need less."""
     scout_tiles: int = 64
     """Most key tiles that scouts bring to one query tile."""
+    recall_target: float | None = None
+    """Share of attention mass that every head and prefill chunk should keep: budgets are then
+    multiples of those here, from a quarter to four times, and `scout_threshold` follows (tile
+    mode). None: the budgets as they are."""
     dense_tail_len: int = 1024
     """The prompt's last tokens attend to everything."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -91,7 +95,9 @@ class SparsityPlan:
         if type(threshold) not in (int, float) or not math.isfinite(threshold):
             raise LongspanError(f"sparsity plan: scout_threshold is {threshold!r}, a finite number "
                                 "is needed")
-        for name in ("mean_correction", "num_scouts"):
+        if self.recall_target is not None:
+            check_recall(self.recall_target)
+        for name in ("mean_correction", "num_scouts", "recall_target"):
             if self.mode == "paper" and getattr(self, name):
                 raise LongspanError(f"sparsity plan: {name} needs mode 'tile'")
 
@@ -155,7 +161,8 @@ class SparsityPlan:
         2501.15383, section 5.3)."""
         vertical = tuple(tuple(130 if v == 30 else v for v in row) for row in self.vertical)
         return replace(self, mode="paper", vertical=vertical, budget_share=1.0, probe_strided=0,
-                       sink=30, local=100, mean_correction=False, num_scouts=0, dense_tail_len=0)
+                       sink=30, local=100, mean_correction=False, num_scouts=0,
+                       recall_target=None, dense_tail_len=0)
 
     def check_fits(self, num_layers: int, num_heads: int) -> None:
         """Raise `LongspanError` when the plan was made for another model's shape."""
@@ -184,8 +191,16 @@ class SparsityPlan:
             vertical=vertical, slash=slash, mode=self.mode,
             probe_last=self.probe_last, probe_strided=self.probe_strided, sink=self.sink,
             local=self.local, num_scouts=self.num_scouts, most_scouts=self.most_scouts,
-            scout_threshold=self.scout_threshold, scout_tiles=self.scout_tiles,
-            near_len=self.mean_near_len if self.mean_correction else None)
+            scout_threshold=self._threshold, scout_tiles=self.scout_tiles,
+            near_len=self.mean_near_len if self.mean_correction else None,
+            recall=self.recall_target or 0.0)
+
+    @property
+    def _threshold(self) -> float:
+        """Return the scouts' threshold in effect: with a target, a key tile is missed where one of
+        its keys alone would bring the row's recall below it."""
+        target = self.recall_target
+        return self.scout_threshold if target is None else math.log((1 - target) / target)
 
 
 def needs_means(plan: SparsityPlan | None) -> bool:

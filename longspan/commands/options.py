@@ -18,6 +18,9 @@ ChunkLen = Annotated[int | None, typer.Option(
 MaxRequests = Annotated[int | None, typer.Option(
     "--max-num-requests", help="Requests computed together; default: by the memory, up to 64.")]
 Plan = Annotated[str | None, typer.Option(help="JSON file of sparsity budgets.")]
+Recall = Annotated[float | None, typer.Option(
+    help="Attention mass that sparse prefill should keep, such as 0.95; default: the plan's "
+         "budgets as they are.")]
 Memory = Annotated[float | None, typer.Option(help="Memory to use at the most, GiB.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: all cores.")]
 KvHost = Annotated[float, typer.Option(help="Host memory for KV without room in the cache, GiB.")]

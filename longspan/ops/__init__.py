@@ -17,8 +17,9 @@ from longspan.ops.dense import eager as eager_dense
 from longspan.ops.moe import eager as eager_moe
 from longspan.ops.reference import rotate
 from longspan.ops.select import eager as select
-from longspan.ops.select import recall
+from longspan.ops.select import online, recall, scouts
 from longspan.ops.sparse import eager as eager_sparse
+from longspan.ops.tiles.attend import ordered_kv
 from longspan.ops.types import Budget, PagedKV, QueryRotary, Selection
 
 __all__ = [
@@ -89,7 +90,20 @@ def select_vertical_slash(
     q: Tensor, cache: PagedKV, block_table: Tensor, cached_len: int, rotary: QueryRotary,
     scale: float, budget: Budget,
 ) -> Selection:
-    """See `select.select_vertical_slash`."""
+    """See `select.select_vertical_slash`; with a recall to reach, `online.select_to_recall`."""
+    args = (q, cache, block_table, cached_len, rotary, scale)
+    if not budget.recall:
+        return _select(*args, budget)
+    found = online.select_to_recall(
+        lambda budget: _select(*args, budget),
+        lambda selection: measure_recall(*args, selection), budget, may_stop=not q.is_cuda)
+    return _add_scouts(found, *args, budget) if budget.num_scouts else found
+
+
+def _select(
+    q: Tensor, cache: PagedKV, block_table: Tensor, cached_len: int, rotary: QueryRotary,
+    scale: float, budget: Budget,
+) -> Selection:
     args = (q, cache, block_table, cached_len, rotary, scale, budget)
     if q.is_cuda:
         from longspan.ops.select import triton as sparse_index
@@ -97,6 +111,22 @@ def select_vertical_slash(
         if sparse_index.supports(q, cache, rotary, cached_len, budget):
             return sparse_index.select_vertical_slash(*args)
     return select.select_vertical_slash(*args)
+
+
+def _add_scouts(
+    selection: Selection, q: Tensor, cache: PagedKV, block_table: Tensor, cached_len: int,
+    rotary: QueryRotary, scale: float, budget: Budget,
+) -> Selection:
+    if q.is_cuda:
+        from longspan.ops.select import triton as sparse_index
+        from longspan.ops.select import triton_scouts
+        from longspan.ops.tiles.splits import num_sms
+
+        if sparse_index.supports(q, cache, rotary, cached_len, budget):
+            return triton_scouts.add_scouts(selection, q, cache, block_table, cached_len, rotary,
+                                            scale, budget, num_sms(q.device))
+    keys, _ = ordered_kv(cache, block_table, cached_len + q.shape[0])
+    return scouts.add_scouts(selection, q, keys, cached_len, rotary, scale, budget)
 
 
 def measure_recall(

@@ -103,3 +103,6 @@ class Budget(NamedTuple):
     """As `Selection.near_tiles`, tokens."""
     most_scouts: int = 0
     """The most of them where there are fewer keys; at least ``num_scouts``."""
+    recall: float = 0.0
+    """Share of attention mass that each head should keep, by multiples of its budgets (`online`,
+    tile mode); 0: the budgets as they are."""

@@ -30,6 +30,7 @@ from longspan.engine.setup.cache_key import cache_key
 from longspan.engine.setup.prior_costs import prior_costs, sparse_border
 from longspan.engine.setup.step_sizes import choose_sizes
 from longspan.engine.setup.tier_plan import memory_besides, plan_tiers
+from longspan.errors import LongspanError
 from longspan.model.fingerprint import weights_fingerprint
 from longspan.model.weights import resolve_checkpoint
 
@@ -186,8 +187,12 @@ def plan_in_effect(
 ) -> SparsityPlan | None:
     """Return the budgets: those found, or the built-in ones; None: always dense."""
     if not may_be_sparse(config.attention, has_plan=plan is not None, has_dca=has_dca):
+        if config.recall is not None:
+            raise LongspanError(f"recall {config.recall:g} is for sparse prefill, which this "
+                                "checkpoint has no plan for; use attention 'sparse'")
         return None
-    return plan or SparsityPlan.default(model.num_layers, model.num_heads)
+    found = plan or SparsityPlan.default(model.num_layers, model.num_heads)
+    return found if config.recall is None else replace(found, recall_target=config.recall)
 
 
 def resolve_plan(path: Path, model: ModelConfig, config: EngineConfig) -> SparsityPlan | None:

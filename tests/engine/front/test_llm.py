@@ -353,6 +353,40 @@ def test_recall_is_of_one_request_and_of_what_was_computed_sparsely(tmp_path: Pa
         assert llm.generate(documents[0], PARAMS)[0].recall is None
 
 
+def test_a_recall_target_changes_budgets_and_not_with_the_schedule(tmp_path: Path) -> None:
+    """More recall for a higher target at more density; the same answer whether chunks are cut,
+    packed with others, or partly cached."""
+    write_checkpoint(tmp_path, max_position_embeddings=2048, dual_chunk_attention_config=DCA)
+    plan = replace(SparsityPlan.default(3, 4, vertical=16, slash=64), local=16, dense_tail_len=64,
+                   num_scouts=8)
+    plan.save(tmp_path / "sparsity_plan.json")
+    document = [(7 * index * index + index // 3) % 256 for index in range(900)]
+    question = [*document[:-20], 3, 5]
+    found = []
+    for target in (0.3, 0.9):
+        with load(tmp_path, prefill_chunk_len=128, recall=target) as llm:
+            assert llm.sparsity_plan == replace(plan, recall_target=target)
+            found.append(llm.generate(document, PARAMS)[0])
+            cached = llm.generate(question, PARAMS)[0]
+        with load(tmp_path, prefill_chunk_len=128, recall=target, step_budget_s=1e-9) as cut:
+            both = cut.generate([document[::-1], question], PARAMS)
+        assert cached.num_cached_tokens > 0 == both[1].num_cached_tokens
+        assert cached.token_ids == both[1].token_ids
+    low, high = found
+    assert low.recall is not None and high.recall is not None
+    assert low.recall.typical < high.recall.typical
+    assert low.density is not None and high.density is not None and low.density < high.density
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"recall": 1.2}, "recall is 1.2; it must be above 0 and below 1"),
+    ({"recall": 0.9, "attention": "dense"}, "attention is 'dense'"),
+    ({"recall": 0.9}, "use attention 'sparse'")])
+def test_recall_targets_that_cannot_be(path: Path, options: Any, message: str) -> None:
+    with pytest.raises(LongspanError, match=message):
+        load(path, **options)
+
+
 def test_plain_models_get_the_default_plan_on_demand(path: Path) -> None:
     with load(path, attention="sparse") as llm:
         assert llm.sparsity_plan == SparsityPlan.default(3, 4)
