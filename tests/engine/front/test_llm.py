@@ -301,7 +301,7 @@ DCA = {"chunk_size": 320, "local_size": 64, "sparse_attention_threshold": 300}
 def test_long_prompts_are_sparse_and_hits_change_nothing(tmp_path: Path, mode: Any) -> None:
     write_checkpoint(tmp_path, max_position_embeddings=2048, dual_chunk_attention_config=DCA)
     plan = SparsityPlan.default(3, 4, vertical=16, slash=64)
-    tile = replace(plan, local=16, dense_tail_len=64, num_scouts=8)
+    tile = replace(plan, local=16, dense_tail_len=64, num_scouts=8, most_scouts=8)
     plan = tile if mode == "tile" else plan.paper()
     plan.save(tmp_path / "sparsity_plan.json")
     document = [(7 * index * index + index // 3) % 256 for index in range(1500)]
@@ -326,7 +326,7 @@ def test_recall_is_of_one_request_and_of_what_was_computed_sparsely(tmp_path: Pa
     dense prompts, and plans in paper mode, have none."""
     write_checkpoint(tmp_path, max_position_embeddings=2048, dual_chunk_attention_config=DCA)
     plan = replace(SparsityPlan.default(3, 4, vertical=16, slash=64), local=16, dense_tail_len=64,
-                   num_scouts=8)
+                   num_scouts=8, most_scouts=8)
     plan.save(tmp_path / "sparsity_plan.json")
     documents = [[(7 * index * index + index // part) % 256 for index in range(1500)]
                  for part in (3, 5)]
@@ -358,7 +358,7 @@ def test_a_recall_target_changes_budgets_and_not_with_the_schedule(tmp_path: Pat
     packed with others, or partly cached."""
     write_checkpoint(tmp_path, max_position_embeddings=2048, dual_chunk_attention_config=DCA)
     plan = replace(SparsityPlan.default(3, 4, vertical=16, slash=64), local=16, dense_tail_len=64,
-                   num_scouts=8)
+                   num_scouts=8, most_scouts=8)
     plan.save(tmp_path / "sparsity_plan.json")
     document = [(7 * index * index + index // 3) % 256 for index in range(900)]
     question = [*document[:-20], 3, 5]

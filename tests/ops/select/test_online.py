@@ -26,7 +26,8 @@ measure: Any = recall.measure_recall
 
 
 def budget(target: float, num_scouts: int = 0) -> Budget:
-    return Budget((24,) * 6, (96,) * 6, "tile", 16, 16, 4, 20, num_scouts, -1.0, 3, target)
+    return Budget((24,) * 6, (96,) * 6, "tile", 16, 16, 4, 20, num_scouts, -1.0, 3,
+                  recall=target)
 
 
 def inputs(case: Case) -> Any:
