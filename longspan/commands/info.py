@@ -143,7 +143,11 @@ def _remedy_rows(
     claim, memory = engine.model.max_position_embeddings, engine.memory
     assert asked.max_model_len is not None
     if asked.max_model_len > claim:
-        return [("so that it fits", f"--length {claim}, or a model that reads more")]
+        shorter = replace(asked, max_model_len=claim)
+        rows = _remedy_rows(plan_engine(shorter, engine.model, path, machine), shorter, path,
+                            machine)
+        more = f"; for {claim:,} tokens also {rows[0][1]}" if rows else ""
+        return [("so that it fits", f"--length {claim}, or a model that reads more{more}")]
     if not memory.missing_bytes:
         return []
     remedies = []

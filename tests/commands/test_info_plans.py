@@ -109,6 +109,8 @@ def test_no_yes_beside_a_length_beyond_the_models(
     rows = rows_of(monkeypatch, model, 2049)
     assert rows["together"].endswith("fits: no, the model reads 2,048 tokens at the most")
     assert rows["so that it fits"] == "--length 2048, or a model that reads more"
+    rows = rows_of(monkeypatch, model, 2049, memory_gib=0.01)
+    assert "; for 2,048 tokens also " in rows["so that it fits"]
 
 
 def test_what_to_change_has_been_planned(monkeypatch: pytest.MonkeyPatch, large_model: str) -> None:

@@ -261,13 +261,13 @@ def test_options_are_sent_and_what_is_left_open_is_not(page: Page) -> None:
     page.ask("Hello")
     page.find("#stop").click()
     page.wait_idle()
+    page.js("document.querySelector('#question').value = ''")  # back there if nothing had come
     assert not {"temperature", "top_p", "top_k", "seed"} & set(page.sent()[0])
     assert page.sent()[0]["max_tokens"] == 512
     for name, value in (("temperature", "0"), ("top_p", "0.9"), ("top_k", "20"), ("seed", "3"),
                         ("max", "2"), ("system", "Be brief.")):
         set_option(page, name, value)
-    page.keys(ENTER)
-    page.until(lambda: len(page.sent()) == 2)
+    page.ask("Hello again")
     page.wait_idle()
     sent = page.sent()[1]
     assert sent["messages"][0] == {"role": "system", "content": "Be brief."}
