@@ -13,6 +13,8 @@ from typing import Annotated
 
 import typer
 
+from longspan.commands.bench_cache import bench_cache
+from longspan.commands.cache_app import cache_app
 from longspan.commands.calibrate_app import calibrate_app
 from longspan.commands.eval_app import eval_app
 from longspan.commands.import_gguf import import_gguf
@@ -62,9 +64,11 @@ app = Commands(
     context_settings={"help_option_names": ["-h", "--help"]})
 bench_app = Commands(help="Measure speed and memory.", rich_markup_mode=None)
 app.add_typer(eval_app, name="eval")
+app.add_typer(cache_app, name="cache")
 app.add_typer(bench_app, name="bench")
 app.add_typer(train_app, name="train")
 app.command("import")(import_gguf)
+bench_app.command("cache")(bench_cache)
 app.add_typer(calibrate_app)
 app.add_typer(synth_app, name="synth")
 
@@ -281,29 +285,6 @@ def ttft(
         attention=parse_list(attention, str, "--attention"), memory_gib=memory_gib)
     session = BenchSession("ttft", BenchOptions.make(device, out, commit, budget_s))
     _exit(run(session, Shape.make(shape, plan), options))
-
-
-@bench_app.command()
-def cache(
-    shape: ShapeName = "qwen2.5-7b",
-    lengths: Annotated[str, typer.Option(help="Prompt tokens.")] = "131072",
-    places: Annotated[str, typer.Option(help="host, disk.")] = "host,disk",
-    folder: Annotated[Path, typer.Option("--dir", help="Empty, on the disk to measure.")] =
-        Path("kv-bench"),
-    attention: Annotated[str, typer.Option(help="dense or sparse.")] = "sparse",
-    chunk_len: ChunkLen = None, device: Device = None, commit: Commit = None,
-    budget_s: BudgetS = None, out: Results = Path("bench/results"),
-) -> None:
-    """Time until a prompt's KV is back from host memory or disk, beside its prefill."""
-    from longspan.bench.engine.cache import CacheOptions, run
-    from longspan.bench.session import BenchOptions, BenchSession
-    from longspan.bench.shapes import Shape
-
-    options = CacheOptions(
-        lengths=parse_list(lengths, int, "--lengths"), folder=folder, chunk_len=chunk_len,
-        places=parse_list(places, str, "--places"), attention=attention)
-    session = BenchSession("cache", BenchOptions.make(device, out, commit, budget_s))
-    _exit(run(session, Shape.make(shape), options))
 
 
 @bench_app.command()

@@ -15,7 +15,7 @@ from longspan.units import in_gib
 
 if TYPE_CHECKING:
     from longspan.engine.recall import Recall
-    from longspan.engine.request import Progress, RequestOutput
+    from longspan.engine.request import PrefixOrigin, Progress, RequestOutput
 
 LOG_WIDTH = 120
 QUIET_S = 2.0
@@ -113,7 +113,7 @@ def report_rows(output: RequestOutput, peak_bytes: int) -> list[tuple[str, str]]
     """Return what a finished request cost, as (name, value with unit)."""
     tokens = f"{output.num_prompt_tokens:,}"
     if output.num_cached_tokens:
-        tokens += f" ({output.num_cached_tokens:,} cached)"
+        tokens += f" ({output.num_cached_tokens:,} cached{_origin(output.prefix_origin)})"
     computed = output.num_prompt_tokens - output.num_cached_tokens
     return [
         ("prompt tokens", tokens),
@@ -160,6 +160,15 @@ def _live_bar() -> Any:
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
         TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"),
         TextColumn("{task.fields[rate]}"), console=Console(stderr=True), transient=True)
+
+
+def _origin(origin: PrefixOrigin | None) -> str:
+    """Say which of the cached tokens were not on the device."""
+    if origin is None:
+        return ""
+    places = (("host memory", origin.num_host_tokens), ("disk", origin.num_disk_tokens))
+    found = ", ".join(f"{count:,} from {place}" for place, count in places if count)
+    return f": {found} in {seconds(origin.load_s)}"
 
 
 def _cached(event: Progress) -> str:

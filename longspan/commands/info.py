@@ -20,6 +20,7 @@ from longspan.engine.resolve import (
     resolve_positions,
 )
 from longspan.engine.setup.engine_plan import ResolvedEngine, resolve_plan
+from longspan.engine.setup.tier_plan import places_bytes
 from longspan.errors import LongspanError
 from longspan.model.hub import download_size
 from longspan.model.weights import is_on_hub, resolve_checkpoint
@@ -54,7 +55,7 @@ def run(model: str, length: int | None, options: dict[str, Any]) -> None:
     engine = plan_engine(asked, facts, path, machine)
     rows = [*_model_rows(engine, machine), *_download_rows(model),
             *_memory_rows(engine.memory, engine.model, length),
-            *_remedy_rows(engine, asked, path, machine), *_size_rows(engine),
+            *_place_rows(engine), *_remedy_rows(engine, asked, path, machine), *_size_rows(engine),
             *_attention_rows(engine, length), *predict_rows(engine, length, not machine.note)]
     show_table(f"{model}, {length:,} tokens", ("", ""), rows)
 
@@ -170,6 +171,13 @@ def _size_rows(engine: ResolvedEngine) -> list[tuple[str, str]]:
     rows = [("prefill chunk", f"{config.prefill_chunk_len:,} tokens"),
             ("requests together", f"{config.max_num_requests}")]
     return [*rows, ("because", engine.sizes_reason)] if engine.sizes_reason else rows
+
+
+def _place_rows(engine: ResolvedEngine) -> list[tuple[str, str]]:
+    """Show what is kept besides the device's own blocks, and how many tokens that is."""
+    memory, size = engine.memory, engine.tiers.block_bytes
+    return [(name, f"{in_gib(count)} ({count // size * memory.block_size:,} tokens)")
+            for name, count in places_bytes(engine.tiers).items()]
 
 
 def _attention_rows(engine: ResolvedEngine, length: int) -> list[tuple[str, str]]:

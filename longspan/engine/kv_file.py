@@ -10,6 +10,7 @@ them, and a digest of all that. A file that differs from its header in any way i
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -21,10 +22,13 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from longspan.errors import LongspanError
+
 FORMAT, VERSION = "longspan-kv", "1"
 SUFFIX, PART_SUFFIX = ".safetensors", ".part"
 KEY_BYTES = HASH_BYTES = 16
 NAME = re.compile(r"([0-9a-f]{32})-([0-9a-f]{32})\.safetensors")
+LOCK = "longspan.lock"
 MAX_HEADER_BYTES = 64 * 1024**2
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "U8": 1, "I8": 1}
 
@@ -58,6 +62,39 @@ class StoredRun:
     def part_bytes(self) -> list[int]:
         """Bytes of one block in each tensor."""
         return [ITEM_BYTES[dtype] * prod(shape[1:]) for dtype, shape in self.tensors.values()]
+
+
+class KvFolder:
+    """A directory of KV files that belongs to this process until it is closed.
+
+    Raises `LongspanError` when it cannot be made or written, or belongs to another process.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise LongspanError(f"kv_dir {path} cannot be used: {error.strerror}; name a directory "
+                                "that this user may write") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            owner = os.pread(self._lock, 20, 0).decode(errors="replace").strip() or "unknown"
+            os.close(self._lock)
+            raise LongspanError(f"kv_dir {path} is in use by process {owner}; give each engine its "
+                                "own, or end that one") from None
+        os.truncate(self._lock, 0)
+        os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+        for part in path.glob(f"*{PART_SUFFIX}"):  # left by a process that was killed
+            part.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let others use the directory."""
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._lock = -1
 
 
 def file_name(key: bytes, last_hash: bytes) -> str:

@@ -386,6 +386,8 @@ class RequestOutput:
     recall: Recall | None = None
     """How much attention mass sparse prefill kept; None: no token of this prompt was prefilled
     sparsely."""
+    prefix_origin: PrefixOrigin | None = None
+    """Where the cached tokens came from, if not all of them were on the device."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """For each token of the text, if ``params.logprobs`` is not None; with
     ``params.prompt_logprobs`` also for a token that ended the completion."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import msgspec
 from msgspec.structs import replace
 
-from longspan.engine.request import FinishReason, Request, TokenIds
+from longspan.engine.request import FinishReason, PrefixOrigin, Request, TokenIds
 from longspan.engine.transfer import Transfer, TransferResult
 
 NOT_FINITE = (
@@ -159,6 +159,8 @@ class ScheduledSlice(Data, frozen=True, kw_only=True):
     this request."""
     scored: ScoredTokens | None = None
     """Where the request asks for log-probabilities of these prompt tokens."""
+    origin: PrefixOrigin | None = None
+    """Where the tokens before the first slice came from, if not all of them were on the device."""
     pieces: Pieces | None = None
     """Part of a sparse prefill chunk, which is computed apart from all other slices and paused
     after any piece. At most one chunk is paused at a time; one that begins replaces it. None:
@@ -273,6 +275,8 @@ class Update(Data, frozen=True, kw_only=True):
     finish_reason: FinishReason | None = None
     logprobs: RowLogprobs | None = None
     """Log-probabilities of ``token_id``, where asked for."""
+    origin: PrefixOrigin | None = None
+    """Where the cached tokens came from, if not all of them were on the device."""
     failure: str = ""
     """Why the engine aborted the request; empty: it did not."""
 

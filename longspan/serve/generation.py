@@ -13,6 +13,7 @@ from longspan.engine.recall import Recall, merged
 from longspan.engine.request import (
     MAX_SEED,
     Event,
+    PrefixOrigin,
     Progress,
     SamplingParams,
     TokenEvent,
@@ -49,6 +50,8 @@ class Usage:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    origins: list[PrefixOrigin] = field(default_factory=list)
+    """One for each of the prompts whose cached tokens were not all on the device."""
     recalls: list[Recall] = field(default_factory=list)
     """One for each of the prompts that were prefilled sparsely."""
     first_s: float | None = None
@@ -70,7 +73,7 @@ class Usage:
         """OpenAI's usage object."""
         usage = {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens,
                  "total_tokens": self.prompt_tokens + self.completion_tokens,
-                 "prompt_tokens_details": {"cached_tokens": self.cached_tokens}}
+                 "prompt_tokens_details": {"cached_tokens": self.cached_tokens, **self._loaded()}}
         recall = self.recall
         if recall is None:
             return usage
@@ -82,6 +85,15 @@ class Usage:
     def recall(self) -> Recall | None:
         """Recall of all prompts together, by tokens; None: nothing was prefilled sparsely."""
         return merged(self.recalls)
+
+    def _loaded(self) -> dict[str, object]:
+        """Say what came from host memory and disk, and how long the slowest took; empty: nothing
+        did."""
+        if not self.origins:
+            return {}
+        return {"host_tokens": sum(origin.num_host_tokens for origin in self.origins),
+                "disk_tokens": sum(origin.num_disk_tokens for origin in self.origins),
+                "load_ms": millis(max(origin.load_s for origin in self.origins))}
 
     def timings(self) -> dict[str, object]:
         """llama.cpp's timings, and the first token's predicted and actual time."""
@@ -243,6 +255,8 @@ class Generation:
             self._unfinished.discard(number)
         if event.output is not None and event.output.recall is not None:
             self.usage.recalls.append(event.output.recall)
+        if copy == 0 and event.output is not None and event.output.prefix_origin is not None:
+            self.usage.origins.append(event.output.prefix_origin)
 
 
 def millis(seconds: float | None) -> float | None:

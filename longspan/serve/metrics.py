@@ -31,6 +31,10 @@ class Metrics:
         self._gone = self._counter("disconnects", "Requests whose client hung up.")
         self._prompt = self._counter("prompt_tokens", "Prompt tokens, cached ones included.")
         self._cached = self._counter("cached_tokens", "Prompt tokens from the prefix cache.")
+        self._loaded = self._counter(
+            "loaded_tokens", "Cached prompt tokens that were not on the device.", "place")
+        self._load = self._histogram(
+            "prefix_load_seconds", "Time until a prefix was back on the device.", SHORT_SECONDS)
         self._output = self._counter("completion_tokens", "Tokens sampled.")
         self._ttft = self._histogram("ttft_seconds", "Arrival to first token.", SECONDS)
         self._tpot = self._histogram(
@@ -56,6 +60,10 @@ class Metrics:
         """Observe a generation that ended, in whatever way."""
         self._prompt.inc(usage.prompt_tokens)
         self._cached.inc(usage.cached_tokens)
+        for origin in usage.origins:
+            self._loaded.labels("host").inc(origin.num_host_tokens)
+            self._loaded.labels("disk").inc(origin.num_disk_tokens)
+            self._load.observe(origin.load_s)
         self._output.inc(usage.completion_tokens)
         if usage.ttft_s is not None:
             self._ttft.observe(usage.ttft_s)

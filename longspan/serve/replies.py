@@ -34,6 +34,12 @@ class PromptTokensDetails(Reply):
     """Details of the prompt's tokens."""
 
     cached_tokens: int
+    host_tokens: int | None = None
+    """Those of them that came from host memory; absent: all were on the device."""
+    disk_tokens: int | None = None
+    """Those that were read from disk."""
+    load_ms: float | None = None
+    """Time until they were on the device."""
 
 
 class AttentionRecall(Reply):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import random
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -101,6 +102,10 @@ def run(job: ServeJob) -> bool:
         (row["scenario"], row["metric"], f"{row['value']:,.4g}", row["unit"]) for row in found])
     note(f"rows in {file}")
     return not any(row["metric"] == "leaks" and row["value"] for row in found)
+
+
+SOAK_PLACES = ("--kv-host-gib", "0.1", "--kv-disk-gib", "1")
+"""KV goes to host memory and to a folder as well in a soak, and both are full soon."""
 
 
 def server_options(job: ServeJob, length: int | None = None) -> list[str]:
@@ -231,7 +236,8 @@ def _decode(job: ServeJob) -> list[Row]:
 
 def _soak(job: ServeJob) -> list[Row]:
     length = min(job.length, SOAK_LEN_CPU) if job.device == "cpu" else job.length
-    with running(job.model, server_options(job, length)) as server:
+    with tempfile.TemporaryDirectory(prefix="longspan-soak-") as folder, running(
+            job.model, [*server_options(job, length), *SOAK_PLACES, "--kv-dir", folder]) as server:
         if job.device == "cpu":
             write_pool(server, length)
         return [{**_row(job, *row), "length": length}

@@ -26,6 +26,7 @@ def scheduled_slice(planned: PlannedSlice) -> ScheduledSlice:
         request_id=request.request_id, slot=request.slot, token_ids=request.tokens(start, stop),
         cached_len=start, prompt_len=prompt_len, block_ids=request.block_ids,
         sparse=request.sparse, sampling=sampling, pieces=pieces,
+        origin=request.origin if start == request.num_cached_tokens else None,
         scored=scored_tokens(request, start, stop),
         extras=SamplingExtras.of(request) if is_last and start < prompt_len else None)
 
@@ -49,4 +50,5 @@ def make_update(
     return Update(
         request_id=request.request_id, computed_len=computed_len,
         num_cached_tokens=request.num_cached_tokens, token_id=token,
-        finish_reason=request.finish_reason, logprobs=logprobs, failure=failure)
+        finish_reason=request.finish_reason, logprobs=logprobs, failure=failure,
+        origin=request.origin)

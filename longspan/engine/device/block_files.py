@@ -6,7 +6,6 @@ Each block's checksum is compared as it is read. Nothing here decides what is ke
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import threading
@@ -21,49 +20,17 @@ from longspan.engine.kv_file import (
     HASH_BYTES,
     PART_SUFFIX,
     BadFileError,
+    KvFolder,
     StoredRun,
     make_header,
     read_header,
 )
 from longspan.engine.transfer import Transfer, TransferResult
-from longspan.errors import LongspanError
 
 MAX_HELPERS = 8
 """Blocks that are read or written at a time."""
-LOCK = "longspan.lock"
 OnEnd = Callable[[TransferResult], None]
 logger = logging.getLogger("longspan.engine")
-
-
-class KvFolder:
-    """A directory of KV files that belongs to this process until it is closed.
-
-    Raises `LongspanError` when it cannot be made or written, or belongs to another process.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise LongspanError(f"kv_dir {path} cannot be used: {error.strerror}; name a directory "
-                                "that this user may write") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            owner = os.pread(self._lock, 20, 0).decode(errors="replace").strip() or "unknown"
-            os.close(self._lock)
-            raise LongspanError(f"kv_dir {path} is in use by process {owner}; give each engine its "
-                                "own, or end that one") from None
-        os.truncate(self._lock, 0)
-        os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
-        for part in path.glob(f"*{PART_SUFFIX}"):  # left by a process that was killed
-            part.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        """Let others use the directory."""
-        os.close(self._lock)
 
 
 class BlockFiles:

@@ -30,7 +30,7 @@ from longspan.engine.device.batch import (
     is_greedy,
     num_outputs,
 )
-from longspan.engine.device.block_files import BlockFiles, KvFolder
+from longspan.engine.device.block_files import BlockFiles
 from longspan.engine.device.block_mover import BlockMover
 from longspan.engine.device.block_store import BlockStore
 from longspan.engine.device.graphs import CudaRecorder, DecodeGraphs, DecodeState
@@ -41,6 +41,7 @@ from longspan.engine.device.paused_chunk import PausableChunk
 from longspan.engine.device.prompt_logprobs import OnLogits, PromptScorer
 from longspan.engine.device.sampling import SampledTokens, Sampler
 from longspan.engine.device.stage import PipelineStage
+from longspan.engine.kv_file import KvFolder
 from longspan.engine.step import ScheduledBatch, ScheduledSlice, StepResult
 from longspan.engine.text.grammar import Grammars
 from longspan.engine.text.tokenizer import Tokenizer

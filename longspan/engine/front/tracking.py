@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from itertools import zip_longest
 
 from longspan.engine.processes.wire import Stepped
-from longspan.engine.request import Request, conclude
+from longspan.engine.request import PrefixOrigin, Request, conclude
 from longspan.engine.step import (
     PromptLogprobs,
     RowLogprobs,
@@ -31,6 +31,8 @@ class Tracker:
         self._eos_token_ids = request.eos_token_ids
         self._num_cached_tokens: int | None = None
         self._num_outputs = 0
+        self.origin: PrefixOrigin | None = None
+        """Where the cached tokens came from; told by the first step's slice."""
 
     def update(
         self, cached_len: int, computed_len: int, sampled: int | None,
@@ -50,7 +52,7 @@ class Tracker:
         return Update(
             request_id=self._request_id, computed_len=computed_len, token_id=token,
             num_cached_tokens=self._num_cached_tokens, finish_reason=reason, logprobs=logprobs,
-            failure=failure if reason == "abort" else "")
+            failure=failure if reason == "abort" else "", origin=self.origin)
 
 
 def updates(message: Stepped, trackers: Mapping[str, Tracker]) -> Iterator[Update]:
@@ -64,6 +66,7 @@ def updates(message: Stepped, trackers: Mapping[str, Tracker]) -> Iterator[Updat
             place, (token, logprobs) = next(sampled, nothing) if item.samples else nothing
             tracker = trackers.get(item.request_id)
             if tracker is not None:
+                tracker.origin = item.origin or tracker.origin
                 yield tracker.update(item.cached_len + index, item.computed_len + index, token,
                                      logprobs, result.failure(place))
 

@@ -20,7 +20,7 @@ import msgspec
 
 from longspan.engine.control.scheduler import Load, SchedulerConfig
 from longspan.engine.intake import Intake
-from longspan.engine.request import Request
+from longspan.engine.request import PrefixOrigin, Request
 from longspan.engine.step import ScheduledBatch, StepResult
 from longspan.errors import LongspanError
 
@@ -114,12 +114,15 @@ class ComputedSlice(msgspec.Struct, frozen=True, array_like=True):
     """Tokens there now; a paused prefill chunk counts in proportion."""
     samples: bool
     """The result holds a token of this request."""
+    origin: PrefixOrigin | None = None
+    """As in the slice."""
 
 
 def computed_slices(batch: ScheduledBatch) -> tuple[ComputedSlice, ...]:
     """List a step's slices as the front end needs them."""
     return tuple([ComputedSlice(item.request_id, item.cached_len, item.done_len,
-                                item.sampling is not None) for item in batch.slices])
+                                item.sampling is not None, item.origin)
+                  for item in batch.slices])
 
 
 class Stepped(Message, frozen=True, kw_only=True):

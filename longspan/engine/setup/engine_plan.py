@@ -14,10 +14,10 @@ from longspan.config import DcaConfig, EngineConfig, ModelConfig
 from longspan.engine.control.chunking import piece_rows, unit_len
 from longspan.engine.control.copy_queue import TierConfig
 from longspan.engine.control.scheduler import SchedulerConfig
-from longspan.engine.device.block_files import KvFolder
 from longspan.engine.device.memory import DeviceMemory, MemoryPlan
 from longspan.engine.device.runner import Runner
 from longspan.engine.intake import Intake
+from longspan.engine.kv_file import KvFolder
 from longspan.engine.resolve import (
     check_tiles,
     check_window,
@@ -125,9 +125,14 @@ class ResolvedEngine:
         """Read the weights and allocate the caches. Raises `CheckpointError`, and `LongspanError`
         when the folder of KV files is another process's, or there is too little host memory."""
         folder = KvFolder(Path(self.tiers.folder)) if self.tiers.folder else None
-        runner = Runner.load(
-            self.path, self.model, self.config, self.memory, dca=self.dca, plan=self.plan)
-        runner.use_places(self.tiers, self.cache_key, folder)
+        try:
+            runner = Runner.load(
+                self.path, self.model, self.config, self.memory, dca=self.dca, plan=self.plan)
+            runner.use_places(self.tiers, self.cache_key, folder)
+        except BaseException:
+            if folder is not None:
+                folder.close()
+            raise
         return runner
 
     def intake(self) -> Intake:

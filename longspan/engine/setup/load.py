@@ -8,6 +8,7 @@ from longspan.engine.processes.backend import Engine, Send
 from longspan.engine.processes.wire import Described
 from longspan.engine.setup.compile_ahead import compile_steps
 from longspan.engine.setup.engine_plan import ResolvedEngine
+from longspan.engine.setup.tier_plan import places_bytes
 
 
 def load_engine(config: EngineConfig, send: Send) -> tuple[SchedulerConfig, Engine]:
@@ -18,7 +19,7 @@ def load_engine(config: EngineConfig, send: Send) -> tuple[SchedulerConfig, Engi
     send(Described(
         path=engine.path, intake=engine.intake(), scheduler=scheduler,
         memory_bytes={"weights": memory.weights_bytes, "workspace": memory.workspace_bytes,
-                      "KV cache": memory.kv_bytes},
+                      "KV cache": memory.kv_bytes, **places_bytes(engine.tiers)},
         sizes_reason=engine.sizes_reason))
     runner = engine.load_runner()
     runner.record_graphs()

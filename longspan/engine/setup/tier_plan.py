@@ -75,6 +75,17 @@ def memory_besides(config: EngineConfig, tiers: TierConfig) -> DeviceMemory:
         total_bytes=memory.total_bytes, free_bytes=max(0, memory.free_bytes - taken))
 
 
+def places_bytes(tiers: TierConfig) -> dict[str, int]:
+    """Name what host memory and disk may hold, for people; empty: there is only the device."""
+    found = dict[str, int]()
+    if tiers.num_slots:
+        name = "KV in host memory" if tiers.keeps_host else "host memory on the way to disk"
+        found[name] = tiers.num_slots * tiers.block_bytes
+    if tiers.folder:
+        found["KV on disk, at most"] = tiers.disk_bytes
+    return found
+
+
 def _disk_bytes(config: EngineConfig) -> int:
     """Most that the files may take."""
     assert config.kv_dir is not None

@@ -14,6 +14,7 @@ from longspan.engine.recall import Recall
 from longspan.engine.request import (
     Event,
     FinishReason,
+    PrefixOrigin,
     Progress,
     Request,
     RequestOutput,
@@ -55,6 +56,7 @@ class Completion:
         self._scores = None if num_top is None else PromptScores(request.prompt_len, num_top)
         self._token_ids = array("i")
         self._num_cached_tokens = 0
+        self._origin: PrefixOrigin | None = None
         self._is_admitted = self._has_token_event = False
         self._pairs = [0.0, 0.0]  # kept, causal
         self._recalls: list[SparseRecall] = []
@@ -100,6 +102,7 @@ class Completion:
         if self._scores is not None and self._scores.is_broken:
             raise RequestFailedError(NOT_FINITE)
         self._num_cached_tokens = update.num_cached_tokens
+        self._origin = update.origin
         if self._first_s is None and update.finish_reason != "abort":
             self._note_prefill(update, report)
         reason = update.finish_reason
@@ -174,7 +177,7 @@ class Completion:
             request_id=self.request_id, text="".join(self._text),
             token_ids=tuple(self._token_ids), finish_reason=reason,
             num_prompt_tokens=self._prompt_len, num_cached_tokens=self._num_cached_tokens,
-            ttft_s=_span(self._arrived_s, self._first_s),
+            prefix_origin=self._origin, ttft_s=_span(self._arrived_s, self._first_s),
             prefill_s=_span(self._started_s, self._first_s),
             decode_tokens_per_s=self._decode_rate(), density=kept / causal if causal else None,
             recall=_recall(self._recalls), logprobs=tuple(self._logprobs),

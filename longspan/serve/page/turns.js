@@ -79,6 +79,11 @@ export function factsOf(run) {
   const cached = run.usage?.prompt_tokens_details.cached_tokens ?? run.progress?.cache ?? 0;
   if (total) facts.push([`${number(total)} prompt tokens`]);
   if (cached) facts.push([`${number(cached)} from the prefix cache`, "hit"]);
+  const { host_tokens: host, disk_tokens: disk, load_ms: loadMs } =
+    run.usage?.prompt_tokens_details ?? {};
+  if (host) facts.push([`${number(host)} from host memory`, "hit"]);
+  if (disk) facts.push([`${number(disk)} from disk`, "hit"]);
+  if (loadMs) facts.push([`loaded in ${seconds(loadMs)}`, "hit"]);
   if (run.usage) facts.push([`${number(run.usage.completion_tokens)} answer tokens`]);
   if (run.timings?.predicted_per_second)
     facts.push([`${run.timings.predicted_per_second.toFixed(1)} tokens/s`]);

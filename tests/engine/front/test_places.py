@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from longspan.engine.front.llm import LLM
-from longspan.engine.request import RequestOutput, SamplingParams
+from longspan.engine.request import Progress, RequestOutput, SamplingParams
 from longspan.errors import LongspanError
 from longspan.units import GIB
 from tests.doubles import write_checkpoint
@@ -143,3 +144,117 @@ def test_host_memory_that_is_not_there_is_refused(checkpoint: str) -> None:
         LLM(checkpoint, kv_host_gib=1e6, **OPTIONS)
     with pytest.raises(LongspanError, match="kv_host_gib 1e-06 holds 0 blocks"):
         LLM(checkpoint, kv_host_gib=1e-6, **OPTIONS)
+
+
+def corrupt(folder: Path, how: str) -> None:
+    """Damage every file of blocks in a folder."""
+    files = list(folder.glob("*.safetensors"))
+    assert files
+    for file in files:
+        content = bytearray(file.read_bytes())
+        if how == "flipped":
+            content[len(content) // 2] ^= 16
+        elif how == "truncated":
+            del content[-100:]
+        elif how == "foreign":
+            content[:] = b"something else" * 1000
+        file.write_bytes(content)
+        if how == "gone":
+            file.unlink()
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated", "foreign", "gone"])
+@pytest.mark.parametrize("when", ["before the start", "while it runs"])
+def test_damaged_files_are_computed_again(
+    checkpoint: str, alone: dict[tuple[str, int], tuple[int, ...]], tmp_path: Path, how: str,
+    when: str, caplog: pytest.LogCaptureFixture,
+) -> None:
+    options = {**OPTIONS, "kv_dir": str(tmp_path), "attention": "dense"}
+    with LLM(checkpoint, **options) as llm:
+        ask(llm, 1)
+    if when == "before the start":
+        corrupt(tmp_path, how)
+    with LLM(checkpoint, **options) as llm:
+        if when == "while it runs":
+            corrupt(tmp_path, how)
+        output = ask(llm, 1)
+        assert output.token_ids == alone["dense", 1]
+        assert output.num_cached_tokens == 0
+    known_before = when == "while it runs" or how == "flipped"
+    assert ("cannot be used" in caplog.text) == known_before
+    with LLM(checkpoint, **options) as llm:
+        assert ask(llm, 1).num_cached_tokens == REUSABLE, "it was written anew"
+
+
+def test_other_weights_tokenizers_and_templates_under_the_same_name(tmp_path: Path) -> None:
+    path, folder = tmp_path / "model", tmp_path / "kv"
+    rope = {"max_position_embeddings": 16_384}
+
+    def cached() -> int:
+        with LLM(str(path), kv_dir=str(folder), **OPTIONS) as llm:
+            return ask(llm, 1).num_cached_tokens
+
+    write_checkpoint(path, **rope)
+    assert (cached(), cached()) == (0, REUSABLE)
+    times = (path / "model.safetensors").stat()
+    write_checkpoint(path, seed=1, **rope)
+    os.utime(path / "model.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert cached() == 0, "other weights, of the same size and date"
+    write_checkpoint(path, rope_theta=20_000.0, **rope)
+    assert cached() == 0, "other positions"
+    write_checkpoint(path, **rope)
+    assert cached() == REUSABLE
+    tokenizer = path / "tokenizer_config.json"
+    text = tokenizer.read_text()
+    tokenizer.write_text(text.replace("unknown role", "no such role"))
+    assert cached() == 0, "another template"
+    tokenizer.write_text(text)
+    (path / "tokenizer.json").write_text((path / "tokenizer.json").read_text() + " ")
+    assert cached() == 0, "another tokenizer"
+
+
+def test_the_folder_does_not_grow_beyond_its_limit(checkpoint: str, tmp_path: Path) -> None:
+    size = 1.3e6 / GIB  # one document takes 1.2 MB
+    mine = tmp_path / "mine.safetensors"
+    mine.write_text("not yours")
+    for kv_disk_gib in (2 * size, 1.2 * size):
+        with LLM(checkpoint, kv_dir=str(tmp_path), kv_disk_gib=kv_disk_gib, **OPTIONS) as llm:
+            for seed in range(5):
+                ask(llm, seed)
+                used = sum(file.stat().st_size for file in tmp_path.glob("*-*"))
+                assert 0 < used <= kv_disk_gib * GIB
+            assert ask(llm, 4).num_cached_tokens == REUSABLE
+    assert mine.read_text() == "not yours"
+
+
+@pytest.mark.parametrize("attention", ["dense", "sparse"])
+def test_a_cancelled_prefill_goes_on_from_its_finished_chunks(
+    checkpoint: str, alone: dict[tuple[str, int], tuple[int, ...]], attention: str,
+) -> None:
+    with LLM(checkpoint, attention=attention, step_budget_s=1e-3, **OPTIONS) as llm:
+        num_done = 0
+        while num_done < 900:
+            stream = llm.stream(document(1), GREEDY)
+            for event in stream:
+                assert isinstance(event, Progress), "it ends before the first token"
+                if event.num_prefilled_tokens >= num_done + 300:
+                    num_done = event.num_prefilled_tokens
+                    break
+            stream.close()  # type: ignore[attr-defined]
+        output = ask(llm, 1)
+        assert output.token_ids == alone[attention, 1]
+        assert output.num_cached_tokens >= num_done - num_done % 256
+
+
+def test_where_a_prefix_came_from_is_told(checkpoint: str, tmp_path: Path) -> None:
+    with LLM(checkpoint, kv_dir=str(tmp_path), **OPTIONS) as llm:
+        assert ask(llm, 1).prefix_origin is None
+        assert ask(llm, 1).prefix_origin is None, "all of it was on the device"
+    with small_pool(checkpoint, kv_dir=str(tmp_path), **HOST) as llm:
+        origin = ask(llm, 1).prefix_origin
+        assert origin is not None and origin.load_s > 0
+        assert (origin.num_disk_tokens, origin.num_host_tokens) == (REUSABLE, 0)
+        ask(llm, 2)
+        origin = ask(llm, 1).prefix_origin
+        assert origin is not None and origin.num_host_tokens > REUSABLE / 2
+        assert origin.num_disk_tokens == 0

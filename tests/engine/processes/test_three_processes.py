@@ -1,8 +1,9 @@
-"""The bundled model in three processes answers as `LLM` does in one."""
+"""The bundled model in three processes answers as `LLM` does in one, from disk too."""
 
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 from longspan.config import EngineConfig
@@ -68,3 +69,33 @@ def test_same_answers_in_one_process_and_in_three() -> None:
         assert len(one.logprobs) == len(other.logprobs)
         assert one.ttft_s is not None and one.prefill_s is not None
         assert 0 < one.prefill_s <= one.ttft_s
+
+
+async def ask_and_keep(prompt: list[int], folder: Path) -> RequestOutput:
+    """Ask an engine that keeps its KV blocks; wait until they are written."""
+    engine = AsyncEngine(EngineConfig(
+        model="nano", kv_dir=str(folder), **{**OPTIONS, "max_model_len": 4096}))
+    await engine.start()
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            while engine.status().state == "loading":
+                await asyncio.sleep(0.02)
+            assert engine.status().state == "ready", engine.status().reason
+            assert engine.status().memory_bytes["KV on disk, at most"] > 0
+            output = await last(await engine.add(GenerateRequest(
+                request_id="r", prompt=prompt, params=SamplingParams(max_tokens=8))))
+            while not list(folder.glob("*.safetensors")):
+                await asyncio.sleep(0.02)
+            return output
+    finally:
+        await engine.close()
+
+
+def test_a_new_engine_reads_what_another_one_wrote(tmp_path: Path) -> None:
+    prompt = [number % 4000 for number in range(0, 2_300 * 7, 7)]
+    first, second = (asyncio.run(ask_and_keep(prompt, tmp_path)) for _ in range(2))
+    assert first.token_ids == second.token_ids
+    assert first.num_cached_tokens == 0 and first.prefix_origin is None
+    assert second.num_cached_tokens == 2_300 // 128 * 128
+    assert second.prefix_origin is not None and second.prefix_origin.load_s > 0
+    assert second.prefix_origin.num_disk_tokens == second.num_cached_tokens

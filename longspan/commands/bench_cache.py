@@ -1,0 +1,36 @@
+"""`longspan bench cache` on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longspan.commands.options import ChunkLen, Device, Results, parse_list
+
+
+def bench_cache(
+    shape: Annotated[str, typer.Option(
+        help="qwen2.5-7b, qwen2.5-14b or nano; random weights.")] = "qwen2.5-7b",
+    lengths: Annotated[str, typer.Option(help="Prompt tokens.")] = "131072",
+    places: Annotated[str, typer.Option(help="host, disk.")] = "host,disk",
+    folder: Annotated[Path, typer.Option("--dir", help="Empty, on the disk to measure.")] =
+        Path("kv-bench"),
+    attention: Annotated[str, typer.Option(help="dense or sparse.")] = "sparse",
+    chunk_len: ChunkLen = None, device: Device = None,
+    commit: Annotated[str | None, typer.Option(help="Where the source is without git.")] = None,
+    out: Results = Path("bench/results"),
+) -> None:
+    """Time until a prompt's KV is back from host memory or disk, beside its prefill."""
+    from longspan.bench.engine.cache import CacheOptions, run
+    from longspan.bench.session import BenchOptions, BenchSession
+    from longspan.bench.shapes import Shape
+
+    options = CacheOptions(
+        lengths=parse_list(lengths, int, "--lengths"), folder=folder, chunk_len=chunk_len,
+        places=parse_list(places, str, "--places"), attention=attention)
+    session = BenchSession("cache", BenchOptions.make(device, out, commit, None))
+    status = run(session, Shape.make(shape), options)
+    if status:
+        raise typer.Exit(status)
