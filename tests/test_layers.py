@@ -34,8 +34,8 @@ BASE = ("longspan.config", "longspan.dca_config", "longspan.errors", "longspan.e
         "longspan.text_files", "longspan.units")
 # What all rooms of the engine speak of.
 WORDS = tuple(f"longspan.engine.{name}"
-              for name in ("plain", "recall", "request", "transfer", "kv_file", "step", "intake",
-                           "resolve"))
+              for name in ("plain", "recall", "request", "transfer", "kv_file",
+                           "prefix_origin", "step", "intake", "resolve"))
 KERNEL_PARTS = ("longspan.ops.tiles", "longspan.ops.types", "longspan.ops.geometry",
                 "longspan.ops.reference")
 # The command line and the bodies of its subcommands: nothing else may import them.

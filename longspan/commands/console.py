@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Self
 from longspan.units import in_gib
 
 if TYPE_CHECKING:
+    from longspan.engine.prefix_origin import PrefixOrigin
     from longspan.engine.recall import Recall
-    from longspan.engine.request import PrefixOrigin, Progress, RequestOutput
+    from longspan.engine.request import Progress, RequestOutput
 
 LOG_WIDTH = 120
 QUIET_S = 2.0

@@ -23,6 +23,7 @@ from longspan.engine.plain import (
     is_text,
     require,
 )
+from longspan.engine.prefix_origin import PrefixOrigin
 from longspan.engine.recall import Recall
 from longspan.errors import InvalidRequestError, PromptTooLongError
 
@@ -167,18 +168,6 @@ class SamplingParams:
             require(is_number(bias) and abs(bias) <= MAX_LOGIT_BIAS,
                      f"logit_bias of token {token}", bias,
                      f"between -{MAX_LOGIT_BIAS:g} and {MAX_LOGIT_BIAS:g}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PrefixOrigin:
-    """Where a prompt's cached tokens came from, if not all of them were on the device."""
-
-    num_host_tokens: int = 0
-    """Those that were copied from host memory."""
-    num_disk_tokens: int = 0
-    """Those that were read from disk."""
-    load_s: float = 0.0
-    """Seconds from the request's admission until they were on the device."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import msgspec
 from msgspec.structs import replace
 
-from longspan.engine.request import FinishReason, PrefixOrigin, Request, TokenIds
+from longspan.engine.prefix_origin import PrefixOrigin
+from longspan.engine.request import FinishReason, Request, TokenIds
 from longspan.engine.transfer import Transfer, TransferResult
 
 NOT_FINITE = (

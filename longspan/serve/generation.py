@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 
 from longspan.engine.front.client import AsyncEngine, GenerateRequest
 from longspan.engine.front.stream import Stream
+from longspan.engine.prefix_origin import PrefixOrigin
 from longspan.engine.recall import Recall, merged
 from longspan.engine.request import (
     MAX_SEED,
     Event,
-    PrefixOrigin,
     Progress,
     SamplingParams,
     TokenEvent,

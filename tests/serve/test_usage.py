@@ -5,8 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+from longspan.engine.prefix_origin import PrefixOrigin
 from longspan.engine.recall import Recall
-from longspan.engine.request import PrefixOrigin
 from longspan.serve.generation import Usage
 from longspan.serve.metrics import Metrics
 from longspan.serve.replies import UsageReply

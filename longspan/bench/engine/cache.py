@@ -33,7 +33,8 @@ from longspan.bench.timing import rounded, synchronize
 from longspan.commands.console import seconds, show_table
 from longspan.engine.control.loop import Loop
 from longspan.engine.control.scheduler import Scheduler
-from longspan.engine.request import PrefixOrigin, Request, SamplingParams
+from longspan.engine.prefix_origin import PrefixOrigin
+from longspan.engine.request import Request, SamplingParams
 from longspan.engine.setup.compile_ahead import compile_steps
 from longspan.errors import LongspanError
 from longspan.units import GIB

@@ -26,7 +26,8 @@ from longspan.engine.control.disk_index import DiskIndex
 from longspan.engine.control.host_slots import HostSlots
 from longspan.engine.control.write_behind import Run, WriteBehind
 from longspan.engine.kv_file import index_of
-from longspan.engine.request import PrefixOrigin, Request
+from longspan.engine.prefix_origin import PrefixOrigin
+from longspan.engine.request import Request
 from longspan.engine.transfer import Transfer, TransferResult
 
 FIXED_S = 2e-3

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from itertools import zip_longest
 
+from longspan.engine.prefix_origin import PrefixOrigin
 from longspan.engine.processes.wire import Stepped
-from longspan.engine.request import PrefixOrigin, Request, conclude
+from longspan.engine.request import Request, conclude
 from longspan.engine.step import (
     PromptLogprobs,
     RowLogprobs,

@@ -20,7 +20,8 @@ import msgspec
 
 from longspan.engine.control.scheduler import Load, SchedulerConfig
 from longspan.engine.intake import Intake
-from longspan.engine.request import PrefixOrigin, Request
+from longspan.engine.prefix_origin import PrefixOrigin
+from longspan.engine.request import Request
 from longspan.engine.step import ScheduledBatch, StepResult
 from longspan.errors import LongspanError
 

@@ -10,11 +10,11 @@ from array import array
 from collections import deque
 from collections.abc import Sequence
 
+from longspan.engine.prefix_origin import PrefixOrigin
 from longspan.engine.recall import Recall
 from longspan.engine.request import (
     Event,
     FinishReason,
-    PrefixOrigin,
     Progress,
     Request,
     RequestOutput,
