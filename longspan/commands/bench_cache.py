@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from longspan.commands.options import ChunkLen, Device, Results, parse_list
+from longspan.commands.options import Device, Results, parse_list
 
 
 def bench_cache(
@@ -18,7 +18,7 @@ def bench_cache(
     folder: Annotated[Path, typer.Option("--dir", help="Empty, on the disk to measure.")] =
         Path("kv-bench"),
     attention: Annotated[str, typer.Option(help="dense or sparse.")] = "sparse",
-    chunk_len: ChunkLen = None, device: Device = None,
+    device: Device = None,
     commit: Annotated[str | None, typer.Option(help="Where the source is without git.")] = None,
     out: Results = Path("bench/results"),
 ) -> None:
@@ -28,7 +28,7 @@ def bench_cache(
     from longspan.bench.shapes import Shape
 
     options = CacheOptions(
-        lengths=parse_list(lengths, int, "--lengths"), folder=folder, chunk_len=chunk_len,
+        lengths=parse_list(lengths, int, "--lengths"), folder=folder,
         places=parse_list(places, str, "--places"), attention=attention)
     session = BenchSession("cache", BenchOptions.make(device, out, commit, None))
     status = run(session, Shape.make(shape), options)
