@@ -79,7 +79,7 @@ $(BIN)/python:
 
 $(INSTALLED): pyproject.toml | $(BIN)/python
 	@echo "Downloading into $(VENV): $(DOWNLOAD)"
-	$(PIP) install $(TORCH_FROM) '$(TORCH)'
+	$(PIP) install --no-deps $(TORCH_FROM) '$(TORCH)'  # what it needs comes with the package
 	$(PIP) install -e .
 	@touch $@
 
