@@ -150,14 +150,15 @@ def quality_section(contents: Sequence[Content]) -> str:
     """Answers and recall at equal cost."""
     text = "### What sparse prefill keeps\n\n`longspan bench quality`: the same prompts for all; " \
            "cost is density plus the tile means; recall is the attention mass kept, by head.\n\n"
-    head = ["tokens", "questions", "attention", "prefill chunk", "right", "density", "cost",
-            "recall, mean", "p5 of heads", "least head"]
+    head = ["tokens", "questions", "place", "attention", "prefill chunk", "right", "density",
+            "cost", "recall, mean", "p5 of heads", "least head"]
     parts = []
     for content in contents:
         rows = _measured(content)
         for model in dict.fromkeys(row["model"] for row in rows):
             body = [[
-                f"{row['num_tokens']:,}", str(row["num_questions"]), row["attention"],
+                f"{row['num_tokens']:,}", str(row["num_questions"]), row["place"],
+                row["attention"],
                 f"{row['chunk_len']:,}" if row["attention"] != "dense" else "",
                 f"{row['score'] * row['n']:.0f} of {row['n']}", f"{100 * row['density']:.2f} %",
                 f"{100 * row['cost']:.2f} %", *_recall(row)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 
@@ -22,7 +23,10 @@ def check_input(is_taken: bool) -> None:
     Args:
         is_taken: it is the document.
     """
-    if sys.stdin is None or sys.stdin.closed or is_taken:
+    # a closed standard input was replaced by the null device when the command began
+    is_missing = (sys.stdin is None or sys.stdin.closed
+                  or getattr(sys.stdin, "name", None) == os.devnull)
+    if is_missing or is_taken:
         raise LongspanError("there is nothing to ask: give --question, or type questions on "
                             "standard input")
 

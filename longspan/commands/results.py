@@ -28,7 +28,7 @@ KEY_FIELDS: dict[str, tuple[str, ...]] = {
     "ttft": ("shape", "num_tokens", "attention", "plan", "layers", "gpus", "chunk_len"),
     "cache": ("shape", "place", "num_tokens", "attention", "plan"),
     "decode": ("shape", "context_len", "batch_size", "layers"),
-    "quality": ("model", "num_tokens", "num_questions", "attention", "chunk_len"),
+    "quality": ("model", "num_tokens", "num_questions", "place", "attention", "chunk_len"),
     "serve": ("model", "scenario", "metric"),
     "pipeline": ("shape", "num_tokens", "attention", "pp", "tp", "plan"),
     "eval": ("model", "task", "num_tokens", "depth", "attention"),

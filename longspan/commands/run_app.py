@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import resource
@@ -60,6 +61,7 @@ def _prepare_streams() -> str:
     return ""
 
 
+@functools.cache
 def _nothing() -> io.TextIOWrapper:
     """Return a stream for a process's whole life that is empty, and takes what nobody reads."""
     return io.TextIOWrapper(io.FileIO(os.devnull, "r+"), write_through=True)

@@ -48,6 +48,11 @@ NUMBERS = ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens", "min_
 """Fields of `SamplingParams`."""
 
 
+def _given(values: object) -> object:
+    """Return the values, none for None. Arrays have no truth."""
+    return () if values is None else values
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
     """How completion tokens are chosen and when they end.
@@ -101,10 +106,10 @@ class SamplingParams:
             object.__setattr__(self, name, as_plain(getattr(self, name)))
         if self.seed == RANDOM_SEED:
             object.__setattr__(self, "seed", None)
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+        stop = (self.stop,) if isinstance(self.stop, str) else _given(self.stop)
         object.__setattr__(self, "stop", as_plain_tuple("stop", stop))
         object.__setattr__(
-            self, "stop_token_ids", as_plain_tuple("stop_token_ids", self.stop_token_ids or ()))
+            self, "stop_token_ids", as_plain_tuple("stop_token_ids", _given(self.stop_token_ids)))
         object.__setattr__(self, "logit_bias", as_pairs(self.logit_bias or ()))
         object.__setattr__(self, "json_schema", as_json(self.json_schema))
         object.__setattr__(self, "grammar", as_grammar(self.grammar, self.json_schema))

@@ -88,14 +88,15 @@ def test_decode(tmp_path: Path) -> None:
 
 
 def test_quality(tmp_path: Path) -> None:
-    row = {"model": "nano", "num_tokens": 131_072, "num_questions": 32, "attention": "tile",
+    row = {"model": "nano", "num_tokens": 131_072, "num_questions": 32, "place": "end",
+           "attention": "tile",
            "score": 0.969, "n": 32, "chunk_len": 65_536, "density": 0.028, "cost": 0.0358,
            "recall": {"mean": 0.9, "p5": 0.5, "min": 0.4}}
     write(tmp_path, "quality", [row, {**row, "attention": "dense", "recall": None}])
     text = report.build_table("quality", tmp_path)
-    assert ("| 131,072 | 32 | tile | 65,536 | 31 of 32 | 2.80 % | 3.58 % | 90.0 % | 50.0 % | "
+    assert ("| 131,072 | 32 | end | tile | 65,536 | 31 of 32 | 2.80 % | 3.58 % | 90.0 % | 50.0 % | "
             "40.0 % |\n") in text
-    assert "| 131,072 | 32 | dense |  | 31 of 32 | 2.80 % | 3.58 % |  |  |  |\n" in text
+    assert "| 131,072 | 32 | end | dense |  | 31 of 32 | 2.80 % | 3.58 % |  |  |  |\n" in text
 
 
 def test_ops(tmp_path: Path) -> None:

@@ -117,7 +117,8 @@ def test_what_is_watched_is_what_is_computed(small_plan: Path) -> None:
     (["--time-limit-s", "0"], "the time limit came before one text was compared"),
 ])
 def test_wrong_options(tmp_path: Path, capsys: Capture, more: list[str], message: str) -> None:
-    assert run("fidelity", "nano", "--task", "vt", "--lengths", "1500", "-n", 1, "--device", "cpu",
+    lengths = [] if "--lengths" in more else ["--lengths", "1500"]
+    assert run("fidelity", "nano", "--task", "vt", *lengths, "-n", 1, "--device", "cpu",
                "--text-root", JSON, "--out", tmp_path, *more) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert message in line

@@ -88,7 +88,7 @@ WRONG_KIND: list[dict[str, Any]] = [
     {"n": 1.0}, {"n": True}, {"n": -1}, {"max_tokens": 2**31}, {"max_tokens": 4.0},
     {"min_tokens": -1}, {"logprobs": -1}, {"logprobs": True}, {"temperature": 1e300},
     {"temperature": True}, {"repetition_penalty": 1e-30}, {"repetition_penalty": 1e30},
-    {"stop": ""}, {"ignore_eos": 1},
+    {"ignore_eos": 1},
 ]
 
 
@@ -123,8 +123,8 @@ def test_more_alternatives_than_tokens() -> None:
     ("seed", 2**64), ("seed", 1.0), ("max_tokens", 4.0), ("max_tokens", True),
     ("repetition_penalty", 1e-50), ("repetition_penalty", 1e300),
     ("presence_penalty", float("inf")), ("logprobs", 1.0), ("ignore_eos", 1),
-    ("ignore_eos", "no"), ("stop", "\ud800"), ("stop", None), ("stop", 5), ("stop", b"ab"),
-    ("stop_token_ids", None), ("stop_token_ids", 5), ("stop_token_ids", "12"),
+    ("ignore_eos", "no"), ("stop", "\ud800"), ("stop", 5), ("stop", b"ab"),
+    ("stop_token_ids", 5), ("stop_token_ids", "12"),
     ("stop_token_ids", [1.0]), ("stop_token_ids", [True]), ("logit_bias", {1.0: 1}),
     ("logit_bias", {True: 1}), ("logit_bias", {1: float("nan")}), ("logit_bias", {1: True}),
     ("json_schema", "\ud800"), ("temperature", np.bool_(True)), ("temperature", 1j),

@@ -233,11 +233,11 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print scores and recall as a table on stdout."""
     def recall(row: Mapping[str, Any]) -> list[str]:
         return [percent((row["recall"] or {}).get(name)) for name in ("mean", "p5", "min")]
-    show_table("quality", ("model", "tokens", "questions", "attention", "right", "n", "density",
-                           "cost", "recall", "p5", "min"), [
-        (row["model"], f"{row['num_tokens']:,}", row["num_questions"], row["attention"],
-         percent(row["score"]), row["n"], percent(row["density"]), percent(row["cost"]),
-         *recall(row))
+    show_table("quality", ("model", "tokens", "questions", "place", "attention", "right", "n",
+                           "density", "cost", "recall", "p5", "min"), [
+        (row["model"], f"{row['num_tokens']:,}", row["num_questions"], row["place"],
+         row["attention"], percent(row["score"]), row["n"], percent(row["density"]),
+         percent(row["cost"]), *recall(row))
         for row in rows if "error" not in row])
 
 

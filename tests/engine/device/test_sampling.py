@@ -185,7 +185,7 @@ def test_a_grammar_leads_to_its_end(sampler: Sampler, tokenizer: Tokenizer) -> N
                          "required": ["a"], "additionalProperties": False})
     generator = torch.Generator().manual_seed(5)
     logits = torch.randn(1, VOCAB, generator=generator)
-    tokens = greedy(sampler, logits, first(constraint=schema))
+    tokens = greedy(sampler, logits, first(json_schema=schema))
     while tokens[-1] != END and len(tokens) < 400:
         logits = torch.randn(1, VOCAB, generator=generator)
         tokens += greedy(sampler, logits, later(0, len(tokens), tokens[-1]))
@@ -195,7 +195,7 @@ def test_a_grammar_leads_to_its_end(sampler: Sampler, tokenizer: Tokenizer) -> N
 
 def test_a_grammar_that_cannot_go_on_gives_no_token(sampler: Sampler) -> None:
     logits = peaks(t7=1.0).expand(2, -1)
-    items = first(0, constraint='{"type": "object"}', logprobs=1), first(1)
+    items = first(0, json_schema='{"type": "object"}', logprobs=1), first(1)
     greedy(sampler, logits, *items)
     token_ids, logprobs = sample(
         sampler, logits, later(0, 1, 0), later(1, 1, 7)).as_tuples()  # the first one must be {
