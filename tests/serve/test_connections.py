@@ -68,8 +68,12 @@ def test_a_line_for_each_request_only_if_it_is_wanted(caplog: pytest.LogCaptureF
     with running(FakeEngine()) as server, caplog.at_level(logging.INFO, "longspan.access"):
         reply = httpx.get(server.url + "/v1/models")
         httpx.get(server.url + "/nothing%0Ahere")
-    first, second = (record.message for record in caplog.records
-                     if record.name == "longspan.access")
+        end_s = time.monotonic() + 10  # a line is written behind its reply
+        while len(lines := [record.message for record in caplog.records
+                            if record.name == "longspan.access"]) < 2:
+            assert time.monotonic() < end_s, lines
+            time.sleep(0.01)
+    first, second = lines
     assert re.fullmatch(r"127\.0\.0\.1 GET '/v1/models' 200 \d\.\d{3} s, request \w{32}", first)
     assert reply.headers["x-request-id"] in first
     assert "404" in second and "\n" not in second
