@@ -17,6 +17,7 @@ from torch import Tensor
 from longspan.ops.geometry import ZONES, query_position
 from longspan.ops.reference import rotate
 from longspan.ops.select.recall import place_rows
+from longspan.ops.select.triton_scouts import column_flags
 from longspan.ops.select.triton_tiles import SPANS, load_keys, load_rows, zone_tiles
 from longspan.ops.types import PagedKV, QueryRotary, Selection
 
@@ -38,7 +39,8 @@ def measure_recall(
     zones = min(len(ZONES), 1 + chunk_start // rotary.stride)
     queries = _rotated(q, rows, start, rotary, scale, zones)
     positions = torch.nn.functional.pad(start + rows, (0, ROWS - rows.shape[1]), value=-1).int()
-    kept, is_column = _kept_tiles(selection, positions, num_tiles), _columns(selection, num_tiles)
+    kept = _kept_tiles(selection, positions, num_tiles)
+    is_column = column_flags(selection.columns, num_tiles, tile_len)
     programs = min(num_tiles, max(1, num_programs // num_kv_heads))
     group = num_heads // num_kv_heads
     width = triton.next_power_of_2(group * ROWS)
@@ -89,14 +91,6 @@ def _kept_tiles(selection: Selection, positions: Tensor, num_tiles: int) -> Tens
         listed.scatter_(2, tiles.where(tiles >= 0, num_tiles), 1)
         kept = kept | listed[..., :num_tiles]
     return kept.contiguous()
-
-
-def _columns(selection: Selection, num_tiles: int) -> Tensor:
-    """Return which keys are columns, [H, num_tiles + 1, P] int8; the last tile takes the
-    padding."""
-    columns, tile_len = selection.columns, selection.tile_len
-    is_column = columns.new_zeros(len(columns), (num_tiles + 1) * tile_len, dtype=torch.int8)
-    return is_column.scatter_(1, columns.where(columns >= 0, num_tiles * tile_len), 1)
 
 
 @triton.jit(do_not_specialize=["num_heads", *SPANS[1:], "start"])

@@ -189,9 +189,14 @@ def _flags(selection: Selection, heads: slice, num_tiles: int) -> tuple[Tensor, 
     tile_len = selection.tile_len
     is_window = columns.new_zeros(len(offsets), num_tiles, dtype=torch.int8)
     is_window.scatter_(1, (-offsets // tile_len).clamp(min=0), 1)  # gap 0 is always one
+    return is_window, column_flags(columns, num_tiles, tile_len)
+
+
+def column_flags(columns: Tensor, num_tiles: int, tile_len: int) -> Tensor:
+    """Return which keys are columns, [H, (tiles + 1) * P] int8; the last tile takes the padding.
+    columns: [H, V]."""
     is_column = columns.new_zeros(len(columns), (num_tiles + 1) * tile_len, dtype=torch.int8)
-    is_column.scatter_(1, columns.where(columns >= 0, num_tiles * tile_len), 1)
-    return is_window, is_column
+    return is_column.scatter_(1, columns.where(columns >= 0, num_tiles * tile_len), 1)
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_heads"])
