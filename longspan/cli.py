@@ -42,6 +42,7 @@ from longspan.commands.options import (
     Plan,
     Policy,
     Positions,
+    Quantization,
     Recall,
     Results,
     SelectionMode,
@@ -105,7 +106,8 @@ def generate(
     positions: Positions = "auto", max_model_len: MaxModelLen = None,
     prefill_chunk_len: ChunkLen = None, sparsity_plan: Plan = None, recall: Recall = None,
     memory_gib: Memory = None, kv_host_gib: KvHost = 0.0, kv_dir: KvDir = None,
-    kv_disk_gib: KvDisk = None, weights: Weights = "checkpoint", threads: Threads = None,
+    kv_disk_gib: KvDisk = None, weights: Weights = "checkpoint",
+    quantization: Quantization = None, threads: Threads = None,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
     json: Annotated[bool, typer.Option(
         "--json", help="Print each result as one line of JSON.")] = False,
@@ -122,8 +124,8 @@ def generate(
         "device": device, "dtype": dtype, "attention": attention, "positions": positions,
         "max_model_len": max_model_len, "prefill_chunk_len": prefill_chunk_len,
         "sparsity_plan": sparsity_plan, "recall": recall, "memory_gib": memory_gib,
-        "weights": weights, "kv_host_gib": kv_host_gib, "kv_dir": kv_dir,
-        "kv_disk_gib": kv_disk_gib, "num_threads": threads})
+        "weights": weights, "quantization": quantization, "kv_host_gib": kv_host_gib,
+        "kv_dir": kv_dir, "kv_disk_gib": kv_disk_gib, "num_threads": threads})
 
 
 @app.command()
@@ -133,7 +135,7 @@ def info(
     device: Device = None, dtype: Dtype = None, attention: Attention = "auto",
     positions: Positions = "auto", prefill_chunk_len: ChunkLen = None, sparsity_plan: Plan = None,
     memory_gib: Memory = None, max_num_requests: MaxRequests = None, kv_host_gib: KvHost = 0.0,
-    kv_dir: KvDir = None, kv_disk_gib: KvDisk = None,
+    kv_dir: KvDir = None, kv_disk_gib: KvDisk = None, quantization: Quantization = None,
 ) -> None:
     """Show what a prompt of some length needs on this machine, and how it would run."""
     from longspan.commands.info import run
@@ -142,7 +144,8 @@ def info(
         "device": device, "dtype": dtype, "attention": attention, "positions": positions,
         "prefill_chunk_len": prefill_chunk_len, "sparsity_plan": sparsity_plan,
         "memory_gib": memory_gib, "max_num_requests": max_num_requests,
-        "kv_host_gib": kv_host_gib, "kv_dir": kv_dir, "kv_disk_gib": kv_disk_gib})
+        "kv_host_gib": kv_host_gib, "kv_dir": kv_dir, "kv_disk_gib": kv_disk_gib,
+        "quantization": quantization})
 
 
 @app.command()
@@ -186,7 +189,8 @@ def serve(
     prefill_chunk_len: ChunkLen = None, sparsity_plan: Plan = None, recall: Recall = None,
     memory_gib: Memory = None,
     max_num_requests: MaxRequests = None, kv_host_gib: KvHost = 0.0, kv_dir: KvDir = None,
-    kv_disk_gib: KvDisk = None, weights: Weights = "checkpoint", threads: Threads = None,
+    kv_disk_gib: KvDisk = None, weights: Weights = "checkpoint",
+    quantization: Quantization = None, threads: Threads = None,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API does, with a page to try it."""
     from longspan.serve import check_dependencies
@@ -204,9 +208,9 @@ def serve(
         "device": device, "dtype": dtype, "attention": attention, "positions": positions,
         "max_model_len": max_model_len, "prefill_chunk_len": prefill_chunk_len,
         "sparsity_plan": sparsity_plan, "recall": recall, "memory_gib": memory_gib,
-        "weights": weights, "max_num_requests": max_num_requests, "kv_host_gib": kv_host_gib,
-        "kv_dir": kv_dir, "kv_disk_gib": kv_disk_gib, "num_threads": threads,
-        "step_budget_s": step_budget_s}))
+        "weights": weights, "quantization": quantization,
+        "max_num_requests": max_num_requests, "kv_host_gib": kv_host_gib, "kv_dir": kv_dir,
+        "kv_disk_gib": kv_disk_gib, "num_threads": threads, "step_budget_s": step_budget_s}))
 
 
 @bench_app.command()

@@ -31,7 +31,7 @@ PAGES = [*sorted((REPOSITORY / "docs").glob("*.md")),
 EVERYTHING = ("longspan",)
 BASE = ("longspan.config", "longspan.dca_config", "longspan.errors", "longspan.expert_config",
         "longspan.families", "longspan.fields", "longspan.proxies", "longspan.rope_config",
-        "longspan.text_files", "longspan.units")
+        "longspan.text_files", "longspan.units", "longspan.weight_form", "longspan.weight_sizes")
 # What all rooms of the engine speak of.
 WORDS = tuple(f"longspan.engine.{name}"
               for name in ("plain", "recall", "request", "transfer", "kv_file",
@@ -45,6 +45,8 @@ ALLOWED_OURS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("longspan", *COMMANDS), EVERYTHING),
     "longspan.errors": (),
     "longspan.units": (),
+    "longspan.weight_form": (),
+    "longspan.weight_sizes": ("longspan.config", "longspan.weight_form"),
     "longspan.fields": ("longspan.errors",),
     "longspan.rope_config": ("longspan.errors", "longspan.fields"),
     "longspan.expert_config": ("longspan.errors", "longspan.fields"),
@@ -62,6 +64,7 @@ ALLOWED_OURS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("longspan.ops.tiles", "longspan.ops.dense", "longspan.ops.select",
                      "longspan.ops.sparse", "longspan.ops.decode", "longspan.ops.pointwise"),
                     KERNEL_PARTS),
+    "longspan.ops.quant": (*KERNEL_PARTS, "longspan.ops.pointwise"),
     "longspan.ops.moe": (*KERNEL_PARTS, "longspan.ops.pointwise"),
     "longspan.attention": ("longspan.ops", *BASE),
     "longspan.model": ("longspan.attention", "longspan.ops", *BASE),
@@ -98,6 +101,8 @@ ALLOWED_OTHERS: dict[str, tuple[str, ...]] = {
     "longspan.text_files": (),
     "longspan.proxies": (),
     "longspan.units": (),
+    "longspan.weight_form": (),
+    "longspan.weight_sizes": (),
     "longspan.fields": (),
     "longspan.rope_config": (),
     "longspan.expert_config": (),

@@ -12,11 +12,12 @@ from longspan.attention.sparsity import SparsityPlan
 from longspan.commands.console import percent, show_table
 from longspan.commands.predict import predict_rows
 from longspan.config import LONG_CONFIG, EngineConfig, ModelConfig
-from longspan.engine.device.memory import DeviceMemory, MemoryPlan, device_memory
+from longspan.engine.device.memory import DeviceMemory, device_memory
 from longspan.engine.resolve import (
     extend_window,
     resolve_attention,
     resolve_config,
+    resolve_forms,
     resolve_positions,
 )
 from longspan.engine.setup.engine_plan import ResolvedEngine, resolve_plan
@@ -25,6 +26,7 @@ from longspan.errors import LongspanError
 from longspan.model.hub import download_size
 from longspan.model.weights import is_on_hub, resolve_checkpoint
 from longspan.units import GIB, in_gib
+from longspan.weight_form import PLAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ def run(model: str, length: int | None, options: dict[str, Any]) -> None:
     asked = EngineConfig(model=model, max_model_len=length, **{**options, "device": machine.device})
     engine = plan_engine(asked, facts, path, machine)
     rows = [*_model_rows(engine, machine), *_download_rows(model),
-            *_memory_rows(engine.memory, engine.model, length),
+            *_memory_rows(engine, length),
             *_place_rows(engine), *_remedy_rows(engine, asked, path, machine), *_size_rows(engine),
             *_attention_rows(engine, length), *predict_rows(engine, length, not machine.note)]
     show_table(f"{model}, {length:,} tokens", ("", ""), rows)
@@ -120,14 +122,16 @@ def _download_rows(model: str) -> list[tuple[str, str]]:
     return [("download", f"{size.total_bytes / 1e9:.2f} GB{cached}")]
 
 
-def _memory_rows(memory: MemoryPlan, model: ModelConfig, length: int) -> list[tuple[str, str]]:
+def _memory_rows(engine: ResolvedEngine, length: int) -> list[tuple[str, str]]:
+    memory, model, form = engine.memory, engine.model, resolve_forms(engine.config).form
     claim = model.max_position_embeddings
+    note = "" if form == PLAIN else f" ({form.label})"
     verdict = ("yes" if length <= claim else f"no, the model reads {claim:,} tokens at the most")
     if memory.missing_bytes:
         verdict = f"no, {in_gib(memory.missing_bytes)} are missing"
     longest = min(memory.fitting_len, claim)
     return [
-        ("weights", in_gib(memory.weights_bytes)),
+        ("weights", f"{in_gib(memory.weights_bytes)}{note}"),
         ("KV cache",
          f"{in_gib(memory.context_bytes)} ({memory.kv_bytes_per_token:,} bytes a token)"),
         ("workspace", in_gib(memory.workspace_bytes)),

@@ -5,12 +5,22 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from longspan.config import AttentionMode, DcaConfig, EngineConfig, ModelConfig, PositionMode
+from longspan.config import (
+    AttentionMode,
+    DcaConfig,
+    EngineConfig,
+    ModelConfig,
+    PositionMode,
+    Quantization,
+)
 from longspan.dca_config import DCA_REACH, derive_dca
 from longspan.errors import LongspanError
 from longspan.units import DTYPE_BYTES, default_dtype
+from longspan.weight_form import PLAIN_FORMS, WeightForm, WeightForms
 
 STEP_BUDGET_S = {"cpu": 1.0, "cuda": 0.1}
+QUANTIZED_FORMS: dict[Quantization, WeightForm] = {"fp8": WeightForm("fp8-rows")}
+"""What `EngineConfig.quantization` makes of a checkpoint's plain matrices."""
 DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 
 
@@ -33,6 +43,13 @@ def resolve_device(device: str | None, *, has_cuda: bool) -> str:
     if device.startswith("cuda") and not has_cuda:
         raise LongspanError("device cuda was asked for and torch finds no CUDA GPU; use cpu")
     return device
+
+
+def resolve_forms(config: EngineConfig) -> WeightForms:
+    """Return what the matrices of the layers are held in."""
+    if config.quantization is None:
+        return PLAIN_FORMS
+    return WeightForms(QUANTIZED_FORMS[config.quantization])
 
 
 def resolve_positions(mode: PositionMode, model: ModelConfig) -> DcaConfig | None:

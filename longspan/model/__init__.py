@@ -10,6 +10,7 @@ from longspan.model.qwen2 import CausalLM
 from longspan.model.weights import load_weights, random_weights, resolve_checkpoint
 from longspan.ops.types import QueryRotary
 from longspan.units import DTYPE_BYTES
+from longspan.weight_form import PLAIN_FORMS, WeightForms
 
 __all__ = ["MODELS", "TORCH_DTYPES", "CausalLM", "build_model", "load_weights", "random_weights",
            "resolve_checkpoint"]
@@ -23,7 +24,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in D
 
 def build_model(
     config: ModelConfig, *, layers: range, rotary: QueryRotary, plan: SparsityPlan | None,
-    dtype: torch.dtype, device: torch.device | str,
+    dtype: torch.dtype, device: torch.device | str, forms: WeightForms = PLAIN_FORMS,
 ) -> CausalLM:
     """Allocate a pipeline stage; its weights are not yet filled.
 
@@ -31,7 +32,9 @@ def build_model(
         layers: the stage's layers, ``range(config.num_layers)`` for the whole model.
         rotary: rotation tables, already on `device`.
         plan: budgets for sparse prefill; None: dense.
+        forms: what the layers' matrices are held in.
     """
     model = MODELS[config.architecture](
-        config, layers=layers, rotary=rotary, plan=plan, dtype=dtype, device=device)
+        config, layers=layers, rotary=rotary, plan=plan, dtype=dtype, device=device,
+        forms=forms)
     return model.eval()

@@ -15,34 +15,60 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longspan.expert_config import ExpertConfig
-from longspan.model.layers import MLP, Linear, mlp_rows, parameter
+from longspan.model.forms import make_linear
+from longspan.model.layers import MLP, mlp_rows
+from longspan.model.linear import Linear, Matrices, PlainLinear, Target
 from longspan.ops import add_routed_mlp, route
+from longspan.weight_form import PLAIN_FORMS, WeightForms
 
 EXPERT_ROWS = 16_384
 """Tokens that a layer's experts compute at a time on GPUs: each expert has hundreds of them."""
 
 
 class Experts(nn.Module):
-    """The weights of all experts of a layer, gate and up merged."""
+    """The weights of all experts of a layer, one under the other, gate and up merged."""
 
     def __init__(
         self, num_experts: int, hidden_size: int, width: int, *, dtype: torch.dtype,
-        device: torch.device | str,
+        device: torch.device | str, forms: WeightForms = PLAIN_FORMS,
     ) -> None:
         super().__init__()
-        self.gate_up_proj = parameter(
-            num_experts, 2 * width, hidden_size, dtype=dtype, device=device)
-        self.down_proj = parameter(num_experts, hidden_size, width, dtype=dtype, device=device)
+        self.num_experts, self.hidden_size, self.width = num_experts, hidden_size, width
+        one = forms.within("0")  # all experts of a layer have its form
+        self.gate_up = make_linear(
+            one.of("gate_proj", "up_proj"), hidden_size, (width, width) * num_experts,
+            dtype=dtype, device=device)
+        self.down = make_linear(
+            one.of("down_proj"), width, (hidden_size,) * num_experts, dtype=dtype, device=device)
 
-    def weight_targets(self) -> dict[str, Tensor]:
+    @property
+    def gate_up_proj(self) -> Matrices:
+        """All experts' gates and ups, [E, 2F, M]."""
+        return self.gate_up.stack(self.num_experts)
+
+    @property
+    def down_proj(self) -> Matrices:
+        """All experts' outputs, [E, M, F]."""
+        return self.down.stack(self.num_experts)
+
+    def weight_targets(self) -> dict[str, Target]:
         """As `CausalLM.weight_targets`: three tensors an expert."""
-        targets: dict[str, Tensor] = {}
-        for expert, (gate_up, down) in enumerate(zip(
-                self.gate_up_proj, self.down_proj, strict=True)):
-            gate, up = gate_up.chunk(2)
-            targets |= {f"{expert}.gate_proj.weight": gate, f"{expert}.up_proj.weight": up,
-                        f"{expert}.down_proj.weight": down}
-        return targets
+        numbers = range(self.num_experts)
+        return {
+            **self.gate_up.targets(*(f"{expert}.{part}_proj" for expert in numbers
+                                     for part in ("gate", "up"))),
+            **self.down.targets(*(f"{expert}.down_proj" for expert in numbers))}
+
+    def whole_targets(self) -> tuple[Target, Target]:
+        """Return the targets of all experts in one tensor: [E, 2F, M] and [E, M, F]."""
+        def whole(linear: Linear, rows: int) -> Target:
+            def fill(stored: Tensor) -> None:
+                for expert, matrix in enumerate(stored):
+                    linear.fill(slice(expert * rows, (expert + 1) * rows), matrix)
+
+            return Target((self.num_experts, rows, linear.in_features), fill)
+
+        return whole(self.gate_up, 2 * self.width), whole(self.down, self.hidden_size)
 
 
 class RoutedMLP(nn.Module):
@@ -50,17 +76,21 @@ class RoutedMLP(nn.Module):
 
     def __init__(
         self, hidden_size: int, config: ExpertConfig, *, dtype: torch.dtype,
-        device: torch.device | str,
+        device: torch.device | str, forms: WeightForms = PLAIN_FORMS,
     ) -> None:
         super().__init__()
         self.num_chosen, self.is_normed = config.num_chosen, config.is_normed
-        self.gate = Linear(hidden_size, config.num_experts, dtype=dtype, device=device)
+        self.gate = PlainLinear(
+            hidden_size, (config.num_experts,), bias=False, dtype=dtype, device=device)
         self.experts = Experts(
-            config.num_experts, hidden_size, config.expert_size, dtype=dtype, device=device)
+            config.num_experts, hidden_size, config.expert_size, dtype=dtype, device=device,
+            forms=forms.within("experts"))
         self.has_shared = config.shared_size > 0
         if self.has_shared:
-            self.shared_expert = MLP(hidden_size, config.shared_size, dtype=dtype, device=device)
-            self.shared_expert_gate = Linear(hidden_size, 1, dtype=dtype, device=device)
+            self.shared_expert = MLP(hidden_size, config.shared_size, dtype=dtype, device=device,
+                                     forms=forms.within("shared_expert"))
+            self.shared_expert_gate = PlainLinear(
+                hidden_size, (1,), bias=False, dtype=dtype, device=device)
 
     def add_to(self, hidden: Tensor, x: Tensor) -> None:
         """x: [T, M]; the result is added to ``hidden`` [T, M], in place."""
@@ -82,15 +112,15 @@ class RoutedMLP(nn.Module):
         """Rows that `add_to` is best given on ``cpu`` or ``cuda``."""
         return expert_rows(device_type)
 
-    def weight_targets(self) -> dict[str, Tensor]:
+    def weight_targets(self) -> dict[str, Target]:
         """As `CausalLM.weight_targets`."""
-        targets: dict[str, Tensor] = {"gate.weight": self.gate.weight}
-        targets |= {f"experts.{name}": tensor
-                    for name, tensor in self.experts.weight_targets().items()}
+        targets = self.gate.targets("gate")
+        targets |= {f"experts.{name}": target
+                    for name, target in self.experts.weight_targets().items()}
         if self.has_shared:
-            targets |= {f"shared_expert.{name}": tensor
-                        for name, tensor in self.shared_expert.weight_targets().items()}
-            targets["shared_expert_gate.weight"] = self.shared_expert_gate.weight
+            targets |= {f"shared_expert.{name}": target
+                        for name, target in self.shared_expert.weight_targets().items()}
+            targets |= self.shared_expert_gate.targets("shared_expert_gate")
         return targets
 
 

@@ -12,10 +12,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from torch import Tensor
-
-from longspan.config import ModelConfig
 from longspan.errors import CheckpointError
+from longspan.model.linear import Target
+from longspan.model.qwen2 import CausalLM
 
 EXPERTS = re.compile(r"(model\.layers\.(\d+)\.mlp\.experts\.)(.+)")
 ONE_EXPERT = re.compile(r"(\d+)\.")
@@ -23,31 +22,29 @@ Stored = TypeVar("Stored")
 
 
 def split_fused(
-    stored: Mapping[str, Stored], targets: Mapping[str, Tensor], model: ModelConfig,
-    shape_of: Callable[[Stored], tuple[int, ...]],
-) -> tuple[dict[str, Tensor], set[str]]:
-    """Replace the targets of layers whose experts are stored together.
+    stored: Mapping[str, Stored], model: CausalLM, shape_of: Callable[[Stored], tuple[int, ...]],
+) -> tuple[dict[str, Target], set[str]]:
+    """Return the model's targets, those of experts that are stored together replaced.
 
     Args:
         stored: a checkpoint's tensors by name.
-        targets: the model's own, three for each expert.
         shape_of: the shape of a stored tensor.
 
-    Returns the targets, [E, ...] views under the stored names, and the names of all tensors of that
+    Returns the targets, of [E, ...] under the stored names, and the names of all tensors of that
     kind, whatever their layer. Raises `CheckpointError` for experts in a layout that is not known.
     """
-    found, fused = dict(targets), set[str]()
-    if model.experts is None:
+    found, fused = model.weight_targets(), set[str]()
+    if model.config.experts is None:
         return found, fused
+    wholes = model.whole_experts()
     for layer, names in _layers(stored).items():
         fused |= set(names)
         prefix = f"model.layers.{layer}.mlp.experts."
-        own = {name: tensor for name, tensor in targets.items() if name.startswith(prefix)}
-        if not own:
+        if layer not in wholes:
             continue  # of another stage, or a layer without experts: refused as unknown
-        for name in own:
+        for name in [name for name in found if name.startswith(prefix)]:
             del found[name]
-        merged, down = _whole(own, prefix)
+        merged, down = wholes[layer]
         shapes = {name: shape_of(stored[name]) for name in names}
         found |= _matched(shapes, merged, down, prefix)
     return found, fused
@@ -63,18 +60,10 @@ def _layers(stored: Mapping[str, object]) -> dict[int, list[str]]:
     return layers
 
 
-def _whole(own: Mapping[str, Tensor], prefix: str) -> tuple[Tensor, Tensor]:
-    """Return the parameters that the targets are views of: [E, 2F, M] and [E, M, F]."""
-    gate, down = own[f"{prefix}0.gate_proj.weight"], own[f"{prefix}0.down_proj.weight"]
-    (width, dim), count = gate.shape, len(own) // 3
-    merged = gate.as_strided((count, 2 * width, dim), (2 * width * dim, dim, 1))
-    return merged, down.as_strided((count, dim, width), (dim * width, width, 1))
-
-
 def _matched(
-    shapes: Mapping[str, tuple[int, ...]], merged: Tensor, down: Tensor, prefix: str,
-) -> dict[str, Tensor]:
-    """Pair stored names with the views that have their shapes."""
+    shapes: Mapping[str, tuple[int, ...]], merged: Target, down: Target, prefix: str,
+) -> dict[str, Target]:
+    """Pair stored names with the targets that have their shapes."""
     gate_up = _only(shapes, merged, ())
     rest = _only(shapes, down, tuple(gate_up))
     if len(gate_up) == len(rest) == 1 and len(shapes) == 2:
@@ -88,13 +77,14 @@ def _matched(
 
 
 def _only(
-    shapes: Mapping[str, tuple[int, ...]], whole: Tensor, taken: tuple[str, ...],
-) -> dict[str, Tensor]:
+    shapes: Mapping[str, tuple[int, ...]], whole: Target, taken: tuple[str, ...],
+) -> dict[str, Target]:
     """Return the tensors that have a parameter's shape, as it is or else transposed."""
-    turned = whole.transpose(1, 2)
-    for view in (whole, turned):
-        found = {name: view for name, shape in shapes.items()
-                 if shape == tuple(view.shape) and name not in taken}
+    count, rows, columns = whole.shape
+    turned = Target((count, columns, rows), lambda stored: whole.fill(stored.transpose(1, 2)))
+    for target in (whole, turned):
+        found = {name: target for name, shape in shapes.items()
+                 if shape == target.shape and name not in taken}
         if found:
             return found
     return {}

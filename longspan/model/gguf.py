@@ -291,7 +291,7 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
                           dca=None)
     model = CausalLM(config, layers=range(config.num_layers), rotary=rotary, plan=None,
                      dtype=torch.bfloat16, device="meta")
-    return {name: tuple(tensor.shape) for name, tensor in model.weight_targets().items()}
+    return {name: target.shape for name, target in model.weight_targets().items()}
 
 
 def _finer(gguf: GgufModel, *names: str) -> str:

@@ -29,8 +29,11 @@ from longspan.attention.observer import AttentionObserver
 from longspan.attention.sparsity import SparsityPlan
 from longspan.config import ModelConfig
 from longspan.model.experts import RoutedMLP
-from longspan.model.layers import MLP, Linear, RMSNorm, named
+from longspan.model.forms import make_linear
+from longspan.model.layers import MLP, RMSNorm
+from longspan.model.linear import PlainLinear, Target
 from longspan.ops.types import PagedKV, QueryRotary
+from longspan.weight_form import PLAIN_FORMS, WeightForms
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 """Names in a checkpoint of the weights outside the layers."""
@@ -42,17 +45,19 @@ class Attention(nn.Module):
     def __init__(
         self, config: ModelConfig, *, layer_idx: int, rotary: QueryRotary,
         plan: SparsityPlan | None, dtype: torch.dtype, device: torch.device | str,
+        forms: WeightForms = PLAIN_FORMS,
     ) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         self.head_dim = config.head_dim
-        self.qkv_proj = Linear(
-            config.hidden_size, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim,
-            bias=config.attention_bias, dtype=dtype, device=device,
-        )
-        self.o_proj = Linear(
-            config.num_heads * config.head_dim, config.hidden_size, bias=config.output_bias,
-            dtype=dtype, device=device)
+        self.qkv_proj = make_linear(
+            forms.of("q_proj", "k_proj", "v_proj"), config.hidden_size,
+            [count * config.head_dim for count in
+             (config.num_heads, config.num_kv_heads, config.num_kv_heads)],
+            bias=config.attention_bias, dtype=dtype, device=device)
+        self.o_proj = make_linear(
+            forms.of("o_proj"), config.num_heads * config.head_dim, (config.hidden_size,),
+            bias=config.output_bias, dtype=dtype, device=device)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype, device=device)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype, device=device)
@@ -79,17 +84,12 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return (q if self.query_factor == 1 else q * self.query_factor), k, v
 
-    def weight_targets(self) -> dict[str, Tensor]:
+    def weight_targets(self) -> dict[str, Target]:
         """Return targets as `CausalLM.weight_targets`: the merged projection is stored as three."""
-        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        targets: dict[str, Tensor] = {
-            f"{name}_proj.{kind}": part
-            for kind, merged in self.qkv_proj.named_parameters()
-            for name, part in zip(
-                "qkv", merged.split([n * self.head_dim for n in heads]), strict=True)}
-        targets |= named("o_proj", self.o_proj)
+        targets = self.qkv_proj.targets("q_proj", "k_proj", "v_proj")
+        targets |= self.o_proj.targets("o_proj")
         if self.qk_norm:
-            targets |= {"q_norm.weight": self.q_norm.weight, "k_norm.weight": self.k_norm.weight}
+            targets |= {**self.q_norm.targets("q_norm"), **self.k_norm.targets("k_norm")}
         return targets
 
     def _merged(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,19 +110,22 @@ class DecoderLayer(nn.Module):
     def __init__(
         self, config: ModelConfig, *, layer_idx: int, rotary: QueryRotary,
         plan: SparsityPlan | None, dtype: torch.dtype, device: torch.device | str,
+        forms: WeightForms = PLAIN_FORMS,
     ) -> None:
         super().__init__()
         norm_args = (config.hidden_size, config.rms_norm_eps)
         self.input_layernorm = RMSNorm(*norm_args, dtype=dtype, device=device)
         self.self_attn = Attention(
-            config, layer_idx=layer_idx, rotary=rotary, plan=plan, dtype=dtype, device=device)
+            config, layer_idx=layer_idx, rotary=rotary, plan=plan, dtype=dtype, device=device,
+            forms=forms.within("self_attn"))
         self.post_attention_layernorm = RMSNorm(*norm_args, dtype=dtype, device=device)
         experts = config.experts
         self.mlp: MLP | RoutedMLP = (
-            RoutedMLP(config.hidden_size, experts, dtype=dtype, device=device)
+            RoutedMLP(config.hidden_size, experts, dtype=dtype, device=device,
+                      forms=forms.within("mlp"))
             if experts is not None and experts.is_routed(layer_idx) else
             MLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, dtype=dtype,
-                device=device))
+                device=device, forms=forms.within("mlp")))
 
     def forward(self, hidden: Tensor, metadata: AttentionMetadata, cache: PagedKV) -> Tensor:
         """hidden: [T, M] residual stream, changed in place and returned; where the output is
@@ -161,14 +164,14 @@ class DecoderLayer(nn.Module):
         for piece, update in zip(hidden.split(size), attended.split(size), strict=True):
             self.mlp.add_to(piece, self.post_attention_layernorm.add(update, piece))
 
-    def weight_targets(self) -> dict[str, Tensor]:
+    def weight_targets(self) -> dict[str, Target]:
         """Return targets as `CausalLM.weight_targets`, with names within the layer."""
         parts = {"self_attn": self.self_attn.weight_targets(), "mlp": self.mlp.weight_targets()}
         return {
-            "input_layernorm.weight": self.input_layernorm.weight,
-            "post_attention_layernorm.weight": self.post_attention_layernorm.weight,
-            **{f"{part}.{name}": tensor for part, targets in parts.items()
-               for name, tensor in targets.items()}}
+            **self.input_layernorm.targets("input_layernorm"),
+            **self.post_attention_layernorm.targets("post_attention_layernorm"),
+            **{f"{part}.{name}": target for part, targets in parts.items()
+               for name, target in targets.items()}}
 
 
 class CausalLM(nn.Module):
@@ -177,25 +180,29 @@ class CausalLM(nn.Module):
     def __init__(
         self, config: ModelConfig, *, layers: range, rotary: QueryRotary,
         plan: SparsityPlan | None, dtype: torch.dtype, device: torch.device | str,
+        forms: WeightForms = PLAIN_FORMS,
     ) -> None:
         super().__init__()
         assert layers.step == 1 and 0 <= layers.start < layers.stop <= config.num_layers, layers
         self.config, self.layer_range = config, layers
         self.is_first, self.is_last = layers.start == 0, layers.stop == config.num_layers
-        vocabulary = (config.hidden_size, config.vocab_size)
+        def over_vocabulary() -> PlainLinear:
+            return PlainLinear(config.hidden_size, (config.vocab_size,), bias=False, dtype=dtype,
+                               device=device)
+
         if self.is_first:
-            self.embed_tokens = Linear(*vocabulary, dtype=dtype, device=device)
+            self.embed_tokens = over_vocabulary()
         self.layers = nn.ModuleList(
             DecoderLayer(
-                config, layer_idx=idx, rotary=rotary, plan=plan, dtype=dtype, device=device)
+                config, layer_idx=idx, rotary=rotary, plan=plan, dtype=dtype, device=device,
+                forms=forms.within(f"model.layers.{idx}"))
             for idx in layers
         )
         if self.is_last:
             self.norm = RMSNorm(
                 config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
             shared = config.tie_word_embeddings and self.is_first
-            self.lm_head = (
-                self.embed_tokens if shared else Linear(*vocabulary, dtype=dtype, device=device))
+            self.lm_head = self.embed_tokens if shared else over_vocabulary()
 
     def forward(
         self, hidden_or_ids: Tensor, metadata: AttentionMetadata, caches: Sequence[PagedKV]
@@ -274,20 +281,26 @@ class CausalLM(nn.Module):
         for core in self._attention_cores():
             core.reset_stats()
 
-    def weight_targets(self) -> dict[str, Tensor]:
-        """Return this stage's weights by their names in a checkpoint: tensors to be filled, views
-        of the parameters where those are merged."""
-        targets: dict[str, Tensor] = {}
+    def weight_targets(self) -> dict[str, Target]:
+        """Return where this stage's weights go, by their plain names in a checkpoint."""
+        targets: dict[str, Target] = {}
         if self.is_first:
-            targets[EMBEDDING] = self.embed_tokens.weight
+            targets[EMBEDDING] = Target.of(self.embed_tokens.weight)
         for idx, layer in zip(self.layer_range, self.decoder_layers(), strict=True):
-            targets |= {f"model.layers.{idx}.{name}": tensor
-                        for name, tensor in layer.weight_targets().items()}
+            targets |= {f"model.layers.{idx}.{name}": target
+                        for name, target in layer.weight_targets().items()}
         if self.is_last:
-            targets[NORM] = self.norm.weight
+            targets[NORM] = Target.of(self.norm.weight)
             # With tied embeddings on one stage both names are the same storage.
-            targets[EMBEDDING if self.config.tie_word_embeddings else HEAD] = self.lm_head.weight
+            name = EMBEDDING if self.config.tie_word_embeddings else HEAD
+            targets[name] = Target.of(self.lm_head.weight)
         return targets
+
+    def whole_experts(self) -> dict[int, tuple[Target, Target]]:
+        """Return the targets of all experts in one tensor, by layer: [E, 2F, M] and [E, M, F]."""
+        return {idx: layer.mlp.experts.whole_targets()
+                for idx, layer in zip(self.layer_range, self.decoder_layers(), strict=True)
+                if isinstance(layer.mlp, RoutedMLP)}
 
     def checkpoint_names(self) -> set[str]:
         """Return all names that a checkpoint of the model may hold, a redundant head included."""

@@ -26,6 +26,8 @@ from longspan.config import read_json
 from longspan.errors import CheckpointError
 from longspan.model.fused_experts import split_fused
 from longspan.model.hub import FACTS, TEXTS, WEIGHTS, download
+from longspan.model.layers import RMSNorm
+from longspan.model.linear import Linear, Target
 from longspan.model.qwen2 import EMBEDDING, HEAD, CausalLM
 
 BUNDLED_MODEL = "nano"
@@ -35,6 +37,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ONE_EXPERT_NAME = re.compile(r"\.mlp\.experts\.(\d+)\.")
 MAX_HEADER_BYTES = 100_000_000
+RANDOM_STD = 0.02
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,27 +93,30 @@ def load_weights(model: CausalLM, path: Path) -> None:
     shaped, quantised or unknown tensors.
     """
     stored = _stored_tensors(path)
-    targets, fused = split_fused(
-        stored, model.weight_targets(), model.config, lambda entry: entry.shape)
+    targets, fused = split_fused(stored, model, lambda entry: entry.shape)
     _refuse_other_experts(stored, model)
     _check(stored, targets, path)
     _refuse_unknown(stored, model, fused)
     if model.config.tie_word_embeddings and EMBEDDING in targets and HEAD in stored:
         _check_tied(stored)
     for name, tensor in _read({name: stored[name] for name in targets}):
-        targets[name].copy_(tensor)
+        targets[name].fill(tensor)
 
 
 def random_weights(model: CausalLM, seed: int) -> None:
     """Fill `model` with normal weights of std 0.02 and norms of 1: real shapes, no download."""
-    generator: torch.Generator | None = None
-    for name, parameter in model.named_parameters():
-        if generator is None:
-            generator = torch.Generator(parameter.device).manual_seed(seed)
-        if name.endswith("norm.weight"):
-            parameter.fill_(1.0)
-        else:
-            parameter.normal_(0.0, 0.02, generator=generator)
+    device = model.decoder_layers()[0].input_layernorm.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    for module in model.modules():
+        rest = dict(module.named_parameters(recurse=False))
+        if isinstance(module, Linear):
+            module.fill_randomly(RANDOM_STD, generator)
+            rest = {} if module.bias is None else {"bias": module.bias}
+        for parameter in rest.values():
+            if isinstance(module, RMSNorm):
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, RANDOM_STD, generator=generator)
 
 
 def _bundled_model() -> Path:
@@ -228,7 +234,7 @@ def _stored(file: Path, entry: Mapping[str, Any], first: int) -> StoredTensor:
 
 
 def _check(
-    stored: Mapping[str, StoredTensor], targets: Mapping[str, Tensor], path: Path,
+    stored: Mapping[str, StoredTensor], targets: Mapping[str, Target], path: Path,
 ) -> None:
     missing = [name for name in targets if name not in stored]
     if missing:
@@ -238,7 +244,7 @@ def _check(
         )
     for name, target in targets.items():
         entry = stored[name]
-        if entry.shape != tuple(target.shape):
+        if entry.shape != target.shape:
             raise CheckpointError(
                 f"{entry.file}: {name} has shape {list(entry.shape)}, config.json asks for "
                 f"{list(target.shape)}"

@@ -15,12 +15,14 @@ from torch.overrides import handle_torch_function, has_torch_function
 from longspan.ops import reference
 from longspan.ops.dense import eager as eager_dense
 from longspan.ops.moe import eager as eager_moe
+from longspan.ops.quant import eager as eager_quant
+from longspan.ops.quant.eager import quantize_rows
 from longspan.ops.reference import rotate
 from longspan.ops.select import eager as select
 from longspan.ops.select import online, recall, scouts
 from longspan.ops.sparse import eager as eager_sparse
 from longspan.ops.tiles.attend import ordered_kv
-from longspan.ops.types import Budget, PagedKV, QueryRotary, Selection
+from longspan.ops.types import Budget, Fp8Weights, PagedKV, QueryRotary, Selection
 
 __all__ = [
     "PagedKV",
@@ -29,8 +31,10 @@ __all__ = [
     "add_rms_norm",
     "add_routed_mlp",
     "decode_attention",
+    "fp8_linear",
     "measure_recall",
     "prefill_attention",
+    "quantize_rows",
     "rms_norm",
     "rotate",
     "route",
@@ -200,6 +204,14 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return reference.silu_mul(gate_up)
 
 
+def fp8_linear(x: Tensor, weights: Fp8Weights, bias: Tensor | None) -> Tensor:
+    """See `eager_quant.fp8_linear`. A product with weights like PyTorch's own: modes see it."""
+    if has_torch_function((x, *weights)):
+        found: Tensor = handle_torch_function(fp8_linear, (x, *weights), x, weights, bias)
+        return found
+    return eager_quant.fp8_linear(x, weights, bias)
+
+
 def route(logits: Tensor, num_chosen: int, is_normed: bool) -> tuple[Tensor, Tensor]:
     """See `reference.route`; experts may be int32."""
     if logits.is_cuda:
@@ -211,19 +223,23 @@ def route(logits: Tensor, num_chosen: int, is_normed: bool) -> tuple[Tensor, Ten
 
 
 def add_routed_mlp(
-    sums: Tensor, x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor,
+    sums: Tensor, x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor | Fp8Weights,
+    down: Tensor | Fp8Weights,
 ) -> None:
-    """See `reference.add_routed_mlp`. A product with weights like PyTorch's own: modes see it."""
+    """See `reference.add_routed_mlp`. A product with weights like PyTorch's own: modes see it.
+
+    Quantised experts are dequantised where there is no kernel for them.
+    """
     args = (sums, x, weights, experts, gate_up, down)
     if has_torch_function(args):
         handle_torch_function(add_routed_mlp, args, *args)
         return
-    if x.is_cuda:
+    if x.is_cuda and isinstance(gate_up, Tensor) and isinstance(down, Tensor):
         from longspan.ops.moe import grouped
         from longspan.ops.moe import triton as kernels
 
         if experts.numel() >= GROUPED_ROUTES and grouped.supports(x, gate_up, down):
-            return grouped.add_routed_mlp(*args)
+            return grouped.add_routed_mlp(sums, x, weights, experts, gate_up, down)
         if kernels.supports(x, gate_up):
-            return kernels.add_routed_mlp(*args)
+            return kernels.add_routed_mlp(sums, x, weights, experts, gate_up, down)
     return eager_moe.add_routed_mlp(*args)

@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+FP8_BLOCK = 128
+"""Rows and columns that share a scale in block-scaled e4m3 checkpoints."""
+
 
 class PagedKV(NamedTuple):
     """One layer's KV cache. Keys are stored rotated at ``position mod stride``."""
@@ -22,6 +25,30 @@ class PagedKV(NamedTuple):
     """[N, K, D] mean key of each full block, for the mean correction; None: dense only."""
     v_mean: Tensor | None = None
     """[N, K, D]"""
+
+
+class Fp8Weights(NamedTuple):
+    """A matrix of e4m3 numbers, or several in a stack; y = x (values * scales)^T."""
+
+    values: Tensor
+    """[..., N, K] float8_e4m3fn"""
+    scales: Tensor
+    """[..., N, 1] fp32, one for each output; or [..., N / 128, K / 128], both rounded up, one for
+    each block of 128 x 128."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the plain numbers."""
+        return tuple(self.values.shape)
+
+    def dense(self) -> Tensor:
+        """Return the plain numbers, fp32."""
+        numbers = self.values.float()
+        if self.scales.shape[-2:] == (numbers.shape[-2], 1):
+            return numbers.mul_(self.scales)
+        rows, columns = (size for size in numbers.shape[-2:])
+        wide = self.scales.repeat_interleave(FP8_BLOCK, -1)[..., :columns]
+        return numbers.mul_(wide.repeat_interleave(FP8_BLOCK, -2)[..., :rows, :])
 
 
 class QueryRotary(NamedTuple):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longspan.errors import CheckpointError
 from longspan.model.experts import RoutedMLP
+from longspan.model.linear import PlainLinear
 from tests.model.test_qwen2 import Driver, load, save_model, token_ids
 
 PREFIX = "model.layers.{}.mlp.experts."
@@ -62,7 +63,9 @@ def test_a_stage_takes_its_own_layers(checkpoint: Path) -> None:
     own = [layer.mlp for stage in stages for layer in stage.decoder_layers()]
     for one, layer in zip(own, whole.decoder_layers(), strict=True):
         assert isinstance(one, RoutedMLP) and isinstance(layer.mlp, RoutedMLP)
-        assert torch.equal(one.experts.gate_up_proj, layer.mlp.experts.gate_up_proj)
+        one_part, part = one.experts.gate_up, layer.mlp.experts.gate_up
+        assert isinstance(one_part, PlainLinear) and isinstance(part, PlainLinear)
+        assert torch.equal(one_part.weight, part.weight)
 
 
 def refusal(path: Path) -> str:

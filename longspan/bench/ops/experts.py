@@ -81,14 +81,14 @@ class ExpertBench:
 
         def work() -> None:
             chosen = ops.route(self._mlp.logits(x), self.config.num_chosen, True)
-            add(hidden, x, *chosen, self._mlp.experts.gate_up_proj, self._mlp.experts.down_proj)
+            add(hidden, x, *chosen, *plain_matrices(self._mlp))
         timing = self.layer.measure(work)
         flops = 6.0 * num_tokens * self.config.num_chosen * self.dim * self.config.expert_size
         return {**timing.fields(), "tflops": rate(flops, timing), "rel_error": rounded(error)}
 
     def _check(self, impl: str, add: Add, x: Tensor, weights: Tensor, experts: Tensor) -> float:
         """Compute the last rows anew, on the very input that is timed."""
-        matrices = (self._mlp.experts.gate_up_proj, self._mlp.experts.down_proj)
+        matrices = plain_matrices(self._mlp)
         sums, few = torch.zeros_like(x), torch.zeros_like(x[-4:])
         add(sums, x, weights, experts, *matrices)
         reference.add_routed_mlp(few, x[-4:], weights[-4:], experts[-4:], *matrices)
@@ -117,9 +117,16 @@ class ExpertBench:
                 "experts_read": num_read, "ratio": rounded(reached / read) if read else None}
 
 
+def plain_matrices(mlp: RoutedMLP) -> tuple[Tensor, Tensor]:
+    """Return the experts' weights, which are not quantised here: [E, 2F, M] and [E, M, F]."""
+    gate_up, down = mlp.experts.gate_up_proj, mlp.experts.down_proj
+    assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
+    return gate_up, down
+
+
 def way(impl: str, x: Tensor, mlp: RoutedMLP) -> Add:
     """Return one way to add experts. Raises `Unavailable` where it cannot run here."""
-    gate_up, down = mlp.experts.gate_up_proj, mlp.experts.down_proj
+    gate_up, down = plain_matrices(mlp)
     if impl == "ours":
         return ops.add_routed_mlp
     if not x.is_cuda:

@@ -13,10 +13,12 @@ import torch
 from longspan.config import EngineConfig, ModelConfig
 from longspan.engine.device.graphs import recorded_sizes
 from longspan.engine.device.sampling import history_bytes
+from longspan.engine.resolve import resolve_forms
 from longspan.errors import LongspanError, NotEnoughMemoryError
 from longspan.model.experts import expert_rows
 from longspan.model.layers import mlp_rows
 from longspan.units import DTYPE_BYTES, GIB, in_gib
+from longspan.weight_sizes import scratch_bytes, weights_bytes
 
 USABLE_SHARE = 0.9
 GPU_RESERVE_BYTES = 6 * GIB
@@ -123,10 +125,12 @@ def plan_memory(
     if config.memory_gib is not None:
         budget = min(int(config.memory_gib * GIB), device.total_bytes)
 
+    weights = weights_bytes(model, resolve_forms(config), element)
+
     def plan(length: int, num_blocks: int = 0, fitting_len: int = 0) -> MemoryPlan:
         step_tokens = min(max_step_tokens, length * num_requests)
         return MemoryPlan(
-            device=device, budget_bytes=budget, weights_bytes=model.num_parameters * element,
+            device=device, budget_bytes=budget, weights_bytes=weights,
             workspace_bytes=workspace_bytes(model, config, step_tokens, max_model_len=length),
             kv_bytes_per_token=per_token, block_size=config.block_size, max_model_len=length,
             num_blocks=num_blocks, fitting_len=fitting_len)
@@ -200,7 +204,8 @@ def workspace_bytes(
     rows = max_model_len or model.max_position_embeddings
     rotary = 4 * model.head_dim * (min(rows, model.dca.chunk_size + 1) if model.dca else rows)
     graphs = _graph_bytes(model, num_requests) if config.device.startswith("cuda") else 0
-    return num_tokens * per_token + mlp + sampling + rotary + graphs + ATTENTION_SCRATCH_BYTES
+    scratch = ATTENTION_SCRATCH_BYTES + scratch_bytes(model, resolve_forms(config), element)
+    return num_tokens * per_token + mlp + sampling + rotary + graphs + scratch
 
 
 def _mlp_bytes(model: ModelConfig, num_tokens: int, device_type: str, element: int) -> int:

@@ -42,6 +42,7 @@ from longspan.engine.device.prompt_logprobs import OnLogits, PromptScorer
 from longspan.engine.device.sampling import SampledTokens, Sampler
 from longspan.engine.device.stage import PipelineStage
 from longspan.engine.kv_file import KvFolder
+from longspan.engine.resolve import resolve_forms
 from longspan.engine.step import ScheduledBatch, ScheduledSlice, StepResult
 from longspan.engine.text.grammar import Grammars
 from longspan.engine.text.tokenizer import Tokenizer
@@ -94,7 +95,7 @@ class Runner:
         stages = []
         for layers in split_layers(model.num_layers, num_stages):
             part = build_model(model, layers=layers, rotary=rotary, plan=plan, dtype=dtype,
-                               device=config.device)
+                               device=config.device, forms=resolve_forms(config))
             if config.weights == "random":
                 random_weights(part, seed=layers.start)
             else:

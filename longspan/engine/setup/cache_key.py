@@ -45,7 +45,7 @@ def cache_key(
     facts: dict[str, Any] = {
         "format": VERSION, "longspan": version("longspan"), "torch": torch.__version__,
         "device": config.device.split(":")[0], "dtype": config.dtype, "weights": config.weights,
-        "block_size": config.block_size,
+        "quantization": config.quantization, "block_size": config.block_size,
         "model": dataclasses.asdict(model), "positions": dca and dataclasses.asdict(dca),
         "plan": plan and dataclasses.asdict(plan)}
     if config.kv_dir is not None:

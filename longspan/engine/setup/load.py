@@ -6,9 +6,11 @@ from longspan.config import EngineConfig
 from longspan.engine.control.scheduler import SchedulerConfig
 from longspan.engine.processes.backend import Engine, Send
 from longspan.engine.processes.wire import Described
+from longspan.engine.resolve import resolve_forms
 from longspan.engine.setup.compile_ahead import compile_steps
 from longspan.engine.setup.engine_plan import ResolvedEngine
 from longspan.engine.setup.tier_plan import places_bytes
+from longspan.weight_form import PLAIN
 
 
 def load_engine(config: EngineConfig, send: Send) -> tuple[SchedulerConfig, Engine]:
@@ -18,11 +20,18 @@ def load_engine(config: EngineConfig, send: Send) -> tuple[SchedulerConfig, Engi
     scheduler, memory = engine.scheduler_config(), engine.memory
     send(Described(
         path=engine.path, intake=engine.intake(), scheduler=scheduler,
-        memory_bytes={"weights": memory.weights_bytes, "workspace": memory.workspace_bytes,
-                      "KV cache": memory.kv_bytes, **places_bytes(engine.tiers)},
+        memory_bytes={weights_label(config): memory.weights_bytes,
+                      "workspace": memory.workspace_bytes, "KV cache": memory.kv_bytes,
+                      **places_bytes(engine.tiers)},
         sizes_reason=engine.sizes_reason))
     runner = engine.load_runner()
     runner.record_graphs()
     if engine.config.device != "cpu":  # whose operations need no compiler
         runner.compile_ahead(compile_steps(scheduler))
     return scheduler, runner
+
+
+def weights_label(config: EngineConfig) -> str:
+    """Return what the start-up report calls the weights."""
+    form = resolve_forms(config).form
+    return "weights" if form == PLAIN else f"weights ({form.kind})"

@@ -10,7 +10,9 @@ from longspan.attention.sparsity import SparsityPlan
 from longspan.config import EngineConfig, ModelConfig
 from longspan.engine.control.chunking import sparse_stop
 from longspan.engine.control.latency import Costs
+from longspan.engine.resolve import resolve_forms
 from longspan.units import DTYPE_BYTES
+from longspan.weight_sizes import routed_bytes, weights_bytes
 
 FLOPS = {"cpu": 5e10, "cuda": 1e14}
 """Operations per second."""
@@ -39,8 +41,9 @@ def prior_costs(model: ModelConfig, config: EngineConfig, plan: SparsityPlan | N
         mean = 1 / config.block_size + plan.num_scouts / config.prefill_chunk_len / 2
     sparse = (step_s, (linear + pair * kept) / FLOPS[device], pair * mean / FLOPS[device])
     # every token of a step may read experts of its own
-    experts_s = element * model.num_routed_parameters / BYTES_PER_S[device]
-    weights_s = element * model.num_parameters / BYTES_PER_S[device] - experts_s
+    forms = resolve_forms(config)
+    experts_s = routed_bytes(model, forms, element) / BYTES_PER_S[device]
+    weights_s = weights_bytes(model, forms, element) / BYTES_PER_S[device] - experts_s
     decode = (step_s + weights_s, linear / FLOPS[device] + experts_s * model.routed_share(1),
               element * model.kv_elements_per_token / BYTES_PER_S[device])
     return Costs(dense=dense, sparse=sparse, decode=decode)

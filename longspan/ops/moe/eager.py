@@ -7,10 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.ops import reference
+from longspan.ops.types import Fp8Weights
 
 
 def add_routed_mlp(
-    sums: Tensor, x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor,
+    sums: Tensor, x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor | Fp8Weights,
+    down: Tensor | Fp8Weights,
 ) -> None:
     """See `reference.add_routed_mlp`. Waits for the device: the host reads how many tokens each
     expert has."""
@@ -23,8 +25,9 @@ def add_routed_mlp(
     for expert, count in enumerate(counts):
         if count:
             part = slice(start, start + count)
-            hidden = reference.silu_mul(F.linear(x[tokens[part]], gate_up[expert]))
-            routed[part] = F.linear(hidden, down[expert])
+            hidden = reference.silu_mul(
+                F.linear(x[tokens[part]], _matrix(gate_up, expert, x.dtype)))
+            routed[part] = F.linear(hidden, _matrix(down, expert, x.dtype))
         start += count
     routed *= factors[:, None]
     # in each token's own order, so that sums do not depend on what else is in the step
@@ -32,3 +35,9 @@ def add_routed_mlp(
     places[order] = torch.arange(len(order), device=order.device)
     total = routed[places].unflatten(0, (-1, num_chosen)).sum(1)
     sums.copy_(sums.float() + total)
+
+
+def _matrix(matrices: Tensor | Fp8Weights, expert: int, dtype: torch.dtype) -> Tensor:
+    if isinstance(matrices, Tensor):
+        return matrices[expert]
+    return Fp8Weights(*(part[expert] for part in matrices)).dense().to(dtype)

@@ -1,0 +1,147 @@
+"""One seam for all products with weights: `Linear`, whatever form its matrix is held in.
+
+A class for each form. What reads checkpoints sees `Target` only, what computes sees `forward`,
+`add_to` and `part`, and `make_linear` is the one place that knows which class a form has.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longspan.ops.types import Fp8Weights
+from longspan.weight_form import PLAIN, WeightForm
+
+Stored = Tensor | Fp8Weights
+"""A matrix as a checkpoint brings it: plain numbers of any float type, or quantised."""
+
+Matrices = Tensor | Fp8Weights
+"""What products of experts take: [E, out, in]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A place in the model for one tensor of a checkpoint, by its plain name."""
+
+    shape: tuple[int, ...]
+    """Shape of the plain numbers."""
+    fill: Callable[[Any], object]
+    """Takes a `Stored`, on any device; converts where the model holds another form."""
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Target:
+        """Make the target that is a plain tensor."""
+        return cls(tuple(tensor.shape), lambda stored: tensor.copy_(dense(stored)))
+
+
+def dense(stored: Stored) -> Tensor:
+    """Return plain numbers; quantised ones as fp32."""
+    return stored if isinstance(stored, Tensor) else stored.dense()
+
+
+class Linear(nn.Module, ABC):
+    """y = x W^T + b without an initial fill: every weight comes from a checkpoint.
+
+    Args:
+        sizes: outputs of each matrix that lies in this one, in order: a merged projection is
+            stored as several.
+    """
+
+    form: WeightForm
+
+    def __init__(
+        self, in_features: int, sizes: Sequence[int], *, bias: bool, dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.sizes = in_features, tuple(sizes)
+        self._allocate(sum(sizes), dtype, device)
+        self.bias = parameter(sum(sizes), dtype=dtype, device=device) if bias else None
+
+    @abstractmethod
+    def _allocate(self, out_features: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        """Make the parameters that hold the matrix."""
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+
+    @abstractmethod
+    def add_to(self, sums: Tensor, x: Tensor) -> None:
+        """Add the product, and the bias, to [T, out], in place."""
+
+    @abstractmethod
+    def part(self, x: Tensor, outputs: slice) -> Tensor:
+        """Compute some of the outputs only; they begin and end where a stored matrix does."""
+
+    @abstractmethod
+    def stack(self, count: int) -> Matrices:
+        """Return the weights as a stack of so many equal matrices."""
+
+    @abstractmethod
+    def fill(self, outputs: slice, stored: Stored) -> None:
+        """Take a stored matrix as the weights of these outputs."""
+
+    @abstractmethod
+    def fill_randomly(self, std: float, generator: torch.Generator) -> None:
+        """Fill the matrix with normal weights."""
+
+    def targets(self, *names: str) -> dict[str, Target]:
+        """Return where tensors of a checkpoint go, by the names of the stored modules."""
+        found: dict[str, Target] = {}
+        for name, (start, stop) in zip(
+                names, pairwise(accumulate(self.sizes, initial=0)), strict=True):
+            rows = slice(start, stop)
+            found[f"{name}.weight"] = Target(
+                (stop - start, self.in_features), partial(self.fill, rows))
+            if self.bias is not None:
+                found[f"{name}.bias"] = Target.of(self.bias[rows])
+        return found
+
+
+class PlainLinear(Linear):
+    """Weights of the type that is computed in."""
+
+    form = PLAIN
+
+    def _allocate(self, out_features: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.weight = parameter(out_features, self.in_features, dtype=dtype, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `Linear`."""
+        return F.linear(x, self.weight, self.bias)
+
+    def add_to(self, sums: Tensor, x: Tensor) -> None:
+        """See `Linear`; the product is never written by itself."""
+        sums.addmm_(x, self.weight.t())
+        if self.bias is not None:
+            sums.add_(self.bias)
+
+    def part(self, x: Tensor, outputs: slice) -> Tensor:
+        """See `Linear`."""
+        return F.linear(x, self.weight[outputs], None if self.bias is None else self.bias[outputs])
+
+    def stack(self, count: int) -> Tensor:
+        """See `Linear`."""
+        return self.weight.unflatten(0, (count, -1))
+
+    def fill(self, outputs: slice, stored: Stored) -> None:
+        """See `Linear`."""
+        self.weight[outputs].copy_(dense(stored))
+
+    def fill_randomly(self, std: float, generator: torch.Generator) -> None:
+        """See `Linear`."""
+        self.weight.normal_(0.0, std, generator=generator)
+
+
+def parameter(*shape: int, dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:
+    """Allocate weights that are not filled and not trained."""
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)

@@ -1,0 +1,1 @@
+"""Products with quantised weights: one file a backend. `longspan.ops` chooses among them."""

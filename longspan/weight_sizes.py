@@ -1,0 +1,68 @@
+"""Bytes of a model's weights, by the forms that its matrices are held in. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from longspan.config import ModelConfig
+from longspan.weight_form import WeightForm, WeightForms
+
+
+class Matrix(NamedTuple):
+    """A matrix of a layer, as memory holds it: merged projections are one."""
+
+    form: WeightForm
+    out_features: int
+    in_features: int
+    copies: int = 1
+    """Equal matrices of the layer, its experts."""
+
+    def num_bytes(self, element: int) -> int:
+        """Bytes of all of them."""
+        return self.copies * self.form.num_bytes(self.out_features, self.in_features, element)
+
+
+def layer_matrices(model: ModelConfig, forms: WeightForms, layer_idx: int) -> Iterator[Matrix]:
+    """Yield the matrices of a layer that may be held in other forms than plain."""
+    hidden, within = model.hidden_size, forms.within(f"model.layers.{layer_idx}")
+    heads, attention = model.num_heads * model.head_dim, within.within("self_attn")
+    merged = heads + 2 * model.num_kv_heads * model.head_dim
+    yield Matrix(attention.of("q_proj", "k_proj", "v_proj"), merged, hidden)
+    yield Matrix(attention.of("o_proj"), hidden, heads)
+    experts, mlp = model.experts, within.within("mlp")
+    widths = [(mlp, model.intermediate_size, 1)]
+    if experts is not None and experts.is_routed(layer_idx):
+        widths = [(mlp.within("experts.0"), experts.expert_size, experts.num_experts)]
+        if experts.shared_size:
+            widths.append((mlp.within("shared_expert"), experts.shared_size, 1))
+    for names, width, count in widths:
+        yield Matrix(names.of("gate_proj", "up_proj"), 2 * width, hidden, count)
+        yield Matrix(names.of("down_proj"), hidden, width, count)
+
+
+def weights_bytes(model: ModelConfig, forms: WeightForms, element: int) -> int:
+    """Bytes of all weights. ``element``: bytes of a plain number."""
+    matrices = [matrix for idx in range(model.num_layers)
+                for matrix in layer_matrices(model, forms, idx)]
+    plain = sum(matrix.copies * matrix.out_features * matrix.in_features for matrix in matrices)
+    return ((model.num_parameters - plain) * element
+            + sum(matrix.num_bytes(element) for matrix in matrices))
+
+
+def routed_bytes(model: ModelConfig, forms: WeightForms, element: int) -> int:
+    """Bytes of all layers' routed experts."""
+    if model.experts is None:
+        return 0
+    return sum(matrix.num_bytes(element) for idx in range(model.num_layers)
+               if model.experts.is_routed(idx)
+               for matrix in layer_matrices(model, forms, idx) if matrix.copies > 1)
+
+
+def scratch_bytes(model: ModelConfig, forms: WeightForms, element: int) -> int:
+    """Bytes that dequantising the largest matrix takes, where any is quantised: the plain numbers,
+    in fp32 first."""
+    return max((matrix.out_features * matrix.in_features * (4 + element)
+                for idx in range(model.num_layers)
+                for matrix in layer_matrices(model, forms, idx) if matrix.form.kind != "plain"),
+               default=0)

@@ -1,0 +1,112 @@
+"""Products with weights, whatever form these are held in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from longspan.engine.front.llm import LLM
+from longspan.engine.request import SamplingParams
+from longspan.engine.setup.engine_plan import ResolvedEngine
+from longspan.model.forms import LINEARS, make_linear
+from longspan.model.linear import Linear, PlainLinear
+from longspan.weight_form import PLAIN, FormKind, WeightForm, WeightForms, is_named
+
+SIZES, WIDTH = (24, 8, 16), 40
+ERRORS: dict[FormKind, float] = {"plain": 1e-6, "fp8-rows": 0.04}
+"""Mean error of a stored matrix over its mean size."""
+
+
+def make(kind: FormKind, dtype: torch.dtype = torch.float32, *, bias: bool = True) -> Linear:
+    return make_linear(WeightForm(kind), WIDTH, SIZES, bias=bias, dtype=dtype, device="cpu")
+
+
+def fill(linear: Linear) -> dict[str, Tensor]:
+    tensors = {name: torch.randn(target.shape) * (1 + number)
+               for number, (name, target) in enumerate(linear.targets("q", "k", "v").items())}
+    for name, target in linear.targets("q", "k", "v").items():
+        target.fill(tensors[name])
+    return tensors
+
+
+@pytest.mark.parametrize("kind", LINEARS)
+def test_a_merged_product_is_that_of_its_parts(kind: FormKind) -> None:
+    """Parts of different sizes and scales; whole, added in place, and some outputs only."""
+    linear, x = make(kind), torch.randn(5, WIDTH)
+    tensors = fill(linear)
+    expected = torch.cat([x @ tensors[f"{name}.weight"].T + tensors[f"{name}.bias"]
+                          for name in ("q", "k", "v")], 1)
+    found = linear(x)
+    for part, exact in zip(found.split(SIZES, 1), expected.split(SIZES, 1), strict=True):
+        assert (part - exact).abs().mean() <= ERRORS[kind] * exact.abs().mean()
+    sums = torch.randn(5, sum(SIZES))
+    added = sums.clone()
+    linear.add_to(added, x)
+    torch.testing.assert_close(added, sums + found)
+    torch.testing.assert_close(linear.part(x, slice(24, 48)), found[:, 24:])
+
+
+@pytest.mark.parametrize("kind", LINEARS)
+def test_a_stack_of_equal_matrices_is_the_same_weights(kind: FormKind) -> None:
+    linear = make_linear(WeightForm(kind), WIDTH, (16, 16), dtype=torch.float32, device="cpu")
+    for target in linear.targets("a", "b").values():
+        target.fill(torch.randn(target.shape))
+    stack, x = linear.stack(2), torch.randn(3, WIDTH)
+    plain = stack if isinstance(stack, Tensor) else stack.dense()
+    assert tuple(stack.shape) == (2, 16, WIDTH)
+    torch.testing.assert_close(linear(x), (x @ plain.transpose(1, 2)).transpose(0, 1).flatten(1))
+
+
+@pytest.mark.parametrize("kind", LINEARS)
+def test_random_weights_have_the_size_that_is_asked_for(kind: FormKind) -> None:
+    linear = make(kind, torch.bfloat16, bias=False)
+    linear.fill_randomly(0.02, torch.Generator().manual_seed(1))
+    columns = linear(torch.eye(WIDTH, dtype=torch.bfloat16))
+    assert 0.018 < float(columns.float().std()) < 0.022
+
+
+def test_rows_of_zeros_stay_zeros_and_large_numbers_finite() -> None:
+    linear = make("fp8-rows", bias=False)
+    matrix = torch.zeros(24, WIDTH)
+    matrix[1] = 3e38
+    matrix[2, 0] = 1e-20
+    linear.fill(slice(0, 24), matrix)
+    found = linear(torch.eye(WIDTH))[:, :24].T
+    assert torch.equal(found[0], torch.zeros(WIDTH)) and found[:3].isfinite().all()
+    torch.testing.assert_close(found[1], matrix[1])
+
+
+def test_modules_stay_plain_by_name_end_beginning_or_pattern() -> None:
+    names = ("lm_head", "model.layers.0", "down_proj", r"re:.*\.7\.mlp\..*")
+    named = ("model.layers.0.mlp.up_proj", "model.layers.3.mlp.down_proj",
+             "model.layers.7.mlp.up_proj", "lm_head")
+    other = ("model.layers.1.mlp.up_proj", "model.layers.10.mlp.up_proj",
+             "model.layers.3.mlp.shutdown_proj", "model.layers.7.self_attn.o_proj")
+    assert all(is_named(name, names) for name in named)
+    assert not any(is_named(name, names) for name in other)
+
+
+def test_matrices_in_one_tensor_are_plain_if_one_of_them_is() -> None:
+    forms = WeightForms(WeightForm("fp8-rows"), ("k_proj",)).within("model").within("self_attn")
+    assert forms.of("q_proj", "k_proj", "v_proj") == PLAIN
+    assert forms.of("o_proj") == WeightForm("fp8-rows")
+
+
+def test_a_model_is_quantised_while_it_is_loaded() -> None:
+    """The bundled model: less memory, as planned, and nearly the same probabilities."""
+    prompt, sizes, scores = "The number of the house is 7. " * 9, [], []
+    for quantization in (None, "fp8"):
+        with LLM("nano", device="cpu", num_threads=1, max_model_len=512,
+                 quantization=quantization) as llm:
+            (output,) = llm.generate(prompt, SamplingParams(max_tokens=0, prompt_logprobs=0))
+            model = llm._runner._stages[0].model
+            sizes.append(sum(p.numel() * p.element_size() for p in model.parameters()))
+            engine = ResolvedEngine.resolve(llm.config)
+            assert sizes[-1] == engine.memory.weights_bytes
+            linear = model.decoder_layers()[0].mlp.down_proj
+            assert isinstance(linear, PlainLinear) == (quantization is None)
+            assert output.prompt_logprobs is not None
+            scores.append(torch.as_tensor(output.prompt_logprobs[1:]))
+    assert sizes[1] < 0.45 * sizes[0]
+    assert 0 < (scores[1] - scores[0]).abs().mean() < 0.05
