@@ -16,6 +16,7 @@ from pathlib import Path
 
 from bench.plots import draw_ttft
 from bench.plots_eval import draw_eval, draw_heads
+from bench.plots_pipeline import draw_pipeline
 from bench.tables import (
     Content,
     caption,
@@ -27,6 +28,7 @@ from bench.tables import (
     ttft_section,
 )
 from bench.tables_eval import eval_table, fidelity_section, scores_section
+from bench.tables_pipeline import pipeline_section
 from longspan.commands.console import note
 from longspan.commands.results import read_bench, read_file
 from longspan.errors import LongspanError
@@ -38,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("--readme", type=Path, nargs="+", help="pages with the markers",
-                        default=[Path("README.md"), Path("docs/evaluation.md")])
+                        default=[Path("README.md"), Path("docs/evaluation.md"),
+                                 Path("docs/parallelism.md")])
     parser.add_argument("--results", type=Path, default=Path("bench/results"), help="folder")
     asked = parser.parse_args(arguments)
     try:
@@ -109,9 +112,11 @@ def cpu_table(content: Content) -> str:
 TABLES: dict[str, Callable[[Content], str]] = {"eval": eval_table, "cpu": cpu_table}
 SECTIONS: dict[str, Callable[[Sequence[Content]], str]] = {
     "ttft": ttft_section, "decode": decode_section, "ops": ops_section, "serve": serve_section,
-    "quality": quality_section, "scores": scores_section, "fidelity": fidelity_section}
+    "pipeline": pipeline_section, "quality": quality_section, "scores": scores_section,
+    "fidelity": fidelity_section}
 PLOTS: dict[str, Callable[[Content, Path], list[Path]]] = {
-    "ttft": draw_ttft, "eval": draw_eval, "fidelity": draw_heads}
+    "ttft": draw_ttft, "eval": draw_eval, "fidelity": draw_heads,
+    "pipeline": draw_pipeline}
 BENCHES = {"scores": "eval"}
 """Sections of another bench's files than their name says."""
 

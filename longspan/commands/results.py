@@ -30,7 +30,7 @@ KEY_FIELDS: dict[str, tuple[str, ...]] = {
     "decode": ("shape", "context_len", "batch_size", "layers"),
     "quality": ("model", "num_tokens", "num_questions", "place", "attention", "chunk_len"),
     "serve": ("model", "scenario", "metric"),
-    "pipeline": ("shape", "num_tokens", "attention", "pp", "tp", "plan"),
+    "pipeline": ("shape", "num_tokens", "attention", "cp", "pp", "tp", "plan", "source"),
     "eval": ("model", "task", "num_tokens", "depth", "attention"),
     "fidelity": ("model", "task", "num_tokens", "attention"),
     "train": ("model", "phase"),

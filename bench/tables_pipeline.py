@@ -1,0 +1,81 @@
+"""Markdown of what several GPUs would take, for `bench.report`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bench.tables import Content, Row, markdown
+
+PLANS = (("fixed 8192", "pp, 8K"), ("fixed 32768", "pp, 32K"), ("best fixed", "pp, best fixed"))
+"""Plan and heading of the columns before the plan of each kind of attention."""
+
+
+def pipeline_section(contents: Sequence[Content]) -> str:
+    """Time to the first token on several GPUs, simulated."""
+    return "\n".join(_of_file(content) for content in contents)
+
+
+def _of_file(content: Content) -> str:
+    rows = [row for row in content["rows"] if row["source"] == "simulated"]
+    if not rows:
+        return ""
+    device = content["device"]["name"].removeprefix("simulated ")
+    text = (f"Simulated from rows of one {device} ({content['date'][:10]}), not measured on "
+            "several. In each cell: seconds to the first token, speed-up over one GPU with chunks "
+            "of 32,768, and the share of the time for which GPUs wait.\n\n")
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        own = [row for row in rows if row["shape"] == shape]
+        for count in sorted({_count(row) for row in own} - {1}):
+            text += f"**{shape}, {count} GPUs**\n\n" + _table(own, count) + "\n"
+    return text + _rates(content)
+
+
+def _table(rows: Sequence[Row], count: int) -> str:
+    mixed = count >= 8 and any(row["tp"] == 2 and row["cp"] == count // 2 for row in rows)
+    has_tp = any(row["tp"] == count for row in rows)
+    head = ["attention, tokens", "one GPU, 32K / best", "cp, 32K", "cp, best chunk",
+            *(title for _, title in PLANS), "pp, planned / ladder", *["tp, best chunk"] * has_tp,
+            *[f"cp {count // 2} x tp 2, best", f"pp {count // 2} x tp 2, planned / ladder"] * mixed]
+    keys = sorted({(row["attention"], row["num_tokens"]) for row in rows},
+                  key=lambda key: (key[0] != "sparse", key[1]))
+    body = []
+    for attention, num_tokens in keys:
+        own = {(row["cp"], row["pp"], row["tp"], row["plan"]): row for row in rows
+               if (row["attention"], row["num_tokens"]) == (attention, num_tokens)}
+        plan = "ladder" if attention == "sparse" else "planned"
+        one = [own[1, 1, 1, name] for name in ("fixed 32768", "best fixed")]
+        cells = [f"{attention}, {num_tokens:,}", " / ".join(f"{row['ttft_s']:.2f}" for row in one)]
+        cells += [_cell(own[count, 1, 1, name]) for name in ("fixed 32768", "best fixed")]
+        cells += [_cell(own[1, count, 1, name]) for name, _ in PLANS]
+        cells.append(_cell(own[1, count, 1, plan]))
+        if has_tp:
+            cells.append(_cell(own[1, 1, count, "best fixed"]))
+        if mixed:
+            cells.append(_cell(own[count // 2, 1, 2, "best fixed"]))
+            cells.append(_cell(own[1, count // 2, 2, plan]))
+        body.append(cells)
+    return markdown(head, body)
+
+
+def _cell(row: Row) -> str:
+    best = f" ({row['chunk_len']:,})" if "chunk_len" in row else ""
+    return f"{row['ttft_s']:.2f} s, {row['speedup']:.2f}x, {100 * row['idle']:.0f} %{best}"
+
+
+def _rates(content: Content) -> str:
+    """List the constants of the simulation and where they come from."""
+    body = []
+    for item in content["rates"]:
+        for name, rate in item["rates"].items():
+            values = rate["value"] if isinstance(rate["value"], list) else [rate["value"]]
+            body.append([item["shape"], f"`{name}`", ", ".join(f"{v:.4g}" for v in values),
+                         rate["from"]])
+    body += [["all", f"`{name}`", f"{value:.4g}", "assumed"]
+             for name, value in content["assumed"].items()]
+    return "Constants of the simulation:\n\n" + markdown(
+        ["shape", "constant", "value", "from"], body)
+
+
+def _count(row: Mapping[str, Any]) -> int:
+    return int(row["cp"] * row["pp"] * row["tp"])
