@@ -39,13 +39,16 @@ from longspan.train.export import export_model
 from longspan.train.gate import Haystack, run_gate
 from longspan.train.loader import ComposedFeed, RowMaker
 from longspan.train.loop import RunConfig, run_phases
-from longspan.train.phases import with_tokens
+from longspan.train.model import CausalLM
+from longspan.train.phases import Phase, with_tokens
 from longspan.train.plot import draw_run
 from longspan.train.run_log import LOG_FILE
 from longspan.train.state import load_weights
 from longspan.train.tokenizer import save_tokenizer, train_tokenizer
 
 M = 1_000_000
+PHASES = "phases"
+"""Folder with a checkpoint of each finished phase, in the folder of a run."""
 SHARD_SIZE = "14MB"
 """Shards of a run travel as small files."""
 
@@ -103,7 +106,7 @@ def train(recipe: Recipe, options: TrainOptions) -> bool:
         kind_weights=recipe.kind_weights, num_workers=options.num_workers, inputs={
             "data": options.data / "corpus",
             "tokenizer": options.data / "tokenizer" / "tokenizer.json"})
-    gate = partial(run_gate, partial(haystacks, recipe, options.data), recipe.gate_lengths)
+    gate = partial(_close_phase, recipe, options)
     with stopped_by_sigterm() as stop:
         progress = run_phases(model, phases, feed, config, gate, stop)
     draw_run(options.out / LOG_FILE, options.out / PLOT)
@@ -114,6 +117,15 @@ def train(recipe: Recipe, options: TrainOptions) -> bool:
             model, options.data / "tokenizer", options.shards, rope_theta=phase.rope_theta,
             trained_len=phase.seq_len, max_shard_size=SHARD_SIZE)
     return progress.phase == len(phases)
+
+
+def _close_phase(
+    recipe: Recipe, options: TrainOptions, model: CausalLM, phase: Phase
+) -> dict[str, Any]:
+    """Keep the model of a phase, so that each can be judged by itself, and run the gate."""
+    export_model(model, options.data / "tokenizer", options.out / PHASES / phase.name,
+                 rope_theta=phase.rope_theta, trained_len=phase.seq_len)
+    return run_gate(partial(haystacks, recipe, options.data), recipe.gate_lengths, model, phase)
 
 
 def run_config(recipe: Recipe, options: TrainOptions) -> RunConfig:

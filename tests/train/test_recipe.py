@@ -87,6 +87,19 @@ def test_rates_fall_and_what_is_random_is_not_learnt() -> None:
     assert weights[Kind.PLANTED] == 0 and weights[Kind.ANSWER] > weights[Kind.COPY] > 1
 
 
+def test_each_phase_leaves_a_checkpoint_that_can_be_judged(done: Path) -> None:
+    """With its own RoPE base and trained length; the last one is the result of the phases."""
+    phases = done / "pretrain" / "phases"
+    assert sorted(p.name for p in phases.iterdir()) == ["a", "b"]
+    for phase in nano.smoke().phases:
+        config = json.loads((phases / phase.name / "config.json").read_text())
+        assert config["rope_theta"] == phase.rope_theta
+        assert config["dual_chunk_attention_config"]["chunk_size"] == phase.seq_len
+    last = (phases / "b" / "model.safetensors").read_bytes()
+    assert last == (done / "pretrain" / "model" / "model.safetensors").read_bytes()
+    assert last != (phases / "a" / "model.safetensors").read_bytes()
+
+
 def test_each_gate_is_at_a_trained_length() -> None:
     for recipe in (nano.nano(), nano.smoke()):
         lengths = [phase.seq_len for phase in recipe.phases]
