@@ -25,12 +25,13 @@ from longspan.families import (
     refuse_unsupported,
 )
 from longspan.fields import Fields
+from longspan.quantization import CheckpointQuantization, read_quantization
 from longspan.rope_config import RopeScaling, read_rope
 
 AttentionMode = Literal["auto", "dense", "sparse"]
 PositionMode = Literal["auto", "rope", "dca", "dca+yarn"]
 WeightSource = Literal["checkpoint", "random"]
-Quantization = Literal["fp8"]
+Quantization = Literal["fp8", "int4"]
 
 MAX_THREADS = 1024
 """torch crashes if the operating system cannot give it as many threads as it was told to use."""
@@ -38,7 +39,7 @@ LONG_CONFIG = "config_1m.json"
 """A checkpoint's config.json for contexts longer than it usually claims."""
 WEIGHT_FIELDS = ("architecture", "vocab_size", "hidden_size", "intermediate_size", "num_layers",
                  "num_heads", "num_kv_heads", "head_dim", "experts", "rope_theta",
-                 "tie_word_embeddings")
+                 "quantization", "tie_word_embeddings")
 """Facts of the weights, the same in both."""
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
@@ -71,6 +72,8 @@ class ModelConfig:
     """Bias on the MLP's three projections."""
     experts: ExpertConfig | None = None
     """Routed experts in place of MLPs; None: there are none."""
+    quantization: CheckpointQuantization | None = None
+    """How the checkpoint's matrices are quantised; None: not at all."""
     rope_scaling: RopeScaling | None = None
     """How the rotary frequencies differ from those of ``rope_theta``; None: not at all."""
     dca: DcaConfig | None = None
@@ -87,6 +90,10 @@ class ModelConfig:
                 f"num_attention_heads {self.num_heads} is not a multiple of num_key_value_heads "
                 f"{self.num_kv_heads}; correct config.json"
             )
+        if self.experts and self.quantization and self.quantization.form.has_order:
+            raise CheckpointError("quantization_config orders inputs by activation (desc_act, "
+                                  "actorder), which is not supported for routed experts; use the "
+                                  "bf16 checkpoint")
         if self.head_dim % 2:
             raise CheckpointError(f"head_dim {self.head_dim} must be even for RoPE")
 
@@ -126,6 +133,7 @@ class ModelConfig:
             qk_norm=family.qk_norm,
             experts=(read_experts(need, has_shared=family.has_shared_expert)
                      if family.has_experts else None),
+            quantization=read_quantization(need),
             dca=read_dca(dca_need),
             sparse_budgets=read_budgets(need, dca_need, num_layers),
             sparse_threshold=int(dca_need.number("sparse_attention_threshold", 32_768)),
@@ -269,8 +277,8 @@ class EngineConfig:
     """``random``: the checkpoint's sizes with random weights; none are downloaded or read. For
     measuring time and memory."""
     quantization: Quantization | None = None
-    """What the layers' matrices are quantised to while they are loaded; None: they stay as the
-    checkpoint has them."""
+    """What plain matrices of the layers are quantised to while they are loaded; None: they stay as
+    the checkpoint has them."""
     prefill_chunk_len: int | None = None
     """Prompt tokens of one request computed in one step; default: the most that the memory allows,
     up to 131,072 on GPUs and 16,384 on CPUs (`longspan.engine.setup.step_sizes`)."""

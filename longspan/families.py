@@ -83,9 +83,6 @@ def refuse_unsupported(need: Fields, architecture: str) -> None:
             raise CheckpointError(f"{source}: {key} is true, not supported for {architecture}")
     if need.number("partial_rotary_factor", 1.0) != 1.0:
         raise need.wrong("partial_rotary_factor", "1")
-    if raw.get("quantization_config") or raw.get("compression_config"):
-        raise CheckpointError(
-            f"{source}: quantised weights are not supported; use the bf16 checkpoint")
     activation = raw.get("hidden_act", "silu")
     if activation != "silu":
         raise CheckpointError(f"{source}: hidden_act {activation!r} is not supported, only silu")

@@ -6,13 +6,24 @@ Standard library only: memory is planned by it before any weight is read.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
-FormKind = Literal["plain", "fp8-rows"]
-LABELS: dict[FormKind, str] = {"plain": "not quantised", "fp8-rows": "fp8, a scale for each row"}
+FormKind = Literal["plain", "fp8-rows", "fp8-blocks", "int4"]
+LABELS: dict[FormKind, str] = {
+    "plain": "not quantised", "fp8-rows": "fp8, a scale for each row",
+    "fp8-blocks": "fp8, a scale for each 128 x 128", "int4": "int4 in groups"}
+BLOCK = 128
+"""Rows and columns of a matrix that share a scale in ``fp8-blocks``."""
+INT4_GROUPS = (128, 64, 32)
+"""Group sizes for matrices whose width the wanted one does not divide."""
+INT4_TILE = 32
+"""Columns whose nibbles lie together: widths and groups are multiples."""
 SCALE_BYTES = 4
 """fp32"""
+GROUP_BYTES = 3
+"""Scale and zero point of an int4 group: fp16 and a byte."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,18 +31,51 @@ class WeightForm:
     """A number format of one matrix [out, in]."""
 
     kind: FormKind = "plain"
-    """``plain``: the engine's own type. ``fp8-rows``: e4m3 with one scale for each output."""
+    """``plain``: the engine's own type. ``fp8-rows``: e4m3 with one scale for each output.
+    ``fp8-blocks``: e4m3 with one for each block. ``int4``: four bits, groups of a row share a scale
+    and a zero point."""
+    group: int = 0
+    """Numbers of an int4 group; 0: a whole row."""
+    has_order: bool = False
+    """int4 groups hold inputs in an order of their own (act order)."""
 
     @property
     def label(self) -> str:
         """Its name for a person."""
         return LABELS[self.kind]
 
-    def num_bytes(self, out_features: int, in_features: int, element: int) -> int:
-        """Bytes of a matrix, scales included. ``element``: bytes of a plain number."""
+    def fitting(self, sizes: Sequence[int], in_features: int, copies: int = 1) -> WeightForm:
+        """Return the form of matrices that lie in one tensor: where this one cannot cut them
+        there, plain.
+
+        Args:
+            sizes: outputs of each.
+            copies: so often, one under the other.
+        """
+        if self.kind == "fp8-blocks" and len(sizes) * copies > 1 and any(
+                size % BLOCK for size in sizes):
+            return PLAIN
+        if self.kind != "int4":
+            return self
+        group = self.group or in_features
+        if in_features % group and not self.has_order:
+            group = next((size for size in INT4_GROUPS if in_features % size == 0), in_features)
+        cannot = in_features % group or group % INT4_TILE
+        return PLAIN if cannot else replace(self, group=group)
+
+    def num_bytes(self, sizes: Sequence[int], in_features: int, element: int) -> int:
+        """Bytes of matrices in one tensor, scales included. ``element``: bytes of a plain
+        number."""
+        out_features = sum(sizes)
         if self.kind == "plain":
             return out_features * in_features * element
-        return out_features * (in_features + SCALE_BYTES)
+        if self.kind == "fp8-rows":
+            return out_features * (in_features + SCALE_BYTES)
+        if self.kind == "fp8-blocks":
+            blocks = -(-out_features // BLOCK) * -(-in_features // BLOCK)
+            return out_features * in_features + blocks * SCALE_BYTES
+        order = 4 * in_features * len(sizes) if self.has_order else 0
+        return out_features * (in_features // 2 + in_features // self.group * GROUP_BYTES) + order
 
 
 PLAIN = WeightForm()

@@ -10,42 +10,52 @@ from longspan.weight_form import WeightForm, WeightForms
 
 
 class Matrix(NamedTuple):
-    """A matrix of a layer, as memory holds it: merged projections are one."""
+    """Matrices of a layer that memory holds as one."""
 
     form: WeightForm
-    out_features: int
+    sizes: tuple[int, ...]
+    """Outputs of each."""
     in_features: int
     copies: int = 1
-    """Equal matrices of the layer, its experts."""
+    """Equal ones, one under the other: experts."""
+
+    @property
+    def num_weights(self) -> int:
+        """Numbers in all of them."""
+        return self.copies * sum(self.sizes) * self.in_features
 
     def num_bytes(self, element: int) -> int:
         """Bytes of all of them."""
-        return self.copies * self.form.num_bytes(self.out_features, self.in_features, element)
+        return self.form.num_bytes(self.sizes * self.copies, self.in_features, element)
 
 
 def layer_matrices(model: ModelConfig, forms: WeightForms, layer_idx: int) -> Iterator[Matrix]:
     """Yield the matrices of a layer that may be held in other forms than plain."""
     hidden, within = model.hidden_size, forms.within(f"model.layers.{layer_idx}")
     heads, attention = model.num_heads * model.head_dim, within.within("self_attn")
-    merged = heads + 2 * model.num_kv_heads * model.head_dim
-    yield Matrix(attention.of("q_proj", "k_proj", "v_proj"), merged, hidden)
-    yield Matrix(attention.of("o_proj"), hidden, heads)
+    keys = model.num_kv_heads * model.head_dim
+    yield _matrix(attention.of("q_proj", "k_proj", "v_proj"), (heads, keys, keys), hidden)
+    yield _matrix(attention.of("o_proj"), (hidden,), heads)
     experts, mlp = model.experts, within.within("mlp")
     widths = [(mlp, model.intermediate_size, 1)]
     if experts is not None and experts.is_routed(layer_idx):
-        widths = [(mlp.within("experts.0"), experts.expert_size, experts.num_experts)]
+        widths = [(mlp.within("experts").within("0"), experts.expert_size, experts.num_experts)]
         if experts.shared_size:
             widths.append((mlp.within("shared_expert"), experts.shared_size, 1))
-    for names, width, count in widths:
-        yield Matrix(names.of("gate_proj", "up_proj"), 2 * width, hidden, count)
-        yield Matrix(names.of("down_proj"), hidden, width, count)
+    for names, width, copies in widths:
+        yield _matrix(names.of("gate_proj", "up_proj"), (width, width), hidden, copies)
+        yield _matrix(names.of("down_proj"), (hidden,), width, copies)
+
+
+def _matrix(form: WeightForm, sizes: tuple[int, ...], in_features: int, copies: int = 1) -> Matrix:
+    return Matrix(form.fitting(sizes, in_features, copies), sizes, in_features, copies)
 
 
 def weights_bytes(model: ModelConfig, forms: WeightForms, element: int) -> int:
     """Bytes of all weights. ``element``: bytes of a plain number."""
     matrices = [matrix for idx in range(model.num_layers)
                 for matrix in layer_matrices(model, forms, idx)]
-    plain = sum(matrix.copies * matrix.out_features * matrix.in_features for matrix in matrices)
+    plain = sum(matrix.num_weights for matrix in matrices)
     return ((model.num_parameters - plain) * element
             + sum(matrix.num_bytes(element) for matrix in matrices))
 
@@ -62,7 +72,7 @@ def routed_bytes(model: ModelConfig, forms: WeightForms, element: int) -> int:
 def scratch_bytes(model: ModelConfig, forms: WeightForms, element: int) -> int:
     """Bytes that dequantising the largest matrix takes, where any is quantised: the plain numbers,
     in fp32 first."""
-    return max((matrix.out_features * matrix.in_features * (4 + element)
+    return max((matrix.num_weights // matrix.copies * (4 + element)
                 for idx in range(model.num_layers)
                 for matrix in layer_matrices(model, forms, idx) if matrix.form.kind != "plain"),
                default=0)

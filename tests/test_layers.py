@@ -30,7 +30,8 @@ PAGES = [*sorted((REPOSITORY / "docs").glob("*.md")),
 
 EVERYTHING = ("longspan",)
 BASE = ("longspan.config", "longspan.dca_config", "longspan.errors", "longspan.expert_config",
-        "longspan.families", "longspan.fields", "longspan.proxies", "longspan.rope_config",
+        "longspan.families", "longspan.fields", "longspan.proxies", "longspan.quantization",
+        "longspan.rope_config",
         "longspan.text_files", "longspan.units", "longspan.weight_form", "longspan.weight_sizes")
 # What all rooms of the engine speak of.
 WORDS = tuple(f"longspan.engine.{name}"
@@ -52,8 +53,10 @@ ALLOWED_OURS: dict[str, tuple[str, ...]] = {
     "longspan.expert_config": ("longspan.errors", "longspan.fields"),
     "longspan.families": ("longspan.errors", "longspan.fields"),
     "longspan.dca_config": ("longspan.errors", "longspan.fields"),
+    "longspan.quantization": ("longspan.errors", "longspan.fields", "longspan.weight_form"),
     "longspan.config": ("longspan.dca_config", "longspan.errors", "longspan.expert_config",
-                        "longspan.families", "longspan.fields", "longspan.rope_config"),
+                        "longspan.families", "longspan.fields", "longspan.quantization",
+                        "longspan.rope_config"),
     "longspan.text_files": ("longspan.errors",),
     "longspan.proxies": ("longspan.errors",),
     "longspan.ops": ("longspan.ops",),
@@ -102,6 +105,7 @@ ALLOWED_OTHERS: dict[str, tuple[str, ...]] = {
     "longspan.proxies": (),
     "longspan.units": (),
     "longspan.weight_form": (),
+    "longspan.quantization": (),
     "longspan.weight_sizes": (),
     "longspan.fields": (),
     "longspan.rope_config": (),

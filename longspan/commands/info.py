@@ -123,7 +123,8 @@ def _download_rows(model: str) -> list[tuple[str, str]]:
 
 
 def _memory_rows(engine: ResolvedEngine, length: int) -> list[tuple[str, str]]:
-    memory, model, form = engine.memory, engine.model, resolve_forms(engine.config).form
+    memory, model = engine.memory, engine.model
+    form = resolve_forms(engine.config, model).form
     claim = model.max_position_embeddings
     note = "" if form == PLAIN else f" ({form.label})"
     verdict = ("yes" if length <= claim else f"no, the model reads {claim:,} tokens at the most")

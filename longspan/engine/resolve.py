@@ -19,7 +19,8 @@ from longspan.units import DTYPE_BYTES, default_dtype
 from longspan.weight_form import PLAIN_FORMS, WeightForm, WeightForms
 
 STEP_BUDGET_S = {"cpu": 1.0, "cuda": 0.1}
-QUANTIZED_FORMS: dict[Quantization, WeightForm] = {"fp8": WeightForm("fp8-rows")}
+QUANTIZED_FORMS: dict[Quantization, WeightForm] = {
+    "fp8": WeightForm("fp8-rows"), "int4": WeightForm("int4", 128)}
 """What `EngineConfig.quantization` makes of a checkpoint's plain matrices."""
 DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 
@@ -45,11 +46,17 @@ def resolve_device(device: str | None, *, has_cuda: bool) -> str:
     return device
 
 
-def resolve_forms(config: EngineConfig) -> WeightForms:
-    """Return what the matrices of the layers are held in."""
-    if config.quantization is None:
-        return PLAIN_FORMS
-    return WeightForms(QUANTIZED_FORMS[config.quantization])
+def resolve_forms(config: EngineConfig, model: ModelConfig) -> WeightForms:
+    """Return what the matrices of the layers are held in. Raises `LongspanError` for a checkpoint
+    that is quantised otherwise than asked for."""
+    asked, stored = config.quantization, model.quantization
+    if stored is None:
+        return PLAIN_FORMS if asked is None else WeightForms(QUANTIZED_FORMS[asked])
+    if asked is not None and not stored.form.kind.startswith(asked):
+        raise LongspanError(
+            f"quantization {asked!r}: the checkpoint's weights are quantised already "
+            f"({stored.method}, {stored.form.label}); leave quantization out")
+    return stored.forms
 
 
 def resolve_positions(mode: PositionMode, model: ModelConfig) -> DcaConfig | None:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from longspan.expert_config import ExpertConfig
 from longspan.model.forms import make_linear
 from longspan.model.layers import MLP, mlp_rows
-from longspan.model.linear import Linear, Matrices, PlainLinear, Target
+from longspan.model.linear import Linear, Target, plain_linear
 from longspan.ops import add_routed_mlp, route
+from longspan.ops.types import Matrices
 from longspan.weight_form import PLAIN_FORMS, WeightForms
 
 EXPERT_ROWS = 16_384
@@ -80,8 +81,7 @@ class RoutedMLP(nn.Module):
     ) -> None:
         super().__init__()
         self.num_chosen, self.is_normed = config.num_chosen, config.is_normed
-        self.gate = PlainLinear(
-            hidden_size, (config.num_experts,), bias=False, dtype=dtype, device=device)
+        self.gate = plain_linear(hidden_size, config.num_experts, dtype=dtype, device=device)
         self.experts = Experts(
             config.num_experts, hidden_size, config.expert_size, dtype=dtype, device=device,
             forms=forms.within("experts"))
@@ -89,8 +89,7 @@ class RoutedMLP(nn.Module):
         if self.has_shared:
             self.shared_expert = MLP(hidden_size, config.shared_size, dtype=dtype, device=device,
                                      forms=forms.within("shared_expert"))
-            self.shared_expert_gate = PlainLinear(
-                hidden_size, (1,), bias=False, dtype=dtype, device=device)
+            self.shared_expert_gate = plain_linear(hidden_size, 1, dtype=dtype, device=device)
 
     def add_to(self, hidden: Tensor, x: Tensor) -> None:
         """x: [T, M]; the result is added to ``hidden`` [T, M], in place."""

@@ -17,14 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longspan.ops.types import Fp8Weights
+from longspan.ops.types import Matrices
 from longspan.weight_form import PLAIN, WeightForm
 
-Stored = Tensor | Fp8Weights
+Stored = Matrices
 """A matrix as a checkpoint brings it: plain numbers of any float type, or quantised."""
-
-Matrices = Tensor | Fp8Weights
-"""What products of experts take: [E, out, in]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +32,8 @@ class Target:
     """Shape of the plain numbers."""
     fill: Callable[[Any], object]
     """Takes a `Stored`, on any device; converts where the model holds another form."""
+    form: WeightForm | None = None
+    """What a matrix is held in, which may be stored quantised; None: it is no such matrix."""
 
     @classmethod
     def of(cls, tensor: Tensor) -> Target:
@@ -51,17 +50,17 @@ class Linear(nn.Module, ABC):
     """y = x W^T + b without an initial fill: every weight comes from a checkpoint.
 
     Args:
+        form: what the matrix is held in.
         sizes: outputs of each matrix that lies in this one, in order: a merged projection is
             stored as several.
     """
 
-    form: WeightForm
-
     def __init__(
-        self, in_features: int, sizes: Sequence[int], *, bias: bool, dtype: torch.dtype,
-        device: torch.device | str,
+        self, form: WeightForm, in_features: int, sizes: Sequence[int], *, bias: bool,
+        dtype: torch.dtype, device: torch.device | str,
     ) -> None:
         super().__init__()
+        self.form = form
         self.in_features, self.sizes = in_features, tuple(sizes)
         self._allocate(sum(sizes), dtype, device)
         self.bias = parameter(sum(sizes), dtype=dtype, device=device) if bias else None
@@ -101,7 +100,7 @@ class Linear(nn.Module, ABC):
                 names, pairwise(accumulate(self.sizes, initial=0)), strict=True):
             rows = slice(start, stop)
             found[f"{name}.weight"] = Target(
-                (stop - start, self.in_features), partial(self.fill, rows))
+                (stop - start, self.in_features), partial(self.fill, rows), self.form)
             if self.bias is not None:
                 found[f"{name}.bias"] = Target.of(self.bias[rows])
         return found
@@ -109,8 +108,6 @@ class Linear(nn.Module, ABC):
 
 class PlainLinear(Linear):
     """Weights of the type that is computed in."""
-
-    form = PLAIN
 
     def _allocate(self, out_features: int, dtype: torch.dtype, device: torch.device | str) -> None:
         self.weight = parameter(out_features, self.in_features, dtype=dtype, device=device)
@@ -140,6 +137,14 @@ class PlainLinear(Linear):
     def fill_randomly(self, std: float, generator: torch.Generator) -> None:
         """See `Linear`."""
         self.weight.normal_(0.0, std, generator=generator)
+
+
+def plain_linear(
+    in_features: int, out_features: int, *, dtype: torch.dtype, device: torch.device | str,
+) -> PlainLinear:
+    """Allocate a product that is never quantised, without a bias."""
+    return PlainLinear(
+        PLAIN, in_features, (out_features,), bias=False, dtype=dtype, device=device)
 
 
 def parameter(*shape: int, dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:

@@ -31,7 +31,7 @@ from longspan.config import ModelConfig
 from longspan.model.experts import RoutedMLP
 from longspan.model.forms import make_linear
 from longspan.model.layers import MLP, RMSNorm
-from longspan.model.linear import PlainLinear, Target
+from longspan.model.linear import PlainLinear, Target, plain_linear
 from longspan.ops.types import PagedKV, QueryRotary
 from longspan.weight_form import PLAIN_FORMS, WeightForms
 
@@ -187,8 +187,8 @@ class CausalLM(nn.Module):
         self.config, self.layer_range = config, layers
         self.is_first, self.is_last = layers.start == 0, layers.stop == config.num_layers
         def over_vocabulary() -> PlainLinear:
-            return PlainLinear(config.hidden_size, (config.vocab_size,), bias=False, dtype=dtype,
-                               device=device)
+            return plain_linear(
+                config.hidden_size, config.vocab_size, dtype=dtype, device=device)
 
         if self.is_first:
             self.embed_tokens = over_vocabulary()

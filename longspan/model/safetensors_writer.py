@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from longspan.model.weights import INDEX_FILE, SINGLE_FILE
+from longspan.model.safetensors_files import INDEX_FILE, SINGLE_FILE
 
 MAX_SHARD_BYTES = 5 * 10**9
 """As transformers saves them; a larger tensor has a file of its own."""

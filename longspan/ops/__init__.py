@@ -16,13 +16,21 @@ from longspan.ops import reference
 from longspan.ops.dense import eager as eager_dense
 from longspan.ops.moe import eager as eager_moe
 from longspan.ops.quant import eager as eager_quant
-from longspan.ops.quant.eager import quantize_rows
+from longspan.ops.quant.eager import pack_int4, quantize_blocks, quantize_int4, quantize_rows
 from longspan.ops.reference import rotate
 from longspan.ops.select import eager as select
 from longspan.ops.select import online, recall, scouts
 from longspan.ops.sparse import eager as eager_sparse
 from longspan.ops.tiles.attend import ordered_kv
-from longspan.ops.types import Budget, Fp8Weights, PagedKV, QueryRotary, Selection
+from longspan.ops.types import (
+    Budget,
+    Fp8Weights,
+    Int4Weights,
+    Matrices,
+    PagedKV,
+    QueryRotary,
+    Selection,
+)
 
 __all__ = [
     "PagedKV",
@@ -32,8 +40,12 @@ __all__ = [
     "add_routed_mlp",
     "decode_attention",
     "fp8_linear",
+    "int4_linear",
     "measure_recall",
+    "pack_int4",
     "prefill_attention",
+    "quantize_blocks",
+    "quantize_int4",
     "quantize_rows",
     "rms_norm",
     "rotate",
@@ -212,6 +224,15 @@ def fp8_linear(x: Tensor, weights: Fp8Weights, bias: Tensor | None) -> Tensor:
     return eager_quant.fp8_linear(x, weights, bias)
 
 
+def int4_linear(x: Tensor, weights: Int4Weights, bias: Tensor | None) -> Tensor:
+    """See `eager_quant.int4_linear`. A product with weights like PyTorch's own: modes see it."""
+    if has_torch_function((x, weights.packed)):
+        seen = (x, weights.packed)
+        found: Tensor = handle_torch_function(int4_linear, seen, x, weights, bias)
+        return found
+    return eager_quant.int4_linear(x, weights, bias)
+
+
 def route(logits: Tensor, num_chosen: int, is_normed: bool) -> tuple[Tensor, Tensor]:
     """See `reference.route`; experts may be int32."""
     if logits.is_cuda:
@@ -223,8 +244,8 @@ def route(logits: Tensor, num_chosen: int, is_normed: bool) -> tuple[Tensor, Ten
 
 
 def add_routed_mlp(
-    sums: Tensor, x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor | Fp8Weights,
-    down: Tensor | Fp8Weights,
+    sums: Tensor, x: Tensor, weights: Tensor, experts: Tensor, gate_up: Matrices,
+    down: Matrices,
 ) -> None:
     """See `reference.add_routed_mlp`. A product with weights like PyTorch's own: modes see it.
 

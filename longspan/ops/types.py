@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 FP8_BLOCK = 128
@@ -49,6 +50,56 @@ class Fp8Weights(NamedTuple):
         rows, columns = (size for size in numbers.shape[-2:])
         wide = self.scales.repeat_interleave(FP8_BLOCK, -1)[..., :columns]
         return numbers.mul_(wide.repeat_interleave(FP8_BLOCK, -2)[..., :rows, :])
+
+
+INT4_TILE = 32
+"""Columns whose nibbles lie together, see `Int4Weights`."""
+
+
+class Int4Weights(NamedTuple):
+    """A matrix of numbers from 0 to 15, or several in a stack; G groups of a row's K numbers."""
+
+    packed: Tensor
+    """[..., N, K / 2] uint8. Of each 32 columns byte b holds column b in its low half and column
+    16 + b in its high one."""
+    scales: Tensor
+    """[..., N, G] fp16"""
+    zeros: Tensor
+    """[..., N, G] uint8; a number q stands for (q - zero) * scale."""
+    order: Tensor | None = None
+    """[K] int32: which input each column multiplies; None: its own."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the plain numbers."""
+        return (*self.packed.shape[:-1], 2 * self.packed.shape[-1])
+
+    @property
+    def group(self) -> int:
+        """Numbers in a group."""
+        return 2 * self.packed.shape[-1] // self.scales.shape[-1]
+
+    def dense(self) -> Tensor:
+        """Return the plain numbers, fp32, inputs in their own order."""
+        pairs = self.packed.unflatten(-1, (-1, INT4_TILE // 2))
+        whole = torch.cat((pairs & 15, pairs >> 4), -1).flatten(-2).float()
+        groups = whole.unflatten(-1, (-1, self.group)) - self.zeros.float()[..., None]
+        numbers = (groups * self.scales.float()[..., None]).flatten(-2)
+        if self.order is None:
+            return numbers
+        return torch.empty_like(numbers).index_copy_(-1, self.order.long(), numbers)
+
+
+Quantized = Fp8Weights | Int4Weights
+Matrices = Tensor | Quantized
+"""A matrix [N, K], or a stack [E, N, K] of them."""
+
+
+def stacked(matrices: Quantized, index: int) -> Quantized:
+    """Return one matrix of a stack."""
+    if isinstance(matrices, Fp8Weights):
+        return Fp8Weights(matrices.values[index], matrices.scales[index])
+    return Int4Weights(matrices.packed[index], matrices.scales[index], matrices.zeros[index])
 
 
 class QueryRotary(NamedTuple):

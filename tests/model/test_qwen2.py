@@ -27,6 +27,7 @@ from longspan.model import (
     random_weights,
 )
 from longspan.units import DTYPE_BYTES
+from longspan.weight_form import PLAIN_FORMS
 
 MAX_DIFFERENCE = 1e-4
 BLOCK_SIZE = 16
@@ -129,7 +130,8 @@ def load(path: Path, cuts: tuple[int, ...] = ()) -> list[CausalLM]:
     stages = []
     for start, stop in itertools.pairwise(edges):
         stage = build_model(
-            config, layers=range(start, stop), rotary=rotary, plan=None, **FP32_CPU)
+            config, layers=range(start, stop), rotary=rotary, plan=None, **FP32_CPU,
+            forms=config.quantization.forms if config.quantization else PLAIN_FORMS)
         load_weights(stage, path)
         stages.append(stage)
     return stages

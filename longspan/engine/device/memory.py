@@ -125,7 +125,7 @@ def plan_memory(
     if config.memory_gib is not None:
         budget = min(int(config.memory_gib * GIB), device.total_bytes)
 
-    weights = weights_bytes(model, resolve_forms(config), element)
+    weights = weights_bytes(model, resolve_forms(config, model), element)
 
     def plan(length: int, num_blocks: int = 0, fitting_len: int = 0) -> MemoryPlan:
         step_tokens = min(max_step_tokens, length * num_requests)
@@ -204,7 +204,7 @@ def workspace_bytes(
     rows = max_model_len or model.max_position_embeddings
     rotary = 4 * model.head_dim * (min(rows, model.dca.chunk_size + 1) if model.dca else rows)
     graphs = _graph_bytes(model, num_requests) if config.device.startswith("cuda") else 0
-    scratch = ATTENTION_SCRATCH_BYTES + scratch_bytes(model, resolve_forms(config), element)
+    scratch = ATTENTION_SCRATCH_BYTES + scratch_bytes(model, resolve_forms(config, model), element)
     return num_tokens * per_token + mlp + sampling + rotary + graphs + scratch
 
 

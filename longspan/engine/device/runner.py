@@ -95,7 +95,7 @@ class Runner:
         stages = []
         for layers in split_layers(model.num_layers, num_stages):
             part = build_model(model, layers=layers, rotary=rotary, plan=plan, dtype=dtype,
-                               device=config.device, forms=resolve_forms(config))
+                               device=config.device, forms=resolve_forms(config, model))
             if config.weights == "random":
                 random_weights(part, seed=layers.start)
             else:

@@ -20,7 +20,7 @@ def load_engine(config: EngineConfig, send: Send) -> tuple[SchedulerConfig, Engi
     scheduler, memory = engine.scheduler_config(), engine.memory
     send(Described(
         path=engine.path, intake=engine.intake(), scheduler=scheduler,
-        memory_bytes={weights_label(config): memory.weights_bytes,
+        memory_bytes={weights_label(engine): memory.weights_bytes,
                       "workspace": memory.workspace_bytes, "KV cache": memory.kv_bytes,
                       **places_bytes(engine.tiers)},
         sizes_reason=engine.sizes_reason))
@@ -31,7 +31,7 @@ def load_engine(config: EngineConfig, send: Send) -> tuple[SchedulerConfig, Engi
     return scheduler, runner
 
 
-def weights_label(config: EngineConfig) -> str:
+def weights_label(engine: ResolvedEngine) -> str:
     """Return what the start-up report calls the weights."""
-    form = resolve_forms(config).form
+    form = resolve_forms(engine.config, engine.model).form
     return "weights" if form == PLAIN else f"weights ({form.kind})"

@@ -41,7 +41,7 @@ def prior_costs(model: ModelConfig, config: EngineConfig, plan: SparsityPlan | N
         mean = 1 / config.block_size + plan.num_scouts / config.prefill_chunk_len / 2
     sparse = (step_s, (linear + pair * kept) / FLOPS[device], pair * mean / FLOPS[device])
     # every token of a step may read experts of its own
-    forms = resolve_forms(config)
+    forms = resolve_forms(config, model)
     experts_s = routed_bytes(model, forms, element) / BYTES_PER_S[device]
     weights_s = weights_bytes(model, forms, element) / BYTES_PER_S[device] - experts_s
     decode = (step_s + weights_s, linear / FLOPS[device] + experts_s * model.routed_share(1),

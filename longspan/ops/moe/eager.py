@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.ops import reference
-from longspan.ops.types import Fp8Weights
+from longspan.ops.types import Matrices, stacked
 
 
 def add_routed_mlp(
-    sums: Tensor, x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor | Fp8Weights,
-    down: Tensor | Fp8Weights,
+    sums: Tensor, x: Tensor, weights: Tensor, experts: Tensor, gate_up: Matrices,
+    down: Matrices,
 ) -> None:
     """See `reference.add_routed_mlp`. Waits for the device: the host reads how many tokens each
     expert has."""
@@ -37,7 +37,7 @@ def add_routed_mlp(
     sums.copy_(sums.float() + total)
 
 
-def _matrix(matrices: Tensor | Fp8Weights, expert: int, dtype: torch.dtype) -> Tensor:
+def _matrix(matrices: Matrices, expert: int, dtype: torch.dtype) -> Tensor:
     if isinstance(matrices, Tensor):
         return matrices[expert]
-    return Fp8Weights(*(part[expert] for part in matrices)).dense().to(dtype)
+    return stacked(matrices, expert).dense().to(dtype)

@@ -18,7 +18,7 @@ from longspan.commands import results
 from longspan.errors import LongspanError, NotEnoughMemoryError
 from longspan.expert_config import ExpertConfig
 from longspan.model.experts import RoutedMLP
-from longspan.model.linear import PlainLinear
+from longspan.model.linear import plain_linear
 from longspan.model.qwen2 import CausalLM
 from tests.bench.shapes_for_tests import tiny_shape
 
@@ -117,7 +117,7 @@ def test_caches_hold_random_numbers() -> None:
 
 
 def test_shares_of_linear_layers_are_all_products_with_weights() -> None:
-    layer = PlainLinear(4, (3,), bias=False, dtype=torch.float32, device="cpu")
+    layer = plain_linear(4, 3, dtype=torch.float32, device="cpu")
     torch.nn.init.ones_(layer.weight)
     x, sums = torch.ones(2, 4), torch.zeros(2, 3)
     regions = Regions("cpu")
