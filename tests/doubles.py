@@ -57,8 +57,8 @@ def random_tiers(rng: random.Random) -> TierConfig:
     """Places besides the device, sometimes none: small ones, so that all are full soon."""
     has_disk = rng.random() < 0.6
     return TierConfig(
-        num_slots=rng.choice([0, 8, 30, 100]), keeps_host=rng.random() < 0.7,
-        folder="nowhere" if has_disk else "", disk_bytes=rng.choice([20_000, 100_000]),
+        num_slots=rng.choice([0, 8, 30, 100]), keeps_host=rng.random() < 0.3,
+        folder="nowhere" if has_disk else "", disk_bytes=rng.choice([40_000, 200_000]),
         block_bytes=100, copy_bytes=rng.choice([100, 1000]), copy_bytes_per_s=1e6,
         copy_s=rng.choice([5e-3, 1.0]), min_written_len=rng.choice([0, 8]))
 
@@ -258,7 +258,8 @@ class FakePlaces:
         else:
             self.files.pop(transfer.file, None)
         self.counts["failure"] += bool(failure)
-        return TransferResult(transfer_id=transfer.transfer_id, failure=failure, elapsed_s=1e-3)
+        return TransferResult(transfer_id=transfer.transfer_id, failure=failure,
+                              elapsed_s=1e-4 * len(transfer.slots))
 
 
 class DeepTransport:

@@ -31,8 +31,8 @@ PAGES = [*sorted((REPOSITORY / "docs").glob("*.md")),
 EVERYTHING = ("longspan",)
 BASE = ("longspan.config", "longspan.dca_config", "longspan.errors", "longspan.expert_config",
         "longspan.families", "longspan.fields", "longspan.proxies", "longspan.quantization",
-        "longspan.rope_config",
-        "longspan.text_files", "longspan.units", "longspan.weight_form", "longspan.weight_sizes")
+        "longspan.rope_config", "longspan.text_files", "longspan.units", "longspan.version",
+        "longspan.weight_form", "longspan.weight_sizes")
 # What all rooms of the engine speak of.
 WORDS = tuple(f"longspan.engine.{name}"
               for name in ("plain", "recall", "request", "transfer", "kv_file",
@@ -48,6 +48,7 @@ ALLOWED_OURS: dict[str, tuple[str, ...]] = {
     "longspan.units": (),
     "longspan.weight_form": (),
     "longspan.weight_sizes": ("longspan.config", "longspan.weight_form"),
+    "longspan.version": (),
     "longspan.fields": ("longspan.errors",),
     "longspan.rope_config": ("longspan.errors", "longspan.fields"),
     "longspan.expert_config": ("longspan.errors", "longspan.fields"),
@@ -107,6 +108,7 @@ ALLOWED_OTHERS: dict[str, tuple[str, ...]] = {
     "longspan.weight_form": (),
     "longspan.quantization": (),
     "longspan.weight_sizes": (),
+    "longspan.version": (),
     "longspan.fields": (),
     "longspan.rope_config": (),
     "longspan.expert_config": (),

@@ -14,7 +14,11 @@ def bench_cache(
     shape: Annotated[str, typer.Option(
         help="qwen2.5-7b, qwen2.5-14b or nano; random weights.")] = "qwen2.5-7b",
     lengths: Annotated[str, typer.Option(help="Prompt tokens.")] = "131072",
-    places: Annotated[str, typer.Option(help="host, disk.")] = "host,disk",
+    places: Annotated[str, typer.Option(help="host, disk, turns.")] = "host,disk",
+    turns: Annotated[int, typer.Option(
+        help="With turns: times that each of two prompts is asked again.")] = 2,
+    host_gib: Annotated[float | None, typer.Option(
+        help="With turns: host memory; default: for one of the two.")] = None,
     folder: Annotated[Path, typer.Option("--dir", help="Empty, on the disk to measure.")] =
         Path("kv-bench"),
     attention: Annotated[str, typer.Option(help="dense or sparse.")] = "sparse",
@@ -29,7 +33,8 @@ def bench_cache(
 
     options = CacheOptions(
         lengths=parse_list(lengths, int, "--lengths"), folder=folder,
-        places=parse_list(places, str, "--places"), attention=attention)
+        places=parse_list(places, str, "--places"), attention=attention,
+        turns=turns, host_gib=host_gib)
     session = BenchSession("cache", BenchOptions.make(device, out, commit, None))
     status = run(session, Shape.make(shape), options)
     if status:

@@ -9,6 +9,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from longspan.errors import LongspanError
+from longspan.version import __version__
 
 Item = TypeVar("Item")
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if there is one.")]
@@ -35,9 +36,7 @@ MaxModelLen = Annotated[int | None, typer.Option(help="Longest prompt and answer
 
 def _show_version(is_asked: bool) -> None:
     if is_asked:
-        from importlib.metadata import version
-
-        print(f"longspan {version('longspan')}")
+        print(f"longspan {__version__}")
         raise typer.Exit
 
 

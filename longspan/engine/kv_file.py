@@ -30,6 +30,7 @@ KEY_BYTES = HASH_BYTES = 16
 NAME = re.compile(r"([0-9a-f]{32})-([0-9a-f]{32})\.safetensors")
 LOCK = "longspan.lock"
 MAX_HEADER_BYTES = 64 * 1024**2
+PAGE_BYTES = 4_096
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "U8": 1, "I8": 1}
 
 
@@ -123,7 +124,7 @@ def make_header(
         start = stop
     meta["digest"] = _digest(header)
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % PAGE_BYTES)  # the data begins where disks can read it apart
     return len(text).to_bytes(8, "little") + text
 
 
@@ -191,7 +192,7 @@ def index_of(folder: Path, key: bytes) -> list[StoredRun]:
 
 def max_file_bytes(num_blocks: int, block_bytes: int) -> int:
     """Bound the size of a file of blocks, its header included."""
-    return 2_048 + num_blocks * (2 * HASH_BYTES + 8 + block_bytes)
+    return 2_048 + PAGE_BYTES + num_blocks * (2 * HASH_BYTES + 8 + block_bytes)
 
 
 def _parse(name: str, header: Any, data_start: int) -> StoredRun:

@@ -15,10 +15,9 @@ from typing import Any
 
 from longspan.engine.transfer import Transfer, TransferKind, TransferResult
 
-MAX_FILES = 2
-"""Files that are read, and that are written, at a time."""
-DISK_BYTES_PER_S = 0.5e9
-"""Speed of a disk before it was measured."""
+MAX_FILES = {"read": 3, "write": 2}
+"""Files that a runner has been told of at a time: of those to read one more than it reads, so that
+it never waits for the next step."""
 SMOOTHING = 0.3
 """Weight of the latest measurement."""
 RUN_BYTES = 256 * 1024**2
@@ -43,6 +42,8 @@ class TierConfig:
     """Size of one copy between device and host, about."""
     copy_bytes_per_s: float = 2e9
     """Speed of these copies before it was measured."""
+    disk_bytes_per_s: float = 1e9
+    """Speed of the disk before the engine's own reads and writes have measured it."""
     copy_s: float = 0.25
     """Copies are under way for about this time at the most, seconds."""
     min_written_len: int = 2_048
@@ -50,8 +51,8 @@ class TierConfig:
 
     @property
     def copy_blocks(self) -> int:
-        """Blocks in one copy."""
-        return max(1, self.copy_bytes // self.block_bytes)
+        """Blocks in one copy: few of all slots, for two prompts change places part by part."""
+        return max(1, min(self.copy_bytes // self.block_bytes, self.num_slots // 16))
 
     @property
     def run_blocks(self) -> int:
@@ -78,6 +79,11 @@ class Job:
         """It has all slots that it needs."""
         return len(self.slots) >= len(self.blocks)
 
+    @property
+    def num_blocks(self) -> int:
+        """Blocks to copy; some of their slots may not be known yet."""
+        return max(len(self.slots), len(self.blocks))
+
     def as_transfer(self, transfer_id: int) -> Transfer:
         """Return the order for a runner."""
         names = self.kind in ("read", "write")
@@ -99,7 +105,7 @@ class CopyQueue:
         self._seen: list[int] = []
         self._num_sent = 0
         self._must_resend = False
-        copies, disk = config.copy_bytes_per_s, DISK_BYTES_PER_S
+        copies, disk = config.copy_bytes_per_s, config.disk_bytes_per_s
         self._rates = {"save": copies, "load": copies, "read": disk, "write": disk}
 
     @property
@@ -119,7 +125,7 @@ class CopyQueue:
     def backlog_s(self) -> float:
         """Predict how long the copies between device and host take that were not done yet."""
         return self._copying_s() + sum(
-            self.seconds(job.kind, len(job.slots)) for job in self._waiting["copies"])
+            self.seconds(job.kind, job.num_blocks) for job in self._waiting["copies"])
 
     def push(self, job: Job) -> None:
         """Queue a job."""
@@ -142,22 +148,24 @@ class CopyQueue:
                 self._waiting[name] = deque(job for job in queue if job not in mine)
         return taken
 
-    def waiting_reads(self) -> Iterable[Job]:
-        """Return the files to read that were not ordered yet, the next one first."""
-        return self._waiting["read"]
+    def waiting(self, name: str) -> Iterable[Job]:
+        """Return the jobs that were not sent yet, the next one first: ``copies``, ``read`` or
+        ``write``."""
+        return self._waiting[name]
 
     def send(self) -> tuple[Transfer, ...]:
         """Send what may be under way now; what was lost on its way is sent again."""
         transfers = [transfer for _, transfer in self._sent.values()] if self._must_resend else []
         self._must_resend = False
         copies, copying_s = self._waiting["copies"], self._copying_s()
-        while copies and (not copying_s or copying_s < self._config.copy_s):
+        while copies and copies[0].is_ready and (
+                not copying_s or copying_s < self._config.copy_s):
             copying_s += self.seconds(copies[0].kind, len(copies[0].slots))
             transfers.append(self._send(copies.popleft()))
         for name in ("read", "write"):
             queue = self._waiting[name]
             while queue and queue[0].is_ready and (
-                    queue[0].kind == "drop" or self._num_sent_of(name) < MAX_FILES):
+                    queue[0].kind == "drop" or self._num_sent_of(name) < MAX_FILES[name]):
                 transfers.append(self._send(queue.popleft()))
         return tuple(transfers)
 
@@ -174,7 +182,7 @@ class CopyQueue:
         """Return the job that has ended; None where that is no news."""
         self._seen.append(result.transfer_id)
         job, _ = self._sent.pop(result.transfer_id, (None, None))
-        if job is not None and result.elapsed_s > 0 and job.kind in self._rates:
+        if job is not None and job.slots and result.elapsed_s > 0 and job.kind in self._rates:
             measured = len(job.slots) * self._config.block_bytes / result.elapsed_s
             self._rates[job.kind] += SMOOTHING * (measured - self._rates[job.kind])
         return job

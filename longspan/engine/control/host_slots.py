@@ -7,7 +7,6 @@ or *idle*: its content is known, and the longest unused one makes way for anothe
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
 
 
 class HostSlots:
@@ -83,13 +82,6 @@ class HostSlots:
             self._idle.move_to_end(slot, last=not goes_first)
         else:
             self._free.append(slot)
-
-    def touch(self, values: Iterable[bytes]) -> None:
-        """Count these contents as just used, the last one as the latest."""
-        for value in values:
-            slot = self._slot_of.get(value)
-            if slot is not None and slot in self._idle:
-                self._idle.move_to_end(slot)
 
     def check(self) -> None:
         """Recount everything. Raises AssertionError when the accounts disagree."""

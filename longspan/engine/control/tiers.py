@@ -5,7 +5,9 @@ One cache, three places, one key: a block's chain hash says what its content is,
 orders every copy between them (`longspan.engine.transfer`). A runner only obeys.
 
 - **To the host** goes what an allocation evicts from the device, before its blocks are written
-  anew: the request that gets them waits for these copies, and nobody else.
+  anew: the request that gets them waits for these copies, and nobody else. Where that request
+  itself is loaded from the host, both go on in turns, and each slot that it leaves takes one of
+  the blocks that make way for it: two documents change places with little room besides.
 - **To disk** go the blocks of finished prefill chunks and answers, in the background
   (`longspan.engine.control.write_behind`).
 - **Back** come the blocks of a prompt that is admitted, as many as are sooner copied than computed.
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from longspan.engine.control.blocks import BlockPool
@@ -47,6 +49,12 @@ class Loading:
     """Blocks that come from there."""
     has_failed: bool = False
     """Some file was damaged, or gone."""
+    ages: dict[bytes, int] = field(default_factory=dict)
+    """Place of each evicted content in the order of their last use, by hash."""
+    saved: list[tuple[int, int]] = field(default_factory=list)
+    """Age and slot of what is in the host by now; held until all of it is."""
+    num_saves: int = 0
+    """Copies to the host that have not ended."""
 
     def origin(self, block_size: int) -> PrefixOrigin:
         """Tell where the prefix came from, now that it is there."""
@@ -65,7 +73,7 @@ class Tiers:
 
     def __init__(self, config: TierConfig, pool: BlockPool, *, key: bytes, block_size: int) -> None:
         self._config, self._pool, self._block_size = config, pool, block_size
-        pool.notes_evicted = config.keeps_host
+        pool.notes_evicted = config.keeps_host and config.num_slots > 0
         self.host = HostSlots(config.num_slots)
         self.disk = DiskIndex(
             index_of(Path(config.folder), key) if config.folder else (), config.disk_bytes)
@@ -146,8 +154,7 @@ class Tiers:
             job.blocks.append(request.block_ids[index])
             job.hashes.append(value)
             job.parents.append(request.block_hashes[index - 1] if index else b"")
-        self._save_evicted(loading)
-        self._push(loads, self._config.copy_blocks)
+        self._change_places(loading, loads)
         for job in reads.values():
             self.disk.begin_read(job.file)
             self._push(job, self._config.run_blocks)
@@ -227,36 +234,56 @@ class Tiers:
         return (FIXED_S + queue.backlog_s() + queue.seconds("load", num_host)
                 + max(queue.seconds("read", num_disk), queue.seconds("load", num_disk)))
 
-    def _push(self, job: Job, most: int) -> None:
-        """Queue a job in parts of ``most`` blocks."""
-        for part in _parts(job, most):
+    def _push(self, job: Job, most: int) -> int:
+        """Queue a job in parts of ``most`` blocks. Returns how many there are."""
+        parts = list(_parts(job, most))
+        for part in parts:
             self._queue.push(part)
             part.owner.request.num_transfers += 1
             if job.kind == "read" and part.blocks[0] != job.blocks[0]:
                 self.disk.begin_read(job.file)
+        return len(parts)
 
-    def _save_evicted(self, loading: Loading) -> None:
-        """Order copies of what the allocation of a request's blocks has evicted."""
+    def _change_places(self, loading: Loading, loads: Job) -> None:
+        """Order the copies to the device, each part behind those out of the blocks that it writes,
+        then the copies of everything else that the allocation has evicted. The end comes first: if
+        slots are too few to begin with, it is an end that is lost."""
         evicted = sorted(self._pool.take_evicted())
-        self.host.touch(value for _, _, value in evicted)
-        missing = [item for item in evicted if self.host.find(item[2]) is None]
-        job = Job(kind="save", owner=loading)
-        for _, block, value in reversed(missing):
-            slot = self.host.take()
+        missing = dict[int, bytes]()
+        for age, (_, block, value) in reversed([*enumerate(evicted)]):
+            slot, loading.ages[value] = self.host.find(value), age
             if slot is None:
-                break
-            job.slots.append(slot)
-            job.blocks.append(block)
-            job.hashes.append(value)
-        job.slots.reverse()
-        job.blocks.reverse()
-        job.hashes.reverse()
-        self._push(job, self._config.copy_blocks)
+                missing[block] = value
+            else:
+                self.host.hold(slot)
+                loading.saved.append((age, slot))
+        for part in reversed([*_parts(loads, self._config.copy_blocks)]):
+            self._save(loading, {block: missing.pop(block) for block in part.blocks
+                                 if block in missing})
+            self._push(part, len(part.blocks))
+        self._save(loading, missing)  # the most valuable first: slots may not suffice for all
+        self._end_saves(loading)
+
+    def _save(self, loading: Loading, contents: dict[int, bytes]) -> None:
+        """Order copies of blocks, by their ids; slots are found when their turn comes."""
+        job = Job(kind="save", owner=loading, blocks=list(contents),
+                  hashes=list(contents.values()))
+        loading.num_saves += self._push(job, self._config.copy_blocks)
 
     def _take_save(self, job: Job) -> None:
+        loading: Loading = job.owner
         for slot, value in zip(job.slots, job.hashes, strict=True):
             self.host.fill(slot, value)
-            self.host.drop_hold(slot)
+            loading.saved.append((loading.ages[value], slot))
+        loading.num_saves -= 1
+        self._end_saves(loading)
+
+    def _end_saves(self, loading: Loading) -> None:
+        """Let go of what was evicted once all of it is in the host, the most valuable last."""
+        if not loading.num_saves:
+            for _, slot in sorted(loading.saved):
+                self.host.drop_hold(slot)
+            loading.saved.clear()
 
     def _take_load(self, job: Job) -> None:
         for block, value, parent in zip(job.blocks, job.hashes, job.parents, strict=True):
@@ -265,14 +292,22 @@ class Tiers:
             self.host.drop_hold(slot, goes_first=True)
 
     def _give_slots(self) -> None:
-        """Find slots for the files that are to be read next."""
-        for job in self._queue.waiting_reads():
+        """Find slots for what is to be saved, and for the files that are to be read next."""
+        for index, job in enumerate(self._queue.waiting("copies")):
+            self._take_slots(job)
+            if job.is_ready:
+                continue
+            if index or self._queue.is_waiting:
+                break  # those before it will leave theirs
+            del job.blocks[len(job.slots):], job.hashes[len(job.slots):]  # these are lost
+        for job in self._queue.waiting("read"):
             if self.host.num_available < len(job.blocks) - len(job.slots):
                 return
-            while len(job.slots) < len(job.blocks):
-                slot = self.host.take()
-                assert slot is not None
-                job.slots.append(slot)
+            self._take_slots(job)
+
+    def _take_slots(self, job: Job) -> None:
+        while not job.is_ready and (slot := self.host.take()) is not None:
+            job.slots.append(slot)
 
     def _take_read(self, job: Job, failure: str) -> None:
         self.disk.end_read(job.file)

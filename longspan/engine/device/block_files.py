@@ -1,7 +1,9 @@
 """Files of KV blocks, read and written by threads of their own (`longspan.engine.kv_file`).
 
 A file is written under another name, synced, then renamed: whoever looks finds all of it or none.
-Each block's checksum is compared as it is read. Nothing here decides what is kept.
+Each block's checksum is compared as it is read. Two files are under way each way, so that the disk
+has something to do while one of them is opened, synced or reported; their blocks are done one file
+after the other. Nothing here decides what is kept.
 """
 
 from __future__ import annotations
@@ -11,11 +13,13 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import TypeVar
 
 from longspan.engine.device.block_store import BlockStore
+from longspan.engine.device.file_reader import PIECE_BYTES, FileReader
 from longspan.engine.kv_file import (
     HASH_BYTES,
     PART_SUFFIX,
@@ -28,8 +32,12 @@ from longspan.engine.kv_file import (
 from longspan.engine.transfer import Transfer, TransferResult
 
 MAX_HELPERS = 8
-"""Blocks that are read or written at a time."""
+"""Blocks that are read, and that are written, at a time. Readers mostly wait for the disk, and
+there are as many on few cores."""
+NUM_FILES = 2
+"""Files that are read, and that are written, at a time."""
 OnEnd = Callable[[TransferResult], None]
+Result = TypeVar("Result")
 logger = logging.getLogger("longspan.engine")
 
 
@@ -45,11 +53,14 @@ class BlockFiles:
         self._tensors = {part.name: (part.dtype, part.shape) for part in store.parts}
         self._sizes = [part.shape[0] * part.row_bytes for part in store.parts]
         self._memory = store.bytes_of
-        self._reader = ThreadPoolExecutor(1, "longspan-kv-read")
-        self._writer = ThreadPoolExecutor(1, "longspan-kv-write")
+        self._starts = [sum(self._sizes[:index]) for index in range(len(self._sizes))]
+        self._reader = ThreadPoolExecutor(NUM_FILES, "longspan-kv-read")
+        self._writer = ThreadPoolExecutor(NUM_FILES, "longspan-kv-write")
+        self._read_helpers = ThreadPoolExecutor(MAX_HELPERS, "longspan-kv-in")
         count = max(1, min(MAX_HELPERS, len(os.sched_getaffinity(0))))
-        self._helpers = ThreadPoolExecutor(count, "longspan-kv")
+        self._write_helpers = ThreadPoolExecutor(count, "longspan-kv-out")
         self._lock = threading.Lock()
+        self._ended_s = {"read": 0.0, "write": 0.0, "drop": 0.0}
         self._latest_s = max((item.stat().st_mtime for item in os.scandir(folder.path)), default=0)
 
     def submit(self, transfer: Transfer, on_end: OnEnd) -> None:
@@ -59,7 +70,7 @@ class BlockFiles:
 
     def close(self) -> None:
         """End after what is being read and written, drop the rest, and leave the directory."""
-        for pool in (self._reader, self._writer, self._helpers):
+        for pool in (self._reader, self._writer, self._read_helpers, self._write_helpers):
             pool.shutdown(cancel_futures=True)
         self._folder.close()
 
@@ -79,8 +90,13 @@ class BlockFiles:
             logger.warning("KV file %s cannot be %s: %s", self._folder.path / transfer.file,
                            {"read": "used", "write": "written", "drop": "deleted"}[transfer.kind],
                            failure)
-        on_end(TransferResult(transfer_id=transfer.transfer_id, failure=failure,
-                              elapsed_s=time.perf_counter() - begun_s))
+        with self._lock:
+            now_s = time.perf_counter()
+            # the time of this file alone: it began when the one before it had ended
+            elapsed_s = now_s - max(begun_s, self._ended_s[transfer.kind])
+            self._ended_s[transfer.kind] = now_s
+        on_end(TransferResult(
+            transfer_id=transfer.transfer_id, failure=failure, elapsed_s=elapsed_s))
 
     def _read(self, transfer: Transfer) -> None:
         file = self._folder.path / transfer.file
@@ -91,17 +107,33 @@ class BlockFiles:
         if {n: (t, s[1:]) for n, (t, s) in run.tensors.items()} != self._tensors:
             raise BadFileError("its blocks have another shape or dtype")
         places = {value: index for index, value in enumerate(run.hashes)}
-        with open(file, "rb", buffering=0) as stream:
-            fd = stream.fileno()
-            list(self._helpers.map(
-                lambda pair: self._read_block(fd, run, places[pair[0]], pair[1]),
-                zip(hashes, transfer.slots, strict=True)))
+        with FileReader(file) as reader:
+            small = self._read_small(reader, run)
+            _all(self._read_helpers.submit(
+                self._read_block, reader, run, small, places[value], slot)
+                for value, slot in zip(hashes, transfer.slots, strict=True))
         self._stamp(file)
 
-    def _read_block(self, fd: int, run: StoredRun, index: int, slot: int) -> None:
+    def _read_small(self, reader: FileReader, run: StoredRun) -> dict[int, memoryview]:
+        """Read the parts that are small over all blocks, each in one go: its bytes by part."""
+        found, start, count = dict[int, memoryview](), run.data_start, len(run.hashes)
+        for part, size in enumerate(self._sizes):
+            if count * size <= PIECE_BYTES:
+                found[part] = memoryview(bytearray(count * size))
+                reader.read(found[part], start)
+            start += count * size
+        return found
+
+    def _read_block(
+        self, reader: FileReader, run: StoredRun, small: dict[int, memoryview],
+        index: int, slot: int,
+    ) -> None:
         start, checksum = run.data_start, 0
-        for view, size in zip(self._views(slot), self._sizes, strict=True):
-            _whole(os.preadv, fd, view, start + index * size)
+        for part, (view, size) in enumerate(zip(self._views(slot), self._sizes, strict=True)):
+            if part in small:
+                view[:] = small[part][index * size:(index + 1) * size]
+            else:
+                reader.read(view, start + index * size)
             checksum = zlib.crc32(view, checksum)
             start += len(run.hashes) * size
         if checksum != run.checksums[index]:
@@ -114,11 +146,11 @@ class BlockFiles:
         part = self._folder.path / f"{name}{PART_SUFFIX}"
         fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            sums = list(self._helpers.map(
-                lambda pair: self._write_block(fd, start, len(hashes), *pair),
-                enumerate(transfer.slots)))
+            sums = _all(self._write_helpers.submit(
+                self._write_block, fd, start, len(hashes), *pair)
+                for pair in enumerate(transfer.slots))
             header = make_header(self._key, hashes, transfer.parent, sums, self._tensors)
-            _whole(os.pwritev, fd, memoryview(header), 0)
+            _write_all(fd, memoryview(header), 0)
             os.fdatasync(fd)
             os.replace(part, self._folder.path / name)
             self._stamp(self._folder.path / name)
@@ -132,7 +164,7 @@ class BlockFiles:
         checksum = 0
         for view, size in zip(self._views(slot), self._sizes, strict=True):
             checksum = zlib.crc32(view, checksum)
-            _whole(os.pwritev, fd, view, start + index * size)
+            _write_all(fd, view, start + index * size)
             start += count * size
         return checksum
 
@@ -147,23 +179,24 @@ class BlockFiles:
 
     def _views(self, slot: int) -> list[memoryview]:
         """View a slot's parts."""
-        views, start, row = list[memoryview](), 0, memoryview(self._memory[slot])
-        for size in self._sizes:
-            views.append(row[start:start + size])
-            start += size
-        return views
+        row = memoryview(self._memory[slot])
+        return [row[start:start + size]
+                for start, size in zip(self._starts, self._sizes, strict=True)]
 
 
-def _whole(
-    move: Callable[[int, Sequence[memoryview], int], int], fd: int, view: memoryview, offset: int,
-) -> None:
-    """Read or write all of a view, in as many calls as it takes."""
+def _all(futures: Iterable[Future[Result]]) -> list[Result]:
+    """Wait for all of them, also where one fails: slots and files must not be touched any more when
+    their transfer has ended."""
+    found = list(futures)
+    wait(found)
+    return [future.result() for future in found]
+
+
+def _write_all(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of it, in as many calls as it takes."""
     done = 0
-    while done < len(view):
-        count = move(fd, [view[done:]], offset + done)
-        if not count:
-            raise BadFileError("it is truncated")
-        done += count
+    while done < len(data):
+        done += os.pwritev(fd, [data[done:]], offset + done)
 
 
 def _split(hashes: bytes) -> list[bytes]:

@@ -97,6 +97,8 @@ class BlockStore:
         Args:
             after: on GPUs, what has to be computed before.
         """
+        if not transfer.slots:
+            return CopyWatch(None)  # nothing was worth it, or there was no room
         if self._stream is None:
             blocks = torch.tensor(transfer.blocks)
             self._move(transfer.kind, self.memory, torch.tensor(transfer.slots), blocks)

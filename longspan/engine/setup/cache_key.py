@@ -13,7 +13,6 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,13 @@ import torch
 from longspan.attention.sparsity import SparsityPlan
 from longspan.config import DcaConfig, EngineConfig, ModelConfig
 from longspan.engine.kv_file import KEY_BYTES, VERSION
+from longspan.version import __version__
 
 WEIGHTS = ("*.safetensors", "*.gguf")
 TEXT_FILES = ("tokenizer*", "*.jinja", "vocab*", "merges.txt", "special_tokens_map.json",
               "added_tokens.json")
+ROOMS = ("ops", "attention", "model")
+"""Those of longspan whose code keys and values come from."""
 SPAN_BYTES = 32 * 1024**2
 
 
@@ -43,7 +45,7 @@ def cache_key(
     """
     assert config.device is not None
     facts: dict[str, Any] = {
-        "format": VERSION, "longspan": version("longspan"), "torch": torch.__version__,
+        "format": VERSION, "longspan": [__version__, code_digest()], "torch": torch.__version__,
         "device": config.device.split(":")[0], "dtype": config.dtype, "weights": config.weights,
         "quantization": config.quantization, "block_size": config.block_size,
         "model": dataclasses.asdict(model), "positions": dca and dataclasses.asdict(dca),
@@ -54,6 +56,15 @@ def cache_key(
             file for pattern in patterns for file in path.glob(pattern) if file.is_file()))
     text = json.dumps(facts, sort_keys=True, default=str).encode()
     return blake2b(text, digest_size=KEY_BYTES).digest()
+
+
+def code_digest() -> str:
+    """Digest the code that keys and values come from: between two releases it changes more often
+    than the version."""
+    root, digest = Path(__file__).resolve().parents[2], blake2b(digest_size=16)
+    for file in sorted(file for room in ROOMS for file in (root / room).rglob("*.py")):
+        digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def digest_files(files: list[Path]) -> dict[str, str]:

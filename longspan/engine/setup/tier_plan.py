@@ -10,6 +10,7 @@ from longspan.config import EngineConfig, ModelConfig
 from longspan.engine.control.copy_queue import TierConfig
 from longspan.engine.device.block_store import STAGE_BYTES
 from longspan.engine.device.memory import DeviceMemory, device_memory, host_memory
+from longspan.engine.setup.disk_rate import sampled_bytes_per_s
 from longspan.errors import LongspanError, NotEnoughMemoryError
 from longspan.units import DTYPE_BYTES, GIB, in_gib
 
@@ -47,12 +48,15 @@ def plan_tiers(model: ModelConfig, config: EngineConfig, *, means: bool) -> Tier
             f"{in_gib(block_bytes)}; use {MIN_SLOTS * block_bytes / GIB:.2f} or more, or 0")
     if not config.kv_host_gib:
         host_bytes = max(WAY_BYTES[device_type], 4 * MIN_SLOTS * block_bytes)
+    folder = Path(config.kv_dir).expanduser().absolute() if config.kv_dir else None
+    rate = None if folder is None else sampled_bytes_per_s(folder)
     return TierConfig(
         num_slots=host_bytes // block_bytes, keeps_host=config.kv_host_gib > 0,
         block_bytes=block_bytes, copy_bytes_per_s=COPY_BYTES_PER_S[device_type],
         copy_s=COPY_SHARE[device_type] * budget_s if budget_s and math.isfinite(budget_s)
         else UNHURRIED_S,
-        folder=str(Path(config.kv_dir).expanduser().absolute()) if config.kv_dir else "",
+        disk_bytes_per_s=rate or TierConfig().disk_bytes_per_s,
+        folder="" if folder is None else str(folder),
         disk_bytes=_disk_bytes(config) if config.kv_dir else 0)
 
 

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from longspan.bench.engine import cache
+from longspan.bench.engine import cache, cache_driver, disk_read
 from longspan.bench.engine.cache import CacheOptions
-from longspan.bench.session import BenchOptions, BenchSession
+from longspan.bench.session import BenchOptions, BenchSession, CheckFailed
 from longspan.commands import results
 from longspan.errors import LongspanError
+from longspan.units import GIB
 from tests.bench.shapes_for_tests import tiny_shape
+
+BLOCK_BYTES = 3 * 2 * 2 * 16 * 4 * 129
+"""Of `tiny_shape`: 128 tokens and their mean."""
 
 
 def test_what_comes_back_from_host_memory_and_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(cache, "DECODED_LEN", 600)
-    options = CacheOptions(lengths=(5_000,), places=("host", "disk"), folder=tmp_path / "kv",
+    monkeypatch.setattr(cache_driver, "DECODED_LEN", 600)
+    options = CacheOptions(lengths=(4_000,), places=("host", "disk"), folder=tmp_path / "kv",
                            chunk_len=512)
     session = BenchSession("cache", BenchOptions(device="cpu", out=tmp_path / "out"))
     assert cache.run(session, tiny_shape(), options) == 0
@@ -26,12 +31,28 @@ def test_what_comes_back_from_host_memory_and_disk(
     disk, host = content["rows"]
     assert (disk["place"], host["place"]) == ("disk", "host")
     for row in (disk, host):
-        assert 4_000 < row["loaded_tokens"] <= 5_000 and row["num_tokens"] == 5_000
+        assert 3_000 < row["loaded_tokens"] <= 4_000 and row["num_tokens"] == 4_000
         assert 0 < row["load_s"] <= row["ttft_s"] < row["prefill_s"]
         assert row["gib_per_s"] > 0 and 0 < row["pause_s"] < row["step_budget_s"]
-    assert host["save_s"] > 0 and disk["disk_own_s"] > 0
+    assert host["save_s"] > 0 and min(disk["disk_own_gib_per_s"]) > 0
+    assert disk["question_s"] < disk["prefill_s"] and disk["question_pause_s"] > 0
     assert "from" in capsys.readouterr().out
     assert not list((tmp_path / "kv").rglob("*.safetensors"))
+
+
+def test_two_prompts_in_turn_on_a_pool_that_holds_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cache_driver, "DECODED_LEN", 300)
+    options = CacheOptions(lengths=(2_500,), places=("turns",), folder=tmp_path / "kv",
+                           chunk_len=512, host_gib=24 * BLOCK_BYTES / GIB)
+    session = BenchSession("cache", BenchOptions(device="cpu", out=tmp_path / "out"))
+    assert cache.run(session, tiny_shape(), options) == 0
+    (row,) = session.rows
+    assert len(row["turns_s"]) == 4 and len(row["prefills_s"]) == 2
+    assert row["host_gib"] * GIB < 1.3 * 2_500 / 128 * BLOCK_BYTES
+    assert row["loaded_tokens"] > 2_000, "all but what was left on the device"
+    assert max(row["turns_s"]) < min(row["prefills_s"])
 
 
 def test_options_that_cannot_be_measured_are_refused(tmp_path: Path) -> None:
@@ -40,3 +61,28 @@ def test_options_that_cannot_be_measured_are_refused(tmp_path: Path) -> None:
         fields = {"lengths": (1,), "places": ("host",), "folder": tmp_path / "kv", **wrong}
         with pytest.raises(LongspanError):
             CacheOptions(**fields)  # type: ignore[arg-type]
+
+
+def test_a_disk_without_room_is_a_row_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1_000))
+    options = CacheOptions(lengths=(5_000,), places=("disk",), folder=tmp_path / "kv")
+    session = BenchSession("cache", BenchOptions(device="cpu", out=tmp_path / "out"))
+    assert cache.run(session, tiny_shape(), options) == 1
+    assert "are free in" in session.rows[0]["error"]
+
+
+def test_files_that_stay_in_memory_are_not_timed_as_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files = [tmp_path / "a", tmp_path / "b"]
+    for file in files:
+        file.write_bytes(bytes(1 << 20))
+    assert disk_read.cached_share(files) > 0.9, "they were just written"
+    assert disk_read.read_bytes_per_s(files) > 0
+    assert disk_read.cached_share(files) == 0
+    monkeypatch.setattr("os.posix_fadvise", lambda *args: None)
+    files[0].read_bytes()
+    with pytest.raises(CheckFailed, match="stay in the page cache"):
+        disk_read.forget(files)

@@ -117,7 +117,7 @@ class World:
             tiers=random_tiers(random.Random(1000 + seed)) if has_places else TierConfig())
         self.scheduler = Scheduler(config)
         self.pool = self.scheduler.pool = WatchedPool(config.num_blocks)
-        self.pool.notes_evicted = config.tiers.keeps_host
+        self.pool.notes_evicted = config.tiers.keeps_host and config.tiers.num_slots > 0
         tiers = self.scheduler.tiers
         self.scheduler._prefixes._pool = tiers._pool = tiers._writer._pool = self.pool
         way = RunnerTransport(cast(Inbox, self), cast(Outbox, self), rng.choice([1, 2, 3]))

@@ -17,7 +17,10 @@ def filled(slots: HostSlots, *values: bytes) -> None:
 def test_the_longest_unused_content_goes_first() -> None:
     slots = HostSlots(3)
     filled(slots, b"a", b"b", b"c")
-    slots.touch([b"a"])
+    used = slots.find(b"a")
+    assert used is not None
+    slots.hold(used)
+    slots.drop_hold(used)
     filled(slots, b"d")
     assert slots.find(b"b") is None
     assert [slots.find(value) is not None for value in (b"a", b"c", b"d")] == [True] * 3

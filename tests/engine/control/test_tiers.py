@@ -63,6 +63,27 @@ def test_what_is_evicted_comes_back_from_host_memory() -> None:
     assert engine.runner.places.counts["save"] > 0 < engine.runner.places.counts["load"]
 
 
+def test_two_prompts_change_places_through_a_host_that_holds_one_and_a_little() -> None:
+    engine = Engine(num_blocks=13, num_slots=15)
+    engine.ask(FIRST)
+    engine.ask(SECOND)
+    for _ in range(4):
+        for prompt in (FIRST, SECOND):
+            request = engine.ask(prompt)
+            assert request.num_cached_tokens == 44, "nothing of it was lost"
+            assert request.origin is not None and request.origin.num_host_tokens >= 40
+
+
+def test_where_the_host_holds_less_the_beginning_is_kept() -> None:
+    engine = Engine(num_blocks=13, num_slots=6)
+    engine.ask(FIRST)
+    hashes = engine.ask(SECOND).block_hashes
+    engine.ask(FIRST)
+    places = [engine.scheduler.tiers.place(value) for value in hashes[:12]]
+    kept = places.index("")
+    assert kept >= 4 and set(places[:kept]) == {"host"}, places
+
+
 def test_what_is_sooner_computed_is_computed() -> None:
     engine = Engine(copy_bytes_per_s=100.0)  # a second for each block
     engine.ask(FIRST)

@@ -39,8 +39,8 @@ def content(value: bytes) -> int:
     return value[0]
 
 
-def write(folder: Path, seed: int) -> None:
-    """One file after another, until killed."""
+def write(folder: Path, seed: int, done: int) -> None:
+    """One file after another, until killed; each whole one is told by a byte to ``done``."""
     files, store = make_files(folder)
     number = 0
     while True:
@@ -53,6 +53,7 @@ def write(folder: Path, seed: int) -> None:
             transfer_id=number, kind="write", slots=array("i", range(SLOTS)),
             file=file_name(KEY, hashes[-1]), hashes=b"".join(hashes)), ended.append)
         assert not ended[0].failure, ended
+        os.write(done, b".")
         number += 1
 
 
@@ -90,9 +91,13 @@ def main() -> None:
     """Kill and look, again and again."""
     folder, rng, num_parts = Path(sys.argv[1]), random.Random(int(sys.argv[2])), 0
     for turn in range(TIMES):
-        pid = forked(lambda turn=turn: write(folder, turn))  # type: ignore[misc]
-        time.sleep(rng.uniform(0.02, 0.12))
+        told, done = os.pipe()
+        pid = forked(lambda turn=turn, done=done: write(folder, turn, done))  # type: ignore[misc]
+        os.read(told, 1)
+        time.sleep(rng.uniform(0.0, 0.1))
         os.kill(pid, signal.SIGKILL)
+        os.close(told)
+        os.close(done)
         os.waitpid(pid, 0)
         num_parts += bool(list(folder.glob("*.part")))
         _, status = os.waitpid(forked(lambda: print(check(folder), flush=True)), 0)

@@ -168,5 +168,5 @@ def test_processes_killed_while_they_write_leave_whole_files_only(tmp_path: Path
                           capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     *counts, last = done.stdout.splitlines()
-    assert len(counts) == 20 and int(counts[-1]) > 20
+    assert len(counts) == 20 and int(counts[-1]) >= 20
     assert int(last.split(":")[1]) > 3, "some were killed in the middle of a file"
