@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from longspan.commands.bench_cache import bench_cache
+from longspan.commands.bench_cache import bench_cache_app
 from longspan.commands.bench_pipeline import bench_pipeline
 from longspan.commands.cache_app import cache_app
 from longspan.commands.calibrate_app import calibrate_app
@@ -70,7 +70,7 @@ app.add_typer(cache_app, name="cache")
 app.add_typer(bench_app, name="bench")
 app.add_typer(train_app, name="train")
 app.command("import")(import_gguf)
-bench_app.command("cache")(bench_cache)
+bench_app.add_typer(bench_cache_app)
 bench_app.command("pipeline")(bench_pipeline)
 app.add_typer(calibrate_app)
 app.add_typer(synth_app, name="synth")

@@ -9,7 +9,10 @@ import typer
 
 from longspan.commands.options import Device, Results, parse_list
 
+bench_cache_app = typer.Typer(rich_markup_mode=None)
 
+
+@bench_cache_app.command("cache")
 def bench_cache(
     shape: Annotated[str, typer.Option(
         help="qwen2.5-7b, qwen2.5-14b or nano; random weights.")] = "qwen2.5-7b",

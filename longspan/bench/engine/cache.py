@@ -45,7 +45,7 @@ class CacheOptions:
     lengths: tuple[int, ...]
     """Prompt lengths, tokens."""
     places: tuple[str, ...]
-    """Of `PLACES`."""
+    """Some of `PLACES`."""
     folder: Path
     """Empty or missing; on the disk that is measured."""
     chunk_len: int | None = None

@@ -16,7 +16,7 @@ from longspan.units import GIB
 from tests.bench.shapes_for_tests import tiny_shape
 
 BLOCK_BYTES = 3 * 2 * 2 * 16 * 4 * 129
-"""Of `tiny_shape`: 128 tokens and their mean."""
+"""Those of `tiny_shape`: 128 tokens and their mean."""
 
 
 def test_what_comes_back_from_host_memory_and_disk(
