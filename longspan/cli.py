@@ -327,7 +327,7 @@ def quality(
                          typer.Option(help="Folder of texts; default: Python's library.")] = None,
     chunk_len: Annotated[int | None, typer.Option(help="Tokens of a prefill chunk.")] = None,
     policy: Annotated[list[str] | None, typer.Option(
-        help="Another tile setting: num_scouts=128,dense_tail_len=0, …; repeatable.")] = None,
+        help="Another tile setting: num_scouts=128,tail_len=0, …; repeatable.")] = None,
     memory_gib: Memory = None,
     device: Device = None, commit: Commit = None, budget_s: BudgetS = None,
     out: Results = Path("bench/results"),

@@ -351,16 +351,6 @@ def check_recall(value: object) -> None:
                             "0.95")
 
 
-def dense_tail_start(prompt_len: int, dense_tail_len: int) -> int:
-    """First position of a prompt's dense tail; ``prompt_len`` where there is none.
-
-    The tail holds at least ``dense_tail_len`` tokens and starts at a multiple of half of that, so
-    that prompts of nearly the same length share it, and with it the prefix cache.
-    """
-    step = max(1, dense_tail_len // 2)
-    return max(0, prompt_len - dense_tail_len) // step * step
-
-
 def read_json(file: Path) -> Any:
     """Parse a JSON file. Raises `CheckpointError` with the place of the fault."""
     try:

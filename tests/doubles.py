@@ -13,8 +13,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from longspan.config import dense_tail_start
-from longspan.engine.control.chunking import sparse_stop
+from longspan.engine.control.chunking import chunk_stop, tail_start
 from longspan.engine.control.copy_queue import TierConfig
 from longspan.engine.request import Request, SamplingParams
 from longspan.engine.step import ScheduledBatch, ScheduledSlice, StepResult
@@ -90,17 +89,17 @@ class ComputedStep:
 class FakeRunner:
     """Keeps in each slot what the real keys would depend on, and checks it on every read.
 
-    Dense: the tokens up to the slot. Sparse: the tokens up to the prefill chunk's end or the dense
-    tail's start; in the tail, the tokens up to the slot and where the tail starts. A wrong block,
+    Dense: the tokens up to the slot. Sparse: the tokens up to the prefill chunk's end, and how they
+    were cut into chunks. A wrong block,
     a block reused too early or a cache hit on something impure fails an assertion. Of a sparse
     chunk in pieces the slots hold nothing of use before the last piece; pieces must follow one
     another, and no other chunk may begin in between.
     """
 
     def __init__(
-        self, *, num_blocks: int, block_size: int, prefill_chunk_len: int, dense_tail_len: int = 0,
+        self, *, num_blocks: int, block_size: int, prefill_chunk_len: int, tail_len: int = 0,
     ) -> None:
-        self.block_size, self.chunk, self.tail = block_size, prefill_chunk_len, dense_tail_len
+        self.block_size, self.chunk, self.tail = block_size, prefill_chunk_len, tail_len
         self.slots: list[object] = [None] * (num_blocks * block_size)
         self.tokens: list[int] = [-1] * (num_blocks * block_size)
         self.num_computed = 0
@@ -178,23 +177,34 @@ class FakeRunner:
         return self.latest[item.slot]
 
     def _written(self, item: ScheduledSlice, context: list[int], position: int) -> object:
-        return self._content(item, context, position, item.context_len)
+        start, stop = item.cached_len, item.context_len
+        return self._content(item, context, position, [*self._cuts(item, start), start, stop])
 
     def _expected(self, item: ScheduledSlice, context: list[int], position: int) -> object:
         """What a run without any cache would have written."""
-        cut = (position // self.chunk + 1) * self.chunk
-        return self._content(item, context, position, min(cut, item.prompt_len))
+        cuts = self._cuts(item, position + 1)
+        end = chunk_stop(cuts[-1], item.prompt_len, self.chunk, self._tail(item)) \
+            if position < item.prompt_len else position + 1
+        return self._content(item, context, position, [*cuts, end])
 
     def _content(
-        self, item: ScheduledSlice, context: list[int], position: int, chunk_end: int,
+        self, item: ScheduledSlice, context: list[int], position: int, cuts: list[int],
     ) -> object:
-        tail_start = dense_tail_start(item.prompt_len, self.tail)
         if not item.sparse:
             return hash(tuple(context[: position + 1]))
-        stop = sparse_stop(item.prompt_len, self.tail, self.block_size)
-        if position >= stop:
-            return hash((*context[: position + 1], "tail", tail_start))
-        return hash((*context[: min(chunk_end, stop)], "chunk"))
+        return hash((*context[: cuts[-1]], "cuts", *cuts))
+
+    def _tail(self, item: ScheduledSlice) -> int:
+        return tail_start(item.prompt_len, self.tail, self.block_size)
+
+    def _cuts(self, item: ScheduledSlice, stop: int) -> list[int]:
+        """Where a sparse prompt's chunks, and then its decodes, begin before ``stop``."""
+        cuts, start = list[int](), 0
+        while start < stop:
+            cuts.append(start)
+            start = chunk_stop(start, item.prompt_len, self.chunk, self._tail(item)) \
+                if start < item.prompt_len else start + 1
+        return cuts
 
 
 class FakePlaces:

@@ -13,7 +13,6 @@ from longspan import ops
 from longspan.attention.metadata import AttentionMetadata, DecodeGroup, PrefillSlice
 from longspan.attention.observer import UNWATCHED, AttendedRows, AttentionObserver, Region
 from longspan.attention.sparsity import SparsityPlan
-from longspan.config import dense_tail_start
 from longspan.ops.geometry import segments
 from longspan.ops.select.recall import num_typical
 from longspan.ops.types import PagedKV, QueryRotary, Selection
@@ -131,14 +130,11 @@ class DualChunkAttention:
         return self.attend(q, cache, item, self.prepare(q, cache, item), item.cached_len)
 
     def _sparse_range(self, item: PrefillSlice, block_size: int) -> tuple[int, int]:
-        """Return the positions [first, stop) computed sparsely: in tile mode whole tiles, and never
-        the prompt's dense tail, nor tiles that the slash budget covers wholly."""
+        """Return the positions [first, stop) computed sparsely: in tile mode whole tiles, and none
+        that the slash budget covers wholly."""
         if not item.sparse or self.plan is None or self.budget is None:
             return 0, 0
-        tail = dense_tail_start(item.prompt_len, self.plan.dense_tail_len)
-        if tail < item.prompt_len:
-            tail = tail // block_size * block_size
-        stop = min(item.context_len, tail)
+        stop = item.context_len
         if self.plan.mode == "paper":
             return item.cached_len, stop
         first = max(item.cached_len, min(self.budget.slash))

@@ -30,7 +30,7 @@ class PrefillSlice:
     cached_len: int
     """Tokens of this request already in the KV cache: the slice's first position."""
     prompt_len: int
-    """Whole prompt, tokens; the dense tail is counted from its end."""
+    """Whole prompt, tokens; the YaRN temperature is that of its length."""
     block_table: Tensor
     """[ceil(context_len / P)] int64, KV block ids in order."""
     scale: float

@@ -13,15 +13,18 @@ from longspan.config import check_recall, read_json
 from longspan.errors import CheckpointError, LongspanError
 from longspan.ops.types import Budget
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 SelectionMode = Literal["tile", "paper"]
 MOST = 2**31 - 1
 """The largest number that a plan may hold: kernels take 32 bits."""
-_LEAST = {"probe_last": 1, "probe_strided": 0, "sink": 0, "local": 0, "dense_tail_len": 0,
+_LEAST = {"probe_last": 1, "probe_strided": 0, "sink": 0, "local": 0, "tail_len": 0,
           "mean_near_len": 0, "num_scouts": 0, "most_scouts": 0,
           "scout_tiles": 1}
-_BEFORE_SCOUTS = {"schema_version": 1, "num_scouts": 0}
-"""What a file of the first schema leaves unsaid: it was measured without scouts."""
+_BEFORE_SCOUTS = 1
+"""Files of this schema were measured without scouts."""
+_DENSE_TAIL = 2
+"""Up to this schema the tail, by another name, attended to everything; now it selects for itself.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,8 +69,9 @@ class SparsityPlan:
     """Share of attention mass that every head and prefill chunk should keep: budgets are then
     multiples of those here, from a quarter to four times, and `scout_threshold` follows (tile
     mode). None: the budgets as they are."""
-    dense_tail_len: int = 1024
-    """The prompt's last tokens attend to everything."""
+    tail_len: int = 1024
+    """The prompt's last tokens, where the question stands, are a prefill chunk of their own: what
+    is before them does not depend on the question, and their selection serves them alone."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Who measured this plan, on what: model hash, calibration length, recall, date."""
 
@@ -139,9 +143,13 @@ class SparsityPlan:
     def _from_json(cls, raw: Any) -> SparsityPlan:
         if not isinstance(raw, dict):
             raise LongspanError(f"a JSON object is needed, not {type(raw).__name__}")
-        if raw.get("schema_version") == _BEFORE_SCOUTS["schema_version"]:
-            raw = _BEFORE_SCOUTS | raw | {"schema_version": SCHEMA_VERSION}
         version = raw.pop("schema_version", None)
+        if version == _BEFORE_SCOUTS:
+            raw = {"num_scouts": 0, **raw}
+        if version in (_BEFORE_SCOUTS, _DENSE_TAIL):
+            version = SCHEMA_VERSION
+            if "dense_tail_len" in raw:
+                raw["tail_len"] = raw.pop("dense_tail_len")
         if version != SCHEMA_VERSION:
             raise LongspanError(f"schema_version {version}, this program reads {SCHEMA_VERSION}; "
                                 "calibrate again")
@@ -162,7 +170,7 @@ class SparsityPlan:
         vertical = tuple(tuple(130 if v == 30 else v for v in row) for row in self.vertical)
         return replace(self, mode="paper", vertical=vertical, budget_share=1.0, probe_strided=0,
                        sink=30, local=100, mean_correction=False, num_scouts=0,
-                       recall_target=None, dense_tail_len=0)
+                       recall_target=None, tail_len=0)
 
     def check_fits(self, num_layers: int, num_heads: int) -> None:
         """Raise `LongspanError` when the plan was made for another model's shape."""

@@ -47,7 +47,7 @@ POLICY_FIELDS: Mapping[str, Callable[[str], Any]] = {
     "vertical": int, "slash": int, "budget_share": float, "mean_near_len": int,
     "mean_correction": lambda value: bool(int(value)), "num_scouts": int, "most_scouts": int,
     "scout_threshold": float, "scout_tiles": int, "probe_last": int,
-    "probe_strided": int, "dense_tail_len": int}
+    "probe_strided": int, "tail_len": int}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +60,7 @@ class PlanOptions:
     """The same diagonals for every head, tokens."""
     mode: str = "tile"
     policy: str = ""
-    """Fields of the plan in tile mode, such as ``num_scouts=128,dense_tail_len=0``; vertical and
+    """Fields of the plan in tile mode, such as ``num_scouts=128,tail_len=0``; vertical and
     slash for every head."""
 
 
@@ -111,8 +111,8 @@ def label_plan(plan: SparsityPlan, source: str) -> str:
         parts.append(f"above{plan.scout_threshold:g}")
     if plan.mean_correction and plan.mean_near_len != DEFAULTS["mean_near_len"]:
         parts.append(f"near{plan.mean_near_len}")
-    if plan.dense_tail_len:
-        parts.append(f"tail{plan.dense_tail_len}")
+    if plan.tail_len != DEFAULTS["tail_len"]:
+        parts.append(f"owntail{plan.tail_len}")
     return "-".join(parts)
 
 

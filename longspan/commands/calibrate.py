@@ -68,7 +68,7 @@ def run(job: CalibrateJob, options: dict[str, Any]) -> None:
     model = ModelConfig.from_dir(path)
     policy = SparsityPlan.default(model.num_layers, model.num_heads)
     # scouts bring tiles of their own; what columns and windows keep is to be measured alone
-    bare = replace(policy, num_scouts=0, dense_tail_len=0)
+    bare = replace(policy, num_scouts=0)
     job.out.parent.mkdir(parents=True, exist_ok=True)
     with _dense_engine(job, policy, options) as llm:
         texts, text_facts = _texts(job, llm)
@@ -97,7 +97,8 @@ def run(job: CalibrateJob, options: dict[str, Any]) -> None:
 
 def _dense_engine(job: CalibrateJob, policy: SparsityPlan, options: dict[str, Any]) -> LLM:
     """Load an engine whose caches hold tile means and whose prefill attends to everything."""
-    dense = replace(policy, dense_tail_len=MOST)
+    everything = tuple((MOST,) * len(row) for row in policy.slash)
+    dense = replace(policy, slash=everything, tail_len=0)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "dense.json"
         dense.save(file)
@@ -165,7 +166,7 @@ def _finished(
                for layer, row in enumerate(recalls) for head, value in enumerate(row)
                if value < least]
     return replace(
-        plan, num_scouts=policy.num_scouts, dense_tail_len=policy.dense_tail_len, provenance={
+        plan, num_scouts=policy.num_scouts, provenance={
             "source": "longspan calibrate", **facts, "threshold": threshold,
             "date": datetime.date.today().isoformat(),
             "recall": [[round(value, 4) for value in row] for row in recalls],

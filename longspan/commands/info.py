@@ -212,14 +212,11 @@ def _dca_sizes(engine: ResolvedEngine) -> str:
 
 def budget_density(plan: SparsityPlan, length: int) -> float:
     """Share of all causal pairs that the budgets buy in a prompt of this length: a column or a
-    diagonal costs at most `length` pairs, and the dense tail sees everything."""
+    diagonal costs at most `length` pairs."""
     budgets = [min(plan.budget_share * (v + s), length)
                for row_v, row_s in zip(plan.vertical, plan.slash, strict=True)
                for v, s in zip(row_v, row_s, strict=True)]
     mean = sum(budgets) / len(budgets)
-    tail = min(plan.dense_tail_len, length)
-    body = length - tail
     # A query at position p sees min(p, budget) keys.
-    sparse_pairs = body * body / 2 if body <= mean else mean * mean / 2 + (body - mean) * mean
-    tail_pairs = tail * (body + tail / 2)
-    return min(1.0, (sparse_pairs + tail_pairs) / (length * length / 2))
+    pairs = length * length / 2 if length <= mean else mean * mean / 2 + (length - mean) * mean
+    return min(1.0, pairs / (length * length / 2))

@@ -59,7 +59,7 @@ Vertical = Annotated[int | None, typer.Option(help="Columns of each head; defaul
 Slash = Annotated[int | None, typer.Option(help="Diagonals of each head; default: released.")]
 SelectionMode = Annotated[str, typer.Option("--mode", help="Selection: tile or paper.")]
 Policy = Annotated[str, typer.Option(
-    help="Changes to the plan: num_scouts=128,dense_tail_len=0,budget_share=0.5, …")]
+    help="Changes to the plan: num_scouts=128,tail_len=0,budget_share=0.5, …")]
 Layers = Annotated[int | None, typer.Option(help="Only the first layers; default: all.")]
 Commit = Annotated[str | None, typer.Option(help="Where the source is a copy without git.")]
 BudgetS = Annotated[float | None, typer.Option(help="Start nothing new after these seconds.")]

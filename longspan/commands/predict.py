@@ -47,7 +47,7 @@ def forecast_of(engine: ResolvedEngine) -> Forecast:
     return Forecast(
         costs=config.prior, block_size=config.block_size,
         prefill_chunk_len=config.prefill_chunk_len, sparse_above=above if is_sparse else None,
-        dense_tail_len=config.dense_tail_len)
+        tail_len=config.tail_len)
 
 
 def product_speed(device: str, dtype: str) -> float:

@@ -18,7 +18,7 @@ class Recall(NamedTuple):
     something up; None: the plan has no scouts."""
     num_tokens: int
     """Prompt tokens that the numbers cover: computed for this request, and sparsely. Tokens from
-    the prefix cache and those of the dense tail are not among them."""
+    the prefix cache are not among them."""
 
 
 def merged(parts: Sequence[Recall]) -> Recall | None:

@@ -218,7 +218,6 @@ def test_experts_behind_dca_equal_the_engine(tmp_path, is_sparse):
     config = replace(config_of(path, DcaConfig(chunk_size=160, local_size=32)),
                      sparse_threshold=256)
     plan = SparsityPlan.default(2, 4, vertical=8, slash=128) if is_sparse else None
-    plan = replace(plan, dense_tail_len=16) if plan else None
     ids = token_ids(400)
     ours = logits_of(hf_model(path, register(config, plan=plan)), ids)
     assert (ours - engine_logits(path, config, ids, plan)).abs().max() <= MAX_DIFFERENCE
@@ -229,8 +228,8 @@ def test_experts_behind_dca_equal_the_engine(tmp_path, is_sparse):
 
 def test_sparse_plan_equals_the_engine(checkpoint):
     config = replace(config_of(checkpoint, None), sparse_threshold=256)
-    plan = replace(SparsityPlan.default(2, 4, vertical=8, slash=128), dense_tail_len=16,
-                   num_scouts=4, scout_threshold=1.0)
+    plan = replace(SparsityPlan.default(2, 4, vertical=8, slash=128), num_scouts=4,
+                   scout_threshold=1.0)
     ids = token_ids(512)
     model = hf_model(checkpoint, register(config, plan=plan))
     ours = logits_of(model, ids)

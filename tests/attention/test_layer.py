@@ -15,7 +15,7 @@ from longspan.attention.layer import DualChunkAttention, allocate_cache
 from longspan.attention.metadata import SequenceSlice, build_metadata
 from longspan.attention.rope import build_rotary
 from longspan.attention.sparsity import SparsityPlan
-from longspan.config import DcaConfig, dense_tail_start
+from longspan.config import DcaConfig
 from longspan.ops import prefill_attention, reference, select_vertical_slash
 from longspan.ops.types import PagedKV
 from tests.conftest import assert_close
@@ -46,7 +46,7 @@ def make_plan(heads: int = 7, **changes: Any) -> SparsityPlan:
     """Budgets differ from head to head; the smallest slash budget is 48."""
     slash = tuple(48 + 20 * (head % 3) for head in range(heads))
     plan = SparsityPlan(vertical=((24,) * heads,) * 2, slash=(slash, slash[::-1]))
-    return replace(plan, local=P, dense_tail_len=50, num_scouts=12, **changes)
+    return replace(plan, local=P, num_scouts=12, **changes)
 
 
 def make_layer(request: Request, plan: SparsityPlan | None, dca: DcaConfig | None = DCA
@@ -90,18 +90,15 @@ def run(
     return torch.cat(outs), cache
 
 
-def sparse_ranges(
-    plan: SparsityPlan, cuts: list[int], prompt_len: int, stride: int
-) -> list[tuple[int, int]]:
+def sparse_ranges(plan: SparsityPlan, cuts: list[int], stride: int) -> list[tuple[int, int]]:
     """Query ranges computed sparsely, restated position by position: in whole tiles of the chunk,
-    from the slash budget on, before the tail, cut at DCA borders (tile mode)."""
+    from the slash budget on, cut at DCA borders (tile mode)."""
     ranges = []
     for start, stop in itertools.pairwise([0, *cuts]):
         inside = [
             position for position in range(start, stop)
             if position // P * P >= max(start, min(plan.slash[1]))
-            and (position // P + 1) * P <= min(
-                stop, dense_tail_start(prompt_len, plan.dense_tail_len))]
+            and (position // P + 1) * P <= stop]
         for _, group in itertools.groupby(inside, key=lambda position: position // stride):
             members = list(group)
             ranges.append((members[0], members[-1] + 1))
@@ -125,8 +122,7 @@ def test_sparse_prefill_follows_the_rules(
     cuts: list[int], heads: int, kv_heads: int, correction: bool
 ) -> None:
     """Against the specification applied by hand: dense rows by `reference`, sparse rows by the
-    selection of each chunk's DCA segment; the tail (50 of 333: no multiple of a block) is dense,
-    and so are ragged ends."""
+    selection of each chunk's DCA segment; ragged ends are dense."""
     request = make_request(333, heads=heads, kv_heads=kv_heads)
     plan = make_plan(heads, mean_correction=correction)
     layer = make_layer(request, plan)
@@ -135,7 +131,7 @@ def test_sparse_prefill_follows_the_rules(
     table, scale = torch.tensor(blocks[:21]), _scale(333)
     expected, _ = reference.prefill_attention(request.q, cache, table, 0, layer.rotary, scale)
     kept = heads * 333 * 334 / 2
-    ranges = sparse_ranges(plan, cuts, 333, layer.rotary.stride)
+    ranges = sparse_ranges(plan, cuts, layer.rotary.stride)
     assert ranges, "the case computes nothing sparsely"
     for start, stop in ranges:
         rows = request.q[start:stop]
@@ -182,28 +178,26 @@ def _scale(prompt_len: int) -> float:
     return metadata.prefills[0].scale
 
 
-@pytest.mark.parametrize("tail", [1, 16, 50, 111, 333])
-def test_dense_tail_equals_dense_exactly(tail: int) -> None:
-    """The prompt's last rows are bit for bit what dense attention gives for them; the rows before
-    them are not dense."""
+def test_a_ragged_end_equals_dense_exactly() -> None:
+    """The rows of the prompt's last, incomplete tile are bit for bit what dense attention gives for
+    them; the rows before them are not dense."""
     request = make_request(333)
-    layer = make_layer(request, replace(make_plan(), dense_tail_len=tail), LONG_DCA)
+    layer = make_layer(request, make_plan(), LONG_DCA)
     out, cache = run(layer, request, [128, 333], dca=LONG_DCA)
-    first_dense = max(128, dense_tail_start(333, tail) // P * P)
-    assert first_dense == 128 or 333 - tail - max(1, tail // 2) < first_dense + P
+    first_dense = 333 // P * P
     table = torch.arange(3, 24)
     exact, _ = prefill_attention(
         request.q[first_dense:], cache, table, first_dense, layer.rotary, D**-0.5)
     assert torch.equal(out[first_dense:], exact)
     dense, _ = reference.prefill_attention(request.q, cache, table, 0, layer.rotary, D**-0.5)
-    assert_close(out[first_dense:], dense[first_dense:], "tail")
+    assert_close(out[first_dense:], dense[first_dense:], "end")
     different = (out - dense).abs().amax((1, 2))[128:first_dense] > 1e-4
-    assert tail == 333 or different.float().mean() > 0.9, "rows before the tail are dense too"
+    assert different.float().mean() > 0.9, "rows before the end are dense too"
 
 
 def test_short_prompts_and_dense_requests_never_select() -> None:
-    """No row qualifies when the tail or the slash budget covers the prompt, or sparse is off."""
-    for length, sparse in ((49, True), (98, True), (333, False)):
+    """No row qualifies when the slash budget covers the prompt, or sparse is off."""
+    for length, sparse in ((31, True), (63, True), (333, False)):
         request = make_request(length)
         layer = make_layer(request, make_plan())
         out, cache = run(layer, request, [length], sparse=sparse)

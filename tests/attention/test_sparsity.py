@@ -36,7 +36,7 @@ def make_plan(**changes: Any) -> SparsityPlan:
 
 @pytest.mark.parametrize("plan", [
     make_plan(), make_plan().paper(), SparsityPlan.default(3, 5),
-    make_plan(probe_last=17, probe_strided=0, sink=0, local=1, dense_tail_len=0, num_scouts=7,
+    make_plan(probe_last=17, probe_strided=0, sink=0, local=1, tail_len=0, num_scouts=7,
               scout_threshold=-0.5, scout_tiles=9, mean_correction=False)],
     ids=["full", "paper", "default", "all-fields"])
 def test_save_and_load_roundtrip(plan: SparsityPlan, tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_save_and_load_roundtrip(plan: SparsityPlan, tmp_path: Path) -> None:
 def test_default_is_the_same_for_every_head() -> None:
     plan = SparsityPlan.default(3, 5, vertical=7, slash=256)
     assert plan.vertical == ((7,) * 5,) * 3 and plan.slash == ((256,) * 5,) * 3
-    assert plan.mode == "tile" and plan.mean_correction and plan.dense_tail_len == 1024
+    assert plan.mode == "tile" and plan.mean_correction and plan.tail_len == 1024
     budget = plan.layer(0)
     assert (budget.num_scouts, budget.scout_threshold, budget.scout_tiles) == (256, -2.0, 64)
     assert (budget.most_scouts, budget.near_len) == (1024, 16_384)
@@ -80,7 +80,7 @@ def test_paper_mode_is_minference_policy() -> None:
     budget = plan.layer(1)
     assert (budget.mode, budget.sink, budget.local) == ("paper", 30, 100)
     assert (budget.probe_last, budget.probe_strided) == (64, 0)
-    assert not plan.mean_correction and plan.dense_tail_len == 0 == budget.num_scouts
+    assert not plan.mean_correction and plan.tail_len == 0 == budget.num_scouts
     assert budget.vertical == (130, 500, 3500)
     assert make_plan().paper().vertical == ((130, 1000), (130, 31))
     assert make_plan(vertical=((29, 0), (30, 31))).paper().vertical == ((29, 0), (130, 31))
@@ -119,7 +119,7 @@ def test_fits_only_its_own_shape() -> None:
     ({"probe_strided": -1}, "probe_strided is -1"),
     ({"sink": "4"}, "sink is '4'"),
     ({"local": 1.5}, "local is 1.5"),
-    ({"dense_tail_len": -5}, "dense_tail_len is -5"),
+    ({"tail_len": -5}, "tail_len is -5"),
     ({"num_scouts": -1}, "num_scouts is -1"),
     ({"scout_tiles": 0}, "scout_tiles is 0"),
     ({"scout_threshold": "0"}, "scout_threshold is '0'"),
@@ -140,7 +140,7 @@ REFUSED_FILES: dict[str, tuple[Any, str]] = {
     "not-json": ("{", "not valid JSON"),
     "string": ('"text"', "JSON object"),
     "number": ("7", "JSON object"),
-    "newer-schema": (file_content(schema_version=3), "schema_version 3"),
+    "newer-schema": (file_content(schema_version=4), "schema_version 4"),
     "no-schema": ({"vertical": [[1]], "slash": [[1]]}, "schema_version None"),
     "unknown-fields": (file_content(verticals=[], a=1), "unknown fields a, verticals"),
     "text-budget": (file_content(vertical=[["x", 5]]), "vertical"),
@@ -166,6 +166,17 @@ def test_plans_from_before_scouts_have_none(version: int, num_scouts: int, tmp_p
     file = tmp_path / "plan.json"
     file.write_text(json.dumps(file_content(schema_version=version)))
     assert SparsityPlan.load(file).layer(0).num_scouts == num_scouts
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_was_a_dense_tail_is_the_tail(version: int, tmp_path: Path) -> None:
+    """At the same place; a plan of today that says so is refused."""
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(file_content(schema_version=version, dense_tail_len=77)))
+    assert SparsityPlan.load(file).tail_len == 77
+    file.write_text(json.dumps(file_content(dense_tail_len=77)))
+    with pytest.raises(CheckpointError, match="unknown fields dense_tail_len"):
+        SparsityPlan.load(file)
 
 
 @pytest.mark.parametrize("name", REFUSED_FILES)

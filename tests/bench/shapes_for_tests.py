@@ -17,5 +17,5 @@ def tiny_shape(**plan: int | bool) -> Shape:
         "dca": DcaConfig(chunk_size=640, local_size=128, original_max_position_embeddings=512)})
     budgets = SparsityPlan(
         vertical=((40, 60, 20, 30),) * 3, slash=((256, 384, 256, 128),) * 3, probe_last=16,
-        probe_strided=16, num_scouts=16, dense_tail_len=64)
+        probe_strided=16, num_scouts=16, tail_len=64)
     return Shape(name="tiny", model=model, plan=budgets, plan_label=label_plan(budgets, "test"))

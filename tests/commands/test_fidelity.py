@@ -37,7 +37,7 @@ def small_plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("plan") / "plan.json"
     raw = json.loads((resolve_checkpoint("nano") / "sparsity_plan.json").read_text())
     few = [[32] * len(row) for row in plan.vertical]
-    raw.update(vertical=few, slash=[[128] * len(row) for row in plan.slash], dense_tail_len=128)
+    raw.update(vertical=few, slash=[[128] * len(row) for row in plan.slash], tail_len=128)
     file.write_text(json.dumps(raw))
     return file
 

@@ -29,7 +29,7 @@ MODEL = ModelConfig(
     num_layers=2, num_heads=14, num_kv_heads=2, head_dim=128, rms_norm_eps=1e-6, rope_theta=1e6,
     max_position_embeddings=8192, tie_word_embeddings=False, attention_bias=True, qk_norm=False)
 PLAN = SparsityPlan(
-    vertical=((64,) * 14,) * 2, slash=((300,) * 14,) * 2, dense_tail_len=256)
+    vertical=((64,) * 14,) * 2, slash=((300,) * 14,) * 2, tail_len=256)
 GREEDY = RowSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
 WARM = RowSampling(temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, seed=7)
 

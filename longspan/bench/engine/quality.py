@@ -29,7 +29,8 @@ from longspan.bench.session import BenchSession
 from longspan.bench.shapes import changed, scaled
 from longspan.bench.timing import rounded
 from longspan.commands.console import note, percent, show_table
-from longspan.config import EngineConfig, dense_tail_start
+from longspan.config import EngineConfig
+from longspan.engine.control.chunking import tail_start
 from longspan.engine.front.llm import LLM
 from longspan.engine.request import RequestOutput, SamplingParams
 from longspan.engine.setup.engine_plan import ResolvedEngine
@@ -167,8 +168,8 @@ class Subject:
             output.num_prompt_tokens, self.block_size, plan.mean_near_len)
 
     def _last_sparse_chunk(self, prompt_len: int, plan: SparsityPlan | None) -> int:
-        """Return where the last prefill chunk begins that has queries before the dense tail."""
-        stop = dense_tail_start(prompt_len, plan.dense_tail_len if plan else 0)
+        """Return where the last prefill chunk begins that has queries before the tail."""
+        stop = tail_start(prompt_len, plan.tail_len if plan else 0, self.block_size)
         return max(0, stop - 1) // self.chunk_len * self.chunk_len
 
     @contextmanager
@@ -249,4 +250,4 @@ def _describe(plan: SparsityPlan | None) -> dict[str, Any] | None:
             "mean_slash": round(sum(map(sum, plan.slash)) / heads),
             "correction": plan.mean_correction, "probe_last": plan.probe_last,
             "probe_strided": plan.probe_strided, "num_scouts": plan.num_scouts,
-            "scout_threshold": plan.scout_threshold, "dense_tail_len": plan.dense_tail_len}
+            "scout_threshold": plan.scout_threshold, "tail_len": plan.tail_len}

@@ -17,12 +17,10 @@ request would compute itself if they are a pure function of those tokens:
 - Dense: they are (up to floating-point order).
 - Sparse: the selection is made once per prefill chunk, from the chunk's own queries, so a block's
   numbers depend on tokens up to the end of its chunk: all of them are salted into the chunk's
-  first hash. Cuts lie at absolute multiples of ``prefill_chunk_len``, and whole chunks are shared
-  (`chunking.cacheable_len`). The chunk in which
-  a prompt's dense tail starts, and what follows it, depend on that place too: it is salted into
-  their hashes, and they are shared up from the tail's start or not at all. Prompts of nearly the
-  same length (another question about one document) have their tails start at the same place
-  (`config.dense_tail_start`).
+  first hash. Cuts lie at absolute multiples of ``prefill_chunk_len`` and where a prompt's tail
+  starts, and chunks are shared as a whole (`chunking.cacheable_len`). Prompts of nearly the same
+  length (another question about one document) have their tails start at the same place
+  (`chunking.tail_start`), so that they share everything before it.
 - YaRN's attention temperature grows with a request's whole length beyond the trained length. It
   stands on the query side, so cached *first-layer* keys do not depend on it, but deeper layers see
   it through the hidden states. A hit from a prompt of another length, beyond the trained length,

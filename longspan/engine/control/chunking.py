@@ -1,14 +1,15 @@
 """Cuts prompts into prefill chunks, and chunks into slices and pieces. Numbers only, no torch.
 
 **Prefill chunks** end at absolute multiples of ``prefill_chunk_len``, counted from the prompt's
-first token, and at the start of a sparse prompt's dense tail. Sparse attention selects keys once
-per prefill chunk, so its result depends on the cuts; with absolute ones a chunk is the same whether
-the tokens before it were computed or cached.
+first token, and at the start of a sparse prompt's tail, from which they are counted anew. Sparse
+attention selects keys once per prefill chunk, so its result depends on the cuts; with absolute ones
+a chunk is the same whether the tokens before it were computed or cached. The tail, the prompt's
+last tokens, is a chunk of its own, since what stands there is a question: another question about
+the same document shares all chunks before it, and the question gets a selection of its own.
 
 **Slices** are what one step computes of a chunk, and may be as short as the step's time asks for:
 
-- dense tokens (a dense prompt, or a sparse prompt's tail) do not depend on the cuts: a slice is
-  some of the chunk's tokens;
+- tokens of a dense prompt do not depend on the cuts: a slice is some of the chunk's tokens;
 - a sparse chunk cannot be cut by tokens, so it is cut by work: in every layer one piece for
   projections and keys, one for the selection, then one for each `row_cuts` range of its rows
   (attention and MLP), and one for the model's last layer. Where the prompt's log-probabilities are
@@ -20,8 +21,6 @@ the tokens before it were computed or cached.
 from __future__ import annotations
 
 from itertools import pairwise
-
-from longspan.config import dense_tail_start
 
 PIECE_ROWS = {"cpu": 4_096, "cuda": 65_536}
 """Rows of one piece. They take a tenth to half of a second with a small model on a CPU, and a few
@@ -75,36 +74,42 @@ def piece_shares(
     return [share / total for share in shares]
 
 
-def sparse_stop(prompt_len: int, dense_tail_len: int, block_size: int) -> int:
-    """Find the end of a prompt's last sparse chunk: the dense tail's start, in whole blocks."""
-    start = dense_tail_start(prompt_len, dense_tail_len)
-    return start if start == prompt_len else start // block_size * block_size
+def tail_start(prompt_len: int, tail_len: int, block_size: int) -> int:
+    """Find where a sparse prompt's tail starts; ``prompt_len`` where there is none.
+
+    It holds at least ``tail_len`` tokens, and starts at a KV block and nearly at a multiple of half
+    of that, so that prompts of nearly the same length share what is before it.
+    """
+    if tail_len == 0:
+        return prompt_len
+    step = max(1, tail_len // 2)
+    return max(0, prompt_len - tail_len) // step * step // block_size * block_size
 
 
-def chunk_stop(cached_len: int, prompt_len: int, prefill_chunk_len: int, num_sparse: int) -> int:
+def chunk_stop(cached_len: int, prompt_len: int, prefill_chunk_len: int, tail: int) -> int:
     """Find the end of the prefill chunk that holds position ``cached_len``.
 
     Args:
-        num_sparse: leading tokens that are computed sparsely (`sparse_stop`), 0 for dense prompts.
+        tail: where a sparse prompt's tail starts (`tail_start`), 0 for dense prompts.
     """
     assert 0 <= cached_len < prompt_len
-    stop = min((cached_len // prefill_chunk_len + 1) * prefill_chunk_len, prompt_len)
-    return min(stop, num_sparse) if cached_len < num_sparse else stop
+    first, end = (0, min(tail, prompt_len)) if cached_len < tail else (tail, prompt_len)
+    chunk = (cached_len - first) // prefill_chunk_len
+    return min(first + (chunk + 1) * prefill_chunk_len, end)
 
 
 def cacheable_len(
     *, num_tokens: int, prompt_len: int, prefill_chunk_len: int, block_size: int,
-    sparse: bool, dense_tail_len: int,
+    sparse: bool, tail_len: int,
 ) -> int:
     """Count leading tokens, up to ``num_tokens``, whose keys and values others may reuse.
 
-    Dense: every full block. Sparse: whole prefill chunks before the prompt's dense tail; and once
-    the tail is reached every full block, for its hash names where the tail starts (see `blocks`).
+    Dense: every full block. Sparse: the prompt's chunks, up to the last one that is whole or ends
+    where the tail starts; what follows belongs to this prompt alone.
     """
-    full_blocks = num_tokens // block_size * block_size
     if not sparse:
-        return full_blocks
-    tail_start = dense_tail_start(prompt_len, dense_tail_len)
-    if dense_tail_len and full_blocks >= tail_start:
-        return full_blocks
-    return min(num_tokens, tail_start) // prefill_chunk_len * prefill_chunk_len
+        return num_tokens // block_size * block_size
+    tail = tail_start(prompt_len, tail_len, block_size)
+    first = tail if num_tokens >= tail < prompt_len else 0
+    chunks = (min(num_tokens, prompt_len) - first) // prefill_chunk_len
+    return first + chunks * prefill_chunk_len

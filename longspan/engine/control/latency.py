@@ -27,7 +27,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from longspan.engine.control.chunking import chunk_stop, sparse_stop
+from longspan.engine.control.chunking import chunk_stop, tail_start
 
 Terms = tuple[float, float, float]
 Kind = Literal["dense", "sparse", "decode"]
@@ -66,23 +66,24 @@ class Costs:
         return _dot(self.sparse, sparse_terms(cached_len, query_len))
 
     def prefill_s(
-        self, start: int, stop: int, *, num_sparse: int, prefill_chunk_len: int,
+        self, start: int, stop: int, *, tail: int | None, prefill_chunk_len: int,
     ) -> float:
         """Predict the time to prefill tokens ``start`` to ``stop - 1`` of a prompt while nothing
         else runs, a chunk a step.
 
         Args:
-            num_sparse: leading tokens of the prompt that are computed sparsely.
+            tail: where a sparse prompt's tail starts; None: the prompt is dense.
         """
         total_s = 0.0
-        while start < min(stop, num_sparse):
-            end = chunk_stop(start, stop, prefill_chunk_len, num_sparse)
-            total_s += self.sparse_s(start, end - start)
-            start = end
+        if tail is not None:
+            while start < stop:
+                end = chunk_stop(start, stop, prefill_chunk_len, tail)
+                total_s += self.sparse_s(start, end - start)
+                start = end
         if start >= stop:
             return total_s
         num_steps = -(-stop // prefill_chunk_len) - start // prefill_chunk_len
-        return total_s + self.dense_s(start, stop - start) + (num_steps - 1) * self.dense[0]
+        return self.dense_s(start, stop - start) + (num_steps - 1) * self.dense[0]
 
     def decode_s(self, num_requests: int, context_len: int) -> float:
         """Predict the time of one token for each request, with ``context_len`` tokens in their
@@ -113,16 +114,16 @@ class Forecast:
     prefill_chunk_len: int
     sparse_above: int | None = None
     """Longer prompts prefill sparsely; None: none do."""
-    dense_tail_len: int = 0
-    """Last tokens of a sparse prompt that are computed densely."""
+    tail_len: int = 0
+    """Last tokens of a sparse prompt that are a chunk of their own."""
 
     def prefill_s(self, start: int, stop: int) -> float:
         """Predict the time to prefill tokens ``start`` to ``stop - 1`` of a prompt of ``stop``
         tokens while nothing else runs, seconds."""
         is_sparse = self.sparse_above is not None and stop > self.sparse_above
-        num_sparse = sparse_stop(stop, self.dense_tail_len, self.block_size) if is_sparse else 0
+        tail = tail_start(stop, self.tail_len, self.block_size) if is_sparse else None
         return self.costs.prefill_s(
-            start, stop, num_sparse=num_sparse, prefill_chunk_len=self.prefill_chunk_len)
+            start, stop, tail=tail, prefill_chunk_len=self.prefill_chunk_len)
 
 
 def dense_terms(cached_len: int, query_len: float) -> Terms:

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from longspan.engine.control.chunking import chunk_stop, piece_shares, side_room, sparse_stop
+from longspan.engine.control.chunking import chunk_stop, piece_shares, side_room, tail_start
 from longspan.engine.control.latency import (
     Costs,
     LatencyModel,
@@ -55,8 +55,8 @@ class PlannerConfig:
 
     block_size: int
     prefill_chunk_len: int
-    dense_tail_len: int = 0
-    """Last prompt tokens that attend to everything in sparse prefill."""
+    tail_len: int = 0
+    """Last tokens of a sparse prompt that are a prefill chunk of their own."""
     num_layers: int = 1
     piece_rows: int = 1 << 30
     """Rows of one piece of a sparse chunk."""
@@ -121,7 +121,7 @@ class Planner:
         """Share ``room_s`` seconds among the prompts, by the rule above."""
         owner = self._chunk_owner(prefills)
         # The others' sparse chunks have to wait for the owner's.
-        ready = [r for r in prefills if r is owner or not self._begins_sparse(r)]
+        ready = [r for r in prefills if r is owner or not r.sparse]
         head, others = ready[0], ready[1:]
         begins = owner is not None and owner.num_pieces == 0
         step.has_chunk = owner is not None
@@ -149,13 +149,10 @@ class Planner:
         if paused:
             assert len(paused) == 1, "one sparse chunk is paused at a time"
             return paused[0]
-        wanting = [request for request in prefills if self._begins_sparse(request)]
+        wanting = [request for request in prefills if request.sparse]
         if len(wanting) < 2 or wanting[0].request_id != self._last_owner:
             return wanting[0] if wanting else None
         return min(wanting[1:], key=self._rest_s)
-
-    def _begins_sparse(self, request: Request) -> bool:
-        return request.scheduled_len < num_sparse_tokens(request, self._config)
 
     def _rest_s(self, request: Request) -> float:
         return prefill_s(request, request.scheduled_len, request.prompt_len, self._config,
@@ -201,8 +198,8 @@ class _PlanBuilder:
         """Add as much of a prompt's chunk as fits; at least a unit if it must progress."""
         start, config = request.scheduled_len, self._config
         stop = chunk_stop(start, request.prompt_len, config.prefill_chunk_len,
-                          num_sparse_tokens(request, config))
-        if start < num_sparse_tokens(request, config):
+                          tail_of(request, config) or 0)
+        if request.sparse:
             item = self._pieces(request, stop, room_s, must_progress)
         else:
             item = self._tokens(request, stop, room_s, is_head, must_progress)
@@ -280,7 +277,7 @@ def prefill_s(
     request: Request, start: int, stop: int, config: PlannerConfig, costs: Costs,
 ) -> float:
     """Predict the time for tokens ``start`` to ``stop - 1`` of a prompt, seconds."""
-    return costs.prefill_s(start, stop, num_sparse=num_sparse_tokens(request, config),
+    return costs.prefill_s(start, stop, tail=tail_of(request, config),
                            prefill_chunk_len=config.prefill_chunk_len)
 
 
@@ -296,8 +293,8 @@ def scored_tokens(request: Request, start: int, stop: int) -> ScoredTokens | Non
         first=first, token_ids=request.prompt_ids[first:end], num_top=params.prompt_logprobs)
 
 
-def num_sparse_tokens(request: Request, config: PlannerConfig) -> int:
-    """Return how many leading tokens of a prompt are computed sparsely."""
+def tail_of(request: Request, config: PlannerConfig) -> int | None:
+    """Return where a sparse prompt's tail starts; None for dense prompts."""
     if not request.sparse:
-        return 0
-    return sparse_stop(request.prompt_len, config.dense_tail_len, config.block_size)
+        return None
+    return tail_start(request.prompt_len, config.tail_len, config.block_size)

@@ -12,9 +12,8 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from longspan.config import dense_tail_start
 from longspan.engine.control.blocks import BlockPool, extend_hashes
-from longspan.engine.control.chunking import cacheable_len
+from longspan.engine.control.chunking import cacheable_len, chunk_stop, tail_start
 from longspan.engine.control.latency import LatencyModel
 from longspan.engine.control.planner import PlannerConfig, prefill_s
 from longspan.engine.control.tiers import Tiers
@@ -40,19 +39,17 @@ def hash_prompt(request: Request, config: PlannerConfig) -> None:
 
 
 def _salts(request: Request, config: PlannerConfig) -> dict[int, bytes]:
-    """Collect what blocks not yet hashed depend on besides the tokens up to their end; see
+    """Collect what blocks depend on besides the tokens up to their end; see
     `longspan.engine.control.blocks`."""
     if not request.sparse:
         return {0: config.cache_key + b"dense"}
-    tail_start = dense_tail_start(request.prompt_len, config.dense_tail_len)
-    salts, chunk = dict[int, bytes](), config.prefill_chunk_len
-    first = len(request.block_hashes) * config.block_size // chunk * chunk
-    for start in range(first, tail_start + 1, chunk):
-        stop = start + chunk
-        tail = b"" if stop <= tail_start else b"tail%d" % tail_start
-        tokens = request.prompt_ids[start:min(stop, tail_start)].tobytes()
-        key = b"" if start else config.cache_key
-        salts[start // config.block_size] = key + b"sparse" + tail + tokens
+    tail = tail_start(request.prompt_len, config.tail_len, config.block_size)
+    salts, start, key = dict[int, bytes](), 0, config.cache_key
+    while start < request.prompt_len:
+        stop = chunk_stop(start, request.prompt_len, config.prefill_chunk_len, tail)
+        tokens = request.prompt_ids[start:stop].tobytes()
+        salts[start // config.block_size] = key + b"sparse" + tokens
+        start, key = stop, b""
     return salts
 
 
@@ -213,4 +210,4 @@ class Prefixes:
         return cacheable_len(
             num_tokens=num_tokens, prompt_len=request.prompt_len, sparse=request.sparse,
             prefill_chunk_len=self._config.prefill_chunk_len, block_size=self._config.block_size,
-            dense_tail_len=self._config.dense_tail_len)
+            tail_len=self._config.tail_len)

@@ -29,7 +29,7 @@ def measure_itself(scheduler: Scheduler, loop: Loop) -> None:
         return
     _compute(loop, 0, min(COLD_LEN, length), sparse=False)
     if config.sparse_above is not None:
-        _compute(loop, 1, min(room, 2 * config.dense_tail_len + length), sparse=True)
+        _compute(loop, 1, min(room, 2 * config.tail_len + length), sparse=True)
     scheduler.latency.reset()
     _compute(loop, 2, -(-length // 2), sparse=False)
     _compute(loop, 3, length, sparse=False)

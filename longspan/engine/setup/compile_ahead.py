@@ -38,7 +38,6 @@ def compile_steps(config: SchedulerConfig) -> Iterator[ScheduledBatch]:
             item = ScheduledSlice(
                 request_id="compile-ahead", token_ids=array("i", [0] * NUM_QUERIES), sampling=None,
                 cached_len=length - NUM_QUERIES, sparse=is_sparse,
-                # not the prompt's last tokens: those may be dense
-                prompt_len=length + config.dense_tail_len + config.block_size,
+                prompt_len=length + config.block_size,
                 block_ids=range(length // config.block_size))
             yield ScheduledBatch(step_id=0, slices=(item,))

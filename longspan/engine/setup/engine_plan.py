@@ -152,7 +152,7 @@ class ResolvedEngine:
             max_model_len=self.memory.max_model_len,
             prefill_chunk_len=self.config.prefill_chunk_len,
             max_num_requests=self.config.max_num_requests,
-            dense_tail_len=self.plan.dense_tail_len if self.plan else 0,
+            tail_len=self.plan.tail_len if self.plan else 0,
             num_layers=self.model.num_layers, step_budget_s=_finite(self.config.step_budget_s),
             piece_rows=piece_rows(device_type, self.config.prefill_chunk_len),
             unit_len=unit_len(device_type, self.config.block_size),
@@ -172,7 +172,7 @@ class ResolvedEngine:
         assert self.config.prefill_chunk_len is not None
         return sparse_border(
             prior_costs(self.model, self.config, self.plan), threshold,
-            dense_tail_len=self.plan.dense_tail_len, block_size=self.config.block_size,
+            tail_len=self.plan.tail_len, block_size=self.config.block_size,
             prefill_chunk_len=self.config.prefill_chunk_len)
 
     @property

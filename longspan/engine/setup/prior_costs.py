@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from longspan.attention.sparsity import SparsityPlan
 from longspan.config import EngineConfig, ModelConfig
-from longspan.engine.control.chunking import sparse_stop
+from longspan.engine.control.chunking import tail_start
 from longspan.engine.control.latency import Costs
 from longspan.engine.resolve import resolve_forms
 from longspan.units import DTYPE_BYTES
@@ -50,15 +50,14 @@ def prior_costs(model: ModelConfig, config: EngineConfig, plan: SparsityPlan | N
 
 
 def sparse_border(
-    costs: Costs, threshold: int, *, dense_tail_len: int, block_size: int, prefill_chunk_len: int,
+    costs: Costs, threshold: int, *, tail_len: int, block_size: int, prefill_chunk_len: int,
 ) -> int:
     """Return the longest prompt that is better computed densely, tokens: ``threshold`` at most, and
     half of it at least, for budgets are meant for long prompts."""
     for length in range(threshold // 2, threshold, BORDER_STEP):
-        num_sparse = sparse_stop(length + 1, dense_tail_len, block_size)
-        dense_s, sparse_s = (costs.prefill_s(
-            0, length + 1, num_sparse=count, prefill_chunk_len=prefill_chunk_len)
-            for count in (0, num_sparse))
+        dense_s, sparse_s = (
+            costs.prefill_s(0, length + 1, tail=tail, prefill_chunk_len=prefill_chunk_len)
+            for tail in (None, tail_start(length + 1, tail_len, block_size)))
         if MARGIN * sparse_s < dense_s:
             return length
     return threshold

@@ -157,7 +157,7 @@ def test_shapes_by_name_are_real() -> None:
     assert [round(mean) for mean in means] == [3920, 7650]
     flat = Shape.make("qwen2.5-14b", PlanOptions(
         vertical=1000, slash=4096,
-        policy="mean_correction=0,num_scouts=0,dense_tail_len=0"))
+        policy="mean_correction=0,num_scouts=0,tail_len=0"))
     assert flat.plan_label == "v1000-s4096-tile" and flat.plan.slash[47] == (4096,) * 40
     half = Shape.make("qwen2.5-7b", PlanOptions(policy="budget_share=0.25,num_scouts=128"))
     assert half.plan_label.startswith("releasedx0.25-") and half.plan.num_scouts == 128

@@ -87,7 +87,7 @@ def nano_with_a_small_plan(tmp_path: Path) -> Path:
         if file.name != "sparsity_plan.json":
             (folder / file.name).symlink_to(file)
     plan = SparsityPlan.default(6, 4, vertical=48, slash=256)
-    replace(plan, probe_strided=16, dense_tail_len=256).save(folder / "sparsity_plan.json")
+    replace(plan, probe_strided=16, tail_len=256).save(folder / "sparsity_plan.json")
     return folder
 
 
@@ -96,11 +96,11 @@ def test_nano_answers_and_the_rows_say_so(
 ) -> None:
     arguments = ["bench", "quality", "--model", str(nano_with_a_small_plan), "--lengths", "2000",
                  "--single", "2", "--many", "3", "--text-root", str(TEXTS), "--chunk-len", "512",
-                 "--policy", "num_scouts=64,dense_tail_len=0,budget_share=0.5", "--device", "cpu",
+                 "--policy", "num_scouts=64,tail_len=0,budget_share=0.5", "--device", "cpu",
                  "--commit", "abc", "--out", str(tmp_path)]
     assert cli.run_command(arguments) == 0
     (content,) = results.read_bench(tmp_path, "quality")
-    policy = "tile num_scouts=64,dense_tail_len=0,budget_share=0.5"
+    policy = "tile num_scouts=64,tail_len=0,budget_share=0.5"
     rows = {(row["attention"], row["num_questions"]): row for row in content["rows"]
             if row["num_questions"] == 1 or row["place"] == "end"}
     assert set(rows) == {
@@ -154,7 +154,7 @@ def test_scores_count_every_token(
 def test_recall_is_that_of_the_last_rows(subject: Subject, bank: TextBank) -> None:
     """By layer in order, from a position on; dense prefill has none."""
     quiz = questions.single_questions(bank, subject.tokenizer, 2600, 1, random.Random(4))[0]
-    plan = replace(scaled(subject.plan, 0.1), dense_tail_len=256)
+    plan = replace(scaled(subject.plan, 0.1), tail_len=256)
     found = []
     for start in (0, 1024, 2600):
         recall = HeadErrors(from_position=start, skipped_layer=5)

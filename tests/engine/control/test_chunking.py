@@ -10,27 +10,34 @@ from longspan.engine.control.chunking import (
     piece_rows,
     piece_shares,
     row_cuts,
-    sparse_stop,
+    tail_start,
 )
 
 
-@pytest.mark.parametrize(("cached_len", "prompt_len", "num_sparse", "expected"), [
+@pytest.mark.parametrize(("cached_len", "prompt_len", "tail", "expected"), [
     (0, 100, 0, 32),
     (0, 20, 0, 20),
     (40, 100, 0, 64),  # from inside a chunk, only to its end
     (96, 100, 0, 100),
-    (64, 100, 88, 88),  # the sparse part ends where the dense tail begins
-    (88, 100, 88, 96),  # from there on at the multiples again
+    (64, 100, 88, 88),  # a chunk ends where the tail begins
+    (88, 100, 88, 100),  # which is one chunk, whatever multiples lie in it
+    (88, 130, 88, 120),  # unless it is longer than that
+    (120, 130, 88, 130),
     (32, 100, 88, 64),
     (96, 100, 100, 100),  # no tail
 ])
-def test_chunk_stop(cached_len: int, prompt_len: int, num_sparse: int, expected: int) -> None:
-    assert chunk_stop(cached_len, prompt_len, 32, num_sparse) == expected
+def test_chunk_stop(cached_len: int, prompt_len: int, tail: int, expected: int) -> None:
+    assert chunk_stop(cached_len, prompt_len, 32, tail) == expected
 
 
-def test_the_sparse_part_ends_at_a_block() -> None:
-    assert sparse_stop(100, 10, 8) == 88  # the tail starts at 90
-    assert sparse_stop(101, 0, 8) == 101  # no tail: everything
+def test_the_tail_starts_at_a_block() -> None:
+    assert tail_start(100, 10, 8) == 88  # 90, at a multiple of 5
+    assert tail_start(109, 10, 8) == 88  # 95: another question of nearly the same length
+    assert tail_start(101, 0, 8) == 101  # no tail
+    assert tail_start(7, 10, 8) == 0
+    for length in range(1, 300):
+        start = tail_start(length, 10, 8)
+        assert start % 8 == 0 and min(length, 10) <= length - start < 10 + 5 + 8
 
 
 def test_rows_are_cut_at_absolute_multiples() -> None:
@@ -61,15 +68,30 @@ def test_pieces_of_a_chunk() -> None:
     (31, 100, False, 24),
     (100, 100, False, 96),
     (120, 100, False, 120),  # completions too
-    (100, 100, True, 96),  # beyond the tail's start: every full block
-    (95, 100, True, 64),  # the tail starts at 90, in a chunk that is not whole
-    (90, 100, True, 64),  # 88 in full blocks
-    (100, 106, True, 96),
+    (100, 100, True, 88),  # up to the tail, and none of it
+    (88, 100, True, 88),
+    (87, 100, True, 64),  # the chunk before the tail is not whole
     (95, 200, True, 64),
-    (120, 100, True, 120),
+    (120, 100, True, 88),  # no completions
     (3, 3, True, 0),
+    (300, 100, True, 88),
 ])
 def test_cacheable_len(num_tokens: int, prompt_len: int, sparse: bool, expected: int) -> None:
     assert cacheable_len(
         num_tokens=num_tokens, prompt_len=prompt_len, prefill_chunk_len=32, block_size=8,
-        sparse=sparse, dense_tail_len=10) == expected
+        sparse=sparse, tail_len=10) == expected
+
+
+def test_shared_is_what_ends_with_a_chunk() -> None:
+    """Whatever is known, what is reused of it ends where one of the prompt's own chunks does."""
+    for tail_len in (0, 10, 70):
+        for prompt_len in range(1, 200, 7):
+            tail, ends = tail_start(prompt_len, tail_len, 8), [0]
+            while ends[-1] < prompt_len:
+                ends.append(chunk_stop(ends[-1], prompt_len, 32, tail))
+            first = tail if tail < prompt_len else 0
+            whole = [end for end in ends if end < prompt_len or (end - first) % 32 == 0]
+            for known in range(250):
+                assert cacheable_len(
+                    num_tokens=known, prompt_len=prompt_len, prefill_chunk_len=32, block_size=8,
+                    sparse=True, tail_len=tail_len) == max(end for end in whole if end <= known)

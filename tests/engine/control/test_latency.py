@@ -124,11 +124,11 @@ def test_coefficients_are_never_negative() -> None:
 
 def test_a_forecast_adds_up_chunk_by_chunk() -> None:
     forecast = Forecast(costs=TRUE, block_size=100, prefill_chunk_len=1000, sparse_above=5000,
-                        dense_tail_len=500)
+                        tail_len=500)
     dense = sum(TRUE.dense_s(start, min(1000, 4300 - start)) for start in range(0, 4300, 1000))
     assert forecast.prefill_s(0, 4300) == pytest.approx(dense)
     sparse = sum(TRUE.sparse_s(start, min(1000, 7500 - start)) for start in range(0, 7500, 1000))
-    tail = TRUE.dense_s(7500, 500) + TRUE.dense_s(8000, 200)  # 7700 is rounded down
+    tail = TRUE.sparse_s(7500, 700)  # 7700 is rounded down, and no chunk ends at 8000
     assert forecast.prefill_s(0, 8200) == pytest.approx(sparse + tail)
-    assert forecast.prefill_s(8000, 8200) == pytest.approx(TRUE.dense_s(8000, 200))
+    assert forecast.prefill_s(7500, 8200) == pytest.approx(tail)
     assert forecast.prefill_s(10, 10) == 0

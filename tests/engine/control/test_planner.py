@@ -20,7 +20,7 @@ COSTS = Costs(dense=(8e-3, 2.4e-4, 4.5e-8), sparse=(8e-3, 5e-4, 4e-10), decode=(
 """A small model on two CPU cores: 9 s for a sparse chunk, 31 pieces."""
 CONFIG = SchedulerConfig(
     num_blocks=40_000, block_size=128, max_model_len=1 << 20, prefill_chunk_len=16_384,
-    max_num_requests=64, dense_tail_len=1024, num_layers=6, piece_rows=4096, unit_len=16,
+    max_num_requests=64, tail_len=1024, num_layers=6, piece_rows=4096, unit_len=16,
     step_budget_s=BUDGET_S, prior=COSTS)
 
 
@@ -190,7 +190,7 @@ def test_sparse_prompts_take_turns_chunk_by_chunk() -> None:
     begun = [item.request_id for batch in machine.steps for item in batch.slices
              if item.pieces is not None and item.pieces.first == 0]
     assert begun[:6] == ["old", "young", "old", "young", "old", "young"]
-    assert len(begun) == 3 * 4
+    assert len(begun) == 3 * 5  # four chunks and the tail
 
 
 def test_without_a_budget_chunks_are_computed_whole() -> None:
@@ -201,7 +201,7 @@ def test_without_a_budget_chunks_are_computed_whole() -> None:
     machine.add("long", 50_000)
     machine.run()
     assert [batch.slices[0].query_len for batch in machine.steps] == [
-        16_384, 16_384, 48_640 - 2 * 16_384, 512, 50_000 - 3 * 16_384]
+        16_384, 16_384, 48_640 - 2 * 16_384, 50_000 - 48_640]
 
 
 def test_steps_in_flight_share_the_budget() -> None:
@@ -280,16 +280,16 @@ def _times(terms: tuple[float, float, float], factor: float) -> tuple[float, flo
 @pytest.mark.parametrize("seed", range(60))
 def test_forecasts_and_plans_agree(seed: int) -> None:
     """What a server foretells is the sum of the steps that the planner makes, and so is the rest
-    by which it ranks prompts: wherever the dense tail starts, and whatever is cached."""
+    by which it ranks prompts: wherever the tail starts, and whatever is cached."""
     rng = random.Random(seed)
     config = replace(CONFIG, step_budget_s=None, sparse_above=20_000, prefill_chunk_len=4096,
-                     dense_tail_len=rng.choice([0, 1000, 4096, 5000]))
+                     tail_len=rng.choice([0, 1000, 4096, 5000]))
     length = rng.choice([rng.randrange(1, 20_001), rng.randrange(20_001, 140_000)])
     cached = rng.randrange(length // 4096 + 1) * 4096 % length
     request = Request(request_id="a", prompt_ids=array("i", bytes(4 * length)),
                       params=SamplingParams(max_tokens=1), sparse=length > 20_000)
     forecast = Forecast(costs=COSTS, block_size=128, prefill_chunk_len=4096, sparse_above=20_000,
-                        dense_tail_len=config.dense_tail_len)
+                        tail_len=config.tail_len)
     expected_s = forecast.prefill_s(cached, length)
     assert prefill_s(request, cached, length, config, COSTS) == expected_s
     planner, request.scheduled_len, total_s = Planner(config, LatencyModel(COSTS)), cached, 0.0

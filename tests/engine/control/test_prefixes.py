@@ -16,7 +16,7 @@ from tests.doubles import make_request
 
 CONFIG = SchedulerConfig(
     num_blocks=64, block_size=4, max_model_len=128, prefill_chunk_len=16, max_num_requests=4,
-    dense_tail_len=6)
+    tail_len=6)
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -43,7 +43,7 @@ def test_a_request_may_come_with_its_hashes(
     assert other.schedule() is not None and sent.block_hashes == plain.block_hashes
 
 
-@pytest.mark.parametrize("length", [24, 40, 70])
+@pytest.mark.parametrize("length", [30, 40, 70])
 def test_hashes_of_a_sparse_prompt_name_its_chunks(length: int) -> None:
     """Selections are functions of whole chunks: what another chunk length computed is not found."""
     def hashes(chunk: int, sparse: bool) -> list[bytes]:

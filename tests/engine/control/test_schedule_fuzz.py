@@ -37,7 +37,7 @@ class World:
         self.config = config = SchedulerConfig(
             num_blocks=rng.choice([24, 64, 160]) // block_size, block_size=block_size,
             max_model_len=96, prefill_chunk_len=rng.choice([4, 8, 32]),
-            max_num_requests=rng.choice([1, 3, 8]), dense_tail_len=rng.choice([0, 5]),
+            max_num_requests=rng.choice([1, 3, 8]), tail_len=rng.choice([0, 5]),
             num_layers=rng.choice([1, 3]), piece_rows=rng.choice([4, 8, 1000]),
             unit_len=rng.choice([1, 3, 4]),
             step_budget_s=rng.choice([None, 0.004, 0.02]), burst_s=rng.choice([0.0, 0.01, 1.0]),
@@ -45,7 +45,7 @@ class World:
         self.scheduler = Scheduler(config)
         self.runner = FakeRunner(
             num_blocks=config.num_blocks, block_size=block_size,
-            prefill_chunk_len=config.prefill_chunk_len, dense_tail_len=config.dense_tail_len)
+            prefill_chunk_len=config.prefill_chunk_len, tail_len=config.tail_len)
         self.runner.places.rng = random.Random(2000 + seed)
         self.depth = rng.choice([1, 2, 3, MAX_SHORT_STEPS])
         self.queue = deque[ScheduledBatch]()

@@ -18,7 +18,7 @@ from tests.doubles import DeepTransport, FakeRunner, complete, make_request
 
 CONFIG = SchedulerConfig(
     num_blocks=16, block_size=4, max_model_len=64, prefill_chunk_len=8, max_num_requests=4,
-    dense_tail_len=3)
+    tail_len=3)
 
 
 def make_engine(
@@ -26,7 +26,7 @@ def make_engine(
 ) -> tuple[Loop, Scheduler, FakeRunner]:
     runner = FakeRunner(
         num_blocks=config.num_blocks, block_size=config.block_size,
-        prefill_chunk_len=config.prefill_chunk_len, dense_tail_len=config.dense_tail_len)
+        prefill_chunk_len=config.prefill_chunk_len, tail_len=config.tail_len)
     scheduler = Scheduler(config)
     transport = LocalTransport(runner) if depth == 1 else DeepTransport(runner, depth)
     return Loop(scheduler, transport), scheduler, runner
@@ -172,7 +172,7 @@ def test_prefix_hits_recompute_the_last_prompt_token() -> None:
     assert runner.num_computed == 16 + 4
 
 
-def test_sparse_hits_are_whole_chunks_before_the_tail() -> None:
+def test_sparse_hits_are_the_chunks_before_the_tail() -> None:
     loop, _, _ = make_engine()
     document = list(range(1, 31))
     first = make_request("a", [*document, 40], max_tokens=1, sparse=True)
@@ -180,12 +180,12 @@ def test_sparse_hits_are_whole_chunks_before_the_tail() -> None:
     dense = make_request("c", [*document, 43], max_tokens=1)
     for request in (first, again, dense):
         run_all(loop, [request])
-    assert (again.num_cached_tokens, dense.num_cached_tokens) == (24, 0)
+    assert (again.num_cached_tokens, dense.num_cached_tokens) == (28, 0)
 
 
 def test_sparse_hits_never_mix_chunks_that_end_differently() -> None:
     """Keys of a sparse chunk depend on all of its tokens: blocks before a difference too."""
-    config = replace(CONFIG, block_size=2, num_blocks=32, dense_tail_len=0)
+    config = replace(CONFIG, block_size=2, num_blocks=32, tail_len=0)
     loop, _, runner = make_engine(config)
     document = list(range(1, 33))
     other = [*document[:14], 40, *document[15:]]

@@ -17,7 +17,7 @@ from tests.doubles import MODEL, FakeRunner
 
 CONFIG = SchedulerConfig(
     num_blocks=64, block_size=4, max_model_len=200, prefill_chunk_len=32, max_num_requests=4,
-    dense_tail_len=5, num_layers=3, piece_rows=8, step_budget_s=1.0)
+    tail_len=5, num_layers=3, piece_rows=8, step_budget_s=1.0)
 SHAPE = ModelConfig(**{**MODEL, "hidden_size": 512, "intermediate_size": 896, "num_layers": 6,
                        "num_heads": 4, "head_dim": 128, "vocab_size": 4096})
 RESOLVED = EngineConfig(model="m", device="cpu", dtype="float32", prefill_chunk_len=16_384)
@@ -26,7 +26,7 @@ RESOLVED = EngineConfig(model="m", device="cpu", dtype="float32", prefill_chunk_
 @pytest.mark.parametrize(("sparse_above", "num_requests"), [(None, 3), (40, 4)])
 def test_the_machine_is_measured(sparse_above: int | None, num_requests: int) -> None:
     scheduler = Scheduler(replace(CONFIG, self_measurement_len=100, sparse_above=sparse_above))
-    runner = FakeRunner(num_blocks=64, block_size=4, prefill_chunk_len=32, dense_tail_len=5)
+    runner = FakeRunner(num_blocks=64, block_size=4, prefill_chunk_len=32, tail_len=5)
     measure_itself(scheduler, Loop(scheduler, LocalTransport(runner)))
     assert scheduler.is_idle and scheduler.forecast is not None
     ids = {item.request_id for batch in runner.batches for item in batch.slices}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longspan.attention.sparsity import SparsityPlan
 from longspan.config import EngineConfig, ModelConfig
-from longspan.engine.control.chunking import chunk_stop, piece_shares, sparse_stop
+from longspan.engine.control.chunking import chunk_stop, piece_shares, tail_start
 from longspan.engine.control.loop import LocalTransport, Loop
 from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
 from longspan.engine.device.memory import DeviceMemory, plan_memory
@@ -42,7 +42,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_plan(**changes: Any) -> SparsityPlan:
     return replace(SparsityPlan.default(LAYERS, 4), **{
-        "vertical": ((8,) * 4,) * LAYERS, "slash": ((16,) * 4,) * LAYERS, "dense_tail_len": TAIL,
+        "vertical": ((8,) * 4,) * LAYERS, "slash": ((16,) * 4,) * LAYERS, "tail_len": TAIL,
         "probe_last": 8, "probe_strided": 4, "local": 8, **changes})
 
 
@@ -66,22 +66,20 @@ def prompt_of(length: int) -> array[int]:
 def slices_of(prompt: array[int], tail: int, stops: Iterable[int]) -> list[ScheduledSlice]:
     """A sparse prompt's slices; chunks pause after the numbers of pieces in ``stops``, which are
     taken in turn."""
-    num_sparse = sparse_stop(len(prompt), tail, BLOCK)
+    border = tail_start(len(prompt), tail, BLOCK)
     blocks, start, slices = list(range(64)), 0, list[ScheduledSlice]()
     pauses = itertools.cycle(stops)
     while start < len(prompt):
-        stop = chunk_stop(start, len(prompt), CHUNK, num_sparse)
+        stop = chunk_stop(start, len(prompt), CHUNK, border)
         base = ScheduledSlice(
             request_id="a", token_ids=prompt[start:stop], cached_len=start, sparse=True,
             prompt_len=len(prompt), block_ids=blocks, sampling=None)
         total = len(piece_shares(start, stop, num_layers=LAYERS, rows=ROWS))
         first = 0
-        while start < num_sparse and first < total:
+        while first < total:
             last = min(total, first + next(pauses))
             slices.append(structs.replace(base, pieces=Pieces(first, last, total)))
             first = last
-        if start >= num_sparse:
-            slices.append(base)
         start = stop
     slices[-1] = structs.replace(slices[-1], sampling=GREEDY)
     return slices
@@ -104,20 +102,19 @@ def logits_of(runner: Runner, slices: list[ScheduledSlice]) -> Tensor:
 
 @pytest.mark.parametrize("num_stages", [1, 2])
 @pytest.mark.parametrize("changes", [
-    {}, {"mode": "paper", "mean_correction": False, "num_scouts": 0, "dense_tail_len": 0},
-    {"dense_tail_len": 0}],
+    {}, {"mode": "paper", "mean_correction": False, "num_scouts": 0, "tail_len": 0},
+    {"tail_len": 0}],
     ids=["tile", "paper", "no tail"])
 def test_pauses_change_no_bit(path: Path, num_stages: int, changes: dict[str, Any]) -> None:
     plan = make_plan(**changes)
     prompt = prompt_of(211)
     reference = load(path, plan)
-    whole = logits_of(reference, slices_of(prompt, plan.dense_tail_len, [10**6]))
+    whole = logits_of(reference, slices_of(prompt, plan.tail_len, [10**6]))
     runner = load(path, plan, num_stages)
     for stops in ([1], [7, 1, 4]):
-        logits = logits_of(runner, slices_of(prompt, plan.dense_tail_len, stops))
-        # The tail is packed with its neighbours, which changes the shapes of its products.
-        torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-5)
-        num_blocks = sparse_stop(len(prompt), plan.dense_tail_len, BLOCK) // BLOCK
+        logits = logits_of(runner, slices_of(prompt, plan.tail_len, stops))
+        assert torch.equal(logits, whole)
+        num_blocks = len(prompt) // BLOCK
         for ours, wanted in zip(caches_of(runner), caches_of(reference), strict=True):
             assert torch.equal(ours[:num_blocks], wanted[:num_blocks])
 
@@ -176,7 +173,7 @@ def _answers(
 ) -> list[list[int]]:
     scheduler = Scheduler(SchedulerConfig(
         num_blocks=128, block_size=BLOCK, max_model_len=512, prefill_chunk_len=CHUNK,
-        max_num_requests=8, dense_tail_len=TAIL, num_layers=LAYERS, piece_rows=ROWS,
+        max_num_requests=8, tail_len=TAIL, num_layers=LAYERS, piece_rows=ROWS,
         step_budget_s=budget_s))
     clock = _Clock(runner, seed)
     loop = Loop(scheduler, LocalTransport(clock))

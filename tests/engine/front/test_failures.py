@@ -299,7 +299,7 @@ def test_a_failed_request_leaves_nothing_behind(
     depth: int, burst_s: float, fails_at: int,
 ) -> None:
     config = replace(CONFIG, burst_s=burst_s)
-    runner = Failing(num_blocks=16, block_size=4, prefill_chunk_len=8, dense_tail_len=3)
+    runner = Failing(num_blocks=16, block_size=4, prefill_chunk_len=8, tail_len=3)
     runner.fails_at = fails_at
     scheduler = Scheduler(config)
     loop = Loop(scheduler, DeepTransport(runner, depth))

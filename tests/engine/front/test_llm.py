@@ -301,7 +301,7 @@ DCA = {"chunk_size": 320, "local_size": 64, "sparse_attention_threshold": 300}
 def test_long_prompts_are_sparse_and_hits_change_nothing(tmp_path: Path, mode: Any) -> None:
     write_checkpoint(tmp_path, max_position_embeddings=2048, dual_chunk_attention_config=DCA)
     plan = SparsityPlan.default(3, 4, vertical=16, slash=64)
-    tile = replace(plan, local=16, dense_tail_len=64, num_scouts=8, most_scouts=8)
+    tile = replace(plan, local=16, tail_len=64, num_scouts=8, most_scouts=8)
     plan = tile if mode == "tile" else plan.paper()
     plan.save(tmp_path / "sparsity_plan.json")
     document = [(7 * index * index + index // 3) % 256 for index in range(1500)]
@@ -312,9 +312,8 @@ def test_long_prompts_are_sparse_and_hits_change_nothing(tmp_path: Path, mode: A
     with load(tmp_path, prefill_chunk_len=128) as fresh:
         same = fresh.generate(question, PARAMS)[0]
     assert short.density == 1.0 and first.density is not None and first.density < 0.7
-    # both tails start at 1,408: all full blocks that agree; paper mode has no tail: whole chunks
-    shared = 1472 if mode == "tile" else 1408
-    assert (second.num_cached_tokens, same.num_cached_tokens) == (shared, 0)
+    # both tails start at 1,408, which is a multiple of a chunk too: paper mode has no tail
+    assert (second.num_cached_tokens, same.num_cached_tokens) == (1408, 0)
     assert second.token_ids == same.token_ids
     with load(tmp_path, prefill_chunk_len=128, attention="dense") as dense:
         assert dense.generate(document, PARAMS)[0].density == 1.0
@@ -325,7 +324,7 @@ def test_recall_is_of_one_request_and_of_what_was_computed_sparsely(tmp_path: Pa
     """However its chunks are packed, cut or cached, a prompt's recall is that of its own chunks;
     dense prompts, and plans in paper mode, have none."""
     write_checkpoint(tmp_path, max_position_embeddings=2048, dual_chunk_attention_config=DCA)
-    plan = replace(SparsityPlan.default(3, 4, vertical=16, slash=64), local=16, dense_tail_len=64,
+    plan = replace(SparsityPlan.default(3, 4, vertical=16, slash=64), local=16, tail_len=64,
                    num_scouts=8, most_scouts=8)
     plan.save(tmp_path / "sparsity_plan.json")
     documents = [[(7 * index * index + index // part) % 256 for index in range(1500)]
@@ -341,13 +340,14 @@ def test_recall_is_of_one_request_and_of_what_was_computed_sparsely(tmp_path: Pa
         assert one.recall is not None and one.recall.scouts is not None
         assert one.recall == other.recall
         assert 0.02 < one.recall.typical < 0.98 and 0.02 < one.recall.scouts < 0.98
-        assert one.recall.num_tokens == 1408 - 64  # up to the tail, behind the slash budget
+        assert one.recall.num_tokens == 1488 - 64  # whole tiles, behind the slash budget
     assert both[0].recall != both[1].recall
-    assert hit.num_cached_tokens == 1472 and hit.recall is None  # only the dense tail was left
+    assert hit.num_cached_tokens == 1408 and hit.recall is not None  # the tail was left
+    assert hit.recall.num_tokens == hit.num_prompt_tokens // 16 * 16 - 1408
     replace(plan, num_scouts=0).save(tmp_path / "sparsity_plan.json")
     with load(tmp_path, **options) as llm:
         alone = llm.generate(documents[0], PARAMS)[0].recall
-        assert alone is not None and alone.scouts is None and alone.num_tokens == 1408 - 64
+        assert alone is not None and alone.scouts is None and alone.num_tokens == 1488 - 64
     plan.paper().save(tmp_path / "sparsity_plan.json")
     with load(tmp_path, **options) as llm:
         assert llm.generate(documents[0], PARAMS)[0].recall is None
@@ -357,7 +357,7 @@ def test_a_recall_target_changes_budgets_and_not_with_the_schedule(tmp_path: Pat
     """More recall for a higher target at more density; the same answer whether chunks are cut,
     packed with others, or partly cached."""
     write_checkpoint(tmp_path, max_position_embeddings=2048, dual_chunk_attention_config=DCA)
-    plan = replace(SparsityPlan.default(3, 4, vertical=16, slash=64), local=16, dense_tail_len=64,
+    plan = replace(SparsityPlan.default(3, 4, vertical=16, slash=64), local=16, tail_len=64,
                    num_scouts=8, most_scouts=8)
     plan.save(tmp_path / "sparsity_plan.json")
     document = [(7 * index * index + index // 3) % 256 for index in range(900)]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longspan.attention.metadata import SequenceSlice, build_metadata
 from longspan.attention.sparsity import SparsityPlan
-from longspan.engine.control.chunking import chunk_stop, sparse_stop
+from longspan.engine.control.chunking import chunk_stop, tail_start
 from longspan.engine.front.llm import LLM
 from longspan.engine.request import RequestOutput, SamplingParams, TokenEvent
 from longspan.errors import InvalidRequestError, PromptTooLongError, RequestFailedError
@@ -170,7 +170,7 @@ def sparse_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
                             dual_chunk_attention_config=DCA)
     plan = replace(
         SparsityPlan.default(LAYERS, 4), vertical=((8,) * 4,) * LAYERS, slash=((16,) * 4,) * LAYERS,
-        dense_tail_len=TAIL, probe_last=8, probe_strided=4, local=8)
+        tail_len=TAIL, probe_last=8, probe_strided=4, local=8)
     plan.save(path / "sparsity_plan.json")
     return path
 
@@ -189,7 +189,7 @@ def forward(llm: LLM, prompt: list[int]) -> Tensor:
     runner, (stage,) = llm._runner, llm._runner._stages
     blocks, start, found = list(range(MAX_LEN // BLOCK)), 0, list[Tensor]()
     while start < len(prompt):
-        stop = chunk_stop(start, len(prompt), CHUNK, sparse_stop(len(prompt), TAIL, BLOCK))
+        stop = chunk_stop(start, len(prompt), CHUNK, tail_start(len(prompt), TAIL, BLOCK))
         metadata = build_metadata(
             [SequenceSlice(query_len=stop - start, cached_len=start, prompt_len=len(prompt),
                            block_ids=blocks, sparse=True)],

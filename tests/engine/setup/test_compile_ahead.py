@@ -17,7 +17,7 @@ from tests.doubles import make_request, write_checkpoint
 
 CONFIG = SchedulerConfig(
     num_blocks=9_000, block_size=128, max_model_len=1_000_000, prefill_chunk_len=32_768,
-    max_num_requests=4, dense_tail_len=1_000, sparse_above=65_536)
+    max_num_requests=4, tail_len=1_000, sparse_above=65_536)
 
 
 def test_contexts_of_every_power_of_two() -> None:
@@ -35,7 +35,7 @@ def test_steps_stay_within_the_pool(sparse_above: int | None) -> None:
         assert item.query_len == NUM_QUERIES and item.cached_len % CONFIG.block_size == 0
         assert max(item.block_ids) < CONFIG.num_blocks
         assert item.context_len == len(item.block_ids) * CONFIG.block_size
-        assert item.prompt_len - item.context_len > CONFIG.dense_tail_len  # a chunk, no tail
+        assert item.prompt_len > item.context_len  # nothing is sampled
 
 
 def test_answers_are_those_without(tmp_path: Path) -> None:
