@@ -8,6 +8,7 @@ exp(lse_sparse - lse_full), over the queries of the last prefill chunk that are 
 
 from __future__ import annotations
 
+import math
 import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -145,15 +146,18 @@ class Subject:
 
     def match(self, quiz: Quiz, start: SparsityPlan | None) -> SparsityPlan:
         """Return MInference's policy with budgets scaled until this prompt costs what it costs with
-        the tile plan."""
+        the tile plan; the nearest that was tried, for costs go up in steps."""
         plan, wanted = start or self.plan.paper(), self._cost_of(quiz, self.plan)
+        tried: list[tuple[float, float]] = []
+        factor = 1.0
         for _ in range(MATCH_ROUNDS):
-            cost = self._cost_of(quiz, plan)
+            cost = self._cost_of(quiz, scaled(plan, factor))
             note(f"paper budgets: {percent(cost)} of all pairs, {percent(wanted)} wanted")
+            tried.append((cost, factor))
             if abs(cost / wanted - 1) <= MATCHED:
                 break
-            plan = scaled(plan, wanted / cost)
-        return plan
+            factor = _next_factor(tried, wanted)
+        return scaled(plan, min(tried, key=lambda pair: abs(math.log(pair[0] / wanted)))[1])
 
     def _cost_of(self, quiz: Quiz, plan: SparsityPlan) -> float:
         with self._engine(plan) as llm:
@@ -186,6 +190,18 @@ class Subject:
                     self._model, attention="sparse", sparsity_plan=str(file), **self._options)
             with engine:
                 yield engine
+
+
+def _next_factor(tried: Sequence[tuple[float, float]], wanted: float) -> float:
+    """Return the factor to try next, from (cost, factor) of those tried: between the two that
+    enclose what is wanted, or in proportion."""
+    below = max((pair for pair in tried if pair[0] < wanted), default=None)
+    above = min((pair for pair in tried if pair[0] >= wanted), default=None)
+    if below is None or above is None:
+        cost, factor = tried[-1]
+        return factor * wanted / cost
+    place = math.log(wanted / below[0]) / math.log(above[0] / below[0])
+    return float(below[1] * (above[1] / below[1]) ** place)
 
 
 def ask(llm: LLM, quiz: Quiz) -> tuple[list[bool], RequestOutput]:
