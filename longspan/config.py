@@ -31,7 +31,7 @@ from longspan.rope_config import RopeScaling, read_rope
 AttentionMode = Literal["auto", "dense", "sparse"]
 PositionMode = Literal["auto", "rope", "dca", "dca+yarn"]
 WeightSource = Literal["checkpoint", "random"]
-Quantization = Literal["fp8", "int4"]
+Quantization = Literal["none", "fp8", "int4", "int8"]
 
 MAX_THREADS = 1024
 """torch crashes if the operating system cannot give it as many threads as it was told to use."""
@@ -277,8 +277,9 @@ class EngineConfig:
     """``random``: the checkpoint's sizes with random weights; none are downloaded or read. For
     measuring time and memory."""
     quantization: Quantization | None = None
-    """What plain matrices of the layers are quantised to while they are loaded; None: they stay as
-    the checkpoint has them."""
+    """What plain matrices are quantised to while they are loaded: ``fp8``, ``int4``, ``int8``
+    (CPUs), or ``none``, they stay as the checkpoint has them. Default: none, but on CPUs int8 for
+    models above 1 GiB in fp32, unless there is a ``dtype``."""
     prefill_chunk_len: int | None = None
     """Prompt tokens of one request computed in one step; default: the most that the memory allows,
     up to 131,072 on GPUs and 16,384 on CPUs (`longspan.engine.setup.step_sizes`)."""
@@ -334,8 +335,8 @@ class EngineConfig:
                     f"{name} {value!r} is not one of {', '.join(get_args(modes))}")
         if self.quantization is not None and self.quantization not in get_args(Quantization):
             raise LongspanError(f"quantization {self.quantization!r} is not one of "
-                                f"{', '.join(get_args(Quantization))}; leave it out for the "
-                                "weights as the checkpoint has them")
+                                f"{', '.join(get_args(Quantization))}; leave it out "
+                                "for the default")
         if self.prefill_chunk_len is not None and self.prefill_chunk_len % self.block_size:
             raise LongspanError(
                 f"prefill_chunk_len {self.prefill_chunk_len} must be a multiple of block_size "

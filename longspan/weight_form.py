@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
-FormKind = Literal["plain", "fp8-rows", "fp8-blocks", "int4"]
+FormKind = Literal["plain", "fp8-rows", "fp8-blocks", "int4", "int8-rows"]
 LABELS: dict[FormKind, str] = {
     "plain": "not quantised", "fp8-rows": "fp8, a scale for each row",
-    "fp8-blocks": "fp8, a scale for each 128 x 128", "int4": "int4 in groups"}
+    "fp8-blocks": "fp8, a scale for each 128 x 128", "int4": "int4 in groups",
+    "int8-rows": "int8, a scale for each row"}
 BLOCK = 128
 """Rows and columns of a matrix that share a scale in ``fp8-blocks``."""
 INT4_GROUPS = (128, 64, 32)
@@ -33,7 +34,7 @@ class WeightForm:
     kind: FormKind = "plain"
     """``plain``: the engine's own type. ``fp8-rows``: e4m3 with one scale for each output.
     ``fp8-blocks``: e4m3 with one for each block. ``int4``: four bits, groups of a row share a scale
-    and a zero point."""
+    and a zero point. ``int8-rows``: int8 with one scale for each output, on CPUs."""
     group: int = 0
     """Numbers of an int4 group; 0: a whole row."""
     has_order: bool = False
@@ -69,7 +70,7 @@ class WeightForm:
         out_features = sum(sizes)
         if self.kind == "plain":
             return out_features * in_features * element
-        if self.kind == "fp8-rows":
+        if self.kind in ("fp8-rows", "int8-rows"):
             return out_features * (in_features + SCALE_BYTES)
         if self.kind == "fp8-blocks":
             blocks = -(-out_features // BLOCK) * -(-in_features // BLOCK)
@@ -85,7 +86,8 @@ PLAIN = WeightForm()
 class WeightForms:
     """The form of every matrix in a model's layers, by its name in a checkpoint.
 
-    Embedding, head, norms, biases and the routers of experts are always plain.
+    Norms, biases and the routers of experts are always plain, embedding and head too but for int8:
+    a CPU reads the head for every token.
     """
 
     form: WeightForm = PLAIN
@@ -93,6 +95,11 @@ class WeightForms:
     """Modules that stay plain: names or their beginnings or ends, or ``re:`` and a pattern."""
     prefix: str = ""
     """What names begin with here, see `within`."""
+
+    @property
+    def vocabulary(self) -> WeightForm:
+        """Form of embedding and head."""
+        return self.form if self.form.kind == "int8-rows" else PLAIN
 
     def within(self, name: str) -> Self:
         """Return the forms for names inside a module."""

@@ -56,8 +56,11 @@ def weights_bytes(model: ModelConfig, forms: WeightForms, element: int) -> int:
     matrices = [matrix for idx in range(model.num_layers)
                 for matrix in layer_matrices(model, forms, idx)]
     plain = sum(matrix.num_weights for matrix in matrices)
-    return ((model.num_parameters - plain) * element
-            + sum(matrix.num_bytes(element) for matrix in matrices))
+    held = sum(matrix.num_bytes(element) for matrix in matrices)
+    if forms.vocabulary.kind != "plain":  # rows of the embedding, and the head, tied or not
+        plain += (1 if model.tie_word_embeddings else 2) * model.vocab_size * model.hidden_size
+        held += 2 * forms.vocabulary.num_bytes((model.vocab_size,), model.hidden_size, element)
+    return (model.num_parameters - plain) * element + held
 
 
 def routed_bytes(model: ModelConfig, forms: WeightForms, element: int) -> int:
@@ -70,9 +73,10 @@ def routed_bytes(model: ModelConfig, forms: WeightForms, element: int) -> int:
 
 
 def scratch_bytes(model: ModelConfig, forms: WeightForms, element: int) -> int:
-    """Bytes that dequantising the largest matrix takes, where any is quantised: the plain numbers,
-    in fp32 first."""
+    """Bytes that dequantising the largest matrix takes, where any is quantised but to int8: the
+    plain numbers, in fp32 first."""
     return max((matrix.num_weights // matrix.copies * (4 + element)
                 for idx in range(model.num_layers)
-                for matrix in layer_matrices(model, forms, idx) if matrix.form.kind != "plain"),
+                for matrix in layer_matrices(model, forms, idx)
+                if matrix.form.kind not in ("plain", "int8-rows")),
                default=0)

@@ -15,8 +15,8 @@ Item = TypeVar("Item")
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16; default by device.")]
 Quantization = Annotated[str | None, typer.Option(
-    help="fp8 or int4: quantise the layers' weights while loading; default: as the checkpoint has "
-         "them.")]
+    help="fp8, int4, int8 (CPUs) or none: quantise weights while loading; default: as the "
+         "checkpoint has them, but large models on CPUs in int8.")]
 ChunkLen = Annotated[int | None, typer.Option(
     help="Prompt tokens computed in one step; default: by the memory.")]
 MaxRequests = Annotated[int | None, typer.Option(

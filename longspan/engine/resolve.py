@@ -16,12 +16,16 @@ from longspan.config import (
 from longspan.dca_config import DCA_REACH, derive_dca
 from longspan.errors import LongspanError
 from longspan.units import DTYPE_BYTES, default_dtype
-from longspan.weight_form import PLAIN_FORMS, WeightForm, WeightForms
+from longspan.weight_form import PLAIN, PLAIN_FORMS, WeightForm, WeightForms
 
 STEP_BUDGET_S = {"cpu": 1.0, "cuda": 0.1}
 QUANTIZED_FORMS: dict[Quantization, WeightForm] = {
-    "fp8": WeightForm("fp8-rows"), "int4": WeightForm("int4", 128)}
+    "none": PLAIN, "fp8": WeightForm("fp8-rows"), "int4": WeightForm("int4", 128),
+    "int8": WeightForm("int8-rows")}
 """What `EngineConfig.quantization` makes of a checkpoint's plain matrices."""
+INT8_BYTES = 1 << 30
+"""On CPUs models that take more in fp32 are quantised to int8 where nobody says: they are read from
+memory for every token. Smaller ones would gain little."""
 DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 
 
@@ -46,13 +50,40 @@ def resolve_device(device: str | None, *, has_cuda: bool) -> str:
     return device
 
 
+def resolve_quantization(
+    asked: EngineConfig, model: ModelConfig, *, device: str, has_int8: bool,
+) -> Quantization | None:
+    """Choose what weights are quantised to. On CPUs large models are int8, unless a type is asked
+    for, or the machine has no product for it.
+
+    Args:
+        has_int8: the machine has it.
+
+    Raises `LongspanError` where int8 is asked for and cannot be.
+    """
+    lacks = ""
+    if device != "cpu":
+        lacks = f"is for CPUs, and the device is {device}; use fp8, or leave it out"
+    elif not has_int8:
+        lacks = "needs an x86 CPU with AVX2; leave it out"
+    elif model.experts is not None:
+        lacks = "is not there for routed experts; leave it out"
+    if asked.quantization == "int8" and lacks:
+        raise LongspanError(f"quantization int8 {lacks}")
+    is_plain = model.quantization is None and asked.dtype is None
+    if asked.quantization is not None or not is_plain or lacks:
+        return asked.quantization
+    is_large = model.num_parameters * DTYPE_BYTES[default_dtype(device)] > INT8_BYTES
+    return "int8" if is_large else None
+
+
 def resolve_forms(config: EngineConfig, model: ModelConfig) -> WeightForms:
     """Return what the matrices of the layers are held in. Raises `LongspanError` for a checkpoint
     that is quantised otherwise than asked for."""
     asked, stored = config.quantization, model.quantization
     if stored is None:
         return PLAIN_FORMS if asked is None else WeightForms(QUANTIZED_FORMS[asked])
-    if asked is not None and not stored.form.kind.startswith(asked):
+    if asked not in (None, "none") and not stored.form.kind.startswith(asked):
         raise LongspanError(
             f"quantization {asked!r}: the checkpoint's weights are quantised already "
             f"({stored.method}, {stored.form.label}); leave quantization out")

@@ -8,11 +8,13 @@ import torch
 
 from longspan.model.fp8 import Fp8Linear
 from longspan.model.int4 import Int4Linear
-from longspan.model.linear import Linear, PlainLinear
+from longspan.model.int8 import Int8Linear, Int8Table
+from longspan.model.linear import Linear, PlainLinear, plain_linear
 from longspan.weight_form import FormKind, WeightForm
 
 LINEARS: dict[FormKind, type[Linear]] = {
-    "plain": PlainLinear, "fp8-rows": Fp8Linear, "fp8-blocks": Fp8Linear, "int4": Int4Linear}
+    "plain": PlainLinear, "fp8-rows": Fp8Linear, "fp8-blocks": Fp8Linear, "int4": Int4Linear,
+    "int8-rows": Int8Linear}
 
 
 def make_linear(
@@ -23,3 +25,13 @@ def make_linear(
     `Linear`."""
     form = form.fitting(sizes, in_features)
     return LINEARS[form.kind](form, in_features, sizes, bias=bias, dtype=dtype, device=device)
+
+
+def make_embedding(
+    form: WeightForm, width: int, num_tokens: int, *, is_head: bool, dtype: torch.dtype,
+    device: torch.device | str,
+) -> PlainLinear | Int8Table:
+    """Allocate an embedding. ``is_head``: it is the product with the head too."""
+    if form.kind == "int8-rows":
+        return Int8Table(form, width, num_tokens, dtype=dtype, device=device, packs=is_head)
+    return plain_linear(width, num_tokens, dtype=dtype, device=device)

@@ -126,6 +126,10 @@ class PlainLinear(Linear):
         """See `Linear`."""
         return F.linear(x, self.weight[outputs], None if self.bias is None else self.bias[outputs])
 
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return the rows of some tokens, as an embedding. [T] int64 to [T, in]."""
+        return F.embedding(ids, self.weight)
+
     def stack(self, count: int) -> Tensor:
         """See `Linear`."""
         return self.weight.unflatten(0, (count, -1))

@@ -20,7 +20,6 @@ from itertools import pairwise
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longspan.attention.layer import DualChunkAttention
@@ -29,9 +28,9 @@ from longspan.attention.observer import AttentionObserver
 from longspan.attention.sparsity import SparsityPlan
 from longspan.config import ModelConfig
 from longspan.model.experts import RoutedMLP
-from longspan.model.forms import make_linear
+from longspan.model.forms import make_embedding, make_linear
 from longspan.model.layers import MLP, RMSNorm
-from longspan.model.linear import PlainLinear, Target, plain_linear
+from longspan.model.linear import Linear, Target
 from longspan.ops.types import PagedKV, QueryRotary
 from longspan.weight_form import PLAIN_FORMS, WeightForms
 
@@ -186,12 +185,11 @@ class CausalLM(nn.Module):
         assert layers.step == 1 and 0 <= layers.start < layers.stop <= config.num_layers, layers
         self.config, self.layer_range = config, layers
         self.is_first, self.is_last = layers.start == 0, layers.stop == config.num_layers
-        def over_vocabulary() -> PlainLinear:
-            return plain_linear(
-                config.hidden_size, config.vocab_size, dtype=dtype, device=device)
-
+        shared = config.tie_word_embeddings and self.is_first and self.is_last
         if self.is_first:
-            self.embed_tokens = over_vocabulary()
+            self.embed_tokens = make_embedding(
+                forms.vocabulary, config.hidden_size, config.vocab_size, is_head=shared,
+                dtype=dtype, device=device)
         self.layers = nn.ModuleList(
             DecoderLayer(
                 config, layer_idx=idx, rotary=rotary, plan=plan, dtype=dtype, device=device,
@@ -201,8 +199,9 @@ class CausalLM(nn.Module):
         if self.is_last:
             self.norm = RMSNorm(
                 config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
-            shared = config.tie_word_embeddings and self.is_first
-            self.lm_head = self.embed_tokens if shared else over_vocabulary()
+            self.lm_head: Linear = self.embed_tokens if shared else make_linear(
+                forms.vocabulary, config.hidden_size, (config.vocab_size,), dtype=dtype,
+                device=device)
 
     def forward(
         self, hidden_or_ids: Tensor, metadata: AttentionMetadata, caches: Sequence[PagedKV]
@@ -239,7 +238,7 @@ class CausalLM(nn.Module):
         """
         hidden = hidden_or_ids
         if self.is_first:
-            hidden = F.embedding(hidden_or_ids, self.embed_tokens.weight)
+            hidden = self.embed_tokens.rows(hidden_or_ids)
         wide = replace(metadata, output_rows=None, output=None)
         last = self.layer_range.stop - 1
         for idx, layer, cache in zip(self.layer_range, self.decoder_layers(), caches, strict=True):
@@ -285,7 +284,7 @@ class CausalLM(nn.Module):
         """Return where this stage's weights go, by their plain names in a checkpoint."""
         targets: dict[str, Target] = {}
         if self.is_first:
-            targets[EMBEDDING] = Target.of(self.embed_tokens.weight)
+            targets |= self.embed_tokens.targets(EMBEDDING.removesuffix(".weight"))
         for idx, layer in zip(self.layer_range, self.decoder_layers(), strict=True):
             targets |= {f"model.layers.{idx}.{name}": target
                         for name, target in layer.weight_targets().items()}
@@ -293,7 +292,7 @@ class CausalLM(nn.Module):
             targets[NORM] = Target.of(self.norm.weight)
             # With tied embeddings on one stage both names are the same storage.
             name = EMBEDDING if self.config.tie_word_embeddings else HEAD
-            targets[name] = Target.of(self.lm_head.weight)
+            targets |= self.lm_head.targets(name.removesuffix(".weight"))
         return targets
 
     def whole_experts(self) -> dict[int, tuple[Target, Target]]:

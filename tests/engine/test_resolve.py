@@ -16,8 +16,10 @@ from longspan.engine.resolve import (
     resolve_attention,
     resolve_config,
     resolve_positions,
+    resolve_quantization,
 )
 from longspan.errors import LongspanError
+from longspan.expert_config import ExpertConfig
 from longspan.rope_config import RopeScaling
 from tests.doubles import MODEL
 
@@ -122,3 +124,36 @@ def test_dynamic_rope_ends_at_the_window() -> None:
     check_window(ModelConfig(**MODEL), None, max_model_len=65)
     with pytest.raises(LongspanError, match="max_model_len 65 is beyond the 64 tokens"):
         check_window(model, None, max_model_len=65)
+
+
+LARGE = ModelConfig(**{**MODEL, "vocab_size": 100_000, "hidden_size": 4_096})
+"""1.5 GiB of embedding in fp32."""
+
+
+@pytest.mark.parametrize(("model", "fields", "device", "has_int8", "expected"), [
+    (LARGE, {}, "cpu", True, "int8"),
+    (LARGE, {}, "cpu", False, None),
+    (LARGE, {}, "cuda", True, None),
+    (LARGE, {"dtype": "float32"}, "cpu", True, None),
+    (LARGE, {"quantization": "none"}, "cpu", True, "none"),
+    (LARGE, {"quantization": "fp8"}, "cpu", True, "fp8"),
+    (replace(LARGE, experts=ExpertConfig(
+        num_experts=4, num_chosen=2, expert_size=64, is_normed=True)), {}, "cpu", True, None),
+    (ModelConfig(**MODEL), {}, "cpu", True, None),
+    (ModelConfig(**MODEL), {"quantization": "int8"}, "cpu", True, "int8"),
+])
+def test_large_models_are_int8_on_cpus_unless_somebody_says(
+    model: ModelConfig, fields: dict[str, Any], device: str, has_int8: bool, expected: str | None,
+) -> None:
+    asked = EngineConfig(model="m", **fields)
+    assert resolve_quantization(asked, model, device=device, has_int8=has_int8) == expected
+
+
+@pytest.mark.parametrize(("device", "has_int8", "message"), [
+    ("cuda", True, "is for CPUs, and the device is cuda; use fp8"),
+    ("cpu", False, "needs an x86 CPU with AVX2"),
+])
+def test_int8_is_refused_where_it_cannot_be(device: str, has_int8: bool, message: str) -> None:
+    asked = EngineConfig(model="m", quantization="int8")
+    with pytest.raises(LongspanError, match=message):
+        resolve_quantization(asked, ModelConfig(**MODEL), device=device, has_int8=has_int8)

@@ -25,6 +25,7 @@ from longspan.engine.resolve import (
     may_be_sparse,
     resolve_config,
     resolve_positions,
+    resolve_quantization,
 )
 from longspan.engine.setup.cache_key import cache_key
 from longspan.engine.setup.prior_costs import prior_costs, sparse_border
@@ -32,6 +33,7 @@ from longspan.engine.setup.step_sizes import choose_sizes
 from longspan.engine.setup.tier_plan import memory_besides, plan_tiers
 from longspan.errors import LongspanError
 from longspan.model.fingerprint import weights_fingerprint
+from longspan.model.int8 import has_int8_product
 from longspan.model.weights import resolve_checkpoint
 
 MEASURED_LEN = {"cpu": 1_024, "cuda": 8_192}
@@ -82,7 +84,7 @@ class ResolvedEngine:
         model = ModelConfig.from_dir(
             path, wanted_len=config.max_model_len,
             wants_dca=config.positions in ("dca", "dca+yarn"))
-        return cls.of(model, config, path=path, plan=resolve_plan(path, model, config),
+        return cls.of(model, asked, path=path, plan=resolve_plan(path, model, config),
                       must_fit=must_fit)
 
     @classmethod
@@ -101,10 +103,12 @@ class ResolvedEngine:
                 machine.
         """
         config = resolve_config(asked, has_cuda=device is not None or torch.cuda.is_available())
+        assert config.device is not None
+        config = replace(config, quantization=resolve_quantization(
+            asked, model, device=config.device, has_int8=has_int8_product()))
         model = extend_window(config.positions, model)
         dca = resolve_positions(config.positions, model)
         in_effect = plan_in_effect(config, model, plan, has_dca=dca is not None)
-        assert config.device is not None
         tiers = plan_tiers(model, config, means=needs_means(in_effect))
         # tables grow with the context where there is no DCA
         sizes = choose_sizes(

@@ -20,6 +20,7 @@ from longspan.engine.control.chunking import chunk_stop, tail_start
 from longspan.engine.front.llm import LLM
 from longspan.engine.request import RequestOutput, SamplingParams, TokenEvent
 from longspan.errors import InvalidRequestError, PromptTooLongError, RequestFailedError
+from longspan.model.linear import PlainLinear
 from tests.doubles import write_checkpoint
 
 Logprobs = Callable[[list[int]], Tensor]
@@ -267,7 +268,9 @@ def test_a_log_probability_that_is_no_number_ends_the_request(
 
 def test_numbers_that_are_not_finite_end_the_request(tmp_path: Path) -> None:
     with load(write_checkpoint(tmp_path)) as llm:
-        weight = llm._runner._stages[0].model.embed_tokens.weight
+        embedding = llm._runner._stages[0].model.embed_tokens
+        assert isinstance(embedding, PlainLinear)
+        weight = embedding.weight
         weight[7] = torch.nan  # a logit of every row
         with pytest.raises(RequestFailedError, match="not finite"):
             llm.generate(prompt_of(150), SCORE)

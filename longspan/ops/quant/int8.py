@@ -1,0 +1,105 @@
+"""Int8 weights on CPUs, by PyTorch's own int8 product (FBGEMM's).
+
+That product takes activations of eight bits. Rounded so, they cost several times what rounding the
+weights does, since a row's outliers set its scale. So a row goes in as two rows, its digits to the
+base 126, and its product is the sum of theirs: fourteen bits, closer than bfloat16. One token is as
+fast with two rows as with one, for time goes into reading weights; of many tokens the product still
+takes two thirds of what fp32 does. Digits have seven bits: CPUs without VNNI add pairs of products
+in sixteen bits, which never overflow then.
+
+A row's result depends on that row alone, whatever is computed beside it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+ENGINE = "fbgemm"
+LEVELS = 63.0
+"""Digits are integers from -63 to 63."""
+BASE = 2 * LEVELS
+"""What one unit of the first digit is in units of the second."""
+ROWS = 128
+"""Tokens computed at a time: digits and sums stay in the cache."""
+TINY = 1e-30
+"""Rows of zeros have this size."""
+_product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+
+
+class PackedInt8(NamedTuple):
+    """A matrix [N, K] as the product reads it."""
+
+    matrix: Any
+    """TorchScript object; its scales are for digits of the first kind."""
+    out_features: int
+
+
+def is_supported() -> bool:
+    """Return whether this machine's PyTorch has the product: x86 CPUs with AVX2."""
+    return ENGINE in torch.backends.quantized.supported_engines
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round rows to int8, each with the scale that takes its largest number to 127.
+
+    x: [N, K]. Returns values [N, K] int8 and scales [N] fp32.
+    """
+    numbers = x.float()
+    scales = (numbers.abs().amax(-1) / 127).clamp_min(TINY)
+    return (numbers / scales[:, None]).round_().to(torch.int8), scales
+
+
+def pack(values: Tensor, scales: Tensor) -> PackedInt8:
+    """Lay a matrix out for `linear`. values: [N, K] int8; scales: [N] fp32."""
+    engine = torch.backends.quantized.engine
+    torch.backends.quantized.engine = ENGINE
+    try:
+        with warnings.catch_warnings():
+            # PyTorch means to remove such tensors some day; the product knows no other way in
+            warnings.filterwarnings("ignore", message=".*quantized tensor creation.*")
+            tensor = torch._make_per_channel_quantized_tensor(
+                values, (scales / LEVELS).double(), torch.zeros(len(scales), dtype=torch.int64), 0)
+        return PackedInt8(torch.ops.quantized.linear_prepack(tensor, None), len(scales))
+    finally:
+        torch.backends.quantized.engine = engine
+
+
+def unpack(packed: PackedInt8) -> tuple[Tensor, Tensor]:
+    """Return values and scales, as `pack` took them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*quantized tensor creation.*")
+        tensor, _ = torch.ops.quantized.linear_unpack(packed.matrix)
+    return tensor.int_repr(), tensor.q_per_channel_scales().float() * LEVELS
+
+
+def linear(x: Tensor, packed: PackedInt8) -> Tensor:
+    """Return x W^T. x: [T, K]; returns [T, N] fp32."""
+    out = torch.empty(x.shape[0], packed.out_features)
+    for rows, found in zip(x.split(ROWS), out.split(ROWS), strict=True):
+        sums, sizes = _sums(rows, packed)
+        torch.mul(sums, sizes, out=found)
+    return out
+
+
+def add_linear(sums: Tensor, x: Tensor, packed: PackedInt8) -> None:
+    """Add x W^T to ``sums`` [T, N], in place. x: [T, K]."""
+    for rows, found in zip(x.split(ROWS), sums.split(ROWS), strict=True):
+        found.addcmul_(*_sums(rows, packed))
+
+
+def _sums(x: Tensor, packed: PackedInt8) -> tuple[Tensor, Tensor]:
+    """Return products of rows whose largest number is taken for one, [T, N], and the rows' sizes,
+    [T, 1]: NaN and infinity stay in these."""
+    num_rows = x.shape[0]
+    sizes = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True, dtype=torch.float32)
+    digits = torch.empty(2 * num_rows, x.shape[1])
+    first, second = digits[:num_rows], digits[num_rows:]
+    torch.mul(x, LEVELS / sizes.clamp_min(TINY), out=second)
+    torch.round(second, out=first)
+    second.sub_(first).mul_(BASE)  # rounded by the product
+    products = _product(digits, 1.0, 64, packed.matrix)
+    return products[:num_rows].add_(products[num_rows:], alpha=1 / BASE), sizes
