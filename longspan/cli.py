@@ -298,6 +298,8 @@ def decode(
     shape: ShapeName = "qwen2.5-7b",
     contexts: Annotated[str, typer.Option(help="Tokens of each request.")] = "1000,131072,1000000",
     batch: Annotated[str, typer.Option(help="Requests decoded together.")] = "1,16,64",
+    rows: Annotated[str, typer.Option(
+        help="Last tokens of one sequence, attended together.")] = "1,2,4,8,16",
     layers: Layers = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps timed.")] = 50,
     memory_gib: Memory = None, device: Device = None, commit: Commit = None,
@@ -310,7 +312,8 @@ def decode(
 
     options = DecodeOptions(
         contexts=parse_list(contexts, int, "--contexts"), steps=steps, layers=layers,
-        batches=parse_list(batch, int, "--batch"), memory_gib=memory_gib)
+        batches=parse_list(batch, int, "--batch"), rows=parse_list(rows, int, "--rows"),
+        memory_gib=memory_gib)
     session = BenchSession("decode", BenchOptions.make(device, out, commit, budget_s))
     _exit(run(session, Shape.make(shape), options))
 

@@ -27,7 +27,7 @@ KEY_FIELDS: dict[str, tuple[str, ...]] = {
     "ops": ("op", "impl", "params"),
     "ttft": ("shape", "num_tokens", "attention", "plan", "layers", "gpus", "chunk_len"),
     "cache": ("shape", "place", "num_tokens", "attention", "plan"),
-    "decode": ("shape", "context_len", "batch_size", "layers"),
+    "decode": ("shape", "context_len", "batch_size", "layers", "rows", "kv_dtype"),
     "quality": ("model", "num_tokens", "num_questions", "place", "attention", "chunk_len"),
     "serve": ("model", "scenario", "metric"),
     "pipeline": ("shape", "num_tokens", "attention", "cp", "pp", "tp", "plan", "source"),

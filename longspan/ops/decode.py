@@ -1,9 +1,10 @@
 """Split-KV decode over the paged KV cache, all DCA zones in one launch (Triton, Ampere and later).
 
 A work item is a run of one request's key tiles for one KV head; all query heads of that head are
-computed together. How many items a request gets follows from the real lengths of the whole batch,
-read on the device: the grid depends on shapes only (CUDA graphs), and a long request among short
-ones still fills the GPU. A second kernel merges each request's items by their LSEs.
+computed together, and so are a few consecutive tokens of one sequence: their keys are read once.
+How many items a request gets follows from the real lengths of the whole batch, read on the device:
+the grid depends on shapes only (CUDA graphs), and a long request among short ones still fills the
+GPU. A second kernel merges each request's items by their LSEs.
 Sources: split-KV decoding (Flash-Decoding), DCA zones (arXiv 2402.17463).
 """
 
@@ -17,8 +18,9 @@ from torch import Tensor
 from longspan.ops.tiles.splits import num_sms
 from longspan.ops.types import PagedKV, QueryRotary
 
-PROGRAMS_PER_SM = 6
-"""Work items of a launch for each SM: three run at a time, and two waves even out their ends."""
+PROGRAMS_PER_SM = {16: 6, 32: 6, 64: 4, 128: 2}
+"""Work items of a launch for each SM, by rows: with few rows three run at a time, with 128 one, and
+two waves even out their ends."""
 MIN_TILES = 2
 """Fewer key tiles than this are not worth an item of their own."""
 TILE_BYTES = 16_384
@@ -26,8 +28,11 @@ TILE_BYTES = 16_384
 STAGES = 3
 """With these a program takes 72 KB of shared memory: three of them fit an SM of Hopper, one fits
 the smallest of Ampere."""
-MIN_ROWS = 16
-"""Smallest row count of `tl.dot`; the query heads of a KV head are padded to it."""
+MIN_ROWS, MAX_ROWS = 16, 128
+"""Fewest rows of `tl.dot`, to which the query heads of a KV head are padded, and the most that are
+computed together."""
+MAX_LAUNCHES = 2
+"""More query tokens than fit that many launches are left to the prefill kernels."""
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -42,28 +47,67 @@ def decode_attention(
     Slots beyond a request's length may hold anything, NaN included. A request of length 0 gives
     out 0 and lse -inf. Needs what `supports` says.
     """
-    batch, num_heads, head_dim = q.shape
-    block_size, num_kv_heads = cache.k.shape[1], cache.k.shape[2]
+    return _attend(q, cache, block_tables, context_lens, rotary, scales, 1)
+
+
+def prefill_attention(
+    q: Tensor, cache: PagedKV, block_table: Tensor, cached_len: int, rotary: QueryRotary,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """See `reference.prefill_attention`: few rows, as many as `takes_rows` says. No host sync."""
+    most = MAX_ROWS * cache.k.shape[2] // q.shape[1]
+    parts, start = [], cached_len
+    for rows in q.tensor_split(-(-q.shape[0] // most)):
+        start += len(rows)
+        lens = torch.full((1,), start, dtype=torch.int64, device=q.device)
+        scales = torch.full((1,), scale, dtype=torch.float32, device=q.device)
+        parts.append(_attend(rows, cache, block_table[None], lens, rotary, scales, len(rows)))
+    if len(parts) == 1:
+        return parts[0]
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs), torch.cat(lses)
+
+
+def takes_rows(q: Tensor, cache: PagedKV, rotary: QueryRotary) -> bool:
+    """Return whether `prefill_attention` computes these queries, few rows of one sequence.
+    q: [T, H, D]."""
+    num_rows, num_heads, _ = q.shape
+    most = MAX_ROWS * cache.k.shape[2] // num_heads
+    return (0 < num_rows <= MAX_LAUNCHES * most and supports(cache, num_heads)
+            and min(num_rows, most) <= rotary.stride and cache.k.stride() == cache.v.stride()
+            and q.dtype == cache.k.dtype and q.stride(2) == 1)
+
+
+def _attend(
+    q: Tensor, cache: PagedKV, block_tables: Tensor, context_lens: Tensor, rotary: QueryRotary,
+    scales: Tensor, num_rows: int,
+) -> tuple[Tensor, Tensor]:
+    """Attend with the last ``num_rows`` tokens of each of B requests. They lie in two DCA chunks at
+    most. q: [B * num_rows, H, D]; returns the same and [B * num_rows, H]."""
+    num_heads, head_dim = q.shape[1:]
+    batch, block_size, num_kv_heads = len(context_lens), cache.k.shape[1], cache.k.shape[2]
     assert supports(cache, num_heads) and cache.k.stride() == cache.v.stride()
-    assert q.stride(2) == 1 and block_tables.stride(1) == 1
-    capacity = max(1, num_programs(q.device) // num_kv_heads)
-    tile_len = _tile_len(cache.k)
+    assert q.stride(2) == 1 and block_tables.stride(1) == 1 and len(q) == batch * num_rows
+    group = num_heads // num_kv_heads
+    rows = _num_rows(group * num_rows)
+    capacity = max(1, num_programs(q.device, rows) // num_kv_heads)
     shared = {
-        "num_requests": batch, "num_heads": num_heads, "capacity": capacity, "TILE": tile_len,
+        "num_requests": batch, "capacity": capacity, "TILE": _tile_len(cache.k),
         "HEAD_DIM": head_dim, "REQUESTS": triton.next_power_of_2(batch), "MIN_TILES": MIN_TILES}
-    parts = torch.empty(
-        capacity + batch, num_heads, head_dim, dtype=torch.float32, device=q.device)
-    part_lse = torch.empty(capacity + batch, num_heads, dtype=torch.float32, device=q.device)
+    # heads of one row after those of another: for the merge they are all heads
+    width = num_rows * num_heads
+    parts = torch.empty(capacity + batch, width, head_dim, dtype=torch.float32, device=q.device)
+    part_lse = torch.empty(capacity + batch, width, dtype=torch.float32, device=q.device)
     _attend_items[(num_kv_heads, capacity + batch)](
         q, cache.k, cache.v, block_tables, context_lens, scales, rotary.cos, rotary.sin, parts,
         part_lse, q.stride(0), q.stride(1), *cache.k.stride()[:3], block_tables.stride(0),
-        rotary.stride, rotary.clamp, rotary.cos.shape[0], **shared, BLOCK=block_size,
-        GROUP=num_heads // num_kv_heads, ROWS=_num_rows(num_heads // num_kv_heads),
-        STAGES=STAGES, PRECISION=_precision(cache.k), num_warps=4)
-    out, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    _merge_items[(num_heads, batch)](
-        parts, part_lse, context_lens, out, lse, out.stride(0), out.stride(1), **shared,
-        ITEMS=32, num_warps=4)
+        rotary.stride, rotary.clamp, rotary.cos.shape[0], num_heads=num_heads, num_rows=num_rows,
+        **shared, BLOCK=block_size, GROUP=group, ROWS=rows, SEVERAL=num_rows > 1, STAGES=STAGES,
+        PRECISION=_precision(cache.k), num_warps=8 if rows >= MAX_ROWS else 4)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    _merge_items[(width, batch)](
+        parts, part_lse, context_lens, out, lse, width, **shared, ITEMS=32, num_warps=4)
     return out, lse
 
 
@@ -76,16 +120,16 @@ def supports(cache: PagedKV, num_heads: int) -> bool:
             and num_heads % num_kv_heads == 0 and cache.k.stride(3) == 1)
 
 
-def num_programs(device: torch.device) -> int:
+def num_programs(device: torch.device, rows: int) -> int:
     """Return how many work items of all KV heads a launch is cut into; a few for the
     interpreter."""
     if device.type == "cpu":
         return 4
-    return PROGRAMS_PER_SM * num_sms(device)
+    return PROGRAMS_PER_SM[min(rows, MAX_ROWS)] * num_sms(device)
 
 
-def _num_rows(group: int) -> int:
-    return max(MIN_ROWS, triton.next_power_of_2(group))
+def _num_rows(count: int) -> int:
+    return max(MIN_ROWS, triton.next_power_of_2(count))
 
 
 def _tile_len(keys: Tensor) -> int:
@@ -115,16 +159,16 @@ def _work_items(
     return tiles, items, tl.cumsum(items, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _attend_items(
     q, k, v, block_tables, context_lens, scales, cos, sin, parts, part_lse,
     q_row, q_head, kv_block, kv_slot, kv_head, table_row, dca_stride, clamp, num_rotations,
-    num_requests, num_heads, capacity,
+    num_requests, num_heads, num_rows, capacity,
     TILE: tl.constexpr, HEAD_DIM: tl.constexpr, REQUESTS: tl.constexpr, MIN_TILES: tl.constexpr,
-    BLOCK: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SEVERAL: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Compute one work item: partial out [H, D] normalised, and its LSE to base 2, for one KV
+    """Compute one work item: partial out [rows, H, D] normalised, and its LSE to base 2, for one KV
     head."""
     head, item = tl.program_id(0), tl.program_id(1)
     tiles, items, ends = _work_items(
@@ -141,66 +185,72 @@ def _attend_items(
     stop = tl.minimum(num_tiles * (part + 1) // num_items * TILE, context_len)
 
     scale = tl.load(scales + request) * _LOG2_E
-    heads = tl.arange(0, ROWS)
+    lanes = tl.arange(0, ROWS)
+    row, head_of = lanes // GROUP, lanes % GROUP
+    is_row = row < num_rows
     dims = tl.arange(0, HEAD_DIM)
-    queries = q + request.to(tl.int64) * q_row + head * GROUP * q_head
+    queries = q + head * GROUP * q_head + head_of * q_head + tl.where(
+        is_row, request * num_rows + row, 0).to(tl.int64) * q_row
     keys, values = k + head * kv_head, v + head * kv_head
     table = block_tables + request.to(tl.int64) * table_row
-    local = (context_len - 1) % dca_stride
-    chunk_start = context_len - 1 - local
+    positions = tl.maximum(context_len - num_rows + tl.minimum(row, num_rows - 1), 0)
+    local, chunks = positions % dca_stride, positions // dca_stride
+    last_chunk = (context_len - 1) // dca_stride
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
-    for zone in tl.static_range(3):
-        if zone == 0:  # intra
-            first, last, rotation = chunk_start, context_len, local
-        elif zone == 1:  # succ
-            first, last = chunk_start - dca_stride, chunk_start
-            rotation = tl.minimum(local + dca_stride, clamp)
-        else:  # inter
-            first, last = chunk_start * 0, chunk_start - dca_stride
-            rotation = tl.minimum(local * 0 + 2 * dca_stride - 1, clamp)
+    # Runs of keys that lie in one zone for each row: the last DCA chunk, those before it, and all
+    # farther ones. Rows before a chunk border see one chunk fewer.
+    farthest: tl.constexpr = 3 if SEVERAL else 2
+    for back in tl.static_range(farthest + 1):
+        first = (last_chunk - back) * dca_stride
+        last = first + dca_stride
+        if back == 0:
+            last = context_len
+        if back == farthest:
+            first = last_chunk * 0
         first = tl.maximum(first, start).to(tl.int32)
         last = tl.minimum(last, stop).to(tl.int32)
+        gap = chunks - (last_chunk - back)
+        rotation = tl.where(
+            gap <= 0, local, tl.minimum(tl.where(gap == 1, local + dca_stride, 2 * dca_stride - 1),
+                                        clamp))
         rotation = tl.minimum(rotation, num_rotations - 1)  # of a zone without keys: any
-        turned = _rotated_query(
-            queries, cos, sin, rotation, q_head, heads, dims, GROUP, HEAD_DIM)
+        turned = _rotated_query(queries, cos, sin, rotation, is_row, dims, HEAD_DIM)
         top, total, acc = _attend_keys(
-            turned, keys, values, table, first, last, context_len, scale, top, total, acc,
-            kv_block, kv_slot, dims, TILE, BLOCK, STAGES, PRECISION)
+            turned, keys, values, table, first, last, context_len, positions, scale, top, total,
+            acc, kv_block, kv_slot, dims, TILE, BLOCK, SEVERAL, STAGES, PRECISION)
 
-    rows = item * num_heads + head * GROUP + heads
-    tl.store(part_lse + rows, top + tl.log2(total), mask=heads < GROUP)
+    rows = (item * num_rows + row) * num_heads + head * GROUP + head_of
+    tl.store(part_lse + rows, top + tl.log2(total), mask=is_row)
+    if SEVERAL:
+        total = tl.where(total > 0, total, 1.0)  # a row that sees none of the item's keys
     tl.store(parts + rows[:, None] * HEAD_DIM + dims[None, :], acc / total[:, None],
-             mask=(heads < GROUP)[:, None])
+             mask=is_row[:, None])
 
 
 @triton.jit
-def _rotated_query(
-    queries, cos, sin, rotation, q_head, heads, dims,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-):
-    """Load the query heads of one KV head, [ROWS, D] in their dtype, rotated in fp32; padding is
-    0."""
+def _rotated_query(queries, cos, sin, rotation, is_row, dims, HEAD_DIM: tl.constexpr):
+    """Load rows of queries, [ROWS, D] in their dtype, rotated in fp32; padding is 0."""
     half: tl.constexpr = HEAD_DIM // 2
-    rows = queries + heads[:, None] * q_head
-    mask = (heads < GROUP)[:, None]
-    x = tl.load(rows + dims[None, :], mask=mask, other=0.0).to(tl.float32)
-    other = tl.load(rows + ((dims + half) % HEAD_DIM)[None, :], mask=mask, other=0.0)
+    mask = is_row[:, None]
+    x = tl.load(queries[:, None] + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+    other = tl.load(queries[:, None] + ((dims + half) % HEAD_DIM)[None, :], mask=mask, other=0.0)
     other = tl.where((dims < half)[None, :], -other.to(tl.float32), other.to(tl.float32))
-    at = rotation.to(tl.int64) * half + dims % half
-    turned = x * tl.load(cos + at)[None, :] + other * tl.load(sin + at)[None, :]
+    at = rotation.to(tl.int64)[:, None] * half + (dims % half)[None, :]
+    turned = x * tl.load(cos + at) + other * tl.load(sin + at)
     return turned.to(queries.dtype.element_ty)
 
 
 @triton.jit
 def _attend_keys(
-    q, keys, values, table, first, last, context_len, scale, top, total, acc,
+    q, keys, values, table, first, last, context_len, positions, scale, top, total, acc,
     kv_block, kv_slot, dims,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, SEVERAL: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """Carry the online softmax over keys [first, last) of one zone; a tile on its border is
-    masked."""
+    """Carry the online softmax over keys [first, last), each row's of one zone; a tile on their
+    border is masked, and keys behind a row."""
     per_block: tl.constexpr = BLOCK // TILE
     slots = tl.arange(0, TILE)
     first_tile = first // TILE
@@ -212,11 +262,16 @@ def _attend_keys(
         inside = slots[:, None] * kv_slot + dims[None, :]
         k = tl.load(keys + offset + inside)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        visible = (position >= first) & (position < last)
-        scores = tl.where(visible[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))  # finite: a visited tile holds a visible key
-        decay = tl.exp2(top - new_top)
-        weights = tl.exp2(scores - new_top[:, None])
+        visible = ((position >= first) & (position < last))[None, :]
+        if SEVERAL:
+            visible = visible & (position[None, :] <= positions[:, None])
+        scores = tl.where(visible, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))  # of a single row finite: it sees a key
+        known_top = new_top
+        if SEVERAL:
+            known_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+        decay = tl.exp2(top - known_top)
+        weights = tl.exp2(scores - known_top[:, None])
         total = total * decay + tl.sum(weights, 1)
         # values of slots never written may be NaN, and 0 * NaN is NaN
         v = tl.load(values + offset + inside, mask=(position < context_len)[:, None], other=0.0)
@@ -229,12 +284,12 @@ def _attend_keys(
 
 @triton.jit
 def _merge_items(
-    parts, part_lse, context_lens, out, lse, out_row, out_head,
-    num_requests, num_heads, capacity,
+    parts, part_lse, context_lens, out, lse, num_heads, num_requests, capacity,
     TILE: tl.constexpr, HEAD_DIM: tl.constexpr, REQUESTS: tl.constexpr, MIN_TILES: tl.constexpr,
     ITEMS: tl.constexpr,
 ):
-    """Merge all items of one request and query head into one row, with the LSE to base e."""
+    """Merge all items of one request and query head into one row, with the LSE to base e; the heads
+    of further rows are heads."""
     head, request = tl.program_id(0), tl.program_id(1)
     _, items, ends = _work_items(context_lens, num_requests, capacity, TILE, REQUESTS, MIN_TILES)
     is_request = tl.arange(0, REQUESTS) == request
@@ -257,6 +312,6 @@ def _merge_items(
         total = total * decay + tl.sum(weights, 0)
         top = new_top
     total_or_1 = tl.where(total > 0, total, 1.0)
-    place = out + request.to(tl.int64) * out_row + head * out_head
+    place = out + (request.to(tl.int64) * num_heads + head) * HEAD_DIM
     tl.store(place + dims, (acc / total_or_1).to(out.dtype.element_ty))
     tl.store(lse + request * num_heads + head + tl.arange(0, 1), (top + tl.log2(total)) * _LN_2)

@@ -122,6 +122,8 @@ def main() -> None:
     decode.decode_attention(
         q[:2], cache, torch.zeros(2, 20, dtype=torch.int64), torch.tensor([900, 2_000]), rotary,
         torch.full((2,), scale))
+    for few in (2, 16):
+        decode.prefill_attention(q[:few], cache, table, CACHED, rotary, scale)
     x, weight = torch.zeros(9, 3_584, dtype=torch.bfloat16), torch.ones(3_584, dtype=torch.bfloat16)
     pointwise.rms_norm(x, weight, 1e-6)
     pointwise.add_rms_norm(x, x.clone(), weight, 1e-6)

@@ -102,10 +102,85 @@ def test_any_number_of_items(
     capacity: int, kernel_device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One item for all keys, a few, one for each tile."""
-    monkeypatch.setattr(decode, "num_programs", lambda device: capacity)
+    monkeypatch.setattr(decode, "num_programs", lambda device, rows: capacity)
     monkeypatch.setattr(decode, "MIN_TILES", 1)
     check([oracle.make_case(length, Positions(100, 37), num_heads=2, num_kv_heads=1,
                             device=kernel_device) for length in (200, 3, 90)])
+
+
+def check_rows(case: oracle.Case, count: int) -> None:
+    """The last ``count`` tokens of a case, as rows of one sequence."""
+    cached_len = len(case.q) - count
+    args = (case.q[cached_len:], case.cache, case.block_table, cached_len, case.rotary, case.scale)
+    assert decode.takes_rows(args[0], case.cache, case.rotary)
+    out, lse = decode.prefill_attention(*args)
+    expected, expected_lse = reference.prefill_attention(*args)
+    assert out.dtype == expected.dtype and lse.dtype == torch.float32
+    assert_close(out, expected, "out")
+    assert_close(lse, expected_lse, "lse", case.q.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("positions", [*POSITIONS[:3], Positions(40, 20)], ids=str)
+@pytest.mark.parametrize(("length", "count"), [(1, 1), (5, 5), (63, 2), (131, 16)])
+def test_few_rows_of_one_sequence(
+    length: int, count: int, positions: Positions, dtype: torch.dtype, kernel_device: str
+) -> None:
+    """Causal among themselves, on one side and on both of a DCA chunk border; more rows than one
+    launch takes, and NaN in every slot that no token has."""
+    check_rows(oracle.make_case(length, positions, num_heads=14, num_kv_heads=2, dtype=dtype,
+                                device=kernel_device), count)
+
+
+@pytest.mark.parametrize("split", [1, 7])
+@pytest.mark.parametrize("chunks", [1, 2, 3, 4])
+def test_rows_on_both_sides_of_a_chunk_border(
+    chunks: int, split: int, kernel_device: str
+) -> None:
+    """Each of the zones is another one for the rows before the border and for those behind it."""
+    positions = Positions(100, 37)
+    check_rows(oracle.make_case(chunks * positions.stride + split, positions, num_heads=4,
+                                num_kv_heads=2, device=kernel_device), 8)
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "count"), [
+    (2, 2, 16), (4, 1, 7), (7, 1, 18), (7, 1, 30), (20, 1, 6), (128, 1, 1)])
+def test_rows_of_any_group(
+    num_heads: int, num_kv_heads: int, count: int, kernel_device: str
+) -> None:
+    """From rows that share a tile of 16 to those that fill one of 128, in one launch or two."""
+    check_rows(oracle.make_case(
+        150, Positions(64, 16), num_heads=num_heads, num_kv_heads=num_kv_heads, block_size=32,
+        device=kernel_device), count)
+
+
+@pytest.mark.parametrize("capacity", [1, 3, 64])
+def test_rows_that_see_nothing_of_an_item(
+    capacity: int, kernel_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where items are small, the last ones hold keys of the last rows only."""
+    monkeypatch.setattr(decode, "num_programs", lambda device, rows: capacity)
+    monkeypatch.setattr(decode, "MIN_TILES", 1)
+    check_rows(oracle.make_case(96, Positions(100, 37), num_heads=2, num_kv_heads=1,
+                                device=kernel_device), 40)
+
+
+def test_rows_against_the_independent_oracle(kernel_device: str) -> None:
+    positions = Positions(64, 16)
+    case = oracle.make_case(249, positions, head_dim=32, device=kernel_device)
+    args = (case.q[236:], case.cache, case.block_table, 236, case.rotary, case.scale)
+    out, lse = decode.prefill_attention(*args)
+    expected, expected_lse = oracle.dense(case, positions, 236)
+    assert_close(out, expected, "out")
+    assert_close(lse, expected_lse, "lse")
+
+
+def test_which_rows_the_kernel_takes() -> None:
+    case = oracle.make_case(300, Positions(100, 37), num_heads=14, num_kv_heads=2)
+    for count, taken in ((0, False), (1, True), (36, True), (37, False)):
+        assert decode.takes_rows(case.q[:count], case.cache, case.rotary) is taken, count
+    # in three DCA chunks
+    assert not decode.takes_rows(case.q[:18], case.cache, case.rotary._replace(stride=17))
 
 
 def test_an_empty_request_is_harmless(kernel_device: str) -> None:

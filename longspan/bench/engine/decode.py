@@ -53,6 +53,8 @@ class DecodeOptions:
     layers: int | None
     steps: int
     memory_gib: float | None
+    rows: tuple[int, ...] = ()
+    """Numbers of last tokens of one sequence whose attention is timed together."""
     copy_bytes: int | None = None
     """Bytes of the copy whose bandwidth makes the floor; the default depends on the device."""
 
@@ -83,6 +85,8 @@ def run(session: BenchSession, shape: Shape, options: DecodeOptions) -> int:
                     session.attempt(key, partial(
                         _measure, session, cut, options, engine, pair, total,
                         copied["tb_per_s"]))
+            for context in sorted({context for context, _ in fitting}):
+                _measure_rows(session, cut, engine, context, options.rows)
     show(session.rows)
     return session.finish()
 
@@ -110,6 +114,23 @@ def _measure(
         "attention_ms": rounded(attention_ms * layers, 5),
         "kv_tb_per_s": rounded(kv_bytes / attention_ms / 1e9, 4),
         "tokens_per_s": rounded(1000 * batch / statistics.median(step_ms), 5)}
+
+
+def _measure_rows(
+    session: BenchSession, shape: Shape, engine: ShapeEngine, context: int, counts: Sequence[int],
+) -> None:
+    """Time the attention of a few rows behind one context, beside that of a single one."""
+    alone_ms: float | None = None
+    for count in (1, *(count for count in sorted(set(counts)) if count > 1)) if counts else ():
+        def work(count: int = count, alone_ms: float | None = alone_ms) -> dict[str, Any]:
+            attention_ms, kv_bytes = _attention(shape, engine, session.device, context, rows=count)
+            return {"attention_ms": rounded(attention_ms * shape.model.num_layers, 5),
+                    "kv_tb_per_s": rounded(kv_bytes / attention_ms / 1e9, 4),
+                    "over_one_row": rounded(attention_ms / (alone_ms or attention_ms), 4),
+                    "layer_ms": rounded(attention_ms, 5)}
+        row = session.attempt({"shape": shape.name, "context_len": context, "batch_size": 1,
+                               "layers": shape.model.num_layers, "rows": count}, work)
+        alone_ms = alone_ms or (row["layer_ms"] if row else None)
 
 
 def time_steps(
@@ -146,10 +167,14 @@ def steps_before(step: ScheduledBatch, count: int) -> Iterator[ScheduledBatch]:
 
 
 def _attention(
-    shape: Shape, engine: ShapeEngine, device: str, context: int, batch: int
+    shape: Shape, engine: ShapeEngine, device: str, context: int, batch: int = 1, rows: int = 0,
 ) -> tuple[float, int]:
     """Time of one layer's decode attention, ms, and the bytes of keys and values it reads. The
-    layers' caches take turns, so that none is found in the L2 cache."""
+    layers' caches take turns, so that none is found in the L2 cache.
+
+    Args:
+        rows: instead of a token of each request that many of a single one.
+    """
     model, size = shape.model, engine.plan.config.block_size
     num_blocks = -(-context // size)
     first = torch.arange(batch, device=device)[:, None] * num_blocks
@@ -157,13 +182,19 @@ def _attention(
     lens = torch.full((batch,), context, device=device)
     scales = torch.full((batch,), model.head_dim**-0.5, device=device)
     caches = engine.runner.caches
-    q = torch.randn(batch, model.num_heads, model.head_dim, device=device, dtype=caches[0].k.dtype)
+    q = torch.randn(
+        rows or batch, model.num_heads, model.head_dim, device=device, dtype=caches[0].k.dtype)
     rotary = build_rotary(head_dim=model.head_dim, rope_theta=model.rope_theta, device=device,
                           scaling=model.rope_scaling, max_model_len=context, dca=model.dca)
     turn = iter(range(10**9))
 
     def work() -> None:
-        ops.decode_attention(q, caches[next(turn) % len(caches)], tables, lens, rotary, scales)
+        cache = caches[next(turn) % len(caches)]
+        if rows:
+            ops.prefill_attention(q, cache, tables[0], context - rows, rotary,
+                                  model.head_dim**-0.5)
+        else:
+            ops.decode_attention(q, cache, tables, lens, rotary, scales)
     with torch.inference_mode():
         timing = measure(work, device, flush_cache=True)
     kv_bytes = 2 * batch * context * model.num_kv_heads * model.head_dim * q.element_size()
@@ -205,3 +236,9 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
          f"{row['sync_step_ms']:.3f}", f"{row['floor_ms']:.3f}", f"{row['over_floor']:.2f}",
          f"{row['kv_tb_per_s']:.2f}", f"{row['tokens_per_s']:,.0f}")
         for row in rows if "step_ms" in row])
+    few = [row for row in rows if "over_one_row" in row]
+    if few:
+        show_table("few rows", ("shape", "context", "rows", "attention ms", "KV TB/s",
+                                "over one row"), [
+            (row["shape"], f"{row['context_len']:,}", row["rows"], f"{row['attention_ms']:.3f}",
+             f"{row['kv_tb_per_s']:.2f}", f"{row['over_one_row']:.2f}") for row in few])

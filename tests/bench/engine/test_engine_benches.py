@@ -179,9 +179,16 @@ def test_shapes_by_name_are_real() -> None:
 
 def test_decode_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = DecodeOptions(contexts=(1000, 300), batches=(1, 3), layers=None, steps=3,
-                            memory_gib=None, copy_bytes=4096)
+                            memory_gib=None, rows=(4, 1), copy_bytes=4096)
     assert decode.run(session("decode", tmp_path), tiny_shape(), options) == 0
-    rows = [row for row in rows_of(tmp_path, "decode") if row["shape"] == "tiny"]
+    found = [row for row in rows_of(tmp_path, "decode") if row["shape"] == "tiny"]
+    few = [row for row in found if "rows" in row]
+    rows = [row for row in found if "rows" not in row]
+    assert {(row["context_len"], row["rows"]) for row in few} == {
+        (300, 1), (300, 4), (1000, 1), (1000, 4)}
+    for row in few:
+        assert row["attention_ms"] > 0 and row["over_one_row"] > 0
+        assert row["rows"] > 1 or row["over_one_row"] == 1
     assert {(row["context_len"], row["batch_size"]) for row in rows} == {
         (1000, 1), (1000, 3), (300, 1), (300, 3)}
     for row in rows:
