@@ -1,11 +1,12 @@
 """Cuts prompts into prefill chunks, and chunks into slices and pieces. Numbers only, no torch.
 
-**Prefill chunks** end at absolute multiples of ``prefill_chunk_len``, counted from the prompt's
-first token, and at the start of a sparse prompt's tail, from which they are counted anew. Sparse
-attention selects keys once per prefill chunk, so its result depends on the cuts; with absolute ones
-a chunk is the same whether the tokens before it were computed or cached. The tail, the prompt's
-last tokens, is a chunk of its own, since what stands there is a question: another question about
-the same document shares all chunks before it, and the question gets a selection of its own.
+**Prefill chunks** end at absolute positions, counted from the prompt's first token: at multiples of
+``prefill_chunk_len``, or where a pipeline's ladder has them (`longspan.engine.control.ladder`); and
+at the start of a sparse prompt's tail, from which they are counted anew. Sparse attention selects
+keys once per prefill chunk, so its result depends on the cuts; with absolute ones a chunk is the
+same whether the tokens before it were computed or cached. The tail, the prompt's last tokens, is a
+chunk of its own, since what stands there is a question: another question about the same document
+shares all chunks before it, and the question gets a selection of its own.
 
 **Slices** are what one step computes of a chunk, and may be as short as the step's time asks for:
 
@@ -21,6 +22,8 @@ the same document shares all chunks before it, and the question gets a selection
 from __future__ import annotations
 
 from itertools import pairwise
+
+from longspan.engine.control.ladder import Ladder
 
 PIECE_ROWS = {"cpu": 4_096, "cuda": 65_536}
 """Rows of one piece. They take a tenth to half of a second with a small model on a CPU, and a few
@@ -86,21 +89,22 @@ def tail_start(prompt_len: int, tail_len: int, block_size: int) -> int:
     return max(0, prompt_len - tail_len) // step * step // block_size * block_size
 
 
-def chunk_stop(cached_len: int, prompt_len: int, prefill_chunk_len: int, tail: int) -> int:
+def chunk_stop(cached_len: int, prompt_len: int, ladder: Ladder, tail: int) -> int:
     """Find the end of the prefill chunk that holds position ``cached_len``.
 
     Args:
         tail: where a sparse prompt's tail starts (`tail_start`), 0 for dense prompts.
     """
     assert 0 <= cached_len < prompt_len
-    first, end = (0, min(tail, prompt_len)) if cached_len < tail else (tail, prompt_len)
-    chunk = (cached_len - first) // prefill_chunk_len
-    return min(first + (chunk + 1) * prefill_chunk_len, end)
+    if cached_len < tail:
+        return min(ladder.chunk(cached_len)[1], tail, prompt_len)
+    chunk = (cached_len - tail) // ladder.longest
+    return min(tail + (chunk + 1) * ladder.longest, prompt_len)
 
 
 def cacheable_len(
-    *, num_tokens: int, prompt_len: int, prefill_chunk_len: int, block_size: int,
-    sparse: bool, tail_len: int,
+    *, num_tokens: int, prompt_len: int, ladder: Ladder, block_size: int, sparse: bool,
+    tail_len: int,
 ) -> int:
     """Count leading tokens, up to ``num_tokens``, whose keys and values others may reuse.
 
@@ -109,7 +113,7 @@ def cacheable_len(
     """
     if not sparse:
         return num_tokens // block_size * block_size
-    tail = tail_start(prompt_len, tail_len, block_size)
-    first = tail if num_tokens >= tail < prompt_len else 0
-    chunks = (min(num_tokens, prompt_len) - first) // prefill_chunk_len
-    return first + chunks * prefill_chunk_len
+    tail, stop = tail_start(prompt_len, tail_len, block_size), min(num_tokens, prompt_len)
+    if num_tokens >= tail < prompt_len:
+        return tail + (stop - tail) // ladder.longest * ladder.longest
+    return ladder.whole(stop)

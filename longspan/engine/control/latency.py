@@ -1,10 +1,11 @@
 """Predicts how long steps take: one model, fitted while serving. Numbers only, no torch.
 
-Three kinds of work, three terms each, seconds:
+Three kinds of work, three or four terms each, seconds:
 
 - dense prefill of x tokens after L: ``c + b x + a x (2 L + x)``, linear layers and attention;
-- a sparse prefill chunk: ``c + b x + a (x + S) L``, linear layers and kept keys, tile means and the
-  selection, which costs as much as the means of S = `SELECTION_ROWS` rows;
+- a sparse prefill chunk of x tokens after L: ``c + b x + a x L + s L``, linear layers and kept
+  keys, tile means, and the selection, which looks through the history once for each chunk: chunks
+  of several lengths (a pipeline's) tell the last two apart;
 - decode of n requests with S tokens in their caches: ``c + b n + a S``.
 
 Recursive least squares in relative error, against a prior that is counted in floating-point
@@ -22,38 +23,42 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from operator import mul
-from typing import Literal
+from typing import Literal, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from longspan.engine.control.chunking import chunk_stop, tail_start
+from longspan.engine.control.ladder import Ladder
 
 Terms = tuple[float, float, float]
+SparseTerms = tuple[float, float, float, float]
+AnyTerms = TypeVar("AnyTerms", Terms, SparseTerms)
 Kind = Literal["dense", "sparse", "decode"]
 NOISE = 0.15
 """Relative error of one step's time."""
-DOUBT = (10.0, 0.5, 0.5)
-"""Relative error of the scaled prior's terms; the fixed cost of a step is hardly known."""
+DOUBT = (10.0, 0.5, 0.5, 2.0)
+"""Relative error of the scaled prior's terms; a step's fixed cost and a selection's are hardly
+known."""
 FORGET = 0.97
 """Weight of what is known after each observation; half is gone after 23 of them."""
 SURPRISE = 2.5
 """A time that is off by this factor is a surprise."""
 MAX_SURPRISES = 4
 """This many surprises in a row mean that the machine has changed."""
-NUM_TERMS = 3
 SELECTION_ROWS = 8_192
-"""S above. Measured on a CPU; for chunks of one length it makes no difference."""
+"""A prior's selection costs as much as the tile means of this many rows. Measured on a CPU; an
+H200's costs twice as much."""
 DECODE_FITS = 16
 """Decode steps are many and alike: coefficients are fitted again after this many."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Costs:
-    """Coefficients (c, b, a) of each kind of work, seconds."""
+    """Coefficients of each kind of work, seconds: (c, b, a), and (c, b, a, s) of sparse prefill."""
 
     dense: Terms = (5e-3, 1e-4, 1e-9)
-    sparse: Terms = (5e-3, 3e-4, 1e-9)
+    sparse: SparseTerms = (5e-3, 3e-4, 1e-9, SELECTION_ROWS * 1e-9)
     decode: Terms = (5e-3, 1e-3, 1e-6)
 
     def dense_s(self, cached_len: int, query_len: float) -> float:
@@ -66,7 +71,7 @@ class Costs:
         return _dot(self.sparse, sparse_terms(cached_len, query_len))
 
     def prefill_s(
-        self, start: int, stop: int, *, tail: int | None, prefill_chunk_len: int,
+        self, start: int, stop: int, *, tail: int | None, ladder: Ladder,
     ) -> float:
         """Predict the time to prefill tokens ``start`` to ``stop - 1`` of a prompt while nothing
         else runs, a chunk a step.
@@ -77,12 +82,12 @@ class Costs:
         total_s = 0.0
         if tail is not None:
             while start < stop:
-                end = chunk_stop(start, stop, prefill_chunk_len, tail)
+                end = chunk_stop(start, stop, ladder, tail)
                 total_s += self.sparse_s(start, end - start)
                 start = end
         if start >= stop:
             return total_s
-        num_steps = -(-stop // prefill_chunk_len) - start // prefill_chunk_len
+        num_steps = -(-stop // ladder.longest) - start // ladder.longest
         return self.dense_s(start, stop - start) + (num_steps - 1) * self.dense[0]
 
     def decode_s(self, num_requests: int, context_len: int) -> float:
@@ -96,7 +101,7 @@ class Work:
     """The work of one step, in the terms of `Costs`; a kind that is absent is all zeros."""
 
     dense: Terms = (0.0, 0.0, 0.0)
-    sparse: Terms = (0.0, 0.0, 0.0)
+    sparse: SparseTerms = (0.0, 0.0, 0.0, 0.0)
     decode: Terms = (0.0, 0.0, 0.0)
 
     def seconds(self, costs: Costs) -> float:
@@ -116,6 +121,8 @@ class Forecast:
     """Longer prompts prefill sparsely; None: none do."""
     tail_len: int = 0
     """Last tokens of a sparse prompt that are a chunk of their own."""
+    num_stages: int = 1
+    """Of a pipeline: costs are those of its slowest stage."""
 
     def prefill_s(self, start: int, stop: int) -> float:
         """Predict the time to prefill tokens ``start`` to ``stop - 1`` of a prompt of ``stop``
@@ -123,7 +130,9 @@ class Forecast:
         is_sparse = self.sparse_above is not None and stop > self.sparse_above
         tail = tail_start(stop, self.tail_len, self.block_size) if is_sparse else None
         return self.costs.prefill_s(
-            start, stop, tail=tail, prefill_chunk_len=self.prefill_chunk_len)
+            start, stop, tail=tail, ladder=Ladder(
+                longest=self.prefill_chunk_len, num_stages=self.num_stages,
+                block_size=self.block_size))
 
 
 def dense_terms(cached_len: int, query_len: float) -> Terms:
@@ -131,14 +140,15 @@ def dense_terms(cached_len: int, query_len: float) -> Terms:
     return 1.0, query_len, query_len * (2 * cached_len + query_len)
 
 
-def sparse_terms(cached_len: int, query_len: float) -> Terms:
+def sparse_terms(cached_len: int, query_len: float) -> SparseTerms:
     """Make the terms of one sparse prefill chunk; a part of it has that share of each."""
-    return 1.0, query_len, (query_len + SELECTION_ROWS) * cached_len
+    return 1.0, query_len, query_len * cached_len, float(cached_len)
 
 
-def add_terms(left: Terms, right: Terms, share: float = 1.0) -> Terms:
+def add_terms(left: AnyTerms, right: AnyTerms, share: float = 1.0) -> AnyTerms:
     """Add terms, with the fixed cost counted once."""
-    return (1.0, left[1] + share * right[1], left[2] + share * right[2])
+    found = (1.0, *(one + share * other for one, other in zip(left[1:], right[1:], strict=True)))
+    return cast(AnyTerms, found)
 
 
 class LatencyModel:
@@ -193,26 +203,27 @@ class LatencyModel:
         speed = sum(fit.speed for fit in seen) / len(seen)
         found = {name: fit.coefficients if fit.num_observations else fit.scaled(speed)
                  for name, fit in self._kinds.items()}
-        self._costs = Costs(dense=found["dense"], sparse=found["sparse"], decode=found["decode"])
+        self._costs = Costs(
+            dense=cast(Terms, found["dense"]), sparse=cast(SparseTerms, found["sparse"]),
+            decode=cast(Terms, found["decode"]))
 
 
 class _Fit:
     """Least squares of one kind, and of the prior times the machine's speed."""
 
-    def __init__(self, prior: Terms) -> None:
-        self.coefficients = self._prior = prior
+    def __init__(self, prior: Sequence[float]) -> None:
+        self.coefficients = self._prior = tuple(prior)
         self.num_observations = 0
         self.speed = 1.0
         """Seconds measured over seconds of the prior."""
         self._num_surprises = 0
         self._forget_all()
 
-    def scaled(self, speed: float) -> Terms:
+    def scaled(self, speed: float) -> tuple[float, ...]:
         """Scale the prior to a speed."""
-        c, b, a = self._prior
-        return c * speed, b * speed, a * speed
+        return tuple(speed * value for value in self._prior)
 
-    def observe(self, row: Terms, seconds: float, *, is_rare: bool) -> None:
+    def observe(self, row: Sequence[float], seconds: float, *, is_rare: bool) -> None:
         """Learn that work of these terms took this long."""
         expected_s = _dot(self.coefficients, row) if self.num_observations else seconds
         is_surprise = not 1 / SURPRISE < seconds / max(expected_s, 1e-9) < SURPRISE
@@ -230,13 +241,14 @@ class _Fit:
     def _forget_all(self) -> None:
         """Start again: at first, and when the machine has changed."""
         self._num_surprises = 0
-        self._gram = [[0.0] * NUM_TERMS for _ in range(NUM_TERMS)]
-        self._moments = [0.0] * NUM_TERMS
+        count = len(self._prior)
+        self._gram = [[0.0] * count for _ in range(count)]
+        self._moments = [0.0] * count
 
     def _add(self, row: Sequence[float], seconds: float, weight: float) -> None:
-        for i in range(NUM_TERMS):
+        for i in range(len(row)):
             self._moments[i] = FORGET * self._moments[i] + weight * row[i] * seconds
-            for j in range(NUM_TERMS):
+            for j in range(len(row)):
                 self._gram[i][j] = FORGET * self._gram[i][j] + weight * row[i] * row[j]
 
     def _solve(self) -> None:
@@ -244,10 +256,10 @@ class _Fit:
         self.speed = float(prior @ moments / (prior @ gram @ prior))
         scaled = self.speed * prior
         # In units of the scaled prior: all terms are about 1.
-        pull = (NOISE / np.array(DOUBT)) ** 2
-        c, b, a = scaled * _solve_non_negative(
+        pull = (NOISE / np.array(DOUBT[: len(scaled)])) ** 2
+        found = scaled * _solve_non_negative(
             gram * np.outer(scaled, scaled) + np.diag(pull), moments * scaled + pull)
-        self.coefficients = float(c), float(b), float(a)
+        self.coefficients = tuple(map(float, found))
 
 
 def _dot(left: Sequence[float], right: Sequence[float]) -> float:
@@ -257,7 +269,7 @@ def _dot(left: Sequence[float], right: Sequence[float]) -> float:
 def _solve_non_negative(
     matrix: NDArray[np.float64], right: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Find the best solution that is not negative, by trying every set of terms (there are 7). The
+    """Find the best solution that is not negative, by trying every set of terms (15 of four). The
     matrix is positive definite."""
     best, best_gain = np.zeros(len(right)), 0.0
     for size in range(len(right), 0, -1):

@@ -19,31 +19,44 @@ errors of prediction.
 One sparse chunk at a time may be paused, because its hidden states stay on the device; another
 prompt's sparse chunk begins when it is complete. Where several prompts want to begin one, the head
 and the shortest other take turns.
+
+**Pipelines.** Each step passes through the stages behind the one before it, and costs are those of
+the slowest stage. A token passes behind one step on every stage, so each gets a share of the
+budget, and steps in flight, which are on other stages, take nothing of it. A request decodes again
+when its token is back; beside prompts the next steps are without it. Sparse chunks are not paused:
+the ladder keeps them short. Dense prompts are cut by a plan for the whole of them
+(`longspan.engine.control.stage_plan`), made when they begin.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
 from longspan.engine.control.chunking import chunk_stop, piece_shares, side_room, tail_start
+from longspan.engine.control.ladder import Ladder
 from longspan.engine.control.latency import (
     Costs,
     LatencyModel,
+    SparseTerms,
     Terms,
     Work,
     add_terms,
     dense_terms,
     sparse_terms,
 )
+from longspan.engine.control.stage_plan import DenseCosts, plan_dense
 from longspan.engine.request import Request
 from longspan.engine.step import Pieces, ScoredTokens
 
 SLACK = 0.3
 """Share of a step's budget that is left free for errors of prediction."""
 UNLIMITED_S = 1e9
+SHORTEST_CHUNK = 1_024
+"""Least length of a planned dense chunk, tokens: shorter ones take as long on a GPU."""
 FAR = 4
 """Dense slices get half the time where their history is more than this many times the longest one
 measured: costs that far in are a guess."""
@@ -55,6 +68,8 @@ class PlannerConfig:
 
     block_size: int
     prefill_chunk_len: int
+    num_stages: int = 1
+    """Stages of layers through which steps pass one behind another."""
     tail_len: int = 0
     """Last tokens of a sparse prompt that are a prefill chunk of their own."""
     num_layers: int = 1
@@ -66,6 +81,12 @@ class PlannerConfig:
     """Longest step that prefills, seconds; None: prefill chunks are computed whole."""
     cache_key: bytes = b""
     """What every block's content depends on besides tokens; part of all hashes."""
+
+    @property
+    def ladder(self) -> Ladder:
+        """Lengths of sparse prefill chunks."""
+        return Ladder(longest=self.prefill_chunk_len, num_stages=self.num_stages,
+                      block_size=self.block_size)
 
 
 class PlannedSlice(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -92,7 +113,10 @@ class Planner:
     def __init__(self, config: PlannerConfig, latency: LatencyModel) -> None:
         self._config, self._latency = config, latency
         budget_s = config.step_budget_s
-        self._target_s = UNLIMITED_S if budget_s is None else (1 - SLACK) * budget_s
+        self._target_s = UNLIMITED_S if budget_s is None else (
+            (1 - SLACK) * budget_s / config.num_stages)
+        self._ends = dict[str, tuple[int, ...]]()
+        """Where the chunks of a dense prompt end, by the request's id; pipelines alone."""
         self._last_owner = ""
         """Id of the request that began a sparse chunk last."""
         self._debt = ("", 0.0)
@@ -106,13 +130,33 @@ class Planner:
             in_flight_s: predicted time of the steps in flight that prefill; they share the budget.
         """
         decodes = [request for request in running if request.can_decode]
-        step = _PlanBuilder(self._config, self._latency, decodes)
         prefills = [request for request in running if request.is_prefill]
+        if self._config.num_stages > 1 and prefills:
+            in_flight_s = 0.0
+            decodes = [request for request in decodes if not request.num_in_flight]
+            self._cut(prefills)
+        step = _PlanBuilder(self._config, self._latency, decodes, self._ends)
         if prefills:
             room_s = self._target_s - in_flight_s - step.expected_s
             if room_s > 0 or not in_flight_s:
                 self._fill(step, prefills, room_s, must_progress=not in_flight_s)
         return step.finish()
+
+    def _cut(self, prefills: Sequence[Request]) -> None:
+        """Plan the dense prompts that are new; forget those that are through."""
+        config, costs = self._config, self._latency.costs.dense
+        stages = config.num_stages
+        known, self._ends = self._ends, {}
+        for request in prefills:
+            ends = known.get(request.request_id)
+            if ends is None and not self._begins_sparse(request):
+                ends = plan_dense(DenseCosts(
+                    terms=(costs[0], stages * costs[1], stages * costs[2]),
+                    stage_shares=(1 / stages,) * stages, unit_len=config.block_size,
+                    shortest=min(SHORTEST_CHUNK, config.prefill_chunk_len),
+                    longest=config.prefill_chunk_len), request.scheduled_len, request.prompt_len)
+            if ends is not None:
+                self._ends[request.request_id] = ends
 
     def _fill(
         self, step: _PlanBuilder, prefills: Sequence[Request], room_s: float, *,
@@ -164,14 +208,15 @@ class _PlanBuilder:
 
     def __init__(
         self, config: PlannerConfig, latency: LatencyModel, decodes: Sequence[Request],
+        ends: Mapping[str, Sequence[int]],
     ) -> None:
-        self._config, self._costs = config, latency.costs
+        self._config, self._costs, self._ends = config, latency.costs, ends
         self._known_reach = FAR * latency.dense_reach
         self._knows_sparse = latency.has_seen("sparse") or config.step_budget_s is None
         self._decodes = decodes
         self._prefills: list[PlannedSlice] = []
         self._dense: Terms = (0.0, 0.0, 0.0)
-        self._sparse: Terms = (0.0, 0.0, 0.0)
+        self._sparse: SparseTerms = (0.0, 0.0, 0.0, 0.0)
         context_len = float(sum(request.scheduled_len + 1 for request in decodes))
         self._decode: Terms = (1.0, float(len(decodes)), context_len) if decodes else (0.0,) * 3
         self._num_others = 0
@@ -197,8 +242,10 @@ class _PlanBuilder:
     ) -> None:
         """Add as much of a prompt's chunk as fits; at least a unit if it must progress."""
         start, config = request.scheduled_len, self._config
-        stop = chunk_stop(start, request.prompt_len, config.prefill_chunk_len,
-                          tail_of(request, config) or 0)
+        stop = chunk_stop(start, request.prompt_len, config.ladder, tail_of(request, config) or 0)
+        if request.request_id in self._ends:
+            ends = self._ends[request.request_id]
+            stop = min(stop, ends[bisect_right(ends, start)])
         if request.sparse:
             item = self._pieces(request, stop, room_s, must_progress)
         else:
@@ -223,6 +270,8 @@ class _PlanBuilder:
         fixed_s = self._costs.sparse[0]
         chunk_s = self._costs.sparse_s(start, stop - start) - fixed_s
         last, share = first, 0.0
+        if config.num_stages > 1:
+            return self._whole_chunk(request, stop, len(shares), must_progress or chunk_s <= room_s)
         while last < len(shares) and fixed_s + chunk_s * (share + shares[last]) <= room_s:
             share, last = share + shares[last], last + 1
             if not self._knows_sparse:
@@ -234,6 +283,17 @@ class _PlanBuilder:
         self._sparse = add_terms(self._sparse, sparse_terms(start, stop - start), share)
         return PlannedSlice(request=request, query_len=stop - start,
                             pieces=Pieces(first, last, len(shares)))
+
+    def _whole_chunk(
+        self, request: Request, stop: int, num_pieces: int, may_begin: bool,
+    ) -> PlannedSlice | None:
+        """Take a sparse chunk that is never paused."""
+        if not may_begin:
+            return None
+        start = request.scheduled_len
+        self._sparse = add_terms(self._sparse, sparse_terms(start, stop - start))
+        return PlannedSlice(request=request, query_len=stop - start,
+                            pieces=Pieces(0, num_pieces, num_pieces))
 
     def _tokens(
         self, request: Request, stop: int, room_s: float, is_head: bool, must_progress: bool,
@@ -277,8 +337,7 @@ def prefill_s(
     request: Request, start: int, stop: int, config: PlannerConfig, costs: Costs,
 ) -> float:
     """Predict the time for tokens ``start`` to ``stop - 1`` of a prompt, seconds."""
-    return costs.prefill_s(start, stop, tail=tail_of(request, config),
-                           prefill_chunk_len=config.prefill_chunk_len)
+    return costs.prefill_s(start, stop, tail=tail_of(request, config), ladder=config.ladder)
 
 
 def scored_tokens(request: Request, start: int, stop: int) -> ScoredTokens | None:

@@ -46,7 +46,7 @@ def _salts(request: Request, config: PlannerConfig) -> dict[int, bytes]:
     tail = tail_start(request.prompt_len, config.tail_len, config.block_size)
     salts, start, key = dict[int, bytes](), 0, config.cache_key
     while start < request.prompt_len:
-        stop = chunk_stop(start, request.prompt_len, config.prefill_chunk_len, tail)
+        stop = chunk_stop(start, request.prompt_len, config.ladder, tail)
         tokens = request.prompt_ids[start:stop].tobytes()
         salts[start // config.block_size] = key + b"sparse" + tokens
         start, key = stop, b""
@@ -209,5 +209,5 @@ class Prefixes:
     def _cacheable_len(self, request: Request, num_tokens: int) -> int:
         return cacheable_len(
             num_tokens=num_tokens, prompt_len=request.prompt_len, sparse=request.sparse,
-            prefill_chunk_len=self._config.prefill_chunk_len, block_size=self._config.block_size,
+            ladder=self._config.ladder, block_size=self._config.block_size,
             tail_len=self._config.tail_len)

@@ -384,7 +384,7 @@ class Scheduler:
             self.forecast = Forecast(
                 costs=self.latency.costs, block_size=config.block_size,
                 prefill_chunk_len=config.prefill_chunk_len, sparse_above=config.sparse_above,
-                tail_len=config.tail_len)
+                tail_len=config.tail_len, num_stages=config.num_stages)
 
     def _abort(self, request: Request) -> None:
         self._finish(request, "abort")

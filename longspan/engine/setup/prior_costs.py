@@ -9,7 +9,8 @@ from __future__ import annotations
 from longspan.attention.sparsity import SparsityPlan
 from longspan.config import EngineConfig, ModelConfig
 from longspan.engine.control.chunking import tail_start
-from longspan.engine.control.latency import Costs
+from longspan.engine.control.ladder import Ladder
+from longspan.engine.control.latency import SELECTION_ROWS, Costs
 from longspan.engine.resolve import resolve_forms
 from longspan.units import DTYPE_BYTES
 from longspan.weight_sizes import routed_bytes, weights_bytes
@@ -37,9 +38,10 @@ def prior_costs(model: ModelConfig, config: EngineConfig, plan: SparsityPlan | N
     if plan is not None:
         budgets = [value for rows in (plan.vertical, plan.slash) for row in rows for value in row]
         kept = 2 * plan.budget_share * sum(budgets) / len(budgets) + config.block_size
-        # The selection comes through SELECTION_ROWS, but for scouts: scores of some rows alone.
+        # The selection is SELECTION_ROWS of means, but for scouts: scores of some rows alone.
         mean = 1 / config.block_size + plan.num_scouts / config.prefill_chunk_len / 2
-    sparse = (step_s, (linear + pair * kept) / FLOPS[device], pair * mean / FLOPS[device])
+    history_s = pair * mean / FLOPS[device]
+    sparse = (step_s, (linear + pair * kept) / FLOPS[device], history_s, SELECTION_ROWS * history_s)
     # every token of a step may read experts of its own
     forms = resolve_forms(config, model)
     experts_s = routed_bytes(model, forms, element) / BYTES_PER_S[device]
@@ -56,7 +58,7 @@ def sparse_border(
     half of it at least, for budgets are meant for long prompts."""
     for length in range(threshold // 2, threshold, BORDER_STEP):
         dense_s, sparse_s = (
-            costs.prefill_s(0, length + 1, tail=tail, prefill_chunk_len=prefill_chunk_len)
+            costs.prefill_s(0, length + 1, tail=tail, ladder=Ladder(longest=prefill_chunk_len))
             for tail in (None, tail_start(length + 1, tail_len, block_size)))
         if MARGIN * sparse_s < dense_s:
             return length

@@ -12,6 +12,7 @@ from longspan.engine.control.chunking import (
     row_cuts,
     tail_start,
 )
+from longspan.engine.control.ladder import Ladder
 
 
 @pytest.mark.parametrize(("cached_len", "prompt_len", "tail", "expected"), [
@@ -27,7 +28,7 @@ from longspan.engine.control.chunking import (
     (96, 100, 100, 100),  # no tail
 ])
 def test_chunk_stop(cached_len: int, prompt_len: int, tail: int, expected: int) -> None:
-    assert chunk_stop(cached_len, prompt_len, 32, tail) == expected
+    assert chunk_stop(cached_len, prompt_len, Ladder(longest=32), tail) == expected
 
 
 def test_the_tail_starts_at_a_block() -> None:
@@ -78,7 +79,7 @@ def test_pieces_of_a_chunk() -> None:
 ])
 def test_cacheable_len(num_tokens: int, prompt_len: int, sparse: bool, expected: int) -> None:
     assert cacheable_len(
-        num_tokens=num_tokens, prompt_len=prompt_len, prefill_chunk_len=32, block_size=8,
+        num_tokens=num_tokens, prompt_len=prompt_len, ladder=Ladder(longest=32), block_size=8,
         sparse=sparse, tail_len=10) == expected
 
 
@@ -88,10 +89,10 @@ def test_shared_is_what_ends_with_a_chunk() -> None:
         for prompt_len in range(1, 200, 7):
             tail, ends = tail_start(prompt_len, tail_len, 8), [0]
             while ends[-1] < prompt_len:
-                ends.append(chunk_stop(ends[-1], prompt_len, 32, tail))
+                ends.append(chunk_stop(ends[-1], prompt_len, Ladder(longest=32), tail))
             first = tail if tail < prompt_len else 0
             whole = [end for end in ends if end < prompt_len or (end - first) % 32 == 0]
             for known in range(250):
                 assert cacheable_len(
-                    num_tokens=known, prompt_len=prompt_len, prefill_chunk_len=32, block_size=8,
+                    num_tokens=known, prompt_len=prompt_len, ladder=Ladder(longest=32), block_size=8,
                     sparse=True, tail_len=tail_len) == max(end for end in whole if end <= known)

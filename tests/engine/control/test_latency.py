@@ -16,7 +16,8 @@ from longspan.engine.control.latency import (
     sparse_terms,
 )
 
-TRUE = Costs(dense=(8e-3, 2.4e-4, 4.5e-8), sparse=(8e-3, 5e-4, 1e-9), decode=(9e-3, 1e-3, 2e-6))
+TRUE = Costs(dense=(8e-3, 2.4e-4, 4.5e-8), sparse=(8e-3, 5e-4, 1e-9, 8e-6),
+             decode=(9e-3, 1e-3, 2e-6))
 
 
 def random_work(rng: random.Random) -> Work:
@@ -27,7 +28,7 @@ def random_work(rng: random.Random) -> Work:
         return Work(dense=dense_terms(history, tokens))
     if kind == "sparse":
         share = rng.uniform(0.05, 1)
-        return Work(sparse=add_terms((0, 0, 0), sparse_terms(history, 16_384), share))
+        return Work(sparse=add_terms((0, 0, 0, 0), sparse_terms(history, 16_384), share))
     if kind == "decode":
         return Work(decode=decode)
     return Work(dense=dense_terms(history, tokens), decode=decode)
@@ -35,7 +36,7 @@ def random_work(rng: random.Random) -> Work:
 
 def test_terms_are_those_of_the_formulas() -> None:
     assert TRUE.dense_s(100, 10) == pytest.approx(8e-3 + 2.4e-3 + 4.5e-8 * 10 * 210)
-    assert TRUE.sparse_s(100, 10) == pytest.approx(8e-3 + 5e-3 + 1e-9 * 100 * (10 + 8192))
+    assert TRUE.sparse_s(100, 10) == pytest.approx(8e-3 + 5e-3 + 1e-9 * 100 * 10 + 8e-6 * 100)
     assert TRUE.decode_s(3, 1000) == pytest.approx(9e-3 + 3e-3 + 2e-3)
     both = Work(dense=dense_terms(100, 10), decode=(1.0, 3.0, 1000.0))
     assert both.seconds(TRUE) == pytest.approx(TRUE.dense_s(100, 10) + TRUE.decode_s(3, 1000))
@@ -51,6 +52,23 @@ def test_recovers_the_machine_from_noisy_steps(seed: int) -> None:
     for _ in range(50):
         work = random_work(rng)
         assert work.seconds(model.costs) == pytest.approx(work.seconds(TRUE), rel=0.2)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_chunks_of_several_lengths_tell_the_selection_from_the_rows(seed: int) -> None:
+    """A GPU's selection costs more than the prior thinks: a pipeline's ladder shows it."""
+    rng = random.Random(seed)
+    true = Costs(sparse=(2e-3, 2.2e-5, 2e-12, 1.1e-7))
+    model = LatencyModel(Costs(sparse=(2e-3, 1.5e-4, 3e-11, 2.5e-7)))
+    cuts = [(start, 8_192) for start in range(0, 65_536, 8_192)]
+    cuts += [(start, 16_384) for start in range(65_536, 262_144, 16_384)]
+    cuts += [(start, 32_768) for start in range(262_144, 983_040, 32_768)]
+    for start, length in cuts:
+        model.observe(Work(sparse=sparse_terms(start, length)),
+                      true.sparse_s(start, length) * rng.uniform(0.98, 1.02))
+    for start, length in ((131_072, 8_192), (524_288, 16_384), (900_000, 32_768)):
+        assert model.costs.sparse_s(start, length) == pytest.approx(
+            true.sparse_s(start, length), rel=0.1)
 
 
 def test_one_kind_teaches_the_speed_of_the_others() -> None:
@@ -84,7 +102,7 @@ def test_two_pieces_that_contradict_each_other() -> None:
     model = LatencyModel(TRUE)
     for tokens, seconds in ((432.0, 0.243), (960.0, 0.182)):
         model.observe(Work(sparse=(1.0, tokens, 0.0)), seconds)
-    assert Work(sparse=(1.0, 15_000.0, 0.0)).seconds(model.costs) > 2.0
+    assert Work(sparse=(1.0, 15_000.0, 0.0, 0.0)).seconds(model.costs) > 2.0
 
 
 def test_a_stray_time_counts_for_little() -> None:

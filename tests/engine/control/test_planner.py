@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from array import array
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,8 @@ from longspan.engine.request import Request, SamplingParams
 from longspan.engine.step import ScheduledBatch, StepResult
 
 BUDGET_S = 1.0
-COSTS = Costs(dense=(8e-3, 2.4e-4, 4.5e-8), sparse=(8e-3, 5e-4, 4e-10), decode=(9e-3, 1e-3, 2e-6))
+COSTS = Costs(dense=(8e-3, 2.4e-4, 4.5e-8), sparse=(8e-3, 5e-4, 4e-10, 3e-6),
+              decode=(9e-3, 1e-3, 2e-6))
 """A small model on two CPU cores: 9 s for a sparse chunk, 31 pieces."""
 CONFIG = SchedulerConfig(
     num_blocks=40_000, block_size=128, max_model_len=1 << 20, prefill_chunk_len=16_384,
@@ -145,7 +147,7 @@ def test_an_unknown_kind_begins_with_a_single_piece() -> None:
     """The prior may think that a whole chunk fits."""
     config = SchedulerConfig(**{
         **{name: getattr(CONFIG, name) for name in CONFIG.__dataclass_fields__},
-        "prior": Costs(dense=COSTS.dense, sparse=(0.0, 1e-9, 0.0), decode=COSTS.decode)})
+        "prior": Costs(dense=COSTS.dense, sparse=(0.0, 1e-9, 0.0, 0.0), decode=COSTS.decode)})
     machine = Machine(config=config)
     machine.add("long", 131_072)
     machine.run()
@@ -273,8 +275,8 @@ def test_a_short_prefix_is_computed_and_not_waited_for(num_shared: int, num_wait
     assert machine.scheduler.load.num_waiting == num_waiting
 
 
-def _times(terms: tuple[float, float, float], factor: float) -> tuple[float, float, float]:
-    return terms[0] * factor, terms[1] * factor, terms[2] * factor
+def _times(terms: tuple[float, ...], factor: float) -> Any:
+    return tuple(factor * value for value in terms)
 
 
 @pytest.mark.parametrize("seed", range(60))

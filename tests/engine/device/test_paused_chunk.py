@@ -18,6 +18,7 @@ from torch import Tensor
 from longspan.attention.sparsity import SparsityPlan
 from longspan.config import EngineConfig, ModelConfig
 from longspan.engine.control.chunking import chunk_stop, piece_shares, tail_start
+from longspan.engine.control.ladder import Ladder
 from longspan.engine.control.loop import LocalTransport, Loop
 from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
 from longspan.engine.device.memory import DeviceMemory, plan_memory
@@ -70,7 +71,7 @@ def slices_of(prompt: array[int], tail: int, stops: Iterable[int]) -> list[Sched
     blocks, start, slices = list(range(64)), 0, list[ScheduledSlice]()
     pauses = itertools.cycle(stops)
     while start < len(prompt):
-        stop = chunk_stop(start, len(prompt), CHUNK, border)
+        stop = chunk_stop(start, len(prompt), Ladder(longest=CHUNK), border)
         base = ScheduledSlice(
             request_id="a", token_ids=prompt[start:stop], cached_len=start, sparse=True,
             prompt_len=len(prompt), block_ids=blocks, sampling=None)

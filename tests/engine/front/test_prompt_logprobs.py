@@ -17,6 +17,7 @@ from torch import Tensor
 from longspan.attention.metadata import SequenceSlice, build_metadata
 from longspan.attention.sparsity import SparsityPlan
 from longspan.engine.control.chunking import chunk_stop, tail_start
+from longspan.engine.control.ladder import Ladder
 from longspan.engine.front.llm import LLM
 from longspan.engine.request import RequestOutput, SamplingParams, TokenEvent
 from longspan.errors import InvalidRequestError, PromptTooLongError, RequestFailedError
@@ -190,7 +191,8 @@ def forward(llm: LLM, prompt: list[int]) -> Tensor:
     runner, (stage,) = llm._runner, llm._runner._stages
     blocks, start, found = list(range(MAX_LEN // BLOCK)), 0, list[Tensor]()
     while start < len(prompt):
-        stop = chunk_stop(start, len(prompt), CHUNK, tail_start(len(prompt), TAIL, BLOCK))
+        stop = chunk_stop(start, len(prompt), Ladder(longest=CHUNK),
+                          tail_start(len(prompt), TAIL, BLOCK))
         metadata = build_metadata(
             [SequenceSlice(query_len=stop - start, cached_len=start, prompt_len=len(prompt),
                            block_ids=blocks, sparse=True)],

@@ -80,6 +80,6 @@ def test_on_cpus_the_border_between_dense_and_sparse_is_where_sparse_is_shorter(
 
 @pytest.mark.parametrize(("dense_a", "expected"), [(0.0, 32_768), (1.0, 16_384), (3.2e-8, 24_576)])
 def test_the_border_follows_the_latency_model(dense_a: float, expected: int) -> None:
-    costs = Costs(dense=(0.0, 1e-3, dense_a), sparse=(0.0, 1.43e-3, 0.0))
+    costs = Costs(dense=(0.0, 1e-3, dense_a), sparse=(0.0, 1.43e-3, 0.0, 0.0))
     found = sparse_border(costs, 32_768, tail_len=0, block_size=128, prefill_chunk_len=8192)
     assert found == pytest.approx(expected, abs=1100)
