@@ -101,7 +101,7 @@ def test_two_pieces_that_contradict_each_other() -> None:
     not follow that pieces take no time."""
     model = LatencyModel(TRUE)
     for tokens, seconds in ((432.0, 0.243), (960.0, 0.182)):
-        model.observe(Work(sparse=(1.0, tokens, 0.0)), seconds)
+        model.observe(Work(sparse=(1.0, tokens, 0.0, 0.0)), seconds)
     assert Work(sparse=(1.0, 15_000.0, 0.0, 0.0)).seconds(model.costs) > 2.0
 
 
