@@ -25,6 +25,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in D
 def build_model(
     config: ModelConfig, *, layers: range, rotary: QueryRotary, plan: SparsityPlan | None,
     dtype: torch.dtype, device: torch.device | str, forms: WeightForms = PLAIN_FORMS,
+    has_head: bool | None = None,
 ) -> CausalLM:
     """Allocate a pipeline stage; its weights are not yet filled.
 
@@ -33,8 +34,9 @@ def build_model(
         rotary: rotation tables, already on `device`.
         plan: budgets for sparse prefill; None: dense.
         forms: what the layers' matrices are held in.
+        has_head: the stage makes logits; default: the last one does.
     """
     model = MODELS[config.architecture](
         config, layers=layers, rotary=rotary, plan=plan, dtype=dtype, device=device,
-        forms=forms)
+        forms=forms, has_head=has_head)
     return model.eval()

@@ -174,18 +174,24 @@ class DecoderLayer(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """A slice of a decoder-only model. Weights are uninitialised until they are loaded."""
+    """A slice of a decoder-only model. Weights are uninitialised until they are loaded.
+
+    Args:
+        has_head: it makes logits; default: where the last layer is. In a pipeline of processes the
+            first one has it, since the next token begins there.
+    """
 
     def __init__(
         self, config: ModelConfig, *, layers: range, rotary: QueryRotary,
         plan: SparsityPlan | None, dtype: torch.dtype, device: torch.device | str,
-        forms: WeightForms = PLAIN_FORMS,
+        forms: WeightForms = PLAIN_FORMS, has_head: bool | None = None,
     ) -> None:
         super().__init__()
         assert layers.step == 1 and 0 <= layers.start < layers.stop <= config.num_layers, layers
         self.config, self.layer_range = config, layers
         self.is_first, self.is_last = layers.start == 0, layers.stop == config.num_layers
-        shared = config.tie_word_embeddings and self.is_first and self.is_last
+        self.has_head = self.is_last if has_head is None else has_head
+        shared = config.tie_word_embeddings and self.is_first and self.has_head
         if self.is_first:
             self.embed_tokens = make_embedding(
                 forms.vocabulary, config.hidden_size, config.vocab_size, is_head=shared,
@@ -199,6 +205,7 @@ class CausalLM(nn.Module):
         if self.is_last:
             self.norm = RMSNorm(
                 config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+        if self.has_head:
             self.lm_head: Linear = self.embed_tokens if shared else make_linear(
                 forms.vocabulary, config.hidden_size, (config.vocab_size,), dtype=dtype,
                 device=device)
@@ -253,7 +260,7 @@ class CausalLM(nn.Module):
         return self.norm(hidden) if self.is_last else hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of the vocabulary, last stage only. hidden: [n, M]; returns [n, V] fp32."""
+        """Scores of the vocabulary, where the head is. hidden: [n, M]; returns [n, V] fp32."""
         return self.lm_head(hidden).float()
 
     def attention_stats(self) -> tuple[float, float]:
@@ -290,6 +297,7 @@ class CausalLM(nn.Module):
                         for name, target in layer.weight_targets().items()}
         if self.is_last:
             targets[NORM] = Target.of(self.norm.weight)
+        if self.has_head:
             # With tied embeddings on one stage both names are the same storage.
             name = EMBEDDING if self.config.tie_word_embeddings else HEAD
             targets |= self.lm_head.targets(name.removesuffix(".weight"))

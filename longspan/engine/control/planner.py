@@ -149,7 +149,7 @@ class Planner:
         known, self._ends = self._ends, {}
         for request in prefills:
             ends = known.get(request.request_id)
-            if ends is None and not self._begins_sparse(request):
+            if ends is None and not request.sparse:
                 ends = plan_dense(DenseCosts(
                     terms=(costs[0], stages * costs[1], stages * costs[2]),
                     stage_shares=(1 / stages,) * stages, unit_len=config.block_size,

@@ -10,7 +10,7 @@ from torch import Tensor
 from longspan.engine.control.chunking import row_cuts
 from longspan.engine.device.batch import DeviceBatch, RequestMeter
 from longspan.engine.device.prompt_logprobs import PromptScorer
-from longspan.engine.device.stage import PipelineStage
+from longspan.engine.device.stage import PipelineStage, StageLink
 from longspan.engine.step import ScheduledSlice
 
 
@@ -20,12 +20,14 @@ class PausableChunk:
     Args:
         rows: of one piece; the scheduler's `SchedulerConfig.piece_rows`.
         scorer: takes the log-probabilities of prompts that ask for them.
+        link: this process has one of a pipeline's stages, and chunks are never paused.
     """
 
     def __init__(
         self, stages: Sequence[PipelineStage], rows: int, scorer: PromptScorer,
+        link: StageLink | None = None,
     ) -> None:
-        self._stages, self._rows, self._scorer = stages, rows, scorer
+        self._stages, self._rows, self._scorer, self._link = stages, rows, scorer, link
         self._work: Generator[None, None, Tensor] | None = None
         self._place = ("", 0, 0)
         """Request, first token and pieces done of the chunk in ``_work``."""
@@ -39,14 +41,17 @@ class PausableChunk:
         Args:
             build: makes the whole chunk's tensors; called when it begins.
 
-        Returns [n, M], the hidden states of the rows that sample, when the chunk is complete.
+        Returns [n, M], the hidden states of the rows that sample, when the chunk is complete; of a
+        pipeline's stage what it gives.
         """
         pieces = item.pieces
         assert pieces is not None
+        if self._link is not None:
+            return self._advance_whole(item, build(), self._link)
         if pieces.first == 0:
-            cuts = row_cuts(item.cached_len, item.context_len, self._rows)
             inputs = build()
-            self._work, self._meters = self._compute(item, inputs, cuts), inputs.meters
+            self._work = self._compute(item, inputs, self._cuts(item))
+            self._meters = inputs.meters
             self._place = (item.request_id, item.cached_len, 0)
         assert self._work is not None and self._place == (
             item.request_id, item.cached_len, pieces.first), (self._place, item.request_id, pieces)
@@ -68,6 +73,36 @@ class PausableChunk:
             return ()
         meters, self._meters = self._meters, ()
         return meters
+
+    def _advance_whole(
+        self, item: ScheduledSlice, inputs: DeviceBatch, link: StageLink,
+    ) -> Tensor:
+        """Compute this stage's part of a chunk without a pause; its rows are cut as ever."""
+        assert item.pieces is not None and item.pieces.first == 0 and item.pieces.is_last
+        (stage,) = self._stages
+        hidden = inputs.token_ids if link.index == 0 else link.receive(item.query_len)
+        work = stage.model.forward_in_pieces(
+            hidden, inputs.metadata, stage.caches, self._cuts(item),
+            cut_last=item.scored is not None)
+        self._meters = inputs.meters
+        while True:
+            try:
+                next(work)
+            except StopIteration as end:
+                found: Tensor = end.value
+                return found
+
+    def score(self, item: ScheduledSlice, hidden: Tensor) -> Tensor:
+        """Take the log-probabilities of a whole chunk's tokens, [T, M] after the last layer, with
+        the head of this process. Returns the rows that sample."""
+        head = self._stages[0].model.logits
+        for start, stop in pairwise(self._cuts(item)):
+            rows = hidden[start - item.cached_len : stop - item.cached_len]
+            self._scorer.score(head, item, rows, start)
+        return hidden[len(hidden) - int(item.context_len == item.prompt_len):]
+
+    def _cuts(self, item: ScheduledSlice) -> list[int]:
+        return row_cuts(item.cached_len, item.context_len, self._rows)
 
     def _compute(
         self, item: ScheduledSlice, inputs: DeviceBatch, cuts: Sequence[int],

@@ -1,13 +1,15 @@
 """Computes steps: pipeline stages, their KV caches, sampling.
 
 A pipeline stage is a slice of the layers with its own KV cache; block ids mean the same on every
-stage. Here all stages live in one process and hand hidden states on directly.
+stage. All stages of a process hand hidden states on directly; where each process has one of them,
+`longspan.engine.device.stage_runner` connects these.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from msgspec.structs import replace
@@ -23,6 +25,7 @@ from longspan.config import DcaConfig, EngineConfig, ModelConfig
 from longspan.engine.control.chunking import piece_rows
 from longspan.engine.control.copy_queue import TierConfig
 from longspan.engine.control.loop import LocalTransport, Transport
+from longspan.engine.control.stage_plan import equal_split
 from longspan.engine.device.batch import (
     DeviceBatch,
     RequestMeter,
@@ -40,7 +43,7 @@ from longspan.engine.device.memory import MemoryPlan, head_rows, peak_memory_byt
 from longspan.engine.device.paused_chunk import PausableChunk
 from longspan.engine.device.prompt_logprobs import OnLogits, PromptScorer
 from longspan.engine.device.sampling import SampledTokens, Sampler
-from longspan.engine.device.stage import PipelineStage
+from longspan.engine.device.stage import PipelineStage, StageLink
 from longspan.engine.kv_file import KvFolder
 from longspan.engine.resolve import resolve_forms
 from longspan.engine.step import ScheduledBatch, ScheduledSlice, StepResult
@@ -51,18 +54,38 @@ from longspan.model.weights import load_weights, random_weights
 from longspan.ops.types import PagedKV
 
 
+class BegunStep(NamedTuple):
+    """A step whose layers are computed, as far as this process has them."""
+
+    batch: ScheduledBatch
+    inputs: DeviceBatch
+    apart: Tensor | None
+    """[m, M] hidden states of rows that are computed apart."""
+    packed: Tensor | None
+    """[n, M] of the slices that are packed together."""
+
+
+class StagePlace(NamedTuple):
+    """A process's part in a pipeline."""
+
+    link: StageLink
+    layers: range
+
+
 class Runner:
     """Executes scheduled steps one after the other."""
 
     def __init__(
         self, stages: Sequence[PipelineStage], sampler: Sampler, *, head_dim: int,
         dca: DcaConfig | None, device: str, num_slots: int, piece_rows: int,
+        link: StageLink | None = None,
     ) -> None:
+        self._link = link
         self._stages, self._sampler = tuple(stages), sampler
         self._block_size = stages[0].caches[0].k.shape[1]
         self._head_dim, self._dca, self._device = head_dim, dca, device
         self._scorer = PromptScorer(head_rows(stages[-1].model.config.vocab_size))
-        self._chunk = PausableChunk(stages, piece_rows, self._scorer)
+        self._chunk = PausableChunk(stages, piece_rows, self._scorer, link)
         # Sampled last by each slot's request: the input of steps that run ahead of the host. One
         # more for the padding of decode graphs.
         self._last_tokens = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
@@ -75,12 +98,15 @@ class Runner:
     def load(
         cls, path: Path, model: ModelConfig, config: EngineConfig, memory: MemoryPlan, *,
         dca: DcaConfig | None, plan: SparsityPlan | None, num_stages: int = 1,
+        place: StagePlace | None = None,
     ) -> Runner:
         """Build the stages, fill their weights and allocate their caches.
 
         Args:
             config: resolved.
             plan: budgets for sparse prefill; None: this engine is always dense.
+            num_stages: of this process.
+            place: this process has one stage of a pipeline of processes; None: it has all layers.
 
         Raises `CheckpointError` when the weights cannot be read.
         """
@@ -93,9 +119,11 @@ class Runner:
             head_dim=model.head_dim, rope_theta=model.rope_theta, device=config.device,
             scaling=model.rope_scaling, max_model_len=memory.max_model_len, dca=dca)
         stages = []
-        for layers in split_layers(model.num_layers, num_stages):
-            part = build_model(model, layers=layers, rotary=rotary, plan=plan, dtype=dtype,
-                               device=config.device, forms=resolve_forms(config, model))
+        for layers in [place.layers] if place else equal_split(model.num_layers, num_stages):
+            part = build_model(
+                model, layers=layers, rotary=rotary, plan=plan, dtype=dtype, device=config.device,
+                forms=resolve_forms(config, model),
+                has_head=layers.start == 0 if place else None)
             if config.weights == "random":
                 random_weights(part, seed=layers.start)
             else:
@@ -110,8 +138,10 @@ class Runner:
         runner = cls(
             stages, sampler, head_dim=model.head_dim, dca=dca, device=config.device,
             num_slots=config.max_num_requests,
-            piece_rows=piece_rows(config.device.split(":")[0], config.prefill_chunk_len))
-        runner.use_graphs(model.num_heads, memory.max_model_len)
+            piece_rows=piece_rows(config.device.split(":")[0], config.prefill_chunk_len),
+            link=place.link if place else None)
+        if place is None:
+            runner.use_graphs(model.num_heads, memory.max_model_len)
         return runner
 
     def use_graphs(self, num_heads: int, max_model_len: int) -> None:
@@ -189,10 +219,9 @@ class Runner:
             if batch.slices:
                 sampled = self._compute(batch) if graphs is None else self._replay(graphs, batch)
             # not after each step: to add them up takes a launch for each layer
-            is_counted = sampled is not None and batch.prefills
-            pairs = self._take_attention_pairs() if is_counted else (0.0, 0.0)
-        step = LaunchedStep(batch, sampled, pairs, watch, self._copies, self._take_recalls(),
-                            self._mover)
+            pairs, recalls = self.observed(
+                counts_pairs=sampled is not None and batch.prefills)
+        step = LaunchedStep(batch, sampled, pairs, watch, self._copies, recalls, self._mover)
         if self._mover is not None:
             with torch.inference_mode():
                 self._mover.start(batch.transfers, batch.seen, watch.begun)
@@ -204,14 +233,60 @@ class Runner:
         Args:
             apart: [m, M] hidden states of rows that were computed apart; they come first.
         """
+        return self._logits(inputs, apart, self._packed(inputs))
+
+    def begin(self, batch: ScheduledBatch) -> BegunStep:
+        """Compute the layers that this process has, in inference mode."""
+        apart = self._advance(batch)
+        inputs = self._build(batch)
+        self._meters = inputs.meters + self._chunk.take_meters()
+        return BegunStep(batch, inputs, apart, self._packed(inputs))
+
+    def finish(self, step: BegunStep) -> SampledTokens | None:
+        """Sample from what the last layer gave, in inference mode."""
+        apart = step.apart
+        if apart is not None and self._link is not None:
+            item = next(item for item in step.batch.slices if item.pieces is not None)
+            apart = apart if item.scored is None else self._chunk.score(item, apart)
+        return self._sample(step.batch, step.inputs, self._logits(step.inputs, apart, step.packed))
+
+    def observed(
+        self, *, counts_pairs: bool,
+    ) -> tuple[tuple[Tensor | float, float], list[tuple[str, RecallSums]]]:
+        """Return attention pairs, if they are wanted, and the recall of the chunks that are
+        complete."""
+        pairs = self._take_attention_pairs() if counts_pairs else (0.0, 0.0)
+        return pairs, self._take_recalls()
+
+    def stopwatch(self) -> Stopwatch:
+        """Start a stopwatch of this runner's device."""
+        return Stopwatch(self._device)
+
+    def _packed(self, inputs: DeviceBatch) -> Tensor | None:
+        """Compute the slices that are packed together; None: there are none."""
+        num_tokens = inputs.token_ids.shape[0]
+        if not num_tokens:
+            return None
+        rows = inputs.token_ids
+        if self._link is not None and self._link.index:
+            rows = self._link.receive(num_tokens)
+        return self._hidden(rows, inputs.metadata)
+
+    def _logits(
+        self, inputs: DeviceBatch, apart: Tensor | None, packed: Tensor | None,
+    ) -> Tensor | None:
+        """Score what is wanted of the packed rows, and make the logits [n, V] fp32 of all rows that
+        sample; None: there are none."""
         rows = [] if apart is None else [apart]
-        if inputs.token_ids.shape[0]:
-            hidden = self._hidden(inputs.token_ids, inputs.metadata)
-            rows.append(self._score(inputs.scored, hidden) if inputs.scored else hidden)
+        if packed is not None:
+            rows.append(self._score(inputs.scored, packed) if inputs.scored else packed)
         sampled = torch.cat(rows) if len(rows) > 1 else rows[0] if rows else None
         if sampled is None or not sampled.shape[0]:
             return None
-        return self._stages[-1].model.logits(sampled)
+        return self._head(sampled)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        return self._stages[0 if self._link else -1].model.logits(hidden)
 
     def _build(self, batch: ScheduledBatch) -> DeviceBatch:
         return build_batch(
@@ -251,10 +326,11 @@ class Runner:
         return SampledTokens(torch.cat([part.token_ids for part in parts if part]), None)
 
     def _compute_once(self, batch: ScheduledBatch) -> SampledTokens | None:
-        apart = self._advance(batch)
-        inputs = self._build(batch)
-        self._meters = inputs.meters + self._chunk.take_meters()
-        logits = self.forward(inputs, apart)
+        return self.finish(self.begin(batch))
+
+    def _sample(
+        self, batch: ScheduledBatch, inputs: DeviceBatch, logits: Tensor | None,
+    ) -> SampledTokens | None:
         scored = self._scorer.take()
         if logits is None:
             return SampledTokens(inputs.slots, None, scored=scored) if scored else None
@@ -271,8 +347,7 @@ class Runner:
         parts = hidden.split([num_outputs(item) for item in items])
         for item, part in zip(items, parts, strict=True):
             if item.scored is not None:
-                head = self._stages[-1].model.logits
-                self._scorer.score(head, item, part, item.context_len - len(part))
+                self._scorer.score(self._head, item, part, item.context_len - len(part))
                 part = part[len(part) - (item.sampling is not None):]
             rows.append(part)
         return torch.cat(rows)
@@ -290,9 +365,10 @@ class Runner:
         self._last_tokens[output.slots] = sampled.token_ids.clamp_min(0)
         return sampled
 
-    def _hidden(self, token_ids: Tensor, metadata: AttentionMetadata) -> Tensor:
-        """Token ids [T] to the hidden states of the wanted rows, [n, M]."""
-        hidden = token_ids
+    def _hidden(self, rows: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """Token ids [T], or hidden states [T, M] behind a pipeline's first rank, to the hidden
+        states of the wanted rows, [n, M], or of all before its last rank."""
+        hidden = rows
         for stage in self._stages:
             hidden = stage.model(hidden, metadata, stage.caches)
         return hidden
@@ -325,13 +401,3 @@ def _allocate(
             num_blocks=memory.num_blocks, block_size=memory.block_size, dtype=dtype, device=device,
             num_kv_heads=model.num_kv_heads, head_dim=model.head_dim, means=means)
         for _ in range(num_layers))
-
-
-def split_layers(num_layers: int, num_stages: int) -> list[range]:
-    """Consecutive, nearly equal slices of the layers, earlier ones longer."""
-    assert 1 <= num_stages <= num_layers
-    size, extra = divmod(num_layers, num_stages)
-    cuts = [index * size + min(index, extra) for index in range(num_stages + 1)]
-    return [range(start, stop) for start, stop in zip(cuts, cuts[1:], strict=False)]
-
-

@@ -7,7 +7,13 @@ from random import Random
 
 import pytest
 
-from longspan.engine.control.stage_plan import DenseCosts, flow, plan_dense, split_by_time
+from longspan.engine.control.stage_plan import (
+    DenseCosts,
+    equal_split,
+    flow,
+    plan_dense,
+    split_by_time,
+)
 
 COSTS = DenseCosts(terms=(2e-3, 2e-5, 3e-10), stage_shares=(0.25,) * 4, unit_len=128,
                    shortest=1_024, longest=32_768)
@@ -42,6 +48,13 @@ def test_a_split_is_the_best_of_all(seed: int) -> None:
         assert slowest == pytest.approx(min(
             max(sum(times[start:stop]) for start, stop in pairwise((0, *cuts, 9)))
             for cuts in every))
+
+
+@pytest.mark.parametrize(("num_layers", "num_stages", "lens"), [
+    (5, 1, [5]), (5, 2, [2, 3]), (7, 3, [2, 2, 3]), (4, 4, [1, 1, 1, 1]), (28, 8, [
+        4, 4, 4, 4, 4, 4, 3, 1])])
+def test_equal_stages(num_layers: int, num_stages: int, lens: list[int]) -> None:
+    assert [len(part) for part in equal_split(num_layers, num_stages)] == lens
 
 
 def test_the_last_layer_comes_as_an_extra() -> None:

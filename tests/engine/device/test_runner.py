@@ -17,7 +17,7 @@ from longspan.attention.sparsity import SparsityPlan, needs_means
 from longspan.config import EngineConfig, ModelConfig
 from longspan.engine.device.batch import build_batch
 from longspan.engine.device.memory import DeviceMemory, plan_memory
-from longspan.engine.device.runner import Runner, split_layers
+from longspan.engine.device.runner import Runner
 from longspan.engine.resolve import resolve_positions
 from longspan.engine.setup.engine_plan import resolve_plan
 from longspan.engine.step import RowSampling, ScheduledBatch, ScheduledSlice
@@ -142,14 +142,6 @@ def test_pair_counts_come_with_the_last_prefill_chunk(path: Path) -> None:
     whole_layers, last_layer = 4 * 4 * 40 * 41 / 2, 4 * 40  # the last layer: one query, 4 heads
     assert last.causal_pairs == last.kept_pairs == whole_layers + last_layer
     assert len(last.token_ids) == 1 and runner.peak_memory_bytes() > 0
-
-
-@pytest.mark.parametrize(("num_layers", "num_stages", "lens"), [
-    (5, 1, [5]), (5, 2, [3, 2]), (7, 3, [3, 2, 2]), (4, 4, [1, 1, 1, 1])])
-def test_split_layers(num_layers: int, num_stages: int, lens: list[int]) -> None:
-    slices = split_layers(num_layers, num_stages)
-    assert [len(part) for part in slices] == lens
-    assert [layer for part in slices for layer in part] == list(range(num_layers))
 
 
 def test_plan_sources(tmp_path: Path) -> None:

@@ -1,0 +1,52 @@
+"""Rows of activations between the ranks of a pipeline, by torch.distributed."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longspan.engine.device.stage import StageLink
+
+
+class DistributedLink(StageLink):
+    """A rank's place in the ring (`longspan.engine.device.stage.StageLink`).
+
+    Each edge of the ring is a group of its own: what waits on one must not hold up another, and
+    with two ranks both edges connect the same pair.
+
+    Args:
+        hidden_size: of a row.
+        dtype: of rows.
+        device: where they are.
+
+    Made on all ranks at a time, on the thread that computes.
+    """
+
+    def __init__(
+        self, index: int, count: int, *, hidden_size: int, dtype: torch.dtype, device: str,
+    ) -> None:
+        super().__init__(index, count)
+        self._hidden_size, self._dtype, self._device = hidden_size, dtype, device
+        edges = [dist.new_group(sorted((stage, (stage + 1) % count))) for stage in range(count)]
+        self._out, self._in = edges[index], edges[index - 1]
+        self._next, self._previous = (index + 1) % count, (index - 1) % count
+        self._sent = deque[tuple[dist.Work, Tensor]]()
+
+    def send(self, rows: Tensor) -> None:
+        """Send rows to the next rank; they are kept until they have left."""
+        while self._sent and (self._sent[0][0].is_completed() or len(self._sent) > 4 * self.count):
+            self._sent.popleft()[0].wait()
+        rows = rows.contiguous()
+        work = dist.isend(rows, self._next, group=self._out)
+        assert work is not None, "this rank is in the group"
+        self._sent.append((work, rows))
+
+    def _receive(self, num_rows: int) -> Tensor:
+        rows = torch.empty(num_rows, self._hidden_size, dtype=self._dtype, device=self._device)
+        work = dist.irecv(rows, self._previous, group=self._in)
+        assert work is not None, "this rank is in the group"
+        work.wait()
+        return rows
