@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from longspan.engine.control.chunking import chunk_stop, tail_start
 from longspan.engine.control.copy_queue import TierConfig
+from longspan.engine.control.ladder import Ladder
 from longspan.engine.request import Request, SamplingParams
 from longspan.engine.step import ScheduledBatch, ScheduledSlice, StepResult
 from longspan.engine.transfer import Transfer, TransferResult
@@ -98,8 +99,11 @@ class FakeRunner:
 
     def __init__(
         self, *, num_blocks: int, block_size: int, prefill_chunk_len: int, tail_len: int = 0,
+        num_stages: int = 1,
     ) -> None:
-        self.block_size, self.chunk, self.tail = block_size, prefill_chunk_len, tail_len
+        self.block_size, self.tail = block_size, tail_len
+        self.chunks = Ladder(
+            longest=prefill_chunk_len, num_stages=num_stages, block_size=block_size)
         self.slots: list[object] = [None] * (num_blocks * block_size)
         self.tokens: list[int] = [-1] * (num_blocks * block_size)
         self.num_computed = 0
@@ -183,7 +187,7 @@ class FakeRunner:
     def _expected(self, item: ScheduledSlice, context: list[int], position: int) -> object:
         """What a run without any cache would have written."""
         cuts = self._cuts(item, position + 1)
-        end = chunk_stop(cuts[-1], item.prompt_len, self.chunk, self._tail(item)) \
+        end = chunk_stop(cuts[-1], item.prompt_len, self.chunks, self._tail(item)) \
             if position < item.prompt_len else position + 1
         return self._content(item, context, position, [*cuts, end])
 
@@ -202,7 +206,7 @@ class FakeRunner:
         cuts, start = list[int](), 0
         while start < stop:
             cuts.append(start)
-            start = chunk_stop(start, item.prompt_len, self.chunk, self._tail(item)) \
+            start = chunk_stop(start, item.prompt_len, self.chunks, self._tail(item)) \
                 if start < item.prompt_len else start + 1
         return cuts
 

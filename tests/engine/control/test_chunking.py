@@ -94,5 +94,6 @@ def test_shared_is_what_ends_with_a_chunk() -> None:
             whole = [end for end in ends if end < prompt_len or (end - first) % 32 == 0]
             for known in range(250):
                 assert cacheable_len(
-                    num_tokens=known, prompt_len=prompt_len, ladder=Ladder(longest=32), block_size=8,
-                    sparse=True, tail_len=tail_len) == max(end for end in whole if end <= known)
+                    num_tokens=known, prompt_len=prompt_len, ladder=Ladder(longest=32),
+                    block_size=8, sparse=True, tail_len=tail_len) == max(
+                        end for end in whole if end <= known)

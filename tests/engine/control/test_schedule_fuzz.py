@@ -41,11 +41,13 @@ class World:
             num_layers=rng.choice([1, 3]), piece_rows=rng.choice([4, 8, 1000]),
             unit_len=rng.choice([1, 3, 4]),
             step_budget_s=rng.choice([None, 0.004, 0.02]), burst_s=rng.choice([0.0, 0.01, 1.0]),
-            tiers=random_tiers(random.Random(1000 + seed)))
+            tiers=random_tiers(random.Random(1000 + seed)),
+            num_stages=random.Random(3000 + seed).choice([1, 1, 2, 4]))
         self.scheduler = Scheduler(config)
         self.runner = FakeRunner(
             num_blocks=config.num_blocks, block_size=block_size,
-            prefill_chunk_len=config.prefill_chunk_len, tail_len=config.tail_len)
+            prefill_chunk_len=config.prefill_chunk_len, tail_len=config.tail_len,
+            num_stages=config.num_stages)
         self.runner.places.rng = random.Random(2000 + seed)
         self.depth = rng.choice([1, 2, 3, MAX_SHORT_STEPS])
         self.queue = deque[ScheduledBatch]()
