@@ -122,7 +122,7 @@ class Forecast:
     tail_len: int = 0
     """Last tokens of a sparse prompt that are a chunk of their own."""
     num_stages: int = 1
-    """Of a pipeline: costs are those of its slowest stage."""
+    """Stages of a pipeline: costs are those of the slowest one."""
 
     def prefill_s(self, start: int, stop: int) -> float:
         """Predict the time to prefill tokens ``start`` to ``stop - 1`` of a prompt of ``stop``

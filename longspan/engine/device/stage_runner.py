@@ -107,7 +107,7 @@ class StagedStep:
     batch: ScheduledBatch
     begun: BegunStep | None
     watch: Stopwatch
-    """Of this rank's layers alone."""
+    """Times this rank's layers alone."""
     pairs: tuple[Tensor | float, float]
     recalls: Sequence[tuple[str, RecallSums]]
     _launched: LaunchedStep | None = None
