@@ -72,11 +72,16 @@ def routed_bytes(model: ModelConfig, forms: WeightForms, element: int) -> int:
                for matrix in layer_matrices(model, forms, idx) if matrix.copies > 1)
 
 
-def scratch_bytes(model: ModelConfig, forms: WeightForms, element: int) -> int:
-    """Bytes that dequantising the largest matrix takes, where any is quantised but to int8: the
-    plain numbers, in fp32 first."""
-    return max((matrix.num_weights // matrix.copies * (4 + element)
-                for idx in range(model.num_layers)
-                for matrix in layer_matrices(model, forms, idx)
-                if matrix.form.kind not in ("plain", "int8-rows")),
-               default=0)
+def scratch_bytes(
+    model: ModelConfig, forms: WeightForms, element: int, device_type: str
+) -> int:
+    """Bytes that quantised weights but int8 take where they are made plain for a product: the
+    largest matrix's, and on GPUs, where no product of experts reads what they are held in, all
+    experts' of a layer."""
+    layers = [list(layer_matrices(model, forms, idx)) for idx in range(model.num_layers)]
+    found = [matrix.num_weights // matrix.copies for matrices in layers for matrix in matrices
+             if matrix.form.kind not in ("plain", "int8-rows")]
+    if device_type != "cpu":
+        found += [sum(matrix.num_weights for matrix in matrices if matrix.copies > 1
+                      and matrix.form.kind in ("fp8-blocks", "int4")) for matrices in layers]
+    return max(found, default=0) * element

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from longspan.attention.observer import AttentionObserver
-from longspan.ops import add_routed_mlp, fp8_linear
+from longspan.ops import add_routed_mlp, fp8_linear, int4_linear
 
 Run = Callable[[], object]
 FLUSH_BYTES = 256 * 1024**2
 """Written before a timed call that must not find its data in the L2 cache: several caches full."""
-LINEAR_FUNCTIONS = (F.linear, torch.Tensor.addmm_, add_routed_mlp, fp8_linear)
+LINEAR_FUNCTIONS = (F.linear, torch.Tensor.addmm_, add_routed_mlp, fp8_linear, int4_linear)
 """What products with weights are made of (`longspan.model.linear.Linear`), routed experts too."""
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from longspan.expert_config import ExpertConfig
 from longspan.model.forms import make_linear
 from longspan.model.layers import MLP, mlp_rows
-from longspan.model.linear import Linear, Target, plain_linear
+from longspan.model.linear import Activations, Linear, Target, plain_linear
 from longspan.ops import add_routed_mlp, route
 from longspan.ops.types import Matrices
 from longspan.weight_form import PLAIN_FORMS, WeightForms
@@ -91,8 +91,13 @@ class RoutedMLP(nn.Module):
                                      forms=forms.within("shared_expert"))
             self.shared_expert_gate = plain_linear(hidden_size, 1, dtype=dtype, device=device)
 
-    def add_to(self, hidden: Tensor, x: Tensor) -> None:
+    def group_of(self, x: Tensor) -> int | None:
+        """See `Linear.group_of`: the router takes plain activations."""
+        return None
+
+    def add_to(self, hidden: Tensor, x: Activations) -> None:
         """x: [T, M]; the result is added to ``hidden`` [T, M], in place."""
+        assert isinstance(x, Tensor)
         weights, experts = route(self.logits(x), self.num_chosen, self.is_normed)
         add_routed_mlp(hidden, x, weights, experts, self.experts.gate_up_proj,
                        self.experts.down_proj)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longspan.model.linear import Linear, Stored, parameter
-from longspan.ops import fp8_linear, quantize_blocks, quantize_rows
+from longspan.model.linear import Activations, Linear, Stored, parameter
+from longspan.ops import activation_group, fp8_linear, quantize_blocks, quantize_rows
 from longspan.ops.types import FP8_BLOCK, Fp8Weights
 
 RANDOM_ROWS = 4_096
@@ -24,19 +24,25 @@ class Fp8Linear(Linear):
         shape = ((-(-out_features // FP8_BLOCK), -(-self.in_features // FP8_BLOCK))
                  if self.is_blocked else (out_features, 1))
         self.scales = parameter(*shape, dtype=torch.float32, device=device)
+        self._dtype = dtype
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Activations) -> Tensor:
         """See `Linear`."""
-        return fp8_linear(x, Fp8Weights(self.values, self.scales), self.bias)
+        return fp8_linear(x, Fp8Weights(self.values, self.scales), self.bias, self._dtype)
 
-    def add_to(self, sums: Tensor, x: Tensor) -> None:
+    def group_of(self, x: Tensor) -> int | None:
+        """See `Linear`."""
+        return activation_group(Fp8Weights(self.values, self.scales), x)
+
+    def add_to(self, sums: Tensor, x: Activations) -> None:
         """See `Linear`."""
         sums.add_(self.forward(x))
 
     def part(self, x: Tensor, outputs: slice) -> Tensor:
         """See `Linear`."""
         part = Fp8Weights(self.values[outputs], self.scales[self._scale_rows(outputs)])
-        return fp8_linear(x, part, None if self.bias is None else self.bias[outputs])
+        bias = None if self.bias is None else self.bias[outputs]
+        return fp8_linear(x, part, bias, self._dtype)
 
     def stack(self, count: int) -> Fp8Weights:
         """See `Linear`."""

@@ -7,7 +7,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from longspan.model.linear import Linear, Stored, parameter
+from longspan.model.linear import Activations, Linear, Stored, parameter
 from longspan.ops import int4_linear, quantize_int4
 from longspan.ops.types import Int4Weights
 
@@ -36,11 +36,12 @@ class Int4Linear(Linear):
         self.shares_order = True
         self._starts = list(accumulate(self.sizes, initial=0))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Activations) -> Tensor:
         """See `Linear`."""
+        assert isinstance(x, Tensor), "activations are rounded for fp8 alone"
         return self.part(x, slice(0, sum(self.sizes)))
 
-    def add_to(self, sums: Tensor, x: Tensor) -> None:
+    def add_to(self, sums: Tensor, x: Activations) -> None:
         """See `Linear`."""
         sums.add_(self.forward(x))
 

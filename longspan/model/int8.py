@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longspan.model.linear import Linear, Stored, dense
+from longspan.model.linear import Activations, Linear, Stored, dense
 from longspan.ops.quant import int8
 from longspan.weight_form import WeightForm
 
@@ -26,15 +26,17 @@ class Int8Linear(Linear):
         self._packed: int8.PackedInt8 | None = None
         self._num_missing = out_features
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Activations) -> Tensor:
         """See `Linear`."""
+        assert isinstance(x, Tensor), "activations are rounded for fp8 alone"
         out = int8.linear(x.flatten(0, -2), self.packed)
         if self.bias is not None:
             out += self.bias
         return out.view(*x.shape[:-1], -1).to(x.dtype)
 
-    def add_to(self, sums: Tensor, x: Tensor) -> None:
+    def add_to(self, sums: Tensor, x: Activations) -> None:
         """See `Linear`."""
+        assert isinstance(x, Tensor)
         int8.add_linear(sums, x, self.packed)
         if self.bias is not None:
             sums.add_(self.bias)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from longspan.model.forms import make_linear
-from longspan.model.linear import Target, parameter
-from longspan.ops import add_rms_norm, rms_norm, silu_mul
+from longspan.model.linear import Activations, Target, parameter
+from longspan.ops import add_rms_norm, rms_norm, rms_norm_fp8, silu_mul, silu_mul_fp8
 from longspan.weight_form import PLAIN_FORMS, WeightForms
 
 MLP_ROWS, MLP_ROWS_CPU = 8_192, 2_048
@@ -36,9 +36,21 @@ class RMSNorm(nn.Module):
         """Return where its weight goes."""
         return {f"{name}.weight": Target.of(self.weight)}
 
-    def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        """Return the norm of x + residual, which replaces ``residual``. [T, dim]."""
+    def add(self, x: Tensor, residual: Tensor, group: int | None = None) -> Activations:
+        """Return the norm of x + residual, which replaces ``residual``. [T, dim].
+
+        Args:
+            group: round it so, see `Linear.group_of`.
+        """
+        if group is not None:
+            return rms_norm_fp8(x, residual, self.weight, self.eps, group)
         return add_rms_norm(x, residual, self.weight, self.eps)[0]
+
+    def rounded(self, x: Tensor, group: int | None) -> Activations:
+        """Return the norm of [T, dim], rounded; None: plain."""
+        if group is None:
+            return rms_norm(x, self.weight, self.eps)
+        return rms_norm_fp8(x, None, self.weight, self.eps, group)
 
 
 class MLP(nn.Module):
@@ -55,13 +67,22 @@ class MLP(nn.Module):
         self.down_proj = make_linear(
             forms.of("down_proj"), width, (hidden_size,), bias=bias, dtype=dtype, device=device)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Activations) -> Tensor:
         """[T, M] to the same."""
-        return self.down_proj(silu_mul(self.gate_up_proj(x)))
+        return self.down_proj(self._activated(x))
 
-    def add_to(self, hidden: Tensor, x: Tensor) -> None:
+    def add_to(self, hidden: Tensor, x: Activations) -> None:
         """x: [T, M]; the result is added to ``hidden`` [T, M], in place."""
-        self.down_proj.add_to(hidden, silu_mul(self.gate_up_proj(x)))
+        self.down_proj.add_to(hidden, self._activated(x))
+
+    def group_of(self, x: Tensor) -> int | None:
+        """See `Linear.group_of`."""
+        return self.gate_up_proj.group_of(x)
+
+    def _activated(self, x: Activations) -> Activations:
+        gate_up = self.gate_up_proj(x)
+        group = self.down_proj.group_of(gate_up[:, :self.down_proj.in_features])
+        return silu_mul(gate_up) if group is None else silu_mul_fp8(gate_up, group)
 
     def rows_at_a_time(self, device_type: str) -> int:
         """Rows that `add_to` is best given on ``cpu`` or ``cuda``."""

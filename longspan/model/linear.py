@@ -17,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longspan.ops.types import Matrices
+from longspan.ops.types import Fp8Rows, Matrices
 from longspan.weight_form import PLAIN, WeightForm
 
 Stored = Matrices
 """A matrix as a checkpoint brings it: plain numbers of any float type, or quantised."""
+Activations = Tensor | Fp8Rows
+"""What products take: plain rows, or rows that are rounded already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +72,16 @@ class Linear(nn.Module, ABC):
         """Make the parameters that hold the matrix."""
 
     @abstractmethod
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] to [..., out]."""
+    def forward(self, x: Activations) -> Tensor:
+        """[..., in] to [..., out]; [T, in] where x is rounded, as `group_of` says."""
+
+    def group_of(self, x: Tensor) -> int | None:
+        """Return how many numbers of a row of x should share a scale where x, [..., in], or
+        something of its shape, is made, 0 for all of them; None: it should stay as it is."""
+        return None
 
     @abstractmethod
-    def add_to(self, sums: Tensor, x: Tensor) -> None:
+    def add_to(self, sums: Tensor, x: Activations) -> None:
         """Add the product, and the bias, to [T, out], in place."""
 
     @abstractmethod
@@ -112,12 +119,14 @@ class PlainLinear(Linear):
     def _allocate(self, out_features: int, dtype: torch.dtype, device: torch.device | str) -> None:
         self.weight = parameter(out_features, self.in_features, dtype=dtype, device=device)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Activations) -> Tensor:
         """See `Linear`."""
+        assert isinstance(x, Tensor), "activations are rounded for fp8 alone"
         return F.linear(x, self.weight, self.bias)
 
-    def add_to(self, sums: Tensor, x: Tensor) -> None:
+    def add_to(self, sums: Tensor, x: Activations) -> None:
         """See `Linear`; the product is never written by itself."""
+        assert isinstance(x, Tensor)
         sums.addmm_(x, self.weight.t())
         if self.bias is not None:
             sums.add_(self.bias)

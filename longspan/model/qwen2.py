@@ -30,7 +30,7 @@ from longspan.config import ModelConfig
 from longspan.model.experts import RoutedMLP
 from longspan.model.forms import make_embedding, make_linear
 from longspan.model.layers import MLP, RMSNorm
-from longspan.model.linear import Linear, Target
+from longspan.model.linear import Activations, Linear, Target
 from longspan.ops.types import PagedKV, QueryRotary
 from longspan.weight_form import PLAIN_FORMS, WeightForms
 
@@ -66,8 +66,9 @@ class Attention(nn.Module):
             head_dim=config.head_dim, rotary=rotary, plan=plan,
         )
 
-    def forward(self, x: Tensor, metadata: AttentionMetadata, cache: PagedKV) -> Tensor:
-        """x: [T, M] normed hidden states. Writes the tokens' keys and values to `cache`.
+    def forward(self, x: Activations, metadata: AttentionMetadata, cache: PagedKV) -> Tensor:
+        """x: [T, M] normed hidden states, rounded as `group_of` says. Writes the tokens' keys and
+        values to `cache`.
 
         Returns [T, M], or [n, M] for the n rows that ``metadata.output_rows`` names.
         """
@@ -75,7 +76,11 @@ class Attention(nn.Module):
         return self.o_proj(
             self.core(q, k, v, cache, metadata.output or metadata).flatten(1))
 
-    def project(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def group_of(self, x: Tensor, rows: Tensor | None) -> int | None:
+        """See `Linear.group_of`; rows that are chosen are plain."""
+        return self.qkv_proj.group_of(x) if rows is None else None
+
+    def project(self, x: Activations, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """x: [T, M]. Returns q: [T, H, D], or [n, H, D] of n rows, and k, v: [T, K, D], not
         rotated."""
         q, k, v = self._merged(x, rows)
@@ -91,12 +96,13 @@ class Attention(nn.Module):
             targets |= {**self.q_norm.targets("q_norm"), **self.k_norm.targets("k_norm")}
         return targets
 
-    def _merged(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _merged(self, x: Activations, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """q: [T or n, H, D]; k, v: [T, K, D]."""
         heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
         if rows is None:
             merged = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
             return merged.split(heads, dim=1)
+        assert isinstance(x, Tensor)
         split = self.num_heads * self.head_dim
         q = self.qkv_proj.part(x[rows], slice(None, split))
         kv = self.qkv_proj.part(x, slice(split, None)).unflatten(-1, (-1, self.head_dim))
@@ -129,7 +135,8 @@ class DecoderLayer(nn.Module):
     def forward(self, hidden: Tensor, metadata: AttentionMetadata, cache: PagedKV) -> Tensor:
         """hidden: [T, M] residual stream, changed in place and returned; where the output is
         narrowed, its rows in a new tensor."""
-        attended = self.self_attn(self.input_layernorm(hidden), metadata, cache)
+        group = self.self_attn.group_of(hidden, metadata.output_rows)
+        attended = self.self_attn(self.input_layernorm.rounded(hidden, group), metadata, cache)
         hidden = hidden if metadata.output_rows is None else hidden[metadata.output_rows]
         self.finish(hidden, attended)
         return hidden
@@ -144,7 +151,9 @@ class DecoderLayer(nn.Module):
         """
         (item,) = metadata.prefills
         attention = self.self_attn
-        q, k, v = attention.project(self.input_layernorm(hidden), None)
+        normed = self.input_layernorm.rounded(hidden, attention.group_of(hidden, None))
+        q, k, v = attention.project(normed, None)
+        del normed
         attention.core.store(k, v, cache, metadata)
         del k, v
         yield
@@ -161,7 +170,8 @@ class DecoderLayer(nn.Module):
         size = self.mlp.rows_at_a_time(hidden.device.type)
         # pieces are views: each is added in place
         for piece, update in zip(hidden.split(size), attended.split(size), strict=True):
-            self.mlp.add_to(piece, self.post_attention_layernorm.add(update, piece))
+            group = self.mlp.group_of(piece)
+            self.mlp.add_to(piece, self.post_attention_layernorm.add(update, piece, group))
 
     def weight_targets(self) -> dict[str, Target]:
         """Return targets as `CausalLM.weight_targets`, with names within the layer."""

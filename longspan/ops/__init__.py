@@ -9,6 +9,8 @@ Kernels are imported when the first CUDA tensor arrives: Triton need not be ther
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -24,6 +26,7 @@ from longspan.ops.sparse import eager as eager_sparse
 from longspan.ops.tiles.attend import ordered_kv
 from longspan.ops.types import (
     Budget,
+    Fp8Rows,
     Fp8Weights,
     Int4Weights,
     Matrices,
@@ -33,9 +36,11 @@ from longspan.ops.types import (
 )
 
 __all__ = [
+    "Fp8Rows",
     "PagedKV",
     "QueryRotary",
     "Selection",
+    "activation_group",
     "add_rms_norm",
     "add_routed_mlp",
     "decode_attention",
@@ -48,14 +53,18 @@ __all__ = [
     "quantize_int4",
     "quantize_rows",
     "rms_norm",
+    "rms_norm_fp8",
     "rotate",
     "route",
     "select_vertical_slash",
     "silu_mul",
+    "silu_mul_fp8",
     "sparse_prefill_attention",
     "store_kv",
 ]
 
+FEW_ROWS = 16
+"""Up to so many rows quantised weights are read once and activations stay as they are."""
 GROUPED_ROUTES = 16_384
 """From so many rows of experts on PyTorch's grouped products are taken, where it has them."""
 
@@ -219,12 +228,44 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return reference.silu_mul(gate_up)
 
 
-def fp8_linear(x: Tensor, weights: Fp8Weights, bias: Tensor | None) -> Tensor:
-    """See `eager_quant.fp8_linear`. A product with weights like PyTorch's own: modes see it."""
-    if has_torch_function((x, *weights)):
-        found: Tensor = handle_torch_function(fp8_linear, (x, *weights), x, weights, bias)
+def activation_group(weights: Fp8Weights, x: Tensor) -> int | None:
+    """Return how activations x [..., K] are best rounded for these weights: numbers of a row that
+    share a scale, 0 for all of them; None: they stay as they are."""
+    if not x.is_cuda or x.dtype != torch.bfloat16 or x.numel() <= FEW_ROWS * x.shape[-1]:
+        return None
+    from longspan.ops.quant import scaled
+
+    return scaled.activation_group(weights)
+
+
+def fp8_linear(
+    x: Tensor | Fp8Rows, weights: Fp8Weights, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """See `eager_quant.fp8_linear`; x may be rounded already, as `activation_group` says. Returns
+    ``dtype``. A product with weights like PyTorch's own: modes see it."""
+    if has_torch_function((weights.values,)):
+        found: Tensor = handle_torch_function(
+            fp8_linear, (weights.values,), x, weights, bias, dtype)
         return found
-    return eager_quant.fp8_linear(x, weights, bias)
+    if isinstance(x, Fp8Rows):
+        from longspan.ops.quant import scaled
+
+        return scaled.linear(x, weights, bias, dtype)
+    if not x.is_cuda or dtype != torch.bfloat16:
+        return eager_quant.fp8_linear(x, weights, bias)
+    from longspan.ops.quant import scaled, triton_dense, triton_few, triton_rows
+
+    rows = x.reshape(-1, x.shape[-1])
+    group = scaled.activation_group(weights)
+    if len(rows) <= triton_few.MAX_ROWS and triton_few.supports_fp8(x.device):
+        out = triton_few.fp8_linear(rows, weights, bias)
+    elif group is not None:
+        out = scaled.linear(triton_rows.quantize(rows, group), weights, bias, dtype)
+    elif triton_few.supports_fp8(x.device):
+        out = F.linear(rows, triton_dense.dequantize(weights, dtype), bias)
+    else:
+        out = eager_quant.fp8_linear(rows, weights, bias)
+    return out.unflatten(0, x.shape[:-1])
 
 
 def int4_linear(x: Tensor, weights: Int4Weights, bias: Tensor | None) -> Tensor:
@@ -233,7 +274,39 @@ def int4_linear(x: Tensor, weights: Int4Weights, bias: Tensor | None) -> Tensor:
         seen = (x, weights.packed)
         found: Tensor = handle_torch_function(int4_linear, seen, x, weights, bias)
         return found
-    return eager_quant.int4_linear(x, weights, bias)
+    if not x.is_cuda or x.dtype != torch.bfloat16:
+        return eager_quant.int4_linear(x, weights, bias)
+    from longspan.ops.quant import triton_dense, triton_few
+
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) <= triton_few.MAX_ROWS:
+        out = triton_few.int4_linear(rows, weights, bias)
+    else:
+        out = F.linear(rows, triton_dense.dequantize(weights, x.dtype), bias)
+    return out.unflatten(0, x.shape[:-1])
+
+
+def rms_norm_fp8(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, group: int
+) -> Fp8Rows:
+    """`rms_norm`, or `add_rms_norm` where there is a residual, rounded as `activation_group`
+    says."""
+    if x.is_cuda:
+        from longspan.ops.quant import triton_rows
+
+        return triton_rows.rms_norm(x, residual, weight, eps, group)
+    normed = reference.rms_norm(x, weight, eps) if residual is None else (
+        reference.add_rms_norm(x, residual, weight, eps)[0])
+    return eager_quant.quantize_activations(normed, group)
+
+
+def silu_mul_fp8(gate_up: Tensor, group: int) -> Fp8Rows:
+    """`silu_mul`, rounded as `activation_group` says."""
+    if gate_up.is_cuda:
+        from longspan.ops.quant import triton_rows
+
+        return triton_rows.silu_mul(gate_up, group)
+    return eager_quant.quantize_activations(reference.silu_mul(gate_up), group)
 
 
 def route(logits: Tensor, num_chosen: int, is_normed: bool) -> tuple[Tensor, Tensor]:
@@ -258,12 +331,30 @@ def add_routed_mlp(
     if has_torch_function(args):
         handle_torch_function(add_routed_mlp, args, *args)
         return
-    if x.is_cuda and isinstance(gate_up, Tensor) and isinstance(down, Tensor):
-        from longspan.ops.moe import grouped
-        from longspan.ops.moe import triton as kernels
-
-        if experts.numel() >= GROUPED_ROUTES and grouped.supports(x, gate_up, down):
-            return grouped.add_routed_mlp(sums, x, weights, experts, gate_up, down)
-        if kernels.supports(x, gate_up):
-            return kernels.add_routed_mlp(sums, x, weights, experts, gate_up, down)
+    if x.is_cuda:
+        return _add_routed_cuda(sums, x, weights, experts, gate_up, down)
     return eager_moe.add_routed_mlp(*args)
+
+
+def _add_routed_cuda(
+    sums: Tensor, x: Tensor, weights: Tensor, experts: Tensor, gate_up: Matrices, down: Matrices,
+) -> None:
+    from longspan.ops.moe import grouped, grouped_fp8
+    from longspan.ops.moe import triton as kernels
+    from longspan.ops.quant import triton_dense
+
+    args = (sums, x, weights, experts)
+    is_many = experts.numel() >= GROUPED_ROUTES
+    if isinstance(gate_up, Fp8Weights) and isinstance(down, Fp8Weights):
+        if is_many and grouped_fp8.supports(x, gate_up, down):
+            return grouped_fp8.add_routed_mlp(*args, gate_up, down)
+        if not is_many and kernels.supports(x, gate_up):
+            return kernels.add_routed_mlp(*args, gate_up, down)
+    plain_up, plain_down = (
+        part if isinstance(part, Tensor) else triton_dense.dequantize(part, x.dtype)
+        for part in (gate_up, down))
+    if is_many and grouped.supports(x, plain_up, plain_down):
+        return grouped.add_routed_mlp(*args, plain_up, plain_down)
+    if kernels.supports(x, plain_up):
+        return kernels.add_routed_mlp(*args, plain_up, plain_down)
+    return eager_moe.add_routed_mlp(*args, plain_up, plain_down)

@@ -42,10 +42,15 @@ class Fp8Weights(NamedTuple):
         """Shape of the plain numbers."""
         return tuple(self.values.shape)
 
+    @property
+    def is_blocked(self) -> bool:
+        """Scales are of blocks, not of outputs."""
+        return self.scales.shape[-2:] != (self.values.shape[-2], 1)
+
     def dense(self) -> Tensor:
         """Return the plain numbers, fp32."""
         numbers = self.values.float()
-        if self.scales.shape[-2:] == (numbers.shape[-2], 1):
+        if not self.is_blocked:
             return numbers.mul_(self.scales)
         rows, columns = (size for size in numbers.shape[-2:])
         wide = self.scales.repeat_interleave(FP8_BLOCK, -1)[..., :columns]
@@ -54,6 +59,18 @@ class Fp8Weights(NamedTuple):
 
 INT4_TILE = 32
 """Columns whose nibbles lie together, see `Int4Weights`."""
+
+
+class Fp8Rows(NamedTuple):
+    """Activations as e4m3: T rows of K numbers, of P that are allocated."""
+
+    values: Tensor
+    """[P, K] float8_e4m3fn; rows from T on hold anything."""
+    scales: Tensor
+    """[P, 1] fp32, one for each row; or [P, K / 128], rounded up, one for each group of 128: then
+    rows lie side by side."""
+    num_rows: int
+    """T"""
 
 
 class Int4Weights(NamedTuple):

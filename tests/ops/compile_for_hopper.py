@@ -25,7 +25,7 @@ from longspan.ops.dense import triton as prefill
 from longspan.ops.select import top_k as threshold
 from longspan.ops.select import triton as sparse_index
 from longspan.ops.select import triton_recall
-from longspan.ops.types import Budget
+from longspan.ops.types import Budget, Fp8Weights, Int4Weights
 
 SHARED_BYTES, NUM_SMS = 232_448, 132
 HEADS, KV_HEADS, DIM, BLOCK = 14, 2, 128, 128
@@ -131,6 +131,31 @@ def main() -> None:
     rows, positions = torch.zeros(9, KV_HEADS, DIM, dtype=torch.bfloat16), torch.arange(9)
     pointwise.store_kv(cache, rows, rows, positions, positions, table[:1], rotary)
     compile_experts()
+    compile_quantised()
+
+
+def compile_quantised() -> None:
+    """Compile what rounds activations, makes weights plain, and multiplies a few rows."""
+    from longspan.ops.quant import triton_dense, triton_few, triton_rows
+
+    x, weight = torch.zeros(9, 3_584, dtype=torch.bfloat16), torch.ones(3_584, dtype=torch.bfloat16)
+    for group in (0, 128):
+        triton_rows.quantize(x, group)
+        triton_rows.rms_norm(x, x.clone(), weight, 1e-6, group)
+        triton_rows.rms_norm(x, None, weight, 1e-6, group)
+        triton_rows.silu_mul(x, group)
+    values = torch.zeros(512, 3_584, dtype=torch.float8_e4m3fn)
+    for scales in (torch.zeros(512, 1), torch.zeros(4, 28)):
+        triton_few.fp8_linear(x, Fp8Weights(values, scales), weight[:512])
+        triton_dense.dequantize(Fp8Weights(values, scales), torch.bfloat16)
+    for group in (32, 64, 128, 3_584):
+        groups = 3_584 // group
+        parts = (torch.zeros(512, 1_792, dtype=torch.uint8),
+                 torch.zeros(512, groups, dtype=torch.float16),
+                 torch.zeros(512, groups, dtype=torch.uint8))
+        for order in (None, torch.arange(3_584, dtype=torch.int32)):
+            triton_few.int4_linear(x, Int4Weights(*parts, order), None)
+            triton_dense.dequantize(Int4Weights(*parts, order), torch.bfloat16)
 
 
 def compile_experts() -> None:
@@ -149,6 +174,16 @@ def compile_experts() -> None:
     for up_tiles, down_tiles in (experts.FEW, experts.SOME, experts.MANY):
         hidden = experts.expert_up(x, groups, gate_up, 8, up_tiles)
         routed = experts.expert_down(hidden, groups, weights, down, down_tiles)
+    values = (torch.zeros(128, 1_536, 2_048, dtype=torch.float8_e4m3fn),
+              torch.zeros(128, 2_048, 768, dtype=torch.float8_e4m3fn))
+    by_rows = [part.new_zeros(*part.shape[:2], 1, dtype=torch.float32) for part in values]
+    by_blocks = [part.new_zeros(128, part.shape[1] // 128, part.shape[2] // 128,
+                                dtype=torch.float32) for part in values]
+    for up_tiles, down_tiles in (experts.FEW, experts.SOME, experts.MANY):
+        for scales in (by_rows, by_blocks):
+            hidden = experts.expert_up(x, groups, Fp8Weights(values[0], scales[0]), 8, up_tiles)
+            routed = experts.expert_down(
+                hidden, groups, weights, Fp8Weights(values[1], scales[1]), down_tiles)
     experts.combine(x, routed, 8)
     experts.combine(x, routed, 8, weights, groups.order)
 

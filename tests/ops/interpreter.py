@@ -2,6 +2,7 @@
 
 - Interpreted scalars are arrays of shape [1], which numpy from 2.4 on refuses to turn into an int;
   loop bounds known only at run time need that.
+- Rounding to e4m3 loses the carry into the exponent. Here PyTorch rounds.
 - bf16 is kept as its bits in uint16: `tl.dot` multiplied the bits, arithmetic would add them, casts
   cut instead of rounding to nearest even. Here `tl.dot` and casts are right, and arithmetic on
   bf16, which kernels do in fp32 anyhow, is an error.
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 
 def repair(patch: pytest.MonkeyPatch) -> None:
@@ -42,16 +44,20 @@ def _create_dot(
 
 
 def _cast(original: Any) -> Any:
-    """A cast from or to bf16 goes by way of fp32, rounded to nearest even."""
+    """A cast from or to bf16 or e4m3 goes by way of fp32, rounded to nearest even."""
     def cast(self: Any, src: Any, dst_type: Any, *rounding: Any) -> Any:
         from triton.runtime.interpreter import TensorHandle, _get_np_dtype
 
-        target = dst_type.scalar
-        if not (_is_bf16(src.dtype.scalar) or _is_bf16(target)):
+        source, target = src.dtype.scalar, dst_type.scalar
+        if not any(is_one(dtype) for is_one in (_is_bf16, _is_e4m3) for dtype in (source, target)):
             return original(self, src, dst_type, *rounding)
         values = _values(src).astype(np.float32)
-        data = _to_bf16(values) if _is_bf16(target) else values.astype(_get_np_dtype(target))
-        return TensorHandle(data, target)
+        if _is_bf16(target):
+            return TensorHandle(_to_bf16(values), target)
+        if _is_e4m3(target):
+            rounded = torch.from_numpy(values).to(torch.float8_e4m3fn)
+            return TensorHandle(rounded.view(torch.uint8).numpy(), target)
+        return TensorHandle(values.astype(_get_np_dtype(target)), target)
 
     return cast
 
@@ -65,7 +71,10 @@ def _without_bf16(original: Any) -> Any:
 
 
 def _values(handle: Any) -> np.ndarray:
-    """The numbers of a block; bf16 widened to fp32."""
+    """The numbers of a block; bf16 and e4m3 widened to fp32."""
+    if _is_e4m3(handle.dtype.scalar):
+        numbers = torch.from_numpy(np.ascontiguousarray(handle.data))
+        return numbers.view(torch.float8_e4m3fn).float().numpy()
     if not _is_bf16(handle.dtype.scalar):
         return handle.data
     return (handle.data.astype(np.uint32) << 16).view(np.float32)
@@ -75,6 +84,10 @@ def _to_bf16(values: np.ndarray) -> np.ndarray:
     bits = np.ascontiguousarray(values).view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def _is_e4m3(dtype: Any) -> bool:
+    return str(dtype) == "fp8e4nv"
 
 
 def _is_bf16(dtype: Any) -> bool:

@@ -23,6 +23,9 @@ KERNELS = {
                     "count_reached list_reached place_diagonals",
     "tiles/splits": "_merge_kernel", "tiles/rotary": "_rotate_kernel",
     "moe/triton": "_expert_up _expert_down _combine", "moe/triton_routing": "_route _count",
+    "quant/triton_rows": "_quantize_rows _norm_rows",
+    "quant/triton_few": "_few_fp8 _few_int4 _add_parts",
+    "quant/triton_dense": "_dense_fp8 _dense_int4",
     "decode": "_attend_items _merge_items",
     "pointwise": "_rms_norm _silu_mul _store_rotated _block_means"}
 

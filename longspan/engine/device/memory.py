@@ -204,7 +204,9 @@ def workspace_bytes(
     rows = max_model_len or model.max_position_embeddings
     rotary = 4 * model.head_dim * (min(rows, model.dca.chunk_size + 1) if model.dca else rows)
     graphs = _graph_bytes(model, num_requests) if config.device.startswith("cuda") else 0
-    scratch = ATTENTION_SCRATCH_BYTES + scratch_bytes(model, resolve_forms(config, model), element)
+    plain = scratch_bytes(
+        model, resolve_forms(config, model), element, config.device.split(":")[0])
+    scratch = ATTENTION_SCRATCH_BYTES + plain
     return num_tokens * per_token + mlp + sampling + rotary + graphs + scratch
 
 

@@ -11,7 +11,7 @@ Shapes: T tokens, E experts, k chosen ones, R = T k routes, M model dim, F width
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import triton
@@ -19,6 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from longspan.ops.moe.triton_routing import MAX_EXPERTS, Groups, group
+from longspan.ops.quant.triton_few import supports_fp8
+from longspan.ops.types import Fp8Weights
 
 COMBINE_TILE = 1_024
 
@@ -42,7 +44,8 @@ SUPER = 8
 
 
 def add_routed_mlp(
-    sums: Tensor, x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor,
+    sums: Tensor, x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor | Fp8Weights,
+    down: Tensor | Fp8Weights,
 ) -> None:
     """See `reference.add_routed_mlp`. Needs what `supports` says."""
     assert supports(x, gate_up)
@@ -55,8 +58,12 @@ def add_routed_mlp(
     combine(sums, routed, experts.shape[1])
 
 
-def supports(x: Tensor, gate_up: Tensor) -> bool:
+def supports(x: Tensor, gate_up: Tensor | Fp8Weights) -> bool:
     """Return whether the kernels take such rows and experts."""
+    if isinstance(gate_up, Fp8Weights):
+        values = gate_up.values
+        return (values.shape[0] <= MAX_EXPERTS and x.stride(1) == 1 and values.is_contiguous()
+                and x.dtype == torch.bfloat16 and supports_fp8(x.device))
     return (gate_up.shape[0] <= MAX_EXPERTS and x.stride(1) == 1 and gate_up.is_contiguous()
             and x.dtype == gate_up.dtype and x.dtype in (torch.float32, torch.bfloat16))
 
@@ -68,37 +75,42 @@ def choose_tiles(num_routes: int, num_experts: int) -> tuple[Tiles, Tiles]:
 
 
 def expert_up(
-    x: Tensor, groups: Groups, gate_up: Tensor, num_chosen: int, tiles: Tiles,
+    x: Tensor, groups: Groups, gate_up: Tensor | Fp8Weights, num_chosen: int, tiles: Tiles,
 ) -> Tensor:
     """Compute silu(gate) * up of every route. x: [T, M]; gate_up: [E, 2F, M]. Returns [R, F] in
     the order of the groups."""
+    matrices = _Matrices.of(gate_up)
     num_routes, (num_experts, twice, dim) = groups.order.shape[0], gate_up.shape
     out = torch.empty(num_routes, twice // 2, dtype=x.dtype, device=x.device)
     grid = row_tiles(num_routes, num_experts, tiles.rows) * triton.cdiv(twice // 2, tiles.columns)
     _expert_up[(grid,)](
-        x, gate_up, out, groups.order, groups.ends, num_routes, num_experts, dim, twice // 2,
-        num_chosen, x.stride(0), row_tiles(num_routes, num_experts, tiles.rows),
+        x, matrices.values, matrices.scales, out, groups.order, groups.ends, num_routes,
+        num_experts, dim, twice // 2, num_chosen, x.stride(0),
+        row_tiles(num_routes, num_experts, tiles.rows),
         EXPERTS=triton.next_power_of_2(num_experts), ROWS=tiles.rows, COLUMNS=tiles.columns,
         DEPTH=tiles.depth, IS_WHOLE=dim % tiles.depth == 0, SUPER=SUPER,
-        PRECISION=_precision(x), STAGES=tiles.stages, num_warps=tiles.warps)
+        SCALES=matrices.kind, PRECISION=_precision(x), STAGES=tiles.stages, num_warps=tiles.warps)
     return out
 
 
 def expert_down(
-    hidden: Tensor, groups: Groups, weights: Tensor, down: Tensor, tiles: Tiles,
+    hidden: Tensor, groups: Groups, weights: Tensor, down: Tensor | Fp8Weights, tiles: Tiles,
 ) -> Tensor:
     """Compute the weighted output of every route. hidden: [R, F] in the order of the groups;
     weights: [T, k] fp32; down: [E, M, F]. Returns [R, M] in the order of the routes."""
+    matrices = _Matrices.of(down)
     num_routes, (num_experts, dim, width) = groups.order.shape[0], down.shape
-    assert weights.is_contiguous() and down.is_contiguous()
+    assert weights.is_contiguous() and matrices.values.is_contiguous()
     out = torch.empty(num_routes, dim, dtype=hidden.dtype, device=hidden.device)
     grid = row_tiles(num_routes, num_experts, tiles.rows) * triton.cdiv(dim, tiles.columns)
     _expert_down[(grid,)](
-        hidden, down, weights, out, groups.order, groups.ends, num_routes, num_experts, dim, width,
+        hidden, matrices.values, matrices.scales, weights, out, groups.order, groups.ends,
+        num_routes, num_experts, dim, width,
         row_tiles(num_routes, num_experts, tiles.rows),
         EXPERTS=triton.next_power_of_2(num_experts), ROWS=tiles.rows, COLUMNS=tiles.columns,
         DEPTH=tiles.depth, IS_WHOLE=width % tiles.depth == 0, SUPER=SUPER,
-        PRECISION=_precision(hidden), STAGES=tiles.stages, num_warps=tiles.warps)
+        SCALES=matrices.kind, PRECISION=_precision(hidden), STAGES=tiles.stages,
+        num_warps=tiles.warps)
     return out
 
 
@@ -122,6 +134,23 @@ def combine(
         sums, routed, sums if weights is None else weights, sums if places is None else places,
         dim, sums.stride(0), CHOSEN=num_chosen, HAS_WEIGHTS=weights is not None,
         HAS_PLACES=places is not None, TILE=tile, num_warps=4)
+
+
+class _Matrices(NamedTuple):
+    """Experts as kernels take them."""
+
+    values: Tensor
+    scales: Tensor
+    kind: int
+    """0: no scales; 1: one for each output; 2: for each block of 128 x 128."""
+
+    @classmethod
+    def of(cls, matrices: Tensor | Fp8Weights) -> Self:
+        """Take them apart."""
+        if isinstance(matrices, Tensor):
+            return cls(matrices, matrices, 0)
+        assert matrices.scales.is_contiguous()
+        return cls(*matrices, 2 if matrices.is_blocked else 1)
 
 
 def row_tiles(num_routes: int, num_experts: int, rows: int) -> int:
@@ -161,11 +190,40 @@ def _place(
 
 
 @triton.jit
+def _multiply(
+    part, weights, total, scales, outputs, width, first, is_column,
+    SCALES: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """Add a step's product. ``outputs``: rows of all matrices, one under the other, that the
+    columns are; with block scales the step lies in one block of inputs."""
+    if SCALES == 0:
+        total = tl.dot(part, weights, total, input_precision=PRECISION)
+    else:
+        wide = weights.to(tl.float32).to(part.dtype)
+        if SCALES == 2:
+            place = (outputs // 128) * ((width + 127) // 128) + first // 128
+            scale = tl.load(scales + place, mask=is_column, other=0.0)
+            total += tl.dot(part, wide) * scale[None, :]
+        else:
+            total = tl.dot(part, wide, total)
+    return total
+
+
+@triton.jit
+def _scaled(total, scales, outputs, is_column, SCALES: tl.constexpr):
+    """Multiply by the outputs' scales, where they have some of their own."""
+    if SCALES == 1:
+        total *= tl.load(scales + outputs, mask=is_column, other=0.0)[None, :]
+    return total
+
+
+@triton.jit
 def _expert_up(
-    x, gate_up, out, order, ends, num_routes, num_experts, dim, width, num_chosen, x_row,
+    x, gate_up, scales, out, order, ends, num_routes, num_experts, dim, width, num_chosen, x_row,
     num_row_tiles,
     EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    IS_WHOLE: tl.constexpr, SUPER: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    IS_WHOLE: tl.constexpr, SUPER: tl.constexpr, SCALES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
     """Compute one tile of silu(gate) * up for rows of one expert, gathered from the tokens."""
     expert, rows, stop, column_tile = _place(
@@ -190,8 +248,12 @@ def _expert_up(
         part = tl.load(row_places + first, mask=row_mask, other=0.0)
         gates = tl.load(gate_places + first, mask=column_mask, other=0.0)
         ups = tl.load(gate_places + width * dim + first, mask=column_mask, other=0.0)
-        gate = tl.dot(part, gates, gate, input_precision=PRECISION)
-        up = tl.dot(part, ups, up, input_precision=PRECISION)
+        gate = _multiply(part, gates, gate, scales, (expert * 2 * width + columns), dim, first,
+                         is_column, SCALES, PRECISION)
+        up = _multiply(part, ups, up, scales, (expert * 2 * width + width + columns), dim, first,
+                       is_column, SCALES, PRECISION)
+    gate = _scaled(gate, scales, expert * 2 * width + columns, is_column, SCALES)
+    up = _scaled(up, scales, expert * 2 * width + width + columns, is_column, SCALES)
     # of large negative gates the power is inf, and the quotient 0, as it should be
     hidden = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(out + rows.to(tl.int64)[:, None] * width + columns[None, :],
@@ -200,9 +262,11 @@ def _expert_up(
 
 @triton.jit
 def _expert_down(
-    hidden, down, weights, out, order, ends, num_routes, num_experts, dim, width, num_row_tiles,
+    hidden, down, scales, weights, out, order, ends, num_routes, num_experts, dim, width,
+    num_row_tiles,
     EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    IS_WHOLE: tl.constexpr, SUPER: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    IS_WHOLE: tl.constexpr, SUPER: tl.constexpr, SCALES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
     """Compute one tile of an expert's output, weighted, and put its rows to their routes."""
     expert, rows, stop, column_tile = _place(
@@ -225,7 +289,9 @@ def _expert_down(
             column_mask = column_mask & (first + depths < width)[:, None]
         part = tl.load(row_places + first, mask=row_mask, other=0.0)
         matrix_part = tl.load(column_places + first, mask=column_mask, other=0.0)
-        total = tl.dot(part, matrix_part, total, input_precision=PRECISION)
+        total = _multiply(part, matrix_part, total, scales, expert * dim + columns, width, first,
+                          is_column, SCALES, PRECISION)
+    total = _scaled(total, scales, expert * dim + columns, is_column, SCALES)
     total *= tl.load(weights + routes, mask=is_row, other=0.0)[:, None]
     tl.store(out + routes.to(tl.int64)[:, None] * dim + columns[None, :],
              total.to(out.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])

@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan.ops.types import FP8_BLOCK, INT4_TILE, Fp8Weights, Int4Weights
+from longspan.ops.types import FP8_BLOCK, INT4_TILE, Fp8Rows, Fp8Weights, Int4Weights, Quantized
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 INT4_MAX = 15
+DENSE_NUMBERS = 2**23
+"""Numbers that `dequantize` has in fp32 at a time."""
 TINY = 1e-12
 """Smallest scale: rows of zeros have it."""
 
@@ -29,6 +31,18 @@ def quantize_rows(x: Tensor) -> Fp8Weights:
     # PyTorch's conversion makes NaN of what rounds to more than the largest number
     values = (numbers / scales).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
     return Fp8Weights(values, scales)
+
+
+def quantize_activations(x: Tensor, group: int) -> Fp8Rows:
+    """As `quantize_rows`, with one scale for each row, or for each ``group`` numbers of it, if not
+    0. x: [T, K]."""
+    if group:
+        whole = F.pad(x.float(), (0, -x.shape[1] % group))
+        values, scales = quantize_rows(whole.unflatten(1, (-1, group)))
+        values, scales = values.flatten(1)[:, :x.shape[1]], scales.squeeze(2)
+        return Fp8Rows(values.contiguous(), scales.t().contiguous().t(), len(x))
+    values, scales = quantize_rows(x)
+    return Fp8Rows(values, scales, len(x))
 
 
 def quantize_blocks(x: Tensor) -> Fp8Weights:
@@ -66,11 +80,32 @@ def pack_int4(numbers: Tensor) -> Tensor:
     return (low | high << 4).flatten(-2)
 
 
+def dequantize(weights: Quantized, dtype: torch.dtype) -> Tensor:
+    """Make plain numbers of a matrix [N, K] or a stack of them, rounded to ``dtype``; some rows at
+    a time, so that few of them are there in fp32."""
+    if len(weights.shape) > 2:
+        return weights.dense().to(dtype)
+    num_rows, width = weights.shape
+    out = torch.empty(num_rows, width, dtype=dtype, device=weights[0].device)
+    step = max(1, DENSE_NUMBERS // width // FP8_BLOCK) * FP8_BLOCK
+    for start in range(0, num_rows, step):
+        rows = slice(start, start + step)
+        if isinstance(weights, Int4Weights):
+            part: Quantized = Int4Weights(weights.packed[rows], weights.scales[rows],
+                                          weights.zeros[rows], weights.order)
+        else:
+            scale_rows = rows if not weights.is_blocked else slice(
+                start // FP8_BLOCK, (start + step) // FP8_BLOCK)
+            part = Fp8Weights(weights.values[rows], weights.scales[scale_rows])
+        out[rows] = part.dense()
+    return out
+
+
 def int4_linear(x: Tensor, weights: Int4Weights, bias: Tensor | None) -> Tensor:
     """x: [..., K]; weights: [N, K]; bias: [N] or None. Returns [..., N] of x's type."""
-    return F.linear(x, weights.dense().to(x.dtype), bias)
+    return F.linear(x, dequantize(weights, x.dtype), bias)
 
 
 def fp8_linear(x: Tensor, weights: Fp8Weights, bias: Tensor | None) -> Tensor:
     """x: [..., K]; weights: [N, K]; bias: [N] or None. Returns [..., N] of x's type."""
-    return F.linear(x, weights.dense().to(x.dtype), bias)
+    return F.linear(x, dequantize(weights, x.dtype), bias)
