@@ -17,6 +17,7 @@ from pathlib import Path
 from bench.plots import draw_ttft
 from bench.plots_eval import draw_eval, draw_heads
 from bench.plots_pipeline import draw_pipeline
+from bench.plots_quality import draw_quality
 from bench.tables import (
     Content,
     caption,
@@ -116,7 +117,7 @@ SECTIONS: dict[str, Callable[[Sequence[Content]], str]] = {
     "fidelity": fidelity_section}
 PLOTS: dict[str, Callable[[Content, Path], list[Path]]] = {
     "ttft": draw_ttft, "eval": draw_eval, "fidelity": draw_heads,
-    "pipeline": draw_pipeline}
+    "pipeline": draw_pipeline, "quality": draw_quality}
 BENCHES = {"scores": "eval"}
 """Sections of another bench's files than their name says."""
 

@@ -331,6 +331,14 @@ def quality(
     chunk_len: Annotated[int | None, typer.Option(help="Tokens of a prefill chunk.")] = None,
     policy: Annotated[list[str] | None, typer.Option(
         help="Another tile setting: num_scouts=128,tail_len=0, …; repeatable.")] = None,
+    plan: Annotated[list[Path] | None, typer.Option(
+        help="Another plan's file; repeatable.")] = None,
+    oracle: Annotated[str, typer.Option(
+        help="Shares of the key tiles that an oracle keeps: 0.01,0.05.")] = "",
+    places: Annotated[str, typer.Option(
+        help="Kinds of prompts.")] = "one,end,spread,negatives,far",
+    heads: Annotated[bool, typer.Option(
+        help="Measure recall by head; without it times are measured.")] = True,
     memory_gib: Memory = None,
     device: Device = None, commit: Commit = None, budget_s: BudgetS = None,
     out: Results = Path("bench/results"),
@@ -343,7 +351,8 @@ def quality(
         model=model, lengths=parse_list(lengths, int, "--lengths"), num_single=single,
         settings=parse_list(attention, str, "--attention"), num_many=many, seed=seed,
         text_roots=tuple(text_root or ()), chunk_len=chunk_len, policies=tuple(policy or ()),
-        memory_gib=memory_gib)
+        plans=tuple(plan or ()), oracles=parse_list(oracle, float, "--oracle") if oracle else (),
+        places=parse_list(places, str, "--places"), with_heads=heads, memory_gib=memory_gib)
     session = BenchSession("quality", BenchOptions.make(device, out, commit, budget_s))
     _exit(run(session, options))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -17,6 +17,8 @@ from longspan.ops.geometry import segments
 from longspan.ops.select.recall import num_typical
 from longspan.ops.types import PagedKV, QueryRotary, Selection
 
+Selector = Callable[..., Selection]
+"""With the arguments and the result of `ops.select_vertical_slash`."""
 RECALL_LAYERS = 4
 """Recall is measured in every so many layers: the pass over all keys takes time."""
 
@@ -56,6 +58,8 @@ class DualChunkAttention:
 
     Args:
         observer: told what each prefill does; see `longspan.attention.observer`.
+
+    ``selector`` stands in for the product's selection where benchmarks compare it with others.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class DualChunkAttention:
         self.plan = plan
         self.budget = plan.layer(layer_idx) if plan else None
         self.observer = observer
+        self.selector: Selector | None = None
         self.reset_stats()
 
     def reset_stats(self) -> None:
@@ -155,7 +160,7 @@ class DualChunkAttention:
         rows = q[start - item.cached_len : stop - item.cached_len]
         args = rows, cache, item.block_table, start, self.rotary, item.scale
         with self._region("selection"):
-            selection = ops.select_vertical_slash(*args, self.budget)
+            selection = (self.selector or ops.select_vertical_slash)(*args, self.budget)
             if (selection.aligned and item.recall is not None
                     and self.layer_idx % RECALL_LAYERS == 0):
                 item.recall.add(ops.measure_recall(*args, selection), num_typical(stop - start),

@@ -58,8 +58,8 @@ class SparsityPlan:
     """Queries of a prefill chunk, for each head those least like its mean query, that are scored
     against every key, so that their query tiles get the key tiles they miss (tile mode); where
     there are a million keys."""
-    most_scouts: int = 1024
-    """With fewer keys there are more scouts, up to so many."""
+    most_scouts: int = 4096
+    """With fewer keys there are more scouts, up to so many and to every eighth query."""
     scout_threshold: float = -2.0
     """A key tile is missed where one of its logits exceeds the LSE of what the scout keeps by more
     than this: 0 is right for heads that retrieve, diffuse ones need less."""

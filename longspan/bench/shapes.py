@@ -6,9 +6,9 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.resources import files
-from typing import Any
+from typing import Any, get_args
 
-from longspan.attention.sparsity import SparsityPlan
+from longspan.attention.sparsity import SelectionMode, SparsityPlan
 from longspan.config import ModelConfig
 from longspan.errors import LongspanError
 from longspan.model.weights import BUNDLED_MODEL, resolve_checkpoint
@@ -47,7 +47,8 @@ POLICY_FIELDS: Mapping[str, Callable[[str], Any]] = {
     "vertical": int, "slash": int, "budget_share": float, "mean_near_len": int,
     "mean_correction": lambda value: bool(int(value)), "num_scouts": int, "most_scouts": int,
     "scout_threshold": float, "scout_tiles": int, "probe_last": int,
-    "probe_strided": int, "tail_len": int}
+    "probe_strided": int, "tail_len": int, "recall_target": float,
+    "mode": lambda value: _mode(value)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,6 +117,13 @@ def label_plan(plan: SparsityPlan, source: str) -> str:
     return "-".join(parts)
 
 
+def _mode(value: str) -> str:
+    modes = get_args(SelectionMode)
+    if value not in modes:
+        raise LongspanError(f"--policy: mode {value!r} is not one of {', '.join(modes)}")
+    return value
+
+
 def _model(name: str) -> ModelConfig:
     if name == BUNDLED_MODEL:
         return ModelConfig.from_dir(resolve_checkpoint(name))
@@ -147,9 +155,11 @@ def _plan(name: str, model: ModelConfig, options: PlanOptions) -> tuple[Sparsity
 
 
 def changed(plan: SparsityPlan, policy: str) -> SparsityPlan:
-    """Return the plan with the changes of `PlanOptions.policy`. Raises `LongspanError` for a name
-    or number that is none."""
+    """Return the plan with the changes of `PlanOptions.policy`; ``mode=paper`` is all of
+    MInference's policy. Raises `LongspanError` for a name or number that is none."""
     changes = _changes(policy)
+    if changes.pop("mode", plan.mode) == "paper":
+        plan = plan.paper()
     for name in ("vertical", "slash"):
         if name in changes:
             changes[name] = tuple((changes[name],) * len(row) for row in plan.vertical)

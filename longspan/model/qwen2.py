@@ -22,7 +22,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from longspan.attention.layer import DualChunkAttention
+from longspan.attention.layer import DualChunkAttention, Selector
 from longspan.attention.metadata import AttentionMetadata
 from longspan.attention.observer import AttentionObserver
 from longspan.attention.sparsity import SparsityPlan
@@ -291,6 +291,11 @@ class CausalLM(nn.Module):
         """Tell ``observer`` what every layer's prefill does; None: nobody."""
         for core in self._attention_cores():
             core.observer = observer
+
+    def select_by(self, selector: Selector | None) -> None:
+        """Let ``selector`` choose what sparse prefill keeps; None: the product's selection."""
+        for core in self._attention_cores():
+            core.selector = selector
 
     def reset_attention_stats(self) -> None:
         """Start counting pairs anew."""

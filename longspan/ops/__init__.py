@@ -9,6 +9,8 @@ Kernels are imported when the first CUDA tensor arrives: Triton need not be ther
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -123,8 +125,8 @@ def select_vertical_slash(
     if not budget.recall:
         return _select(*args, budget)
     found = online.select_to_recall(
-        lambda budget: _select(*args, budget),
-        lambda selection: measure_recall(*args, selection), budget, may_stop=not q.is_cuda)
+        lambda budgets: _select_several(*args, budgets),
+        lambda selection: measure_recall(*args, selection), budget)
     return _add_scouts(found, *args, budget) if budget.num_scouts else found
 
 
@@ -139,6 +141,19 @@ def _select(
         if sparse_index.supports(q, cache, rotary, cached_len, budget):
             return sparse_index.select_vertical_slash(*args)
     return select.select_vertical_slash(*args)
+
+
+def _select_several(
+    q: Tensor, cache: PagedKV, block_table: Tensor, cached_len: int, rotary: QueryRotary,
+    scale: float, budgets: Sequence[Budget],
+) -> list[Selection]:
+    args = (q, cache, block_table, cached_len, rotary, scale, budgets)
+    if q.is_cuda:
+        from longspan.ops.select import triton as sparse_index
+
+        if sparse_index.supports(q, cache, rotary, cached_len, budgets[0]):
+            return sparse_index.select_several(*args)
+    return select.select_several(*args)
 
 
 def _add_scouts(

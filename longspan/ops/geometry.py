@@ -29,6 +29,8 @@ INTRA, SUCC, INTER = 0, 1, 2
 ZONES = (INTRA, SUCC, INTER)
 COARSE = 8
 """Tiles that share one mean far before the query."""
+ROWS_PER_SCOUT = 8
+"""Of so many queries at most one is a scout, but for the least number of scouts."""
 
 
 class Span(NamedTuple):
@@ -84,13 +86,14 @@ def spans(start: int, stop: int, stride: int) -> list[Span]:
     return [span for span in found if span.start >= 0 and span.stop > span.start]
 
 
-def num_scouts(num_keys: int, at_a_million: int, most: int) -> int:
+def num_scouts(num_queries: int, num_keys: int, at_a_million: int, most: int) -> int:
     """Return how many scouts a segment has: twice as many where there are half as many keys, for
-    the pass over them takes as long then, up to ``most``."""
+    the pass over them takes as long then, up to ``most`` and to one of `ROWS_PER_SCOUT` queries.
+    Never fewer than ``at_a_million``, but for queries that are not there."""
     count = at_a_million
     while 2 * count <= most and 2 * count * num_keys <= at_a_million << 20:
         count *= 2
-    return count
+    return min(num_queries, max(at_a_million, min(count, num_queries // ROWS_PER_SCOUT)))
 
 
 def near_border(tile: int, near_tiles: int | None) -> int:

@@ -149,6 +149,13 @@ def test_released_geometry_at_random_pairs() -> None:
 
 def test_more_scouts_where_there_are_fewer_keys() -> None:
     """Never fewer than at a million keys, and the pass over all keys never longer."""
-    assert [geometry.num_scouts(keys, 256, 1024) for keys in (
+    assert [geometry.num_scouts(131_072, keys, 256, 1024) for keys in (
         2_000_000, 1 << 20, 600_000, 1 << 19, 1 << 18, 5_000)] == [256, 256, 256, 512, 1024, 1024]
-    assert geometry.num_scouts(1_000, 100, 0) == 100 == geometry.num_scouts(1_000, 100, 199)
+    assert [geometry.num_scouts(1_000, 1_000, 100, most) for most in (0, 199)] == [100, 100]
+
+
+def test_scouts_are_few_of_the_queries() -> None:
+    """An eighth at most; as many as at a million keys, where there are as many queries."""
+    assert [geometry.num_scouts(queries, 24_576, 256, 4096) for queries in (
+        24_576, 65_536, 8_192, 1_300, 100)] == [3072, 4096, 1024, 256, 100]
+    assert geometry.num_scouts(1_024, 1 << 20, 256, 4096) == 256

@@ -1,8 +1,9 @@
 """`longspan bench quality`: what sparse prefill answers and keeps, beside dense, at equal cost.
 
-The same prompts for every setting: a question at the end, and many questions one after the other
-at the end. An answer counts when the most probable token is right at each of its places, given the
-ones before it. Recall of a head is the attention mass that its selection keeps,
+The same prompts for every setting: a question at the end, and prompts with many questions (see
+`questions`). An answer counts when the most probable token is right at each of its places, given
+the ones before it. KL is that of the next token, from dense attention, at places spread over what
+follows the first answer. Recall of a head is the attention mass that its selection keeps,
 exp(lse_sparse - lse_full), over the queries of the last prefill chunk that are computed sparsely.
 """
 
@@ -11,25 +12,29 @@ from __future__ import annotations
 import math
 import random
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from longspan.attention.head_errors import HeadErrors
 from longspan.attention.sparsity import SparsityPlan
 from longspan.bench.engine.engine import free_memory
-from longspan.bench.engine.questions import Quiz, many_questions, single_questions
+from longspan.bench.engine.oracle import Oracle
+from longspan.bench.engine.questions import Place, Quiz, many_questions, single_questions
 from longspan.bench.ops.tiles import mean_share
 from longspan.bench.session import BenchSession
 from longspan.bench.shapes import changed, scaled
 from longspan.bench.timing import rounded
 from longspan.commands.console import note, percent, show_table
+from longspan.commands.fidelity import LogitWatch
 from longspan.config import EngineConfig
 from longspan.engine.control.chunking import tail_start
 from longspan.engine.front.llm import LLM
@@ -41,9 +46,13 @@ from longspan.eval.stats import wilson_interval
 from longspan.eval.text import TextBank, python_text_roots
 
 SETTINGS = ("dense", "tile", "paper")
+PLACES = ("one", *get_args(Place))
+"""Kinds of prompts: with one question, and those with many."""
 MATCH_ROUNDS = 4
 MATCHED = 0.03
 """Costs this close count as equal."""
+KL_PLACES = 512
+"""Places of a prompt where distributions are compared."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,53 +66,95 @@ class QualityOptions:
     """Prompts with one question, about one document."""
     num_many: int
     """Questions of the prompts with many."""
+    places: tuple[str, ...] = PLACES
     memory_gib: float | None = None
     policies: tuple[str, ...] = ()
     """Further ``tile`` settings, as `shapes.PlanOptions.policy`."""
+    plans: tuple[Path, ...] = ()
+    """Files of further plans."""
+    oracles: tuple[float, ...] = ()
+    """Shares of the key tiles that `Oracle` keeps."""
+    with_heads: bool = True
+    """Measure recall by head, which costs more than the prefill: times are of no use then."""
     seed: int
     text_roots: tuple[Path, ...]
     chunk_len: int | None
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.settings if name not in SETTINGS]
-        if unknown:
-            raise LongspanError(
-                f"--attention: {unknown[0]!r} is not one of {', '.join(SETTINGS)}")
+        for option, given, known in (("attention", self.settings, SETTINGS),
+                                     ("places", self.places, PLACES)):
+            unknown = [name for name in given if name not in known]
+            if unknown:
+                raise LongspanError(
+                    f"--{option}: {unknown[0]!r} is not one of {', '.join(known)}")
+        wrong = [share for share in self.oracles if not 0 < share <= 1]
+        if wrong:
+            raise LongspanError(f"--oracle is {wrong[0]:g}; a share of all key tiles above 0 and "
+                                "at most 1 is needed")
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One way of attending."""
+
+    name: str
+    plan: SparsityPlan | None
+    """None: dense."""
+    oracle: Oracle | None = None
 
 
 def run(session: BenchSession, options: QualityOptions) -> int:
     """Measure, write rows, print the table. Returns the exit status."""
     subject = Subject(options, session.device)
     bank = TextBank.from_roots(options.text_roots or python_text_roots(), subject.tokenizer)
-    plans: dict[str, SparsityPlan | None] = {"dense": None, "tile": subject.plan}
-    plans |= {f"tile {policy}": changed(subject.plan, policy) for policy in options.policies}
+    settings = settings_of(options, subject.plan)
     for length in options.lengths:
-        rng = random.Random(f"{options.seed}:{length}")
-        singles = single_questions(bank, subject.tokenizer, length, options.num_single, rng)
-        end, spread = (many_questions(bank, subject.tokenizer, length, options.num_many, rng,
-                                      spread=spread) for spread in (False, True))
-        matched_on = singles[0] if "paper" in options.settings else None
-        for name in (*options.settings, *(f"tile {policy}" for policy in options.policies)):
-            for prompts, count, place in ((singles, 1, "end"), ([end], options.num_many, "end"),
-                                          ([spread], options.num_many, "spread")):
+        prompts = _Prompts(subject, make_prompts(options, bank, subject.tokenizer, length))
+        for setting in settings:
+            for place in prompts.quizzes:
                 key = {"model": Path(options.model).name, "num_tokens": length,
-                       "num_questions": count, "place": place, "attention": name,
+                       "num_questions": 1 if place == "one" else options.num_many,
+                       "place": "end" if place == "one" else place, "attention": setting.name,
                        "chunk_len": subject.chunk_len}
-                match = matched_on if name == "paper" else None
-                row = session.attempt(key, partial(_work, subject, prompts, plans, name, match))
-                if name == "paper" and row is not None:
-                    matched_on = None  # the same budgets for the prompt with many questions
+                session.attempt(key, partial(prompts.measure, setting, place))
     show(session.rows)
     return session.finish()
 
 
-def _work(
-    subject: Subject, prompts: Sequence[Quiz], plans: dict[str, SparsityPlan | None], name: str,
-    match: Quiz | None,
-) -> dict[str, Any]:
-    if match is not None:
-        plans[name] = subject.match(match, plans.get(name))
-    return subject.measure(prompts, plans[name])
+def settings_of(options: QualityOptions, plan: SparsityPlan) -> list[Setting]:
+    """List what is compared, dense first: the others are compared with it."""
+    known = {"dense": None, "tile": plan, "paper": plan.paper()}
+    found = [Setting(name, known[name]) for name in SETTINGS if name in options.settings]
+    for policy in options.policies:
+        kind = "paper" if "mode=paper" in policy.split(",") else "tile"
+        found.append(Setting(f"{kind} {policy}", changed(plan, policy)))
+    found += [Setting(f"plan {file.stem}", SparsityPlan.load(file)) for file in options.plans]
+    everywhere = changed(plan, "slash=1")  # not only behind the first windows
+    found += [Setting(f"oracle {share:g}", everywhere, Oracle(share)) for share in options.oracles]
+    return found
+
+
+def make_prompts(
+    options: QualityOptions, bank: TextBank, tokenizer: Tokenizer, length: int,
+) -> dict[str, list[Quiz]]:
+    """Make the prompts of each kind that is asked for; the same, whatever else is asked for."""
+    found: dict[str, list[Quiz]] = {}
+    rng = random.Random(f"{options.seed}:{length}")
+    single = single_questions(bank, tokenizer, length, options.num_single, rng)
+    for place in get_args(Place):
+        own = rng
+        if place not in ("end", "spread"):
+            own = random.Random(f"{options.seed}:{length}:{place}")
+        if place in options.places or place == "end":  # it draws from the same numbers as spread
+            found[place] = [many_questions(
+                bank, tokenizer, length, options.num_many, own, place=place)]
+    return {place: quizzes for place, quizzes in ({"one": single} | found).items()
+            if place in options.places}
+
+
+def _kl_places(quiz: Quiz) -> np.ndarray:
+    places = np.linspace(quiz.answers[0][0], quiz.prompt_len - 1, KL_PLACES)
+    return np.unique(places.round().astype(int))
 
 
 class Subject:
@@ -113,7 +164,7 @@ class Subject:
         self._options: dict[str, Any] = {
             "device": device, "max_model_len": max(options.lengths) + 64, "max_num_requests": 1,
             "prefill_chunk_len": options.chunk_len, "memory_gib": options.memory_gib}
-        self._model = options.model
+        self._model, self._with_heads = options.model, options.with_heads
         made = ResolvedEngine.resolve(
             EngineConfig(model=options.model, attention="sparse", **self._options))
         assert made.plan is not None and made.config.prefill_chunk_len
@@ -121,25 +172,37 @@ class Subject:
         self.plan, self.tokenizer = made.plan, Tokenizer(made.path)
         self.chunk_len, self.block_size = made.config.prefill_chunk_len, made.config.block_size
 
-    def measure(self, prompts: Sequence[Quiz], plan: SparsityPlan | None) -> dict[str, Any]:
+    def measure(
+        self, prompts: Sequence[Quiz], setting: Setting, watch: LogitWatch | None = None,
+    ) -> dict[str, Any]:
         """Measure the scores of all prompts, density and recall of the first one."""
+        plan = setting.plan
         # the last layer computes few rows, or all of them
-        recall = HeadErrors(from_position=self._last_sparse_chunk(prompts[0].prompt_len, plan),
-                            skipped_layer=self._last_layer)
-        with self._engine(plan) as llm:
-            llm.observe(recall)
+        heads = HeadErrors(from_position=self._last_sparse_chunk(prompts[0].prompt_len, plan),
+                           skipped_layer=self._last_layer)
+        with self._engine(setting) as llm:
+            if self._with_heads:
+                llm.observe(heads)
+            llm.watch_logits(watch)
+            start = time.perf_counter()
             hits, output = ask(llm, prompts[0])
+            elapsed_s = time.perf_counter() - start
+            llm.watch_logits(None)
             llm.observe(None)
             for quiz in prompts[1:]:
                 hits += ask(llm, quiz)[0]
             nats = nats_of(prompts[0], output)
         assert output.density is not None and not output.num_cached_tokens
-        found = recall.recalls()
+        found = heads.recalls()
         low, high = wilson_interval(sum(hits), len(hits))
-        return {**nats, "score": rounded(sum(hits) / len(hits)), "n": len(hits),
-                "ci_low": rounded(low),
-                "ci_high": rounded(high), "density": rounded(output.density, 4),
+        recall = output.recall
+        return {**nats, **_compared(watch), "score": rounded(sum(hits) / len(hits)), "n": len(hits),
+                "ci_low": rounded(low), "ci_high": rounded(high),
+                "density": rounded(output.density, 4),
                 "cost": rounded(self._cost(output, plan), 4),
+                "seconds": None if self._with_heads else rounded(elapsed_s),
+                "recall_typical": None if recall is None else rounded(recall.typical, 4),
+                "recall_scouts": None if recall is None else rounded(recall.scouts, 4),
                 "plan": _describe(plan), "recall": summary(found),
                 "recall_by_head": [[[round(value, 4) for value in head] for head in layer]
                                    for layer in found]}
@@ -160,7 +223,7 @@ class Subject:
         return scaled(plan, min(tried, key=lambda pair: abs(math.log(pair[0] / wanted)))[1])
 
     def _cost_of(self, quiz: Quiz, plan: SparsityPlan) -> float:
-        with self._engine(plan) as llm:
+        with self._engine(Setting("paper", plan)) as llm:
             return self._cost(llm.generate([quiz.ids], SamplingParams(max_tokens=1))[0], plan)
 
     def _cost(self, output: RequestOutput, plan: SparsityPlan | None) -> float:
@@ -177,8 +240,9 @@ class Subject:
         return max(0, stop - 1) // self.chunk_len * self.chunk_len
 
     @contextmanager
-    def _engine(self, plan: SparsityPlan | None) -> Iterator[LLM]:
-        """Open an engine with these budgets; None: a dense one."""
+    def _engine(self, setting: Setting) -> Iterator[LLM]:
+        """Open an engine that attends so."""
+        plan = setting.plan
         free_memory(str(self._options["device"]))
         with tempfile.TemporaryDirectory() as folder:
             if plan is None:
@@ -189,7 +253,33 @@ class Subject:
                 engine = LLM(
                     self._model, attention="sparse", sparsity_plan=str(file), **self._options)
             with engine:
+                engine.select_by(setting.oracle)
                 yield engine
+
+
+class _Prompts:
+    """The prompts of one length, and what dense attention makes of them."""
+
+    def __init__(self, subject: Subject, quizzes: Mapping[str, Sequence[Quiz]]) -> None:
+        self.quizzes, self._subject = quizzes, subject
+        self._references: dict[str, Tensor] = {}
+        self._paper: SparsityPlan | None = None
+        """The budgets at which MInference's policy costs what the tile plan costs."""
+
+    def measure(self, setting: Setting, place: str) -> dict[str, Any]:
+        """Measure the prompts of one kind."""
+        quizzes = self.quizzes[place]
+        if setting.name == "paper":
+            self._paper = self._paper or self._subject.match(quizzes[0], setting.plan)
+            setting = replace(setting, plan=self._paper)
+        if place == "one":
+            return self._subject.measure(quizzes, setting)
+        watch = LogitWatch(_kl_places(quizzes[0]), self._references.get(place))
+        row = self._subject.measure(quizzes, setting, watch)
+        if setting.plan is None:
+            self._references[place] = torch.cat(watch.logprobs)
+            row |= {"kl": 0.0, "top1": 1.0}
+        return row
 
 
 def _next_factor(tried: Sequence[tuple[float, float]], wanted: float) -> float:
@@ -233,6 +323,14 @@ def nats_of(quiz: Quiz, output: RequestOutput) -> dict[str, float]:
     text = ~inside & ~np.isnan(nats)
     return {"answer_nats": round(float(nats[inside].mean()), 4),
             "text_nats": round(float(nats[text].mean()), 4)}
+
+
+def _compared(watch: LogitWatch | None) -> dict[str, float]:
+    """Return how far the distributions are from dense attention's, where those are known."""
+    if watch is None or watch.reference is None:
+        return {}
+    return {"kl": round(float(torch.cat(watch.kl).mean()), 5),
+            "top1": round(float(torch.cat(watch.agrees).float().mean()), 4)}
 
 
 def summary(by_layer: Sequence[Sequence[Sequence[float]]]) -> dict[str, float] | None:

@@ -15,7 +15,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from longspan.attention.layer import allocate_cache
+from longspan.attention.layer import Selector, allocate_cache
 from longspan.attention.metadata import AttentionMetadata
 from longspan.attention.observer import AttentionObserver
 from longspan.attention.recall import RecallSums
@@ -179,6 +179,11 @@ class Runner:
         """Tell ``observer`` what attention does in every prefill; None: nobody."""
         for stage in self._stages:
             stage.model.observe_attention(observer)
+
+    def select_by(self, selector: Selector | None) -> None:
+        """Let ``selector`` choose what sparse prefill keeps; None: the product's selection."""
+        for stage in self._stages:
+            stage.model.select_by(selector)
 
     def watch_logits(self, on_logits: OnLogits | None) -> None:
         """Show ``on_logits`` the logits of every prompt token that is scored; None: nobody."""

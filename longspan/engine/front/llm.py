@@ -155,6 +155,11 @@ class LLM:
         """Tell ``observer`` what attention does in every prefill from now on; None: nobody."""
         self._runner.observe(observer)
 
+    def select_by(self, selector: Callable[..., Any] | None) -> None:
+        """Let ``selector`` choose what sparse prefill keeps, as `ops.select_vertical_slash` does,
+        where benchmarks compare that with others; None: nothing else."""
+        self._runner.select_by(selector)
+
     def watch_logits(self, on_logits: Callable[[int, Any], None] | None) -> None:
         """Show ``on_logits`` the logits of prompt tokens that are scored (``prompt_logprobs``): [n,
         V] fp32 of consecutive rows, and which prompt token the first row predicts. For one request

@@ -13,7 +13,10 @@ from longspan.engine.control.scheduler import SchedulerConfig
 from longspan.engine.step import ScheduledBatch, ScheduledSlice
 
 NUM_QUERIES = 512
-"""Queries per step: enough to trigger every kernel."""
+"""Queries of a dense step: enough to trigger every kernel."""
+PAIRS = 1 << 31
+"""Queries of a sparse step times its context: so many have the scouts that a context of that length
+asks for (`ops.geometry.num_scouts`), and kernels are compiled for their number."""
 FIRST_LEN = 32_768
 """Shortest context that is worth a step: shorter ones are compiled for in a moment."""
 
@@ -35,9 +38,16 @@ def compile_steps(config: SchedulerConfig) -> Iterator[ScheduledBatch]:
     modes = [False] if config.sparse_above is None else [False, True]
     for length in context_lens(config):
         for is_sparse in modes:
+            queries = _sparse_queries(length, config) if is_sparse else NUM_QUERIES
             item = ScheduledSlice(
-                request_id="compile-ahead", token_ids=array("i", [0] * NUM_QUERIES), sampling=None,
-                cached_len=length - NUM_QUERIES, sparse=is_sparse,
+                request_id="compile-ahead", token_ids=array("i", [0] * queries), sampling=None,
+                cached_len=length - queries, sparse=is_sparse,
                 prompt_len=length + config.block_size,
                 block_ids=range(length // config.block_size))
             yield ScheduledBatch(step_id=0, slices=(item,))
+
+
+def _sparse_queries(length: int, config: SchedulerConfig) -> int:
+    size = config.block_size
+    queries = min(max(NUM_QUERIES, PAIRS // length), config.prefill_chunk_len, length)
+    return max(NUM_QUERIES, queries // size * size)

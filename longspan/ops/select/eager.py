@@ -19,6 +19,8 @@ over the whole row; arXiv 2501.15383, sections 5.1 and 5.4):
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -42,28 +44,46 @@ def select_vertical_slash(
 
     q: [T, H, D] not rotated, all in one DCA chunk. Memory: probe rows x S fp32 for one head.
     """
+    args = (q, cache, block_table, cached_len, rotary, scale)
+    (selection,) = select_several(*args, [budget])
+    if budget.mode == "paper" or budget.num_scouts == 0:
+        return selection
+    k, _ = ordered_kv(cache, block_table, cached_len + q.shape[0])
+    return add_scouts(selection, q, k, cached_len, rotary, scale, budget)
+
+
+def select_several(
+    q: Tensor, cache: PagedKV, block_table: Tensor, cached_len: int, rotary: QueryRotary,
+    scale: float, budgets: Sequence[Budget],
+) -> list[Selection]:
+    """Choose columns and windows for each of several budgets that differ in nothing else, from one
+    pass of the probe rows. Arguments as `select_vertical_slash`'s."""
     num_queries, num_heads, _ = q.shape
-    context_len = cached_len + num_queries
+    context_len, budget = cached_len + num_queries, budgets[0]
     k, _ = ordered_kv(cache, block_table, context_len)
-    tile_len = cache.k.shape[1] if budget.mode == "tile" else PAPER_TILE_LEN
+    is_tiles = budget.mode == "tile"
+    tile_len = cache.k.shape[1] if is_tiles else PAPER_TILE_LEN
     probes = place_probes(cached_len, num_queries, tile_len, budget)
-    columns, offsets = [], []
+    choose = _choose_tiles if is_tiles else _choose_paper
+    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in budgets]
     for head in range(num_heads):
         keys = k[:, head // (num_heads // k.shape[1])]
         rows = [probe_mass(q[:, head], keys, probe, cached_len, rotary, scale) for probe in probes]
-        choose = _choose_tiles if budget.mode == "tile" else _choose_paper
-        head_columns, head_offsets = choose(
-            rows, probes, context_len, budget, head, tile_len)
-        columns.append(head_columns)
-        offsets.append(head_offsets)
+        for chosen, each in zip(found, budgets, strict=True):
+            chosen.append(choose(rows, probes, context_len, each, head, tile_len))
+    near = near_tiles(budget, rotary, context_len, tile_len)
+    return [_joined(chosen, tile_len, is_tiles, near) for chosen in found]
+
+
+def _joined(
+    heads: list[tuple[Tensor, Tensor]], tile_len: int, aligned: bool, near: int | None,
+) -> Selection:
+    """Return the selection of all heads, from each one's columns and offsets."""
+    columns, offsets = zip(*heads, strict=True)
     pad = torch.nn.utils.rnn.pad_sequence
-    selection = Selection(pad(columns, batch_first=True, padding_value=-1),
-                          pad(offsets, batch_first=True, padding_value=tile_len), tile_len,
-                          aligned=budget.mode == "tile",
-                          near_tiles=near_tiles(budget, rotary, context_len, tile_len))
-    if budget.mode == "paper" or budget.num_scouts == 0:
-        return selection
-    return add_scouts(selection, q, k, cached_len, rotary, scale, budget)
+    return Selection(pad(columns, batch_first=True, padding_value=-1),
+                     pad(offsets, batch_first=True, padding_value=tile_len), tile_len,
+                     aligned=aligned, near_tiles=near)
 
 
 def probe_mass(

@@ -34,7 +34,7 @@ def add_scouts(
     `ROWS_AT_ONCE` x S fp32 for one head.
     """
     first_tile, group = start // selection.tile_len, q.shape[1] // k.shape[1]
-    count = num_scouts(k.shape[0], budget.num_scouts, budget.most_scouts)
+    count = num_scouts(len(q), k.shape[0], budget.num_scouts, budget.most_scouts)
     lists, rows = [], []
     for head in range(q.shape[1]):
         scouts = place_scouts(q[:, head], count)

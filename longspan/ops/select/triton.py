@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -148,24 +149,40 @@ def select_vertical_slash(
 
     q: [T, H, D] not rotated, all in one DCA chunk. Inputs are those that `supports` accepts.
     """
-    call = _prepare(q, cache, block_table, cached_len, rotary, scale, budget)
-    columns = torch.full((call.num_heads, min(max(budget.vertical), call.context_len)), -1,
-                         dtype=torch.int64, device=q.device)
-    choose, bytes_per_head = ((_choose_tiles, _tile_bytes(call)) if budget.mode == "tile"
-                              else (_choose_paper, 8 * call.context_len))
-    num_kv_heads = cache.k.shape[2]
-    at_once = max(1, min(num_kv_heads, WORKSPACE_BYTES // (bytes_per_head * call.group)))
-    offsets = torch.empty(call.num_heads, _num_windows(call), dtype=torch.int64, device=q.device)
-    for first in range(0, num_kv_heads, at_once):
-        choose(call, _Heads(first, min(at_once, num_kv_heads - first)), columns, offsets)
-    is_tiles = budget.mode == "tile"
-    selection = Selection(columns, offsets, call.tile_len if is_tiles else PAPER_TILE_LEN,
-                          aligned=is_tiles, max_columns=call.max_columns,
-                          near_tiles=near_tiles(budget, rotary, call.context_len, call.tile_len))
-    if not is_tiles or budget.num_scouts == 0:
+    (selection,) = select_several(q, cache, block_table, cached_len, rotary, scale, [budget])
+    if budget.mode == "paper" or budget.num_scouts == 0:
         return selection
     return triton_scouts.add_scouts(selection, q, cache, block_table, cached_len, rotary, scale,
                                     budget, _device_programs(q.device))
+
+
+def select_several(
+    q: Tensor, cache: PagedKV, block_table: Tensor, cached_len: int, rotary: QueryRotary,
+    scale: float, budgets: Sequence[Budget],
+) -> list[Selection]:
+    """See `select.select_several`. Pass 1 is made once for all of them in tile mode."""
+    first_call = _prepare(q, cache, block_table, cached_len, rotary, scale, budgets[0])
+    calls = [first_call._replace(budget=budget) for budget in budgets]
+    is_tiles = budgets[0].mode == "tile"
+    call = calls[0]
+    outs = [(torch.full((call.num_heads, min(max(each.budget.vertical), call.context_len)), -1,
+                        dtype=torch.int64, device=q.device),
+             torch.empty(call.num_heads, _num_windows(each), dtype=torch.int64, device=q.device))
+            for each in calls]
+    num_kv_heads = cache.k.shape[2]
+    bytes_per_head = _tile_bytes(call) if is_tiles else 8 * call.context_len
+    at_once = max(1, min(num_kv_heads, WORKSPACE_BYTES // (bytes_per_head * call.group)))
+    for first in range(0, num_kv_heads, at_once):
+        heads = _Heads(first, min(at_once, num_kv_heads - first))
+        if is_tiles:
+            _choose_tiles(calls, heads, outs)
+        else:
+            for each, (columns, offsets) in zip(calls, outs, strict=True):
+                _choose_paper(each, heads, columns, offsets)
+    return [Selection(columns, offsets, call.tile_len if is_tiles else PAPER_TILE_LEN,
+                      aligned=is_tiles, max_columns=each.max_columns,
+                      near_tiles=near_tiles(each.budget, rotary, call.context_len, call.tile_len))
+            for each, (columns, offsets) in zip(calls, outs, strict=True)]
 
 
 def _prepare(
@@ -237,8 +254,12 @@ def _column_tiles(call: _Call) -> int:
 # -- tile mode --------------------------------------------------------------------------------
 
 
-def _choose_tiles(call: _Call, heads: _Heads, columns: Tensor, offsets: Tensor) -> None:
-    """Fill the rows of these heads. columns: [H, V]; offsets: [H, W]."""
+def _choose_tiles(
+    calls: Sequence[_Call], heads: _Heads, outs: Sequence[tuple[Tensor, Tensor]],
+) -> None:
+    """Fill the rows of these heads for every call, which differ in their budgets. outs: columns [H,
+    V] and offsets [H, W] of each."""
+    call = calls[0]
     device, num_tiles, rows = call.queries.device, call.num_tiles, call.padded_rows
     num_heads = heads.number * call.group
     own = _own(call, heads)
@@ -247,24 +268,31 @@ def _choose_tiles(call: _Call, heads: _Heads, columns: Tensor, offsets: Tensor) 
     grid = triton.cdiv(num_tiles, 64), num_heads
     masses = torch.empty(num_heads * num_tiles * rows, dtype=torch.float32, device=device)
     lse = _pass_one(call, heads, masses)
-    sums = torch.empty(num_heads, num_tiles, dtype=torch.float32, device=device)
-    probe.diagonal_masses[grid](masses, lse, sums, num_tiles, *call.probes, **probes)
-    is_window = torch.empty(num_heads, num_tiles, dtype=torch.int8, device=device)
-    top_k.choose_windows[(num_heads,)](
-        sums, _window_budgets(call)[own], offsets[own], is_window, offsets.shape[1], num_tiles,
-        _forced_tiles(call), P=call.tile_len, BLOCK=max(1024, triton.next_power_of_2(num_tiles)),
-        num_warps=16)
-    if not columns.shape[1]:
-        return
-    probe.free_masses[grid](masses, lse, is_window, sums, num_tiles, *call.probes, **probes)
-    del masses
-    rounds = -(-num_heads * _column_bytes(call) // WORKSPACE_BYTES)
-    at_once = max(1, -(-num_heads // rounds))
-    for first in range(0, num_heads, at_once):
-        part = slice(first, first + at_once)
-        weights = sums[part].clone()  # at a multiple of 16 bytes, as kernels expect
-        _choose_columns(call, own.start + first, lse[first * rows :], is_window[part], weights,
-                        columns[own][part])
+    diagonals = torch.empty(num_heads, num_tiles, dtype=torch.float32, device=device)
+    probe.diagonal_masses[grid](masses, lse, diagonals, num_tiles, *call.probes, **probes)
+    is_windows, weights = [], []
+    for each, (columns, offsets) in zip(calls, outs, strict=True):
+        is_window = torch.empty(num_heads, num_tiles, dtype=torch.int8, device=device)
+        top_k.choose_windows[(num_heads,)](
+            diagonals, _window_budgets(each)[own], offsets[own], is_window, offsets.shape[1],
+            num_tiles, _forced_tiles(each), P=call.tile_len,
+            BLOCK=max(1024, triton.next_power_of_2(num_tiles)), num_warps=16)
+        is_windows.append(is_window)
+        if columns.shape[1]:
+            sums = torch.empty(num_heads, num_tiles, dtype=torch.float32, device=device)
+            probe.free_masses[grid](
+                masses, lse, is_window, sums, num_tiles, *call.probes, **probes)
+            weights.append(sums)
+    del masses, diagonals
+    wide = [item for item in zip(calls, outs, is_windows, strict=True) if item[1][0].shape[1]]
+    for (each, (columns, _), is_window), sums in zip(wide, weights, strict=True):
+        rounds = -(-num_heads * _column_bytes(each) // WORKSPACE_BYTES)
+        at_once = max(1, -(-num_heads // rounds))
+        for first in range(0, num_heads, at_once):
+            part = slice(first, first + at_once)
+            part_weights = sums[part].clone()  # at a multiple of 16 bytes, as kernels expect
+            _choose_columns(each, own.start + first, lse[first * rows :], is_window[part],
+                            part_weights, columns[own][part])
 
 
 def _choose_columns(

@@ -56,8 +56,8 @@ def add_scouts(
 ) -> Selection:
     """See `scouts.add_scouts`. num_programs: as many as the device runs at once."""
     num_heads, tile_len = q.shape[1], selection.tile_len
-    count = num_scouts(start + q.shape[0], budget.num_scouts, budget.most_scouts)
-    padded = max(16, triton.next_power_of_2(count))
+    count = num_scouts(len(q), start + len(q), budget.num_scouts, budget.most_scouts)
+    padded = max(16, triton.next_power_of_2(max(count, budget.num_scouts)))
     scouts = _rotated(q, _place(q, count), start, rotary, scale, tile_len, padded)
     num_tiles, first_tile = scouts.zones[1], start // tile_len
     tiles = torch.empty(num_heads, num_tiles - first_tile, budget.scout_tiles, dtype=torch.int32,
@@ -107,8 +107,8 @@ def _rotated(
     q: Tensor, rows: Tensor, start: int, rotary: QueryRotary, scale: float, tile_len: int,
     padded: int,
 ) -> _Scouts:
-    """Rotate the rows for every zone, padded to one number also where a short segment has fewer:
-    kernels are not compiled anew for it."""
+    """Rotate the rows for every zone, padded to a power of two and to as many as there are at a
+    million keys also where a short segment has fewer: kernels are not compiled anew for it."""
     num_heads, count = rows.shape
     chunk_start = start // rotary.stride * rotary.stride
     zones = min(3, 1 + chunk_start // rotary.stride)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import sysconfig
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 
 import pytest
 
+from bench.plots_quality import draw_quality
 from longspan import cli
 from longspan.attention.head_errors import HeadErrors
 from longspan.attention.sparsity import SparsityPlan
 from longspan.bench.engine import quality, questions
-from longspan.bench.engine.quality import QualityOptions, Subject
-from longspan.bench.shapes import scaled
+from longspan.bench.engine.quality import QualityOptions, Setting, Subject
+from longspan.bench.shapes import changed, scaled
 from longspan.commands import results
 from longspan.engine.request import SamplingParams
 from longspan.engine.text.tokenizer import Tokenizer
@@ -24,6 +26,7 @@ from longspan.eval.text import TextBank
 from longspan.model.weights import resolve_checkpoint
 
 TEXTS = Path(sysconfig.get_paths()["stdlib"]) / "json"
+DENSE = Setting("dense", None)
 
 
 def options(**values: Any) -> QualityOptions:
@@ -98,7 +101,7 @@ def test_nano_answers_and_the_rows_say_so(
                  "--single", "2", "--many", "3", "--text-root", str(TEXTS), "--chunk-len", "512",
                  "--policy", "num_scouts=64,most_scouts=64,tail_len=0,budget_share=0.5",
                  "--device", "cpu",
-                 "--commit", "abc", "--out", str(tmp_path)]
+                 "--places", "one,end,spread", "--commit", "abc", "--out", str(tmp_path)]
     assert cli.run_command(arguments) == 0
     (content,) = results.read_bench(tmp_path, "quality")
     policy = "tile num_scouts=64,most_scouts=64,tail_len=0,budget_share=0.5"
@@ -111,6 +114,7 @@ def test_nano_answers_and_the_rows_say_so(
     spread = {row["attention"]: row for row in content["rows"] if row["place"] == "spread"}
     assert spread["dense"]["score"] == 1 and spread["dense"]["answer_nats"] < 0.1
     assert 0 < spread["dense"]["text_nats"] < 6
+    assert spread["dense"]["kl"] == 0 < spread["tile"]["kl"] < 2 and spread["tile"]["top1"] < 1
     for count, n in ((1, 2), (3, 3)):
         dense = rows["dense", count]
         assert (dense["score"], dense["n"], dense["density"], dense["recall"]) == (1, n, 1, None)
@@ -129,7 +133,7 @@ def test_nano_answers_and_the_rows_say_so(
 
 def test_questions_spread_over_the_prompt(tokenizer: Tokenizer, bank: TextBank) -> None:
     """The first at a quarter of the prompt, the last at its end, in even steps."""
-    quiz = questions.many_questions(bank, tokenizer, 6000, 4, random.Random(2), spread=True)
+    quiz = questions.many_questions(bank, tokenizer, 6000, 4, random.Random(2), place="spread")
     assert 5800 < quiz.prompt_len <= 6000
     places = [place for place, _ in quiz.answers]
     steps = [b - a for a, b in zip(places, places[1:], strict=False)]
@@ -145,11 +149,11 @@ def test_scores_count_every_token(
     place, answer = quiz.answers[1]
     wrong = (*answer[:-1], answer[-1] + 1)
     changed = questions.Quiz(quiz.ids, (quiz.answers[0], (place, wrong), quiz.answers[2]))
-    assert [subject.measure([one], None)["score"] for one in (quiz, changed)] == [1, 0.667]
+    assert [subject.measure([one], DENSE)["score"] for one in (quiz, changed)] == [1, 0.667]
     single = questions.single_questions(bank, subject.tokenizer, 1200, 1, random.Random(3))[0]
-    assert subject.measure([single], None)["score"] == 1
+    assert subject.measure([single], DENSE)["score"] == 1
     off = questions.Quiz(single.ids, ((1200, single.answers[0][1][::-1]),))
-    assert subject.measure([off], None)["score"] == 0
+    assert subject.measure([off], DENSE)["score"] == 0
 
 
 def test_recall_is_that_of_the_last_rows(subject: Subject, bank: TextBank) -> None:
@@ -159,7 +163,7 @@ def test_recall_is_that_of_the_last_rows(subject: Subject, bank: TextBank) -> No
     found = []
     for start in (0, 1024, 2600):
         recall = HeadErrors(from_position=start, skipped_layer=5)
-        with subject._engine(plan) as llm:
+        with subject._engine(Setting("tile", plan)) as llm:
             llm.observe(recall)
             llm.generate([quiz.ids], SamplingParams(max_tokens=1))
         found.append(recall.recalls())
@@ -170,6 +174,76 @@ def test_recall_is_that_of_the_last_rows(subject: Subject, bank: TextBank) -> No
                for layer in every + later for mean, low, least in layer)
 
 
+def test_questions_whose_facts_are_hard_to_tell_apart(
+    tokenizer: Tokenizer, bank: TextBank,
+) -> None:
+    """Beside each fact two that share a word with its key, and no other number answers."""
+    quiz = questions.many_questions(
+        bank, tokenizer, 6000, 4, random.Random(2), place="negatives")
+    text = tokenizer.decode(quiz.ids)
+    keys = re.findall(r"magic numbers for (\S+) is: \d{7}\.", text)
+    asked = re.findall(r"magic number for (\S+) mentioned", text)
+    assert len(set(keys)) == len(keys) == 12 and len(asked) == 4 == len(quiz.answers)
+    for key in asked:
+        adjective, noun = key.split("-")
+        assert sum(other.startswith(f"{adjective}-") for other in keys) >= 2
+        assert sum(other.endswith(f"-{noun}") for other in keys) >= 2
+    for (place, answer), key in zip(quiz.answers, asked, strict=True):
+        value = tokenizer.decode(answer)
+        assert tuple(quiz.ids[place : place + len(answer)]) == answer
+        assert f"magic numbers for {key} is: {value}." in text
+
+
+def test_questions_about_two_facts_from_either_half(tokenizer: Tokenizer, bank: TextBank) -> None:
+    quiz = questions.many_questions(bank, tokenizer, 8000, 4, random.Random(2), place="far")
+    text = tokenizer.decode(quiz.ids)
+    asked = re.findall(r"magic numbers for (\S+) and (\S+) mentioned", text)
+    assert len(asked) == 4 and len({key for pair in asked for key in pair}) == 8
+    assert len(quiz.answers) == 8
+    document = text[: text.index("What are all")]
+    for pair, start in zip(asked, range(0, 8, 2), strict=True):
+        places = []
+        for key, (place, answer) in zip(pair, quiz.answers[start : start + 2], strict=True):
+            assert tuple(quiz.ids[place : place + len(answer)]) == answer
+            fact = f"magic numbers for {key} is: {tokenizer.decode(answer)}."
+            places.append(document.index(fact) / len(document))
+        assert places[0] < 0.6 and places[1] > 0.4 and places[0] < places[1]
+
+
+def test_what_no_policy_can_beat(tmp_path: Path) -> None:
+    """The oracle, online budgets and other plans have rows of their own, time is told where nobody
+    watches, and all of it is drawn."""
+    small = replace(SparsityPlan.default(6, 4, vertical=32, slash=128), num_scouts=0)
+    small.save(tmp_path / "small.json")
+    arguments = ["bench", "quality", "--lengths", "2000", "--single", "1", "--many", "3",
+                 "--text-root", str(TEXTS), "--chunk-len", "512", "--attention", "dense",
+                 "--policy", "recall_target=0.8", "--plan", str(tmp_path / "small.json"),
+                 "--oracle", "0.15",
+                 "--places", "spread", "--no-heads", "--device", "cpu", "--commit", "abc",
+                 "--out", str(tmp_path)]
+    assert cli.run_command(arguments) == 0
+    (content,) = results.read_bench(tmp_path, "quality")
+    rows = {row["attention"]: row for row in content["rows"]}
+    assert set(rows) == {"dense", "tile recall_target=0.8", "plan small", "oracle 0.15"}
+    assert all(row["seconds"] > 0 and row["recall_by_head"] == [] for row in rows.values())
+    assert rows["tile recall_target=0.8"]["recall_typical"] > 0.78
+    assert 0.15 < rows["oracle 0.15"]["density"] < rows["plan small"]["density"] < 0.3
+    assert all(0 < row["kl"] < 3 and row["recall_typical"] > 0.3
+               for name, row in rows.items() if name != "dense")
+    files = draw_quality(content, tmp_path / "quality")
+    assert [file.name for file in files] == ["quality.nano.2000.spread.svg"]
+    drawn = files[0].read_text()
+    assert all(f"<!-- {label} -->" in drawn for label in (
+        "ours, online", "calibrated plan", "oracle", "dense", "prefill, s"))
+
+
 def test_wrong_options() -> None:
+    for options_, message in (({"places": ("x",)}, "--places: 'x'"), ({"oracles": (1.5,)}, "1.5")):
+        with pytest.raises(LongspanError, match=message):
+            options(**options_)
+    with pytest.raises(LongspanError, match="mode 'x'"):
+        changed(SparsityPlan.default(2, 2), "mode=x")
+    plan = changed(SparsityPlan.default(2, 2), "mode=paper,vertical=70,slash=100")
+    assert plan == changed(SparsityPlan.default(2, 2), "vertical=70,slash=100").paper()
     with pytest.raises(LongspanError, match="--attention: 'x'"):
         options(settings=("x",))

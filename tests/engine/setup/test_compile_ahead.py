@@ -13,6 +13,7 @@ from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
 from longspan.engine.request import Request
 from longspan.engine.setup.compile_ahead import NUM_QUERIES, compile_steps, context_lens
 from longspan.engine.setup.engine_plan import ResolvedEngine
+from longspan.ops.geometry import num_scouts
 from tests.doubles import make_request, write_checkpoint
 
 CONFIG = SchedulerConfig(
@@ -32,7 +33,12 @@ def test_steps_stay_within_the_pool(sparse_above: int | None) -> None:
     assert len(steps) == (6 if sparse_above is None else 12)
     for step in steps:
         (item,) = step.slices
-        assert item.query_len == NUM_QUERIES and item.cached_len % CONFIG.block_size == 0
+        assert item.query_len == NUM_QUERIES or item.sparse and item.query_len % 128 == 0
+        assert NUM_QUERIES <= item.query_len <= min(CONFIG.prefill_chunk_len, item.context_len)
+        assert item.cached_len % CONFIG.block_size == 0
+        if item.sparse:  # as many scouts as a whole prefill chunk of this context has
+            assert num_scouts(item.query_len, item.context_len, 256, 4096) >= num_scouts(
+                CONFIG.prefill_chunk_len, item.context_len, 256, 4096) * 0.98
         assert max(item.block_ids) < CONFIG.num_blocks
         assert item.context_len == len(item.block_ids) * CONFIG.block_size
         assert item.prompt_len > item.context_len  # nothing is sampled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -43,24 +44,48 @@ def make_case(device: str) -> Case:
 
 
 @pytest.mark.parametrize("target", [0.2, 0.4, 0.6])
-def test_each_head_gets_the_least_multiple_that_suffices(target: float, device: str) -> None:
-    """One multiple after the other, all heads at once, by hand; stopping early changes nothing."""
+def test_heads_reach_the_target_together(target: float, device: str) -> None:
+    """Each head has what one of the multiples gives it, and the mean recall over heads is the
+    target's or more: not by the last step that any head was given."""
     args = inputs(make_case(device))
     found = select_online(*args, budget(target))
-    every = [select(*args, online.scaled(budget(target), factor))
-             for factor in online.FACTORS]
-    recalls = [measure(*args, one).mean(1) for one in every]
-    chosen = set()
-    for head in range(6):
-        step = next((i for i, values in enumerate(recalls) if values[head] >= target), 4)
-        chosen.add(step)
+    every = [select(*args, online.scaled(budget(target), factor)) for factor in online.FACTORS]
+    recalls = torch.stack([measure(*args, one).mean(1) for one in every])
+    costs = torch.stack([online._cost(one) for one in every])
+    steps = online.choose_steps(recalls, costs, target)
+    assert len(set(steps.tolist())) > 1, "all heads alike: nothing was tested"
+    for head, step in enumerate(steps.tolist()):
         assert entries(found, head) == entries(every[step], head)
-    assert len(chosen) > 1, "all heads alike: nothing was tested"
-    patient = online.select_to_recall(
-        lambda limits: select(*args, limits),
-        lambda one: measure(*args, one), budget(target),
-        may_stop=False)
-    assert all(entries(patient, head) == entries(found, head) for head in range(6))
+    heads = torch.arange(6, device=steps.device)
+    reached = float(recalls[steps, heads].mean())
+    assert float(measure(*args, found).mean()) == pytest.approx(reached) and target < reached + 1e-6
+    less = [recalls[(steps - (heads == head).long()).clamp(min=0), heads] for head in range(6)]
+    assert min(float(values.mean()) for values in less) < target
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_steps_cost_little_more_than_the_best_ones(seed: int) -> None:
+    """Beside every choice there is, for recalls that rise in any way: never more expensive than the
+    cheapest that reaches the target by more than the dearest single step."""
+    rng = torch.Generator().manual_seed(seed)
+    recalls = torch.rand(4, 4, generator=rng).sort(0).values
+    costs = (torch.rand(4, 4, generator=rng) * 90 + 10).cumsum(0).round()
+    target = float(recalls[0].mean() + 0.6 * (recalls[-1].mean() - recalls[0].mean()))
+    steps, heads = online.choose_steps(recalls, costs, target), torch.arange(4)
+    assert recalls[steps, heads].mean() >= target - 1e-6
+    best = min(float(costs[list(choice), heads].sum())
+               for choice in itertools.product(range(4), repeat=4)
+               if recalls[list(choice), heads].mean() >= target)
+    assert costs[steps, heads].sum() <= best + (costs[-1] - costs[0]).max()
+
+
+def test_targets_at_the_ends_of_what_there_is() -> None:
+    recalls = torch.tensor([[0.5, 0.1], [0.6, 0.3], [0.65, 0.3]])
+    costs = torch.tensor([[10, 10], [20, 20], [40, 40]])
+    assert online.choose_steps(recalls, costs, 0.3).tolist() == [0, 0]  # reached by the least
+    assert online.choose_steps(recalls, costs, 0.9).tolist() == [2, 2]  # out of reach
+    assert online.choose_steps(recalls, costs, 0.4).tolist() == [0, 1]  # where it brings most
+    assert online.choose_steps(recalls, costs, 0.46).tolist() == [2, 1]
 
 
 def entries(selection: Selection, head: int) -> tuple[list[int], list[int]]:

@@ -118,6 +118,32 @@ def test_tile_mode(
 
 
 @interpreted
+@pytest.mark.parametrize("workspace", [1, 1 << 20])
+def test_several_budgets_at_once(
+    workspace: int, kernel_device: str, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One pass of the probe rows for all of them, and each what it is alone, none for no column."""
+    monkeypatch.setattr(sparse_index, "WORKSPACE_BYTES", workspace)
+    case = oracle.make_case(347, ZONED, num_heads=4, num_kv_heads=2, head_dim=32, block_size=16,
+                            gain=1.2, device=kernel_device)
+    args = (case.q[304:], oracle.only_first(case, 347), case.block_table, 304, case.rotary,
+            case.scale)
+    budgets = [budget("tile", [count] * 4, [slash, 16, 64, 48])
+               for count, slash in ((0, 16), (5, 32), (60, 200))]
+    passes = []
+    monkeypatch.setattr(sparse_index, "_pass_one", lambda *given, own=sparse_index._pass_one: (
+        passes.append(given), own(*given))[1])
+    found = sparse_index.select_several(*args, budgets)
+    assert len(passes) == (2 if workspace == 1 else 1)  # by KV head, or once
+    for one, limits, specified in zip(
+            found, budgets, select.select_several(*args, budgets), strict=True):
+        alone = sparse_index.select_vertical_slash(*args, limits)
+        assert torch.equal(one.columns, alone.columns) and torch.equal(one.offsets, alone.offsets)
+        assert entries(one.offsets, 16) == entries(specified.offsets, 16)
+        assert one.columns.shape == specified.columns.shape
+
+
+@interpreted
 @pytest.mark.parametrize(("positions", "start", "length", "tile", "strided"), TILE_CASES)
 @pytest.mark.parametrize("most", [2, 99])
 def test_scouts(

@@ -1,0 +1,71 @@
+"""Plots of `longspan bench quality`: what each policy answers and keeps, against what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from longspan.eval.plot import COLOURS, MARKERS, draw, draw_legend, file_name, short_tokens
+
+Content = Mapping[str, Any]
+Row = Mapping[str, Any]
+FAMILIES = {"paper": "paper", "plan": "calibrated plan", "tile": "ours", "online": "ours, online",
+            "oracle": "oracle"}
+VALUES = (("score", "right answers"), ("kl", "KL to dense, nats"),
+          ("recall_typical", "attention mass kept"))
+COSTS = (("density", "density"), ("seconds", "prefill, s"))
+
+
+def draw_quality(content: Content, stem: Path) -> list[Path]:
+    """Draw answers, KL and recall against density and time, a file for each model, length and kind
+    of prompt that has two families of policies at least beside dense. Returns the files."""
+    files = []
+    cells: dict[tuple[str, int, str, int], list[Row]] = {}
+    for row in content["rows"]:
+        if "error" not in row and row["num_questions"] > 1 and VALUES[1][0] in row:
+            cells.setdefault((row["model"], row["num_tokens"], row["place"],
+                              row["num_questions"]), []).append(row)
+    for (model, num_tokens, place, _), rows in cells.items():
+        if len({family(row) for row in rows} - {None}) >= 2:
+            files.append(stem.with_name(f"{stem.name}.{file_name(model)}.{num_tokens}.{place}.svg"))
+            _draw(rows, f"{model}, {short_tokens(num_tokens)} tokens, questions: {place}",
+                  files[-1])
+    return files
+
+
+def family(row: Row) -> str | None:
+    """Return which policy a row belongs to; None: dense."""
+    kind, _, changes = row["attention"].partition(" ")
+    if kind == "tile" and "recall_target=" in changes:
+        return "online"
+    return kind if kind in FAMILIES else None
+
+
+def _draw(rows: Sequence[Row], title: str, file: Path) -> None:
+    costs = [(cost, label) for cost, label in COSTS
+             if any(row.get(cost) is not None and family(row) for row in rows)]
+    with draw(file, (3.6 * len(costs), 2.4 * len(VALUES) + 0.6)) as figure:
+        figure.suptitle(title, fontsize=9)
+        panels = figure.subplots(len(VALUES), len(costs), squeeze=False)
+        for line, (value, value_label) in enumerate(VALUES):
+            for column, (cost, cost_label) in enumerate(costs):
+                axes = panels[line][column]
+                _panel(axes, rows, cost, value)
+                axes.set(xlabel=cost_label if line == len(VALUES) - 1 else "",
+                         ylabel=value_label if column == 0 else "")
+        draw_legend(figure)
+
+
+def _panel(axes: Any, rows: Sequence[Row], cost: str, value: str) -> None:
+    for number, (name, label) in enumerate(FAMILIES.items()):
+        own = sorted((row[cost], row[value]) for row in rows if family(row) == name
+                     and row.get(cost) is not None and row.get(value) is not None)
+        if own:
+            axes.plot(*zip(*own, strict=True), color=COLOURS[number % len(COLOURS)], label=label,
+                      marker=MARKERS[number % len(MARKERS)], markersize=4, linewidth=1)
+    dense = [row[value] for row in rows if family(row) is None and row.get(value) is not None]
+    if dense:
+        axes.axhline(dense[0], color="grey", linestyle=":", linewidth=1, label="dense")
+    axes.set_xscale("log")
+    axes.grid(alpha=0.3)
