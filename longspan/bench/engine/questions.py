@@ -117,6 +117,7 @@ def _opening(
     values = {key: draw_number(rng) for key in keys}
     depths = spread_depths(len(keys), rng)
     facts = list(zip(depths, keys, strict=True))
+    asked: list[Asked]
     if place == "far":
         halves = keys[:count], rng.sample(keys[count:], count)
         asked = [(f"{BOTH.format(first=one, second=other)} {INSTRUCTION_BOTH}",

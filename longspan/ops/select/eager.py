@@ -79,7 +79,7 @@ def _joined(
     heads: list[tuple[Tensor, Tensor]], tile_len: int, aligned: bool, near: int | None,
 ) -> Selection:
     """Return the selection of all heads, from each one's columns and offsets."""
-    columns, offsets = zip(*heads, strict=True)
+    columns, offsets = ([head[part] for head in heads] for part in range(2))
     pad = torch.nn.utils.rnn.pad_sequence
     return Selection(pad(columns, batch_first=True, padding_value=-1),
                      pad(offsets, batch_first=True, padding_value=tile_len), tile_len,

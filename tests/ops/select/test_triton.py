@@ -130,9 +130,13 @@ def test_several_budgets_at_once(
             case.scale)
     budgets = [budget("tile", [count] * 4, [slash, 16, 64, 48])
                for count, slash in ((0, 16), (5, 32), (60, 200))]
-    passes = []
-    monkeypatch.setattr(sparse_index, "_pass_one", lambda *given, own=sparse_index._pass_one: (
-        passes.append(given), own(*given))[1])
+    passes, pass_one = list[Any](), sparse_index._pass_one
+
+    def counted(*given: Any) -> Tensor:
+        passes.append(given)
+        return pass_one(*given)
+
+    monkeypatch.setattr(sparse_index, "_pass_one", counted)
     found = sparse_index.select_several(*args, budgets)
     assert len(passes) == (2 if workspace == 1 else 1)  # by KV head, or once
     for one, limits, specified in zip(
