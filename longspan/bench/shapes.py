@@ -47,8 +47,7 @@ POLICY_FIELDS: Mapping[str, Callable[[str], Any]] = {
     "vertical": int, "slash": int, "budget_share": float, "mean_near_len": int,
     "mean_correction": lambda value: bool(int(value)), "num_scouts": int, "most_scouts": int,
     "scout_threshold": float, "scout_tiles": int, "probe_last": int,
-    "probe_strided": int, "tail_len": int, "recall_target": float,
-    "mode": lambda value: _mode(value)}
+    "probe_strided": int, "tail_len": int, "recall_target": float, "mode": str}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,13 +116,6 @@ def label_plan(plan: SparsityPlan, source: str) -> str:
     return "-".join(parts)
 
 
-def _mode(value: str) -> str:
-    modes = get_args(SelectionMode)
-    if value not in modes:
-        raise LongspanError(f"--policy: mode {value!r} is not one of {', '.join(modes)}")
-    return value
-
-
 def _model(name: str) -> ModelConfig:
     if name == BUNDLED_MODEL:
         return ModelConfig.from_dir(resolve_checkpoint(name))
@@ -158,7 +150,11 @@ def changed(plan: SparsityPlan, policy: str) -> SparsityPlan:
     """Return the plan with the changes of `PlanOptions.policy`; ``mode=paper`` is all of
     MInference's policy. Raises `LongspanError` for a name or number that is none."""
     changes = _changes(policy)
-    if changes.pop("mode", plan.mode) == "paper":
+    mode = changes.pop("mode", plan.mode)
+    if mode not in get_args(SelectionMode):
+        raise LongspanError(f"--policy: mode {mode!r} is not one of "
+                            + ", ".join(get_args(SelectionMode)))
+    if mode == "paper":
         plan = plan.paper()
     for name in ("vertical", "slash"):
         if name in changes:
