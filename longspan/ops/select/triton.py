@@ -16,7 +16,7 @@ import functools
 import math
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -25,6 +25,7 @@ from torch import Tensor
 from longspan.ops.select import top_k, triton_keys, triton_scouts
 from longspan.ops.select import triton_tiles as probe
 from longspan.ops.select.probes import PAPER_TILE_LEN, Probe, near_tiles, place_probes
+from longspan.ops.select.triton_call import Call, Heads, Probes
 from longspan.ops.tiles.splits import num_sms
 from longspan.ops.types import Budget, PagedKV, QueryRotary, Selection
 
@@ -45,77 +46,6 @@ COLUMN_TILES = 32
 COLUMN_KEYS = 64
 """Keys at once in pass 2 in tile mode."""
 INTERPRETED_PROGRAMS = 3
-
-
-class _Probes(NamedTuple):
-    """Probe rows of one head, as the kernels take them."""
-
-    last: int
-    last_first: int
-    last_step: int
-    strided_first: int
-    step: int
-    num_rows: int
-
-
-class _Call(NamedTuple):
-    """What all KV heads of one selection share."""
-
-    queries: Tensor
-    """[zones, H, RP, D] rotated probe rows, scale * log2(e) in them"""
-    cache: PagedKV
-    block_table: Tensor
-    budget: Budget
-    probes: _Probes
-    context_len: int
-    inter_end: int
-    """Key tiles [0, inter_end) are of the inter zone, those up to succ_end of the succ zone."""
-    succ_end: int
-
-    @property
-    def padded_rows(self) -> int:
-        return self.queries.shape[2]
-
-    @property
-    def tile_len(self) -> int:
-        return self.cache.k.shape[1]
-
-    @property
-    def num_tiles(self) -> int:
-        return -(-self.context_len // self.tile_len)
-
-    @property
-    def num_heads(self) -> int:
-        return self.queries.shape[1]
-
-    @property
-    def group(self) -> int:
-        return self.num_heads // self.cache.k.shape[2]
-
-    @property
-    def max_columns(self) -> tuple[int, ...]:
-        """Columns of each head, no more than there are keys."""
-        return tuple(min(count, self.context_len) for count in self.budget.vertical)
-
-    @property
-    def mask_from(self) -> int:
-        """The first key tile that is not wholly before every probe row."""
-        first = self.probes.last_first
-        if self.probes.num_rows > self.probes.last:
-            first = min(first, self.probes.strided_first)
-        return first // self.tile_len
-
-    @property
-    def zones(self) -> tuple[int, int, int, int]:
-        """How many there are, all key tiles, and where the inter and the succ zone end."""
-        return self.queries.shape[0], self.num_tiles, self.inter_end, self.succ_end
-
-
-class _Heads(NamedTuple):
-    """Consecutive KV heads that are worked on together."""
-
-    first: int
-    number: int
 
 
 def supports(q: Tensor, cache: PagedKV, rotary: QueryRotary, cached_len: int,
@@ -173,7 +103,7 @@ def select_several(
     bytes_per_head = _tile_bytes(call) if is_tiles else 8 * call.context_len
     at_once = max(1, min(num_kv_heads, WORKSPACE_BYTES // (bytes_per_head * call.group)))
     for first in range(0, num_kv_heads, at_once):
-        heads = _Heads(first, min(at_once, num_kv_heads - first))
+        heads = Heads(first, min(at_once, num_kv_heads - first))
         if is_tiles:
             _choose_tiles(calls, heads, outs)
         else:
@@ -188,7 +118,7 @@ def select_several(
 def _prepare(
     q: Tensor, cache: PagedKV, block_table: Tensor, cached_len: int, rotary: QueryRotary,
     scale: float, budget: Budget,
-) -> _Call:
+) -> Call:
     """Place the probe rows and rotate them for every zone."""
     num_queries, num_heads, head_dim = q.shape
     tile_len = cache.k.shape[1]
@@ -202,14 +132,14 @@ def _prepare(
         rotary.stride if zones > 1 else 0, rotary.clamp if zones > 2 else 0,
         scale * math.log2(math.e), *probes, num_heads, RP=padded, HALF=head_dim // 2, ZONES=zones,
         BLOCK=16)
-    return _Call(queries, cache, block_table, budget, probes, cached_len + num_queries,
+    return Call(queries, cache, block_table, budget, probes, cached_len + num_queries,
                  max(0, chunk_start - rotary.stride) // tile_len, chunk_start // tile_len)
 
 
-def _place_probes(start: int, num_queries: int, tile_len: int, budget: Budget) -> _Probes:
+def _place_probes(start: int, num_queries: int, tile_len: int, budget: Budget) -> Probes:
     last, *more = place_probes(start, num_queries, tile_len, budget)
     strided = more[0] if more else Probe(start, 1, 0)
-    return _Probes(last.num_rows, last.first, last.step, strided.first, strided.step,
+    return Probes(last.num_rows, last.first, last.step, strided.first, strided.step,
                    last.num_rows + strided.num_rows)
 
 
@@ -217,12 +147,12 @@ def _most_rows(budget: Budget) -> int:
     return budget.probe_last + (budget.probe_strided if budget.mode == "tile" else 0)
 
 
-def _own(call: _Call, heads: _Heads) -> slice:
+def _own(call: Call, heads: Heads) -> slice:
     """Return the query heads of these KV heads."""
     return slice(heads.first * call.group, (heads.first + heads.number) * call.group)
 
 
-def _num_windows(call: _Call) -> int:
+def _num_windows(call: Call) -> int:
     """Return the width of the offsets: known from the budget alone, so some of it may be
     padding."""
     if call.budget.mode == "tile":
@@ -231,22 +161,22 @@ def _num_windows(call: _Call) -> int:
     return min(max(1, *call.budget.slash), call.context_len)
 
 
-def _forced_tiles(call: _Call) -> int:
+def _forced_tiles(call: Call) -> int:
     return 1 + -(-call.budget.local // call.tile_len)
 
 
-def _tile_bytes(call: _Call) -> int:
+def _tile_bytes(call: Call) -> int:
     """Return the workspace of one query head in pass 1: masses of rows in tiles."""
     return 4 * call.num_tiles * call.padded_rows
 
 
-def _column_bytes(call: _Call) -> int:
+def _column_bytes(call: Call) -> int:
     """Return the workspace of one query head in pass 2: sums of columns, and lists of the
     largest."""
     return 4 * _column_tiles(call) * call.tile_len + 36 * max(call.max_columns)
 
 
-def _column_tiles(call: _Call) -> int:
+def _column_tiles(call: Call) -> int:
     """Return the largest number of tiles that columns of one head are looked for in."""
     return min(call.num_tiles, max(call.budget.vertical))
 
@@ -255,7 +185,7 @@ def _column_tiles(call: _Call) -> int:
 
 
 def _choose_tiles(
-    calls: Sequence[_Call], heads: _Heads, outs: Sequence[tuple[Tensor, Tensor]],
+    calls: Sequence[Call], heads: Heads, outs: Sequence[tuple[Tensor, Tensor]],
 ) -> None:
     """Fill the rows of these heads for every call, which differ in their budgets. outs: columns [H,
     V] and offsets [H, W] of each."""
@@ -296,7 +226,7 @@ def _choose_tiles(
 
 
 def _choose_columns(
-    call: _Call, first_head: int, lse: Tensor, is_window: Tensor, weights: Tensor,
+    call: Call, first_head: int, lse: Tensor, is_window: Tensor, weights: Tensor,
     columns: Tensor,
 ) -> None:
     """Choose the heaviest keys of the heaviest tiles, for the query heads from ``first_head`` on.
@@ -323,7 +253,7 @@ def _choose_columns(
         columns, tiles, columns.shape[1], width, P=call.tile_len, BLOCK=1024)
 
 
-def _window_budgets(call: _Call) -> Tensor:
+def _window_budgets(call: Call) -> Tensor:
     tiles = tuple(-(-tokens // call.tile_len) for tokens in call.budget.slash)
     return top_k.on_device(tiles, call.queries.device)
 
@@ -331,7 +261,7 @@ def _window_budgets(call: _Call) -> Tensor:
 # -- paper mode -------------------------------------------------------------------------------
 
 
-def _choose_paper(call: _Call, heads: _Heads, columns: Tensor, offsets: Tensor) -> None:
+def _choose_paper(call: Call, heads: Heads, columns: Tensor, offsets: Tensor) -> None:
     """Fill the rows of these heads. columns: [H, V]; offsets: [H, W]."""
     device, size, budget = call.queries.device, call.context_len, call.budget
     num_heads = heads.number * call.group
@@ -360,7 +290,7 @@ def _choose_paper(call: _Call, heads: _Heads, columns: Tensor, offsets: Tensor) 
 # -- pass 1 -----------------------------------------------------------------------------------
 
 
-def _pass_one(call: _Call, heads: _Heads, masses: Tensor | None) -> Tensor:
+def _pass_one(call: Call, heads: Heads, masses: Tensor | None) -> Tensor:
     """Compute log2 of each probe row's whole mass, [heads here * RP]; fills ``masses`` if given."""
     k, rows = call.cache.k, call.group * call.padded_rows
     num_blocks = triton.cdiv(rows, ROW_BLOCK)
@@ -388,7 +318,7 @@ def _pass_one(call: _Call, heads: _Heads, masses: Tensor | None) -> Tensor:
     return lse
 
 
-def _clear_tiles(call: _Call, first: int) -> tuple[int, int] | None:
+def _clear_tiles(call: Call, first: int) -> tuple[int, int] | None:
     """Return the key tiles [low, high) that need no mask, where Hopper's kernels take them; else
     None."""
     if not call.queries.is_cuda or first >= call.mask_from:
@@ -404,13 +334,13 @@ def _hopper() -> ModuleType:
     return hopper_tiles
 
 
-def _programs(call: _Call, heads: _Heads, groups: int) -> int:
+def _programs(call: Call, heads: Heads, groups: int) -> int:
     """Return the number of programs along the keys: together one wave over the whole device."""
     programs = _device_programs(call.cache.k.device) // (heads.number * groups)
     return min(call.num_tiles, max(1, programs))
 
 
-def _constants(call: _Call) -> dict[str, Any]:
+def _constants(call: Call) -> dict[str, Any]:
     """Return the kernels' constants; fp32, which only tests take, is multiplied exactly."""
     return {"RP": call.padded_rows, "P": call.tile_len, "D": call.cache.k.shape[3], "num_stages": 3,
             "PRECISION": "ieee" if call.cache.k.dtype == torch.float32 else "tf32",
