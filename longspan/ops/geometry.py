@@ -30,7 +30,7 @@ ZONES = (INTRA, SUCC, INTER)
 COARSE = 8
 """Tiles that share one mean far before the query."""
 ROWS_PER_SCOUT = 8
-"""Of so many queries at most one is a scout, but for the least number of scouts."""
+"""At most one in so many queries is a scout, but for the least number of scouts."""
 
 
 class Span(NamedTuple):

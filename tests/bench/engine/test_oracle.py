@@ -20,7 +20,7 @@ BUDGET = Budget((0, 0), (16, 16), "tile", 16, 0, 0, 16)
 @pytest.mark.parametrize("positions", [Positions(4096, 96), Positions(128, 32)],
                          ids=["one zone", "zones"])
 def test_no_other_tiles_hold_more(positions: Positions) -> None:
-    """Of all sets of as many, for the last query tile of each head; its own is always kept."""
+    """Other sets of as many tiles, for the last query tile of each head, hold no more."""
     start, length = 288, 352
     case = oracle.make_case(length, positions, num_heads=2, num_kv_heads=1, head_dim=16,
                             block_size=16, gain=1.5)
