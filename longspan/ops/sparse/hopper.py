@@ -15,11 +15,12 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from longspan.ops.sparse.hopper_loads import (
     COARSE_TILES,
+    column_bias,
     cover,
-    load_columns,
-    load_far_means,
-    load_means,
+    far_mean_bias,
+    load_biased,
     load_whole,
+    near_mean_bias,
 )
 from longspan.ops.sparse.layout import SparseWork, TileLists, prepare
 from longspan.ops.tiles.hopper import (
@@ -189,22 +190,24 @@ def _sparse_producer(
             first, end, count = previous, start, succ
         else:
             first, end, count = previous * 0, previous, inter
-        i = load_columns(
-            i, k_col_desc, v_col_desc, column_tile, flags, list_bits, tile, part, count, k_smem,
-            v_smem, bias_smem, flag_smem, k_full, k_empty, v_full, v_empty, LISTED)
+        i = load_biased(
+            i, k_col_desc, v_col_desc, (flags, list_bits, tile, column_tile), part, count, 0,
+            k_smem, v_smem, bias_smem, flag_smem, k_full, k_empty, v_full, v_empty, column_bias,
+            LISTED)
         if CORRECTED:
             border = gl.maximum(tile - near_tiles, 0) // COARSE_TILES * COARSE_TILES
             near, far = _num_means(first, end, border)
             near_tile = gl.maximum(first, border)
-            i = load_means(
-                i, k_mean_desc, v_mean_desc, bias, flags, list_bits, tile, near_tile - first_mean,
-                near_tile, near, column, k_smem, v_smem, bias_smem, flag_smem, k_full, k_empty,
-                v_full, v_empty, LISTED)
+            i = load_biased(
+                i, k_mean_desc, v_mean_desc, (flags, list_bits, tile, bias, near_tile),
+                near_tile - first_mean, near, column, k_smem, v_smem, bias_smem, flag_smem, k_full,
+                k_empty, v_full, v_empty, near_mean_bias, LISTED)
             group = first // COARSE_TILES
-            i = load_far_means(
-                i, k_mean_desc, v_mean_desc, bias, window_rank + head * (num_key_tiles + 1),
-                list_bits, tile, num_near + group, group, far, column, k_smem, v_smem, bias_smem,
-                flag_smem, k_full, k_empty, v_full, v_empty, LISTED)
+            ranks = window_rank + head * (num_key_tiles + 1)
+            i = load_biased(
+                i, k_mean_desc, v_mean_desc, (ranks, list_bits, tile, bias, group),
+                num_near + group, far, column, k_smem, v_smem, bias_smem, flag_smem, k_full,
+                k_empty, v_full, v_empty, far_mean_bias, LISTED)
 
 
 @gluon.jit
