@@ -25,6 +25,7 @@ from longspan.ops.reference import rotate
 from longspan.ops.select import eager as select
 from longspan.ops.select import online, recall, scouts
 from longspan.ops.sparse import eager as eager_sparse
+from longspan.ops.tiles import few_calls
 from longspan.ops.tiles.attend import ordered_kv
 from longspan.ops.types import (
     Budget,
@@ -213,6 +214,8 @@ def store_kv(
 
         if pointwise.supports_store(cache):
             return pointwise.store_kv(*args)
+    elif k.device.type == "cpu" and slot_mapping.numel() and int(slot_mapping.min()) >= 0:
+        return few_calls.store_kv(*args)
     return reference.store_kv(*args)
 
 
@@ -222,7 +225,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         from longspan.ops import pointwise
 
         return pointwise.rms_norm(x, weight, eps)
-    return reference.rms_norm(x, weight, eps)
+    return few_calls.rms_norm(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -231,7 +234,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         from longspan.ops import pointwise
 
         return pointwise.add_rms_norm(x, residual, weight, eps)
-    return reference.add_rms_norm(x, residual, weight, eps)
+    return few_calls.add_rms_norm(x, residual, weight, eps)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

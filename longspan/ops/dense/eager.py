@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from longspan.ops.geometry import INTER, INTRA, Span, query_position, segments, spans
-from longspan.ops.reference import rotate
 from longspan.ops.tiles.attend import Partial, attend, merge, ordered_kv, rotated_queries
+from longspan.ops.tiles.few_calls import rotate
 from longspan.ops.types import PagedKV, QueryRotary
 
 
@@ -44,8 +44,9 @@ def decode_attention(
     zones = []
     for zone in range(last_zone + 1):
         rows = query_position(context_lens - 1, zone, rotary.stride, rotary.clamp)
-        # requests without keys in the zone may lie beyond the tables; theirs are not used
-        rows = rows.clamp(max=rotary.cos.shape[0] - 1)
+        if last_zone:
+            # requests without keys in the zone may lie beyond the tables; theirs are not used
+            rows = rows.clamp(max=rotary.cos.shape[0] - 1)
         zones.append(rotate(q, rotary.cos[rows], rotary.sin[rows]))
     parts = []
     for row, (length, scale) in enumerate(zip(lengths, scales.tolist(), strict=True)):
@@ -54,6 +55,9 @@ def decode_attention(
             _attend_history(zones[span.zone][row : row + 1], k[span.start : span.stop],
                             v[span.start : span.stop], scale)
             for span in spans(length - 1, length, rotary.stride)]))
+    if len(parts) == 1:
+        out, lse = parts[0]
+        return out.permute(1, 0, 2).contiguous(), lse.T.contiguous()
     return (torch.cat([out.permute(1, 0, 2) for out, _ in parts]).contiguous(),
             torch.cat([lse.T for _, lse in parts]).contiguous())
 

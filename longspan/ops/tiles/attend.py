@@ -107,7 +107,7 @@ def ordered_kv(cache: PagedKV, block_table: Tensor, context_len: int) -> tuple[T
     num_blocks = -(-context_len // block_size)
     table = block_table[:num_blocks]
     first = int(table[0])
-    if bool((table[1:] - table[:-1] == 1).all()):
+    if num_blocks == 1 or torch.equal(table[1:], table[:-1] + 1):
         k, v = cache.k[first : first + num_blocks], cache.v[first : first + num_blocks]
     else:
         k, v = cache.k[table], cache.v[table]
