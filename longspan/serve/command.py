@@ -38,6 +38,8 @@ WARM_UP_S = 60.0
 """Longest wait for the engine's warm-up before the report is printed without predictions."""
 LAST_WORDS_S = 5.0
 """Time for streams to send their error after the engine's death, and for cancelled ones to end."""
+WRITE_S = 60.0
+"""Longest wait at the end until the KV of finished prefill chunks is on disk."""
 BACKLOG = 128
 """Connections that the event loop accepts at a time."""
 OTHER_FILES = 128
@@ -215,8 +217,29 @@ async def _drain(server: Server, engine: AsyncEngine, gate: Gate, config: ServeC
         await asyncio.wait((finished,), timeout=POLL_S)
     is_finished = finished.done() and finished.exception() is None
     await cancel(finished)
-    _note("stopped" if is_finished else f"stopped; {gate.num_open} requests were cut off")
+    num_cut = gate.num_open
+    if not server.force_exit:
+        await _write_rest(server, engine)
+    _note("stopped" if is_finished else f"stopped; {num_cut} requests were cut off")
     return 0 if is_finished else 1
+
+
+async def _write_rest(server: Server, engine: AsyncEngine) -> None:
+    """Wait until what is finished of all prompts is on disk, where it goes there."""
+    engine.cut_off()
+    is_told, end_s = False, asyncio.get_running_loop().time() + WRITE_S
+    while (status := engine.status()).keeps_on_disk and (
+            status.num_unwritten_tokens or status.num_running or status.num_waiting):
+        if status.num_unwritten_tokens and not is_told:
+            _note(f"writing {status.num_unwritten_tokens:,} tokens of KV to disk, at most "
+                  f"{WRITE_S:g} s; a second signal leaves out the rest")
+            is_told = True
+        if status.state == "dead" or server.force_exit or \
+                asyncio.get_running_loop().time() > end_s:
+            _note(f"{status.num_unwritten_tokens:,} tokens of KV are not on disk, and will be "
+                  "computed again")
+            return
+        await asyncio.sleep(POLL_S)
 
 
 async def _finish(engine: AsyncEngine, gate: Gate) -> None:

@@ -82,6 +82,9 @@ class FakeEngine:
         while self.running:
             await asyncio.sleep(0.01)
 
+    def cut_off(self) -> None:
+        """Nothing is written here."""
+
     async def close(self) -> None:
         """Remember."""
         self.is_closed = True

@@ -123,6 +123,22 @@ def test_what_does_not_end_is_cut_off(config, signals):
             assert child.wait(12) == 1
 
 
+def test_kv_on_its_way_to_disk_is_written_before_the_end():
+    with process("keeps_on_disk=True, num_unwritten_tokens=12_345", die_after=1e6) as (child, url):
+        wait_ready(url)
+        child.send_signal(signal.SIGTERM)
+        assert child.stderr is not None
+        line = child.stderr.readline()
+        while line and not line.startswith("writing"):
+            line = child.stderr.readline()
+        assert "writing 12,345 tokens of KV to disk, at most 60 s" in line
+        with pytest.raises(subprocess.TimeoutExpired):
+            child.wait(0.5)
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(10) == 0
+        assert "12,345 tokens of KV are not on disk" in child.stderr.read()
+
+
 def test_a_taken_port():
     with listen(ServeConfig(port=0)) as first:
         port = first.getsockname()[1]

@@ -96,6 +96,8 @@ class Load:
     """Prompt tokens of the waiting requests."""
     num_used_tokens: int = 0
     """Tokens of KV reserved for running requests, in whole blocks."""
+    num_unwritten_tokens: int = 0
+    """Tokens of KV on their way to disk."""
     forecast: Forecast | None = None
     """How long prompts will take, as known after the latest prefill; None: nothing was measured."""
 
@@ -159,7 +161,8 @@ class Scheduler:
         return Load(
             num_waiting=len(self._waiting), num_running=len(self._running),
             num_waiting_tokens=sum(request.prompt_len for request in self._waiting),
-            num_used_tokens=num_used * self.config.block_size, forecast=self.forecast)
+            num_used_tokens=num_used * self.config.block_size, forecast=self.forecast,
+            num_unwritten_tokens=self.tiers.num_unwritten * self.config.block_size)
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises `PromptTooLongError` if it could never be computed."""

@@ -92,6 +92,11 @@ class Tiers:
         """A runner has something to do or to report."""
         return self._queue.is_waiting
 
+    @property
+    def num_unwritten(self) -> int:
+        """Blocks on their way to disk."""
+        return self._writer.num_unwritten
+
     def place(self, value: bytes) -> str:
         """Return the fastest place that has this content; empty: none has."""
         if self._pool.knows(value):

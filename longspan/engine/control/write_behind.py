@@ -58,6 +58,11 @@ class WriteBehind:
         """No run waits or is under way."""
         return not (self._runs or self._active)
 
+    @property
+    def num_unwritten(self) -> int:
+        """Blocks that wait or are under way."""
+        return len(self._pending)
+
     def held_blocks(self) -> set[int]:
         """Return the device's blocks that are kept for copies."""
         return {block for run in self._active for block in run.held}

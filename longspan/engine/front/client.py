@@ -26,6 +26,7 @@ from longspan.engine.control.latency import Forecast
 from longspan.engine.control.prefixes import hash_prompt
 from longspan.engine.control.scheduler import Load
 from longspan.engine.front.stream import Channel, Stream
+from longspan.engine.front.text_work import decode, load_text
 from longspan.engine.front.tracking import (
     Tracker,
     deliver,
@@ -33,7 +34,7 @@ from longspan.engine.front.tracking import (
     deliver_scores,
     updates,
 )
-from longspan.engine.intake import Prompt, as_token_ids, default_sampling
+from longspan.engine.intake import Prompt
 from longspan.engine.processes.backend import Backend, Start
 from longspan.engine.processes.launch import in_processes
 from longspan.engine.processes.schema_checker import SchemaChecker
@@ -53,7 +54,7 @@ from longspan.engine.step import StepReport, Update
 from longspan.engine.text.call_format import CallFormat
 from longspan.engine.text.completion import Completion
 from longspan.engine.text.token_bytes import TokenBytes
-from longspan.engine.text.tokenizer import Tokenizer, load_tokenizer
+from longspan.engine.text.tokenizer import Tokenizer
 from longspan.errors import LongspanError
 
 NUM_HELPERS = 4
@@ -106,6 +107,10 @@ class EngineStatus:
     """Prompt tokens of the waiting requests."""
     num_used_tokens: int = 0
     """Tokens of KV in use by running requests."""
+    num_unwritten_tokens: int = 0
+    """Tokens of KV on their way to disk."""
+    keeps_on_disk: bool = False
+    """KV goes to disk."""
     latency: Forecast | None = None
     """How long prompts will take, learned from the steps so far; None: nothing was measured yet."""
     memory_bytes: Mapping[str, int] = field(default_factory=dict)
@@ -166,6 +171,12 @@ class AsyncEngine:
             self._status = replace(self._status, state="draining", reason="")
         await self._idle.wait()
 
+    def cut_off(self) -> None:
+        """Cancel all requests; what is finished of their prompts stays in the prefix cache."""
+        for engine_id, channel in list(self._channels.items()):
+            channel.fail(EngineUnavailableError(_last_words("it was shut down")))
+            self._cancel(engine_id)
+
     async def close(self) -> None:
         """Abort everything and end the engine: processes at once, a thread after its step."""
         self._die("it was shut down")
@@ -205,7 +216,7 @@ class AsyncEngine:
     async def detokenize(self, token_ids: Sequence[int], *, with_special: bool = False) -> str:
         """Decode token ids as `Tokenizer.decode` does. Raises `InvalidRequestError` for ids that do
         not exist."""
-        return await self._aside(_decode, self._loaded_tokenizer(), token_ids, with_special)
+        return await self._aside(decode, self._loaded_tokenizer(), token_ids, with_special)
 
     async def describe(
         self, token_ids: Sequence[int], found: PromptLogprobs
@@ -314,10 +325,10 @@ class AsyncEngine:
             capacity_tokens=config.num_blocks * config.block_size,
             memory_bytes=described.memory_bytes, sizes_reason=described.sizes_reason,
             prefill_chunk_len=config.prefill_chunk_len,
-            max_num_requests=config.max_num_requests)
+            max_num_requests=config.max_num_requests, keeps_on_disk=bool(config.tiers.folder))
         # The tokenizer is loaded while the engine reads the weights.
         self._text_loaded = asyncio.ensure_future(
-            self._aside(_load_text, described.path, described.intake.vocab_size))
+            self._aside(load_text, described.path, described.intake.vocab_size))
         self._text_loaded.add_done_callback(self._take_text)
 
     def _take_text(self, loaded: asyncio.Future[tuple[Tokenizer, dict[str, float]]]) -> None:
@@ -347,6 +358,7 @@ class AsyncEngine:
         self._status = replace(
             self._status, num_waiting=load.num_waiting, num_running=load.num_running,
             num_waiting_tokens=load.num_waiting_tokens, num_used_tokens=load.num_used_tokens,
+            num_unwritten_tokens=load.num_unwritten_tokens,
             latency=load.forecast or self._status.latency)
 
     def _admit(self, message: Submitted) -> None:
@@ -394,17 +406,6 @@ class AsyncEngine:
             self._schemas.close()
         if self._backend is not None:
             self._backend.stop()
-
-
-def _load_text(path: Path, vocab_size: int) -> tuple[Tokenizer, dict[str, float]]:
-    tokenizer = load_tokenizer(path, vocab_size)
-    tokenizer.prepare_chat()
-    return tokenizer, default_sampling(path)
-
-
-def _decode(tokenizer: Tokenizer, token_ids: Sequence[int], with_special: bool) -> str:
-    checked = as_token_ids(token_ids, tokenizer.vocab_size) if len(token_ids) else ()
-    return tokenizer.decode(checked, with_special=with_special)
 
 
 def _model_name(model: str) -> str:

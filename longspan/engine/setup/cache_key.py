@@ -23,7 +23,8 @@ from longspan.config import DcaConfig, EngineConfig, ModelConfig
 from longspan.engine.kv_file import KEY_BYTES, VERSION
 from longspan.version import __version__
 
-WEIGHTS = ("*.safetensors", "*.gguf")
+WEIGHTS = ("*.safetensors", "*.gguf", "config.json", "*quant*.json")
+"""With what says how they are stored."""
 TEXT_FILES = ("tokenizer*", "*.jinja", "vocab*", "merges.txt", "special_tokens_map.json",
               "added_tokens.json")
 ROOMS = ("ops", "attention", "model")

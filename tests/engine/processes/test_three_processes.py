@@ -10,7 +10,7 @@ from longspan.config import EngineConfig
 from longspan.engine.front.client import AsyncEngine, GenerateRequest
 from longspan.engine.front.llm import LLM
 from longspan.engine.front.stream import Stream
-from longspan.engine.request import RequestOutput, SamplingParams, TokenEvent
+from longspan.engine.request import Progress, RequestOutput, SamplingParams, TokenEvent
 
 TIMEOUT_S = 60.0
 OPTIONS: dict[str, Any] = {
@@ -71,8 +71,16 @@ def test_same_answers_in_one_process_and_in_three() -> None:
         assert 0 < one.prefill_s <= one.ttft_s
 
 
-async def ask_and_keep(prompt: list[int], folder: Path) -> RequestOutput:
-    """Ask an engine that keeps its KV blocks; wait until they are written."""
+async def ask_and_keep(
+    prompt: list[int], folder: Path, cut_at: int | None = None,
+) -> RequestOutput | int:
+    """Ask an engine that keeps its KV blocks, and end it as a server does.
+
+    Args:
+        cut_at: prefilled tokens after which the request is cut off.
+
+    Returns the answer, or how many tokens were prefilled when it was cut off.
+    """
     engine = AsyncEngine(EngineConfig(
         model="nano", kv_dir=str(folder), **{**OPTIONS, "max_model_len": 4096}))
     await engine.start()
@@ -81,21 +89,41 @@ async def ask_and_keep(prompt: list[int], folder: Path) -> RequestOutput:
             while engine.status().state == "loading":
                 await asyncio.sleep(0.02)
             assert engine.status().state == "ready", engine.status().reason
+            assert engine.status().keeps_on_disk
             assert engine.status().memory_bytes["KV on disk, at most"] > 0
-            output = await last(await engine.add(GenerateRequest(
-                request_id="r", prompt=prompt, params=SamplingParams(max_tokens=8))))
-            while not list(folder.glob("*.safetensors")):
+            stream = await engine.add(GenerateRequest(
+                request_id="r", prompt=prompt, params=SamplingParams(max_tokens=8)))
+            found: RequestOutput | int = 0
+            if cut_at is None:
+                found = await last(stream)
+            else:
+                async for event in stream:
+                    assert isinstance(event, Progress), "cut_at is too late"
+                    if event.num_prefilled_tokens >= cut_at:
+                        found = event.num_prefilled_tokens
+                        break
+            engine.cut_off()
+            while engine.status().num_running or engine.status().num_unwritten_tokens:
                 await asyncio.sleep(0.02)
-            return output
+            return found
     finally:
         await engine.close()
 
 
-def test_a_new_engine_reads_what_another_one_wrote(tmp_path: Path) -> None:
+def test_a_new_engine_reads_what_another_one_wrote_to_its_end(tmp_path: Path) -> None:
     prompt = [number % 4000 for number in range(0, 2_300 * 7, 7)]
     first, second = (asyncio.run(ask_and_keep(prompt, tmp_path)) for _ in range(2))
+    assert isinstance(first, RequestOutput) and isinstance(second, RequestOutput)
     assert first.token_ids == second.token_ids
     assert first.num_cached_tokens == 0 and first.prefix_origin is None
     assert second.num_cached_tokens == 2_300 // 128 * 128
     assert second.prefix_origin is not None and second.prefix_origin.load_s > 0
     assert second.prefix_origin.num_disk_tokens == second.num_cached_tokens
+
+
+def test_a_prefill_that_a_servers_end_cuts_off_goes_on_in_the_next_one(tmp_path: Path) -> None:
+    prompt = [number % 4000 for number in range(0, 3_900 * 7, 7)]
+    num_done = asyncio.run(ask_and_keep(prompt, tmp_path, cut_at=2_304))
+    again = asyncio.run(ask_and_keep(prompt, tmp_path))
+    assert isinstance(num_done, int) and isinstance(again, RequestOutput)
+    assert again.num_cached_tokens >= num_done // 128 * 128 > 2_048
