@@ -93,10 +93,11 @@ ALLOWED_OURS: dict[str, tuple[str, ...]] = {
     "longspan.serve": ("longspan.engine.front.client", "longspan.engine.front.stream",
                        "longspan.engine.prefix_origin", "longspan.engine.recall",
                        "longspan.engine.request", "longspan.engine.text.call_format", *BASE),
-    "longspan.train": ("longspan.attention.rope", "longspan.attention.hf", *BASE),
+    "longspan.files": ("longspan.errors",),
+    "longspan.train": ("longspan.files", "longspan.attention.rope", "longspan.attention.hf", *BASE),
     "longspan.documents": ("longspan.errors", "longspan.text_files"),
-    "longspan.recipes": ("longspan.data", "longspan.train", *BASE),
-    "longspan.data": ("longspan.documents", *BASE),
+    "longspan.recipes": ("longspan.data", "longspan.files", "longspan.train", *BASE),
+    "longspan.data": ("longspan.documents", "longspan.files", *BASE),
     "longspan.eval": BASE,
 }
 # Packages from outside; where no key matches, anything that the project depends on.
@@ -118,8 +119,9 @@ ALLOWED_OTHERS: dict[str, tuple[str, ...]] = {
     "longspan.ops": ("torch", "triton", "numpy"),
 }
 # Rooms that load no torch, but for `LLM`, which computes in its own process.
-TORCH_FREE = ("longspan.data", "longspan.documents", "longspan.serve", "longspan.engine.control",
-              "longspan.engine.text", "longspan.engine.processes", "longspan.engine.front", *WORDS)
+TORCH_FREE = ("longspan.data", "longspan.documents", "longspan.files", "longspan.serve",
+              "longspan.engine.control", "longspan.engine.text", "longspan.engine.processes",
+              "longspan.engine.front", *WORDS)
 COMPUTES = ("longspan.engine.front.llm",)
 NO_DOCUMENT = re.compile(r"\b(DESIGN|HOUSE)\b|\b[Ss]pec: |\b[Ii]ssue #?\d|\bdecision \d")
 DOTTED = re.compile(r"`(longspan(?:\.\w+)+)`")

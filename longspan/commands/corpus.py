@@ -17,12 +17,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from longspan.commands.console import note, show_table
 from longspan.data.corpus import write_corpus
 from longspan.data.documents import Reader, Reading, Root, describe_roots, num_source_bytes
-from longspan.data.files import replaced
 from longspan.data.filters import Filters, Refusal
 from longspan.data.intake import Intake
 from longspan.data.source import Source, load_source
 from longspan.data.tokens import load_tokenizer
 from longspan.errors import LongspanError
+from longspan.files.whole import replaced
 
 CORPUS, TOKENIZER, CARD = "corpus", "tokenizer", "card.json"
 

@@ -59,7 +59,7 @@ def dca_config(window: int) -> dict[str, Any]:
 
 
 def _check_directory(directory: Path) -> None:
-    from longspan.train.files import PART
+    from longspan.files.whole import PART
 
     if directory.exists() and not directory.is_dir():
         raise LongspanError(f"{directory} is a file; name a folder")
@@ -80,8 +80,8 @@ def _write(
 ) -> None:
     from longspan.commands.gguf_tokenizer import build_tokenizer, end_ids
     from longspan.engine.text.tokenizer import load_tokenizer
+    from longspan.files.whole import replaced_checkpoint
     from longspan.model.safetensors_writer import num_bytes, write_tensors
-    from longspan.train.files import replaced_checkpoint
 
     tokenizer = build_tokenizer(model)
     generation = _token_ids(model) | {"eos_token_id": end_ids(model)}

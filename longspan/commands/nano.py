@@ -21,8 +21,8 @@ from longspan.commands.training import MODEL, Limits
 from longspan.data.chat.rows import CHAT, PAIRS, ChatPlanner
 from longspan.data.documents import Root
 from longspan.errors import LongspanError
+from longspan.files.whole import replaced_checkpoint
 from longspan.recipes.recipe import Recipe
-from longspan.train.files import replaced_checkpoint
 from longspan.train.state import STATE_FILE
 
 PIECES = ("corpus", "pretrain", "sft", "dpo")

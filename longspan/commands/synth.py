@@ -20,12 +20,12 @@ from longspan.commands.corpus import (
 )
 from longspan.commands.workers import in_workers
 from longspan.data.card import count_rows, draw_card
-from longspan.data.files import replaced
-from longspan.data.records import arrow
 from longspan.data.shards import RowPlanner, Shard, check_lengths, write_shard
 from longspan.data.source import Source
 from longspan.data.tasks import DOCUMENT_TASKS
 from longspan.errors import MissingDependencyError
+from longspan.files.parquet import arrow
+from longspan.files.whole import replaced
 
 ROWS = "rows.json"
 

@@ -14,10 +14,10 @@ from longspan.commands.console import note, show_table
 from longspan.commands.corpus import CorpusJob, claim, open_source, prepare_corpus, progress
 from longspan.commands.workers import in_workers
 from longspan.data.chat.rows import ChatPlanner, compose
-from longspan.data.files import replaced
 from longspan.data.lines import Lines, count_lines, dump, read_lines
 from longspan.data.source import Source
 from longspan.errors import LongspanError
+from longspan.files.whole import replaced
 
 SPLITS = ("train", "held_out")
 

@@ -12,7 +12,6 @@ from longspan.commands.console import note, show_table
 from longspan.commands.corpus import CorpusJob, claim, prepare_corpus, progress
 from longspan.commands.speakers import open_speaker
 from longspan.data.calls import Calls
-from longspan.data.files import replaced
 from longspan.data.instruct.job import Recipe
 from longspan.data.instruct.library import Library
 from longspan.data.instruct.prompts import ALL, EXAMPLES, WISHES
@@ -20,6 +19,7 @@ from longspan.data.instruct.run import Job, Outcome, Written, count_samples, pla
 from longspan.data.lines import Lines, read_lines
 from longspan.errors import LongspanError
 from longspan.eval.endpoint import EndpointConfig
+from longspan.files.whole import replaced
 
 SAMPLES, REJECTED, CALLS = (
     "instruct-train.jsonl", "instruct-rejected.jsonl", "instruct-calls.jsonl")

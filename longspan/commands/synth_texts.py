@@ -22,8 +22,8 @@ from typing import Any
 
 from longspan.commands.console import note, show_table
 from longspan.commands.results import make_folder
-from longspan.data.files import replaced
 from longspan.errors import LongspanError
+from longspan.files.whole import replaced
 
 APT, NPM, PIP = "apt", "npm", "pip"
 NOTICES = ("copyright", "license*", "licence*", "notice*", "pkg-info", "readme*")

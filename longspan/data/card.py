@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from longspan.data.records import arrow
 from longspan.errors import MissingDependencyError
+from longspan.files.parquet import arrow
 
 QUANTILES = (0.1, 0.5, 0.9, 1.0)
 

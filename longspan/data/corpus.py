@@ -21,11 +21,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from longspan.data.documents import Document
-from longspan.data.files import replaced
 from longspan.data.intake import KEPT, Intake
 from longspan.data.tokens import TokenTable
 from longspan.data.vocabulary import NOUNS
 from longspan.errors import LongspanError
+from longspan.files.whole import replaced
 
 MIN_SPAN = 384
 MIN_WORDS = 500

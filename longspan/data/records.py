@@ -12,22 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from longspan.errors import LongspanError, MissingDependencyError
+from longspan.files.parquet import arrow
 
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".parquet")
 
 Record = tuple[str | None, str]
-
-
-def arrow() -> Any:
-    """pyarrow with its Parquet module. Raises `MissingDependencyError`."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise MissingDependencyError(
-            "Parquet needs pyarrow, which is not installed: pip install 'longspan[synth]'"
-        ) from None
-    return pyarrow
 
 
 def read_records(path: Path, column: str) -> Iterator[Record]:

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from longspan.data.draft import Sample
-from longspan.data.files import replaced
-from longspan.data.records import arrow
 from longspan.data.rows import Mixture, check_row_length, compose_row
 from longspan.data.source import Source
 from longspan.data.tokens import Kind
 from longspan.errors import LongspanError
+from longspan.files.parquet import arrow
+from longspan.files.whole import replaced
 
 SHARD_TOKENS = 1 << 21
 """Tokens of a file, at most, unless one row has more."""

@@ -15,9 +15,9 @@ from transformers.utils import logging
 
 from longspan.config import ModelConfig, read_json
 from longspan.errors import CheckpointError, LongspanError
+from longspan.files.whole import replaced_checkpoint
 from longspan.train.attention import ATTENTION_NAME
 from longspan.train.export import context_facts, make_readable, write_json
-from longspan.train.files import replaced_checkpoint
 from longspan.train.model import CausalLM
 from longspan.train.phases import Phase
 from longspan.train.state import digest

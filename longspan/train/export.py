@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from longspan.errors import LongspanError
-from longspan.train.files import replaced_checkpoint
+from longspan.files.whole import replaced_checkpoint
 from longspan.train.model import CausalLM
 
 TRAINED_LEN, MAX_POSITIONS = 262_144, 1_010_000

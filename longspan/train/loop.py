@@ -14,10 +14,10 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from longspan.errors import LongspanError
+from longspan.files.whole import PART, make_folder
 from longspan.train.attention import choose_backend, use_backends
 from longspan.train.batch import Batch, Feed
 from longspan.train.budget import step_flops
-from longspan.train.files import PART, make_folder
 from longspan.train.loss import compiled_chunk_loss
 from longspan.train.meter import Meter
 from longspan.train.model import (

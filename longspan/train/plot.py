@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from longspan.train.files import replace_file
+from longspan.files.whole import replace_file
 from longspan.train.run_log import read_log
 
 PANELS = (("loss", "loss"), ("bits_per_byte", "bits per byte"),

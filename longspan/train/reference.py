@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longspan.errors import LongspanError
-from longspan.train.files import make_folder, replace_file
+from longspan.files.whole import make_folder, replace_file
 from longspan.train.objective import AnswerLogProbs
 from longspan.train.samples import SampleFeed
 from longspan.train.step import Step

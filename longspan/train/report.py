@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 
-from longspan.train.files import make_folder, replace_file
+from longspan.files.whole import make_folder, replace_file
 from longspan.train.run_log import read_log
 
 WINDOW = 10

@@ -17,25 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from longspan.errors import LongspanError, MissingDependencyError
+from longspan.errors import LongspanError
+from longspan.files.parquet import arrow
 from longspan.train.batch import ANSWER, FILLER, Batch
 from longspan.train.phases import Phase, Shape
 from longspan.train.state import digest
 
 OTHER = 1
 """Kind of tokens that are neither natural text nor an answer."""
-
-
-def arrow() -> Any:
-    """pyarrow with its Parquet module. Raises `MissingDependencyError`."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise MissingDependencyError(
-            "Parquet needs pyarrow, which is not installed: pip install 'longspan[synth]'"
-        ) from None
-    return pyarrow
 
 
 def is_rows_folder(path: Path) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from longspan.errors import LongspanError
-from longspan.train.files import replace_file
+from longspan.files.whole import replace_file
 
 LOG_FILE = "log.jsonl"
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from longspan.errors import CheckpointError, LongspanError
-from longspan.train.files import replace_file
+from longspan.files.whole import replace_file
 from longspan.train.phases import Phase
 from longspan.train.world import World, like, whole
 

@@ -267,6 +267,6 @@ def test_no_room_on_the_disk_is_one_line(
         patch.setattr(module, function, full)
         assert call(folder, tmp_path / "out", "--join-short") == 2
     printed = capsys.readouterr().err
-    assert "cannot be written (No space left on device)" in printed and printed.count("\n") == 1
+    assert "cannot be written (No space left on device; " in printed and printed.count("\n") == 1
     assert not list(tmp_path.rglob("*.part"))
     assert call(folder, tmp_path / "out", "--join-short") == 0

@@ -78,7 +78,7 @@ def stream(url: str, **body: Any) -> httpx.Response:
 
 
 def test_loading_serving_draining():
-    with process('state="loading", load_s=0.5, token_s=0.05') as (child, url):
+    with process('state="loading", load_s=2, token_s=0.05') as (child, url):
         states = wait_ready(url)
         assert "loading" in states
         body = {"prompt": "x" * 50, "stream": True, "max_tokens": 20}

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from longspan.errors import CheckpointError, LongspanError
-from longspan.train.files import replace_file, replaced_checkpoint
+from longspan.files.whole import replace_file, replaced_checkpoint
 from longspan.train.phases import Phase
 from longspan.train.state import Progress, load_state, load_weights, save_state
 

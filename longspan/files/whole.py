@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, then renamed into it."""
+"""Files and folders that are whole or not there: written beside their place, then renamed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PART = ".part"
 MIB = 2**20
 
 # torch.save hides the reason of a failed write in a RuntimeError, safetensors in its own error.
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+HIDDEN_ERRORS = (RuntimeError, SafetensorError)
 
 
 def make_folder(folder: Path) -> None:
@@ -30,24 +30,45 @@ def make_folder(folder: Path) -> None:
             f"{folder} cannot be a folder ({error.strerror}): name another") from error
 
 
-def replace_file(file: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file so that even after a crash it has its old content or all of the new.
+@contextmanager
+def replaced(path: Path, is_folder: bool = False) -> Iterator[Path]:
+    """Give a path to write to that becomes ``path`` at the end, a file or a folder. Even after a
+    crash there is the old content or all of the new.
 
-    Raises `LongspanError` when it cannot be written, on a full disk for example. The old file is
-    then unchanged and no part of the new one takes up room.
+    Raises `LongspanError` when it cannot be written, on a full disk for example; nothing of it then
+    stays, and what was there before is unchanged.
     """
-    part = file.with_name(file.name + PART)
+    part = path.with_name(path.name + PART)
     try:
-        with part.open("wb") as out:
-            write(out)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(part, file)
-        _sync(file.parent)
-    except WRITE_ERRORS as error:
-        raise _cannot_write(file, error) from error
+        if is_folder:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        yield part
+        for file in filter(Path.is_file, part.rglob("*") if is_folder else [part]):
+            _sync(file)
+        if is_folder:
+            shutil.rmtree(path, ignore_errors=True)
+        os.replace(part, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise _cannot_write(Path(error.filename or path), error) from error
     finally:
-        part.unlink(missing_ok=True)
+        if is_folder:
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
+
+
+def replace_file(file: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write a file as `replaced` does, by a function that hides why it cannot.
+
+    Raises `LongspanError` when it cannot be written.
+    """
+    try:
+        with replaced(file) as part, part.open("wb") as out:
+            write(out)
+    except HIDDEN_ERRORS as error:
+        raise _cannot_write(file, error) from error
 
 
 @contextmanager
@@ -73,7 +94,7 @@ def replaced_checkpoint(folder: Path) -> Iterator[Path]:
         for file in sorted(part.iterdir(), key=lambda file: file.name == "config.json"):
             os.replace(file, folder / file.name)
         _sync(folder)
-    except WRITE_ERRORS as error:
+    except (OSError, *HIDDEN_ERRORS) as error:
         if isinstance(error, LongspanError):
             raise
         raise _cannot_write(folder, error) from error
@@ -94,7 +115,9 @@ def _cannot_write(path: Path, error: Exception) -> LongspanError:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
-    reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
-    free = shutil.disk_usage(path.parent).free // MIB
+    reason = cause.strerror or str(cause) if isinstance(cause, OSError) \
+        else str(error).splitlines()[0]
+    place = next(place for place in path.absolute().parents if place.exists())
+    free = shutil.disk_usage(place).free // MIB
     return LongspanError(f"{path} cannot be written ({reason}; {free:,} MiB free): make room, then "
                          "repeat the command")

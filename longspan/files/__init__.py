@@ -1,0 +1,1 @@
+"""Files that several rooms write and read. No torch."""
