@@ -99,7 +99,9 @@ class Metrics:
             "engine_waiting_requests": ("Without KV blocks.", lambda: status().num_waiting),
             "engine_running_requests": ("In prefill or decode.", lambda: status().num_running),
             "kv_capacity_tokens": ("KV cache size.", lambda: status().capacity_tokens),
-            "kv_used_tokens": ("KV in use by requests.", lambda: status().num_used_tokens)}
+            "kv_used_tokens": ("KV in use by requests.", lambda: status().num_used_tokens),
+            "kv_unwritten_tokens": (
+                "KV on its way to disk.", lambda: status().num_unwritten_tokens)}
         for name, (text, read) in gauges.items():
             Gauge(f"longspan_{name}", text, registry=self._registry).set_function(read)
         state = Gauge("longspan_state", "1 for the present state.", ["state"],

@@ -1,5 +1,6 @@
 """A long run of mixed requests and hang-ups that looks for leaks: in KV blocks, memory, file
-descriptors, threads and open requests."""
+descriptors, threads and open requests. It also tells how much came back from host memory and disk.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ SAMPLE_PERIOD_S = 2.0
 ABORT_SHARE = 0.3
 """The share of the requests whose client hangs up in the middle."""
 MAX_TOKENS = 48
+LOADED = "longspan_loaded_tokens_total"
 MIB = 1024**2
 ALLOWED_GROWTH = {"rss": 0.05, "fds": 0.1, "threads": 0.1}
 """Share by which the last third of a run may exceed the second one ..."""
@@ -72,6 +74,9 @@ def soak(server: Server, seconds: float, length: int) -> list[tuple[str, float, 
             ("aborted", float(tally.num_aborted), "requests"),
             ("failed", float(len(tally.failures)), "requests"),
             ("leaks", float(len(leaks) + bool(tally.failures)), "")]
+    metrics = server.metrics()
+    rows += [(f"loaded_from_{place}", metrics.get(f'{LOADED}{{place="{place}"}}', 0.0), "tokens")
+             for place in ("host", "disk")]
     for name, (before, after) in found.items():
         rows += [(f"{name}_second_third", before, "MiB" if name == "rss" else ""),
                  (f"{name}_last_third", after, "MiB" if name == "rss" else "")]

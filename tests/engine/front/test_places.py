@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from longspan.attention.sparsity import SparsityPlan
 from longspan.engine.front.llm import LLM
+from longspan.engine.kv_file import LOCK
 from longspan.engine.request import Progress, RequestOutput, SamplingParams
 from longspan.errors import LongspanError
 from longspan.units import GIB
@@ -244,6 +248,46 @@ def test_a_cancelled_prefill_goes_on_from_its_finished_chunks(
         output = ask(llm, 1)
         assert output.token_ids == alone[attention, 1]
         assert output.num_cached_tokens >= num_done - num_done % 256
+
+
+def test_a_full_disk_costs_nothing_but_the_files(
+    checkpoint: str, alone: dict[tuple[str, int], tuple[int, ...]], tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The limit of a file's size stands for the disk's: the same system calls fail."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with small_pool(checkpoint, kv_dir=str(tmp_path), **HOST) as llm:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        try:
+            for seed in (1, 2, 1):
+                output = ask(llm, seed)
+                assert output.token_ids == alone["dense", seed]
+            assert output.num_cached_tokens >= REUSABLE, "host memory has it all the same"
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert 0 < caplog.text.count("cannot be written") < 10
+        assert [item.name for item in tmp_path.iterdir()] == [LOCK]
+        for seed in (3, 4, 5, 6):
+            ask(llm, seed)
+        assert list(tmp_path.glob("*.safetensors")), "it goes on when there is room"
+
+
+def test_another_plan_and_another_release_never_use_the_files(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def cached(name: str) -> int:
+        plan = tmp_path / f"{name}.json"
+        replace(SparsityPlan.default(3, 4), num_scouts=3 if name == "other" else 256).save(plan)
+        with LLM(checkpoint, attention="sparse", sparsity_plan=str(plan),
+                 kv_dir=str(tmp_path / "kv"), **OPTIONS) as llm:
+            return ask(llm, 1).num_cached_tokens
+
+    assert cached("default") == 0 and cached("default") > 2_000
+    assert cached("other") == 0
+    monkeypatch.setattr("longspan.engine.setup.cache_key.__version__", "0.0.9")
+    assert cached("default") == 0
+    monkeypatch.undo()
+    assert cached("default") > 2_000
 
 
 def test_where_a_prefix_came_from_is_told(checkpoint: str, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def flip(facts: dict[str, Any]) -> None:
     lambda facts: facts.update(dca=replace(DCA, local_size=256)),
     lambda facts: facts.update(model=replace(facts["model"], rope_theta=5.0)),
     lambda facts: facts.update(plan=None), change_plan(num_scouts=7),
-    change_plan(dense_tail_len=2_048), change_plan(recall_target=0.9),
+    change_plan(tail_len=2_048), change_plan(recall_target=0.9),
     change_plan(vertical=((9,) * 4,) * 3),
     append("tokenizer.json"), append("tokenizer_config.json"), append("chat_template.jinja"),
     append("config.json"), flip])
