@@ -43,7 +43,8 @@ def _ttft_table(content: Content) -> str:
         dense = _dense_of(row, rows)
         share = row["share"]
         body.append([
-            row["shape"], f"{row['num_tokens']:,}", _duration(dense), _duration(row),
+            " ".join([row["shape"], *filter(None, [row.get("quantization")])]),
+            f"{row['num_tokens']:,}", _duration(dense), _duration(row),
             "" if dense is None else f"{dense['ttft_scaled_s'] / row['ttft_scaled_s']:.1f}x",
             f"{100 * row['density']:.1f} %", f"{row['peak_memory_gib']:.1f} GiB",
             " / ".join(f"{100 * share[name]:.0f}" for name in
@@ -62,9 +63,10 @@ def _ttft_order(row: Row) -> tuple[str, int, str, int]:
 
 
 def _dense_of(row: Row, rows: Sequence[Row]) -> Row | None:
-    """Find the dense row to compare with: the same prompt, most layers, then the fastest one, since
-    the length of prefill chunks is each row's own."""
+    """Find the dense row to compare with: the same prompt, plain weights, most layers, then the
+    fastest one, since the length of prefill chunks is each row's own."""
     found = [other for other in rows if other["attention"] == "dense"
+             and "quantization" not in other
              and (other["shape"], other["num_tokens"]) == (row["shape"], row["num_tokens"])]
     return max(found, key=lambda other: (other["layers"], -other["ttft_scaled_s"]), default=None)
 

@@ -276,7 +276,7 @@ def ttft(
     layers: Layers = None, chunk_len: Annotated[
         int | None, typer.Option(help="Tokens of a prefill chunk.")] = None,
     vertical: Vertical = None, slash: Slash = None, mode: SelectionMode = "tile",
-    policy: Policy = "", memory_gib: Memory = None,
+    policy: Policy = "", memory_gib: Memory = None, quantization: Quantization = None,
     device: Device = None, commit: Commit = None, budget_s: BudgetS = None,
     out: Results = Path("bench/results"),
 ) -> None:
@@ -288,7 +288,8 @@ def ttft(
     plan = PlanOptions(vertical=vertical, slash=slash, mode=mode, policy=policy)
     options = TtftOptions(
         lengths=parse_list(lengths, int, "--lengths"), layers=layers, chunk_len=chunk_len,
-        attention=parse_list(attention, str, "--attention"), memory_gib=memory_gib)
+        attention=parse_list(attention, str, "--attention"), memory_gib=memory_gib,
+        quantization=quantization)
     session = BenchSession("ttft", BenchOptions.make(device, out, commit, budget_s))
     _exit(run(session, Shape.make(shape, plan), options))
 
@@ -302,7 +303,8 @@ def decode(
         help="Last tokens of one sequence, attended together.")] = "1,2,4,8,16",
     layers: Layers = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps timed.")] = 50,
-    memory_gib: Memory = None, device: Device = None, commit: Commit = None,
+    memory_gib: Memory = None, quantization: Quantization = None,
+    device: Device = None, commit: Commit = None,
     budget_s: BudgetS = None, out: Results = Path("bench/results"),
 ) -> None:
     """Time of a decode step of a real shape behind long contexts, against its bytes."""
@@ -313,7 +315,8 @@ def decode(
     options = DecodeOptions(
         contexts=parse_list(contexts, int, "--contexts"), steps=steps, layers=layers,
         batches=parse_list(batch, int, "--batch"), rows=parse_list(rows, int, "--rows"),
-        memory_gib=memory_gib)
+        memory_gib=memory_gib,
+        quantization=quantization)
     session = BenchSession("decode", BenchOptions.make(device, out, commit, budget_s))
     _exit(run(session, Shape.make(shape), options))
 

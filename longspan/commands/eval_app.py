@@ -16,6 +16,7 @@ from longspan.commands.options import (
     Memory,
     Model,
     Plan,
+    Quantization,
     Threads,
     parse_length,
     parse_list,
@@ -113,7 +114,7 @@ def run(
     questions: Questions = 20, distractors: Distractors = 5, template: Template = "chat",
     prefix: Prefix = "assistant", max_model_len: MaxModelLen = None, device: Device = None,
     dtype: Dtype = None, prefill_chunk_len: ChunkLen = None, sparsity_plan: Plan = None,
-    memory_gib: Memory = None, threads: Threads = None,
+    memory_gib: Memory = None, quantization: Quantization = None, threads: Threads = None,
 ) -> None:
     """Ask a model, in this process or behind an address. Goes on where it was cut off."""
     from longspan.commands.evaluate import Pace
@@ -140,7 +141,7 @@ def run(
         positions=parse_list(positions, str, "--positions"),
         options={"device": device, "dtype": dtype, "prefill_chunk_len": prefill_chunk_len,
                  "sparsity_plan": sparsity_plan, "memory_gib": memory_gib,
-                 "num_threads": threads},
+                 "quantization": quantization, "num_threads": threads},
         concurrency=concurrency),
         out, Pace(time_limit_s=time_limit_s, shares_device=shares_device))
     if status:
@@ -165,7 +166,7 @@ def fidelity(
     text_root: TextRoots = None, words: Words = None, data: Data = None,
     template: Template = "chat", max_model_len: MaxModelLen = None, device: Device = None,
     dtype: Dtype = None, prefill_chunk_len: ChunkLen = None, sparsity_plan: Plan = None,
-    memory_gib: Memory = None, threads: Threads = None,
+    memory_gib: Memory = None, quantization: Quantization = None, threads: Threads = None,
 ) -> None:
     """Compare sparse attention with dense: recall, output error, KL, top-1, nats by position."""
     from longspan.commands.console import note
@@ -188,7 +189,7 @@ def fidelity(
             positions=parse_list(positions, str, "--positions"),
             options={"device": device, "dtype": dtype, "prefill_chunk_len": prefill_chunk_len,
                      "sparsity_plan": sparsity_plan, "memory_gib": memory_gib,
-                     "num_threads": threads})))))
+                     "quantization": quantization, "num_threads": threads})))))
 
 
 @eval_app.command()

@@ -297,7 +297,7 @@ def int4_linear(x: Tensor, weights: Int4Weights, bias: Tensor | None) -> Tensor:
     from longspan.ops.quant import triton_dense, triton_few
 
     rows = x.reshape(-1, x.shape[-1])
-    if len(rows) <= triton_few.MAX_ROWS:
+    if len(rows) <= triton_few.INT4_ROWS:
         out = triton_few.int4_linear(rows, weights, bias)
     else:
         out = F.linear(rows, triton_dense.dequantize(weights, x.dtype), bias)

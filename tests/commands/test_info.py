@@ -72,6 +72,15 @@ def test_the_verdict_is_the_engines(
     assert ("fits: yes" in rows["together"]) is (gib(rows["together"].split(" of ")[0]) <= budget)
 
 
+@pytest.mark.parametrize(("quantization", "words"), [
+    (None, ""), ("fp8", " (fp8, a scale for each row)"), ("int4", " (int4 in groups)")])
+def test_weights_are_of_their_form(
+    monkeypatch: pytest.MonkeyPatch, quantization: str | None, words: str,
+) -> None:
+    rows = rows_of(monkeypatch, 1000, device="cpu", quantization=quantization)
+    assert rows["weights"].endswith(f" GiB{words}")
+
+
 @pytest.mark.parametrize("budget", [0.6, 0.8, 1.0, 1.5, 2.0, 4.0])
 @pytest.mark.parametrize("positions", ["rope", "dca"])
 def test_the_longest_prompt_is_what_the_engine_accepts(

@@ -45,7 +45,7 @@ def exact(linear: Linear, x: Tensor) -> Tensor:
     return x.float() @ plain.T + linear.bias.float()
 
 
-@pytest.mark.parametrize("num_rows", [1, 16, 17, 333, 4_096])
+@pytest.mark.parametrize("num_rows", [1, 16, 17, 50, 333, 4_096])
 @pytest.mark.parametrize(("width", "sizes"), PRODUCTS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_products(kind: FormKind, width: int, sizes: tuple[int, ...], num_rows: int) -> None:

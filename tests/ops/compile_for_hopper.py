@@ -155,6 +155,7 @@ def compile_quantised() -> None:
                  torch.zeros(512, groups, dtype=torch.uint8))
         for order in (None, torch.arange(3_584, dtype=torch.int32)):
             triton_few.int4_linear(x, Int4Weights(*parts, order), None)
+            triton_few.int4_linear(x.repeat(7, 1), Int4Weights(*parts, order), None)
             triton_dense.dequantize(Int4Weights(*parts, order), torch.bfloat16)
 
 

@@ -26,6 +26,7 @@ from longspan.bench.engine.engine import (
     decode_step,
     open_engine,
     plan_engine,
+    quantization_key,
     weight_bytes_read,
 )
 from longspan.bench.ops import checks
@@ -34,6 +35,7 @@ from longspan.bench.session import BenchSession
 from longspan.bench.shapes import Shape
 from longspan.bench.timing import Repeats, measure, rounded, synchronize
 from longspan.commands.console import show_table
+from longspan.engine.resolve import resolve_forms
 from longspan.engine.step import ScheduledBatch
 from longspan.errors import NotEnoughMemoryError
 from longspan.units import GIB
@@ -55,6 +57,7 @@ class DecodeOptions:
     memory_gib: float | None
     rows: tuple[int, ...] = ()
     """Numbers of last tokens of one sequence whose attention is timed together."""
+    quantization: str | None = None
     copy_bytes: int | None = None
     """Bytes of the copy whose bandwidth makes the floor; the default depends on the device."""
 
@@ -73,7 +76,8 @@ def run(session: BenchSession, shape: Shape, options: DecodeOptions) -> int:
                    key=lambda pair: -pair[0] * pair[1])
     fitting = [pair for pair in pairs if _fits(cut, session.device, options, *pair)]
     keys = [{"shape": shape.name, "context_len": context, "batch_size": batch,
-             "layers": cut.model.num_layers} for context, batch in pairs]
+             "layers": cut.model.num_layers, **quantization_key(options.quantization)}
+            for context, batch in pairs]
     for pair, key in zip(pairs, keys, strict=True):
         if pair not in fitting:
             session.attempt(key, partial(_refuse, cut, session.device, options, *pair), ours=False)
@@ -103,7 +107,8 @@ def _measure(
     step_ms = time_steps(engine, step, device, options.steps, in_flight=IN_FLIGHT)
     attention_ms, kv_bytes = _attention(shape, engine, device, context, batch)
     layers = shape.model.num_layers
-    num_bytes = weight_bytes_read(shape, device, batch) + layers * kv_bytes
+    num_bytes = weight_bytes_read(
+        shape, device, batch, resolve_forms(engine.plan.config, shape.model)) + layers * kv_bytes
     floor_ms = num_bytes / copy_tb_per_s / 1e9
     return {
         "total_layers": total_layers, "step_ms": rounded(statistics.median(step_ms), 5),
@@ -209,7 +214,8 @@ def _sizes(
     num_tokens = max(batch * -(-context // size) * size for context, batch in pairs)
     return EngineSizes(
         max_model_len=max(context for context, _ in pairs), num_tokens=num_tokens,
-        max_num_requests=max(batch for _, batch in pairs), memory_gib=options.memory_gib)
+        max_num_requests=max(batch for _, batch in pairs), memory_gib=options.memory_gib,
+        quantization=options.quantization)
 
 
 def _fits(shape: Shape, device: str, options: DecodeOptions, context: int, batch: int) -> bool:

@@ -9,18 +9,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 
 from longspan.bench.shapes import Shape
-from longspan.config import EngineConfig
+from longspan.config import EngineConfig, Quantization
 from longspan.engine.device.memory import device_memory
 from longspan.engine.device.runner import Runner
 from longspan.engine.setup.engine_plan import ResolvedEngine
 from longspan.engine.step import RowSampling, ScheduledBatch, ScheduledSlice
 from longspan.units import DTYPE_BYTES, GIB, default_dtype
+from longspan.weight_form import PLAIN_FORMS, WeightForms
+from longspan.weight_sizes import routed_bytes, weights_bytes
 
 USABLE_SHARE = 0.97
 """The share of the free memory that an engine takes: a benchmark has the device for itself."""
@@ -38,6 +40,8 @@ class EngineSizes:
     max_num_requests: int = 1
     memory_gib: float | None = None
     """Default: nearly all that is free."""
+    quantization: str | None = None
+    """As `EngineConfig.quantization`."""
     places: Mapping[str, Any] = field(default_factory=dict)
     """``kv_host_gib``, ``kv_dir`` and ``kv_disk_gib`` of the engine."""
 
@@ -59,7 +63,8 @@ def plan_engine(shape: Shape, device: str, sizes: EngineSizes) -> ResolvedEngine
             model=shape.name, weights="random", device=device, attention="sparse",
             max_model_len=max(sizes.max_model_len, sizes.num_tokens),
             prefill_chunk_len=sizes.chunk_len, max_num_requests=sizes.max_num_requests,
-            memory_gib=sizes.memory_gib or free_gib, **sizes.places),
+            memory_gib=sizes.memory_gib or free_gib,
+            quantization=cast(Quantization | None, sizes.quantization), **sizes.places),
         path=Path(shape.name), plan=shape.plan)
     num_blocks = -(-sizes.num_tokens // needed.config.block_size)
     return replace(
@@ -81,6 +86,16 @@ def open_engine(shape: Shape, device: str, sizes: EngineSizes) -> Iterator[Shape
         yield ShapeEngine(plan, runner)
     finally:
         runner.close()
+
+
+def quantization_key(quantization: str | None) -> dict[str, str]:
+    """Return what a row's key says of the weights; nothing: they are plain."""
+    return {} if quantization is None else {"quantization": quantization}
+
+
+def shape_label(row: Mapping[str, Any]) -> str:
+    """Name a row's shape, and its weights where they are quantised."""
+    return " ".join([row["shape"], *filter(None, [row.get("quantization")])])
 
 
 def free_memory(device: str) -> None:
@@ -108,11 +123,13 @@ def decode_step(engine: ShapeEngine, context_len: int, batch_size: int) -> Sched
         for index in range(batch_size)))
 
 
-def weight_bytes_read(shape: Shape, device: str, batch_size: int) -> int:
+def weight_bytes_read(
+    shape: Shape, device: str, batch_size: int, forms: WeightForms = PLAIN_FORMS
+) -> int:
     """Return the bytes of the weights that decoding a token of each request reads: all but the rows
     of the embedding not asked for and, about, the experts that none of the tokens takes."""
     model = shape.model
     element = DTYPE_BYTES[default_dtype(device)]
     embedding = 0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size
-    idle = model.num_routed_parameters * (1 - model.routed_share(batch_size))
-    return element * (model.num_parameters - embedding - round(idle))
+    idle = routed_bytes(model, forms, element) * (1 - model.routed_share(batch_size))
+    return weights_bytes(model, forms, element) - element * embedding - round(idle)

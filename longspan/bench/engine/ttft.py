@@ -17,7 +17,9 @@ from longspan.bench.engine.engine import (
     ShapeEngine,
     open_engine,
     plan_engine,
+    quantization_key,
     random_ids,
+    shape_label,
 )
 from longspan.bench.ops import checks
 from longspan.bench.session import BenchSession, CheckFailed
@@ -45,6 +47,7 @@ class TtftOptions:
     """Only the first layers are computed; None: all."""
     chunk_len: int | None
     memory_gib: float | None
+    quantization: str | None = None
 
     def __post_init__(self) -> None:
         for name in self.attention:
@@ -64,7 +67,8 @@ def run(session: BenchSession, shape: Shape, options: TtftOptions) -> int:
         for attention in options.attention:
             key = {"shape": shape.name, "num_tokens": length, "attention": attention,
                    "plan": shape.plan_label if attention == "sparse" else None,
-                   "layers": cut.model.num_layers, "gpus": 1, "chunk_len": chunk_len}
+                   "layers": cut.model.num_layers, "gpus": 1, "chunk_len": chunk_len,
+                   **quantization_key(options.quantization)}
             session.attempt(key, partial(
                 _measure, session, cut, options, checked, length, attention,
                 shape.model.num_layers))
@@ -82,7 +86,8 @@ def _chunk_len(shape: Shape, device: str, options: TtftOptions, length: int) -> 
 
 def _sizes(options: TtftOptions, length: int) -> EngineSizes:
     return EngineSizes(max_model_len=length + 1, num_tokens=length + 1,
-                       chunk_len=options.chunk_len, memory_gib=options.memory_gib)
+                       chunk_len=options.chunk_len, memory_gib=options.memory_gib,
+                       quantization=options.quantization)
 
 
 def _measure(
@@ -179,7 +184,7 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
     show_table("time to first token", (
         "shape", "tokens", "attention", "layers", "measured", "all layers", "density", "GiB",
         *names), [
-        (row["shape"], f"{row['num_tokens']:,}", row["attention"],
+        (shape_label(row), f"{row['num_tokens']:,}", row["attention"],
          f"{row['layers']}/{row['total_layers']}", seconds(row["ttft_s"]),
          seconds(row["ttft_scaled_s"]), percent(row["density"]), f"{row['peak_memory_gib']:.1f}",
          *(percent(row["share"][name]) for name in names))

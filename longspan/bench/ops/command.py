@@ -13,6 +13,7 @@ import torch
 
 from longspan.bench.ops.dense import SECTIONS, LayerBench, OpsOptions
 from longspan.bench.ops.experts import ExpertBench
+from longspan.bench.ops.linear import LinearBench
 from longspan.bench.ops.sparse import SparseBench
 from longspan.bench.session import BenchSession
 from longspan.bench.shapes import Shape
@@ -27,7 +28,7 @@ def run(session: BenchSession, shape: Shape, options: OpsOptions) -> int:
         "ceilings": layer.ceilings, "chunk": layer.chunks, "sparse": sparse.chunks,
         "decode": layer.decode, "positions": sparse.positions, "whole": sparse.whole,
         "dense": layer.squares, "contents": sparse.contents, "pointwise": layer.pointwise,
-        "experts": ExpertBench(layer).run}
+        "experts": ExpertBench(layer).run, "linear": LinearBench(layer).run}
     with torch.inference_mode():
         for name in SECTIONS:
             if name in options.sections:

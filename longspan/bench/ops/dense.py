@@ -24,7 +24,7 @@ from longspan.model import TORCH_DTYPES
 from longspan.units import GIB, default_dtype
 
 SECTIONS = ("ceilings", "chunk", "sparse", "decode", "positions", "whole", "dense", "contents",
-            "pointwise", "experts")
+            "pointwise", "experts", "linear")
 """In the order they run: what matters most comes first, should time run out."""
 
 
@@ -56,6 +56,10 @@ class OpsOptions:
     """Tokens of a prefill through a layer of experts."""
     expert_batches: tuple[int, ...] = (1, 8, 64)
     """Tokens of a decode step through it."""
+    linear_rows: tuple[int, ...] = (8_192, 32_768)
+    """Rows of a product with weights in prefill."""
+    few_rows: tuple[int, ...] = (1, 16)
+    """Rows of one in decode."""
 
     def __post_init__(self) -> None:
         for name, values, known in (("--only", self.sections, SECTIONS),

@@ -17,13 +17,18 @@ from torch import Tensor
 from longspan import ops
 from longspan.bench.ops import checks
 from longspan.bench.ops.dense import LayerBench
-from longspan.bench.session import Unavailable
+from longspan.bench.session import CheckFailed, Unavailable
 from longspan.bench.shapes import EXPERT_SHAPE, Shape
 from longspan.bench.timing import rate, rounded
 from longspan.model.experts import RoutedMLP
 from longspan.ops import reference
+from longspan.ops.moe import eager
+from longspan.weight_form import FormKind, WeightForm, WeightForms
 
 Add = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
+QUANTISED: tuple[FormKind, ...] = ("fp8-rows", "fp8-blocks")
+MAX_ROUNDED_ERROR = 0.06
+"""Error ratio where activations are rounded to e4m3 too."""
 READ_BYTES = 4 * 1024**3
 
 
@@ -55,6 +60,46 @@ class ExpertBench:
             self.session.attempt(self._key("experts_decode", "ours", num_tokens),
                                  partial(self._decode, num_tokens, read))
         del self._mlp
+        for kind in QUANTISED:
+            self._run_quantised(kind)
+
+    def _run_quantised(self, kind: FormKind) -> None:
+        """Measure experts whose weights are quantised, prefill and decode."""
+        mlp = RoutedMLP(self.dim, self.config, dtype=self.layer.dtype, device=self.device,
+                        forms=WeightForms(WeightForm(kind)))
+        if mlp.experts.gate_up.form.kind != kind:
+            return  # sizes that it cannot cut
+        mlp.gate.weight.normal_(0.0, 0.02)
+        for linear in (mlp.experts.gate_up, mlp.experts.down):
+            linear.fill_randomly(0.02, torch.Generator(self.device).manual_seed(0))
+        for num_tokens in self.layer.options.expert_tokens:
+            self.session.attempt(self._key("experts", kind, num_tokens),
+                                 partial(self._quantised, mlp, num_tokens, recording=False))
+        for num_tokens in self.layer.options.expert_batches:
+            self.session.attempt(self._key("experts_decode", kind, num_tokens),
+                                 partial(self._quantised, mlp, num_tokens, recording=True))
+
+    def _quantised(self, mlp: RoutedMLP, num_tokens: int, *, recording: bool) -> dict[str, Any]:
+        hidden, x = self._rows(num_tokens)
+        weights, experts = ops.route(mlp.logits(x), mlp.num_chosen, mlp.is_normed)
+        last = slice(-4, None)
+        few, sums = torch.zeros_like(x[last], dtype=torch.float32), torch.zeros_like(x)
+        eager.add_routed_mlp(few, x[last].float(), weights[last], experts[last].long(),
+                             mlp.experts.gate_up_proj, mlp.experts.down_proj)
+        mlp.add_to(sums, x)
+        error = checks.error_ratio(sums[last], few)
+        if not error <= MAX_ROUNDED_ERROR:
+            raise CheckFailed(f"quantised experts are wrong: error ratio {error:.2e}; not timed")
+        work = partial(mlp.add_to, hidden, x)
+        timing = self.layer.measure(recorded(work, self.device) if recording else work,
+                                    flush_cache=recording)
+        found = {**timing.fields(), "rel_error": rounded(error)}
+        if recording:
+            num_read = len(experts.unique())
+            read = 3.0 * num_read * self.dim * self.config.expert_size
+            return {**found, "tb_per_s": rate(read, timing), "experts_read": num_read}
+        flops = 6.0 * num_tokens * self.config.num_chosen * self.dim * self.config.expert_size
+        return {**found, "tflops": rate(flops, timing)}
 
     def _key(self, op: str, impl: str, num_tokens: int) -> dict[str, Any]:
         return {"op": op, "impl": impl, "params": {
@@ -141,7 +186,7 @@ def way(impl: str, x: Tensor, mlp: RoutedMLP) -> Add:
     return kernels.add_routed_mlp
 
 
-def recorded(work: Callable[[], None], device: str) -> Callable[[], object]:
+def recorded(work: Callable[[], object], device: str) -> Callable[[], object]:
     """On a GPU what a decode step does: replay a graph of the work."""
     if not device.startswith("cuda"):
         return work

@@ -18,6 +18,8 @@ from torch import Tensor
 from longspan.ops.types import FP8_BLOCK, Fp8Weights, Int4Weights
 
 MAX_ROWS = 16
+INT4_ROWS = 64
+"""Up to so many rows int4 is read as it is: more rows of fp8 have products of their own."""
 COLUMNS = 32
 """Outputs of a program."""
 DEPTH = 128
@@ -44,7 +46,7 @@ def fp8_linear(x: Tensor, weights: Fp8Weights, bias: Tensor | None) -> Tensor:
 
 
 def int4_linear(x: Tensor, weights: Int4Weights, bias: Tensor | None) -> Tensor:
-    """See `eager.int4_linear`. x: [T, K] bf16, T <= `MAX_ROWS`."""
+    """See `eager.int4_linear`. x: [T, K] bf16, T <= `INT4_ROWS`."""
     num_columns, width = weights.shape
     depth = math.gcd(weights.group, DEPTH)
     call = _Call(x, num_columns, width, depth)
@@ -52,8 +54,8 @@ def int4_linear(x: Tensor, weights: Int4Weights, bias: Tensor | None) -> Tensor:
     _few_int4[call.grid](
         x, weights.packed, weights.scales, weights.zeros, x if order is None else order,
         call.parts, x.shape[0], num_columns, width, call.part_len, x.stride(0), weights.group,
-        HAS_ORDER=order is not None, ROWS=MAX_ROWS, COLUMNS=COLUMNS, DEPTH=depth,
-        num_warps=WARPS, num_stages=STAGES)
+        HAS_ORDER=order is not None, ROWS=max(MAX_ROWS, triton.next_power_of_2(len(x))),
+        COLUMNS=COLUMNS, DEPTH=depth, num_warps=WARPS, num_stages=STAGES)
     return call.total(bias)
 
 
@@ -67,7 +69,7 @@ class _Call:
     """Grid, partial sums and their total."""
 
     def __init__(self, x: Tensor, num_columns: int, width: int, depth: int) -> None:
-        assert x.shape[0] <= MAX_ROWS and x.stride(1) == 1 and x.dtype == torch.bfloat16
+        assert x.shape[0] <= INT4_ROWS and x.stride(1) == 1 and x.dtype == torch.bfloat16
         tiles = triton.cdiv(num_columns, COLUMNS)
         count = max(1, min(triton.cdiv(PROGRAMS, tiles), width // MIN_PART))
         self.part_len = triton.cdiv(triton.cdiv(width, count), depth) * depth

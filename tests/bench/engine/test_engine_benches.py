@@ -57,6 +57,14 @@ def test_ttft_of_dense_and_sparse(
     assert "3/3" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("quantization", ["fp8", "int4"])
+def test_ttft_of_quantised_weights(tmp_path: Path, quantization: str) -> None:
+    options = ttft_options(quantization=quantization, attention=("dense",), lengths=(600,))
+    assert ttft.run(session("ttft", tmp_path), tiny_shape(), options) == 0
+    (row,) = rows_of(tmp_path, "ttft")
+    assert row["quantization"] == quantization and row["share"]["linear"] > 0
+
+
 @pytest.mark.parametrize("chunk_len", [512, None])
 def test_a_later_success_replaces_the_row_of_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_len: int | None,

@@ -36,7 +36,8 @@ def options(**values: Any) -> OpsOptions:
         "lengths": (512, 2048), "square": (600,), "baselines": ("math", "cudnn", "flex"),
         "chunk_baselines": ("math", "cudnn"), "flex_max": 512, "chunk_len": 512, "layers": 2,
         "sections": SECTIONS, "contents": CONTENTS, "repeats": ONCE, "gemm_size": 64,
-        "copy_bytes": 4096, "expert_tokens": (40,), "expert_batches": (1, 3)}
+        "copy_bytes": 4096, "expert_tokens": (40,), "expert_batches": (1, 3),
+        "linear_rows": (24,), "few_rows": (1, 3)}
     return OpsOptions(**{**defaults, **values})
 
 
@@ -70,11 +71,26 @@ def test_every_section_has_rows(measured: list[dict[str, Any]]) -> None:
         ("dense_chunk_dca_over_rope", "ours"), ("sparse_chunk_dca_over_rope", "ours"),
         ("whole_dense", "ours"), ("whole_dense", "math"), ("whole_sparse", "ours"),
         ("rms_norm", "ours"), ("add_rms_norm", "ours"), ("silu_mul", "ours"), ("store_kv", "ours"),
-        ("experts", "ours"), ("read", "torch"), ("experts_decode", "ours")}
+        ("experts", "ours"), ("read", "torch"), ("experts_decode", "ours"),
+        *((op, "fp8-rows") for op in ("experts", "experts_decode")),
+        *((op, kind) for op in ("linear", "linear_few")
+          for kind in ("plain", "fp8-rows", "fp8-blocks", "int4"))}
     assert all(row["time_ms"] > 0 and row["n"] >= 1 for row in measured
                if "error" not in row and row["op"] != "whole_dense")
     assert {row["error"] for row in measured if "error" in row} == {
-        "cudnn needs a CUDA GPU", "triton needs a CUDA GPU", "grouped_mm needs a CUDA GPU"}
+        "cudnn needs a CUDA GPU", "triton needs a CUDA GPU", "grouped_mm needs a CUDA GPU",
+        "activations are not rounded here"}
+
+
+def test_rows_of_products_say_what_they_lose(measured: list[dict[str, Any]]) -> None:
+    for kind in ("plain", "fp8-rows", "int4"):
+        many, few = chosen(measured, "linear", kind), chosen(measured, "linear_few", kind)
+        assert {row["params"]["product"] for row in many} == {
+            row["params"]["product"] for row in few} <= {
+            "qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+        assert all(row["tflops"] > 0 and row["rel_error"] <= 1e-5 for row in many)
+        assert {row["params"]["num_tokens"] for row in few} == {1, 3}
+        assert all(row["tb_per_s"] > 0 for row in few)
 
 
 def test_rows_of_experts_say_what_was_read(measured: list[dict[str, Any]]) -> None:

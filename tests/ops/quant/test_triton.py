@@ -120,6 +120,12 @@ def test_norms_are_rounded(
     assert difference <= 0.03 * expected.float().abs().mean()
 
 
+def test_more_rows_of_int4(kernel_device: str) -> None:
+    weights = int4(kernel_device, 64, ordered=True)
+    x = torch.randn(37, SIZES[1], device=kernel_device).bfloat16()
+    assert_close(triton_few.int4_linear(x, weights, None), x.float() @ weights.dense().T)
+
+
 @pytest.mark.parametrize(("group", "width"), [(0, 24), (0, 2_100), (128, 256)])
 def test_swiglu_is_rounded(group: int, width: int, kernel_device: str) -> None:
     gate_up = 3 * torch.randn(3, 2 * width, device=kernel_device).bfloat16()
