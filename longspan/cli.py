@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from longspan.commands.bench_cache import bench_cache_app
+from longspan.commands.bench_llama_cpp import bench_llama_cpp_app
 from longspan.commands.bench_pipeline import bench_pipeline
 from longspan.commands.cache_app import cache_app
 from longspan.commands.calibrate_app import calibrate_app
@@ -72,6 +73,7 @@ app.add_typer(train_app, name="train")
 app.command("import")(import_gguf)
 bench_app.add_typer(bench_cache_app)
 bench_app.command("pipeline")(bench_pipeline)
+bench_app.add_typer(bench_llama_cpp_app)
 app.add_typer(calibrate_app)
 app.add_typer(synth_app, name="synth")
 

@@ -24,6 +24,7 @@ from longspan.units import GIB
 
 KEY_FIELDS: dict[str, tuple[str, ...]] = {
     "cpu": ("model", "impl", "num_tokens", "threads"),
+    "beside": ("model", "impl", "num_tokens", "attention", "threads", "weights"),
     "ops": ("op", "impl", "params"),
     "ttft": ("shape", "num_tokens", "attention", "plan", "layers", "gpus", "chunk_len"),
     "cache": ("shape", "place", "num_tokens", "attention", "plan"),

@@ -65,6 +65,13 @@ def measure(measurement: Measurement) -> dict[str, Any]:
             "peak_memory_gib": round(peak_memory_bytes() / GIB, 3)}
 
 
+def passkey_prompt(model: str, num_tokens: int) -> array[int]:
+    """Build a prompt of the passkey task from Python's library."""
+    tokenizer = Tokenizer(resolve_checkpoint(model))
+    bank = TextBank.from_roots(python_text_roots(), tokenizer)
+    return _prompt(bank, tokenizer, num_tokens, "measured")
+
+
 def _prompt(
     bank: TextBank, tokenizer: Tokenizer, num_tokens: int, name: str
 ) -> array[int]:
