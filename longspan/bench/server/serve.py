@@ -39,7 +39,9 @@ from longspan.commands.console import note, show_table
 from longspan.commands.results import describe_run, make_folder, write_rows
 from longspan.config import EngineConfig, WeightSource
 from longspan.engine.resolve import STEP_BUDGET_S, resolve_device
+from longspan.engine.setup.engine_plan import ResolvedEngine
 from longspan.errors import LongspanError
+from longspan.units import GIB
 
 SHORT_LEN = 100
 SHORT_PERIOD_S = 2.0
@@ -50,7 +52,7 @@ STREAM_PROMPT = "The quick brown fox jumps over the lazy dog. " * 12
 """Goes on in plain words: a token that is part of a character has no event of its own, and would
 look like a pause."""
 NUM_FOLLOW_UPS = 2
-SOAK_LEN_CPU = 2_048
+SOAK_LEN_CPU = 4_096
 """Longest prompts of a soak on CPUs: the pool is written once before growth counts, in seconds."""
 
 Row = dict[str, Any]
@@ -104,8 +106,23 @@ def run(job: ServeJob) -> bool:
     return not any(row["metric"] == "leaks" and row["value"] for row in found)
 
 
+SOAK_CHUNK_LEN, SOAK_REQUESTS = 1_024, 8
 SOAK_PLACES = ("--kv-host-gib", "0.1", "--kv-disk-gib", "1")
 """KV goes to host memory and to a folder as well in a soak, and both are full soon."""
+
+
+def soak_options(job: ServeJob, length: int, folder: str) -> list[str]:
+    """Return the options of a soak's server: little room on the device, so that much of what is
+    known comes back from the other places."""
+    options = server_options(job, length)
+    plan = ResolvedEngine.resolve(EngineConfig(
+        model=job.model, device=job.device, weights=cast(WeightSource, job.weights),
+        max_model_len=length + ROOM, prefill_chunk_len=SOAK_CHUNK_LEN,
+        max_num_requests=SOAK_REQUESTS)).memory
+    num_bytes = plan.weights_bytes + plan.workspace_bytes + 1.3 * plan.context_bytes
+    return [*options, "--memory-gib", f"{num_bytes / GIB:.3f}", "--prefill-chunk-len",
+            f"{SOAK_CHUNK_LEN}", "--max-num-requests", f"{SOAK_REQUESTS}", *SOAK_PLACES,
+            "--kv-dir", folder]
 
 
 def server_options(job: ServeJob, length: int | None = None) -> list[str]:
@@ -237,7 +254,7 @@ def _decode(job: ServeJob) -> list[Row]:
 def _soak(job: ServeJob) -> list[Row]:
     length = min(job.length, SOAK_LEN_CPU) if job.device == "cpu" else job.length
     with tempfile.TemporaryDirectory(prefix="longspan-soak-") as folder, running(
-            job.model, [*server_options(job, length), *SOAK_PLACES, "--kv-dir", folder]) as server:
+            job.model, soak_options(job, length, folder)) as server:
         if job.device == "cpu":
             write_pool(server, length)
         return [{**_row(job, *row), "length": length}

@@ -117,13 +117,13 @@ def _pair(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _client(server: Server, seed: int, length: int, end_s: float, tally: _Tally) -> None:
-    """Send one request after the other. Of ten prompts nine are short, and half continue a known
-    text."""
+    """Send one request after the other. Of ten prompts nine are short, half continue a known
+    text, and half of those have all of it: what a place keeps is long."""
     rng = random.Random(seed)
     known = prompt_of(length, seed)
     while time.monotonic() < end_s:
         num_tokens = rng.randrange(1, length if rng.random() < 0.1 else max(2, length // 32))
-        prompt = known[:num_tokens] if rng.random() < 0.5 else prompt_of(
+        prompt = known[:rng.choice([num_tokens, length])] if rng.random() < 0.5 else prompt_of(
             num_tokens, rng.randrange(1 << 30))
         leave_s = time.monotonic() + rng.expovariate(1.0) if rng.random() < ABORT_SHARE else None
         left = [False]

@@ -13,7 +13,9 @@ from longspan.bench.server import serve, soak
 from longspan.bench.server.run_ahead import PROMPT_LEN, rate_and_idle
 from longspan.bench.server.serve import ServeJob, longest_pause_s, run
 from longspan.bench.server.server import Server, Usage, lag_quantile_s, quantile, running
+from longspan.config import EngineConfig
 from longspan.engine.processes.wire import ComputedSlice, Stepped
+from longspan.engine.setup.engine_plan import ResolvedEngine
 from longspan.engine.step import StepResult
 from longspan.errors import LongspanError
 from tests.doubles import write_checkpoint
@@ -76,6 +78,17 @@ def test_soak(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     found = rows_of(tmp_path)["soak"]
     assert found["finished"] > 3 and found["failed"] == 0
     assert found["fds_last_third"] > 0 and found["threads_last_third"] > 0
+    assert {"loaded_from_host", "loaded_from_disk"} <= found.keys()
+
+
+def test_a_soaks_device_holds_little(model: Path, tmp_path: Path) -> None:
+    options = serve.soak_options(job_of(model, tmp_path), 1_000, "kv")
+    gib = float(options[options.index("--memory-gib") + 1])
+    engine = ResolvedEngine.resolve(EngineConfig(
+        model=str(model), device="cpu", memory_gib=gib, max_model_len=1_000 + serve.ROOM,
+        prefill_chunk_len=serve.SOAK_CHUNK_LEN, max_num_requests=serve.SOAK_REQUESTS))
+    num_tokens = engine.memory.num_blocks * engine.config.block_size
+    assert 1_000 + serve.ROOM <= num_tokens < 1.5 * (1_000 + serve.ROOM)
 
 
 @pytest.mark.parametrize(("device", "lengths"), [("cpu", [1000]), ("cuda", [])])
@@ -85,6 +98,7 @@ def test_a_pool_that_takes_its_memory_at_once_is_not_written_first(
     """A GPU's pool may hold so much that writing it takes longer than the soak."""
     written: list[int] = []
     monkeypatch.setattr(serve, "running", lambda model, options: nullcontext())
+    monkeypatch.setattr(serve, "soak_options", lambda job, length, folder: [])
     monkeypatch.setattr(serve, "write_pool", lambda server, length: written.append(length))
     monkeypatch.setattr(serve, "soak", lambda server, seconds, length: [("leaks", 0.0, "")])
     assert len(serve._soak(job_of(tmp_path, tmp_path, device=device, length=1000))) == 1
