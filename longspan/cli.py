@@ -28,6 +28,7 @@ from longspan.commands.options import (
     BudgetS,
     ChunkLen,
     Commit,
+    ContextParallel,
     Device,
     Documents,
     Dtype,
@@ -112,6 +113,7 @@ def generate(
     memory_gib: Memory = None, kv_host_gib: KvHost = 0.0, kv_dir: KvDir = None,
     kv_disk_gib: KvDisk = None, weights: Weights = "checkpoint",
     quantization: Quantization = None, threads: Threads = None,
+    cp: ContextParallel = 1,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
     json: Annotated[bool, typer.Option(
         "--json", help="Print each result as one line of JSON.")] = False,
@@ -129,7 +131,8 @@ def generate(
         "max_model_len": max_model_len, "prefill_chunk_len": prefill_chunk_len,
         "sparsity_plan": sparsity_plan, "recall": recall, "memory_gib": memory_gib,
         "weights": weights, "quantization": quantization, "kv_host_gib": kv_host_gib,
-        "kv_dir": kv_dir, "kv_disk_gib": kv_disk_gib, "num_threads": threads})
+        "kv_dir": kv_dir, "kv_disk_gib": kv_disk_gib, "num_threads": threads,
+        "context_parallel": cp})
 
 
 @app.command()
@@ -195,6 +198,7 @@ def serve(
     max_num_requests: MaxRequests = None, kv_host_gib: KvHost = 0.0, kv_dir: KvDir = None,
     kv_disk_gib: KvDisk = None, weights: Weights = "checkpoint",
     quantization: Quantization = None, threads: Threads = None,
+    cp: ContextParallel = 1,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API does, with a page to try it."""
     from longspan.serve import check_dependencies
@@ -214,7 +218,8 @@ def serve(
         "sparsity_plan": sparsity_plan, "recall": recall, "memory_gib": memory_gib,
         "weights": weights, "quantization": quantization,
         "max_num_requests": max_num_requests, "kv_host_gib": kv_host_gib, "kv_dir": kv_dir,
-        "kv_disk_gib": kv_disk_gib, "num_threads": threads, "step_budget_s": step_budget_s}))
+        "kv_disk_gib": kv_disk_gib, "num_threads": threads, "step_budget_s": step_budget_s,
+        "context_parallel": cp}))
 
 
 @bench_app.command()
@@ -279,6 +284,7 @@ def ttft(
         int | None, typer.Option(help="Tokens of a prefill chunk.")] = None,
     vertical: Vertical = None, slash: Slash = None, mode: SelectionMode = "tile",
     policy: Policy = "", memory_gib: Memory = None, quantization: Quantization = None,
+    cp: Annotated[str, typer.Option(help="GPUs that share the prompt: 1, or 1,2.")] = "1",
     device: Device = None, commit: Commit = None, budget_s: BudgetS = None,
     out: Results = Path("bench/results"),
 ) -> None:
@@ -291,7 +297,7 @@ def ttft(
     options = TtftOptions(
         lengths=parse_list(lengths, int, "--lengths"), layers=layers, chunk_len=chunk_len,
         attention=parse_list(attention, str, "--attention"), memory_gib=memory_gib,
-        quantization=quantization)
+        quantization=quantization, ranks=parse_list(cp, int, "--cp"))
     session = BenchSession("ttft", BenchOptions.make(device, out, commit, budget_s))
     _exit(run(session, Shape.make(shape, plan), options))
 

@@ -39,6 +39,13 @@ class RequestFailedError(LongspanError):
     http_status = 500
 
 
+class RankLostError(LongspanError):
+    """One of the processes that compute together is gone or stands still, and with it the engine.
+    Nothing that was asked for was wrong: commands end with status 1."""
+
+    http_status = 500
+
+
 class CheckpointError(LongspanError):
     """A checkpoint cannot be read: missing, truncated, corrupt or of unknown architecture."""
 

@@ -81,9 +81,12 @@ ALLOWED_OURS: dict[str, tuple[str, ...]] = {
         "longspan.model", "longspan.attention", "longspan.ops", *BASE),
     "longspan.engine.processes": (
         "longspan.engine.control", "longspan.engine.text", *WORDS, *BASE),
+    "longspan.engine.ranks": ("longspan.engine.control", "longspan.engine.processes", *WORDS,
+                              *BASE),
     "longspan.engine.setup": (
-        "longspan.engine.control", "longspan.engine.device", "longspan.engine.processes", *WORDS,
-        "longspan.model", "longspan.attention", *BASE),
+        "longspan.engine.control", "longspan.engine.device", "longspan.engine.processes",
+        "longspan.engine.ranks", *WORDS, "longspan.model", "longspan.attention",
+        "longspan.ops.types", *BASE),
     "longspan.engine.front": (
         "longspan.engine.control", "longspan.engine.processes", "longspan.engine.setup",
         "longspan.engine.text", *WORDS, *BASE),
@@ -121,7 +124,7 @@ ALLOWED_OTHERS: dict[str, tuple[str, ...]] = {
 # Rooms that load no torch, but for `LLM`, which computes in its own process.
 TORCH_FREE = ("longspan.data", "longspan.documents", "longspan.files", "longspan.serve",
               "longspan.engine.control", "longspan.engine.text", "longspan.engine.processes",
-              "longspan.engine.front", *WORDS)
+              "longspan.engine.ranks", "longspan.engine.front", *WORDS)
 COMPUTES = ("longspan.engine.front.llm",)
 NO_DOCUMENT = re.compile(r"\b(DESIGN|HOUSE)\b|\b[Ss]pec: |\b[Ii]ssue #?\d|\bdecision \d")
 DOTTED = re.compile(r"`(longspan(?:\.\w+)+)`")

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from longspan import ops
-from longspan.attention.metadata import AttentionMetadata, DecodeGroup, PrefillSlice
+from longspan.attention.metadata import AttentionMetadata, DecodeGroup, PrefillPart, PrefillSlice
 from longspan.attention.observer import UNWATCHED, AttendedRows, AttentionObserver, Region
+from longspan.attention.ranks import HeadPart
+from longspan.attention.shared_selection import Found, budget_of, select_together
 from longspan.attention.sparsity import SparsityPlan
 from longspan.ops.geometry import segments
-from longspan.ops.select.recall import num_typical
 from longspan.ops.types import PagedKV, QueryRotary, Selection
 
 Selector = Callable[..., Selection]
@@ -39,15 +40,6 @@ def allocate_cache(
     of_tiles = (torch.empty(num_blocks, num_kv_heads, head_dim, dtype=dtype, device=device)
                 for _ in range(2))
     return PagedKV(k, v, *of_tiles)
-
-
-class PrefillPart(NamedTuple):
-    """Positions start ... stop - 1 of one prefill slice, whose queries attend alike."""
-
-    start: int
-    stop: int
-    selection: Selection | None
-    """None: to everything."""
 
 
 class DualChunkAttention:
@@ -86,27 +78,48 @@ class DualChunkAttention:
     ) -> Tensor:
         """Attend. q: [T, H, D], k, v: [T, K, D], none rotated. Returns [T, H, D]."""
         self.store(k, v, cache, metadata)
-        outs = [self._prefill(q[item.start : item.start + item.query_len], cache, item)
+        metadata = metadata.output or metadata
+        outs = [self._prefill(q[item.start : item.start + item.num_rows], cache, item)
                 for item in metadata.prefills]
         if metadata.decode is not None:
             outs.append(self._decode(q[metadata.decode.start :], cache, metadata.decode))
         return _joined(outs) if outs else q
 
     def store(self, k: Tensor, v: Tensor, cache: PagedKV, metadata: AttentionMetadata) -> None:
-        """Rotate the step's keys and write them and the values. k, v: [T, K, D]."""
+        """Rotate the step's keys and write them and the values. k, v: [S, K, D], in the order of
+        its slots."""
         ops.store_kv(cache, k, v, metadata.positions, metadata.slot_mapping,
                      metadata.filled_blocks, self.rotary)
 
     def prepare(self, q: Tensor, cache: PagedKV, item: PrefillSlice) -> list[PrefillPart]:
-        """Select keys for one slice, whose own are stored. q: [T, H, D], all of its queries."""
+        """Select keys for one slice, whose own are stored. q: [T, H, D], its rows here."""
+        self.causal_pairs += self.num_heads * item.num_pairs
         first, stop = self._sparse_range(item, cache.k.shape[1])
         if first >= stop:
             return [PrefillPart(item.cached_len, item.context_len, None)]
-        sparse = [PrefillPart(start, end, self._select(q, cache, item, start, end))
-                  for start, end in segments(first, stop, self.rotary.stride)]
+        assert self.budget is not None
+        select: Callable[..., Found] = self._select
+        if item.share is not None and item.share.is_split:
+            q = item.share.to_heads(q, self.num_kv_heads)
+            select = partial(select_together, self._select, self.budget)
+        sparse = []
+        for start, end in segments(first, stop, self.rotary.stride):
+            rows, count = q[start - item.cached_len : end - item.cached_len], end - start
+            selection, recall = select(rows, cache, item, start)
+            item.add_recall(recall, count, self.layer_idx)
+            sparse.append(PrefillPart(start, end, selection))
         parts = [PrefillPart(item.cached_len, first, None), *sparse,
                  PrefillPart(stop, item.context_len, None)]
         return [part for part in parts if part.start < part.stop]
+
+    def attend_rows(
+        self, q: Tensor, cache: PagedKV, item: PrefillSlice, parts: Sequence[PrefillPart],
+        first: int = 0,
+    ) -> Tensor:
+        """Attend with some of the slice's rows here, from its row ``first`` on: see `attend`."""
+        outs = [self.attend(q[rows], cache, item, parts, start)
+                for rows, start in item.runs(first, q.shape[0])]
+        return _joined(outs) if outs else q
 
     def attend(
         self, q: Tensor, cache: PagedKV, item: PrefillSlice, parts: Sequence[PrefillPart],
@@ -132,7 +145,7 @@ class DualChunkAttention:
         return out
 
     def _prefill(self, q: Tensor, cache: PagedKV, item: PrefillSlice) -> Tensor:
-        return self.attend(q, cache, item, self.prepare(q, cache, item), item.cached_len)
+        return self.attend_rows(q, cache, item, self.prepare(q, cache, item))
 
     def _sparse_range(self, item: PrefillSlice, block_size: int) -> tuple[int, int]:
         """Return the positions [first, stop) computed sparsely: in tile mode whole tiles, and none
@@ -146,7 +159,7 @@ class DualChunkAttention:
         return -(-first // block_size) * block_size, stop // block_size * block_size
 
     def _dense(self, q: Tensor, cache: PagedKV, item: PrefillSlice, start: int) -> Tensor:
-        self._count(q, start, None)
+        self._count(item, self.num_heads * q.shape[0] * (start + (q.shape[0] + 1) / 2))
         with self._region("dense"):
             out, lse = ops.prefill_attention(
                 q, cache, item.block_table, start, self.rotary, item.scale)
@@ -154,18 +167,19 @@ class DualChunkAttention:
         return out
 
     def _select(
-        self, q: Tensor, cache: PagedKV, item: PrefillSlice, start: int, stop: int,
-    ) -> Selection:
-        assert self.budget is not None
-        rows = q[start - item.cached_len : stop - item.cached_len]
-        args = rows, cache, item.block_table, start, self.rotary, item.scale
+        self, q: Tensor, cache: PagedKV, item: PrefillSlice, start: int,
+        part: HeadPart | None = None,
+    ) -> Found:
+        """Select for consecutive queries from ``start`` on, and measure the recall where this layer
+        does: [H, R]. With a ``part``, q and the cache are of those heads only."""
+        budget = budget_of(self.budget, part)
+        args = q, cache, item.block_table, start, self.rotary, item.scale
         with self._region("selection"):
-            selection = (self.selector or ops.select_vertical_slash)(*args, self.budget)
+            selection = (self.selector or ops.select_vertical_slash)(*args, budget)
             if (selection.aligned and item.recall is not None
                     and self.layer_idx % RECALL_LAYERS == 0):
-                item.recall.add(ops.measure_recall(*args, selection), num_typical(stop - start),
-                                stop - start, self.layer_idx)
-        return selection
+                return selection, ops.measure_recall(*args, selection)
+        return selection, None
 
     def _sparse(
         self, q: Tensor, cache: PagedKV, item: PrefillSlice, start: int, selection: Selection,
@@ -175,7 +189,7 @@ class DualChunkAttention:
             out, lse, kept = ops.sparse_prefill_attention(
                 q, cache, item.block_table, start, self.rotary, item.scale, selection,
                 self.plan.mean_correction)
-        self._count(q, start, kept)
+        self._count(item, kept)
         self._tell(q, cache, item, start, selection, lse)
         return out
 
@@ -192,11 +206,9 @@ class DualChunkAttention:
                 rotary=self.rotary, selection=selection, lse=lse,
                 correction=self.plan is not None and self.plan.mean_correction))
 
-    def _count(self, q: Tensor, start: int, kept: Tensor | None) -> None:
-        num_queries = q.shape[0]
-        pairs = self.num_heads * num_queries * (start + (num_queries + 1) / 2)
-        self.causal_pairs += pairs
-        self.kept_pairs = self.kept_pairs + (pairs if kept is None else kept)
+    def _count(self, item: PrefillSlice, kept: Tensor | float) -> None:
+        if item.share is None or item.share.counts:
+            self.kept_pairs = self.kept_pairs + kept
 
 
 def _joined(outs: list[Tensor]) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -12,10 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from longspan.attention.division import Division, SharedSlice, divide
+from longspan.attention.ranks import Range, RowShare, RowSharing
 from longspan.attention.recall import RecallMeter
 from longspan.attention.rope import yarn_temperature
 from longspan.attention.upload import upload
 from longspan.config import DcaConfig
+from longspan.ops.select.recall import num_typical
+from longspan.ops.types import Selection
 
 _NO_BLOCKS = np.empty(0, dtype=np.int64)
 
@@ -38,11 +43,59 @@ class PrefillSlice:
     sparse: bool
     recall: RecallMeter | None = None
     """Takes what the layers measure, where the slice is sparse."""
+    share: RowShare | None = None
+    """Which rows are computed here, and by whom the others; None: there is one rank."""
+
+    @property
+    def ranges(self) -> tuple[Range, ...]:
+        """Positions of the slice's rows that are computed here, in their packed order."""
+        return ((self.cached_len, self.context_len),) if self.share is None else self.share.own
+
+    @property
+    def num_rows(self) -> int:
+        """Packed rows of the slice here."""
+        return sum(stop - start for start, stop in self.ranges)
+
+    @property
+    def num_pairs(self) -> float:
+        """Count the (query, key) pairs of one head, on all ranks."""
+        return self.query_len * (self.cached_len + (self.query_len + 1) / 2)
+
+    def add_recall(self, recall: Tensor | None, num_queries: int, layer_idx: int) -> None:
+        """Note the recall of one segment in one layer, where it is measured."""
+        if recall is not None and self.recall is not None:
+            self.recall.add(recall, num_typical(num_queries), num_queries, layer_idx)
+
+    def runs(self, first: int, count: int) -> Iterator[tuple[slice, int]]:
+        """List the runs of consecutive positions among ``count`` of the rows here from row
+        ``first`` on: the rows of each, counted from ``first``, and its first position."""
+        before = 0
+        for start, stop in self.ranges:
+            low, high = (max(0, min(row - before, stop - start)) for row in (first, first + count))
+            if low < high:
+                yield slice(before + low - first, before + high - first), start + low
+            before += stop - start
+
+    def local_cuts(self, cuts: Sequence[int]) -> list[int]:
+        """Return the cuts of the rows here, counted from the first, for cuts of the whole slice in
+        positions: as many pieces."""
+        if self.share is None or not self.share.is_split:
+            return [cut - self.cached_len for cut in cuts]
+        return self.share.local_cuts(len(cuts) - 1)
 
     @property
     def context_len(self) -> int:
         """Tokens that the slice's last query may attend to."""
         return self.cached_len + self.query_len
+
+
+class PrefillPart(NamedTuple):
+    """Positions start ... stop - 1 of one prefill slice, whose queries attend alike."""
+
+    start: int
+    stop: int
+    selection: Selection | None
+    """None: to everything."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,9 +116,9 @@ class AttentionMetadata:
     """One step: packed prefill slices, then the decode rows."""
 
     positions: Tensor
-    """[T] int64 true positions."""
+    """[T] int64 true positions; with a ``division`` of the keys in the order of arrival."""
     slot_mapping: Tensor
-    """[T] int64: block_id * P + offset, the place of each new token in the KV cache."""
+    """[T] int64: block_id * P + offset, the place of each new token in the KV cache. -1: none."""
     filled_blocks: Tensor
     """[n] int64, KV blocks whose last slot is among them; their tile means are due. -1: none."""
     prefills: tuple[PrefillSlice, ...]
@@ -75,6 +128,14 @@ class AttentionMetadata:
     output: AttentionMetadata | None = None
     """The last layer's view where ``output_rows`` is set: all T tokens are written to the KV cache,
     only the n rows are queries. Nothing after the last layer reads the others."""
+    division: Division | None = None
+    """How the rows are divided among ranks; None: every rank has all of them."""
+
+    def outputs(self, hidden: Tensor) -> Tensor:
+        """Return the wanted rows of [T, M] hidden states, [n, M]."""
+        if self.division is not None:
+            return self.division.outputs(hidden)
+        return hidden if self.output_rows is None else hidden[self.output_rows]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +150,8 @@ class SequenceSlice:
     sparse: bool = False
     num_outputs: int | None = None
     """How many of the last tokens need hidden states after the last layer; None: all."""
+    may_split: bool = False
+    """Ranks may divide its rows; at most one of them is an output."""
 
     @property
     def is_decode(self) -> bool:
@@ -103,23 +166,47 @@ def build_metadata(
     head_dim: int,
     dca: DcaConfig | None,
     device: torch.device | str,
+    sharing: RowSharing | None = None,
 ) -> AttentionMetadata:
     """Turn lengths and block ids into tensors, sent to the device by one copy without waiting.
 
     Args:
         slices: prefill slices first, then decodes (asserted).
         dca: gives the YaRN temperature's trained length; None: temperature 1.
+        sharing: how ranks divide slices among themselves; None: there is one rank.
 
     The temperature of a request is that of its longest length so far, ``max(prompt_len,
     context_len)``: every prefill chunk of a prompt shares it (paper section 5, report eq. 1).
     """
     tokens = _tokens(slices, block_size)
-    args = (block_size, head_dim, dca)
+    make = partial(_metadata, block_size=block_size, head_dim=head_dim, dca=dca)
+    shares = _shares(slices, sharing)
+    if sharing is not None and any(share is not None and share.is_split for share in shares):
+        division, order = divide(sharing.group, [
+            SharedSlice(share, item.cached_len, item.query_len,
+                        item.query_len if item.num_outputs is None else item.num_outputs)
+            for item, share in zip(slices, shares, strict=True)])
+        rows, narrow = _output_rows(slices)
+        return upload(replace(
+            make(tokens.ordered(order), slices, shares), output_rows=rows, division=division,
+            output=make(tokens, narrow, _shares(narrow, sharing, may_split=False))), device)
     if all(item.num_outputs in (None, item.query_len) for item in slices):
-        return upload(_metadata(tokens, slices, *args), device)
+        return upload(make(tokens, slices, shares), device)
     rows, narrow = _output_rows(slices)
-    return upload(replace(_metadata(tokens, slices, *args), output_rows=rows,
-                          output=_metadata(tokens, narrow, *args)), device)
+    return upload(replace(
+        make(tokens, slices, shares), output_rows=rows,
+        output=make(tokens, narrow, _shares(narrow, sharing, may_split=False))), device)
+
+
+def _shares(
+    slices: Sequence[SequenceSlice], sharing: RowSharing | None, *, may_split: bool = True,
+) -> list[RowShare | None]:
+    """Share the prefill slices out."""
+    return [
+        None if sharing is None or item.is_decode else sharing.share(
+            item.cached_len, item.cached_len + item.query_len,
+            may_split=may_split and item.may_split)
+        for item in slices]
 
 
 class _Tokens(NamedTuple):
@@ -128,6 +215,14 @@ class _Tokens(NamedTuple):
     positions: Tensor
     slot_mapping: Tensor
     filled_blocks: Tensor
+
+    def ordered(self, order: NDArray[np.int64]) -> _Tokens:
+        """Return them as a division orders them; -1 is a row that is not stored."""
+        rows = torch.from_numpy(order)
+        places = rows.clamp_min(0)
+        return self._replace(
+            positions=self.positions[places],
+            slot_mapping=self.slot_mapping[places].masked_fill(rows < 0, -1))
 
 
 def _tokens(slices: Sequence[SequenceSlice], block_size: int) -> _Tokens:
@@ -151,13 +246,14 @@ def _tokens(slices: Sequence[SequenceSlice], block_size: int) -> _Tokens:
 
 
 def _metadata(
-    tokens: _Tokens, slices: Sequence[SequenceSlice], block_size: int, head_dim: int,
-    dca: DcaConfig | None,
+    tokens: _Tokens, slices: Sequence[SequenceSlice], shares: Sequence[RowShare | None], *,
+    block_size: int, head_dim: int, dca: DcaConfig | None,
 ) -> AttentionMetadata:
     prefills: list[PrefillSlice] = []
     decodes: list[SequenceSlice] = []
     start = 0
-    for item in slices:
+    for item, share in zip(slices, shares, strict=True):
+        count = item.query_len
         if item.is_decode:
             decodes.append(item)
         else:
@@ -168,9 +264,10 @@ def _metadata(
                 prompt_len=item.prompt_len,
                 block_table=torch.from_numpy(_table(item, context_len, block_size)),
                 scale=softmax_scale(head_dim, max(context_len, item.prompt_len), dca),
-                sparse=item.sparse, recall=RecallMeter() if item.sparse else None,
+                sparse=item.sparse, recall=RecallMeter() if item.sparse else None, share=share,
             ))
-        start += item.query_len
+            count = prefills[-1].num_rows
+        start += count
     return AttentionMetadata(
         **tokens._asdict(), prefills=tuple(prefills),
         decode=_decode_group(decodes, start - len(decodes), block_size, head_dim, dca))

@@ -31,6 +31,8 @@ KvHost = Annotated[float, typer.Option(help="Host memory for KV without room in 
 KvDir = Annotated[str | None, typer.Option(help="Directory that keeps KV across restarts.")]
 KvDisk = Annotated[float | None, typer.Option(
     help="Most that it may take, GiB; default: half of what is free there.")]
+ContextParallel = Annotated[int, typer.Option(
+    "--cp", help="GPUs of this machine that share each prompt; processes on CPUs.")]
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest prompt and answer, tokens.")]
 
 

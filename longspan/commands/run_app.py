@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from longspan.errors import LongspanError
+from longspan.errors import LongspanError, RankLostError
 
 # typer re-exports only the leaves of its usage errors.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -27,7 +27,8 @@ def run_app(commands: typer.Typer, arguments: Sequence[str], program: str) -> in
         # Without standalone mode errors come here instead of being printed as panels.
         status: Any = commands(list(arguments) or ["--help"], standalone_mode=False)
     except LongspanError as error:
-        return _fail(str(error))
+        _fail(str(error))
+        return 1 if isinstance(error, RankLostError) else 2
     except UsageError as error:
         return _fail(f"{_usage_message(error)}; see {program} --help")
     except KeyboardInterrupt:

@@ -66,27 +66,46 @@ class Attention(nn.Module):
             head_dim=config.head_dim, rotary=rotary, plan=plan,
         )
 
-    def forward(self, x: Activations, metadata: AttentionMetadata, cache: PagedKV) -> Tensor:
+    def forward(
+        self, x: Activations, metadata: AttentionMetadata, cache: PagedKV,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
         """x: [T, M] normed hidden states, rounded as `group_of` says. Writes the tokens' keys and
         values to `cache`.
 
-        Returns [T, M], or [n, M] for the n rows that ``metadata.output_rows`` names.
+        Returns [T, M], or [n, M] for the n rows in ``wanted``, [n, M], if those alone attend.
         """
-        q, k, v = self.project(x, metadata.output_rows)
-        return self.o_proj(
-            self.core(q, k, v, cache, metadata.output or metadata).flatten(1))
+        q, k, v = self.project(x, metadata, wanted)
+        return self.o_proj(self.core(q, k, v, cache, metadata).flatten(1))
 
     def group_of(self, x: Tensor, rows: Tensor | None) -> int | None:
         """See `Linear.group_of`; rows that are chosen are plain."""
         return self.qkv_proj.group_of(x) if rows is None else None
 
-    def project(self, x: Activations, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """x: [T, M]. Returns q: [T, H, D], or [n, H, D] of n rows, and k, v: [T, K, D], not
-        rotated."""
-        q, k, v = self._merged(x, rows)
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return (q if self.query_factor == 1 else q * self.query_factor), k, v
+    def project(
+        self, x: Activations, metadata: AttentionMetadata, wanted: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x: [T, M]. Returns q: [T, H, D], or [n, H, D] of the n wanted rows, and k, v: [S, K, D],
+        not rotated, of all ranks' rows if there are several (S = T with one)."""
+        heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
+        division = metadata.division
+        if wanted is None and (division is None or not isinstance(x, Tensor)):
+            q, k, v = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).split(heads, dim=1)
+            k = self.k_norm(k) if self.qk_norm else k
+            return self._query(q), *((k, v) if division is None else division.begin(k, v)())
+        assert isinstance(x, Tensor)
+        split = self.num_heads * self.head_dim
+        kv = self.qkv_proj.part(x, slice(split, None)).unflatten(-1, (-1, self.head_dim))
+        k, v = kv.split(heads[1:], dim=1)
+        k = self.k_norm(k) if self.qk_norm else k
+        arrive = None if division is None else division.begin(k, v)  # while queries are projected
+        q = self.qkv_proj.part(x if wanted is None else wanted, slice(None, split))
+        q = self._query(q.unflatten(-1, (-1, self.head_dim)))
+        return q, *((k, v) if arrive is None else arrive())
+
+    def _query(self, q: Tensor) -> Tensor:
+        q = self.q_norm(q) if self.qk_norm else q
+        return q if self.query_factor == 1 else q * self.query_factor
 
     def weight_targets(self) -> dict[str, Target]:
         """Return targets as `CausalLM.weight_targets`: the merged projection is stored as three."""
@@ -95,18 +114,6 @@ class Attention(nn.Module):
         if self.qk_norm:
             targets |= {**self.q_norm.targets("q_norm"), **self.k_norm.targets("k_norm")}
         return targets
-
-    def _merged(self, x: Activations, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """q: [T or n, H, D]; k, v: [T, K, D]."""
-        heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
-        if rows is None:
-            merged = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
-            return merged.split(heads, dim=1)
-        assert isinstance(x, Tensor)
-        split = self.num_heads * self.head_dim
-        q = self.qkv_proj.part(x[rows], slice(None, split))
-        kv = self.qkv_proj.part(x, slice(split, None)).unflatten(-1, (-1, self.head_dim))
-        return (q.unflatten(-1, (-1, self.head_dim)), *kv.split(heads[1:], dim=1))
 
 
 class DecoderLayer(nn.Module):
@@ -136,9 +143,13 @@ class DecoderLayer(nn.Module):
         """hidden: [T, M] residual stream, changed in place and returned; where the output is
         narrowed, its rows in a new tensor."""
         group = self.self_attn.group_of(hidden, metadata.output_rows)
-        attended = self.self_attn(self.input_layernorm.rounded(hidden, group), metadata, cache)
-        hidden = hidden if metadata.output_rows is None else hidden[metadata.output_rows]
-        self.finish(hidden, attended)
+        x, wanted = self.input_layernorm.rounded(hidden, group), None
+        if metadata.output_rows is not None:
+            hidden = metadata.outputs(hidden)
+            assert isinstance(x, Tensor)
+            wanted = x[metadata.output_rows] if metadata.division is None else (
+                self.input_layernorm(hidden))
+        self.finish(hidden, self.self_attn(x, metadata, cache, wanted))
         return hidden
 
     def forward_in_pieces(
@@ -152,18 +163,19 @@ class DecoderLayer(nn.Module):
         (item,) = metadata.prefills
         attention = self.self_attn
         normed = self.input_layernorm.rounded(hidden, attention.group_of(hidden, None))
-        q, k, v = attention.project(normed, None)
+        q, k, v = attention.project(normed, metadata)
         del normed
         attention.core.store(k, v, cache, metadata)
         del k, v
         yield
         parts = attention.core.prepare(q, cache, item)
-        for start, stop in pairwise(cuts):
+        for start, stop in pairwise(item.local_cuts(cuts)):
             yield
-            rows = slice(start - item.cached_len, stop - item.cached_len)
-            attended = attention.core.attend(q[rows], cache, item, parts, start)
-            self.finish(hidden[rows], attention.o_proj(attended.flatten(1)))
-            del attended
+            if start < stop:
+                attended = attention.core.attend_rows(
+                    q[start:stop], cache, item, parts, start)
+                self.finish(hidden[start:stop], attention.o_proj(attended.flatten(1)))
+                del attended
 
     def finish(self, hidden: Tensor, attended: Tensor) -> None:
         """Compute what follows attention. hidden: [T, M], changed in place; attended: [T, M]."""

@@ -34,7 +34,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
     resolved = ResolvedEngine.resolve(EngineConfig(
         model=str(path), device="cuda", block_size=BLOCK, prefill_chunk_len=64, memory_gib=2.0,
         max_model_len=1024))
-    runner = resolved.load_runner()
+    runner = resolved.load_alone()
     runner.record_graphs()
     yield runner
     runner.close()

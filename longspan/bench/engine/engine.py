@@ -16,9 +16,11 @@ import torch
 
 from longspan.bench.shapes import Shape
 from longspan.config import EngineConfig, Quantization
-from longspan.engine.device.memory import device_memory
+from longspan.engine.device.memory import DeviceMemory, device_memory
 from longspan.engine.device.runner import Runner
 from longspan.engine.setup.engine_plan import ResolvedEngine
+from longspan.engine.setup.group import group_memory, open_group
+from longspan.engine.setup.lead_runner import LeadRunner
 from longspan.engine.step import RowSampling, ScheduledBatch, ScheduledSlice
 from longspan.units import DTYPE_BYTES, GIB, default_dtype
 from longspan.weight_form import PLAIN_FORMS, WeightForms
@@ -44,28 +46,36 @@ class EngineSizes:
     """As `EngineConfig.quantization`."""
     places: Mapping[str, Any] = field(default_factory=dict)
     """``kv_host_gib``, ``kv_dir`` and ``kv_disk_gib`` of the engine."""
+    ranks: int = 1
+    """Ranks that share prompts; the pool's sizes are each one's."""
 
 
 class ShapeEngine(NamedTuple):
     """A shape's engine, and what computes its steps."""
 
     plan: ResolvedEngine
-    runner: Runner
+    runner: Runner | LeadRunner
 
 
-def plan_engine(shape: Shape, device: str, sizes: EngineSizes) -> ResolvedEngine:
+def plan_engine(
+    shape: Shape, device: str, sizes: EngineSizes, memory: DeviceMemory | None = None,
+) -> ResolvedEngine:
     """Decide what an engine for this shape decides, with a pool of these sizes. Raises
-    `NotEnoughMemoryError`."""
+    `NotEnoughMemoryError`.
+
+    Args:
+        memory: what every rank has; None: this process's.
+    """
     free_memory(device)
-    free_gib = USABLE_SHARE * device_memory(device).free_bytes / GIB
+    free_gib = USABLE_SHARE * (memory or device_memory(device)).free_bytes / GIB
     needed = ResolvedEngine.of(
         shape.model, EngineConfig(
             model=shape.name, weights="random", device=device, attention="sparse",
             max_model_len=max(sizes.max_model_len, sizes.num_tokens),
             prefill_chunk_len=sizes.chunk_len, max_num_requests=sizes.max_num_requests,
-            memory_gib=sizes.memory_gib or free_gib,
+            memory_gib=sizes.memory_gib or free_gib, context_parallel=sizes.ranks,
             quantization=cast(Quantization | None, sizes.quantization), **sizes.places),
-        path=Path(shape.name), plan=shape.plan)
+        path=Path(shape.name), plan=shape.plan, device=memory)
     num_blocks = -(-sizes.num_tokens // needed.config.block_size)
     return replace(
         needed, config=replace(needed.config, max_model_len=sizes.max_model_len),
@@ -76,8 +86,16 @@ def plan_engine(shape: Shape, device: str, sizes: EngineSizes) -> ResolvedEngine
 @contextmanager
 def open_engine(shape: Shape, device: str, sizes: EngineSizes) -> Iterator[ShapeEngine]:
     """Open the engine, its KV cache full of random numbers; frees it afterwards."""
-    plan = plan_engine(shape, device, sizes)
-    runner = plan.load_runner()
+    free_memory(device)
+    config, hub = open_group(EngineConfig(
+        model=shape.name, weights="random", device=device, context_parallel=sizes.ranks))
+    try:
+        plan = plan_engine(shape, config.device or device, sizes, group_memory(hub))
+    except BaseException:
+        if hub is not None:
+            hub.close()
+        raise
+    runner = plan.load_runner(hub)
     try:
         for cache in runner.caches:
             for part in cache:

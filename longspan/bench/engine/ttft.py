@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 from longspan.bench.engine.engine import (
@@ -48,6 +49,8 @@ class TtftOptions:
     chunk_len: int | None
     memory_gib: float | None
     quantization: str | None = None
+    ranks: tuple[int, ...] = (1,)
+    """Ranks that share the prompt, for one measurement after the other."""
 
     def __post_init__(self) -> None:
         for name in self.attention:
@@ -64,14 +67,14 @@ def run(session: BenchSession, shape: Shape, options: TtftOptions) -> int:
     checked: set[str] = set()
     for length in options.lengths:
         chunk_len = _chunk_len(cut, session.device, options, length)
-        for attention in options.attention:
+        for attention, ranks in product(options.attention, options.ranks):
             key = {"shape": shape.name, "num_tokens": length, "attention": attention,
                    "plan": shape.plan_label if attention == "sparse" else None,
-                   "layers": cut.model.num_layers, "gpus": 1, "chunk_len": chunk_len,
+                   "layers": cut.model.num_layers, "gpus": ranks, "chunk_len": chunk_len,
                    **quantization_key(options.quantization)}
             session.attempt(key, partial(
-                _measure, session, cut, options, checked, length, attention,
-                shape.model.num_layers))
+                _measure, session, cut, replace(options, ranks=(ranks,)), checked, length,
+                attention, shape.model.num_layers))
     show(session.rows)
     return session.finish()
 
@@ -87,7 +90,7 @@ def _chunk_len(shape: Shape, device: str, options: TtftOptions, length: int) -> 
 def _sizes(options: TtftOptions, length: int) -> EngineSizes:
     return EngineSizes(max_model_len=length + 1, num_tokens=length + 1,
                        chunk_len=options.chunk_len, memory_gib=options.memory_gib,
-                       quantization=options.quantization)
+                       quantization=options.quantization, ranks=options.ranks[0])
 
 
 def _measure(
@@ -109,6 +112,8 @@ def _measure(
             ttft_s, density = prefill(engine, length, device, sparse=is_sparse)
         peak_bytes = engine.runner.peak_memory_bytes()
     share = shares(regions.totals_ms(), ttft_s)
+    if options.ranks[0] > 1:
+        del share[LINEAR]  # other threads' products are not seen; they are in the rest
     scaled_s = scaled(ttft_s, share, shape.model.num_layers, total_layers)
     return {"ttft_s": rounded(ttft_s, 5), "ttft_scaled_s": rounded(scaled_s, 5),
             "total_layers": total_layers, "density": rounded(density, 4),
@@ -182,10 +187,10 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print times and shares as a table on stdout."""
     names = (LINEAR, "selection", "attention", "rest")
     show_table("time to first token", (
-        "shape", "tokens", "attention", "layers", "measured", "all layers", "density", "GiB",
-        *names), [
-        (shape_label(row), f"{row['num_tokens']:,}", row["attention"],
+        "shape", "tokens", "attention", "GPUs", "layers", "measured", "all layers", "density",
+        "GiB", *names), [
+        (shape_label(row), f"{row['num_tokens']:,}", row["attention"], str(row["gpus"]),
          f"{row['layers']}/{row['total_layers']}", seconds(row["ttft_s"]),
          seconds(row["ttft_scaled_s"]), percent(row["density"]), f"{row['peak_memory_gib']:.1f}",
-         *(percent(row["share"][name]) for name in names))
+         *(percent(row["share"].get(name)) for name in names))
         for row in rows if "error" not in row])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from longspan.attention.metadata import AttentionMetadata, SequenceSlice, build_metadata
+from longspan.attention.ranks import RowSharing
 from longspan.attention.recall import RecallMeter
 from longspan.attention.upload import upload
 from longspan.config import DcaConfig
@@ -48,6 +49,7 @@ class DeviceBatch:
 def build_batch(
     batch: ScheduledBatch, *, block_size: int, head_dim: int, dca: DcaConfig | None,
     device: torch.device | str, last_tokens: Tensor | None = None,
+    sharing: RowSharing | None = None,
 ) -> DeviceBatch:
     """Pack the slices' tokens one after the other and describe them. Never waits for the device.
     Slices in pieces are computed apart; only their sampling is part of the batch.
@@ -55,16 +57,21 @@ def build_batch(
     Args:
         last_tokens: [num slots] int64 on the device, the token that each slot sampled last: the
             input of slices that run ahead of the host.
+        sharing: how ranks divide the rows of prefill slices; None: there is one rank.
     """
     together = [item for item in batch.slices if item.pieces is None]
     metadata = build_metadata(
         [_sequence_slice(item) for item in together], block_size=block_size,
-        head_dim=head_dim, dca=dca, device="cpu")
+        head_dim=head_dim, dca=dca, device="cpu", sharing=sharing)
     packed, ahead = array("i"), list[tuple[int, int]]()  # (row, slot)
-    for item in together:
+    for index, item in enumerate(together):
         if item.is_run_ahead:
             ahead.append((len(packed), item.slot))
-        packed.extend(item.token_ids or (0,))
+        if index < len(metadata.prefills) and sharing is not None:
+            for start, stop in metadata.prefills[index].ranges:
+                packed.extend(item.token_ids[start - item.cached_len : stop - item.cached_len])
+        else:
+            packed.extend(item.token_ids or (0,))
     sampled = [item for item in batch.slices if item.sampling is not None]
     here = DeviceBatch(
         token_ids=_as_tensor(packed), metadata=metadata,
@@ -105,7 +112,8 @@ def num_outputs(item: ScheduledSlice) -> int:
 def _sequence_slice(item: ScheduledSlice) -> SequenceSlice:
     return SequenceSlice(
         query_len=item.query_len, cached_len=item.cached_len, prompt_len=item.prompt_len,
-        block_ids=item.block_ids, sparse=item.sparse, num_outputs=num_outputs(item))
+        block_ids=item.block_ids, sparse=item.sparse, num_outputs=num_outputs(item),
+        may_split=item.scored is None)
 
 
 def _sampling_rows(items: Sequence[ScheduledSlice]) -> SamplingRows:

@@ -18,6 +18,7 @@ from torch import Tensor
 from longspan.attention.layer import Selector, allocate_cache
 from longspan.attention.metadata import AttentionMetadata
 from longspan.attention.observer import AttentionObserver
+from longspan.attention.ranks import RankGroup, RowSharing, row_unit
 from longspan.attention.recall import RecallSums
 from longspan.attention.rope import build_rotary
 from longspan.attention.sparsity import SparsityPlan, needs_means
@@ -81,6 +82,7 @@ class Runner:
         link: StageLink | None = None,
     ) -> None:
         self._link = link
+        self._sharing: RowSharing | None = None
         self._stages, self._sampler = tuple(stages), sampler
         self._block_size = stages[0].caches[0].k.shape[1]
         self._head_dim, self._dca, self._device = head_dim, dca, device
@@ -151,6 +153,10 @@ class Runner:
                 self._last_tokens, max_blocks=-(-max_model_len // self._block_size),
                 block_size=self._block_size, head_dim=self._head_dim, dca=self._dca)
             self._graphs = DecodeGraphs(self._decode, state, CudaRecorder())
+
+    def use_group(self, group: RankGroup, plan: SparsityPlan | None) -> None:
+        """Share the rows of prefill slices with other ranks."""
+        self._sharing = RowSharing(group, row_unit(plan, self._block_size))
 
     def use_places(self, config: TierConfig, key: bytes, folder: KvFolder | None) -> None:
         """Keep blocks in host memory and on disk, where there are any.
@@ -296,7 +302,7 @@ class Runner:
     def _build(self, batch: ScheduledBatch) -> DeviceBatch:
         return build_batch(
             batch, block_size=self._block_size, head_dim=self._head_dim, dca=self._dca,
-            device=self._device, last_tokens=self._last_tokens)
+            device=self._device, last_tokens=self._last_tokens, sharing=self._sharing)
 
     def _advance(self, batch: ScheduledBatch) -> Tensor | None:
         """Compute the pieces of a sparse chunk, if the step has any."""
@@ -387,8 +393,10 @@ class Runner:
         pairs = [stage.model.attention_pairs() for stage in self._stages]
         for stage in self._stages:
             stage.model.reset_attention_stats()
-        return sum((kept for kept, _ in pairs), 0.0), sum(causal for _, causal in pairs)
-
+        kept = sum((kept for kept, _ in pairs), 0.0)
+        if self._sharing is not None:
+            kept = self._sharing.total(kept, self._device)
+        return kept, sum(causal for _, causal in pairs)
 
     def _take_recalls(self) -> list[tuple[str, RecallSums]]:
         """Return the recall of the sparse chunks that are complete since the last call."""

@@ -18,6 +18,7 @@ from longspan.engine.front.tracking import deliver, deliver_recalls, deliver_sco
 from longspan.engine.intake import Prompt, as_prompts
 from longspan.engine.request import Event, Progress, Request, RequestOutput, SamplingParams
 from longspan.engine.setup.engine_plan import ResolvedEngine
+from longspan.engine.setup.group import group_memory, open_group
 from longspan.engine.step import StepReport
 from longspan.engine.text.completion import Completion
 from longspan.engine.text.grammar import Grammars
@@ -53,6 +54,7 @@ class LLM:
         CheckpointError: the checkpoint is missing, incomplete or of an unknown architecture.
         NotEnoughMemoryError: it does not fit; the message says what to change.
         LongspanError: a field is out of range.
+        RankLostError: one of several ranks (``context_parallel``) is gone; also while answering.
 
     Safe to use from several threads; each step serves all of them.
     """
@@ -60,13 +62,19 @@ class LLM:
     def __init__(self, model: str, **options: Any) -> None:
         # No reader waits for single tokens here, so prefill chunks are computed whole.
         options = {"step_budget_s": math.inf, **options}
-        engine = ResolvedEngine.resolve(EngineConfig(model=str(model), **options))
+        config, hub = open_group(EngineConfig(model=str(model), **options))
+        try:
+            engine = ResolvedEngine.resolve(config, device=group_memory(hub))
+            self._runner = engine.load_runner(hub)
+        except BaseException:
+            if hub is not None:
+                hub.close()
+            raise
         self.config, self.model_config = engine.config, engine.model
         self.memory, self.sparsity_plan = engine.memory, engine.plan
         self.tokenizer = load_tokenizer(engine.path, engine.model.vocab_size)
         self._grammars = Grammars(self.tokenizer, engine.model.vocab_size)
         self._intake = engine.intake()
-        self._runner = engine.load_runner()
         self._loop = Loop(Scheduler(engine.scheduler_config()), self._runner.transport())
         self._completions: dict[str, Completion] = {}
         self._lock = threading.Lock()

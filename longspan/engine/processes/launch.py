@@ -12,8 +12,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -27,7 +25,8 @@ import zmq
 from longspan.config import EngineConfig
 from longspan.engine.processes.backend import Send, Start
 from longspan.engine.processes.child_orders import ROLES, Orders, Role, socket_address
-from longspan.engine.processes.sockets import SOCKET_REMEDY, Inbox, Outbox
+from longspan.engine.processes.sockets import Inbox, Outbox
+from longspan.engine.processes.spawning import first_line, private_directory, python_command
 from longspan.engine.processes.wire import Begin, Command, Died, FromEngine
 from longspan.errors import LongspanError
 
@@ -40,8 +39,6 @@ LAST_WORDS_S = 1.0
 """Longest wait after a child's end for the message in which it explains itself."""
 STOP_S = 2.0
 """Time that a child has to end when its lifeline is cut; then it is killed."""
-MAX_SOCKET_PATH = 90
-"""Unix sockets allow about 100 bytes."""
 
 
 def in_processes(*, max_in_flight: int = MAX_IN_FLIGHT, loader: str = LOADER) -> Start:
@@ -127,34 +124,6 @@ class Processes:
             self._post(Died(f"the {role} process {_ending(status)}"))
 
 
-def private_directory() -> str:
-    """Make a directory that only this user may enter, with a path short enough for sockets.
-
-    Raises `LongspanError` when there can be none.
-    """
-    try:
-        path = tempfile.mkdtemp(prefix="longspan-")
-        if len(path) > MAX_SOCKET_PATH - len("/scheduler"):
-            os.rmdir(path)
-            path = tempfile.mkdtemp(prefix="longspan-", dir="/tmp")
-    except OSError as error:
-        place = f" ({os.path.dirname(error.filename)})" if error.filename else ""
-        raise LongspanError(f"cannot make a directory for the engine's sockets: {error.strerror}"
-                            f"{place}; {SOCKET_REMEDY}") from None
-    return path
-
-
-def python_command(module: str, *arguments: str) -> list[str]:
-    """Build the command that runs ``main`` of a module in a fresh interpreter, which finds modules
-    where this one does.
-
-    Args:
-        arguments: the first one is a name for people who list processes.
-    """
-    code = f"import sys; sys.path[:] = {sys.path!r}; from {module} import main; main()"
-    return [sys.executable, "-c", code, *arguments]
-
-
 def _spawn(orders: Orders) -> subprocess.Popen[bytes]:
     child = subprocess.Popen(
         python_command(__name__, f"longspan-{orders.role}"), stdin=subprocess.PIPE,
@@ -181,7 +150,7 @@ def main() -> None:
     """Run a child: read its orders, then take its role until the end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    orders = msgspec.msgpack.decode(bytes.fromhex(_first_line().decode()), type=Orders)
+    orders = msgspec.msgpack.decode(bytes.fromhex(first_line().decode()), type=Orders)
     threading.Thread(target=_hang_on, args=(orders.directory,), daemon=True).start()
     if orders.role == "scheduler":
         from longspan.engine.processes.scheduler_process import run
@@ -189,14 +158,6 @@ def main() -> None:
         from longspan.engine.processes.runner_process import run
     status = run(orders)
     os._exit(status)  # threads may be waiting or computing, and nothing is left to tidy up
-
-
-def _first_line() -> bytes:
-    """Read one line unbuffered: a buffer would hide the end of the pipe, which is the lifeline."""
-    line = bytearray()
-    while (byte := os.read(0, 1)) not in (b"", b"\n"):
-        line += byte
-    return bytes(line)
 
 
 def _hang_on(directory: str) -> None:

@@ -21,8 +21,9 @@ from msgspec.structs import replace
 
 from longspan.engine.control.loop import PendingStep
 from longspan.engine.processes.backend import Engine, Loader
+from longspan.engine.processes.block_tables import BlockTableCache
 from longspan.engine.processes.child_orders import Orders
-from longspan.engine.processes.sockets import BlockTableCache, Inbox, Outbox
+from longspan.engine.processes.sockets import Inbox, Outbox
 from longspan.engine.processes.wire import Loaded, Step, Stepped, computed_slices, last_words
 from longspan.engine.step import ScheduledBatch
 

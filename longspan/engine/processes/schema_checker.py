@@ -24,7 +24,7 @@ import time
 from collections import OrderedDict
 from pathlib import Path
 
-from longspan.engine.processes.launch import python_command
+from longspan.engine.processes.spawning import python_command
 from longspan.engine.text.grammar import NUM_KEPT, Grammars
 from longspan.engine.text.tokenizer import Tokenizer
 from longspan.errors import InvalidRequestError, LongspanError, MissingDependencyError

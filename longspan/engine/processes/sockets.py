@@ -11,32 +11,29 @@ import logging
 import math
 import os
 import time
-from array import array
 from collections import deque
 from typing import Any
 
 import zmq
-from msgspec.structs import force_setattr, replace
 
+from longspan.engine.processes.block_tables import BlockTableCache
+from longspan.engine.processes.spawning import SOCKET_REMEDY
 from longspan.engine.processes.wire import (
+    MAX_FRAME_BYTES,
     BadFrameError,
     Begin,
     Codec,
     Command,
     Message,
-    Step,
     ToScheduler,
     encode,
 )
 from longspan.engine.step import ScheduledBatch, StepResult
 from longspan.errors import LongspanError
 
-MAX_FRAME_BYTES = 256 * 1024**2
-"""A prompt of a million tokens takes 4 MB, and some schemas and biases with it."""
 WATCHDOG_S, WATCHDOG_FACTOR = 120.0, 20.0
 """A runner counts as stuck when the steps in flight take longer than this time plus this many times
 their predicted time. Kernels that are compiled on their first use take a while."""
-SOCKET_REMEDY = "free some space, or name a directory that takes sockets in TMPDIR"
 LINGER_MS = 2000
 """Longest time that last words may take to leave a process, milliseconds."""
 logger = logging.getLogger("longspan.engine")
@@ -183,37 +180,3 @@ class RunnerTransport:
             logger.warning("a second Begin was dropped")
         else:
             self._commands.append(message)
-
-
-class BlockTableCache:
-    """Block tables of the requests in each slot, kept on both sides of the wire: a table of a
-    million tokens travels once, not with each token."""
-
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[str, array[int]]] = {}
-
-    def strip(self, batch: ScheduledBatch) -> Step:
-        """On the sender's side, leave out the tables that the other side has."""
-        tables: dict[str, bytes] = {}
-        for item in batch.slices:
-            known = self._known.get(item.slot)
-            if known is None or known[0] != item.request_id or len(known[1]) != len(item.block_ids):
-                table = array("i", item.block_ids)
-                self._known[item.slot] = item.request_id, table
-                tables[item.request_id] = table.tobytes()
-        slices = tuple([replace(item, block_ids=()) for item in batch.slices])
-        return Step(replace(batch, slices=slices), tables)
-
-    def restore(self, step: Step) -> ScheduledBatch:
-        """On the receiver's side, put the tables back."""
-        for item in step.batch.slices:
-            if item.request_id in step.tables:
-                table = array("i")
-                table.frombytes(step.tables[item.request_id])
-                self._known[item.slot] = item.request_id, table
-            owner, table = self._known[item.slot]
-            assert owner == item.request_id, "a slot's table is sent with its owner's first slice"
-            # The slice was just decoded, and nothing else holds it. A copy of each slice in each
-            # step would cost more than all the rest of the way.
-            force_setattr(item, "block_ids", table)
-        return step.batch

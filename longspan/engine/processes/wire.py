@@ -23,8 +23,10 @@ from longspan.engine.intake import Intake
 from longspan.engine.prefix_origin import PrefixOrigin
 from longspan.engine.request import Request
 from longspan.engine.step import ScheduledBatch, StepResult
-from longspan.errors import LongspanError
+from longspan.errors import LongspanError, RankLostError
 
+MAX_FRAME_BYTES = 256 * 1024**2
+"""A prompt of a million tokens takes 4 MB, and some schemas and biases with it."""
 logger = logging.getLogger("longspan.engine")
 
 
@@ -202,7 +204,8 @@ def last_words(error: BaseException) -> Died:
     """Say in one line why an engine ends. An error that only a programmer can mend is logged in
     full."""
     if isinstance(error, LongspanError):
-        return Died(" ".join(str(error).split()), is_mendable=True)
+        is_mendable = not isinstance(error, RankLostError)
+        return Died(" ".join(str(error).split()), is_mendable=is_mendable)
     logger.error("the engine failed", exc_info=error)
     first_line = (str(error).strip() or "no message").splitlines()[0]
     return Died(f"{type(error).__name__}: {first_line}")

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
+import msgspec
 import torch
 
+from longspan.attention.ranks import RankGroup
 from longspan.attention.sparsity import SparsityPlan, needs_means
 from longspan.config import DcaConfig, EngineConfig, ModelConfig
 from longspan.engine.control.chunking import piece_rows, unit_len
@@ -18,6 +20,7 @@ from longspan.engine.device.memory import DeviceMemory, MemoryPlan
 from longspan.engine.device.runner import Runner
 from longspan.engine.intake import Intake
 from longspan.engine.kv_file import KvFolder
+from longspan.engine.ranks.hub import Hub
 from longspan.engine.resolve import (
     check_tiles,
     check_window,
@@ -28,6 +31,8 @@ from longspan.engine.resolve import (
     resolve_quantization,
 )
 from longspan.engine.setup.cache_key import cache_key
+from longspan.engine.setup.group import join_group
+from longspan.engine.setup.lead_runner import LeadRunner, RankThread, abort_collectives
 from longspan.engine.setup.prior_costs import prior_costs, sparse_border
 from longspan.engine.setup.step_sizes import choose_sizes
 from longspan.engine.setup.tier_plan import memory_besides, plan_tiers
@@ -68,10 +73,13 @@ class ResolvedEngine:
     """What all KV blocks depend on besides tokens, where there are other places than the device."""
 
     @classmethod
-    def resolve(cls, asked: EngineConfig, *, must_fit: bool = True) -> Self:
+    def resolve(
+        cls, asked: EngineConfig, *, must_fit: bool = True, device: DeviceMemory | None = None,
+    ) -> Self:
         """Decide everything that was left open.
 
         Args:
+            device: what every rank of a group has; None: this process's memory.
             must_fit: False: decide also if memory does not suffice; ``memory`` says what lacks.
 
         Raises:
@@ -85,7 +93,7 @@ class ResolvedEngine:
             path, wanted_len=config.max_model_len,
             wants_dca=config.positions in ("dca", "dca+yarn"))
         return cls.of(model, asked, path=path, plan=resolve_plan(path, model, config),
-                      must_fit=must_fit)
+                      must_fit=must_fit, device=device)
 
     @classmethod
     def of(
@@ -125,13 +133,37 @@ class ResolvedEngine:
             model=model, dca=dca, has_plan=plan is not None, plan=in_effect, memory=memory,
             sizes_reason=sizes.reason, tiers=tiers, cache_key=key)
 
-    def load_runner(self) -> Runner:
-        """Read the weights and allocate the caches. Raises `CheckpointError`, and `LongspanError`
-        when the folder of KV files is another process's, or there is too little host memory."""
+    def load_runner(self, hub: Hub | None = None) -> Runner | LeadRunner:
+        """Read the weights and allocate the caches, on all ranks where there are others.
+
+        Args:
+            hub: of the other ranks; None: there are none. It is closed where this fails.
+
+        Raises `CheckpointError`, `LongspanError` when the folder of KV files is another process's,
+        or there is too little host memory, and `RankLostError`.
+        """
+        if hub is None:
+            return self.load_alone()
+        thread, store, device = RankThread(hub), hub.store(), self.config.device
+        assert device is not None
+        hub.on_failure = abort_collectives
+        try:
+            hub.welcome(msgspec.msgpack.encode(self, enc_hook=str), store)
+            runner = thread.do(lambda: self.load_alone(join_group(0, hub.size, store, device)))
+            hub.wait_joined()
+        except BaseException as error:
+            hub.close(str(error) or type(error).__name__)
+            raise
+        return LeadRunner(runner, hub, thread)
+
+    def load_alone(self, group: RankGroup | None = None) -> Runner:
+        """Load this rank's runner; see `load_runner`."""
         folder = KvFolder(Path(self.tiers.folder)) if self.tiers.folder else None
         try:
             runner = Runner.load(
                 self.path, self.model, self.config, self.memory, dca=self.dca, plan=self.plan)
+            if group is not None:
+                runner.use_group(group, self.plan)
             runner.use_places(self.tiers, self.cache_key, folder)
         except BaseException:
             if folder is not None:
@@ -185,6 +217,19 @@ class ResolvedEngine:
         if self.plan is None:
             return None
         return 0 if self.config.attention == "sparse" else self.sparse_threshold
+
+
+def decode_engine(encoded: bytes, config: EngineConfig) -> ResolvedEngine:
+    """Return rank 0's engine as another rank has it: on its device, from its checkpoint.
+
+    Args:
+        config: of that rank, resolved.
+    """
+    engine = msgspec.msgpack.decode(encoded, type=ResolvedEngine, dec_hook=lambda kind, value: (
+        Path(value) if issubclass(kind, Path) else value))
+    here = replace(engine.config, device=config.device, num_threads=config.num_threads)
+    path = engine.path if config.weights == "random" else resolve_checkpoint(config.model)
+    return replace(engine, config=here, path=path)
 
 
 def _finite(budget_s: float | None) -> float | None:

@@ -6,9 +6,11 @@ from longspan.config import EngineConfig
 from longspan.engine.control.scheduler import SchedulerConfig
 from longspan.engine.processes.backend import Engine, Send
 from longspan.engine.processes.wire import Described
+from longspan.engine.ranks.hub import Hub
 from longspan.engine.resolve import resolve_forms
 from longspan.engine.setup.compile_ahead import compile_steps
 from longspan.engine.setup.engine_plan import ResolvedEngine
+from longspan.engine.setup.group import group_memory, open_group
 from longspan.engine.setup.tier_plan import places_bytes
 from longspan.weight_form import PLAIN
 
@@ -16,7 +18,19 @@ from longspan.weight_form import PLAIN
 def load_engine(config: EngineConfig, send: Send) -> tuple[SchedulerConfig, Engine]:
     """Load the checkpoint and make its engine. Raises `LongspanError` when the model cannot be
     loaded."""
-    engine = ResolvedEngine.resolve(config)
+    config, hub = open_group(config)
+    try:
+        return _load(config, hub, send)
+    except BaseException as error:
+        if hub is not None:
+            hub.close(str(error))
+        raise
+
+
+def _load(
+    config: EngineConfig, hub: Hub | None, send: Send,
+) -> tuple[SchedulerConfig, Engine]:
+    engine = ResolvedEngine.resolve(config, device=group_memory(hub))
     scheduler, memory = engine.scheduler_config(), engine.memory
     send(Described(
         path=engine.path, intake=engine.intake(), scheduler=scheduler,
@@ -24,7 +38,7 @@ def load_engine(config: EngineConfig, send: Send) -> tuple[SchedulerConfig, Engi
                       "workspace": memory.workspace_bytes, "KV cache": memory.kv_bytes,
                       **places_bytes(engine.tiers)},
         sizes_reason=engine.sizes_reason))
-    runner = engine.load_runner()
+    runner = engine.load_runner(hub)
     runner.record_graphs()
     if engine.config.device != "cpu":  # whose operations need no compiler
         runner.compile_ahead(compile_steps(scheduler))

@@ -27,8 +27,9 @@ from longspan.engine.control.copy_queue import TierConfig
 from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
 from longspan.engine.front.tracking import Tracker, updates
 from longspan.engine.processes import sockets as transport
+from longspan.engine.processes.block_tables import BlockTableCache
 from longspan.engine.processes.serving_loop import ServingLoop
-from longspan.engine.processes.sockets import BlockTableCache, Inbox, Outbox, RunnerTransport
+from longspan.engine.processes.sockets import Inbox, Outbox, RunnerTransport
 from longspan.engine.processes.wire import (
     Abort,
     Add,

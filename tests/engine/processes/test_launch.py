@@ -28,7 +28,8 @@ from longspan.config import EngineConfig
 from longspan.engine.control.loop import MAX_SHORT_STEPS
 from longspan.engine.front.client import AsyncEngine, EngineUnavailableError, GenerateRequest
 from longspan.engine.front.stream import MAX_UNREAD, Stream
-from longspan.engine.processes.launch import Processes, in_processes, private_directory
+from longspan.engine.processes.launch import Processes, in_processes
+from longspan.engine.processes.spawning import private_directory
 from longspan.engine.processes.wire import Loaded, Stepped, encode
 from longspan.engine.request import Progress, SamplingParams, TokenEvent
 from longspan.engine.step import StepResult

@@ -12,8 +12,8 @@ import zmq
 from msgspec.structs import replace
 
 from longspan.engine.processes import sockets as transport
+from longspan.engine.processes.block_tables import BlockTableCache
 from longspan.engine.processes.sockets import (
-    BlockTableCache,
     Inbox,
     Outbox,
     RunnerTransport,

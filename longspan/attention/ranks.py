@@ -1,0 +1,253 @@
+"""Context parallelism: several ranks compute the rows of each prefill slice together.
+
+Every rank has the whole model and the whole KV cache. Of a slice that is long enough each rank
+computes some rows: projections, attention, MLP. Keys and values of all rows are gathered in every
+layer, so that each rank's cache stays whole and the same to the bit; keys are selected by heads,
+each rank for its own ones, over the queries of all rows. What is short is computed by every rank,
+and so are decodes and sampling: nobody needs to be told the tokens.
+
+Here are the parts that need no process: who has which rows and heads, and what is exchanged
+through a `RankGroup`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longspan.attention.sparsity import SparsityPlan
+from longspan.attention.upload import pack, unpack
+
+Range = tuple[int, int]
+"""Positions or rows [start, stop)."""
+
+_all_gather: Callable[..., dist.Work | None] = getattr(
+    dist, "all_gather_single", dist.all_gather_into_tensor)  # the newer name is younger than 2.11
+
+
+class Gathering(NamedTuple):
+    """A gathering under way."""
+
+    work: dist.Work
+    gathered: Tensor
+    like: Tensor
+
+    def wait(self) -> Tensor:
+        """Return what all ranks gave, [ranks, ...]. On GPUs it is the stream that waits."""
+        self.work.wait()
+        return self.gathered.view(self.like.dtype).view(-1, *self.like.shape)
+
+
+class RankGroup:
+    """The ranks that compute every step together, and how they exchange tensors: as bytes, so that
+    any dtype will do. All ranks call the same methods in the same order.
+
+    Args:
+        processes: made by torch.distributed; None: the default group.
+    """
+
+    def __init__(
+        self, rank: int, size: int, processes: dist.ProcessGroup | None = None,
+    ) -> None:
+        assert 0 <= rank < size
+        self.rank, self.size, self._processes = rank, size, processes
+
+    def begin_gather(self, x: Tensor) -> Gathering:
+        """Begin to gather tensors of one shape from all ranks, beside what this rank computes."""
+        x = x.contiguous()
+        sent = _as_bytes(x)
+        gathered = torch.empty(self.size * sent.numel(), dtype=torch.uint8, device=x.device)
+        work = _all_gather(gathered, sent, group=self._processes, async_op=True)
+        assert work is not None
+        return Gathering(work, gathered, x)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Gather tensors of one shape from all ranks: [...] to [ranks, ...]."""
+        return self.begin_gather(x).wait()
+
+    def exchange(self, parts: Sequence[Tensor], numbers: Sequence[int]) -> list[Tensor]:
+        """Send ``parts[r]`` to rank r. Returns what each rank sent here, flat, in order of ranks.
+
+        Args:
+            numbers: of elements that come from each rank.
+        """
+        size = parts[0].element_size()
+        received = torch.empty(
+            size * sum(numbers), dtype=torch.uint8, device=parts[0].device)
+        dist.all_to_all_single(
+            received, torch.cat([_as_bytes(part.contiguous()) for part in parts]),
+            [size * count for count in numbers], [size * part.numel() for part in parts],
+            group=self._processes)
+        return list(received.view(parts[0].dtype).split(list(numbers)))
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Add a tensor up over all ranks, in place."""
+        dist.all_reduce(x, group=self._processes)
+        return x
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    return x.view(-1).view(torch.uint8)
+
+
+def share_rows(start: int, stop: int, unit: int, size: int) -> tuple[tuple[Range, ...], ...]:
+    """Divide positions [start, stop) among ``size`` ranks, at multiples of ``unit``.
+
+    Each rank gets an early and a late piece of the same length, up to a unit: later queries see
+    more keys. Returns each rank's ranges in ascending order, neighbours joined; one with fewer
+    units than pieces may leave a rank without any.
+    """
+    first, last = start // unit, -(-stop // unit)
+    pieces = 2 * size
+    cuts = [min(max(start, (first + index * (last - first) // pieces) * unit), stop)
+            for index in range(pieces)] + [stop]
+    return tuple(
+        _joined((cuts[rank], cuts[rank + 1]), (cuts[pieces - 1 - rank], cuts[pieces - rank]))
+        for rank in range(size))
+
+
+def _joined(early: Range, late: Range) -> tuple[Range, ...]:
+    if early[1] == late[0]:
+        return ((early[0], late[1]),)
+    return tuple(part for part in (early, late) if part[0] < part[1])
+
+
+class HeadPart(NamedTuple):
+    """Consecutive query heads, of whole KV heads or of some part of one."""
+
+    heads: Range
+    kv_heads: Range
+
+
+def share_heads(num_heads: int, num_kv_heads: int, size: int) -> list[Range]:
+    """Divide query heads among ranks: KV heads whole where that is as even."""
+    group = num_heads // num_kv_heads
+    unit = group if num_kv_heads % size == 0 else 1
+    count = num_heads // unit
+    return [(rank * count // size * unit, (rank + 1) * count // size * unit)
+            for rank in range(size)]
+
+
+def head_parts(heads: Range, group: int) -> list[HeadPart]:
+    """Part query heads into those of whole KV heads, together, and the incomplete ones at either
+    end.
+
+    Args:
+        group: query heads of one KV head.
+    """
+    start, stop = heads
+    whole = -(-start // group) * group, stop // group * group
+    if whole[0] >= whole[1]:
+        cuts = sorted({start, stop, min(max(whole[0], start), stop)})
+    else:
+        cuts = sorted({start, *whole, stop})
+    return [HeadPart((low, high), (low // group, -(-high // group)))
+            for low, high in zip(cuts, cuts[1:], strict=False)]
+
+
+def row_unit(plan: SparsityPlan | None, block_size: int) -> int:
+    """Return the rows that no cut parts: a tile of sparse attention, and no fewer than a kernel's
+    query tile where those are aligned. 0: rows cannot be divided, for in ``paper`` mode query tiles
+    are counted from wherever a segment begins."""
+    return block_size if plan is None or plan.mode == "tile" else 0
+
+
+class RowSharing(NamedTuple):
+    """How a group shares prefill slices out."""
+
+    group: RankGroup
+    unit: int
+    """Rows are cut at multiples of it, tokens; 0: never. See `row_unit`."""
+
+    def total(self, counted: Tensor | float, device: str) -> Tensor:
+        """Add up what each rank has counted of its own rows, fp64."""
+        return self.group.sum(torch.as_tensor(counted, dtype=torch.float64, device=device).clone())
+
+    def share(self, start: int, stop: int, *, may_split: bool) -> RowShare:
+        """Divide the rows of a slice if that may be and every rank gets a piece of each kind."""
+        size = self.group.size
+        if may_split and 0 < 2 * size * self.unit <= stop - start:
+            ranges = share_rows(start, stop, self.unit, size)
+            return RowShare(group=self.group, ranges=ranges, is_split=True, unit=self.unit)
+        return RowShare(
+            group=self.group, ranges=(((start, stop),),) * size, is_split=False, unit=self.unit)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowShare:
+    """Who computes which rows of one prefill slice."""
+
+    group: RankGroup
+    ranges: tuple[tuple[Range, ...], ...]
+    """Positions of each rank's rows, ascending."""
+    is_split: bool
+    """False: every rank computes all rows."""
+    unit: int
+    """Ranges are cut at multiples of it."""
+
+    @property
+    def own(self) -> tuple[Range, ...]:
+        """Positions of the rows on this rank."""
+        return self.ranges[self.group.rank]
+
+    @property
+    def counts(self) -> bool:
+        """Whether this rank counts its pairs: each is to be counted once."""
+        return self.is_split or self.group.rank == 0
+
+    def num_rows(self, rank: int) -> int:
+        """Count the rows of a rank."""
+        return sum(stop - start for start, stop in self.ranges[rank])
+
+    def local_cuts(self, num_pieces: int) -> list[int]:
+        """Part this rank's rows, counted from 0, into so many pieces, of whole units."""
+        count = self.num_rows(self.group.rank)
+        return [min(count, index * count // num_pieces // self.unit * self.unit)
+                for index in range(num_pieces)] + [count]
+
+    def to_heads(self, q: Tensor, num_kv_heads: int) -> Tensor:
+        """Exchange queries: all heads of this rank's rows, [n, H, D], for this rank's heads of all
+        rows of the slice, [T, h, D]."""
+        group = self.group
+        heads = share_heads(q.shape[1], num_kv_heads, group.size)
+        own, dim = heads[group.rank], q.shape[2]
+        width = (own[1] - own[0]) * dim
+        received = group.exchange(
+            [q[:, start:stop] for start, stop in heads],
+            [self.num_rows(rank) * width for rank in range(group.size)])
+        first = self.ranges[0][0][0]
+        every = torch.empty(sum(map(self.num_rows, range(group.size))), own[1] - own[0], dim,
+                            dtype=q.dtype, device=q.device)
+        for ranges, part in zip(self.ranges, received, strict=True):
+            rows = part.view(-1, own[1] - own[0], dim)
+            sizes = [stop - start for start, stop in ranges]
+            for (start, stop), piece in zip(ranges, rows.split(sizes), strict=True):
+                every[start - first : stop - first] = piece
+        return every
+
+    def from_heads(self, parts: Sequence[Tensor], num_heads: int, num_kv_heads: int
+                   ) -> list[Tensor]:
+        """Gather what every rank has found for its heads, [h, ...] each, to [H, ...] each."""
+        group = self.group
+        heads = share_heads(num_heads, num_kv_heads, group.size)
+        counts = [stop - start for start, stop in heads]
+        most = max(counts)
+        wide = [padded(part, most) for part in parts]
+        gathered = group.gather(pack(wide))
+        found = [unpack(there, wide) for there in gathered]
+        return [torch.cat([items[index][:count] for items, count in zip(
+            found, counts, strict=True)]) for index in range(len(parts))]
+
+
+def padded(x: Tensor, rows: int) -> Tensor:
+    """Return ``x`` with rows of zeros behind it, ``rows`` in all."""
+    if x.shape[0] == rows:
+        return x
+    wide = x.new_zeros(rows, *x.shape[1:])
+    wide[: x.shape[0]] = x
+    return wide

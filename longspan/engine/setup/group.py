@@ -1,0 +1,140 @@
+"""From a configuration to a group of ranks: what each tells of itself, and their collectives."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import asdict, replace
+from datetime import timedelta
+from hashlib import blake2b
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore, Store, TCPStore
+
+from longspan.attention.ranks import RankGroup
+from longspan.config import EngineConfig
+from longspan.engine.device.memory import DeviceMemory, device_memory
+from longspan.engine.ranks.hub import Hub
+from longspan.engine.ranks.messages import Facts
+from longspan.engine.resolve import resolve_config
+from longspan.errors import LongspanError
+from longspan.model.fingerprint import weights_fingerprint
+from longspan.model.weights import resolve_checkpoint
+
+COLLECTIVE_S = 3600.0
+"""Longest wait for another rank in a collective. Ranks that are gone are noticed otherwise; ranks
+that compile kernels are waited for."""
+SAME_EVERYWHERE = ("dtype", "max_model_len", "attention", "positions", "recall", "weights",
+                   "quantization",
+                   "prefill_chunk_len", "max_num_requests", "block_size", "context_parallel")
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def open_group(asked: EngineConfig) -> tuple[EngineConfig, Hub | None]:
+    """Start the other ranks that an engine asks for on this machine, and wait until they are there.
+
+    Returns the configuration of rank 0, and the hub; None: there is one rank.
+
+    Raises `LongspanError` when they cannot be started, or do not fit together.
+    """
+    if asked.context_parallel == 1:
+        return asked, None
+    if dist.is_initialized():
+        raise LongspanError("torch.distributed is in use in this process, and ranks need it for "
+                            "themselves; use one engine with several ranks in each process")
+    config = resolve_config(asked, has_cuda=torch.cuda.is_available())
+    assert config.device is not None
+    size = config.context_parallel
+    if ":" in config.device:
+        raise LongspanError(f"device {config.device} is one GPU, and {size} ranks take the first "
+                            f"{size}; use device cuda")
+    if config.device == "cuda" and size > torch.cuda.device_count():
+        raise LongspanError(f"context_parallel {size} needs as many GPUs, and this machine has "
+                            f"{torch.cuda.device_count()}")
+    configs = [of_rank(replace(asked, device=config.device), rank, size)
+               for rank in range(size)]
+    hub = Hub(size)
+    try:
+        hub.spawn(configs[1:])
+        hub.meet(facts_of(configs[0]))
+    except BaseException:
+        hub.close()
+        raise
+    return configs[0], hub
+
+
+def of_rank(config: EngineConfig, local_rank: int, num_local: int) -> EngineConfig:
+    """Return the configuration of one of a machine's ranks: its GPU, or its share of the cores."""
+    if config.device != "cpu":
+        return replace(config, device=f"cuda:{local_rank}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return replace(config, num_threads=config.num_threads or max(1, (cores or 1) // num_local))
+
+
+def group_memory(hub: Hub | None) -> DeviceMemory | None:
+    """Return the memory that every rank has; None: there is one rank."""
+    if hub is None:
+        return None
+    return DeviceMemory(total_bytes=hub.total_bytes, free_bytes=hub.free_bytes)
+
+
+def facts_of(config: EngineConfig) -> Facts:
+    """Tell what the others must know of this rank. ``config`` has its device."""
+    assert config.device is not None
+    memory = device_memory(config.device)
+    boot = BOOT_ID.read_text().strip() if BOOT_ID.is_file() else ""
+    given = asdict(config)
+    return Facts(
+        host=f"{socket.gethostname()} {boot}", device=config.device,
+        total_bytes=memory.total_bytes, free_bytes=memory.free_bytes, versions=_versions(),
+        checkpoint=_checkpoint(config), options={name: given[name] for name in SAME_EVERYWHERE},
+        backend=_backend(config.device))
+
+
+def join_group(rank: int, size: int, store: str, device: str) -> RankGroup:
+    """Meet the other ranks in torch.distributed; on the thread that computes."""
+    if device != "cpu":
+        torch.cuda.set_device(device)
+    kind, _, place = store.partition(":")
+    if kind == "file":
+        meeting: Store = FileStore(place, size)
+    else:
+        host, _, port = place.rpartition(":")
+        meeting = TCPStore(host, int(port), size, is_master=False)
+    dist.init_process_group(
+        _backend(device), store=meeting, rank=rank, world_size=size,
+        timeout=timedelta(seconds=COLLECTIVE_S),
+        device_id=None if device == "cpu" else torch.device(device))
+    return RankGroup(rank, size)
+
+
+def _backend(device: str) -> str:
+    if device == "cpu":
+        return "gloo" if dist.is_available() and dist.is_gloo_available() else ""
+    return "nccl" if dist.is_available() and dist.is_nccl_available() else ""
+
+
+def _versions() -> dict[str, str]:
+    found = {"torch": str(torch.__version__)}
+    for name in ("longspan", "triton"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def _checkpoint(config: EngineConfig) -> str:
+    """Digest what the numbers depend on; "" where no weights are read."""
+    if config.weights != "checkpoint":
+        return ""
+    path = resolve_checkpoint(config.model)
+    digest = blake2b(weights_fingerprint(path).encode(), digest_size=16)
+    plans = [path / "sparsity_plan.json"] if config.sparsity_plan is None else [
+        Path(config.sparsity_plan)]
+    for file in (path / "config.json", *plans):
+        digest.update(file.read_bytes() if file.is_file() else b"")
+    return digest.hexdigest()

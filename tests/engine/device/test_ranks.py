@@ -1,0 +1,160 @@
+"""Runners that share prefill: every rank's numbers are those of one rank alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from longspan.attention.ranks import RankGroup
+from longspan.attention.sparsity import SparsityPlan, needs_means
+from longspan.config import EngineConfig, ModelConfig
+from longspan.engine.control.loop import LocalTransport, Loop
+from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
+from longspan.engine.device.memory import DeviceMemory, plan_memory
+from longspan.engine.device.runner import Runner
+from longspan.engine.request import Request
+from longspan.engine.resolve import resolve_positions
+from longspan.engine.step import ScheduledBatch
+from tests.doubles import ComputedStep, make_request, write_checkpoint
+from tests.engine.device.rank_threads import ThreadRanks
+
+BLOCK, CHUNK, LENGTH = 16, 256, 1024
+LAYERS, HEADS, PIECE_ROWS = 3, 4, 64
+SHORT_DCA: dict[str, Any] = {
+    "chunk_size": 192, "local_size": 64, "original_max_position_embeddings": 160}
+LONG_DCA = {**SHORT_DCA, "chunk_size": 640, "local_size": 128}
+PLAN = replace(SparsityPlan.default(LAYERS, HEADS, vertical=24, slash=48), num_scouts=4,
+               most_scouts=16, scout_tiles=2, probe_last=8, probe_strided=4, tail_len=64,
+               mean_near_len=128)
+
+
+@pytest.fixture(scope="module", params=["rope", "short", "long"])
+def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    dca = {"rope": None, "short": SHORT_DCA, "long": LONG_DCA}[request.param]
+    return write_checkpoint(tmp_path_factory.mktemp("model"), num_hidden_layers=LAYERS,
+                            dual_chunk_attention_config=dca)
+
+
+def load(path: Path, plan: SparsityPlan | None, group: RankGroup | None = None) -> Runner:
+    config = EngineConfig(
+        model=str(path), device="cpu", dtype="float32", prefill_chunk_len=CHUNK,
+        block_size=BLOCK, max_model_len=LENGTH, max_num_requests=8, num_threads=1)
+    model = ModelConfig.from_dir(path)
+    memory = plan_memory(model, config, max_step_tokens=2 * CHUNK, means=needs_means(plan),
+                         device=DeviceMemory(total_bytes=2**33, free_bytes=2**33))
+    runner = Runner.load(path, model, config, replace(memory, num_blocks=160), plan=plan,
+                         dca=resolve_positions("auto", model))
+    if group is not None:
+        runner.use_group(group, plan)
+    runner._chunk._rows = PIECE_ROWS
+    for cache in runner.caches:
+        for part in cache:
+            if part is not None:
+                part.zero_()  # so that whole caches can be compared
+    return runner
+
+
+@dataclass
+class Together:
+    """Launches every step on all ranks, which must come to the same."""
+
+    ranks: ThreadRanks
+    runners: list[Runner]
+
+    def launch(self, batch: ScheduledBatch) -> ComputedStep:
+        results = self.ranks.run(lambda rank: self.runners[rank].execute(batch))
+        first = results[0]
+        for other in results[1:]:
+            assert other.token_ids == first.token_ids
+            assert (other.kept_pairs, other.causal_pairs) == (
+                first.kept_pairs, first.causal_pairs)
+        return ComputedStep(first)
+
+    def check_caches(self) -> None:
+        """Every rank has written the same keys, values and means."""
+        for rank in self.runners[1:]:
+            for own, lead in zip(rank.caches, self.runners[0].caches, strict=True):
+                for one, other in zip(own, lead, strict=True):
+                    assert one is None or other is None or torch.equal(one, other)
+
+
+@dataclass
+class Alone:
+    """One rank."""
+
+    runner: Runner
+
+    def launch(self, batch: ScheduledBatch) -> ComputedStep:
+        return ComputedStep(self.runner.execute(batch))
+
+
+class Answers:
+    """Random requests through scheduler and loop: shared prefixes, batches, chunks in pieces."""
+
+    def __init__(self, launcher: Any, seed: int, is_sparse: bool) -> None:
+        rng = random.Random(seed)
+        self.loop = Loop(Scheduler(SchedulerConfig(
+            num_blocks=160, block_size=BLOCK, max_model_len=LENGTH, prefill_chunk_len=CHUNK,
+            max_num_requests=4, num_layers=LAYERS, piece_rows=PIECE_ROWS, unit_len=BLOCK,
+            tail_len=PLAN.tail_len if is_sparse else 0,
+            step_budget_s=rng.choice([None, 0.02]))), LocalTransport(launcher))
+        stem = [rng.randrange(256) for _ in range(700)]
+        stems = [600, *(rng.choice([0, 300, 600]) for _ in range(4)), 600]  # the last one: a hit
+        self.tokens = dict[str, list[int]]()
+        self.pairs, self.num_cached = [0.0, 0.0], 0
+        self.requests = [make_request(
+            str(index), [*stem[: stems[index]],
+                         *(rng.randrange(256) for _ in range(rng.choice([5, 90, 330])))],
+            sparse=is_sparse and rng.random() < 0.7, max_tokens=4, ignore_eos=True)
+            for index in range(6)]
+
+    def run(self) -> None:
+        self._answer(self.requests[:-1])
+        self._answer(self.requests[-1:])
+        self.num_cached = sum(request.num_cached_tokens for request in self.requests)
+
+    def _answer(self, requests: list[Request]) -> None:
+        for request in requests:
+            self.tokens[request.request_id] = []
+            self.loop.add(request)
+        while not self.loop.is_idle:
+            report = self.loop.turn()
+            self.pairs = [self.pairs[0] + report.kept_pairs, self.pairs[1] + report.causal_pairs]
+            for update in report.updates:
+                assert not update.failure
+                if update.token_id is not None:
+                    self.tokens[update.request_id].append(update.token_id)
+
+
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[ThreadRanks]:
+    ranks = ThreadRanks(request.param)
+    yield ranks
+    ranks.close()
+
+
+@pytest.mark.parametrize("is_sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("threads", [2, 3, 4], indirect=True)
+def test_any_number_of_ranks_gives_the_answers_of_one(
+    path: Path, threads: ThreadRanks, is_sparse: bool,
+) -> None:
+    plan = PLAN if is_sparse else None
+    alone = load(path, plan)
+    together = Together(threads, threads.run(
+        lambda rank: load(path, plan, threads.groups[rank])))
+    one, all_ranks = (Answers(launcher, len(threads.groups), is_sparse)
+                      for launcher in (Alone(alone), together))
+    one.run()
+    all_ranks.run()
+    assert all_ranks.tokens == one.tokens
+    assert all_ranks.pairs == pytest.approx(one.pairs, rel=1e-3)  # a near tie may go either way
+    together.check_caches()
+    assert one.num_cached > 0
+    assert all((group.num_exchanges > 0) is is_sparse and group.num_gathered > 10
+               for group in threads.groups)
