@@ -42,6 +42,7 @@ from longspan.commands.options import (
     Memory,
     Model,
     ModelOption,
+    PipelineParallel,
     Plan,
     Policy,
     Positions,
@@ -113,7 +114,7 @@ def generate(
     memory_gib: Memory = None, kv_host_gib: KvHost = 0.0, kv_dir: KvDir = None,
     kv_disk_gib: KvDisk = None, weights: Weights = "checkpoint",
     quantization: Quantization = None, threads: Threads = None,
-    cp: ContextParallel = 1,
+    cp: ContextParallel = 1, pp: PipelineParallel = 1,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
     json: Annotated[bool, typer.Option(
         "--json", help="Print each result as one line of JSON.")] = False,
@@ -132,7 +133,7 @@ def generate(
         "sparsity_plan": sparsity_plan, "recall": recall, "memory_gib": memory_gib,
         "weights": weights, "quantization": quantization, "kv_host_gib": kv_host_gib,
         "kv_dir": kv_dir, "kv_disk_gib": kv_disk_gib, "num_threads": threads,
-        "context_parallel": cp})
+        "context_parallel": cp, "pipeline_parallel": pp})
 
 
 @app.command()
@@ -198,7 +199,7 @@ def serve(
     max_num_requests: MaxRequests = None, kv_host_gib: KvHost = 0.0, kv_dir: KvDir = None,
     kv_disk_gib: KvDisk = None, weights: Weights = "checkpoint",
     quantization: Quantization = None, threads: Threads = None,
-    cp: ContextParallel = 1,
+    cp: ContextParallel = 1, pp: PipelineParallel = 1,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API does, with a page to try it."""
     from longspan.serve import check_dependencies
@@ -219,7 +220,7 @@ def serve(
         "weights": weights, "quantization": quantization,
         "max_num_requests": max_num_requests, "kv_host_gib": kv_host_gib, "kv_dir": kv_dir,
         "kv_disk_gib": kv_disk_gib, "num_threads": threads, "step_budget_s": step_budget_s,
-        "context_parallel": cp}))
+        "context_parallel": cp, "pipeline_parallel": pp}))
 
 
 @bench_app.command()

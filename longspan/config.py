@@ -301,6 +301,8 @@ class EngineConfig:
     context_parallel: int = 1
     """Ranks, each on a GPU of its own or as a process on CPUs, that share the rows of each prefill
     chunk; every one of them holds the weights and the whole KV cache."""
+    pipeline_parallel: int = 1
+    """Ranks that share the layers: each holds the weights and the KV cache of its own alone."""
     kv_host_gib: float = 0.0
     """Host memory for KV blocks that the cache has no room for, besides ``memory_gib``."""
     kv_dir: str | None = None
@@ -308,10 +310,15 @@ class EngineConfig:
     kv_disk_gib: float | None = None
     """Most that its files may take; default: half of what is free on that disk."""
 
+    @property
+    def num_ranks(self) -> int:
+        """Processes that compute together."""
+        return self.context_parallel * self.pipeline_parallel
+
     def __post_init__(self) -> None:
         for name in ("max_model_len", "prefill_chunk_len", "max_num_requests", "block_size",
-                     "num_threads", "context_parallel", "memory_gib", "step_budget_s",
-                     "kv_host_gib", "kv_disk_gib"):
+                     "num_threads", "context_parallel", "pipeline_parallel", "memory_gib",
+                     "step_budget_s", "kv_host_gib", "kv_disk_gib"):
             value = getattr(self, name)
             kind = (int, float) if name.endswith(("_gib", "_s")) else int
             if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
@@ -330,9 +337,13 @@ class EngineConfig:
         for name in ("memory_gib", "kv_host_gib", "kv_disk_gib"):
             if getattr(self, name) == math.inf:
                 raise LongspanError(f"{name} must be finite; leave it out for what is free")
-        if self.context_parallel > 1 and (self.kv_dir is not None or self.kv_host_gib):
+        if self.context_parallel > 1 and self.pipeline_parallel > 1:
             raise LongspanError(
-                f"context_parallel {self.context_parallel}: ranks keep no KV in host memory or on "
+                f"context_parallel {self.context_parallel} and pipeline_parallel "
+                f"{self.pipeline_parallel}: ranks share rows or layers, not both; use one of them")
+        if self.num_ranks > 1 and (self.kv_dir is not None or self.kv_host_gib):
+            raise LongspanError(
+                f"{self.num_ranks} ranks keep no KV in host memory or on "
                 "disk; leave kv_host_gib and kv_dir out, or use one rank")
         if self.kv_dir is None and self.kv_disk_gib is not None:
             raise LongspanError("kv_disk_gib says how much kv_dir may hold; name a kv_dir")

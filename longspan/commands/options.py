@@ -33,6 +33,8 @@ KvDisk = Annotated[float | None, typer.Option(
     help="Most that it may take, GiB; default: half of what is free there.")]
 ContextParallel = Annotated[int, typer.Option(
     "--cp", help="GPUs of this machine that share each prompt; processes on CPUs.")]
+PipelineParallel = Annotated[int, typer.Option(
+    "--pp", help="GPUs of this machine that share the layers; processes on CPUs.")]
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest prompt and answer, tokens.")]
 
 

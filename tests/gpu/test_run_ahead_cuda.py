@@ -35,6 +35,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
         model=str(path), device="cuda", block_size=BLOCK, prefill_chunk_len=64, memory_gib=2.0,
         max_model_len=1024))
     runner = resolved.load_alone()
+    assert isinstance(runner, Runner)
     runner.record_graphs()
     yield runner
     runner.close()

@@ -18,6 +18,7 @@ from longspan.bench.shapes import Shape
 from longspan.config import EngineConfig, Quantization
 from longspan.engine.device.memory import DeviceMemory, device_memory
 from longspan.engine.device.runner import Runner
+from longspan.engine.device.stage_runner import StageRunner
 from longspan.engine.setup.engine_plan import ResolvedEngine
 from longspan.engine.setup.group import group_memory, open_group
 from longspan.engine.setup.lead_runner import LeadRunner
@@ -54,7 +55,7 @@ class ShapeEngine(NamedTuple):
     """A shape's engine, and what computes its steps."""
 
     plan: ResolvedEngine
-    runner: Runner | LeadRunner
+    runner: Runner | StageRunner | LeadRunner
 
 
 def plan_engine(

@@ -90,6 +90,14 @@ class Costs:
         num_steps = -(-stop // ladder.longest) - start // ladder.longest
         return self.dense_s(start, stop - start) + (num_steps - 1) * self.dense[0]
 
+    def of_stage(self, num_stages: int) -> Costs:
+        """Return what each of several equal stages of layers takes."""
+        def share(terms: tuple[float, ...]) -> tuple[float, ...]:
+            return terms[0], *(term / num_stages for term in terms[1:])
+
+        return Costs(dense=cast(Terms, share(self.dense)), decode=cast(Terms, share(self.decode)),
+                     sparse=cast(SparseTerms, share(self.sparse)))
+
     def decode_s(self, num_requests: int, context_len: int) -> float:
         """Predict the time of one token for each request, with ``context_len`` tokens in their
         caches together."""

@@ -203,13 +203,15 @@ class Runner:
 
     def compile_ahead(self, steps: Iterable[ScheduledBatch]) -> None:
         """Compute steps for what they compile, before any request has KV blocks."""
-        for cache in self.caches:
-            for part in cache:
-                if part is not None:
-                    part.zero_()  # what memory held may be NaN
+        self.clear_caches()
         for step in steps:
             self.execute(step)
         self._take_attention_pairs()
+
+    def clear_caches(self) -> None:
+        """Zero keys and values: what memory held may be NaN."""
+        for part in (part for cache in self.caches for part in cache if part is not None):
+            part.zero_()
 
     def execute(self, batch: ScheduledBatch) -> StepResult:
         """Compute a step and wait for its result."""

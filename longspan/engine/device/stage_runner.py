@@ -10,21 +10,25 @@ result is wanted or when a later step needs the token: what was launched meanwhi
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from msgspec.structs import replace
 from torch import Tensor
 
+from longspan.attention.layer import Selector
+from longspan.attention.observer import AttentionObserver
 from longspan.attention.recall import RecallSums
 from longspan.engine.control.loop import LocalTransport, Transport
 from longspan.engine.device.batch import num_outputs
 from longspan.engine.device.launched_step import LaunchedStep, Stopwatch
+from longspan.engine.device.prompt_logprobs import OnLogits
 from longspan.engine.device.runner import BegunStep, Runner
 from longspan.engine.device.sampling import SampledTokens
 from longspan.engine.device.stage import StageLink
 from longspan.engine.step import ScheduledBatch, ScheduledSlice, SparseRecall, StepResult
+from longspan.ops.types import PagedKV
 
 
 class StageRunner:
@@ -46,6 +50,42 @@ class StageRunner:
     def max_in_flight(self) -> int:
         """Steps that keep all stages busy, and one more that waits for the first of them."""
         return self._link.count + 1
+
+    @property
+    def caches(self) -> list[PagedKV]:
+        """Keys and values of this rank's layers."""
+        return self.runner.caches
+
+    def record_graphs(self) -> None:
+        """Do nothing: steps of a pipeline are launched kernel by kernel."""
+
+    def compile_ahead(self, steps: Iterable[ScheduledBatch]) -> None:
+        """Compute steps, which all ranks do, for what they compile."""
+        self.runner.clear_caches()
+        for step in steps:
+            self.launch(step)
+        self.finish_all()
+        self.runner.observed(counts_pairs=True)
+
+    def observe(self, observer: AttentionObserver | None) -> None:
+        """Tell ``observer`` what attention does in this rank's layers; None: nobody."""
+        self.runner.observe(observer)
+
+    def select_by(self, selector: Selector | None) -> None:
+        """Let ``selector`` choose what sparse prefill keeps in this rank's layers."""
+        self.runner.select_by(selector)
+
+    def watch_logits(self, on_logits: OnLogits | None) -> None:
+        """Show ``on_logits`` the logits of prompt tokens, where the head is; None: nobody."""
+        self.runner.watch_logits(on_logits)
+
+    def peak_memory_bytes(self) -> int:
+        """Highest use so far, of this rank."""
+        return self.runner.peak_memory_bytes()
+
+    def close(self) -> None:
+        """Free weights and caches."""
+        self.runner.close()
 
     def launch(self, batch: ScheduledBatch) -> StagedStep:
         """Compute this rank's layers of a step and send on what they give. One thread only.
@@ -71,6 +111,8 @@ class StageRunner:
         step = StagedStep(self, batch, begun, watch, pairs, recalls)
         if self._link.index == 0:
             self._unfinished.append(step)
+        else:
+            step.sample()  # there is nothing to sample: it says what this rank has done
         return step
 
     def finish_all(self) -> None:

@@ -23,8 +23,11 @@ def run(orders: Orders) -> int:
         inbox = Inbox(context, orders.address("scheduler"), ToScheduler)
         while not isinstance(begin := inbox.get(), Begin):
             pass
-        transport = RunnerTransport(inbox, runner, orders.max_in_flight)
-        config = begin.config if orders.max_in_flight > 1 else replace(begin.config, burst_s=0.0)
+        most = orders.max_in_flight
+        config = begin.config if most > 1 else replace(begin.config, burst_s=0.0)
+        if config.num_stages > 1 < most:
+            most = max(most, config.num_stages + 1)  # a step for each stage, and the next one
+        transport = RunnerTransport(inbox, runner, most)
         ServingLoop(Scheduler(config), transport, transport.command, front.put).run()
         return 0
     except BaseException as error:

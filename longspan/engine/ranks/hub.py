@@ -22,6 +22,7 @@ from longspan.engine.processes.wire import Message
 from longspan.engine.ranks.channel import GONE, STALL_S, Channel, ClosedError
 from longspan.engine.ranks.messages import (
     Bye,
+    Computed,
     Facts,
     Failed,
     Hello,
@@ -32,6 +33,7 @@ from longspan.engine.ranks.messages import (
     differences,
     least_memory,
 )
+from longspan.engine.step import StepResult
 from longspan.errors import LongspanError, RankLostError
 
 FOLLOWER = "longspan.engine.setup.follow"
@@ -154,6 +156,21 @@ class Hub:
                 with contextlib.suppress(TimeoutError, ClosedError):
                     if isinstance(channel.get(POLL_S), Joined):
                         break
+
+    def results(self, step_id: int) -> list[StepResult]:
+        """Wait for what the other ranks of a pipeline know of a step; steps before it are dropped.
+        Raises `RankLostError`."""
+        found = list[StepResult]()
+        for channel in self._channels.values():
+            while True:
+                self.check()
+                with contextlib.suppress(TimeoutError, ClosedError):
+                    message = channel.get(POLL_S)
+                    assert isinstance(message, Computed), message
+                    if message.result.step_id == step_id:
+                        found.append(message.result)
+                        break
+        return found
 
     def send(self, message: Message) -> None:
         """Send to all other ranks."""

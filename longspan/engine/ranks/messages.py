@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from longspan.engine.processes.wire import Message, Step
-from longspan.engine.step import ScheduledBatch
+from longspan.engine.step import ScheduledBatch, StepResult
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,6 +63,12 @@ class Compute(Message, frozen=True):
     step: Step
 
 
+class Computed(Message, frozen=True):
+    """What a rank of a pipeline knows of a step that it has computed its layers of."""
+
+    result: StepResult
+
+
 class RecordGraphs(Message, frozen=True):
     """Record the decode graphs."""
 
@@ -88,7 +94,7 @@ class Bye(Message, frozen=True):
 
 
 ToFollower = Refused | Welcome | Compute | RecordGraphs | CompileAhead | Beat | Failed | Bye
-ToLead = Hello | Joined | Beat | Failed
+ToLead = Hello | Joined | Computed | Beat | Failed
 
 
 def differences(facts: list[Facts]) -> str:

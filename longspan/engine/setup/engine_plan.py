@@ -17,7 +17,9 @@ from longspan.engine.control.chunking import piece_rows, unit_len
 from longspan.engine.control.copy_queue import TierConfig
 from longspan.engine.control.scheduler import SchedulerConfig
 from longspan.engine.device.memory import DeviceMemory, MemoryPlan
-from longspan.engine.device.runner import Runner
+from longspan.engine.device.runner import Runner, StagePlace
+from longspan.engine.device.stage_link import DistributedLink
+from longspan.engine.device.stage_runner import StageRunner
 from longspan.engine.intake import Intake
 from longspan.engine.kv_file import KvFolder
 from longspan.engine.ranks.hub import Hub
@@ -34,9 +36,11 @@ from longspan.engine.setup.cache_key import cache_key
 from longspan.engine.setup.group import join_group
 from longspan.engine.setup.lead_runner import LeadRunner, RankThread, abort_collectives
 from longspan.engine.setup.prior_costs import prior_costs, sparse_border
+from longspan.engine.setup.stage_layers import largest_stage, stage_layers
 from longspan.engine.setup.step_sizes import choose_sizes
 from longspan.engine.setup.tier_plan import memory_besides, plan_tiers
 from longspan.errors import LongspanError
+from longspan.model import TORCH_DTYPES
 from longspan.model.fingerprint import weights_fingerprint
 from longspan.model.int8 import has_int8_product
 from longspan.model.weights import resolve_checkpoint
@@ -119,8 +123,9 @@ class ResolvedEngine:
         in_effect = plan_in_effect(config, model, plan, has_dca=dca is not None)
         tiers = plan_tiers(model, config, means=needs_means(in_effect))
         # tables grow with the context where there is no DCA
+        stage = largest_stage(replace(model, dca=dca), in_effect, config.pipeline_parallel)
         sizes = choose_sizes(
-            replace(model, dca=dca), config, means=needs_means(in_effect), must_fit=must_fit,
+            stage, config, means=needs_means(in_effect), must_fit=must_fit,
             is_sparse=in_effect is not None, device=device or memory_besides(config, tiers))
         memory = sizes.memory
         check_window(model, dca, max_model_len=memory.max_model_len)
@@ -133,7 +138,7 @@ class ResolvedEngine:
             model=model, dca=dca, has_plan=plan is not None, plan=in_effect, memory=memory,
             sizes_reason=sizes.reason, tiers=tiers, cache_key=key)
 
-    def load_runner(self, hub: Hub | None = None) -> Runner | LeadRunner:
+    def load_runner(self, hub: Hub | None = None) -> Runner | StageRunner | LeadRunner:
         """Read the weights and allocate the caches, on all ranks where there are others.
 
         Args:
@@ -156,8 +161,10 @@ class ResolvedEngine:
             raise
         return LeadRunner(runner, hub, thread)
 
-    def load_alone(self, group: RankGroup | None = None) -> Runner:
+    def load_alone(self, group: RankGroup | None = None) -> Runner | StageRunner:
         """Load this rank's runner; see `load_runner`."""
+        if group is not None and self.config.pipeline_parallel > 1:
+            return self._load_stage(group)
         folder = KvFolder(Path(self.tiers.folder)) if self.tiers.folder else None
         try:
             runner = Runner.load(
@@ -171,6 +178,16 @@ class ResolvedEngine:
             raise
         return runner
 
+    def _load_stage(self, group: RankGroup) -> StageRunner:
+        assert self.config.dtype is not None and self.config.device is not None
+        link = DistributedLink(
+            group.rank, group.size, hidden_size=self.model.hidden_size,
+            dtype=TORCH_DTYPES[self.config.dtype], device=self.config.device)
+        layers = stage_layers(self.model, self.plan, group.size)[group.rank]
+        return StageRunner(Runner.load(
+            self.path, self.model, self.config, self.memory, dca=self.dca, plan=self.plan,
+            place=StagePlace(link, layers)), link)
+
     def intake(self) -> Intake:
         """Return what makes requests for this engine."""
         return Intake(
@@ -182,7 +199,7 @@ class ResolvedEngine:
         """Return the configuration of a scheduler for this engine."""
         assert self.config.prefill_chunk_len is not None and self.config.device is not None
         assert self.config.max_num_requests is not None
-        device_type = self.config.device.split(":")[0]
+        device_type, stages = self.config.device.split(":")[0], self.config.pipeline_parallel
         return SchedulerConfig(
             num_blocks=self.memory.num_blocks, block_size=self.config.block_size,
             max_model_len=self.memory.max_model_len,
@@ -193,9 +210,10 @@ class ResolvedEngine:
             piece_rows=piece_rows(device_type, self.config.prefill_chunk_len),
             unit_len=unit_len(device_type, self.config.block_size),
             sparse_above=self._sparse_above,
-            prior=prior_costs(self.model, self.config, self.plan),
+            prior=prior_costs(self.model, self.config, self.plan).of_stage(stages),
             self_measurement_len=min(MEASURED_LEN[device_type], self.memory.max_model_len // 2),
-            burst_s=BURST_S if device_type == "cuda" else 0.0, tiers=self.tiers,
+            burst_s=BURST_S if device_type == "cuda" and stages == 1 else 0.0, tiers=self.tiers,
+            num_stages=stages,
             cache_key=self.cache_key)
 
     @property

@@ -12,12 +12,14 @@ import sys
 import threading
 import time
 from collections import deque
+from queue import SimpleQueue
 
 import msgspec
 
 from longspan.config import EngineConfig
 from longspan.engine.device.launched_step import LaunchedStep
 from longspan.engine.device.runner import Runner
+from longspan.engine.device.stage_runner import StagedStep, StageRunner
 from longspan.engine.processes.block_tables import BlockTableCache
 from longspan.engine.processes.spawning import first_line
 from longspan.engine.ranks.channel import Channel, ClosedError
@@ -26,6 +28,7 @@ from longspan.engine.ranks.messages import (
     Bye,
     CompileAhead,
     Compute,
+    Computed,
     Failed,
     Hello,
     Joined,
@@ -113,29 +116,44 @@ class Follower:
             self._fail(_in_one_line(error))
             raise
 
-    def _load(self, config: EngineConfig, welcome: Welcome) -> Runner:
+    def _load(self, config: EngineConfig, welcome: Welcome) -> Runner | StageRunner:
         engine: ResolvedEngine = decode_engine(welcome.engine, config)
         assert config.device is not None
         group = join_group(
-            self._orders.rank, config.context_parallel, welcome.store, config.device)
+            self._orders.rank, config.num_ranks, welcome.store, config.device)
         runner = engine.load_alone(group)
         self._channel.put(Joined())
         return runner
 
-    def _compute(self, runner: Runner) -> None:
-        tables, under_way = BlockTableCache(), deque[LaunchedStep]()
+    def _compute(self, runner: Runner | StageRunner) -> None:
+        tables, under_way = BlockTableCache(), deque[LaunchedStep | StagedStep]()
+        launched: SimpleQueue[StagedStep] = SimpleQueue()
+        threading.Thread(target=self._tell, args=(launched,), daemon=True).start()
         while True:
             message = self._next()
             if isinstance(message, Bye):
                 return
             if isinstance(message, Compute):
-                under_way.append(runner.launch(tables.restore(message.step)))
+                step = runner.launch(tables.restore(message.step))
+                if isinstance(step, StagedStep):
+                    launched.put(step)
+                else:
+                    under_way.append(step)
                 if len(under_way) > KEPT_STEPS:
                     under_way.popleft().wait()
             elif isinstance(message, RecordGraphs):
                 runner.record_graphs()
             elif isinstance(message, CompileAhead):
                 runner.compile_ahead(message.steps)
+
+    def _tell(self, launched: SimpleQueue[StagedStep]) -> None:
+        """Tell rank 0 of each step of a pipeline that is computed here."""
+        try:
+            while True:
+                self._channel.put(Computed(launched.get().wait()))
+        except BaseException as error:
+            self._fail(_in_one_line(error))
+            os._exit(1)
 
     def _next(self, timeout_s: float | None = None) -> ToFollower:
         message: ToFollower = self._channel.get(timeout_s)

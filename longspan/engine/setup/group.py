@@ -29,7 +29,8 @@ COLLECTIVE_S = 3600.0
 that compile kernels are waited for."""
 SAME_EVERYWHERE = ("dtype", "max_model_len", "attention", "positions", "recall", "weights",
                    "quantization",
-                   "prefill_chunk_len", "max_num_requests", "block_size", "context_parallel")
+                   "prefill_chunk_len", "max_num_requests", "block_size", "context_parallel",
+                   "pipeline_parallel")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -40,19 +41,19 @@ def open_group(asked: EngineConfig) -> tuple[EngineConfig, Hub | None]:
 
     Raises `LongspanError` when they cannot be started, or do not fit together.
     """
-    if asked.context_parallel == 1:
+    if asked.num_ranks == 1:
         return asked, None
     if dist.is_initialized():
         raise LongspanError("torch.distributed is in use in this process, and ranks need it for "
                             "themselves; use one engine with several ranks in each process")
     config = resolve_config(asked, has_cuda=torch.cuda.is_available())
     assert config.device is not None
-    size = config.context_parallel
+    size = config.num_ranks
     if ":" in config.device:
         raise LongspanError(f"device {config.device} is one GPU, and {size} ranks take the first "
                             f"{size}; use device cuda")
     if config.device == "cuda" and size > torch.cuda.device_count():
-        raise LongspanError(f"context_parallel {size} needs as many GPUs, and this machine has "
+        raise LongspanError(f"{size} ranks need as many GPUs, and this machine has "
                             f"{torch.cuda.device_count()}")
     configs = [of_rank(replace(asked, device=config.device), rank, size)
                for rank in range(size)]

@@ -19,6 +19,7 @@ from longspan.engine.control.loop import LocalTransport, Transport
 from longspan.engine.device.launched_step import LaunchedStep
 from longspan.engine.device.prompt_logprobs import OnLogits
 from longspan.engine.device.runner import Runner
+from longspan.engine.device.stage_runner import StagedStep, StageRunner, merge
 from longspan.engine.processes.block_tables import BlockTableCache
 from longspan.engine.ranks.hub import Hub
 from longspan.engine.ranks.messages import CompileAhead, Compute, RecordGraphs
@@ -87,7 +88,7 @@ class RankedStep:
     """A step that all ranks compute; see `longspan.engine.control.loop.PendingStep`."""
 
     def __init__(
-        self, hub: Hub, thread: RankThread, launched: Future[LaunchedStep],
+        self, hub: Hub, thread: RankThread, launched: Future[LaunchedStep | StagedStep],
     ) -> None:
         self._hub, self._thread, self._launched = hub, thread, launched
 
@@ -105,13 +106,18 @@ class RankedStep:
         step = self._thread.wait(self._launched)
         while not step.wait_for(POLL_S):
             self._hub.check()
-        return step.wait()
+        if isinstance(step, LaunchedStep):
+            return step.wait()
+        staged = step
+        self._thread.do(lambda: staged.runner.finish_until(staged))
+        result = staged.wait()
+        return merge([result, *self._hub.results(result.step_id)])
 
 
 class LeadRunner:
     """Drives the runner of this process and those of the other ranks. As a `Runner`."""
 
-    def __init__(self, runner: Runner, hub: Hub, thread: RankThread) -> None:
+    def __init__(self, runner: Runner | StageRunner, hub: Hub, thread: RankThread) -> None:
         self._runner, self._hub, self._thread = runner, hub, thread
         self._tables = BlockTableCache()
 
@@ -155,7 +161,7 @@ class LeadRunner:
     def select_by(self, selector: Callable[..., Any] | None) -> None:
         """Refuse another selection: the other ranks would not have it."""
         if selector is not None:
-            raise LongspanError("another selection needs one rank; leave context_parallel out")
+            raise LongspanError("another selection needs one rank; leave the others out")
 
     def watch_logits(self, on_logits: OnLogits | None) -> None:
         """As `Runner.watch_logits`."""
@@ -172,7 +178,9 @@ class LeadRunner:
             self._thread.do(_leave)
         self._runner.close()
 
-    def _send_and_launch(self, message: Compute, batch: ScheduledBatch) -> LaunchedStep:
+    def _send_and_launch(
+        self, message: Compute, batch: ScheduledBatch,
+    ) -> LaunchedStep | StagedStep:
         self._hub.send(message)
         return self._runner.launch(batch)
 
