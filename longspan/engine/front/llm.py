@@ -65,6 +65,8 @@ class LLM:
         config, hub = open_group(EngineConfig(model=str(model), **options))
         try:
             engine = ResolvedEngine.resolve(config, device=group_memory(hub))
+            # first what is quickly wrong
+            self.tokenizer = load_tokenizer(engine.path, engine.model.vocab_size)
             self._runner = engine.load_runner(hub)
         except BaseException:
             if hub is not None:
@@ -72,7 +74,6 @@ class LLM:
             raise
         self.config, self.model_config = engine.config, engine.model
         self.memory, self.sparsity_plan = engine.memory, engine.plan
-        self.tokenizer = load_tokenizer(engine.path, engine.model.vocab_size)
         self._grammars = Grammars(self.tokenizer, engine.model.vocab_size)
         self._intake = engine.intake()
         self._loop = Loop(Scheduler(engine.scheduler_config()), self._runner.transport())
