@@ -6,6 +6,7 @@ Exit status: 0 done, 1 the command ran and its result is negative or it failed u
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from longspan.commands.cache_app import cache_app
 from longspan.commands.calibrate_app import calibrate_app
 from longspan.commands.eval_app import eval_app
 from longspan.commands.import_gguf import import_gguf
+from longspan.commands.join_ranks import join_ranks
 from longspan.commands.options import (
     AccessLog,
     AllowedHosts,
@@ -124,16 +126,17 @@ def generate(
 
     source = PromptSource(file=prompt_file, documents=tuple(document or ()),
                           questions=tuple(question or ()), raw=raw)
-    run(model, source, {
-        "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
-        "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,
-        "stop": tuple(stop or ())}, json, {
+    options = join_ranks(model, {
         "device": device, "dtype": dtype, "attention": attention, "positions": positions,
         "max_model_len": max_model_len, "prefill_chunk_len": prefill_chunk_len,
         "sparsity_plan": sparsity_plan, "recall": recall, "memory_gib": memory_gib,
         "weights": weights, "quantization": quantization, "kv_host_gib": kv_host_gib,
         "kv_dir": kv_dir, "kv_disk_gib": kv_disk_gib, "num_threads": threads,
-        "context_parallel": cp, "pipeline_parallel": pp})
+        "context_parallel": cp, "pipeline_parallel": pp}, os.environ)
+    run(model, source, {
+        "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
+        "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,
+        "stop": tuple(stop or ())}, json, options)
 
 
 @app.command()
@@ -213,14 +216,14 @@ def serve(
         allowed_hosts=tuple(allowed_host or ()), allowed_origins=tuple(allowed_origin or ()),
         default_max_tokens=default_max_tokens, max_queued_tokens=max_queued_tokens,
         drain_timeout_s=drain_timeout_s, max_connections=max_connections, access_log=access_log)
-    _exit(run(model, config, {
+    _exit(run(model, config, join_ranks(model, {
         "device": device, "dtype": dtype, "attention": attention, "positions": positions,
         "max_model_len": max_model_len, "prefill_chunk_len": prefill_chunk_len,
         "sparsity_plan": sparsity_plan, "recall": recall, "memory_gib": memory_gib,
         "weights": weights, "quantization": quantization,
         "max_num_requests": max_num_requests, "kv_host_gib": kv_host_gib, "kv_dir": kv_dir,
         "kv_disk_gib": kv_disk_gib, "num_threads": threads, "step_budget_s": step_budget_s,
-        "context_parallel": cp, "pipeline_parallel": pp}))
+        "context_parallel": cp, "pipeline_parallel": pp}, os.environ)))
 
 
 @bench_app.command()

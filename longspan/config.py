@@ -26,6 +26,7 @@ from longspan.families import (
 )
 from longspan.fields import Fields
 from longspan.quantization import CheckpointQuantization, read_quantization
+from longspan.rank_place import RankPlace
 from longspan.rope_config import RopeScaling, read_rope
 
 AttentionMode = Literal["auto", "dense", "sparse"]
@@ -303,6 +304,8 @@ class EngineConfig:
     chunk; every one of them holds the weights and the whole KV cache."""
     pipeline_parallel: int = 1
     """Ranks that share the layers: each holds the weights and the KV cache of its own alone."""
+    place: RankPlace | None = None
+    """Place among ranks that are there already; None: they are started."""
     kv_host_gib: float = 0.0
     """Host memory for KV blocks that the cache has no room for, besides ``memory_gib``."""
     kv_dir: str | None = None

@@ -30,7 +30,8 @@ PAGES = [*sorted((REPOSITORY / "docs").glob("*.md")),
 
 EVERYTHING = ("longspan",)
 BASE = ("longspan.config", "longspan.dca_config", "longspan.errors", "longspan.expert_config",
-        "longspan.families", "longspan.fields", "longspan.proxies", "longspan.quantization",
+        "longspan.families", "longspan.fields", "longspan.proxies", "longspan.rank_place",
+        "longspan.quantization",
         "longspan.rope_config", "longspan.text_files", "longspan.units", "longspan.version",
         "longspan.weight_form", "longspan.weight_sizes")
 # What all rooms of the engine speak of.
@@ -55,7 +56,9 @@ ALLOWED_OURS: dict[str, tuple[str, ...]] = {
     "longspan.families": ("longspan.errors", "longspan.fields"),
     "longspan.dca_config": ("longspan.errors", "longspan.fields"),
     "longspan.quantization": ("longspan.errors", "longspan.fields", "longspan.weight_form"),
+    "longspan.rank_place": ("longspan.errors",),
     "longspan.config": ("longspan.dca_config", "longspan.errors", "longspan.expert_config",
+                        "longspan.rank_place",
                         "longspan.families", "longspan.fields", "longspan.quantization",
                         "longspan.rope_config"),
     "longspan.text_files": ("longspan.errors",),
@@ -118,6 +121,7 @@ ALLOWED_OTHERS: dict[str, tuple[str, ...]] = {
     "longspan.expert_config": (),
     "longspan.families": (),
     "longspan.dca_config": (),
+    "longspan.rank_place": (),
     "longspan.config": (),
     "longspan.ops": ("torch", "triton", "numpy"),
 }

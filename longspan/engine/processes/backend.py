@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from longspan.config import EngineConfig
 from longspan.engine.control.loop import Launcher
@@ -18,6 +18,14 @@ class Engine(Launcher, Protocol):
 
     def close(self) -> None:
         """Free weights and caches."""
+
+
+@runtime_checkable
+class Watched(Protocol):
+    """An engine that may end while it has nothing to do, for other processes compute with it."""
+
+    def watch(self, on_lost: Callable[[BaseException], None]) -> None:
+        """Call ``on_lost`` once, on some thread, when the engine has come to an end."""
 
 
 Loader = Callable[[EngineConfig, Send], tuple[SchedulerConfig, Engine]]

@@ -20,7 +20,7 @@ import zmq
 from msgspec.structs import replace
 
 from longspan.engine.control.loop import PendingStep
-from longspan.engine.processes.backend import Engine, Loader
+from longspan.engine.processes.backend import Engine, Loader, Watched
 from longspan.engine.processes.block_tables import BlockTableCache
 from longspan.engine.processes.child_orders import Orders
 from longspan.engine.processes.sockets import Inbox, Outbox
@@ -51,6 +51,8 @@ def run(orders: Orders) -> int:
         results.end(error)
         return 1
     started: SimpleQueue[_Started | BaseException] = SimpleQueue()
+    if isinstance(engine, Watched):
+        engine.watch(started.put)
     # From here on only this thread uses the sockets of `results`.
     collector = threading.Thread(target=results.run, args=(started,), name="longspan-collect")
     collector.start()

@@ -43,7 +43,8 @@ class Channel:
         self, sock: socket.socket, kind: Any, on_lost: Callable[[str], None],
         stall_s: float = STALL_S,
     ) -> None:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.settimeout(BEAT_S)
         self._sock, self._codec, self._on_lost, self._stall_s = sock, Codec(kind), on_lost, stall_s
         self._sending = threading.Lock()

@@ -89,6 +89,10 @@ class Hub:
         self._has_failed, self._is_closed = threading.Event(), False
         self.on_failure: Callable[[], None] = lambda: None
         """Called once on a thread when a rank is lost: what waits for it must be woken."""
+        self.store = ""
+        """Where torch.distributed is to meet, see `Welcome`."""
+        self.kept: object = None
+        """What must live as long as the group."""
         self.total_bytes = self.free_bytes = 0
         """Memory that every rank has."""
 
@@ -132,21 +136,15 @@ class Hub:
             self._refuse(LongspanError(reason))
         self.total_bytes, self.free_bytes = least_memory(ordered)
 
-    def store(self, tcp_port: int = 0) -> str:
-        """Say where torch.distributed is to meet: a file for ranks of this machine alone."""
-        if tcp_port:
-            return f"tcp:{self.address}:{tcp_port}"
-        self._directory = self._directory or private_directory()
-        return f"file:{self._directory}/store"
-
     @property
-    def is_local(self) -> bool:
-        """Whether the other ranks are this process's children."""
-        return bool(self._children)
+    def directory(self) -> str:
+        """A private directory of this machine, removed at the end."""
+        self._directory = self._directory or private_directory()
+        return self._directory
 
-    def welcome(self, engine: bytes, store: str) -> None:
+    def welcome(self, engine: bytes) -> None:
         """Tell all ranks what to load."""
-        self.send(Welcome(engine, store))
+        self.send(Welcome(engine, self.store))
 
     def wait_joined(self) -> None:
         """Wait until all ranks have loaded. Raises `RankLostError` when one has not."""
@@ -218,6 +216,8 @@ class Hub:
             hello = channel.get(self._stall_s)
         except (TimeoutError, ClosedError):
             hello = None
+        if isinstance(hello, Failed):
+            self._fail(f"a rank could not start: {hello.reason}")
         if not isinstance(hello, Hello) or not hmac.compare_digest(hello.token, self.token) or not (
                 0 < hello.rank < self.size):
             channel.put(Refused("this is no rank of the group"))

@@ -149,11 +149,11 @@ class ResolvedEngine:
         """
         if hub is None:
             return self.load_alone()
-        thread, store, device = RankThread(hub), hub.store(), self.config.device
+        thread, store, device = RankThread(hub), hub.store, self.config.device
         assert device is not None
         hub.on_failure = abort_collectives
         try:
-            hub.welcome(msgspec.msgpack.encode(self, enc_hook=str), store)
+            hub.welcome(msgspec.msgpack.encode(self, enc_hook=str))
             runner = thread.do(lambda: self.load_alone(join_group(0, hub.size, store, device)))
             hub.wait_joined()
         except BaseException as error:

@@ -38,8 +38,9 @@ from longspan.engine.ranks.messages import (
     Welcome,
 )
 from longspan.engine.setup.engine_plan import ResolvedEngine, decode_engine
-from longspan.engine.setup.group import facts_of, join_group
+from longspan.engine.setup.group import facts_of, join_group, orders_of
 from longspan.errors import LongspanError
+from longspan.rank_place import RankPlace
 
 KEPT_STEPS = 16
 """Steps that may be under way on a device."""
@@ -55,6 +56,13 @@ def main() -> None:
     orders = msgspec.msgpack.decode(bytes.fromhex(first_line().decode()), type=FollowerOrders)
     threading.Thread(target=_hang_on, daemon=True).start()
     os._exit(follow(orders))  # threads may be waiting, and nothing is left to tidy up
+
+
+def follow_torchrun(asked: EngineConfig, place: RankPlace) -> int:
+    """Compute as one of the ranks that torchrun has started. Returns the exit status."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # they go to all; rank 0 decides when the others end
+    return follow(orders_of(asked, place))
 
 
 def _hang_on() -> None:

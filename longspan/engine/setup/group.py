@@ -17,20 +17,24 @@ from torch._C._distributed_c10d import FileStore, Store, TCPStore
 from longspan.attention.ranks import RankGroup
 from longspan.config import EngineConfig
 from longspan.engine.device.memory import DeviceMemory, device_memory
-from longspan.engine.ranks.hub import Hub
+from longspan.engine.ranks.channel import STALL_S
+from longspan.engine.ranks.hub import MEET_S, FollowerOrders, Hub
 from longspan.engine.ranks.messages import Facts
 from longspan.engine.resolve import resolve_config
 from longspan.errors import LongspanError
 from longspan.model.fingerprint import weights_fingerprint
 from longspan.model.weights import resolve_checkpoint
+from longspan.rank_place import RankPlace
 
 COLLECTIVE_S = 3600.0
 """Longest wait for another rank in a collective. Ranks that are gone are noticed otherwise; ranks
 that compile kernels are waited for."""
 SAME_EVERYWHERE = ("dtype", "max_model_len", "attention", "positions", "recall", "weights",
                    "quantization",
-                   "prefill_chunk_len", "max_num_requests", "block_size", "context_parallel",
+                   "prefill_chunk_len", "block_size", "context_parallel",
                    "pipeline_parallel")
+HUB_KEY, OPEN_TOKEN = "longspan/hub", "longspan"
+"""Where torchrun's store has rank 0's port and the token; the token where there is no store."""
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -48,6 +52,8 @@ def open_group(asked: EngineConfig) -> tuple[EngineConfig, Hub | None]:
                             "themselves; use one engine with several ranks in each process")
     config = resolve_config(asked, has_cuda=torch.cuda.is_available())
     assert config.device is not None
+    if asked.place is not None:
+        return _receive(asked, asked.place, config.device)
     size = config.num_ranks
     if ":" in config.device:
         raise LongspanError(f"device {config.device} is one GPU, and {size} ranks take the first "
@@ -59,12 +65,47 @@ def open_group(asked: EngineConfig) -> tuple[EngineConfig, Hub | None]:
                for rank in range(size)]
     hub = Hub(size)
     try:
+        hub.store = f"file:{hub.directory}/store"
         hub.spawn(configs[1:])
         hub.meet(facts_of(configs[0]))
     except BaseException:
         hub.close()
         raise
     return configs[0], hub
+
+
+def _receive(asked: EngineConfig, place: RankPlace, device: str) -> tuple[EngineConfig, Hub]:
+    """Wait, as rank 0, for the ranks that torchrun has started."""
+    config = of_rank(replace(asked, device=device), place.local_rank, place.local_size)
+    port = 0 if place.has_store else place.port
+    hub = Hub(place.size, address=place.address, port=port,
+              token="" if place.has_store else OPEN_TOKEN)
+    try:
+        if place.has_store:
+            _torchrun_store(place).set(HUB_KEY, f"{hub.port} {hub.token}")
+        hub.kept = store = TCPStore(place.address, 0, None, True, wait_for_workers=False)
+        hub.store = f"tcp:{place.address}:{store.port}"
+        hub.meet(facts_of(config))
+    except BaseException:
+        hub.close()
+        raise
+    return config, hub
+
+
+def orders_of(asked: EngineConfig, place: RankPlace) -> FollowerOrders:
+    """Return what a rank that torchrun has started is to do; it asks torchrun where rank 0 is."""
+    config = resolve_config(asked, has_cuda=torch.cuda.is_available())
+    port, token = place.port, OPEN_TOKEN
+    if place.has_store:
+        number, token = _torchrun_store(place).get(HUB_KEY).decode().split()
+        port = int(number)
+    return FollowerOrders(
+        address=place.address, port=port, token=token, rank=place.rank, stall_s=STALL_S,
+        config=of_rank(replace(asked, device=config.device), place.local_rank, place.local_size))
+
+
+def _torchrun_store(place: RankPlace) -> Store:
+    return TCPStore(place.address, place.port, None, False, timedelta(seconds=MEET_S))
 
 
 def of_rank(config: EngineConfig, local_rank: int, num_local: int) -> EngineConfig:
@@ -104,7 +145,7 @@ def join_group(rank: int, size: int, store: str, device: str) -> RankGroup:
         meeting: Store = FileStore(place, size)
     else:
         host, _, port = place.rpartition(":")
-        meeting = TCPStore(host, int(port), size, is_master=False)
+        meeting = TCPStore(host, int(port), None, False)
     dist.init_process_group(
         _backend(device), store=meeting, rank=rank, world_size=size,
         timeout=timedelta(seconds=COLLECTIVE_S),

@@ -154,6 +154,17 @@ class LeadRunner:
         self._hub.send(CompileAhead(every))
         self._thread.do(lambda: self._runner.compile_ahead(every))
 
+    def watch(self, on_lost: Callable[[BaseException], None]) -> None:
+        """Call ``on_lost`` once, on some thread, when a rank is lost, whatever is computed."""
+        def tell() -> None:
+            abort_collectives()
+            try:
+                self._hub.check()
+            except RankLostError as error:
+                on_lost(error)
+
+        self._hub.on_failure = tell
+
     def observe(self, observer: AttentionObserver | None) -> None:
         """As `Runner.observe`, for the rows and heads of rank 0."""
         self._runner.observe(observer)

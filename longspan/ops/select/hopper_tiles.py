@@ -36,7 +36,13 @@ def supports(q: Tensor, k: Tensor, padded_rows: int) -> bool:
     """Return whether this kernel can take the probes. q: [.., H, RP, D]; k: [N, P, K, D]."""
     return (is_hopper(q.device) and q.dtype in (torch.bfloat16, torch.float16)
             and q.shape[-1] == TILE_LEN == k.shape[1] and padded_rows % HALF_LEN == 0
-            and k.is_contiguous() and q.shape[1] // k.shape[2] * padded_rows > HALF_LEN)
+            and _has_whole_rows(k) and q.shape[1] // k.shape[2] * padded_rows > HALF_LEN)
+
+
+def _has_whole_rows(k: Tensor) -> bool:
+    """Return whether the keys are those of a cache, or of some of its KV heads."""
+    block, slot, head, dim = k.stride()
+    return dim == 1 and head == k.shape[3] and block == k.shape[1] * slot
 
 
 def block_groups(rows: int) -> tuple[int, int]:

@@ -53,7 +53,7 @@ def supports(q: Tensor, cache: PagedKV, rotary: QueryRotary, context_len: int) -
 
 def key_tiles(x: Tensor) -> TensorDescriptor:
     """Describe tiles of 128 keys by one KV head's 128 dims. x: [.., K, D] or [rows, K * D],
-    contiguous."""
+    contiguous but for the distance of rows."""
     flat = x.flatten(-2) if x.dim() > 2 else x
     flat = flat.flatten(0, -2)
     return TensorDescriptor(
