@@ -376,7 +376,7 @@ def quality(
 def bench_serve(
     model: ModelOption = "nano",
     scenario: Annotated[str, typer.Option(
-        help="prefill, followup, decode, with commas between.")] = "prefill,followup,decode",
+        help="prefill, followup, decode, crowd, with commas between.")] = "prefill,followup,decode",
     length: Annotated[int, typer.Option(min=256, help="Long prompt, tokens.")] = 131_072,
     budget_s: Annotated[float | None, typer.Option(
         help="Of a step; default: the server's.")] = None,

@@ -187,11 +187,12 @@ def test_two_hundred_half_heads(server: NanoServer) -> None:
         for index, connection in enumerate(attackers):
             if index % 2:  # the others say nothing at all
                 connection.sendall(GET)
-        server.until(lambda: process.num_fds() >= before + 200, "two hundred connections", 5)
         server.check()
-        server.until(lambda: process.num_fds() < before + 10, "their end", 10)
-        replies = [last_words(connection, SLACK_S) for connection in attackers]
-    assert {reply[:12] for reply in replies} == {b"", b"HTTP/1.1 408"}
+        # Every one is closed by the server, in its own time: on a slow machine the first are gone
+        # before the last are there.
+        replies = [last_words(connection, TIMEOUT_S)[:12] for connection in attackers]
+        server.until(lambda: process.num_fds() < before + 10, "their end")
+    assert replies == [b"", b"HTTP/1.1 408"] * 100
 
 
 # -- what is no request ----------------------------------------------------------------------------

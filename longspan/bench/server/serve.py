@@ -4,7 +4,9 @@
   answer pauses, how fast /health answers, how late the front end's event loop is;
 - ``followup``: two further questions on one document, against the first;
 - ``decode``: tokens a second with steps run ahead (TAG) and without
-  (`longspan.bench.server.run_ahead`).
+  (`longspan.bench.server.run_ahead`);
+- ``crowd``: how long a running answer pauses beside thousands of idle connections and schemas that
+  want to do harm (`longspan.bench.server.crowd`).
 
 `longspan.bench.server.soak` holds the long run that looks for leaks.
 """
@@ -23,6 +25,8 @@ from typing import Any, cast
 
 import torch
 
+from longspan.bench.server.crowd import crowd
+from longspan.bench.server.hostile_schemas import HOSTILE
 from longspan.bench.server.run_ahead import measure_decode
 from longspan.bench.server.server import (
     Answer,
@@ -52,6 +56,8 @@ STREAM_PROMPT = "The quick brown fox jumps over the lazy dog. " * 12
 """Goes on in plain words: a token that is part of a character has no event of its own, and would
 look like a pause."""
 NUM_FOLLOW_UPS = 2
+NUM_IDLE = 2_000
+"""Connections of a crowd that say nothing."""
 SOAK_LEN_CPU = 4_096
 """Longest prompts of a soak on CPUs: the pool is written once before growth counts, in seconds."""
 
@@ -242,6 +248,28 @@ def _follow_up(job: ServeJob) -> list[Row]:
     return [_row(job, *row) for row in rows]
 
 
+# -- crowd -----------------------------------------------------------------------------------------
+
+
+def _crowd(job: ServeJob) -> list[Row]:
+    with running(job.model, server_options(job)) as server:
+        found = crowd(server, completion_body(STREAM_PROMPT, job.length), HOSTILE, NUM_IDLE)
+    pause_s = longest_pause_s(found.stream.token_s, found.begin_s, found.end_s)
+    rows = [
+        ("step_budget", budget_s(job), "s"), ("idle_connections", float(found.num_idle), ""),
+        ("hostile_schemas", float(len(found.statuses)), ""),
+        ("hostile_schemas_refused", float(sum(status == 400 for status in found.statuses)), ""),
+        ("hostile_schemas_other_errors",
+         float(sum(status not in (200, 400) for status in found.statuses)), ""),
+        ("crowd_seconds", found.end_s - found.begin_s, "s"),
+        ("decode_pause_max_alone",
+         longest_pause_s(found.stream.token_s, found.alone_s, found.begin_s), "s"),
+        ("decode_pause_max", pause_s, "s"),
+        ("decode_pause_max_budgets", pause_s / budget_s(job), "budgets"),
+        ("health_max", 1e3 * max(found.health_s), "ms")]
+    return [_row(job, *row) for row in rows]
+
+
 # -- decode, soak ----------------------------------------------------------------------------------
 
 
@@ -266,4 +294,4 @@ def _row(job: ServeJob, metric: str, value: float, unit: str) -> Row:
 
 
 SCENARIOS: dict[str, Callable[[ServeJob], list[Row]]] = {
-    "prefill": _prefill, "followup": _follow_up, "decode": _decode}
+    "prefill": _prefill, "followup": _follow_up, "decode": _decode, "crowd": _crowd}

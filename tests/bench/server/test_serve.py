@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import resource
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
-from longspan.bench.server import serve, soak
+from longspan.bench.server import crowd, serve, soak
 from longspan.bench.server.run_ahead import PROMPT_LEN, rate_and_idle
 from longspan.bench.server.serve import ServeJob, longest_pause_s, run
 from longspan.bench.server.server import Server, Usage, lag_quantile_s, quantile, running
@@ -70,6 +71,24 @@ def test_decode_with_and_without_run_ahead(model: Path, tmp_path: Path) -> None:
             f"synchronous_tokens_per_s_batch_{batch}"]
         assert found[f"tag_over_synchronous_batch_{batch}"] == pytest.approx(ratio, rel=1e-3)
         assert 0 <= found[f"tag_idle_share_batch_{batch}"] <= 100
+
+
+def test_crowd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "NUM_IDLE", 100)
+    monkeypatch.setattr(serve, "HOSTILE", ('{"multipleOf": 9999991, "type": "integer"}', "{}", "["))
+    assert run(job_of(Path("nano"), tmp_path, scenarios=("crowd",)))
+    found = rows_of(tmp_path)["crowd"]
+    assert found["idle_connections"] >= 100 and found["hostile_schemas"] == 3
+    assert found["hostile_schemas_refused"] == 2 and found["hostile_schemas_other_errors"] == 0
+    assert found["decode_pause_max"] == pytest.approx(
+        0.2 * found["decode_pause_max_budgets"], rel=1e-2)
+    assert found["decode_pause_max"] >= 0 < found["decode_pause_max_alone"]
+
+
+def test_a_crowd_that_the_system_does_not_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (1024, 4096))
+    with pytest.raises(LongspanError, match="5,000 descriptors are needed and 4,096 allowed"):
+        crowd.allow_files(5000)
 
 
 def test_soak(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +165,7 @@ def test_refused_requests_say_so(model: Path) -> None:
 
 
 def test_unknown_scenarios_are_refused(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(LongspanError, match="'nothing' is not one of prefill, followup, decode"):
+    with pytest.raises(LongspanError, match="'nothing' is not one of prefill, followup, decode, crowd"):
         run(job_of(model, tmp_path, scenarios=("nothing",)))
 
 
