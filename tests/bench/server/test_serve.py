@@ -165,7 +165,8 @@ def test_refused_requests_say_so(model: Path) -> None:
 
 
 def test_unknown_scenarios_are_refused(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(LongspanError, match="'nothing' is not one of prefill, followup, decode, crowd"):
+    match = "'nothing' is not one of prefill, followup, decode, crowd"
+    with pytest.raises(LongspanError, match=match):
         run(job_of(model, tmp_path, scenarios=("nothing",)))
 
 
