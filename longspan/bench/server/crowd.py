@@ -39,7 +39,7 @@ class Crowd:
     num_idle: int
     """Connections that were open together, as the server counts its descriptors."""
     statuses: tuple[int, ...]
-    """Of the requests with schemas."""
+    """HTTP statuses of the requests with schemas."""
     health_s: tuple[float, ...]
 
 

@@ -191,6 +191,10 @@ class Runner:
         for stage in self._stages:
             stage.model.select_by(selector)
 
+    def prepare(self, constraint: str | None = None) -> None:
+        """Make ready for requests that follow a grammar, see `Sampler.prepare`."""
+        self._sampler.prepare(constraint)
+
     def watch_logits(self, on_logits: OnLogits | None) -> None:
         """Show ``on_logits`` the logits of every prompt token that is scored; None: nobody."""
         self._scorer.on_logits = on_logits

@@ -10,6 +10,7 @@ device.
 from __future__ import annotations
 
 import logging
+import threading
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -139,6 +140,7 @@ class Sampler:
         self._states: dict[int, _State] = {}
         self._history = _History(vocab_size, self._device)
         self._load_grammars = grammars
+        self._loading = threading.Lock()
         self._grammars: Grammars | None = None
 
     def sample(
@@ -182,6 +184,14 @@ class Sampler:
         """Return whether a decode slice needs more than `longspan.ops.sampling.sample`."""
         return any(item.slot in self._states for item in items)
 
+    def prepare(self, constraint: str | None = None) -> None:
+        """Read the vocabulary for grammars and compile a constraint, if one is given, before a
+        request asks for it; any thread may. Raises `LongspanError` where that cannot be done."""
+        grammars = self._all_grammars()
+        grammars.load()
+        if constraint is not None:
+            grammars.check(constraint)
+
     # -- state ---------------------------------------------------------------------------------
 
     def _state_of(self, index: int, item: ScheduledSlice, failures: _Failures) -> _State | None:
@@ -203,9 +213,13 @@ class Sampler:
         self._states[slot] = state
 
     def _grammar(self, constraint: str) -> Grammar:
-        if self._grammars is None:
-            self._grammars = self._load_grammars()
-        return self._grammars.start(constraint)
+        return self._all_grammars().start(constraint)
+
+    def _all_grammars(self) -> Grammars:
+        with self._loading:
+            if self._grammars is None:
+                self._grammars = self._load_grammars()
+            return self._grammars
 
     # -- changes to logits ---------------------------------------------------------------------
 

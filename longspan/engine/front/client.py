@@ -5,7 +5,7 @@ The engine itself runs elsewhere: a scheduler and a runner, each a process of it
 between, and sampled tokens come straight from the runner. On the event loop updates are delivered
 to the requests that wait for them, and tokens become text, some 20 microseconds for each token.
 Work that takes longer (tokenising, templates, checks of a million ids) is done on a few helper
-threads; JSON schemas are checked in processes of their own.
+threads; JSON schemas go their own way (`longspan.engine.front.constraints`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from longspan.config import EngineConfig
 from longspan.engine.control.latency import Forecast
 from longspan.engine.control.prefixes import hash_prompt
 from longspan.engine.control.scheduler import Load
+from longspan.engine.front.constraints import Constraints
 from longspan.engine.front.stream import Channel, Stream
 from longspan.engine.front.text_work import decode, load_text
 from longspan.engine.front.tracking import (
@@ -37,7 +38,6 @@ from longspan.engine.front.tracking import (
 from longspan.engine.intake import Prompt
 from longspan.engine.processes.backend import Backend, Start
 from longspan.engine.processes.launch import in_processes
-from longspan.engine.processes.schema_checker import SchemaChecker
 from longspan.engine.processes.wire import (
     Abort,
     Add,
@@ -46,6 +46,8 @@ from longspan.engine.processes.wire import (
     FromEngine,
     LoadChanged,
     Loaded,
+    Prepare,
+    Prepared,
     Stepped,
     Submitted,
 )
@@ -141,7 +143,7 @@ class AsyncEngine:
         self._config, self._start = config, start or in_processes()
         self._described: Described | None = None
         self._tokenizer: Tokenizer | None = None
-        self._schemas: SchemaChecker | None = None
+        self._constraints: Constraints | None = None
         self._channels = dict[str, Channel]()
         self._completions = dict[str, Completion]()
         self._trackers = dict[str, Tracker]()
@@ -201,8 +203,9 @@ class AsyncEngine:
         """
         tokenizer = self._ready_tokenizer()
         if request.params.constraint is not None:
-            assert self._schemas is not None
-            await self._schemas.check(request.params.constraint)
+            assert self._constraints is not None
+            await self._constraints.admit(request.params.constraint)
+            self._ready_tokenizer()  # it may have died meanwhile
         made = await self._aside(self._make, request, tokenizer)
         self._ready_tokenizer()  # it may have died meanwhile
         # Nothing is awaited from here on, so that a request is either handed in or not.
@@ -295,7 +298,7 @@ class AsyncEngine:
             if self._backend is not None:
                 self._backend.stop()
 
-    def _send(self, message: Begin | Add | Abort) -> None:
+    def _send(self, message: Begin | Add | Abort | Prepare) -> None:
         assert self._backend is not None
         self._backend.send(message)
 
@@ -313,11 +316,16 @@ class AsyncEngine:
             self._take_description(message)
         elif isinstance(message, Loaded):
             self._arrive("runner")
+        elif isinstance(message, Prepared):
+            assert self._constraints is not None
+            self._constraints.arrive(message.constraint)
         else:
             self._die(message.reason, is_mendable=message.is_mendable)
 
     def _take_description(self, described: Described) -> None:
         self._described = described
+        self._constraints = Constraints(
+            described.path, described.intake.vocab_size, self._send)
         self._send(Begin(described.scheduler))
         config = described.scheduler
         self._status = replace(
@@ -336,9 +344,7 @@ class AsyncEngine:
             return
         error = loaded.exception()
         if error is None:
-            assert self._described is not None
             self._tokenizer, advice = loaded.result()
-            self._schemas = SchemaChecker(self._described.path, self._described.intake.vocab_size)
             self._status = replace(self._status, default_sampling=advice,
                                    call_format=self._tokenizer.call_format)
             self._arrive("text")
@@ -383,13 +389,10 @@ class AsyncEngine:
     def _push(self, update: Update, report: StepReport) -> None:
         engine_id = update.request_id
         channel = self._channels[engine_id]
-        deliver(self._completions, update, report, self._abort)
+        deliver(self._completions, update, report, lambda name: self._send(Abort(name)))
         channel.wake()
         if channel.is_over:
             self._forget(engine_id)
-
-    def _abort(self, engine_id: str) -> None:
-        self._send(Abort(engine_id))
 
     def _die(self, reason: str, *, is_mendable: bool = False) -> None:
         if self._status.state == "dead":
@@ -402,8 +405,8 @@ class AsyncEngine:
             held.clear()
         self._idle.set()
         self._helpers.shutdown(wait=False)
-        if self._schemas is not None:
-            self._schemas.close()
+        if self._constraints is not None:
+            self._constraints.close()
         if self._backend is not None:
             self._backend.stop()
 

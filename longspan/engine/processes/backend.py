@@ -8,13 +8,16 @@ from typing import Protocol, runtime_checkable
 from longspan.config import EngineConfig
 from longspan.engine.control.loop import Launcher
 from longspan.engine.control.scheduler import SchedulerConfig
-from longspan.engine.processes.wire import Begin, Command, FromEngine
+from longspan.engine.processes.wire import Begin, Command, FromEngine, Prepare
 
 Send = Callable[[FromEngine], None]
 
 
 class Engine(Launcher, Protocol):
     """A launcher of steps that can be freed."""
+
+    def prepare(self, constraint: str) -> None:
+        """Compile a constraint ahead of its request; any thread may. Raises `LongspanError`."""
 
     def close(self) -> None:
         """Free weights and caches."""
@@ -36,7 +39,7 @@ class Backend(Protocol):
     """A started engine, as the front end sees it. Its messages go to the `Send` that it was started
     with."""
 
-    def send(self, message: Begin | Command) -> None:
+    def send(self, message: Begin | Command | Prepare) -> None:
         """Hand a command over; returns at once. Only one thread may call it."""
 
     def stop(self) -> None:

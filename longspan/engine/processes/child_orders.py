@@ -23,7 +23,7 @@ class Orders(msgspec.Struct, frozen=True, kw_only=True):
     loader: str
     """``module:function`` of the `longspan.engine.processes.backend.Loader`."""
 
-    def address(self, role: Role | Literal["front"]) -> str:
+    def address(self, role: Role | Literal["front", "grammars"]) -> str:
         """Return the socket address of one process's inbox."""
         return socket_address(self.directory, role)
 

@@ -22,6 +22,8 @@ from longspan.engine.processes.wire import (
     Command,
     Died,
     Loaded,
+    Prepare,
+    Prepared,
     Stepped,
     computed_slices,
     last_words,
@@ -44,9 +46,12 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="longspan-engine", daemon=True)
         self._thread.start()
 
-    def send(self, message: Begin | Command) -> None:
-        """Hand a command over."""
-        self._inbox.put(message)
+    def send(self, message: Begin | Command | Prepare) -> None:
+        """Hand a command over. Nothing is prepared here: it is compiled in its request's step."""
+        if isinstance(message, Prepare):
+            self._send(Prepared(message.constraint))
+        else:
+            self._inbox.put(message)
 
     def stop(self) -> None:
         """End after the step that is being computed."""

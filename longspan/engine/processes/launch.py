@@ -27,7 +27,7 @@ from longspan.engine.processes.backend import Send, Start
 from longspan.engine.processes.child_orders import ROLES, Orders, Role, socket_address
 from longspan.engine.processes.sockets import Inbox, Outbox
 from longspan.engine.processes.spawning import first_line, private_directory, python_command
-from longspan.engine.processes.wire import Begin, Command, Died, FromEngine
+from longspan.engine.processes.wire import Begin, Command, Died, FromEngine, Prepare
 from longspan.errors import LongspanError
 
 LOADER = "longspan.engine.setup.load:load_engine"
@@ -73,6 +73,7 @@ class Processes:
             shutil.rmtree(self._directory, ignore_errors=True)
             raise
         self._scheduler = Outbox(self._context, socket_address(self._directory, "scheduler"))
+        self._grammars = Outbox(self._context, socket_address(self._directory, "grammars"))
         self.children = {role: _spawn(Orders(
             role=role, directory=self._directory, config=config, max_in_flight=max_in_flight,
             loader=loader)) for role in ROLES}
@@ -83,9 +84,9 @@ class Processes:
         for thread in self._threads:
             thread.start()
 
-    def send(self, message: Begin | Command) -> None:
-        """Send a command to the scheduler."""
-        self._scheduler.put(message)
+    def send(self, message: Begin | Command | Prepare) -> None:
+        """Send a command to the scheduler, what is to be prepared to the runner."""
+        (self._grammars if isinstance(message, Prepare) else self._scheduler).put(message)
 
     def stop(self) -> None:
         """Cut the lifelines."""
@@ -107,6 +108,7 @@ class Processes:
             thread.join()
         self._inbox.close()
         self._scheduler.close()
+        self._grammars.close()
         self._context.destroy(linger=0)
         shutil.rmtree(self._directory, ignore_errors=True)
 

@@ -1,13 +1,15 @@
 """The runner's process: steps in, sampled tokens out to scheduler and front end.
 
-Two threads. One receives steps and launches them; on a GPU that returns before they are computed.
-The other waits for the results and sends them. So the next step is launched while the one before
-is computed, and no token waits for a launch.
+Three threads. One receives steps and launches them; on a GPU that returns before they are computed.
+Another waits for the results and sends them. So the next step is launched while the one before
+is computed, and no token waits for a launch. The third compiles grammars before the requests come
+that follow them: that may take half a second, and running answers must not wait for it.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 import threading
@@ -24,8 +26,19 @@ from longspan.engine.processes.backend import Engine, Loader, Watched
 from longspan.engine.processes.block_tables import BlockTableCache
 from longspan.engine.processes.child_orders import Orders
 from longspan.engine.processes.sockets import Inbox, Outbox
-from longspan.engine.processes.wire import Loaded, Step, Stepped, computed_slices, last_words
+from longspan.engine.processes.wire import (
+    Loaded,
+    Prepare,
+    Prepared,
+    Step,
+    Stepped,
+    computed_slices,
+    last_words,
+)
 from longspan.engine.step import ScheduledBatch
+from longspan.errors import LongspanError
+
+logger = logging.getLogger("longspan.engine")
 
 SWITCH_S = 5e-4
 """Longest time that a thread keeps the interpreter from the other one."""
@@ -45,6 +58,7 @@ def run(orders: Orders) -> int:
     results = Results(orders)
     try:
         inbox = Inbox(incoming, orders.address("runner"), Step)
+        constraints = Inbox(incoming, orders.address("grammars"), Prepare)
         _, engine = _loader(orders.loader)(orders.config, results.front.put)
         results.front.put(Loaded())
     except BaseException as error:
@@ -56,6 +70,9 @@ def run(orders: Orders) -> int:
     # From here on only this thread uses the sockets of `results`.
     collector = threading.Thread(target=results.run, args=(started,), name="longspan-collect")
     collector.start()
+    front = Outbox(incoming, orders.address("front"))
+    threading.Thread(target=_prepare, args=(constraints, engine, front), daemon=True,
+                     name="longspan-grammars").start()
     _launch(inbox, engine, started)
     collector.join()
     return 1
@@ -77,6 +94,20 @@ def _launch(inbox: Inbox, engine: Engine, started: SimpleQueue[_Started | BaseEx
             started.put(_Started(batch, engine.launch(batch), time_s))
     except BaseException as error:
         started.put(error)
+
+
+def _prepare(constraints: Inbox, engine: Engine, front: Outbox) -> None:
+    """Compile what is asked for, one after the other. What fails here fails again for its request,
+    which is told why."""
+    while True:
+        constraint = constraints.get().constraint
+        try:
+            engine.prepare(constraint)
+        except LongspanError:
+            pass
+        except Exception:
+            logger.exception("a constraint could not be compiled")
+        front.put(Prepared(constraint))
 
 
 class Results:

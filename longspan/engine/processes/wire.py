@@ -74,6 +74,12 @@ class Step(Message, frozen=True):
     """By request id: new and grown block tables, as bytes of 32-bit integers."""
 
 
+class Prepare(Message, frozen=True):
+    """Compile a constraint before the request comes that follows it; to a thread of its own."""
+
+    constraint: str
+
+
 # -- to the front end ------------------------------------------------------------------------------
 
 
@@ -139,6 +145,12 @@ class Stepped(Message, frozen=True, kw_only=True):
     finished_s: float
 
 
+class Prepared(Message, frozen=True):
+    """A constraint is compiled, or cannot be, which its request will be told."""
+
+    constraint: str
+
+
 class Died(Message, frozen=True):
     """The engine has ended; the last message."""
 
@@ -147,7 +159,7 @@ class Died(Message, frozen=True):
     """The reason tells a person what to do about it."""
 
 
-FromEngine = Described | Loaded | Submitted | LoadChanged | Stepped | Died
+FromEngine = Described | Loaded | Submitted | LoadChanged | Stepped | Prepared | Died
 
 # -- encoding --------------------------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from longspan.config import EngineConfig
 from longspan.engine.control.scheduler import SchedulerConfig
 from longspan.engine.processes.backend import Engine, Send
@@ -12,6 +14,7 @@ from longspan.engine.setup.compile_ahead import compile_steps
 from longspan.engine.setup.engine_plan import ResolvedEngine
 from longspan.engine.setup.group import group_memory, open_group
 from longspan.engine.setup.tier_plan import places_bytes
+from longspan.errors import LongspanError
 from longspan.weight_form import PLAIN
 
 
@@ -42,6 +45,8 @@ def _load(
     runner.record_graphs()
     if engine.config.device != "cpu":  # whose operations need no compiler
         runner.compile_ahead(compile_steps(scheduler))
+    with suppress(LongspanError):  # the first request that wants a grammar is told
+        runner.prepare()  # a large vocabulary takes a second, for which answers would pause
     return scheduler, runner
 
 

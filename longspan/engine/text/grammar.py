@@ -68,6 +68,7 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._lock = threading.Lock()
+        self._loading = threading.Lock()
         self._vocabulary: Any = None
         self._compiled: OrderedDict[str, Any] = OrderedDict()
 
@@ -83,18 +84,20 @@ class Grammars:
 
     def start(self, constraint: str) -> Grammar:
         """Return a grammar at its beginning. Raises as `check`."""
-        return Grammar(self._compile(constraint).deep_copy())
+        return Grammar(self._compile(constraint))
 
     def _compile(self, constraint: str) -> Any:
+        """Return a matcher of one's own. Nobody waits while another constraint is compiled."""
         with self._lock:
             matcher = self._compiled.get(constraint)
-            if matcher is None:
-                matcher = self._build(constraint)
-                self._compiled[constraint] = matcher
+        if matcher is None:
+            matcher = self._build(constraint)
+        with self._lock:
+            self._compiled[constraint] = matcher
             self._compiled.move_to_end(constraint)
             while len(self._compiled) > NUM_KEPT:
                 self._compiled.popitem(last=False)
-            return matcher
+            return matcher.deep_copy()
 
     def _build(self, constraint: str) -> Any:
         library = _library()
@@ -121,21 +124,25 @@ class Grammars:
     def load(self) -> Any:
         """Read the vocabulary for the library now, rather than with the first schema. Raises as
         `check`, and `LongspanError` for a tokenizer that the library cannot use."""
-        if self._vocabulary is None:
-            library = _library()
-            ends = sorted(self._tokenizer.eos_token_ids)
-            if not ends:
-                raise InvalidRequestError(
-                    "json_schema cannot be followed: this checkpoint names no end-of-text token")
-            try:
-                self._vocabulary = library.LLTokenizer(
-                    self._tokenizer.to_json(), n_vocab=self._vocab_size, eos_token=ends,
-                    slices=library.LLTokenizer.json_slices())
-            except ValueError as error:
-                raise LongspanError(
-                    f"json_schema cannot be followed with this checkpoint's tokenizer: "
-                    f"{_first_line(error)}") from None
-        return self._vocabulary
+        with self._loading:
+            if self._vocabulary is None:
+                self._vocabulary = self._read_vocabulary()
+            return self._vocabulary
+
+    def _read_vocabulary(self) -> Any:
+        library = _library()
+        ends = sorted(self._tokenizer.eos_token_ids)
+        if not ends:
+            raise InvalidRequestError(
+                "json_schema cannot be followed: this checkpoint names no end-of-text token")
+        try:
+            return library.LLTokenizer(
+                self._tokenizer.to_json(), n_vocab=self._vocab_size, eos_token=ends,
+                slices=library.LLTokenizer.json_slices())
+        except ValueError as error:
+            raise LongspanError(
+                f"json_schema cannot be followed with this checkpoint's tokenizer: "
+                f"{_first_line(error)}") from None
 
 
 def _with_styled_schema(rule: str) -> str:

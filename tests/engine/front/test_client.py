@@ -58,6 +58,9 @@ class Runner(FakeRunner):
             raise self.error
         return super().execute(batch)
 
+    def prepare(self, constraint: str) -> None:
+        raise AssertionError("an engine on a thread compiles in the step")
+
     def close(self) -> None:
         """Remember."""
         self.is_closed = True

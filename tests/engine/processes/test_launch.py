@@ -165,6 +165,39 @@ def test_progress_comes_before_the_first_step_ends(tmp_path: Path) -> None:
     run(work())
 
 
+def test_nobody_waits_while_a_grammar_is_compiled(tmp_path: Path) -> None:
+    """It is compiled before its request is handed in."""
+    schema, other = '{"type": "integer"}', '{"type": "boolean"}'
+    wanted = complete([3, 3], SamplingParams(max_tokens=6))
+
+    async def work() -> None:
+        async with far(write_model(tmp_path)) as engine:
+            (tmp_path / "hold-grammars").touch()
+            guided = [asyncio.create_task(engine.add(ask([3, 3], json_schema=schema)))
+                      for _ in range(3)]
+            await until((tmp_path / "prepared.log").exists)
+            later = asyncio.create_task(engine.add(ask([3, 3], json_schema=other)))
+            await is_empty(engine)
+            assert not any(task.done() for task in [*guided, later])
+            guided[0].cancel()
+            (tmp_path / "hold-grammars").unlink()
+            for task in [*guided[1:], later]:
+                assert await tokens(await task) == wanted
+            assert set((tmp_path / "prepared.log").read_text().split("\n")) == {schema, other, ""}
+            assert guided[0].cancelled()
+            assert await tokens(await engine.add(ask([3, 3], json_schema=schema))) == wanted
+            # whoever waits when the engine dies is told so
+            (tmp_path / "hold-grammars").touch()
+            before = (tmp_path / "prepared.log").read_text()
+            last = asyncio.create_task(engine.add(ask([3, 3], json_schema=other)))
+            await until(lambda: (tmp_path / "prepared.log").read_text() != before)
+            processes(engine).children["runner"].kill()
+            with pytest.raises(EngineUnavailableError, match="SIGKILL"):
+                await last
+
+    run(work())
+
+
 def test_a_slow_reader_holds_up_nobody(tmp_path: Path) -> None:
     async def work() -> None:
         async with far(write_model(tmp_path)) as engine:
@@ -285,7 +318,8 @@ def test_garbage_on_every_socket(tmp_path: Path) -> None:
             directory = Path(processes(engine)._directory)
             assert stat.S_IMODE(directory.stat().st_mode) == 0o700
             inboxes = sorted(directory.iterdir())
-            assert [inbox.name for inbox in inboxes] == ["front", "runner", "scheduler"]
+            assert [inbox.name for inbox in inboxes] == [
+                "front", "grammars", "runner", "scheduler"]
             with zmq.Context() as context:
                 for inbox in inboxes:
                     with context.socket(zmq.PUSH) as out:
