@@ -16,6 +16,10 @@ from longspan.errors import LongspanError, RankLostError
 
 # typer re-exports only the leaves of its usage errors.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+PANIC = "PanicException"
+"""What libraries in Rust raise; it cannot be imported, and is no `Exception`."""
+NO_MEMORY = ("there is not enough memory, or a limit on this process's memory is too low "
+             "(ulimit -v); free some, or raise the limit")
 
 
 def run_app(commands: typer.Typer, arguments: Sequence[str], program: str) -> int:
@@ -36,10 +40,13 @@ def run_app(commands: typer.Typer, arguments: Sequence[str], program: str) -> in
     except (MemoryError, RuntimeError, ImportError) as error:
         if not (isinstance(error, MemoryError) or _has_memory_limit()):
             raise
-        return _fail("there is not enough memory, or a limit on this process's memory is too low "
-                     f"(ulimit -v); free some, or raise the limit ({error})")
+        return _fail(NO_MEMORY if not str(error) else f"{NO_MEMORY} ({error})")
     except OSError as error:
         return _fail(_system_message(error))
+    except BaseException as error:
+        if type(error).__name__ != PANIC or not _has_memory_limit():
+            raise
+        return _fail(f"{NO_MEMORY} ({error})")
     if status == 130:
         print("interrupted", file=sys.stderr)
     return status if isinstance(status, int) else 0

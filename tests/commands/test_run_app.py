@@ -32,7 +32,7 @@ def raising(error: BaseException) -> Any:
 @pytest.mark.parametrize(("error", "said"), [
     (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
     (PermissionError(errno.EACCES, "Permission denied", "/out/x"), "/out/x: Permission denied"),
-    (MemoryError(), "not enough memory")])
+    (MemoryError(), "raise the limit\n")])
 def test_what_the_system_refuses(
     capsys: pytest.CaptureFixture[str], error: BaseException, said: str,
 ) -> None:
@@ -49,6 +49,20 @@ def test_a_fault_of_ours_is_shown_unless_memory_is_limited(
     monkeypatch.setattr(resource, "getrlimit", lambda which: (10**9, 10**9))
     assert run(raising(ImportError("cannot map"))) == 2
     assert "ulimit -v" in capsys.readouterr().err
+
+
+def test_a_panic_of_a_library_in_rust(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Threads that cannot be made under a limit of memory; it is no `Exception`."""
+    panic = type("PanicException", (BaseException,), {})("cannot spawn threads")
+    with pytest.raises(BaseException, match="cannot spawn"):
+        run(raising(panic))
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (8 * 10**8, 8 * 10**8))
+    assert run(raising(panic)) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: there is not enough memory") and text.count("\n") == 1
+    assert "cannot spawn threads" in text
 
 
 def test_closed_streams(
