@@ -324,8 +324,7 @@ class AsyncEngine:
 
     def _take_description(self, described: Described) -> None:
         self._described = described
-        self._constraints = Constraints(
-            described.path, described.intake.vocab_size, self._send)
+        self._constraints = Constraints(described.path, described.intake.vocab_size, self._send)
         self._send(Begin(described.scheduler))
         config = described.scheduler
         self._status = replace(
