@@ -178,6 +178,10 @@ class LeadRunner:
         """As `Runner.watch_logits`."""
         self._runner.watch_logits(on_logits)
 
+    def prepare(self, constraint: str | None = None) -> None:
+        """As `Runner.prepare`, on rank 0; other ranks compile in the step."""
+        self._runner.prepare(constraint)
+
     def peak_memory_bytes(self) -> int:
         """Highest use of rank 0; the others are alike."""
         return self._runner.peak_memory_bytes()
