@@ -79,6 +79,10 @@ class StageRunner:
         """Show ``on_logits`` the logits of prompt tokens, where the head is; None: nobody."""
         self.runner.watch_logits(on_logits)
 
+    def prepare(self, constraint: str | None = None) -> None:
+        """As `Runner.prepare`, in this process."""
+        self.runner.prepare(constraint)
+
     def peak_memory_bytes(self) -> int:
         """Highest use so far, of this rank."""
         return self.runner.peak_memory_bytes()
