@@ -84,6 +84,7 @@ class Runner:
         self._link = link
         self._sharing: RowSharing | None = None
         self._stages, self._sampler = tuple(stages), sampler
+        self.prepare = sampler.prepare  # for requests that follow a grammar
         self._block_size = stages[0].caches[0].k.shape[1]
         self._head_dim, self._dca, self._device = head_dim, dca, device
         self._scorer = PromptScorer(head_rows(stages[-1].model.config.vocab_size))
@@ -190,10 +191,6 @@ class Runner:
         """Let ``selector`` choose what sparse prefill keeps; None: the product's selection."""
         for stage in self._stages:
             stage.model.select_by(selector)
-
-    def prepare(self, constraint: str | None = None) -> None:
-        """Make ready for requests that follow a grammar, see `Sampler.prepare`."""
-        self._sampler.prepare(constraint)
 
     def watch_logits(self, on_logits: OnLogits | None) -> None:
         """Show ``on_logits`` the logits of every prompt token that is scored; None: nobody."""
