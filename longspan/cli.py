@@ -36,6 +36,7 @@ from longspan.commands.options import (
     Dtype,
     KvDir,
     KvDisk,
+    KvDtype,
     KvHost,
     Layers,
     MaxConnections,
@@ -114,7 +115,7 @@ def generate(
     positions: Positions = "auto", max_model_len: MaxModelLen = None,
     prefill_chunk_len: ChunkLen = None, sparsity_plan: Plan = None, recall: Recall = None,
     memory_gib: Memory = None, kv_host_gib: KvHost = 0.0, kv_dir: KvDir = None,
-    kv_disk_gib: KvDisk = None, weights: Weights = "checkpoint",
+    kv_disk_gib: KvDisk = None, kv_dtype: KvDtype = None, weights: Weights = "checkpoint",
     quantization: Quantization = None, threads: Threads = None,
     cp: ContextParallel = 1, pp: PipelineParallel = 1,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
@@ -131,7 +132,8 @@ def generate(
         "max_model_len": max_model_len, "prefill_chunk_len": prefill_chunk_len,
         "sparsity_plan": sparsity_plan, "recall": recall, "memory_gib": memory_gib,
         "weights": weights, "quantization": quantization, "kv_host_gib": kv_host_gib,
-        "kv_dir": kv_dir, "kv_disk_gib": kv_disk_gib, "num_threads": threads,
+        "kv_dir": kv_dir, "kv_disk_gib": kv_disk_gib, "kv_dtype": kv_dtype,
+        "num_threads": threads,
         "context_parallel": cp, "pipeline_parallel": pp}, os.environ)
     run(model, source, {
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
@@ -146,7 +148,8 @@ def info(
     device: Device = None, dtype: Dtype = None, attention: Attention = "auto",
     positions: Positions = "auto", prefill_chunk_len: ChunkLen = None, sparsity_plan: Plan = None,
     memory_gib: Memory = None, max_num_requests: MaxRequests = None, kv_host_gib: KvHost = 0.0,
-    kv_dir: KvDir = None, kv_disk_gib: KvDisk = None, quantization: Quantization = None,
+    kv_dir: KvDir = None, kv_disk_gib: KvDisk = None, kv_dtype: KvDtype = None,
+    quantization: Quantization = None,
 ) -> None:
     """Show what a prompt of some length needs on this machine, and how it would run."""
     from longspan.commands.info import run
@@ -156,7 +159,7 @@ def info(
         "prefill_chunk_len": prefill_chunk_len, "sparsity_plan": sparsity_plan,
         "memory_gib": memory_gib, "max_num_requests": max_num_requests,
         "kv_host_gib": kv_host_gib, "kv_dir": kv_dir, "kv_disk_gib": kv_disk_gib,
-        "quantization": quantization})
+        "kv_dtype": kv_dtype, "quantization": quantization})
 
 
 @app.command()
@@ -200,7 +203,7 @@ def serve(
     prefill_chunk_len: ChunkLen = None, sparsity_plan: Plan = None, recall: Recall = None,
     memory_gib: Memory = None,
     max_num_requests: MaxRequests = None, kv_host_gib: KvHost = 0.0, kv_dir: KvDir = None,
-    kv_disk_gib: KvDisk = None, weights: Weights = "checkpoint",
+    kv_disk_gib: KvDisk = None, kv_dtype: KvDtype = None, weights: Weights = "checkpoint",
     quantization: Quantization = None, threads: Threads = None,
     cp: ContextParallel = 1, pp: PipelineParallel = 1,
 ) -> None:
@@ -222,7 +225,8 @@ def serve(
         "sparsity_plan": sparsity_plan, "recall": recall, "memory_gib": memory_gib,
         "weights": weights, "quantization": quantization,
         "max_num_requests": max_num_requests, "kv_host_gib": kv_host_gib, "kv_dir": kv_dir,
-        "kv_disk_gib": kv_disk_gib, "num_threads": threads, "step_budget_s": step_budget_s,
+        "kv_disk_gib": kv_disk_gib, "kv_dtype": kv_dtype,
+        "num_threads": threads, "step_budget_s": step_budget_s,
         "context_parallel": cp, "pipeline_parallel": pp}, os.environ)))
 
 
@@ -313,7 +317,7 @@ def decode(
     batch: Annotated[str, typer.Option(help="Requests decoded together.")] = "1,16,64",
     rows: Annotated[str, typer.Option(
         help="Last tokens of one sequence, attended together.")] = "1,2,4,8,16",
-    layers: Layers = None,
+    kv_dtype: KvDtype = None, layers: Layers = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps timed.")] = 50,
     memory_gib: Memory = None, quantization: Quantization = None,
     device: Device = None, commit: Commit = None,
@@ -327,8 +331,7 @@ def decode(
     options = DecodeOptions(
         contexts=parse_list(contexts, int, "--contexts"), steps=steps, layers=layers,
         batches=parse_list(batch, int, "--batch"), rows=parse_list(rows, int, "--rows"),
-        memory_gib=memory_gib,
-        quantization=quantization)
+        memory_gib=memory_gib, quantization=quantization, kv_dtype=kv_dtype)
     session = BenchSession("decode", BenchOptions.make(device, out, commit, budget_s))
     _exit(run(session, Shape.make(shape), options))
 

@@ -281,6 +281,9 @@ class EngineConfig:
     """What plain matrices are quantised to while they are loaded: ``fp8``, ``int4``, ``int8``
     (CPUs), or ``none``, they stay as the checkpoint has them. Default: none, but on CPUs int8 for
     models above 1 GiB in fp32, unless there is a ``dtype``."""
+    kv_dtype: str | None = None
+    """``int8``: keys and values are kept in eight bits, with a scale for each token and head;
+    arithmetic stays in ``dtype``. Default: they are kept in ``dtype``."""
     prefill_chunk_len: int | None = None
     """Prompt tokens of one request computed in one step; default: the most that the memory allows,
     up to 131,072 on GPUs and 16,384 on CPUs (`longspan.engine.setup.step_sizes`)."""
@@ -360,6 +363,9 @@ class EngineConfig:
             raise LongspanError(f"quantization {self.quantization!r} is not one of "
                                 f"{', '.join(get_args(Quantization))}; leave it out "
                                 "for the default")
+        if self.kv_dtype not in (None, "int8"):
+            raise LongspanError(f"kv_dtype {self.kv_dtype!r} is not int8; leave it out for the "
+                                "type that is computed in")
         if self.prefill_chunk_len is not None and self.prefill_chunk_len % self.block_size:
             raise LongspanError(
                 f"prefill_chunk_len {self.prefill_chunk_len} must be a multiple of block_size "

@@ -39,7 +39,7 @@ WORDS = tuple(f"longspan.engine.{name}"
               for name in ("plain", "recall", "request", "transfer", "kv_file",
                            "prefix_origin", "step", "intake", "resolve"))
 KERNEL_PARTS = ("longspan.ops.tiles", "longspan.ops.types", "longspan.ops.geometry",
-                "longspan.ops.reference")
+                "longspan.ops.reference", "longspan.ops.int8_kv")
 # The command line and the bodies of its subcommands: nothing else may import them.
 COMMANDS = tuple(f"longspan.{name}" for name in ("cli", "commands", "bench"))
 # What each room may import of ours, besides itself. The longest matching key counts.
@@ -66,7 +66,9 @@ ALLOWED_OURS: dict[str, tuple[str, ...]] = {
     "longspan.ops": ("longspan.ops",),
     "longspan.ops.types": (),
     "longspan.ops.geometry": (),
-    "longspan.ops.reference": ("longspan.ops.types", "longspan.ops.geometry"),
+    "longspan.ops.int8_kv": ("longspan.ops.types",),
+    "longspan.ops.reference": ("longspan.ops.types", "longspan.ops.geometry",
+                               "longspan.ops.int8_kv"),
     "longspan.ops.sampling": (),
     **dict.fromkeys(("longspan.ops.tiles", "longspan.ops.dense", "longspan.ops.select",
                      "longspan.ops.sparse", "longspan.ops.decode", "longspan.ops.pointwise"),

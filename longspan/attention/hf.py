@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from longspan import ops
-from longspan.attention.layer import DualChunkAttention, allocate_cache
+from longspan.attention.cache import allocate_cache
+from longspan.attention.layer import DualChunkAttention
 from longspan.attention.metadata import SequenceSlice, build_metadata
 from longspan.attention.rope import build_rotary, inverse_frequencies
 from longspan.attention.sparsity import SparsityPlan, needs_means

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -22,24 +23,6 @@ Selector = Callable[..., Selection]
 """With the arguments and the result of `ops.select_vertical_slash`."""
 RECALL_LAYERS = 4
 """Recall is measured in every so many layers: the pass over all keys takes time."""
-
-
-def allocate_cache(
-    *, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype,
-    device: torch.device | str, means: bool,
-) -> PagedKV:
-    """Allocate one layer's KV cache, uninitialised: on CPUs memory is taken as blocks are written.
-
-    Args:
-        means: with each block's mean key and mean value, for plans with the mean correction.
-    """
-    shape = (num_blocks, block_size, num_kv_heads, head_dim)
-    k, v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
-    if not means:
-        return PagedKV(k, v)
-    of_tiles = (torch.empty(num_blocks, num_kv_heads, head_dim, dtype=dtype, device=device)
-                for _ in range(2))
-    return PagedKV(k, v, *of_tiles)
 
 
 class DualChunkAttention:
@@ -97,6 +80,7 @@ class DualChunkAttention:
         first, stop = self._sparse_range(item, cache.k.shape[1])
         if first >= stop:
             return [PrefillPart(item.cached_len, item.context_len, None)]
+        cache, item = self._plain(q, cache, item)
         assert self.budget is not None
         select: Callable[..., Found] = self._select
         if item.share is not None and item.share.is_split:
@@ -131,6 +115,7 @@ class DualChunkAttention:
         at the part's end, n are multiples of the tile length. Returns [n, H, D].
         """
         stop, outs = start + q.shape[0], []
+        cache, item = self._plain(q, cache, item)
         for part in parts:
             first, last = max(start, part.start), min(stop, part.stop)
             if first < last:
@@ -145,7 +130,13 @@ class DualChunkAttention:
         return out
 
     def _prefill(self, q: Tensor, cache: PagedKV, item: PrefillSlice) -> Tensor:
+        cache, item = self._plain(q, cache, item)
         return self.attend_rows(q, cache, item, self.prepare(q, cache, item))
+
+    def _plain(self, q: Tensor, cache: PagedKV, item: PrefillSlice) -> tuple[PagedKV, PrefillSlice]:
+        """Return a cache that all ops read, for as long as they run, and the slice in it."""
+        plain, table = ops.readable_kv(q, cache, item.block_table, item.context_len, self.rotary)
+        return plain, item if table is item.block_table else replace(item, block_table=table)
 
     def _sparse_range(self, item: PrefillSlice, block_size: int) -> tuple[int, int]:
         """Return the positions [first, stop) computed sparsely: in tile mode whole tiles, and none

@@ -159,6 +159,8 @@ def fidelity(
         help="Positions of each text whose distributions are compared.")] = 2048,
     every: Annotated[int, typer.Option(
         help="One query tile of so many is attended to densely, for recall.")] = 8,
+    kv_dtype: Annotated[str | None, typer.Option(
+        help="int8: dense attention over such keys and values is compared too.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of result files.")] = Path("out/fidelity"),
     time_limit_s: Annotated[float | None, typer.Option(
         help="Begin no text after these seconds.")] = None,
@@ -183,7 +185,7 @@ def fidelity(
         prefix="assistant")
     note(str(run_job(FidelityJob(
         prompts=prompts, num_positions=compared_positions, every=every, out=out,
-        time_limit_s=time_limit_s, model=ModelJob(
+        time_limit_s=time_limit_s, kv_dtype=kv_dtype, model=ModelJob(
             model=model, name=name, max_model_len=max_model_len,
             attention=parse_list(attention, str, "--attention"),
             positions=parse_list(positions, str, "--positions"),

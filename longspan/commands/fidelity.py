@@ -52,6 +52,8 @@ class FidelityJob:
     """One query tile of so many is attended to densely for recall and output errors."""
     out: Path
     time_limit_s: float | None = None
+    kv_dtype: str | None = None
+    """Dense attention over keys and values of this type is an arm too."""
 
     def __post_init__(self) -> None:
         if "dense" in self.model.attention:
@@ -128,10 +130,13 @@ def run(job: FidelityJob) -> Path:
     for positions in dict.fromkeys(arm.positions for arm in arms):
         dense = Setting("dense", positions)
         references, where = _read_all(job, dense, texts, longest, None, deadline)
-        for arm in (FLOOR, *(arm for arm in arms if arm.positions == positions)):
-            setting, options = (arm, {}) if isinstance(arm, Setting) else (
-                dense, _other_chunking(job.model, longest))
-            label = arm.label if isinstance(arm, Setting) else f"{positions} {FLOOR}"
+        compared: list[tuple[str, Setting, Mapping[str, Any]]] = [
+            (f"{positions} {FLOOR}", dense, _other_chunking(job.model, longest))]
+        if job.kv_dtype is not None:
+            compared.append(
+                (f"{positions} {job.kv_dtype} KV", dense, {"kv_dtype": job.kv_dtype}))
+        compared += [(arm.label, arm, {}) for arm in arms if arm.positions == positions]
+        for label, setting, options in compared:
             readings, where = _read_all(job, setting, texts[:len(references)], longest, references,
                                         deadline, options)
             found = [_compared(label, text, reading, reference, columns)

@@ -134,7 +134,8 @@ def _memory_rows(engine: ResolvedEngine, length: int) -> list[tuple[str, str]]:
     return [
         ("weights", f"{in_gib(memory.weights_bytes)}{note}"),
         ("KV cache",
-         f"{in_gib(memory.context_bytes)} ({memory.kv_bytes_per_token:,} bytes a token)"),
+         f"{in_gib(memory.context_bytes)} ({memory.kv_bytes_per_token:,} bytes a token"
+         f"{'' if engine.config.kv_dtype is None else ', ' + engine.config.kv_dtype})"),
         ("workspace", in_gib(memory.workspace_bytes)),
         ("together", f"{in_gib(memory.needed_bytes)} of {in_gib(memory.budget_bytes)} usable; "
                      f"fits: {verdict}"),
@@ -161,6 +162,11 @@ def _remedy_rows(
         half = plan_engine(replace(asked, dtype="bfloat16"), engine.model, path, machine).memory
         short = f", {in_gib(half.missing_bytes)} still missing" if half.missing_bytes else ""
         remedies.append(f"--dtype bfloat16 ({in_gib(half.needed_bytes)}{short})")
+    elif engine.config.kv_dtype is None:
+        small = plan_engine(replace(asked, kv_dtype="int8"), engine.model, path, machine).memory
+        if small.missing_bytes < memory.missing_bytes:
+            short = f", {in_gib(small.missing_bytes)} still missing" if small.missing_bytes else ""
+            remedies.append(f"--kv-dtype int8 ({in_gib(small.needed_bytes)}{short})")
     longest = min(memory.fitting_len, claim)
     if longest:
         remedies.append(f"--length {longest}")

@@ -31,6 +31,7 @@ from longspan.model.experts import RoutedMLP
 from longspan.model.forms import make_embedding, make_linear
 from longspan.model.layers import MLP, RMSNorm
 from longspan.model.linear import Activations, Linear, Target
+from longspan.ops.int8_kv import key_gains
 from longspan.ops.types import PagedKV, QueryRotary
 from longspan.weight_form import PLAIN_FORMS, WeightForms
 
@@ -107,6 +108,25 @@ class Attention(nn.Module):
         q = self.q_norm(q) if self.qk_norm else q
         return q if self.query_factor == 1 else q * self.query_factor
 
+    def key_gains(self, inputs: Tensor) -> Tensor:
+        """Return gains of the keys' channels for a cache in int8, [K, D] fp32, by their size as the
+        weights tell it.
+
+        inputs: [M] the size of each input, as the norm before gives it.
+        """
+        shape = (self.num_kv_heads, self.head_dim)
+        if self.qk_norm:
+            return key_gains(self.k_norm.weight.expand(shape))
+        start = self.num_heads * self.head_dim
+        keys = slice(start, start + self.num_kv_heads * self.head_dim)
+        # whatever form the weights have: one input after the other, for independent inputs
+        sizes = self.qkv_proj.part(torch.diag(inputs), keys).float()
+        if self.qkv_proj.bias is None:
+            return key_gains(sizes.square().sum(0).sqrt().view(shape))
+        bias = self.qkv_proj.bias[keys].float()
+        return key_gains(
+            ((sizes - bias).square().sum(0) + bias.square()).sqrt().view(shape))
+
     def weight_targets(self) -> dict[str, Target]:
         """Return targets as `CausalLM.weight_targets`: the merged projection is stored as three."""
         targets = self.qkv_proj.targets("q_proj", "k_proj", "v_proj")
@@ -176,6 +196,11 @@ class DecoderLayer(nn.Module):
                     q[start:stop], cache, item, parts, start)
                 self.finish(hidden[start:stop], attention.o_proj(attended.flatten(1)))
                 del attended
+
+    def key_gains(self) -> Tensor:
+        """Return gains of the keys' channels for a cache in int8, [K, D] fp32; once weights are
+        loaded."""
+        return self.self_attn.key_gains(self.input_layernorm.weight)
 
     def finish(self, hidden: Tensor, attended: Tensor) -> None:
         """Compute what follows attention. hidden: [T, M], changed in place; attended: [T, M]."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from longspan.ops import reference
+from longspan.ops import int8_kv, reference
 from longspan.ops.dense import eager as eager_dense
 from longspan.ops.moe import eager as eager_moe
 from longspan.ops.quant import eager as eager_quant
@@ -55,6 +55,7 @@ __all__ = [
     "quantize_blocks",
     "quantize_int4",
     "quantize_rows",
+    "readable_kv",
     "rms_norm",
     "rms_norm_fp8",
     "rotate",
@@ -211,12 +212,32 @@ def store_kv(
     args = (cache, k, v, positions, slot_mapping, filled_blocks, rotary)
     if k.is_cuda:
         from longspan.ops import pointwise
+        from longspan.ops.quant import triton_kv
 
         if pointwise.supports_store(cache):
-            return pointwise.store_kv(*args)
-    elif k.device.type == "cpu" and slot_mapping.numel() and int(slot_mapping.min()) >= 0:
+            return (pointwise if cache.k_scale is None else triton_kv).store_kv(*args)
+    elif (k.device.type == "cpu" and cache.k_scale is None and slot_mapping.numel()
+          and int(slot_mapping.min()) >= 0):
         return few_calls.store_kv(*args)
     return reference.store_kv(*args)
+
+
+def readable_kv(
+    q: Tensor, cache: PagedKV, block_table: Tensor, context_len: int, rotary: QueryRotary,
+) -> tuple[PagedKV, Tensor]:
+    """Return a cache and block table that any op reads for these queries of one request: int8 keys
+    and values are written out (`int8_kv.dense_kv`), unless they are read as they are."""
+    if cache.k_scale is None:
+        return cache, block_table
+    if q.is_cuda:
+        from longspan.ops import decode, pointwise
+        from longspan.ops.quant import triton_kv
+
+        if decode.takes_rows(q, cache, rotary):
+            return cache, block_table
+        if pointwise.supports_store(cache):
+            return triton_kv.dense_kv(cache, block_table, context_len)
+    return int8_kv.dense_kv(cache, block_table, context_len)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

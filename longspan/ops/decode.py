@@ -75,7 +75,7 @@ def takes_rows(q: Tensor, cache: PagedKV, rotary: QueryRotary) -> bool:
     most = MAX_ROWS * cache.k.shape[2] // num_heads
     return (0 < num_rows <= MAX_LAUNCHES * most and supports(cache, num_heads)
             and min(num_rows, most) <= rotary.stride and cache.k.stride() == cache.v.stride()
-            and q.dtype == cache.k.dtype and q.stride(2) == 1)
+            and q.dtype == cache.dtype and q.stride(2) == 1)
 
 
 def _attend(
@@ -92,18 +92,22 @@ def _attend(
     rows = _num_rows(group * num_rows)
     capacity = max(1, num_programs(q.device, rows) // num_kv_heads)
     shared = {
-        "num_requests": batch, "capacity": capacity, "TILE": _tile_len(cache.k),
+        "num_requests": batch, "capacity": capacity, "TILE": _tile_len(cache.k, rows),
         "HEAD_DIM": head_dim, "REQUESTS": triton.next_power_of_2(batch), "MIN_TILES": MIN_TILES}
     # heads of one row after those of another: for the merge they are all heads
     width = num_rows * num_heads
     parts = torch.empty(capacity + batch, width, head_dim, dtype=torch.float32, device=q.device)
     part_lse = torch.empty(capacity + batch, width, dtype=torch.float32, device=q.device)
+    is_quantised = cache.k_scale is not None
+    scales_and_gain = ((cache.k_scale, cache.v_scale, cache.k_gain) if is_quantised
+                       else (part_lse, part_lse, part_lse))  # not read
     _attend_items[(num_kv_heads, capacity + batch)](
-        q, cache.k, cache.v, block_tables, context_lens, scales, rotary.cos, rotary.sin, parts,
-        part_lse, q.stride(0), q.stride(1), *cache.k.stride()[:3], block_tables.stride(0),
-        rotary.stride, rotary.clamp, rotary.cos.shape[0], num_heads=num_heads, num_rows=num_rows,
-        **shared, BLOCK=block_size, GROUP=group, ROWS=rows, SEVERAL=num_rows > 1, STAGES=STAGES,
-        PRECISION=_precision(cache.k), num_warps=8 if rows >= MAX_ROWS else 4)
+        q, cache.k, cache.v, *scales_and_gain, block_tables, context_lens, scales, rotary.cos,
+        rotary.sin, parts, part_lse, q.stride(0), q.stride(1), *cache.k.stride()[:3],
+        block_tables.stride(0), rotary.stride, rotary.clamp, rotary.cos.shape[0],
+        num_heads=num_heads, num_rows=num_rows, **shared, BLOCK=block_size, GROUP=group, ROWS=rows,
+        SEVERAL=num_rows > 1, QUANTISED=is_quantised, STAGES=STAGES, PRECISION=_precision(cache),
+        num_warps=8 if rows >= MAX_ROWS else 4)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     _merge_items[(width, batch)](
@@ -113,7 +117,7 @@ def _attend(
 
 def supports(cache: PagedKV, num_heads: int) -> bool:
     """Return whether the kernel computes this cache: head dims and block sizes are powers of two
-    from 16 on, rows are contiguous. Any float dtype."""
+    from 16 on, rows are contiguous. Any float dtype, or int8 with scales."""
     _, block_size, num_kv_heads, head_dim = cache.k.shape
     sizes = (block_size, head_dim)
     return (all(size >= 16 and size & (size - 1) == 0 for size in sizes) and head_dim <= 256
@@ -132,13 +136,15 @@ def _num_rows(count: int) -> int:
     return max(MIN_ROWS, triton.next_power_of_2(count))
 
 
-def _tile_len(keys: Tensor) -> int:
-    """Return the number of keys in a tile, a divisor of the block size."""
-    return min(keys.shape[1], max(16, TILE_BYTES // (keys.shape[3] * keys.element_size())))
+def _tile_len(keys: Tensor, rows: int) -> int:
+    """Return the number of keys in a tile, a divisor of the block size. With many rows it is the
+    scores that fill the registers."""
+    size = keys.element_size() if rows < MAX_ROWS // 2 else max(2, keys.element_size())
+    return min(keys.shape[1], max(16, TILE_BYTES // (keys.shape[3] * size)))
 
 
-def _precision(keys: Tensor) -> str:
-    return "ieee" if keys.dtype == torch.float32 else "tf32"
+def _precision(cache: PagedKV) -> str:
+    return "ieee" if cache.dtype == torch.float32 else "tf32"
 
 
 @triton.jit
@@ -161,12 +167,13 @@ def _work_items(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _attend_items(
-    q, k, v, block_tables, context_lens, scales, cos, sin, parts, part_lse,
+    q, k, v, k_scale, v_scale, k_gain, block_tables, context_lens, scales, cos, sin, parts,
+    part_lse,
     q_row, q_head, kv_block, kv_slot, kv_head, table_row, dca_stride, clamp, num_rotations,
     num_requests, num_heads, num_rows, capacity,
     TILE: tl.constexpr, HEAD_DIM: tl.constexpr, REQUESTS: tl.constexpr, MIN_TILES: tl.constexpr,
     BLOCK: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SEVERAL: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    QUANTISED: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Compute one work item: partial out [rows, H, D] normalised, and its LSE to base 2, for one KV
     head."""
@@ -217,9 +224,13 @@ def _attend_items(
                                         clamp))
         rotation = tl.minimum(rotation, num_rotations - 1)  # of a zone without keys: any
         turned = _rotated_query(queries, cos, sin, rotation, is_row, dims, HEAD_DIM)
+        if QUANTISED:
+            turned = turned * tl.load(k_gain + head * HEAD_DIM + dims).to(tl.float32)[None, :]
+        turned = turned.to(q.dtype.element_ty)
         top, total, acc = _attend_keys(
-            turned, keys, values, table, first, last, context_len, positions, scale, top, total,
-            acc, kv_block, kv_slot, dims, TILE, BLOCK, SEVERAL, STAGES, PRECISION)
+            turned, keys, values, k_scale + head * BLOCK, v_scale + head * BLOCK, table, first,
+            last, context_len, positions, scale, top, total, acc, kv_block, kv_slot,
+            tl.num_programs(0) * BLOCK, dims, TILE, BLOCK, SEVERAL, QUANTISED, STAGES, PRECISION)
 
     rows = (item * num_rows + row) * num_heads + head * GROUP + head_of
     tl.store(part_lse + rows, top + tl.log2(total), mask=is_row)
@@ -231,7 +242,7 @@ def _attend_items(
 
 @triton.jit
 def _rotated_query(queries, cos, sin, rotation, is_row, dims, HEAD_DIM: tl.constexpr):
-    """Load rows of queries, [ROWS, D] in their dtype, rotated in fp32; padding is 0."""
+    """Load rows of queries, [ROWS, D] fp32, rotated and rounded to their dtype; padding is 0."""
     half: tl.constexpr = HEAD_DIM // 2
     mask = is_row[:, None]
     x = tl.load(queries[:, None] + dims[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -239,15 +250,15 @@ def _rotated_query(queries, cos, sin, rotation, is_row, dims, HEAD_DIM: tl.const
     other = tl.where((dims < half)[None, :], -other.to(tl.float32), other.to(tl.float32))
     at = rotation.to(tl.int64)[:, None] * half + (dims % half)[None, :]
     turned = x * tl.load(cos + at) + other * tl.load(sin + at)
-    return turned.to(queries.dtype.element_ty)
+    return turned.to(queries.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
 def _attend_keys(
-    q, keys, values, table, first, last, context_len, positions, scale, top, total, acc,
-    kv_block, kv_slot, dims,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, SEVERAL: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, keys, values, k_scale, v_scale, table, first, last, context_len, positions, scale, top,
+    total, acc, kv_block, kv_slot, scale_block, dims,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, SEVERAL: tl.constexpr, QUANTISED: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Carry the online softmax over keys [first, last), each row's of one zone; a tile on their
     border is masked, and keys behind a row."""
@@ -261,7 +272,10 @@ def _attend_keys(
         offset = block.to(tl.int64) * kv_block + (tile % per_block) * TILE * kv_slot
         inside = slots[:, None] * kv_slot + dims[None, :]
         k = tl.load(keys + offset + inside)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * scale
+        if QUANTISED:
+            steps = block.to(tl.int64) * scale_block + (tile % per_block) * TILE + slots
+            scores = scores * tl.load(k_scale + steps)[None, :]
         visible = ((position >= first) & (position < last))[None, :]
         if SEVERAL:
             visible = visible & (position[None, :] <= positions[:, None])
@@ -274,7 +288,13 @@ def _attend_keys(
         weights = tl.exp2(scores - known_top[:, None])
         total = total * decay + tl.sum(weights, 1)
         # values of slots never written may be NaN, and 0 * NaN is NaN
-        v = tl.load(values + offset + inside, mask=(position < context_len)[:, None], other=0.0)
+        if QUANTISED:
+            v = tl.load(values + offset + inside).to(q.dtype)
+            step = tl.load(v_scale + steps, mask=position < context_len, other=0.0)
+            weights = weights * step[None, :]
+        else:
+            v = tl.load(values + offset + inside, mask=(position < context_len)[:, None],
+                        other=0.0)
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
         top = new_top
         following = tile + 1  # its block id is fetched a tile ahead, off the loads' critical path

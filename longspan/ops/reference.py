@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from longspan.ops import int8_kv
 from longspan.ops.geometry import COARSE, ZONES, near_border, query_position, zone_of
 from longspan.ops.types import PagedKV, QueryRotary, Selection
 
@@ -61,10 +62,16 @@ def store_kv(
         slot_mapping: [T] int64 = block_id * P + offset; -1: this row is not stored.
         filled_blocks: [n] int64, the blocks whose last slot is among them, in any order, -1 for
             none. Where the cache holds tile means, theirs are computed, over all P slots.
+
+    A cache of int8 numbers gets what `longspan.ops.int8_kv` makes of them; its means are those of
+    the stored numbers.
     """
     rows = positions % rotary.stride
     k = rotate(k, rotary.cos[rows], rotary.sin[rows])
     kept, due = slot_mapping >= 0, filled_blocks[filled_blocks >= 0]
+    if cache.k_scale is not None:
+        int8_kv.store(cache, k[kept], v[kept], slot_mapping[kept], due)
+        return
     for stored, new, mean in ((cache.k, k, cache.k_mean), (cache.v, v, cache.v_mean)):
         stored.view(-1, *stored.shape[2:])[slot_mapping[kept]] = new[kept].to(stored.dtype)
         if mean is not None:
@@ -73,6 +80,8 @@ def store_kv(
 
 def gather_kv(cache: PagedKV, block_table: Tensor, context_len: int) -> tuple[Tensor, Tensor]:
     """Gather a request's keys and values in order: two of [S, K, D]."""
+    if cache.k_scale is not None:
+        cache, block_table = int8_kv.dense_kv(cache, block_table, context_len)
     k = cache.k[block_table].flatten(0, 1)[:context_len]
     v = cache.v[block_table].flatten(0, 1)[:context_len]
     return k, v

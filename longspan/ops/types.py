@@ -26,6 +26,30 @@ class PagedKV(NamedTuple):
     """[N, K, D] mean key of each full block, for the mean correction; None: dense only."""
     v_mean: Tensor | None = None
     """[N, K, D]"""
+    k_scale: Tensor | None = None
+    """[N, K, P] fp32, where ``k`` and ``v`` are int8 (`longspan.ops.int8_kv`); None: they are of
+    the type that is computed in."""
+    v_scale: Tensor | None = None
+    """[N, K, P] fp32"""
+    k_gain: Tensor | None = None
+    """[K, D] powers of two of the type that is computed in: a key is its numbers in ``k`` times its
+    scale times these. Channels of one rotation have the same."""
+    k_scratch: Tensor | None = None
+    """[n, P, K, D] of the type that is computed in, where int8 keys of a request are written out;
+    all layers share it."""
+    v_scratch: Tensor | None = None
+    """[n, P, K, D]"""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that is computed in."""
+        return self.k.dtype if self.k_gain is None else self.k_gain.dtype
+
+    def by_block(self) -> dict[str, Tensor]:
+        """Return the parts that have a row for each block, by name, in a fixed order."""
+        parts = {"k": self.k, "v": self.v, "k_mean": self.k_mean, "v_mean": self.v_mean,
+                 "k_scale": self.k_scale, "v_scale": self.v_scale}
+        return {name: part for name, part in parts.items() if part is not None}
 
 
 class Fp8Weights(NamedTuple):

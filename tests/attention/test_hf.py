@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from longspan.attention.cache import allocate_cache
 from longspan.attention.hf import register, unrotate
-from longspan.attention.layer import allocate_cache
 from longspan.attention.metadata import SequenceSlice, build_metadata
 from longspan.attention.rope import build_rotary, inverse_frequencies, yarn_temperature
 from longspan.attention.sparsity import SparsityPlan

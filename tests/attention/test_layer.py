@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from longspan.attention.layer import DualChunkAttention, allocate_cache
+from longspan.attention.cache import allocate_cache
+from longspan.attention.layer import DualChunkAttention
 from longspan.attention.metadata import SequenceSlice, build_metadata
 from longspan.attention.rope import build_rotary
 from longspan.attention.sparsity import SparsityPlan

@@ -47,13 +47,15 @@ def test_sparse_against_dense_and_its_floor(
 ) -> None:
     assert run("fidelity", "nano", "--task", "vt,perplexity", "--lengths", "1400", "-n", 1,
                "--attention", "sparse,paper", "--positions", "dca", "--sparsity-plan", small_plan,
-               "--prefill-chunk-len", 512, "--compared-positions", 200, "--every", 2, "--device",
+               "--prefill-chunk-len", 512, "--compared-positions", 200, "--every", 2,
+               "--kv-dtype", "int8", "--device",
                "cpu", "--threads", 1, "--text-root", JSON, "--out", tmp_path) == 0
     (content,) = results.read_bench(tmp_path, "fidelity")
     rows = {(row["attention"], row["task"]): row for row in content["rows"]}
-    assert set(rows) == {(arm, task) for arm in ("dca floor", "sparse-dca", "paper-dca")
-                         for task in ("vt", "perplexity", "all")}
-    floor, sparse, paper = (rows[arm, "all"] for arm in ("dca floor", "sparse-dca", "paper-dca"))
+    arms = "dca floor", "dca int8 KV", "sparse-dca", "paper-dca"
+    assert set(rows) == {(arm, task) for arm in arms for task in ("vt", "perplexity", "all")}
+    floor, int8, sparse, paper = (rows[arm, "all"] for arm in arms)
+    assert 10 * abs(floor["kl"]) < int8["kl"] < 0.003 and int8["density"] == 1
     assert abs(floor["kl"]) < 1e-6 and floor["top1"] > 0.99 and floor["density"] == 1
     assert "recall" not in floor
     for row in (sparse, paper):

@@ -126,6 +126,11 @@ def test_what_to_change_has_been_planned(monkeypatch: pytest.MonkeyPatch, large_
         monkeypatch, large_model, 400_000, memory_gib=float(gib) + 0.01)["together"]
     half = rows_of(monkeypatch, large_model, 400_000, memory_gib=40.0, dtype="bfloat16")
     assert ("still missing" in advice) is ("fits: no" in half["together"])
+    tight = {"memory_gib": 20.0, "dtype": "bfloat16"}
+    (gib,) = re.findall(r"--kv-dtype int8 \(([\d.]+) GiB",
+                        rows_of(monkeypatch, large_model, 400_000, **tight)["so that it fits"])
+    assert "fits: yes" in rows_of(monkeypatch, large_model, 400_000, kv_dtype="int8",
+                                  **{**tight, "memory_gib": float(gib) + 0.01})["together"]
     little = rows_of(monkeypatch, large_model, 400_000)
     assert "a smaller model" in little["so that it fits"]
     assert "still missing" in little["so that it fits"]

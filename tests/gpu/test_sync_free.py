@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longspan.attention.layer import allocate_cache
+from longspan.attention.cache import allocate_cache
 from longspan.attention.rope import build_rotary
 from longspan.attention.sparsity import SparsityPlan
 from longspan.config import DcaConfig, ModelConfig

@@ -13,11 +13,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from longspan.attention.layer import allocate_cache
+from longspan.attention.cache import allocate_cache
 from longspan.attention.rope import build_rotary
 from longspan.config import DcaConfig
 from longspan.ops import decode
@@ -25,7 +26,7 @@ from longspan.ops.dense import triton as prefill
 from longspan.ops.select import top_k as threshold
 from longspan.ops.select import triton as sparse_index
 from longspan.ops.select import triton_recall
-from longspan.ops.types import Budget, Fp8Weights, Int4Weights
+from longspan.ops.types import Budget, Fp8Weights, Int4Weights, QueryRotary
 
 SHARED_BYTES, NUM_SMS = 232_448, 132
 HEADS, KV_HEADS, DIM, BLOCK = 14, 2, 128, 128
@@ -130,6 +131,7 @@ def main() -> None:
     pointwise.silu_mul(x)
     rows, positions = torch.zeros(9, KV_HEADS, DIM, dtype=torch.bfloat16), torch.arange(9)
     pointwise.store_kv(cache, rows, rows, positions, positions, table[:1], rotary)
+    compile_int8_kv(q, table, rotary)
     compile_experts()
     compile_quantised()
 
@@ -157,6 +159,21 @@ def compile_quantised() -> None:
             triton_few.int4_linear(x, Int4Weights(*parts, order), None)
             triton_few.int4_linear(x.repeat(7, 1), Int4Weights(*parts, order), None)
             triton_dense.dequantize(Int4Weights(*parts, order), torch.bfloat16)
+
+
+def compile_int8_kv(q: Tensor, table: Tensor, rotary: QueryRotary) -> None:
+    """Compile what writes and reads keys and values in int8."""
+    from longspan.ops.quant import triton_kv
+
+    cache = allocate_cache(
+        num_blocks=40, block_size=BLOCK, num_kv_heads=KV_HEADS, head_dim=DIM, dtype=q.dtype,
+        device="cpu", means=True, k_gain=torch.ones(KV_HEADS, DIM))
+    for count in (9, 99):
+        rows, positions = q[:count, :KV_HEADS], torch.arange(count)
+        triton_kv.store_kv(cache, rows, rows, positions, positions, table[:1], rotary)
+    triton_kv.dense_kv(cache, table, CACHED)
+    for count in (1, 2, 16):
+        decode.prefill_attention(q[:count], cache, table, CACHED, rotary, DIM**-0.5)
 
 
 def compile_experts() -> None:

@@ -27,6 +27,7 @@ KERNELS = {
     "quant/triton_few": "_few_fp8 _few_int4 _add_parts",
     "quant/triton_dense": "_dense_fp8 _dense_int4",
     "decode": "_attend_items _merge_items",
+    "quant/triton_kv": "_store_quantised _quantised_means _write_out",
     "pointwise": "_rms_norm _silu_mul _store_rotated _block_means"}
 
 

@@ -58,6 +58,7 @@ class DecodeOptions:
     rows: tuple[int, ...] = ()
     """Numbers of last tokens of one sequence whose attention is timed together."""
     quantization: str | None = None
+    kv_dtype: str | None = None
     copy_bytes: int | None = None
     """Bytes of the copy whose bandwidth makes the floor; the default depends on the device."""
 
@@ -76,8 +77,7 @@ def run(session: BenchSession, shape: Shape, options: DecodeOptions) -> int:
                    key=lambda pair: -pair[0] * pair[1])
     fitting = [pair for pair in pairs if _fits(cut, session.device, options, *pair)]
     keys = [{"shape": shape.name, "context_len": context, "batch_size": batch,
-             "layers": cut.model.num_layers, **quantization_key(options.quantization)}
-            for context, batch in pairs]
+             "layers": cut.model.num_layers, **_kind(options)} for context, batch in pairs]
     for pair, key in zip(pairs, keys, strict=True):
         if pair not in fitting:
             session.attempt(key, partial(_refuse, cut, session.device, options, *pair), ours=False)
@@ -90,7 +90,7 @@ def run(session: BenchSession, shape: Shape, options: DecodeOptions) -> int:
                         _measure, session, cut, options, engine, pair, total,
                         copied["tb_per_s"]))
             for context in sorted({context for context, _ in fitting}):
-                _measure_rows(session, cut, engine, context, options.rows)
+                _measure_rows(session, cut, options, engine, context)
     show(session.rows)
     return session.finish()
 
@@ -122,10 +122,11 @@ def _measure(
 
 
 def _measure_rows(
-    session: BenchSession, shape: Shape, engine: ShapeEngine, context: int, counts: Sequence[int],
+    session: BenchSession, shape: Shape, options: DecodeOptions, engine: ShapeEngine, context: int,
 ) -> None:
     """Time the attention of a few rows behind one context, beside that of a single one."""
     alone_ms: float | None = None
+    counts = options.rows
     for count in (1, *(count for count in sorted(set(counts)) if count > 1)) if counts else ():
         def work(count: int = count, alone_ms: float | None = alone_ms) -> dict[str, Any]:
             attention_ms, kv_bytes = _attention(shape, engine, session.device, context, rows=count)
@@ -134,7 +135,8 @@ def _measure_rows(
                     "over_one_row": rounded(attention_ms / (alone_ms or attention_ms), 4),
                     "layer_ms": rounded(attention_ms, 5)}
         row = session.attempt({"shape": shape.name, "context_len": context, "batch_size": 1,
-                               "layers": shape.model.num_layers, "rows": count}, work)
+                               "layers": shape.model.num_layers, "rows": count,
+                               **_kind(options)}, work)
         alone_ms = alone_ms or (row["layer_ms"] if row else None)
 
 
@@ -188,7 +190,7 @@ def _attention(
     scales = torch.full((batch,), model.head_dim**-0.5, device=device)
     caches = engine.runner.caches
     q = torch.randn(
-        rows or batch, model.num_heads, model.head_dim, device=device, dtype=caches[0].k.dtype)
+        rows or batch, model.num_heads, model.head_dim, device=device, dtype=caches[0].dtype)
     rotary = build_rotary(head_dim=model.head_dim, rope_theta=model.rope_theta, device=device,
                           scaling=model.rope_scaling, max_model_len=context, dca=model.dca)
     turn = iter(range(10**9))
@@ -202,7 +204,10 @@ def _attention(
             ops.decode_attention(q, cache, tables, lens, rotary, scales)
     with torch.inference_mode():
         timing = measure(work, device, flush_cache=True)
-    kv_bytes = 2 * batch * context * model.num_kv_heads * model.head_dim * q.element_size()
+    head_bytes = model.head_dim * caches[0].k.element_size()
+    if caches[0].k_scale is not None:
+        head_bytes += caches[0].k_scale.element_size()
+    kv_bytes = 2 * batch * context * model.num_kv_heads * head_bytes
     return timing.median_ms, kv_bytes
 
 
@@ -215,7 +220,13 @@ def _sizes(
     return EngineSizes(
         max_model_len=max(context for context, _ in pairs), num_tokens=num_tokens,
         max_num_requests=max(batch for _, batch in pairs), memory_gib=options.memory_gib,
-        quantization=options.quantization)
+        quantization=options.quantization, kv_dtype=options.kv_dtype)
+
+
+def _kind(options: DecodeOptions) -> dict[str, str]:
+    """Name what is not as computed in: the type of the weights, that of the cache."""
+    kv_dtype = {} if options.kv_dtype is None else {"kv_dtype": options.kv_dtype}
+    return {**quantization_key(options.quantization), **kv_dtype}
 
 
 def _fits(shape: Shape, device: str, options: DecodeOptions, context: int, batch: int) -> bool:

@@ -49,6 +49,7 @@ class EngineSizes:
     """``kv_host_gib``, ``kv_dir`` and ``kv_disk_gib`` of the engine."""
     ranks: int = 1
     """Ranks that share prompts; the pool's sizes are each one's."""
+    kv_dtype: str | None = None
 
 
 class ShapeEngine(NamedTuple):
@@ -74,7 +75,8 @@ def plan_engine(
             model=shape.name, weights="random", device=device, attention="sparse",
             max_model_len=max(sizes.max_model_len, sizes.num_tokens),
             prefill_chunk_len=sizes.chunk_len, max_num_requests=sizes.max_num_requests,
-            memory_gib=sizes.memory_gib or free_gib, context_parallel=sizes.ranks,
+            memory_gib=sizes.memory_gib or free_gib, kv_dtype=sizes.kv_dtype,
+            context_parallel=sizes.ranks,
             quantization=cast(Quantization | None, sizes.quantization), **sizes.places),
         path=Path(shape.name), plan=shape.plan, device=memory)
     num_blocks = -(-sizes.num_tokens // needed.config.block_size)
@@ -99,9 +101,11 @@ def open_engine(shape: Shape, device: str, sizes: EngineSizes) -> Iterator[Shape
     runner = plan.load_runner(hub)
     try:
         for cache in runner.caches:
-            for part in cache:
-                if part is not None:
-                    part.normal_()
+            for name, part in cache.by_block().items():
+                if part.is_floating_point():
+                    part.normal_(std=1 / 64 if name.endswith("scale") else 1)
+                else:
+                    part.random_(-127, 128)
         yield ShapeEngine(plan, runner)
     finally:
         runner.close()

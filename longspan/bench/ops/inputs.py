@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longspan import ops
-from longspan.attention.layer import allocate_cache
+from longspan.attention.cache import allocate_cache
 from longspan.attention.rope import build_rotary
 from longspan.bench.shapes import Shape
 from longspan.config import DcaConfig
@@ -141,8 +141,7 @@ def _allocate(
         means=True)
     if not shuffled:
         return cache, torch.arange(num_blocks, device=device)
-    for part in cache:
-        assert part is not None
+    for part in cache.by_block().values():
         part.fill_(float("nan"))
     order = torch.randperm(num_blocks + spare, generator=torch.Generator().manual_seed(1))
     return cache, order[:num_blocks].to(device)

@@ -48,18 +48,15 @@ class CachePart(NamedTuple):
 def cache_parts(caches: Sequence[PagedKV]) -> list[CachePart]:
     """List what a block consists of, in the order of slots and files."""
     parts, start = list[CachePart](), 0
-    for name in PagedKV._fields:
-        tensors: list[Tensor] = [getattr(cache, name) for cache in caches
-                                 if getattr(cache, name) is not None]
-        if tensors:
-            first = tensors[0]
-            row_bytes = first[0].numel() * first.element_size()
-            word = torch.int64 if row_bytes % 8 == 0 else torch.uint8
-            parts.append(CachePart(
-                name, DTYPE_NAMES[first.dtype], (len(tensors), *first.shape[1:]),
-                tuple(tensor.flatten(1).view(torch.uint8).view(word) for tensor in tensors),
-                start, row_bytes))
-            start += len(tensors) * row_bytes
+    every = [cache.by_block() for cache in caches]
+    for name, first in every[0].items():
+        row_bytes = first[0].numel() * first.element_size()
+        word = torch.int64 if row_bytes % 8 == 0 else torch.uint8
+        parts.append(CachePart(
+            name, DTYPE_NAMES[first.dtype], (len(every), *first.shape[1:]),
+            tuple(cache[name].flatten(1).view(torch.uint8).view(word) for cache in every),
+            start, row_bytes))
+        start += len(every) * row_bytes
     return parts
 
 

@@ -37,6 +37,8 @@ sorted values, their order, probabilities and sums in fp64, 41 at once."""
 LOGIT_BYTES = 16
 """The same where tokens are scored, not sampled (`head_rows`): logits as computed and in fp32,
 exponentials, the choice of the most probable ones."""
+KV_SCALE_BYTES = 4
+"""For each token and head of int8 keys or values: fp32."""
 RANK_BYTES = 8
 """Sampling needs this for each token of the vocabulary, however many rows there are."""
 
@@ -118,9 +120,7 @@ def plan_memory(
     assert num_requests is not None
     device = device or device_memory(config.device)
     element = DTYPE_BYTES[config.dtype]
-    per_token = model.kv_elements_per_token * element
-    if means:
-        per_token += -(-per_token // config.block_size)
+    per_token = -(-kv_block_bytes(model, config, means=means) // config.block_size)
     budget = usable_bytes(config.device, device)
     if config.memory_gib is not None:
         budget = min(int(config.memory_gib * GIB), device.total_bytes)
@@ -144,6 +144,17 @@ def plan_memory(
                      else [])
     room = max(empty.room_bytes, empty.context_bytes)
     return plan(length, pool_blocks(config, room // per_token, length), fitting_len)
+
+
+def kv_block_bytes(model: ModelConfig, config: EngineConfig, *, means: bool) -> int:
+    """Return the bytes of one KV block of all layers: keys, values, their scales and their means.
+    ``config`` is resolved."""
+    assert config.dtype is not None
+    numbers, element = model.kv_elements_per_token, DTYPE_BYTES[config.dtype]
+    per_token = numbers * element
+    if config.kv_dtype == "int8":
+        per_token = numbers + numbers // model.head_dim * KV_SCALE_BYTES
+    return per_token * config.block_size + numbers * element * means
 
 
 def usable_bytes(device_name: str, device: DeviceMemory) -> int:
@@ -207,6 +218,9 @@ def workspace_bytes(
     plain = scratch_bytes(
         model, resolve_forms(config, model), element, config.device.split(":")[0])
     scratch = ATTENTION_SCRATCH_BYTES + plain
+    # one layer's keys and values of a request are written out in the type that is computed in
+    if config.kv_dtype == "int8":
+        scratch += rows * model.kv_elements_per_token // model.num_layers * element
     return num_tokens * per_token + mlp + sampling + rotary + graphs + scratch
 
 

@@ -15,7 +15,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from longspan.attention.layer import Selector, allocate_cache
+from longspan.attention.layer import Selector
 from longspan.attention.metadata import AttentionMetadata
 from longspan.attention.observer import AttentionObserver
 from longspan.attention.ranks import RankGroup, RowSharing, row_unit
@@ -37,6 +37,7 @@ from longspan.engine.device.batch import (
 from longspan.engine.device.block_files import BlockFiles
 from longspan.engine.device.block_mover import BlockMover
 from longspan.engine.device.block_store import BlockStore
+from longspan.engine.device.caches import allocate_caches
 from longspan.engine.device.graphs import CudaRecorder, DecodeGraphs, DecodeState
 from longspan.engine.device.host_memory import keep_buffers_in_heap
 from longspan.engine.device.launched_step import LaunchedStep, Stopwatch
@@ -131,8 +132,7 @@ class Runner:
                 random_weights(part, seed=layers.start)
             else:
                 load_weights(part, path)
-            caches = _allocate(len(layers), model, memory, dtype, config.device,
-                               means=needs_means(plan))
+            caches = allocate_caches(part, config, memory, dtype, means=needs_means(plan))
             stages.append(PipelineStage(model=part, caches=caches))
         if config.device == "cpu":
             keep_buffers_in_heap()  # after the caches, which go back to the system when freed
@@ -211,7 +211,7 @@ class Runner:
 
     def clear_caches(self) -> None:
         """Zero keys and values: what memory held may be NaN."""
-        for part in (part for cache in self.caches for part in cache if part is not None):
+        for part in (part for cache in self.caches for part in cache.by_block().values()):
             part.zero_()
 
     def execute(self, batch: ScheduledBatch) -> StepResult:
@@ -406,14 +406,3 @@ class Runner:
         meters, self._meters = self._meters, ()
         found = [(request_id, meter.read()) for request_id, meter in meters]
         return [(request_id, recall) for request_id, recall in found if recall is not None]
-
-
-def _allocate(
-    num_layers: int, model: ModelConfig, memory: MemoryPlan, dtype: torch.dtype, device: str, *,
-    means: bool,
-) -> tuple[PagedKV, ...]:
-    return tuple(
-        allocate_cache(
-            num_blocks=memory.num_blocks, block_size=memory.block_size, dtype=dtype, device=device,
-            num_kv_heads=model.num_kv_heads, head_dim=model.head_dim, means=means)
-        for _ in range(num_layers))

@@ -47,7 +47,8 @@ def cache_key(
     assert config.device is not None
     facts: dict[str, Any] = {
         "format": VERSION, "longspan": [__version__, code_digest()], "torch": torch.__version__,
-        "device": config.device.split(":")[0], "dtype": config.dtype, "weights": config.weights,
+        "device": config.device.split(":")[0], "dtype": config.dtype,
+        "kv_dtype": config.kv_dtype, "weights": config.weights,
         "quantization": config.quantization, "block_size": config.block_size,
         "model": dataclasses.asdict(model), "positions": dca and dataclasses.asdict(dca),
         "plan": plan and dataclasses.asdict(plan)}

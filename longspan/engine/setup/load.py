@@ -38,7 +38,8 @@ def _load(
     send(Described(
         path=engine.path, intake=engine.intake(), scheduler=scheduler,
         memory_bytes={weights_label(engine): memory.weights_bytes,
-                      "workspace": memory.workspace_bytes, "KV cache": memory.kv_bytes,
+                      "workspace": memory.workspace_bytes,
+                      kv_label(engine.config): memory.kv_bytes,
                       **places_bytes(engine.tiers)},
         sizes_reason=engine.sizes_reason))
     runner = engine.load_runner(hub)
@@ -48,6 +49,11 @@ def _load(
     with suppress(LongspanError):  # the first request that wants a grammar is told
         runner.prepare()  # a large vocabulary takes a second, for which answers would pause
     return scheduler, runner
+
+
+def kv_label(config: EngineConfig) -> str:
+    """Return what the start-up report calls the KV cache."""
+    return "KV cache" if config.kv_dtype is None else f"KV cache ({config.kv_dtype})"
 
 
 def weights_label(engine: ResolvedEngine) -> str:

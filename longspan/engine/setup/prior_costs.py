@@ -11,6 +11,7 @@ from longspan.config import EngineConfig, ModelConfig
 from longspan.engine.control.chunking import tail_start
 from longspan.engine.control.ladder import Ladder
 from longspan.engine.control.latency import SELECTION_ROWS, Costs
+from longspan.engine.device.memory import kv_block_bytes
 from longspan.engine.resolve import resolve_forms
 from longspan.units import DTYPE_BYTES
 from longspan.weight_sizes import routed_bytes, weights_bytes
@@ -47,7 +48,7 @@ def prior_costs(model: ModelConfig, config: EngineConfig, plan: SparsityPlan | N
     experts_s = routed_bytes(model, forms, element) / BYTES_PER_S[device]
     weights_s = weights_bytes(model, forms, element) / BYTES_PER_S[device] - experts_s
     decode = (step_s + weights_s, linear / FLOPS[device] + experts_s * model.routed_share(1),
-              element * model.kv_elements_per_token / BYTES_PER_S[device])
+              kv_block_bytes(model, config, means=False) / config.block_size / BYTES_PER_S[device])
     return Costs(dense=dense, sparse=sparse, decode=decode)
 
 

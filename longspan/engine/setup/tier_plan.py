@@ -9,10 +9,15 @@ from pathlib import Path
 from longspan.config import EngineConfig, ModelConfig
 from longspan.engine.control.copy_queue import TierConfig
 from longspan.engine.device.block_store import STAGE_BYTES
-from longspan.engine.device.memory import DeviceMemory, device_memory, host_memory
+from longspan.engine.device.memory import (
+    DeviceMemory,
+    device_memory,
+    host_memory,
+    kv_block_bytes,
+)
 from longspan.engine.setup.disk_rate import sampled_bytes_per_s
 from longspan.errors import LongspanError, NotEnoughMemoryError
-from longspan.units import DTYPE_BYTES, GIB, in_gib
+from longspan.units import GIB, in_gib
 
 WAY_BYTES = {"cpu": 256 * 1024**2, "cuda": 2 * GIB}
 """Host memory for the way to disk and back, where nothing is kept in it."""
@@ -37,10 +42,9 @@ def plan_tiers(model: ModelConfig, config: EngineConfig, *, means: bool) -> Tier
     """
     if not config.kv_host_gib and config.kv_dir is None:
         return TierConfig()
-    assert config.device is not None and config.dtype is not None
+    assert config.device is not None
     device_type, budget_s = config.device.split(":")[0], config.step_budget_s
-    per_row = model.kv_elements_per_token * DTYPE_BYTES[config.dtype]
-    block_bytes = per_row * (config.block_size + means)
+    block_bytes = kv_block_bytes(model, config, means=means)
     host_bytes = int(config.kv_host_gib * GIB)
     if config.kv_host_gib and host_bytes < MIN_SLOTS * block_bytes:
         raise LongspanError(

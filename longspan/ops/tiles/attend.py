@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from longspan.ops import int8_kv
 from longspan.ops.geometry import query_position
 from longspan.ops.reference import rotate
 from longspan.ops.types import PagedKV, QueryRotary
@@ -102,7 +103,9 @@ def _causal_bias(q: Tensor) -> Tensor:
 
 def ordered_kv(cache: PagedKV, block_table: Tensor, context_len: int) -> tuple[Tensor, Tensor]:
     """Return a request's keys and values in order, two of [S, K, D]: views where its blocks follow
-    one another in the cache, copies otherwise."""
+    one another in the cache, copies otherwise, and where they are int8."""
+    if cache.k_scale is not None:
+        cache, block_table = int8_kv.dense_kv(cache, block_table, context_len)
     block_size = cache.k.shape[1]
     num_blocks = -(-context_len // block_size)
     table = block_table[:num_blocks]

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from longspan.attention.layer import allocate_cache
+from longspan.attention.cache import allocate_cache
 from longspan.engine.device.block_files import BlockFiles
 from longspan.engine.device.block_store import BlockStore
 from longspan.engine.kv_file import LOCK, KvFolder, file_name

@@ -7,7 +7,7 @@ from array import array
 import pytest
 import torch
 
-from longspan.attention.layer import allocate_cache
+from longspan.attention.cache import allocate_cache
 from longspan.engine.device import block_store
 from longspan.engine.device.block_mover import BlockMover
 from longspan.engine.device.block_store import BlockStore

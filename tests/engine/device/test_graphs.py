@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longspan.attention.layer import allocate_cache
+from longspan.attention.cache import allocate_cache
 from longspan.attention.metadata import AttentionMetadata
 from longspan.attention.rope import build_rotary
 from longspan.config import DcaConfig, ModelConfig

@@ -57,7 +57,8 @@ def alone(checkpoint: str) -> Iterator[dict[tuple[str, int], tuple[int, ...]]]:
 
 def small_pool(checkpoint: str, attention: str = "dense", **options: Any) -> LLM:
     """An engine whose device holds one document and a little."""
-    with LLM(checkpoint, attention=attention, **OPTIONS) as llm:
+    kv_dtype = options.get("kv_dtype")
+    with LLM(checkpoint, attention=attention, kv_dtype=kv_dtype, **OPTIONS) as llm:
         memory = llm.memory
     needed = memory.weights_bytes + memory.workspace_bytes + 1.1 * memory.context_bytes
     llm = LLM(checkpoint, attention=attention, memory_gib=needed / GIB, **OPTIONS, **options)
@@ -98,6 +99,37 @@ def test_answers_are_the_same_after_a_restart(
         assert [output.token_ids for output in outputs] == [alone[attention, 1],
                                                             alone[attention, 2]]
         assert all((o.num_cached_tokens >= REUSABLE_BY[attention]) == bool(turn) for o in outputs)
+
+
+def test_int8_blocks_come_back_from_everywhere(checkpoint: str, tmp_path: Path) -> None:
+    """Their scales and means with them: the answers of an engine alone, not those in full
+    precision's blocks, whose key is another."""
+    int8: dict[str, Any] = {"kv_dtype": "int8"}
+    for attention in ("dense", "sparse"):
+        with LLM(checkpoint, attention=attention, **OPTIONS, **int8) as llm:
+            wanted = {seed: ask(llm, seed).token_ids for seed in (1, 2)}
+            assert ask(llm, 1).token_ids == wanted[1]  # behind its own prefix
+        with LLM(checkpoint, attention=attention, kv_dir=str(tmp_path), **OPTIONS) as llm:
+            ask(llm, 1)
+        for turn in range(2):
+            with small_pool(checkpoint, attention, kv_dir=str(tmp_path), **HOST, **int8) as llm:
+                for seed in (1, 2, 1):
+                    output = ask(llm, seed)
+                    assert output.token_ids == wanted[seed], (attention, turn, seed)
+                    if not turn and seed == 2:
+                        assert not output.num_cached_tokens
+                assert output.num_cached_tokens > 0.9 * REUSABLE
+
+
+def test_int8_blocks_take_a_quarter_and_their_scales(checkpoint: str) -> None:
+    with LLM(checkpoint, **OPTIONS) as llm:
+        plain, model = llm.memory.kv_bytes_per_token, llm.model_config
+    with LLM(checkpoint, kv_dtype="int8", **OPTIONS) as llm:
+        heads = 2 * model.num_layers * model.num_kv_heads
+        means = plain - 4 * model.kv_elements_per_token
+        assert llm.memory.kv_bytes_per_token == model.kv_elements_per_token + 4 * heads + means
+    with pytest.raises(LongspanError, match="kv_dtype 'fp8' is not int8"):
+        LLM(checkpoint, kv_dtype="fp8", **OPTIONS)
 
 
 def test_prefixes_mix_device_host_and_disk(checkpoint: str, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from longspan import ops
-from longspan.attention.layer import allocate_cache
+from longspan.attention.cache import allocate_cache
 from longspan.attention.rope import build_rotary
 from longspan.ops import reference
 from longspan.ops.tiles import few_calls
