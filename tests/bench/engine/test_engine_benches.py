@@ -46,7 +46,7 @@ def test_ttft_of_dense_and_sparse(
     dense, sparse = rows_of(tmp_path, "ttft")
     assert (dense["attention"], dense["density"], dense["plan"]) == ("dense", 1.0, None)
     assert sparse["attention"] == "sparse" and 0 < sparse["density"] < 0.9
-    assert sparse["plan"] == "test-tile-correction-strided16-scouts16-tail64"
+    assert sparse["plan"] == "test-tile-correction-strided16-scouts16-owntail64"
     for row in (dense, sparse):
         assert row["ttft_s"] > 0 and row["ttft_scaled_s"] == row["ttft_s"]
         assert (row["layers"], row["total_layers"], row["chunk_len"]) == (3, 3, 512)
@@ -160,13 +160,13 @@ def test_shapes_by_name_are_real() -> None:
     seven = Shape.make("qwen2.5-7b")
     assert seven.model.num_parameters == 7_615_616_512  # as the released checkpoint has
     assert Shape.make("qwen2.5-14b").model.num_parameters == 14_770_033_664
-    assert seven.plan_label == "releasedx0.5-tile-correction-scouts256-tail1024"
+    assert seven.plan_label == "releasedx0.5-tile-correction-scouts256"
     means = [sum(map(sum, rows)) / 784 for rows in (seven.plan.vertical, seven.plan.slash)]
     assert [round(mean) for mean in means] == [3920, 7650]
     flat = Shape.make("qwen2.5-14b", PlanOptions(
         vertical=1000, slash=4096,
         policy="mean_correction=0,num_scouts=0,tail_len=0"))
-    assert flat.plan_label == "v1000-s4096-tile" and flat.plan.slash[47] == (4096,) * 40
+    assert flat.plan_label == "v1000-s4096-tile-owntail0" and flat.plan.slash[47] == (4096,) * 40
     half = Shape.make("qwen2.5-7b", PlanOptions(policy="budget_share=0.25,num_scouts=128"))
     assert half.plan_label.startswith("releasedx0.25-") and half.plan.num_scouts == 128
     paper = Shape.make("qwen2.5-7b", PlanOptions(mode="paper"))
