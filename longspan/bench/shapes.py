@@ -111,7 +111,7 @@ def label_plan(plan: SparsityPlan, source: str) -> str:
         parts.append(f"above{plan.scout_threshold:g}")
     if plan.mean_correction and plan.mean_near_len != DEFAULTS["mean_near_len"]:
         parts.append(f"near{plan.mean_near_len}")
-    if plan.tail_len != DEFAULTS["tail_len"]:
+    if plan.mode == "tile" and plan.tail_len != DEFAULTS["tail_len"]:
         parts.append(f"owntail{plan.tail_len}")
     return "-".join(parts)
 
