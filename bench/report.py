@@ -28,7 +28,7 @@ from bench.tables import (
     serve_section,
     ttft_section,
 )
-from bench.tables_eval import eval_table, fidelity_section, scores_section
+from bench.tables_eval import eval_table, fidelity_section, phases_section, scores_section
 from bench.tables_pipeline import pipeline_section
 from longspan.commands.console import note
 from longspan.commands.results import read_bench, read_file
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("--readme", type=Path, nargs="+", help="pages with the markers",
                         default=[Path("README.md"), Path("docs/evaluation.md"),
-                                 Path("docs/parallelism.md")])
+                                 Path("docs/parallelism.md"), Path("docs/training.md")])
     parser.add_argument("--results", type=Path, default=Path("bench/results"), help="folder")
     asked = parser.parse_args(arguments)
     try:
@@ -114,11 +114,11 @@ TABLES: dict[str, Callable[[Content], str]] = {"eval": eval_table, "cpu": cpu_ta
 SECTIONS: dict[str, Callable[[Sequence[Content]], str]] = {
     "ttft": ttft_section, "decode": decode_section, "ops": ops_section, "serve": serve_section,
     "pipeline": pipeline_section, "quality": quality_section, "scores": scores_section,
-    "fidelity": fidelity_section}
+    "fidelity": fidelity_section, "phases": phases_section}
 PLOTS: dict[str, Callable[[Content, Path], list[Path]]] = {
     "ttft": draw_ttft, "eval": draw_eval, "fidelity": draw_heads,
     "pipeline": draw_pipeline, "quality": draw_quality}
-BENCHES = {"scores": "eval"}
+BENCHES = {"scores": "eval", "phases": "eval"}
 """Sections of another bench's files than their name says."""
 
 

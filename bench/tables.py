@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from longspan.bench.shapes import SHAPES, Shape
+
 Content = Mapping[str, Any]
 Row = Mapping[str, Any]
 IMPLS = ("ours", "cudnn", "fa2", "flex")
@@ -49,7 +51,7 @@ def _ttft_table(content: Content) -> str:
             f"{100 * row['density']:.1f} %", f"{row['peak_memory_gib']:.1f} GiB",
             " / ".join(f"{100 * share[name]:.0f}" for name in
                        ("linear", "selection", "attention", "rest")), f"{row['chunk_len']:,}",
-            row["plan"]])
+            f"default: {row['plan']}" if _is_default(row) else row["plan"]])
     note = ""
     if any(row["layers"] < row["total_layers"] for row in rows):
         note = "\n* measured on the first layers only (in brackets) and scaled to all.\n"
@@ -58,8 +60,13 @@ def _ttft_table(content: Content) -> str:
          "linear / selection / attention / rest, %", "prefill chunk", "budgets"], body) + note
 
 
-def _ttft_order(row: Row) -> tuple[str, int, str, int]:
-    return row["shape"], row["num_tokens"], row["plan"], row["chunk_len"]
+def _ttft_order(row: Row) -> tuple[str, int, bool, str, int]:
+    return (row["shape"], row["num_tokens"], not _is_default(row), row["plan"], row["chunk_len"])
+
+
+def _is_default(row: Row) -> bool:
+    """Return whether `generate` and `serve` run this plan; others are the bench's alone."""
+    return row["shape"] in SHAPES and Shape.make(row["shape"]).plan_label == row["plan"]
 
 
 def _dense_of(row: Row, rows: Sequence[Row]) -> Row | None:

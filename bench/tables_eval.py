@@ -16,13 +16,15 @@ FEW_LENGTHS = (4096, 32_768, 131_072, 262_144, 524_288, 1_000_000, 1_048_576)
 MANY = 6
 SHOWN_BY = ("passkey", "ruler-11", "ruler-retrieval")
 """A row without any of these holds a question or two, for times."""
+AFTER = "-after-"
+"""In the name of a model that was judged after a phase of its training, before the phase's name."""
 Cells = dict[tuple[Any, ...], Row]
 
 
 def eval_table(content: Content) -> str:
     """Scores of each model: a row for each length and attention, with what it cost beside them."""
     return "\n".join(_model_table(content, model) for model in dict.fromkeys(
-        row["model"] for row in content["rows"]))
+        row["model"] for row in content["rows"]) if AFTER not in model)
 
 
 def _model_table(content: Content, model: str) -> str:
@@ -74,6 +76,28 @@ def _task_table(rows: Sequence[Row]) -> str:
     return markdown(["task", *(f"{length:,}" for length in lengths)], [
         [task, *(_score(cells.get((task, length))) for length in lengths)]
         for task in dict.fromkeys(row["task"] for row in rows)])
+
+
+def phases_section(contents: Sequence[Content]) -> str:
+    """Scores after each phase of a training, as the report's Table 2 (arXiv 2501.15383)."""
+    parts = []
+    for content in contents:
+        models = dict.fromkeys(row["model"] for row in content["rows"] if AFTER in row["model"])
+        rows = {(row["model"], row["task"], row["num_tokens"]): row
+                for model in models for row in _whole(content, model)}
+        for base in dict.fromkeys(model.partition(AFTER)[0] for model in models):
+            phases = sorted((model for model in models if model.startswith(base + AFTER)),
+                            key=lambda model: int(model.partition(AFTER)[2].rstrip("k")))
+            lengths = sorted({length for model, _, length in rows if model in phases and length})
+            body = [[model.partition(AFTER)[2], SHORT[task],
+                     *(_score(rows.get((model, task, length))) for length in lengths)]
+                    for task in SHORT for model in phases]
+            own = [row for (model, _, _), row in rows.items() if model in phases]
+            parts.append(caption(
+                {**content, "date": _day(content, own)},
+                f"{base} after each phase, plain RoPE: % right (95 % interval; questions)")
+                + markdown(["after", "", *(f"{length:,}" for length in lengths)], body))
+    return "\n".join(parts)
 
 
 def fidelity_section(contents: Sequence[Content]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from bench import plots, report
+from bench.tables_eval import eval_table, phases_section
 from longspan.errors import LongspanError
 
 SHARE = {"linear": 0.6, "selection": 0.05, "attention": 0.3, "rest": 0.05}
@@ -154,7 +155,8 @@ def test_serve(tmp_path: Path) -> None:
 
 def test_there_is_a_place_for_each() -> None:
     pages = [(Path(__file__).parents[2] / name).read_text(encoding="utf-8")
-             for name in ("README.md", "docs/evaluation.md", "docs/parallelism.md")]
+             for name in ("README.md", "docs/evaluation.md", "docs/parallelism.md",
+                          "docs/training.md")]
     names = [match[2] for page in pages for match in report.MARKED.finditer(page)]
     assert sorted(names) == sorted({*report.TABLES, *report.SECTIONS})
 
@@ -207,3 +209,18 @@ def test_fidelity(tmp_path: Path) -> None:
     assert "| m | 4,096 | sparse-dca | 2 | 0.01 (0.005 to 0.02) |" in text
     assert "| 80.0 % | 25.0 % | 10.0 % | 5.0 % |" in text and text.count("| m |") == 2
     assert "heads.svg" in report.draw_images("fidelity", tmp_path, tmp_path / "README.md")
+
+
+def test_phases_stand_in_order_and_apart_from_other_models() -> None:
+    def row(model: str, length: int, score: float) -> dict[str, Any]:
+        return {"model": model, "task": "ruler-11", "num_tokens": length, "attention": "rope",
+                "depth": None, "n": 8, "score": score, "ci_low": 0.1, "ci_high": 0.9,
+                "status": "complete", "density": 1.0}
+
+    rows = [row("toy-after-128k", 4096, 0.75), row("toy-after-4k", 4096, 0.5),
+            row("toy", 4096, 0.25), row("toy-after-128k", 131_072, 0.5)]
+    content = {"device": {"name": "a GPU", "count": 1}, "date": "2026-11-28", "rows": rows}
+    lines = [line for line in phases_section([content]).splitlines() if "RULER-11" in line]
+    assert [line.split(" | ")[0] for line in lines] == ["| 4k", "| 128k"]
+    assert lines[0].endswith("| 50 (10-90; 8) | not run |")
+    assert "after" not in eval_table(content) and "| 25 (10-90; 8) |" in eval_table(content)

@@ -321,7 +321,7 @@ def test_the_control_plane_gives_the_answers_of_each_request_alone(
 
 
 def test_the_fuzz_meets_what_it_is_for(clock: Clock) -> None:
-    worlds = [World(seed, clock, has_places=False) for seed in range(4, 10)]
+    worlds = [World(seed, clock, has_places=False) for seed in range(9)]
     for world in worlds:
         world.run()
     batches = [batch for world in worlds for batch in world.runner.batches]
