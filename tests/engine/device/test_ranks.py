@@ -12,20 +12,17 @@ import pytest
 import torch
 
 from longspan.attention.ranks import RankGroup
-from longspan.attention.sparsity import SparsityPlan, needs_means
-from longspan.config import EngineConfig, ModelConfig
+from longspan.attention.sparsity import SparsityPlan
 from longspan.engine.control.loop import LocalTransport, Loop
 from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
-from longspan.engine.device.memory import DeviceMemory, plan_memory
 from longspan.engine.device.runner import Runner
 from longspan.engine.request import Request
-from longspan.engine.resolve import resolve_positions
 from longspan.engine.step import ScheduledBatch
 from tests.doubles import ComputedStep, make_request, write_checkpoint
 from tests.engine.device.rank_threads import ThreadRanks
+from tests.engine.device.runners import BLOCK, CHUNK, LENGTH, PIECE_ROWS, load_runner
 
-BLOCK, CHUNK, LENGTH = 16, 256, 1024
-LAYERS, HEADS, PIECE_ROWS = 3, 4, 64
+LAYERS, HEADS = 3, 4
 SHORT_DCA: dict[str, Any] = {
     "chunk_size": 192, "local_size": 64, "original_max_position_embeddings": 160}
 LONG_DCA = {**SHORT_DCA, "chunk_size": 640, "local_size": 128}
@@ -42,17 +39,9 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def load(path: Path, plan: SparsityPlan | None, group: RankGroup | None = None) -> Runner:
-    config = EngineConfig(
-        model=str(path), device="cpu", dtype="float32", prefill_chunk_len=CHUNK,
-        block_size=BLOCK, max_model_len=LENGTH, max_num_requests=8, num_threads=1)
-    model = ModelConfig.from_dir(path)
-    memory = plan_memory(model, config, max_step_tokens=2 * CHUNK, means=needs_means(plan),
-                         device=DeviceMemory(total_bytes=2**33, free_bytes=2**33))
-    runner = Runner.load(path, model, config, replace(memory, num_blocks=160), plan=plan,
-                         dca=resolve_positions("auto", model))
+    runner = load_runner(path, plan, 160)
     if group is not None:
         runner.use_group(group, plan)
-    runner._chunk._rows = PIECE_ROWS
     for cache in runner.caches:
         for part in cache:
             if part is not None:

@@ -16,22 +16,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from longspan.attention.sparsity import SparsityPlan, needs_means
-from longspan.config import EngineConfig, ModelConfig
+from longspan.attention.sparsity import SparsityPlan
 from longspan.engine.control.latency import Costs
 from longspan.engine.control.loop import LocalTransport, Loop, Transport
 from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
 from longspan.engine.control.stage_plan import equal_split
-from longspan.engine.device.memory import DeviceMemory, plan_memory
 from longspan.engine.device.runner import Runner, StagePlace
 from longspan.engine.device.stage import StageLink
 from longspan.engine.device.stage_runner import StagedStep, StageRunner, merge
-from longspan.engine.resolve import resolve_positions
 from longspan.engine.step import PromptLogprobs, ScheduledBatch, StepResult
 from tests.doubles import make_request, write_checkpoint
+from tests.engine.device.runners import BLOCK, CHUNK, LENGTH, PIECE_ROWS, load_runner
 
-BLOCK, CHUNK, LENGTH = 16, 256, 1024
-LAYERS, HEADS, PIECE_ROWS = 5, 4, 64
+LAYERS, HEADS = 5, 4
 DCA: dict[str, Any] = {
     "chunk_size": 640, "local_size": 128, "original_max_position_embeddings": 512}
 PLAN = replace(SparsityPlan.default(LAYERS, HEADS, vertical=24, slash=48), num_scouts=4,
@@ -106,16 +103,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
 
 
 def load(path: Path, plan: SparsityPlan | None, place: StagePlace | None = None) -> Runner:
-    config = EngineConfig(
-        model=str(path), device="cpu", dtype="float32", prefill_chunk_len=CHUNK,
-        block_size=BLOCK, max_model_len=LENGTH, max_num_requests=8, num_threads=1)
-    model = ModelConfig.from_dir(path)
-    memory = plan_memory(model, config, max_step_tokens=2 * CHUNK, means=needs_means(plan),
-                         device=DeviceMemory(total_bytes=2**33, free_bytes=2**33))
-    runner = Runner.load(path, model, config, replace(memory, num_blocks=200), plan=plan,
-                         dca=resolve_positions("auto", model), place=place)
-    runner._chunk._rows = PIECE_ROWS
-    return runner
+    return load_runner(path, plan, 200, place)
 
 
 def ring_of(path: Path, plan: SparsityPlan | None, count: int) -> Ring:
