@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longspan.ops.tiles.rows import normed_rows, rotated_rows
 from longspan.ops.types import PagedKV, QueryRotary
 
 TILE = 4_096
@@ -94,22 +95,15 @@ def _rms_norm(
     x, residual, weight, out, num_rows, dim, inner, x_outer, x_inner, eps,
     HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):
-    dtype = out.dtype.element_ty
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.arange(0, WIDTH)
     mask = (row < num_rows)[:, None] & (column < dim)[None, :]
     start = (row // inner) * x_outer + (row % inner) * x_inner
     values = tl.load(x + start[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
     place = row[:, None] * dim + column[None, :]
-    if HAS_RESIDUAL:
-        values += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
-        rounded = values.to(dtype)
-        tl.store(residual + place, rounded, mask=mask)
-        values = rounded.to(tl.float32)
-    mean_square = tl.sum(values * values, 1) / dim
-    values = (values * tl.rsqrt(mean_square + eps)[:, None]).to(dtype).to(tl.float32)
-    scale = tl.load(weight + column, mask=column < dim, other=0.0).to(tl.float32)
-    tl.store(out + place, (values * scale[None, :]).to(dtype), mask=mask)
+    values = normed_rows(values, residual, weight, place, column, mask, dim, eps,
+                         out.dtype.element_ty, HAS_RESIDUAL)
+    tl.store(out + place, values, mask=mask)
 
 
 @triton.jit
@@ -130,7 +124,6 @@ def _store_rotated(
     ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):
     """Rotate and store ROWS tokens of one KV head."""
-    half: tl.constexpr = HEAD_DIM // 2
     head = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     slot = tl.load(slot_mapping + row, mask=row < num_rows, other=-1).to(tl.int64)
@@ -142,16 +135,9 @@ def _store_rotated(
                     mask=mask, other=0.0)
     tl.store(cache_v + place, value.to(cache_v.dtype.element_ty), mask=mask)
 
-    rotation = tl.load(positions + row, mask=row < num_rows, other=0).to(tl.int64) % dca_stride
-    turn = rotation[:, None] * half + (dims % half)[None, :]
-    keys = k + (row.to(tl.int64) * k_row + head * HEAD_DIM)[:, None]
-    key = tl.load(keys + dims[None, :], mask=mask, other=0.0).to(tl.float32)
-    other = tl.load(keys + ((dims + half) % HEAD_DIM)[None, :], mask=mask, other=0.0)
-    other = tl.where((dims < half)[None, :], -other.to(tl.float32), other.to(tl.float32))
-    turned = (key * tl.load(cos + turn, mask=mask, other=0.0)
-              + other * tl.load(sin + turn, mask=mask, other=0.0))
-    turned = turned.to(k.dtype.element_ty).to(cache_k.dtype.element_ty)
-    tl.store(cache_k + place, turned, mask=mask)
+    turned = rotated_rows(k, positions, cos, sin, row, head, mask, num_rows, k_row, dca_stride,
+                          HEAD_DIM)
+    tl.store(cache_k + place, turned.to(cache_k.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longspan.ops.tiles.rows import rotated_rows
 from longspan.ops.types import PagedKV, QueryRotary
 
 TILE = 4_096
@@ -80,7 +81,6 @@ def _store_quantised(
     BLOCK: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):
     """Rotate, quantise and store ROWS tokens of one KV head."""
-    half: tl.constexpr = HEAD_DIM // 2
     head, num_heads = tl.program_id(1), tl.num_programs(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     slot = tl.load(slot_mapping + row, mask=row < num_rows, other=-1).to(tl.int64)
@@ -95,16 +95,10 @@ def _store_quantised(
     tl.store(cache_v + place, numbers, mask=mask)
     tl.store(v_scale + scale_place, scale, mask=slot >= 0)
 
-    rotation = tl.load(positions + row, mask=row < num_rows, other=0).to(tl.int64) % dca_stride
-    turn = rotation[:, None] * half + (dims % half)[None, :]
-    keys = k + (row.to(tl.int64) * k_row + head * HEAD_DIM)[:, None]
-    key = tl.load(keys + dims[None, :], mask=mask, other=0.0).to(tl.float32)
-    other = tl.load(keys + ((dims + half) % HEAD_DIM)[None, :], mask=mask, other=0.0)
-    other = tl.where((dims < half)[None, :], -other.to(tl.float32), other.to(tl.float32))
-    turned = (key * tl.load(cos + turn, mask=mask, other=0.0)
-              + other * tl.load(sin + turn, mask=mask, other=0.0))
+    turned = rotated_rows(k, positions, cos, sin, row, head, mask, num_rows, k_row, dca_stride,
+                          HEAD_DIM)
     gain = tl.load(k_gain + head * HEAD_DIM + dims).to(tl.float32)
-    numbers, scale = _quantised(turned.to(k.dtype.element_ty).to(tl.float32) / gain[None, :])
+    numbers, scale = _quantised(turned.to(tl.float32) / gain[None, :])
     tl.store(cache_k + place, numbers, mask=mask)
     tl.store(k_scale + scale_place, scale, mask=slot >= 0)
 

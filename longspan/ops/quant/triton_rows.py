@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longspan.ops.tiles.rows import normed_rows
 from longspan.ops.types import FP8_BLOCK, Fp8Rows
 
 E4M3_MAX, TINY = tl.constexpr(448.0), tl.constexpr(1e-12)
@@ -127,23 +128,15 @@ def _norm_rows(
     x, residual, weight, out, scales, num_rows, dim, row_stride, scale_stride, eps,
     HAS_RESIDUAL: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):
-    """Norm of some rows, as `pointwise._rms_norm` has it, rounded."""
-    dtype = x.dtype.element_ty
+    """Norm of some rows, rounded."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.arange(0, WIDTH)
     mask = (row < num_rows)[:, None] & (column < dim)[None, :]
     place = row[:, None] * dim + column[None, :]
     values = tl.load(x + row[:, None] * row_stride + column[None, :], mask=mask,
                      other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        values += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
-        rounded = values.to(dtype)
-        tl.store(residual + place, rounded, mask=mask)
-        values = rounded.to(tl.float32)
-    mean_square = tl.sum(values * values, 1) / dim
-    values = (values * tl.rsqrt(mean_square + eps)[:, None]).to(dtype).to(tl.float32)
-    factor = tl.load(weight + column, mask=column < dim, other=0.0).to(tl.float32)
-    values = (values * factor[None, :]).to(dtype).to(tl.float32)
+    values = normed_rows(values, residual, weight, place, column, mask, dim, eps,
+                         x.dtype.element_ty, HAS_RESIDUAL).to(tl.float32)
     if GROUP == 0:
         scale = tl.maximum(tl.max(tl.abs(values), 1) / E4M3_MAX, TINY)
         tl.store(scales + row, scale, mask=row < num_rows)
