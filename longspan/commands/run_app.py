@@ -92,3 +92,9 @@ def _usage_message(error: Exception) -> str:
 def _fail(message: str) -> int:
     print("error: " + " ".join(message.split()), file=sys.stderr)
     return 2
+
+
+def end_with(status: int) -> None:
+    """End a command with a status other than 0."""
+    if status:
+        raise typer.Exit(status)
