@@ -106,7 +106,7 @@ class Prompt:
 
     def check(self, encoder: Encoder) -> None:
         """Raise `LongspanError` if the ids are not those of the text."""
-        ids = np.concatenate([piece.ids for piece in self.pieces if piece.text])
+        ids = [token for piece in self.pieces if piece.text for token in piece.ids]
         if not np.array_equal(ids, encoder.piece(self.text).ids):
             raise LongspanError(
                 "this tokenizer joins what the prompts are put together from: the tokens of a "
@@ -165,7 +165,7 @@ def bury_in_prose(
     fixed = count_tokens(start) + count_tokens(lines) + num_tail_tokens + MIN_ENDING_TOKENS
     room = num_tokens - fixed
     if room < MIN_FILLER_TOKENS:
-        raise too_short(num_tokens, fixed + MIN_FILLER_TOKENS, f"{len(facts)} facts")
+        raise TooShortError(num_tokens, fixed + MIN_FILLER_TOKENS, f"{len(facts)} facts")
     document = materials.bank.take(rng, room)
     borders = np.cumsum([0, *(len(piece.ids) for piece in document)])
     stop = int(np.searchsorted(borders, room, "right")) - 1
@@ -195,7 +195,7 @@ def bury_in_lines(
         used += len(line.ids)
     least = max(MIN_LINES, len(facts))
     if len(lines) < least:
-        raise too_short(num_tokens, fixed + least * len(line.ids), f"{len(facts)} facts")
+        raise TooShortError(num_tokens, fixed + least * len(line.ids), f"{len(facts)} facts")
     body: list[Piece] = []
     positions = []
     done = 0
@@ -250,7 +250,11 @@ def fit_ending(encoder: Encoder, text: str, tail: str, num_tokens: int) -> str:
     raise LongspanError(f"no text of exactly {num_tokens} tokens could be made with this tokenizer")
 
 
-def too_short(num_tokens: int, least: int, what: str) -> LongspanError:
-    """Make the error for a prompt that has no room for what it must hold."""
-    return LongspanError(f"a prompt of {num_tokens} tokens is too short for {what}; at least "
+class TooShortError(LongspanError):
+    """A prompt has no room for what it must hold."""
+
+    def __init__(self, num_tokens: int, least: int, what: str) -> None:
+        self.missing = least - num_tokens
+        self.what = what
+        super().__init__(f"a prompt of {num_tokens} tokens is too short for {what}; at least "
                          f"{least} tokens are needed")

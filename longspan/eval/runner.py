@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from longspan.errors import LongspanError
 from longspan.eval.answer_nll import answer_nlls
-from longspan.eval.prompt import Materials
+from longspan.eval.prompt import Materials, TooShortError
 from longspan.eval.samples import RunFolder, Sample
 from longspan.eval.task import Answer, Example, Model, Task, rng_for
 
@@ -153,9 +153,15 @@ def _finished(
 
 def build(plan: Plan, job: Job, materials: Materials) -> list[Example]:
     """Build the examples of a document. They depend on task, length, seed and index alone, so that
-    all models and settings answer the same prompts."""
+    all models and settings answer the same prompts. Raises `LongspanError` if the length is too
+    short."""
     rng = rng_for(job.task, job.num_tokens, plan.seed, job.index)
-    examples = job.task.build(materials, job.num_tokens, job.index, rng)
+    try:
+        examples = job.task.build(materials, job.num_tokens, job.index, rng)
+    except TooShortError as error:
+        raise LongspanError(
+            f"{job.task.name}: {job.num_tokens:,} tokens, answer included, are too short for "
+            f"{error.what}; at least {job.num_tokens + error.missing:,} are needed") from error
     assert len(examples) == job.task.num_questions
     if job.index == 0 and len(examples[0].prompt.ids) <= MAX_CHECKED_TOKENS:
         examples[0].prompt.check(materials.encoder)

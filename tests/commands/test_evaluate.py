@@ -202,7 +202,7 @@ def tiny_run(tiny: str, out: Path, *more: object) -> int:
     (["--attention", "auto"], "--attention: 'auto' is not one of dense, sparse, paper"),
     (["--positions", "alibi"], "--positions: 'alibi'"),
     (["--lengths", "4q"], "--lengths: '4q' is not a number"),
-    (["--lengths", "100"], "too short for 1 facts"),
+    (["--lengths", "100"], "100 tokens, answer included, are too short for 1 facts"),
     (["--lengths", "16k"], "16,384 tokens are more than the model's limit of 8,192"),
     (["--text-root", "/no/such/folder"], "no such folder of texts"),
     (["-n", "0"], "at least one is needed"),

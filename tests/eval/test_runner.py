@@ -15,7 +15,7 @@ import pytest
 
 from longspan.errors import LongspanError
 from longspan.eval.prompt import Materials, Prompt
-from longspan.eval.runner import Plan, rescore, run, work_order
+from longspan.eval.runner import Plan, build, rescore, run, work_order
 from longspan.eval.samples import RunFolder, Sample, open_runs
 from longspan.eval.task import Answer, Model
 from longspan.eval.tasks.registry import TaskOptions, all_tasks, make_tasks
@@ -257,3 +257,21 @@ def test_scoring_again_follows_the_scorers(tmp_path: Path, materials: Materials)
     file.write_text(json.dumps({**line, "task": "gone"}) + "\n")
     with pytest.raises(LongspanError, match="no task is called 'gone'"):
         rescore(RunFolder(tmp_path).read(), all_tasks(TaskOptions()))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 40])
+def test_lengths_without_room_are_named_in_the_users_numbers(
+    num_tokens: int, materials: Materials
+) -> None:
+    """Every task whose length is asked for; the length that the line names is enough."""
+    for task in all_tasks(TaskOptions()).values():
+        if not task.is_sized or "qa_" in task.name or task.name == "perplexity" and num_tokens > 1:
+            continue
+        plan = Plan(tasks=(task,), lengths=(num_tokens,))
+        job = next(work_order(plan, materials))
+        line = (rf"^{re.escape(task.name)}: {num_tokens} tokens, answer included, are too short "
+                r".*; at least [\d,]+ are needed$")
+        with pytest.raises(LongspanError, match=line) as caught:
+            build(plan, job, materials)
+        least = int(str(caught.value).split("least ")[1].split()[0].replace(",", ""))
+        assert build(plan, replace(job, num_tokens=least + 64), materials)

@@ -10,7 +10,14 @@ from typing import ClassVar
 import numpy as np
 
 from longspan.errors import LongspanError
-from longspan.eval.prompt import Frame, Materials, Prompt, count_tokens, open_prompt
+from longspan.eval.prompt import (
+    Frame,
+    Materials,
+    Prompt,
+    TooShortError,
+    count_tokens,
+    open_prompt,
+)
 from longspan.eval.task import Answer, Example, Gold, Model, Task, Verdict
 from longspan.eval.text import Piece
 
@@ -35,10 +42,12 @@ class PerplexityTask(Task):
     def build(
         self, materials: Materials, num_tokens: int, index: int, rng: random.Random
     ) -> list[Example]:
-        """Build one document of exactly the length."""
+        """Build one document of exactly the length. Raises `TooShortError`."""
         plain = Frame("", "", materials.frame.prefix_in)
         start = open_prompt(replace(materials, frame=plain), "")
         room = num_tokens - self.max_tokens - count_tokens(start)
+        if room < 2:
+            raise TooShortError(num_tokens, num_tokens - room + 2, "a token behind another")
         pieces = _cut(materials.bank.take(rng, room), room)
         return [Example(prompt=Prompt([*start, *pieces], plain), gold=Gold(answers=()))]
 

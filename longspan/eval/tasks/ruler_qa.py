@@ -16,7 +16,7 @@ from pathlib import Path
 from longspan.errors import LongspanError
 from longspan.eval.data_files import find_file, items, read_json
 from longspan.eval.metrics import string_hits
-from longspan.eval.prompt import Materials, Prompt, count_tokens, open_prompt, too_short
+from longspan.eval.prompt import Materials, Prompt, TooShortError, count_tokens, open_prompt
 from longspan.eval.task import Answer, Example, Gold, Task, Verdict
 from longspan.eval.tasks.ruler import QUESTIONS
 from longspan.eval.text import Encoder
@@ -65,7 +65,7 @@ class DocumentTask(Task):
         room = num_tokens - self.max_tokens - count_tokens([*start, last])
         chosen, repeats = _choose(materials.encoder, questions, question, room, rng)
         if not chosen:
-            raise too_short(num_tokens, num_tokens - room + _tokens_of(
+            raise TooShortError(num_tokens, num_tokens - room + _tokens_of(
                 materials.encoder, questions, question), "the paragraphs of one question")
         rng.shuffle(chosen)
         texts = [f"Document {number}:\n{questions.documents[i]}\n\n"

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from longspan.eval.prompt import Materials, Prompt, count_tokens, open_prompt, too_short
+from longspan.eval.prompt import Materials, Prompt, TooShortError, count_tokens, open_prompt
 from longspan.eval.task import Example, Gold
 from longspan.eval.tasks.ruler import COMMON_WORDS, FREQUENT_WORDS, SHORT_LEN, RulerTask
 from longspan.eval.text import Encoder, Piece
@@ -71,7 +71,7 @@ class CommonWordsTask(RulerTask):
             if isinstance(built, Example):
                 return [built]
             least = built + self.max_tokens
-        raise too_short(num_tokens, least, f"{MIN_WORDS} words")
+        raise TooShortError(num_tokens, least, f"{MIN_WORDS} words")
 
     def _build_form(
         self, materials: Materials, budget: int, form: Form, rng: random.Random
@@ -121,7 +121,7 @@ class FrequentWordsTask(RulerTask):
         counts = _zipf_counts(lens, room)
         if counts[NUM_ASKED] < 1:
             least = num_tokens - room + int((_zipf(MIN_CODED, len(lens)) * lens).sum())
-            raise too_short(num_tokens, least, f"{MIN_CODED} coded words")
+            raise TooShortError(num_tokens, least, f"{MIN_CODED} coded words")
         order = [piece for piece, count in zip(pieces, counts, strict=True)
                  for _ in range(count)]
         rng.shuffle(order)
