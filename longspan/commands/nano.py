@@ -1,31 +1,32 @@
 """``longspan train nano``: from raw text to the bundled model, piece by piece.
 
 Each piece has a folder of its own and is whole or is gone on with: text to corpus, five phases,
-conversations, fine-tuning, pairs, preferences. A model goes from piece to piece as a checkpoint,
-with a new optimizer, so pieces may run on different machines.
+practice, conversations, fine-tuning, pairs, preferences. A model goes from piece to piece as a
+checkpoint, with a new optimizer, so pieces may run on different machines.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from longspan.commands import synth_chat, train, tune
+from longspan.commands import practice, synth_chat, train, tune
 from longspan.commands.console import note
-from longspan.commands.corpus import print_table
+from longspan.commands.corpus import print_table, read_json
 from longspan.commands.training import MODEL, Limits
 from longspan.data.chat.rows import CHAT, PAIRS, ChatPlanner
 from longspan.data.documents import Root
 from longspan.errors import LongspanError
 from longspan.files.whole import replaced_checkpoint
 from longspan.recipes.recipe import Recipe
+from longspan.train.export import split_shards
+from longspan.train.phases import Phase, with_tokens
 from longspan.train.state import STATE_FILE
 
-PIECES = ("corpus", "pretrain", "sft", "dpo")
+PIECES = ("corpus", "pretrain", "practice", "sft", "dpo")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,17 +44,19 @@ class NanoJob:
     base: Path | None = None
     """A pre-trained checkpoint in place of the phases."""
     shards: Path | None = None
-    """Where pre-training also exports small files at its end, however far it came."""
+    """Where the last piece is also exported in small files; pre-training's however far it came."""
 
 
 def run(job: NanoJob) -> bool:
     """Do what is not done yet; True when the last piece asked for is done."""
     if job.until not in PIECES:
         raise LongspanError(f"--until {job.until}: choose from {', '.join(PIECES)}")
+    with_tokens([*job.recipe.phases, *job.recipe.tuning.practice], job.num_tokens)
     started = time.perf_counter()
     steps: dict[str, Callable[[float], bool]] = {
         "corpus": lambda left_s: _corpus(job),
         "pretrain": lambda left_s: _pretrain(job, left_s),
+        "practice": lambda left_s: _practice(job, left_s),
         "sft": lambda left_s: _sft(job, left_s),
         "dpo": lambda left_s: _dpo(job, left_s)}
     for name in PIECES[: PIECES.index(job.until) + 1]:
@@ -64,6 +67,8 @@ def run(job: NanoJob) -> bool:
     last = job.out / job.until / MODEL
     if last.is_dir():
         _copy(last, job.out / MODEL)
+        if job.shards:
+            split_shards(job.out / MODEL, job.shards, train.SHARD_SIZE)
         note(f"done: {job.out / MODEL} is the model after {job.until}")
     return True
 
@@ -73,15 +78,14 @@ def _data(job: NanoJob) -> Path:
 
 
 def _corpus(job: NanoJob) -> bool:
-    meta = _data(job) / "corpus" / "meta.json"
-    if not meta.is_file():
+    meta = read_json(_data(job) / "corpus" / "meta.json")
+    if meta is None:
         if not job.roots:
             raise LongspanError("no text: name it by --root DIR=MEGABYTES")
         print_table(train.make_corpus(job.recipe, job.roots, _data(job))["table"])
         return True
-    made_from = json.loads(meta.read_text()).get("made_from")
     corpus = train.corpus_job(job.recipe, job.roots, _data(job))
-    if job.roots and made_from != corpus.identity:
+    if job.roots and meta.get("made_from") != corpus.identity:
         raise LongspanError(f"{_data(job)} was made from other text: repeat with the same --root, "
                             "or name a new folder")
     return True
@@ -97,13 +101,30 @@ def _pretrain(job: NanoJob, left_s: float) -> bool:
         _copy(job.base, folder / MODEL)
         return True
     is_done = train.train(job.recipe, train.TrainOptions(
-        data=_data(job), out=folder, num_tokens=job.num_tokens,
+        data=_data(job), out=folder, num_tokens=_tokens(job, job.recipe.phases),
         resume=(folder / STATE_FILE).exists(), eager=job.limits.eager,
         recompute=job.limits.recompute, deadline_s=left_s, num_workers=job.limits.num_workers,
         shards=job.shards))
     if is_done:
         train.export(job.recipe, _data(job), folder, folder / MODEL)
     return is_done
+
+
+def _tokens(job: NanoJob, phases: Sequence[Phase]) -> dict[str, int]:
+    """Tokens that were asked for, of some phases."""
+    names = {phase.name for phase in phases}
+    return {name: count for name, count in job.num_tokens.items() if name in names}
+
+
+def _practice(job: NanoJob, left_s: float) -> bool:
+    tuning, folder = job.recipe.tuning, job.out / "practice"
+    if not tuning.practice or (folder / MODEL / "config.json").is_file():
+        return True
+    return practice.run(practice.PracticeRun(
+        checkpoint=job.out / "pretrain" / MODEL, data=_data(job), out=folder,
+        phases=tuple(with_tokens(tuning.practice, _tokens(job, tuning.practice))),
+        kind_weights=tuning.practice_weights, warmup_steps=tuning.practice_warmup,
+        limits=replace(job.limits, time_limit_s=left_s)))
 
 
 def _rows(job: NanoJob, name: str, form: str, counts: Mapping[int, int], seed: int) -> Path:
@@ -115,9 +136,11 @@ def _rows(job: NanoJob, name: str, form: str, counts: Mapping[int, int], seed: i
         if not (folder / part).exists():
             (folder / part).symlink_to((data / part).resolve(), target_is_directory=True)
     corpus = train.corpus_job(job.recipe, job.roots, folder)
-    synth_chat.run(synth_chat.ChatJob(
+    meta = read_json(folder / "corpus" / "meta.json")
+    assert meta is not None, "the corpus is the first piece"
+    synth_chat.make_rows(synth_chat.ChatJob(
         corpus=corpus, planner=ChatPlanner(form=form, num_rows=counts, seed=seed),
-        num_workers=max(1, job.limits.num_workers)))
+        num_workers=max(1, job.limits.num_workers)), meta)
     return folder / f"{form}-train.jsonl"
 
 
@@ -133,8 +156,9 @@ def _sft(job: NanoJob, left_s: float) -> bool:
         return True
     short = _rows(job, "chat-short", CHAT, tuning.short_rows, 1)
     mixed = _rows(job, "chat-mixed", CHAT, tuning.mixed_rows, 2)
+    before = "practice" if tuning.practice else "pretrain"
     return tune.sft(tune.SftRun(
-        checkpoint=job.out / "pretrain" / MODEL, out=folder, learning_rate=tuning.sft_rate,
+        checkpoint=job.out / before / MODEL, out=folder, learning_rate=tuning.sft_rate,
         tokens_per_step=tuning.tokens_per_step, limits=_limits(job, begin, left_s), stages=(
             tune.Stage(name="stage 1", files=(short,), max_length=32_768),
             tune.Stage(name="stage 2", files=(mixed,), max_length=262_144))))

@@ -33,7 +33,11 @@ class ChatJob:
 
 def run(job: ChatJob) -> None:
     """Write ``FORM-train.jsonl``, ``FORM-held_out.jsonl`` and their card; go on after a cut."""
-    meta = prepare_corpus(job.corpus)
+    make_rows(job, prepare_corpus(job.corpus))
+
+
+def make_rows(job: ChatJob, meta: Mapping[str, Any]) -> None:
+    """Write rows of the corpus that is in the folder; ``meta`` are its counts."""
     out, form = job.corpus.out, job.planner.form
     longest = max(job.planner.num_rows)
     if meta["num_train_tokens"] < longest:

@@ -177,11 +177,12 @@ def nano(
         metavar="DIR=MB", help="Text, and megabytes of it to read; repeatable.")] = None,
     tokens: Annotated[list[str] | None, typer.Option(
         metavar="PHASE=MILLIONS", help="Tokens of one phase; repeatable.")] = None,
-    until: Annotated[str, typer.Option(help="Last piece: corpus, pretrain, sft, dpo.")] = "dpo",
+    until: Annotated[str, typer.Option(
+        help="Last piece: corpus, pretrain, practice, sft, dpo.")] = "dpo",
     base: Annotated[Path | None, typer.Option(
         help="Pre-trained checkpoint, in place of the phases.")] = None,
     shards: Annotated[Path | None, typer.Option(
-        help="Pre-training also exports there, in files of 14 MB.")] = None,
+        help="Also export the last piece there, in files of 14 MB.")] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="A toy, in seconds on a CPU.")] = False,
     time_limit_s: TimeLimit = math.inf, workers: Workers = None, recompute: Recompute = False,
     eager: Eager = False,

@@ -56,6 +56,14 @@ REFUSALS = (
     "There is no such {n} in the text.")
 REFUSAL_WEIGHTS = (70, 10, 10, 10)
 """What answers a question about something that the text does not hold."""
+ABSENT_RULES = (
+    "If the text does not say it, write: {r}.", "Should the text have nothing on it, say: {r}.",
+    "If it is missing, answer with: {r}.", "Say {r} if there is none.",
+    "When the text is silent about it, reply: {r}.", "If you cannot find it, answer: {r}.",
+    "If there is no such {n}, the answer is: {r}.", "Write {r} when it is not there.")
+"""What else an instruction asks for; ``{r}`` is a refusal, ``{n}`` the kind of value."""
+SHORT_REFUSALS = ("not given", "not stated", "not found", "no such {n}", "unknown",
+                  "not available", "not present", "not provided")
 RAW_FRAMES = (
     ("Question: {}\nAnswer:", " {}\n"), ("Q: {}\nA:", " {}\n"), ("{}\n>", " {}\n"),
     ("### Question\n{}\n### Answer\n", "{}\n"), ("User: {}\nAssistant:", " {}\n"))
@@ -127,6 +135,17 @@ def ask_absent(rng: random.Random, source: Source, fact: Fact) -> Ask:
     asked = ask_one(rng, source, fact)
     refusal = rng.choices(REFUSALS, REFUSAL_WEIGHTS)[0].replace("{n}", fact.noun)
     return Ask(asked.question, "", refusal, fact.noun)
+
+
+def refusable(
+    rng: random.Random, source: Source, question: str, noun: str
+) -> tuple[str, str]:
+    """Return the question, in some with a rule for what the text does not say; and the refusal."""
+    if rng.random() < 0.4:
+        refusal = rng.choice(SHORT_REFUSALS).replace("{n}", noun)
+        rule = rng.choice(source.wordings(ABSENT_RULES))
+        return f"{question} {rule.replace('{r}', refusal).replace('{n}', noun)}", refusal
+    return question, rng.choices(REFUSALS, REFUSAL_WEIGHTS)[0].replace("{n}", noun)
 
 
 def ruler_plural(noun: str, keys: str) -> tuple[str, str]:

@@ -26,6 +26,17 @@ M = 1_000_000
 # A planted value is random at its first mention, so it cannot be learnt.
 KIND_WEIGHTS: dict[int, float] = {Kind.PLANTED: 0.0, Kind.ANSWER: 5.0, Kind.COPY: 2.0}
 
+PRACTICE_WEIGHTS: dict[int, float] = {
+    Kind.PLANTED: 0.0, Kind.ANSWER: 1.0, Kind.COPY: 0.2, Kind.TEXT: 0.02, Kind.FILLER: 0.1}
+"""Replies, and a little of the text around, so that it is not forgotten."""
+PRACTICE = (
+    Phase(name="practice-4k", seq_len=4096, rope_theta=1e7, num_tokens=120 * M, learning_rate=6e-4),
+    Phase(name="practice-32k", seq_len=32_768, rope_theta=1e7, num_tokens=24 * M,
+          learning_rate=5e-4),
+    Phase(name="practice-256k", seq_len=262_144, rope_theta=1e7, num_tokens=16 * M,
+          learning_rate=4e-4, shorter=(131_072, 65_536, 32_768, 4096), full_share=0.05))
+"""Short rows first, since steps of them are cheap and what is learned carries over to long ones."""
+
 SUFFIXES = ("py", "md", "rst", "txt", "html", "pod", "c", "h", "toml")
 SKIPPED = ("site-packages", "__pycache__", "node_modules", "test", "tests")
 # English and code, as 4,096 tokens can hold; a package is one document, since code read as a whole
@@ -43,9 +54,10 @@ def nano() -> Recipe:
         name="nano", vocab_size=4096, new_model=build_model, kind_weights=KIND_WEIGHTS,
         warmup_steps=150, gate_lengths=(4096, 32_768, 131_072, 262_144), gate_documents=4,
         gate_needles=32, rules=RULES, tuning=Tuning(
-            short_rows={1024: 6000, 4096: 3000, 32_768: 300},
-            mixed_rows={1024: 2000, 4096: 1000, 32_768: 150, 262_144: 40}, sft_rate=1e-4,
-            pairs={1024: 3000, 8192: 600}, dpo_rate=5e-6), phases=(
+            short_rows={1024: 1500, 4096: 2000, 32_768: 60},
+            mixed_rows={1024: 300, 4096: 300, 32_768: 40, 262_144: 6}, sft_rate=1e-4,
+            pairs={1024: 3000, 8192: 600}, dpo_rate=5e-6, practice=PRACTICE,
+            practice_weights=PRACTICE_WEIGHTS), phases=(
             Phase(name="4k", seq_len=4096, rope_theta=1e4, num_tokens=300 * M,
                   learning_rate=1.5e-3),
             Phase(name="32k", seq_len=32_768, rope_theta=1e6, num_tokens=40 * M,
@@ -64,9 +76,13 @@ def smoke() -> Recipe:
     return Recipe(
         name="smoke", vocab_size=600, rules=RULES, tuning=Tuning(
             short_rows={512: 4}, mixed_rows={512: 2, 1024: 2}, sft_rate=1e-3, pairs={512: 4},
-            dpo_rate=1e-4, tokens_per_step=2048), kind_weights=KIND_WEIGHTS, warmup_steps=4,
-        new_model=partial(build_model, num_layers=2, hidden_size=64, num_heads=2, num_kv_heads=1,
-                          intermediate_size=96),
+            dpo_rate=1e-4, tokens_per_step=2048, practice=(
+                Phase(name="practice", seq_len=1024, rope_theta=1e6, num_tokens=8192,
+                      learning_rate=5e-4, tokens_per_step=2048),),
+            practice_weights=PRACTICE_WEIGHTS, practice_warmup=2), kind_weights=KIND_WEIGHTS,
+        warmup_steps=4, new_model=partial(
+            build_model, num_layers=2, hidden_size=64, num_heads=2, num_kv_heads=1,
+            intermediate_size=96),
         gate_lengths=(256, 512), gate_documents=2, gate_needles=2, phases=(
             tiny(name="a", seq_len=256, rope_theta=1e4, learning_rate=1e-3),
             tiny(name="b", seq_len=512, rope_theta=1e6, learning_rate=5e-4, shorter=(256,),

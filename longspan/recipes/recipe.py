@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from longspan.config import ModelConfig
 from longspan.data.documents import Reading
@@ -39,6 +39,13 @@ class Tuning:
     """Preference pairs, likewise."""
     dpo_rate: float
     tokens_per_step: int = 262_144
+    practice: tuple[Phase, ...] = ()
+    """Phases of conversations with many questions each, composed while training, before the first
+    stage."""
+    practice_weights: Mapping[int, float] = field(default_factory=dict)
+    """Loss weight of each token kind in them; a kind that is not named weighs 1."""
+    practice_warmup: int = 40
+    """Steps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

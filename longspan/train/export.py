@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 
 from longspan.errors import LongspanError
@@ -107,6 +108,16 @@ def join_shards(shard_dir: Path, out_dir: Path) -> None:
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         for name in TEXT_FILES:
             shutil.copyfile(shard_dir / name, folder / name)
+        make_readable(folder)
+
+
+def split_shards(checkpoint: Path, out_dir: Path, max_shard_size: str) -> None:
+    """Copy a checkpoint with its weights in files of a size, what `join_shards` joins again."""
+    tensors = load_file(checkpoint / WEIGHTS_FILE)
+    with replaced_checkpoint(out_dir) as folder:
+        save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size)
+        for name in TEXT_FILES:
+            shutil.copyfile(checkpoint / name, folder / name)
         make_readable(folder)
 
 

@@ -126,6 +126,10 @@ def test_everything_from_text_to_model(done: Path, tmp_path: Path) -> None:
     assert exported.keys() == trained.keys()
     assert all((exported[name] == trained[name].bfloat16()).all() for name in trained)
     assert json.loads((done / "model" / "config.json").read_text()) == config
+    practised = read_log(done / "practice" / "log.jsonl")
+    assert [row["phase"] for row in practised if "phase" in row][-1] == "practice"
+    gates = [row["held_out_bits_per_byte"] for row in practised if "gate" in row]
+    assert len(gates) == 2 and all(0 < bits < 20 for bits in gates), "before and after"
     stages = [row["phase"] for row in read_log(done / "sft" / "log.jsonl") if "phase" in row]
     assert list(dict.fromkeys(stages)) == ["stage 1", "stage 2"]
     pairs = [row for row in read_log(done / "dpo" / "log.jsonl") if "phase" in row]
@@ -139,7 +143,7 @@ def test_everything_from_text_to_model(done: Path, tmp_path: Path) -> None:
 
 def test_what_is_done_is_not_done_again(done: Path) -> None:
     files = {path: path.stat().st_mtime_ns for path in done.rglob("state.pt")}
-    assert len(files) == 3
+    assert len(files) == 4
     assert call("--root", f"{done.parent / 'text'}=1", "--out", done, *TOKENS) == 0
     assert files == {path: path.stat().st_mtime_ns for path in done.rglob("state.pt")}
 
@@ -159,6 +163,23 @@ def test_a_base_takes_the_place_of_the_phases(done: Path, tmp_path: Path) -> Non
     assert not (out / "pretrain" / "state.pt").exists()
     assert (out / "model" / "model.safetensors").read_bytes() == (
         done / "pretrain" / "model" / "model.safetensors").read_bytes()
+
+
+def test_pieces_go_on_where_the_texts_are_not(done: Path, tmp_path: Path) -> None:
+    """Corpus and tokenizer travel to the machine that fine-tunes, raw texts stay behind; shards
+    come back."""
+    out, shards = tmp_path / "run", tmp_path / "shards"
+    shutil.copytree(done / "data", out / "data")
+    base = ("--base", done / "pretrain" / "model")
+    assert call("--out", out, *base, "--until", "sft", "--tokens", "practice=0.005",
+                "--shards", shards) == 0
+    practised = [row for row in read_log(out / "practice" / "log.jsonl") if "phase" in row]
+    assert practised[-1]["num_tokens"] == 4096, "two steps instead of the recipe's four"
+    assert run_command(["train", "join", str(shards), str(tmp_path / "joined")]) == 0
+    assert (tmp_path / "joined" / "model.safetensors").read_bytes() == (
+        out / "sft" / "model" / "model.safetensors").read_bytes()
+    assert call("--out", out, "--until", "dpo") == 0
+    assert (out / "dpo" / "model" / "config.json").is_file()
 
 
 def test_workers_make_the_same_run(done: Path, tmp_path: Path) -> None:
@@ -197,7 +218,7 @@ def test_a_run_that_ends_between_phases_exports_the_first(
     (("--tokens", "a"), "--tokens a: write NAME=NUMBER"),
     (("--tokens", "a=x"), "--tokens a=x: write NAME=NUMBER"),
     (("--tokens", "a=0.0001"), "phase a: 100 tokens is less than one step"),
-    (("--until", "x"), "--until x: choose from corpus, pretrain, sft, dpo"),
+    (("--until", "x"), "--until x: choose from corpus, pretrain, practice, sft, dpo"),
     (("--base", "none"), "none is no checkpoint"),
 ])
 def test_what_a_person_can_mend_is_one_line(

@@ -28,6 +28,8 @@ class Gold:
     """The sentence around the values."""
     by_space: bool = False
     """Values stand with spaces between, without commas."""
+    is_numbered: bool = False
+    """Each value has its number before it."""
     refusal: str
     """The sentence that says that the text does not."""
 
@@ -35,6 +37,8 @@ class Gold:
         """Return a reply with these values; a refusal for none."""
         if not items:
             return self.refusal
+        if self.is_numbered:
+            items = [f"{number}. {item}" for number, item in enumerate(items, 1)]
         values = " ".join(items) if self.by_space else join_list(list(items))
         return self.frame.replace("{}", values)
 
@@ -59,12 +63,16 @@ class Exercise:
     task: str
     document: str
     turns: tuple[Turn, ...]
+    joint: str = "\n\n"
+    """What stands between the document and the first question."""
 
     def messages(self, last_reply: bool = True) -> list[dict[str, str]]:
         """Return the conversation with all right replies, or up to the last question."""
         found = []
         for number, turn in enumerate(self.turns):
-            text = turn.question if number else f"{self.document.rstrip()}\n\n{turn.question}"
+            text = turn.question
+            if not number:
+                text = self.document.rstrip() + self.joint + text
             found += [{"role": "user", "content": text},
                       {"role": "assistant", "content": turn.gold.right}]
         return found if last_reply else found[:-1]

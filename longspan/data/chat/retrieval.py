@@ -16,8 +16,6 @@ from longspan.data.haystack import draw_haystack
 from longspan.data.plan import NEEDLE_LEN
 from longspan.data.questions import (
     INTRO,
-    REFUSAL_WEIGHTS,
-    REFUSALS,
     SUFFIX_WEIGHTS,
     SUFFIXES,
     Ask,
@@ -25,6 +23,7 @@ from longspan.data.questions import (
     ask_list,
     ask_one,
     ask_values,
+    refusable,
 )
 from longspan.data.source import Source
 from longspan.data.tasks.paragraphs import log_uniform
@@ -47,15 +46,22 @@ def needle(
 ) -> Exercise | None:
     """Facts in a text, a question about one of them each turn; tasks are those of `TURNS`."""
     scene = _Scene(rng, source, task, num_tokens - num_turns * _TURN_TOKENS, num_turns)
-    # Before an absent key, keys that are there: a refusal is not always right.
-    early = "needle" if task == "absent" and rng.random() < 0.5 else task
-    turns = [TURNS[name](scene) for name in [early] * (num_turns - 1) + [task]]
+    turns = [TURNS[name](scene) for name in _names(rng, task, num_turns)]
     document = scene.document()
     if document is None or None in turns:
         return None
     if task == "ordering" and not all(_is_in_order(document, turn) for turn in turns):
         return None
     return Exercise(task, document, tuple(turn for turn in turns if turn is not None))
+
+
+def _names(rng: random.Random, task: str, num_turns: int) -> list[str]:
+    """Return what each turn asks for."""
+    if task == "mixed":
+        return rng.choices(list(MIXED), list(MIXED.values()), k=num_turns)
+    # Before an absent key, keys that are there: a refusal is not always right.
+    early = "needle" if task == "absent" and rng.random() < 0.5 else task
+    return [early] * (num_turns - 1) + [task]
 
 
 def _is_in_order(document: str, turn: Turn | None) -> bool:
@@ -113,8 +119,8 @@ class _Scene:
     def turn(self, ask: Ask, asked: Sequence[Fact], is_ordered: bool = False) -> Turn:
         """Return the question with its right answer, as values alone or as a sentence."""
         rng, items = self.rng, tuple(fact.value for fact in asked)
-        refusal = rng.choices(REFUSALS, REFUSAL_WEIGHTS)[0].replace("{n}", self.facts[0].noun)
         question, frame = frame_of(rng, ask)
+        question, refusal = refusable(rng, self.source, question, self.facts[0].noun)
         others = tuple(fact.value for fact in self.facts if fact.value not in items)
         return Turn(question, Gold(
             items=items, others=others[:200], keys=tuple(fact.key for fact in asked),
@@ -181,3 +187,5 @@ def _order(scene: _Scene) -> Turn | None:
 
 TURNS = {"needle": _one, "key_value": _one, "multi_query": _list, "multi_value": _values,
          "absent": _absent, "ordering": _order}
+MIXED = {"needle": 30, "multi_query": 22, "multi_value": 26, "absent": 22}
+"""Shares of the turns where every one is of its own kind."""

@@ -18,6 +18,8 @@ from longspan.data.chat.compose import TURN_LEN, count_tokens
 from longspan.data.chat.gold import Exercise
 from longspan.data.chat.reasoning import counting, variables
 from longspan.data.chat.retrieval import TURNS, needle
+from longspan.data.chat.ruler import ruler_niah, ruler_variables, ruler_words
+from longspan.data.chat.sentences import sentences
 from longspan.data.chat.wrong import wrong_reply
 from longspan.data.source import Source
 from longspan.data.tasks.paragraphs import log_uniform
@@ -31,13 +33,16 @@ MAX_TURNS = 3
 _ATTEMPTS = 24
 
 EXERCISES: dict[str, Callable[[random.Random, Source, int, int], Exercise | None]] = {
-    **{name: partial(needle, task=name) for name in TURNS},
-    "variables": variables, "counting": counting}
+    **{name: partial(needle, task=name) for name in (*TURNS, "mixed")},
+    "sentences": sentences, "variables": variables, "counting": counting,
+    "ruler_niah": ruler_niah, "ruler_variables": ruler_variables, "ruler_words": ruler_words}
 WEIGHTS: Mapping[str, Mapping[str, float]] = {
-    CHAT: {"needle": 20, "key_value": 10, "multi_query": 14, "multi_value": 14, "absent": 14,
-           "ordering": 6, "variables": 14, "counting": 8},
-    PAIRS: {"needle": 8, "key_value": 6, "multi_query": 20, "multi_value": 20, "absent": 24,
-            "ordering": 6, "variables": 12, "counting": 4}}
+    CHAT: {"needle": 10, "key_value": 6, "multi_query": 8, "multi_value": 8, "absent": 10,
+           "mixed": 8, "ordering": 3, "variables": 4, "counting": 2, "sentences": 16,
+           "ruler_niah": 12, "ruler_variables": 10, "ruler_words": 3},
+    PAIRS: {"needle": 6, "key_value": 5, "multi_query": 14, "multi_value": 14, "absent": 20,
+            "ordering": 4, "variables": 6, "counting": 4, "sentences": 13, "ruler_niah": 6,
+            "ruler_variables": 8}}
 """Shares of tasks, unless others are asked for."""
 
 
@@ -105,13 +110,27 @@ def draw_exercise(
     rng: random.Random, source: Source, weights: Mapping[str, float], length: int, many: bool
 ) -> tuple[Exercise, int]:
     """Return an exercise and its tokens: about ``length`` in half of the draws, else evenly (on a
-    logarithmic scale) from a half of that.
+    logarithmic scale) from a half of that. A task that needs more than this length gives way to
+    the others.
 
     Args:
         many: whether several questions may be asked.
     """
+    left = {name: weight for name, weight in weights.items() if weight}
+    while left:
+        name = rng.choices(list(left), list(left.values()))[0]
+        found = _draw_task(rng, source, name, length, many)
+        if found is not None:
+            return found
+        del left[name]
+    raise LongspanError(f"no {', '.join(weights)} row of {length:,} tokens could be made of this "
+                        "text: ask for longer rows, or for other tasks by --task")
+
+
+def _draw_task(
+    rng: random.Random, source: Source, name: str, length: int, many: bool
+) -> tuple[Exercise, int] | None:
     wanted = length if rng.random() < 0.5 else log_uniform(rng, length // 2, length)
-    name = rng.choices(list(weights), list(weights.values()))[0]
     num_turns = rng.randrange(1, MAX_TURNS + 1) if many and wanted >= 2 * MIN_LENGTH else 1
     for _ in range(_ATTEMPTS):
         exercise = EXERCISES[name](rng, source, wanted, num_turns)
@@ -122,8 +141,7 @@ def draw_exercise(
                 return exercise, num_tokens
         wanted = max(MIN_LENGTH - 64, int(0.94 * wanted))
         num_turns = max(1, num_turns - 1)
-    raise LongspanError(f"no {name} row of {length:,} tokens could be made of this text: ask for "
-                        "longer rows, or leave the task out by --task")
+    return None
 
 
 def _num_tokens(source: Source, messages: Sequence[Mapping[str, str]]) -> int:

@@ -1,0 +1,100 @@
+"""Rows of conversations: exact lengths, only replies are answers; RULER's forms are RULER's."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import numpy as np
+import pytest
+
+from longspan.data.chat import ruler
+from longspan.data.chat.practice import compose_practice, encode_exercise
+from longspan.data.chat.rows import EXERCISES, draw_exercise
+from longspan.data.chat.sentences import draw_sentence
+from longspan.data.questions import ABSENT_RULES, REFUSALS, SHORT_REFUSALS
+from longspan.data.source import Source
+from longspan.data.tokens import IM_END, Kind
+from longspan.eval.tasks.needles import REFUSAL_INSTRUCTION, WORDINGS
+from longspan.eval.tasks.needles import REFUSALS as ACCEPTED
+from longspan.eval.tasks.ruler import COMMON_WORDS, FREQUENT_WORDS, NIAH, VARIABLES
+
+
+@pytest.mark.parametrize("length", [1024, 4096])
+def test_rows_have_their_length_and_their_seed(source: Source, length: int) -> None:
+    ids, kinds = compose_practice((3, 1), source, 4, length)
+    assert ids.shape == kinds.shape == (4, length) and ids.dtype == np.uint32
+    again, _ = compose_practice((3, 1), source, 4, length)
+    assert (ids == again).all()
+    other, _ = compose_practice((3, 2), source, 4, length)
+    assert (ids != other).any(axis=1).all()
+    assert (kinds == Kind.ANSWER).any(axis=1).mean() >= 0.75
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_only_replies_are_answers(source: Source, name: str) -> None:
+    """All of a reply is an answer or the sentence around it, and nothing else is."""
+    rng = random.Random(name)
+    exercise, _ = draw_exercise(rng, source, {name: 1}, 1024, many=True)
+    piece = encode_exercise(source, exercise)
+    is_reply = (piece.kinds == Kind.ANSWER) | (piece.kinds == Kind.COPY)
+    said = source.table.text(piece.ids[is_reply])
+    assert said == "".join(turn.gold.right + IM_END for turn in exercise.turns)
+    text = source.table.text(piece.ids)
+    assert text.startswith("<|im_start|>user\n") and text.count("<|im_start|>assistant\n") == len(
+        exercise.turns)
+
+
+@pytest.mark.parametrize(("name", "template", "values"), [
+    ("ruler_niah", NIAH, {"type": r"(?:number|word|uuid)s", "query": ".+"}),
+    ("ruler_variables", VARIABLES, {"query": r"\d{5}", "num_v": r"\d"}),
+    ("ruler_words", COMMON_WORDS, {}), ("ruler_words", FREQUENT_WORDS, {})])
+def test_questions_and_answers_are_in_rulers_form(
+    source: Source, name: str, template: object, values: dict[str, str]
+) -> None:
+    """Head, question and beginning of the answer as the evaluation has them."""
+    marks = {key: f"<{key}>" for key in values}
+    head, tail, prefix = (re.escape(text) for text in template.fill(**marks))  # type: ignore[attr-defined]
+    for key, pattern in values.items():
+        head, tail, prefix = (text.replace(f"<{key}>", pattern) for text in (head, tail, prefix))
+    number = "10" if template is COMMON_WORDS else ""
+    rng, seen = random.Random(1), 0
+    for _ in range(60):
+        exercise, _ = draw_exercise(rng, source, {name: 1}, 2048, many=False)
+        messages = exercise.messages()
+        asked, said = messages[0]["content"], messages[1]["content"]
+        if number and f"the {number} most" not in asked or len(exercise.turns[0].gold.items) < 2:
+            continue
+        seen += bool(re.search(head, asked) and re.search(tail + "$", asked)
+                     and re.match(prefix, said))
+    assert seen >= 4, f"{seen} of 60 rows are in RULER's form"
+
+
+def test_chains_are_assigned_as_ruler_assigns_them(source: Source) -> None:
+    exercise, _ = draw_exercise(random.Random(2), source, {"ruler_variables": 1}, 2048, many=False)
+    lines = exercise.document[exercise.document.rindex(ruler.VT_HEAD):].splitlines()
+    own = exercise.turns[0].gold.items
+    value, = exercise.turns[0].gold.keys
+    assert f"VAR {own[0]} = {value}" in lines
+    for before, after in zip(own, own[1:], strict=False):
+        assert f"VAR {after} = VAR {before} " in lines
+
+
+def test_the_evaluations_wordings_are_not_practised(source: Source) -> None:
+    """No word that carries a wording of the evaluation is in ours."""
+    rng = random.Random(3)
+    drawn = [draw_sentence(rng, source, "kind-key") for _ in range(4000)]
+    text = " ".join(part.lower() for one in drawn for part in (one.text, one.question))
+    for word in ("parcel", "milligram", "visitors who", "dial", "seat ", "stadium", "lighthouse",
+                 "flashes", "auction", "bidder", "bought", "weigh"):
+        assert word in " ".join(part.lower() for pair in WORDINGS for part in pair) + " "
+        assert word not in text, word
+    assert not any(rule.split("{")[0] in REFUSAL_INSTRUCTION for rule in ABSENT_RULES
+                   if not rule.startswith(("Say", "Write")))
+    forms = {one.text.replace(one.value, "") for one in drawn}
+    assert len(forms) > 2500, "countless wordings"
+
+
+def test_each_refusal_is_one_for_the_evaluation() -> None:
+    for refusal in (*REFUSALS, *SHORT_REFUSALS):
+        assert ACCEPTED.search(refusal.replace("{n}", "number")), refusal
