@@ -125,9 +125,11 @@ class DualChunkAttention:
         return _joined(outs)
 
     def _decode(self, q: Tensor, cache: PagedKV, group: DecodeGroup) -> Tensor:
-        out, _ = ops.decode_attention(
-            q, cache, group.block_tables, group.context_lens, self.rotary, group.scales)
-        return out
+        share = group.share
+        out, lse = ops.decode_attention(
+            q, cache, group.block_tables, group.context_lens, self.rotary, group.scales,
+            None if share is None else share.spans)
+        return out if share is None else share.merge(out, lse, q.dtype)
 
     def _prefill(self, q: Tensor, cache: PagedKV, item: PrefillSlice) -> Tensor:
         cache, item = self._plain(q, cache, item)

@@ -17,6 +17,7 @@ from longspan.attention.division import Division, SharedSlice, divide
 from longspan.attention.ranks import Range, RowShare, RowSharing
 from longspan.attention.recall import RecallMeter
 from longspan.attention.rope import yarn_temperature
+from longspan.attention.shared_decode import KeyShare, share_keys
 from longspan.attention.upload import upload
 from longspan.config import DcaConfig
 from longspan.ops.select.recall import num_typical
@@ -109,6 +110,8 @@ class DecodeGroup:
     """[B] int64, the new token included."""
     scales: Tensor
     """[B] fp32"""
+    share: KeyShare | None = None
+    """Which keys this rank attends to, where others attend to the rest; None: to all of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,7 +182,8 @@ def build_metadata(
     context_len)``: every prefill chunk of a prompt shares it (paper section 5, report eq. 1).
     """
     tokens = _tokens(slices, block_size)
-    make = partial(_metadata, block_size=block_size, head_dim=head_dim, dca=dca)
+    make = partial(
+        _metadata, block_size=block_size, head_dim=head_dim, dca=dca, sharing=sharing)
     shares = _shares(slices, sharing)
     if sharing is not None and any(share is not None and share.is_split for share in shares):
         division, order = divide(sharing.group, [
@@ -247,7 +251,7 @@ def _tokens(slices: Sequence[SequenceSlice], block_size: int) -> _Tokens:
 
 def _metadata(
     tokens: _Tokens, slices: Sequence[SequenceSlice], shares: Sequence[RowShare | None], *,
-    block_size: int, head_dim: int, dca: DcaConfig | None,
+    block_size: int, head_dim: int, dca: DcaConfig | None, sharing: RowSharing | None,
 ) -> AttentionMetadata:
     prefills: list[PrefillSlice] = []
     decodes: list[SequenceSlice] = []
@@ -270,7 +274,17 @@ def _metadata(
         start += count
     return AttentionMetadata(
         **tokens._asdict(), prefills=tuple(prefills),
-        decode=_decode_group(decodes, start - len(decodes), block_size, head_dim, dca))
+        decode=_shared(_decode_group(decodes, start - len(decodes), block_size, head_dim, dca),
+                       sharing, block_size))
+
+
+def _shared(
+    group: DecodeGroup | None, sharing: RowSharing | None, block_size: int,
+) -> DecodeGroup | None:
+    """Share the keys of decodes out, where that is worth it. On the host."""
+    if group is None or sharing is None or int(group.context_lens.sum()) < sharing.least_keys:
+        return group
+    return replace(group, share=share_keys(sharing.group, group.context_lens, block_size))
 
 
 def _table(item: SequenceSlice, context_len: int, block_size: int) -> NDArray[np.int64]:
@@ -312,7 +326,7 @@ def softmax_scales(lengths: Tensor, head_dim: int, dca: DcaConfig | None) -> Ten
 
 def decode_metadata(
     block_tables: Tensor, context_lens: Tensor, prompt_lens: Tensor, *, block_size: int,
-    head_dim: int, dca: DcaConfig | None,
+    head_dim: int, dca: DcaConfig | None, sharing: RowSharing | None = None,
 ) -> AttentionMetadata:
     """Build what `build_metadata` makes of B decodes, from numbers on the device and without the
     host.
@@ -322,6 +336,7 @@ def decode_metadata(
         context_lens: [B] int64, the new token included; 0: a row that has no key, writes none, and
             fills no block (slot and block -1).
         prompt_lens: [B] int64
+        sharing: how ranks divide the keys; None: each rank attends to all of them.
     """
     is_padding = context_lens == 0
     positions = (context_lens - 1).clamp_min(0)
@@ -333,7 +348,9 @@ def decode_metadata(
         filled_blocks=blocks.masked_fill(is_padding | (offsets != block_size - 1), -1),
         decode=DecodeGroup(
             start=0, block_tables=block_tables, context_lens=context_lens,
-            scales=softmax_scales(torch.maximum(context_lens, prompt_lens), head_dim, dca)))
+            scales=softmax_scales(torch.maximum(context_lens, prompt_lens), head_dim, dca),
+            share=None if sharing is None else share_keys(
+                sharing.group, context_lens, block_size)))
 
 
 def _decode_group(

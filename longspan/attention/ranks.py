@@ -158,11 +158,14 @@ def row_unit(plan: SparsityPlan | None, block_size: int) -> int:
 
 
 class RowSharing(NamedTuple):
-    """How a group shares prefill slices out."""
+    """How a group shares prefill slices out, and the keys of decodes."""
 
     group: RankGroup
     unit: int
     """Rows are cut at multiples of it, tokens; 0: never. See `row_unit`."""
+    least_keys: int
+    """A step whose decodes see fewer keys than this in all is not worth the exchange: every rank
+    computes it."""
 
     def total(self, counted: Tensor | float, device: str) -> Tensor:
         """Add up what each rank has counted of its own rows, fp64."""

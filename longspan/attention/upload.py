@@ -31,8 +31,10 @@ def upload(value: Value, device: torch.device | str) -> Value:
 
 
 def pack(tensors: list[Tensor], *, pin_memory: bool = False) -> Tensor:
-    """Pack all of them into one tensor of bytes, each at a multiple of `ALIGNMENT`."""
-    packed = torch.empty(sum(map(_room, tensors)), dtype=torch.uint8, pin_memory=pin_memory)
+    """Pack all of them into one tensor of bytes on their device, each at a multiple of
+    `ALIGNMENT`."""
+    packed = torch.empty(sum(map(_room, tensors)), dtype=torch.uint8, pin_memory=pin_memory,
+                         device=tensors[0].device if tensors else None)
     for piece, tensor in zip(unpack(packed, tensors), tensors, strict=True):
         piece.copy_(tensor)
     return packed

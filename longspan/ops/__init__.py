@@ -32,6 +32,7 @@ from longspan.ops.types import (
     Fp8Rows,
     Fp8Weights,
     Int4Weights,
+    KeySpans,
     Matrices,
     PagedKV,
     QueryRotary,
@@ -192,10 +193,10 @@ def measure_recall(
 
 def decode_attention(
     q: Tensor, cache: PagedKV, block_tables: Tensor, context_lens: Tensor, rotary: QueryRotary,
-    scales: Tensor,
+    scales: Tensor, spans: KeySpans | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.decode_attention`."""
-    args = (q, cache, block_tables, context_lens, rotary, scales)
+    args = (q, cache, block_tables, context_lens, rotary, scales, spans)
     if q.is_cuda:
         from longspan.ops import decode
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longspan.ops.tiles.splits import num_sms
-from longspan.ops.types import PagedKV, QueryRotary
+from longspan.ops.types import KeySpans, PagedKV, QueryRotary
 
 PROGRAMS_PER_SM = {16: 6, 32: 6, 64: 4, 128: 2}
 """Work items of a launch for each SM, by rows: with few rows three run at a time, with 128 one, and
@@ -40,14 +40,15 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 
 def decode_attention(
     q: Tensor, cache: PagedKV, block_tables: Tensor, context_lens: Tensor, rotary: QueryRotary,
-    scales: Tensor,
+    scales: Tensor, spans: KeySpans | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.decode_attention`. Reads no device value on the host: graph capture is safe.
 
     Slots beyond a request's length may hold anything, NaN included. A request of length 0 gives
-    out 0 and lse -inf. Needs what `supports` says.
+    out 0 and lse -inf. With ``spans``, out is fp32: it is to be merged with that of other keys.
+    Needs what `supports` says.
     """
-    return _attend(q, cache, block_tables, context_lens, rotary, scales, 1)
+    return _attend(q, cache, block_tables, context_lens, rotary, scales, 1, spans)
 
 
 def prefill_attention(
@@ -80,7 +81,7 @@ def takes_rows(q: Tensor, cache: PagedKV, rotary: QueryRotary) -> bool:
 
 def _attend(
     q: Tensor, cache: PagedKV, block_tables: Tensor, context_lens: Tensor, rotary: QueryRotary,
-    scales: Tensor, num_rows: int,
+    scales: Tensor, num_rows: int, spans: KeySpans | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend with the last ``num_rows`` tokens of each of B requests. They lie in two DCA chunks at
     most. q: [B * num_rows, H, D]; returns the same and [B * num_rows, H]."""
@@ -101,17 +102,20 @@ def _attend(
     is_quantised = cache.k_scale is not None
     scales_and_gain = ((cache.k_scale, cache.v_scale, cache.k_gain) if is_quantised
                        else (part_lse, part_lse, part_lse))  # not read
+    first, counts = (context_lens, context_lens) if spans is None else spans
     _attend_items[(num_kv_heads, capacity + batch)](
-        q, cache.k, cache.v, *scales_and_gain, block_tables, context_lens, scales, rotary.cos,
-        rotary.sin, parts, part_lse, q.stride(0), q.stride(1), *cache.k.stride()[:3],
+        q, cache.k, cache.v, *scales_and_gain, block_tables, context_lens, first, counts, scales,
+        rotary.cos, rotary.sin, parts, part_lse, q.stride(0), q.stride(1), *cache.k.stride()[:3],
         block_tables.stride(0), rotary.stride, rotary.clamp, rotary.cos.shape[0],
         num_heads=num_heads, num_rows=num_rows, **shared, BLOCK=block_size, GROUP=group, ROWS=rows,
-        SEVERAL=num_rows > 1, QUANTISED=is_quantised, STAGES=STAGES, PRECISION=_precision(cache),
+        SEVERAL=num_rows > 1, SPANS=spans is not None, QUANTISED=is_quantised, STAGES=STAGES,
+        PRECISION=_precision(cache),
         num_warps=8 if rows >= MAX_ROWS else 4)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(
+        q.shape, dtype=q.dtype if spans is None else torch.float32, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     _merge_items[(width, batch)](
-        parts, part_lse, context_lens, out, lse, width, **shared, ITEMS=32, num_warps=4)
+        parts, part_lse, counts, out, lse, width, **shared, ITEMS=32, num_warps=4)
     return out, lse
 
 
@@ -149,7 +153,7 @@ def _precision(cache: PagedKV) -> str:
 
 @triton.jit
 def _work_items(
-    context_lens, num_requests, capacity,
+    counts, num_requests, capacity,
     TILE: tl.constexpr, REQUESTS: tl.constexpr, MIN_TILES: tl.constexpr,
 ):
     """Count key tiles and work items of each request, and find where its items end: three of
@@ -158,7 +162,7 @@ def _work_items(
     Items of the batch have the same number of tiles, up to one: at most ``capacity`` + requests.
     """
     rows = tl.arange(0, REQUESTS)
-    lens = tl.load(context_lens + rows, mask=rows < num_requests, other=0).to(tl.int32)
+    lens = tl.load(counts + rows, mask=rows < num_requests, other=0).to(tl.int32)
     tiles = (lens + TILE - 1) // TILE
     tiles_per_item = tl.maximum((tl.sum(tiles, 0) + capacity - 1) // capacity, MIN_TILES)
     items = (tiles + tiles_per_item - 1) // tiles_per_item
@@ -167,19 +171,18 @@ def _work_items(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _attend_items(
-    q, k, v, k_scale, v_scale, k_gain, block_tables, context_lens, scales, cos, sin, parts,
-    part_lse,
+    q, k, v, k_scale, v_scale, k_gain, block_tables, context_lens, span_first, counts, scales, cos,
+    sin, parts, part_lse,
     q_row, q_head, kv_block, kv_slot, kv_head, table_row, dca_stride, clamp, num_rotations,
     num_requests, num_heads, num_rows, capacity,
     TILE: tl.constexpr, HEAD_DIM: tl.constexpr, REQUESTS: tl.constexpr, MIN_TILES: tl.constexpr,
     BLOCK: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SEVERAL: tl.constexpr,
-    QUANTISED: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    SPANS: tl.constexpr, QUANTISED: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Compute one work item: partial out [rows, H, D] normalised, and its LSE to base 2, for one KV
     head."""
     head, item = tl.program_id(0), tl.program_id(1)
-    tiles, items, ends = _work_items(
-        context_lens, num_requests, capacity, TILE, REQUESTS, MIN_TILES)
+    tiles, items, ends = _work_items(counts, num_requests, capacity, TILE, REQUESTS, MIN_TILES)
     request = tl.sum((ends <= item).to(tl.int32), 0)
     if request >= num_requests:
         return
@@ -189,7 +192,13 @@ def _attend_items(
     part = item - tl.sum(tl.where(is_request, ends, 0), 0) + num_items
     context_len = tl.load(context_lens + request).to(tl.int32)
     start = num_tiles * part // num_items * TILE
-    stop = tl.minimum(num_tiles * (part + 1) // num_items * TILE, context_len)
+    stop = num_tiles * (part + 1) // num_items * TILE
+    if SPANS:
+        before = tl.load(span_first + request).to(tl.int32)
+        start += before
+        stop = tl.minimum(stop, tl.load(counts + request).to(tl.int32)) + before
+    else:
+        stop = tl.minimum(stop, context_len)
 
     scale = tl.load(scales + request) * _LOG2_E
     lanes = tl.arange(0, ROWS)
@@ -304,14 +313,14 @@ def _attend_keys(
 
 @triton.jit
 def _merge_items(
-    parts, part_lse, context_lens, out, lse, num_heads, num_requests, capacity,
+    parts, part_lse, counts, out, lse, num_heads, num_requests, capacity,
     TILE: tl.constexpr, HEAD_DIM: tl.constexpr, REQUESTS: tl.constexpr, MIN_TILES: tl.constexpr,
     ITEMS: tl.constexpr,
 ):
     """Merge all items of one request and query head into one row, with the LSE to base e; the heads
     of further rows are heads."""
     head, request = tl.program_id(0), tl.program_id(1)
-    _, items, ends = _work_items(context_lens, num_requests, capacity, TILE, REQUESTS, MIN_TILES)
+    _, items, ends = _work_items(counts, num_requests, capacity, TILE, REQUESTS, MIN_TILES)
     is_request = tl.arange(0, REQUESTS) == request
     stop = tl.sum(tl.where(is_request, ends, 0), 0)
     start = stop - tl.sum(tl.where(is_request, items, 0), 0)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longspan.ops import int8_kv
 from longspan.ops.geometry import COARSE, ZONES, near_border, query_position, zone_of
-from longspan.ops.types import PagedKV, QueryRotary, Selection
+from longspan.ops.types import KeySpans, PagedKV, QueryRotary, Selection
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -111,18 +111,24 @@ def prefill_attention(
 
 def decode_attention(
     q: Tensor, cache: PagedKV, block_tables: Tensor, context_lens: Tensor, rotary: QueryRotary,
-    scales: Tensor,
+    scales: Tensor, spans: KeySpans | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend with one new token for each of B requests; its own key is already in the cache.
 
     q: [B, H, D] not rotated; block_tables: [B, max blocks]; context_lens: [B]; scales: [B].
+    With ``spans`` only their keys are attended to; without any, out is 0 and lse -inf.
     Returns: out [B, H, D], lse [B, H].
     """
-    parts = [
-        prefill_attention(q[row : row + 1], cache, block_tables[row], int(context_lens[row]) - 1,
-                          rotary, float(scales[row]))
-        for row in range(q.shape[0])
-    ]
+    parts = []
+    for row, length in enumerate(context_lens.tolist()):
+        k, v = gather_kv(cache, block_tables[row], length)
+        keys = torch.arange(length, device=q.device)
+        scores = dca_scores(q[row : row + 1], k, keys[-1:], keys, rotary) * float(scales[row])
+        if spans is not None:
+            first, count = int(spans.first[row]), int(spans.length[row])
+            scores = scores.masked_fill((keys < first) | (keys >= first + count), -math.inf)
+        out, lse = _attend(scores, repeat_heads(v, q.shape[1]), q.dtype)
+        parts.append((out, lse))
     return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
 
 

@@ -193,6 +193,15 @@ class Selection(NamedTuple):
     """
 
 
+class KeySpans(NamedTuple):
+    """Which keys of each of B requests are attended to, where they are not all."""
+
+    first: Tensor
+    """[B] int64, where a KV block begins."""
+    length: Tensor
+    """[B] int64, consecutive keys from there on; 0: none."""
+
+
 class Budget(NamedTuple):
     """How much each head may keep, and how the pattern is estimated."""
 

@@ -59,18 +59,18 @@ def test_heads_are_shared_with_their_keys(num_heads: int, num_kv_heads: int, siz
 
 
 def test_short_slices_and_paper_mode_are_not_divided() -> None:
-    sharing = RowSharing(RankGroup(0, 2), 16)
+    sharing = RowSharing(RankGroup(0, 2), 16, 1)
     assert not sharing.share(32, 95, may_split=True).is_split
     assert not sharing.share(32, 1000, may_split=False).is_split
     assert sharing.share(32, 96, may_split=True).ranges == (((32, 48), (80, 96)), ((48, 80),))
     plan = SparsityPlan.default(1, 1)
     assert row_unit(None, 16) == row_unit(plan, 16) == 16
-    assert not RowSharing(RankGroup(0, 2), row_unit(plan.paper(), 16)).share(
+    assert not RowSharing(RankGroup(0, 2), row_unit(plan.paper(), 16), 1).share(
         0, 1000, may_split=True).is_split
 
 
 def test_pairs_of_a_slice_that_every_rank_has_are_counted_once() -> None:
-    counted = [RowSharing(RankGroup(rank, 3), 16).share(0, 20, may_split=True).counts
+    counted = [RowSharing(RankGroup(rank, 3), 16, 1).share(0, 20, may_split=True).counts
                for rank in range(3)]
     assert counted == [True, False, False]
 
@@ -84,7 +84,7 @@ def test_a_divided_step_stores_every_key_once_and_finds_every_output(size: int) 
         cached = [rng.randrange(200) for _ in lens]
         packed, outputs = list[list[int]](), list[list[int]]()
         for rank in range(size):
-            sharing = RowSharing(RankGroup(rank, size), 16)
+            sharing = RowSharing(RankGroup(rank, size), 16, 1)
             slices = [
                 SharedSlice(None if length == 1 else sharing.share(
                     start, start + length, may_split=True), start, length, int(length != 5))

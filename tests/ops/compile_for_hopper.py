@@ -26,7 +26,7 @@ from longspan.ops.dense import triton as prefill
 from longspan.ops.select import top_k as threshold
 from longspan.ops.select import triton as sparse_index
 from longspan.ops.select import triton_recall
-from longspan.ops.types import Budget, Fp8Weights, Int4Weights, QueryRotary
+from longspan.ops.types import Budget, Fp8Weights, Int4Weights, KeySpans, QueryRotary
 
 SHARED_BYTES, NUM_SMS = 232_448, 132
 HEADS, KV_HEADS, DIM, BLOCK = 14, 2, 128, 128
@@ -123,6 +123,9 @@ def main() -> None:
     decode.decode_attention(
         q[:2], cache, torch.zeros(2, 20, dtype=torch.int64), torch.tensor([900, 2_000]), rotary,
         torch.full((2,), scale))
+    decode.decode_attention(
+        q[:2], cache, torch.zeros(2, 20, dtype=torch.int64), torch.tensor([900, 2_000]), rotary,
+        torch.full((2,), scale), KeySpans(torch.tensor([0, 1_024]), torch.tensor([900, 976])))
     for few in (2, 16):
         decode.prefill_attention(q[:few], cache, table, CACHED, rotary, scale)
     x, weight = torch.zeros(9, 3_584, dtype=torch.bfloat16), torch.ones(3_584, dtype=torch.bfloat16)

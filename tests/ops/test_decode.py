@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from longspan.ops import decode, reference
-from longspan.ops.types import PagedKV
+from longspan.ops.dense import eager
+from longspan.ops.tiles.attend import merge
+from longspan.ops.types import KeySpans, PagedKV
 from tests.conftest import assert_close
 from tests.ops import oracle
 from tests.ops.oracle import Positions
@@ -22,7 +24,7 @@ POSITIONS = [Positions(8192, 1024), Positions(96, 32), Positions(100, 37), Posit
 
 
 def run(
-    cases: list[oracle.Case], impl: Any = decode,
+    cases: list[oracle.Case], impl: Any = decode, spans: KeySpans | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The last token of each case, all in one cache and one batch."""
     first = cases[0]
@@ -40,7 +42,7 @@ def run(
                           device=first.q.device)
     rotary = max((case.rotary for case in cases), key=lambda tables: tables.cos.shape[0])
     q = torch.stack([case.q[-1] for case in cases])
-    return impl.decode_attention(q, cache, torch.stack(tables), lens, rotary, scales)
+    return impl.decode_attention(q, cache, torch.stack(tables), lens, rotary, scales, spans)
 
 
 def check(cases: list[oracle.Case]) -> None:
@@ -106,6 +108,35 @@ def test_any_number_of_items(
     monkeypatch.setattr(decode, "MIN_TILES", 1)
     check([oracle.make_case(length, Positions(100, 37), num_heads=2, num_kv_heads=1,
                             device=kernel_device) for length in (200, 3, 90)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("impl", [decode, eager], ids=["kernel", "eager"])
+def test_parts_of_the_keys_merge_to_the_whole(
+    impl: Any, dtype: torch.dtype, kernel_device: str
+) -> None:
+    """Blocks shared out among three, of requests in one zone and in several, with fewer blocks than
+    sharers too."""
+    cases = [oracle.make_case(length, Positions(100, 37), num_heads=4, num_kv_heads=2,
+                              dtype=dtype, device=kernel_device) for length in (257, 5, 90)]
+    lens = torch.tensor([257, 5, 90], device=kernel_device)
+    blocks = -(-lens // cases[0].cache.k.shape[1])
+    parts = []
+    for part in range(3):
+        first, stop = (torch.minimum(blocks * border // 3 * cases[0].cache.k.shape[1], lens)
+                       for border in (part, part + 1))
+        spans = KeySpans(first, stop - first)
+        out, lse = run(cases, impl, spans)
+        expected, expected_lse = run(cases, reference, spans)
+        assert_close(out.to(dtype), expected, "out")
+        assert_close(lse, expected_lse, "lse", dtype)
+        assert (out[spans.length == 0] == 0).all()
+        assert (lse[spans.length == 0] == -math.inf).all()
+        parts.append((out.float(), lse))
+    out, lse = merge(parts)
+    expected, expected_lse = run(cases, reference)
+    assert_close(out.to(dtype), expected, "merged out")
+    assert_close(lse, expected_lse, "merged lse", dtype)
 
 
 def check_rows(case: oracle.Case, count: int) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from longspan.attention.metadata import AttentionMetadata, decode_metadata
+from longspan.attention.ranks import RowSharing
 from longspan.attention.upload import upload
 from longspan.config import DcaConfig
 from longspan.engine.device.batch import is_greedy
@@ -82,7 +83,9 @@ class DecodeGraphs:
 
     def __init__(self, forward: Forward, state: DecodeState, record: Record) -> None:
         self._forward, self._state, self._record = forward, state, record
-        self._graphs: dict[tuple[int, bool], Compute] = {}
+        self.sharing: RowSharing | None = None
+        """How ranks share the keys of steps that see many; None: there is one rank."""
+        self._graphs: dict[tuple[int, bool, bool], Compute] = {}
         self._replay: Compute | None = None
         """The graph of the latest step."""
         self._rows: list[tuple[str, int, int]] = []
@@ -110,7 +113,13 @@ class DecodeGraphs:
         later, which takes seconds. The largest first: the others find their memory in its."""
         for size in reversed(recorded_sizes(max_rows)):
             for all_greedy in (False, True):
-                self._graph(size, all_greedy)
+                for is_shared in (False, True)[: 1 if self.sharing is None else 2]:
+                    self._graph(size, all_greedy, is_shared)
+
+    @property
+    def num_graphs(self) -> int:
+        """Graphs that are recorded."""
+        return len(self._graphs)
 
     def prepare(self, items: Sequence[ScheduledSlice]) -> None:
         """Bring the buffers to where these slices stand, unless they are there. Records the step's
@@ -129,24 +138,27 @@ class DecodeGraphs:
     def _load(self, items: Sequence[ScheduledSlice]) -> None:
         """Upload the rows from the host: the requests or their positions are unexpected."""
         size = next(size for size in BATCH_SIZES if size >= len(items))
-        self._replay = self._graph(size, all_greedy=is_greedy(items))
+        is_shared = self.sharing is not None and sum(
+            item.context_len for item in items) >= self.sharing.least_keys
+        self._replay = self._graph(size, is_greedy(items), is_shared)
         self._state.load(items, size)
         self._rows = [(item.request_id, item.slot, item.cached_len) for item in items]
         self._num_steps = 0
 
-    def _graph(self, size: int, all_greedy: bool) -> Compute:
+    def _graph(self, size: int, all_greedy: bool, is_shared: bool) -> Compute:
         """Return the graph of this size, recorded over padding so that no request's keys change."""
-        key = size, all_greedy
+        key = size, all_greedy, is_shared
         if key not in self._graphs:
             self._rows = []
             self._state.clear(size)
-            self._graphs[key] = self._record(lambda: self._step(size, all_greedy))
+            self._graphs[key] = self._record(
+                lambda: self._step(size, all_greedy, self.sharing if is_shared else None))
         return self._graphs[key]
 
-    def _step(self, size: int, all_greedy: bool) -> DecodeOutput:
+    def _step(self, size: int, all_greedy: bool, sharing: RowSharing | None) -> DecodeOutput:
         state = self._state
         rows = state.sampling(size)
-        logits = self._forward(state.token_ids(size), state.metadata(size))
+        logits = self._forward(state.token_ids(size), state.metadata(size, sharing))
         token_ids = sample(logits, rows, all_greedy=all_greedy)
         state.advance(size, token_ids)
         return DecodeOutput(token_ids, logits, rows, state.slots(size))
@@ -238,11 +250,11 @@ class DecodeState:
         """Token ids that are the step's input, [size] int64."""
         return self._last_tokens[self.slots(size)]
 
-    def metadata(self, size: int) -> AttentionMetadata:
+    def metadata(self, size: int, sharing: RowSharing | None = None) -> AttentionMetadata:
         """Metadata of ``size`` decode rows, all of which are sampled."""
         return decode_metadata(
             self._tables[:size], self._ints[1, :size], self._ints[2, :size],
-            block_size=self._block_size, head_dim=self._head_dim, dca=self._dca)
+            block_size=self._block_size, head_dim=self._head_dim, dca=self._dca, sharing=sharing)
 
     def sampling(self, size: int) -> SamplingRows:
         """Parameters of ``size`` rows; they stay those of this step when the lengths advance."""

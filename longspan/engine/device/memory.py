@@ -214,7 +214,8 @@ def workspace_bytes(
                 + history_bytes(model.vocab_size, num_requests))
     rows = max_model_len or model.max_position_embeddings
     rotary = 4 * model.head_dim * (min(rows, model.dca.chunk_size + 1) if model.dca else rows)
-    graphs = _graph_bytes(model, num_requests) if config.device.startswith("cuda") else 0
+    graphs = _graph_bytes(model, num_requests, 1 + (config.context_parallel > 1)) if (
+        config.device.startswith("cuda")) else 0
     plain = scratch_bytes(
         model, resolve_forms(config, model), element, config.device.split(":")[0])
     scratch = ATTENTION_SCRATCH_BYTES + plain
@@ -246,11 +247,12 @@ def head_rows(vocab_size: int) -> int:
     return max(1, ATTENTION_SCRATCH_BYTES // (LOGIT_BYTES * vocab_size))
 
 
-def _graph_bytes(model: ModelConfig, num_requests: int) -> int:
+def _graph_bytes(model: ModelConfig, num_requests: int, kinds: int) -> int:
     """Return the bytes that decode graphs keep (`longspan.engine.device.graphs`): logits for
-    each graph, and one workspace for sampling, shared by all, for the largest."""
+    each graph, and one workspace for sampling, shared by all, for the largest. With ranks that
+    share keys there are twice as many."""
     rows = recorded_sizes(num_requests)
-    return model.vocab_size * (2 * 4 * sum(rows) + SAMPLING_BYTES * max(rows))
+    return model.vocab_size * (2 * kinds * 4 * sum(rows) + SAMPLING_BYTES * max(rows))
 
 
 def peak_memory_bytes(device: str = "cpu") -> int:

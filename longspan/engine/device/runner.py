@@ -20,8 +20,8 @@ from longspan.attention.metadata import AttentionMetadata
 from longspan.attention.observer import AttentionObserver
 from longspan.attention.ranks import RankGroup, RowSharing, row_unit
 from longspan.attention.recall import RecallSums
-from longspan.attention.rope import build_rotary
-from longspan.attention.sparsity import SparsityPlan, needs_means
+from longspan.attention.shared_decode import least_keys
+from longspan.attention.sparsity import SparsityPlan
 from longspan.config import DcaConfig, EngineConfig, ModelConfig
 from longspan.engine.control.chunking import piece_rows
 from longspan.engine.control.copy_queue import TierConfig
@@ -37,22 +37,18 @@ from longspan.engine.device.batch import (
 from longspan.engine.device.block_files import BlockFiles
 from longspan.engine.device.block_mover import BlockMover
 from longspan.engine.device.block_store import BlockStore
-from longspan.engine.device.caches import allocate_caches
 from longspan.engine.device.graphs import CudaRecorder, DecodeGraphs, DecodeState
-from longspan.engine.device.host_memory import keep_buffers_in_heap
 from longspan.engine.device.launched_step import LaunchedStep, Stopwatch
+from longspan.engine.device.load_stages import load_stages
 from longspan.engine.device.memory import MemoryPlan, head_rows, peak_memory_bytes
 from longspan.engine.device.paused_chunk import PausableChunk
 from longspan.engine.device.prompt_logprobs import OnLogits, PromptScorer
 from longspan.engine.device.sampling import SampledTokens, Sampler
 from longspan.engine.device.stage import PipelineStage, StageLink
 from longspan.engine.kv_file import KvFolder
-from longspan.engine.resolve import resolve_forms
 from longspan.engine.step import ScheduledBatch, ScheduledSlice, StepResult
 from longspan.engine.text.grammar import Grammars
 from longspan.engine.text.tokenizer import Tokenizer
-from longspan.model import TORCH_DTYPES, build_model
-from longspan.model.weights import load_weights, random_weights
 from longspan.ops.types import PagedKV
 
 
@@ -118,24 +114,10 @@ class Runner:
         assert config.prefill_chunk_len is not None and config.max_num_requests is not None
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        dtype = TORCH_DTYPES[config.dtype]
-        rotary = build_rotary(
-            head_dim=model.head_dim, rope_theta=model.rope_theta, device=config.device,
-            scaling=model.rope_scaling, max_model_len=memory.max_model_len, dca=dca)
-        stages = []
-        for layers in [place.layers] if place else equal_split(model.num_layers, num_stages):
-            part = build_model(
-                model, layers=layers, rotary=rotary, plan=plan, dtype=dtype, device=config.device,
-                forms=resolve_forms(config, model),
-                has_head=layers.start == 0 if place else None)
-            if config.weights == "random":
-                random_weights(part, seed=layers.start)
-            else:
-                load_weights(part, path)
-            caches = allocate_caches(part, config, memory, dtype, means=needs_means(plan))
-            stages.append(PipelineStage(model=part, caches=caches))
-        if config.device == "cpu":
-            keep_buffers_in_heap()  # after the caches, which go back to the system when freed
+        stages = load_stages(
+            path, model, config, memory, dca=dca, plan=plan,
+            slices=[place.layers] if place else equal_split(model.num_layers, num_stages),
+            has_head=place.layers.start == 0 if place else None)
         sampler = Sampler(vocab_size=model.vocab_size, device=config.device,
                           grammars=lambda: Grammars(Tokenizer(path), model.vocab_size))
         runner = cls(
@@ -156,8 +138,11 @@ class Runner:
             self._graphs = DecodeGraphs(self._decode, state, CudaRecorder())
 
     def use_group(self, group: RankGroup, plan: SparsityPlan | None) -> None:
-        """Share the rows of prefill slices with other ranks."""
-        self._sharing = RowSharing(group, row_unit(plan, self._block_size))
+        """Share the rows of prefill slices, and the keys of long decodes, with other ranks."""
+        self._sharing = RowSharing(
+            group, row_unit(plan, self._block_size), least_keys(self._stages[0].caches[0]))
+        if self._graphs is not None:
+            self._graphs.sharing = self._sharing
 
     def use_places(self, config: TierConfig, key: bytes, folder: KvFolder | None) -> None:
         """Keep blocks in host memory and on disk, where there are any.

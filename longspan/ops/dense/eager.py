@@ -5,13 +5,16 @@ Same signatures and results as `reference`; work per zone is one fused call, mer
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from longspan.ops.geometry import INTER, INTRA, Span, query_position, segments, spans
+from longspan.ops.geometry import INTER, INTRA, Span, query_position, segments
+from longspan.ops.geometry import spans as zone_spans
 from longspan.ops.tiles.attend import Partial, attend, merge, ordered_kv, rotated_queries
 from longspan.ops.tiles.few_calls import rotate
-from longspan.ops.types import PagedKV, QueryRotary
+from longspan.ops.types import KeySpans, PagedKV, QueryRotary
 
 
 def prefill_attention(
@@ -26,7 +29,7 @@ def prefill_attention(
         rows = q[start - cached_len : stop - cached_len]
         out, lse = merge([
             part
-            for span in spans(start, stop, rotary.stride)
+            for span in zone_spans(start, stop, rotary.stride)
             for part in _span_parts(rows, k, v, span, start, rotary, scale)
         ])
         outs.append(out.permute(1, 0, 2))
@@ -36,10 +39,13 @@ def prefill_attention(
 
 def decode_attention(
     q: Tensor, cache: PagedKV, block_tables: Tensor, context_lens: Tensor, rotary: QueryRotary,
-    scales: Tensor,
+    scales: Tensor, spans: KeySpans | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.decode_attention`. One request after another; the host reads lengths."""
     lengths = context_lens.tolist()
+    ranges = [(0, length) for length in lengths] if spans is None else [
+        (first, first + count) for first, count in zip(
+            spans.first.tolist(), spans.length.tolist(), strict=True)]
     last_zone = min((max(lengths, default=1) - 1) // rotary.stride, INTER)
     zones = []
     for zone in range(last_zone + 1):
@@ -50,11 +56,18 @@ def decode_attention(
         zones.append(rotate(q, rotary.cos[rows], rotary.sin[rows]))
     parts = []
     for row, (length, scale) in enumerate(zip(lengths, scales.tolist(), strict=True)):
-        k, v = ordered_kv(cache, block_tables[row], length)
+        first, stop = ranges[row]
+        if first == stop:
+            parts.append((q.new_zeros(q.shape[1], 1, q.shape[2]),
+                          q.new_full((q.shape[1], 1), -math.inf, dtype=torch.float32)))
+            continue
+        table = block_tables[row, first // cache.k.shape[1] :]
+        k, v = ordered_kv(cache, table, stop - first)
+        runs = [(span.zone, slice(max(span.start, first) - first, min(span.stop, stop) - first))
+                for span in zone_spans(length - 1, length, rotary.stride)]
         parts.append(merge([
-            _attend_history(zones[span.zone][row : row + 1], k[span.start : span.stop],
-                            v[span.start : span.stop], scale)
-            for span in spans(length - 1, length, rotary.stride)]))
+            _attend_history(zones[zone][row : row + 1], k[keys], v[keys], scale)
+            for zone, keys in runs if keys.start < keys.stop]))
     if len(parts) == 1:
         out, lse = parts[0]
         return out.permute(1, 0, 2).contiguous(), lse.T.contiguous()

@@ -46,10 +46,11 @@ class ThreadGroup(RankGroup):
     def __init__(self, rank: int, board: Board) -> None:
         super().__init__(rank, len(board.places))
         self._board = board
-        self.num_gathered = self.num_exchanges = 0
+        self.num_gathered = self.num_exchanges = self.num_merges = 0
 
     def begin_gather(self, x: Tensor) -> Any:
         self.num_gathered += 1
+        self.num_merges += x.dim() == 3 and x.dtype == torch.float32
         shapes = {(part.shape, part.dtype) for part in self._board.swap(self.rank, x)}
         assert len(shapes) == 1, shapes
         return _Later(torch.stack([part.clone() for part in self._board.swap(self.rank, x)]))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longspan.attention.cache import allocate_cache
 from longspan.attention.metadata import AttentionMetadata
+from longspan.attention.ranks import RankGroup, RowSharing
 from longspan.attention.rope import build_rotary
 from longspan.config import DcaConfig, ModelConfig
 from longspan.engine.device.batch import DeviceBatch, build_batch
@@ -186,6 +187,28 @@ def test_a_step_further_is_no_load() -> None:
     last[0] = 50  # a sampler had another opinion
     assert run(graphs, first.slice(), second.slice(60)) == [61, 82]
     assert (state.num_loads, len(seen), last[:2].tolist()) == (1, 3, [61, 82])
+
+
+def test_a_step_that_sees_many_keys_has_a_graph_of_its_own() -> None:
+    """Chosen where rows are loaded, by what all of them see; with one rank there is no choice."""
+    shared = list[bool]()
+
+    def forward(token_ids: Tensor, metadata: AttentionMetadata) -> Tensor:
+        assert metadata.decode is not None
+        shared.append(metadata.decode.share is not None)
+        return torch.eye(101)[token_ids]
+
+    last_tokens = torch.zeros(NUM_SLOTS + 1, dtype=torch.int64)
+    state = DecodeState(last_tokens, max_blocks=TABLE_LEN, block_size=BLOCK, head_dim=16, dca=DCA)
+    requests = decodings([48, 50], [GREEDY, WARM])
+    for sharing in (None, RowSharing(RankGroup(1, 2), BLOCK, 100)):
+        graphs = DecodeGraphs(forward, state, lambda step: step)
+        graphs.sharing = sharing
+        run(graphs, *(request.slice(1) for request in requests))  # 49 keys and 51
+        run(graphs, requests[1].slice(1))
+        graphs.record_all(2)
+        assert graphs.num_graphs == (4 if sharing is None else 8)
+    assert shared == [False, False, True, False]
 
 
 def test_whatever_else_changes_is_a_load() -> None:

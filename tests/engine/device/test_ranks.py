@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from longspan.attention import shared_decode
 from longspan.attention.ranks import RankGroup
 from longspan.attention.sparsity import SparsityPlan
 from longspan.engine.control.loop import LocalTransport, Loop
@@ -131,8 +132,11 @@ def threads(request: pytest.FixtureRequest) -> Iterator[ThreadRanks]:
 @pytest.mark.parametrize("is_sparse", [False, True], ids=["dense", "sparse"])
 @pytest.mark.parametrize("threads", [2, 3, 4], indirect=True)
 def test_any_number_of_ranks_gives_the_answers_of_one(
-    path: Path, threads: ThreadRanks, is_sparse: bool,
+    path: Path, threads: ThreadRanks, is_sparse: bool, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    shares_keys = len(threads.groups) > 2
+    if shares_keys:  # decodes of any length, not only those worth it
+        monkeypatch.setitem(shared_decode.LEAST_BYTES, "cpu", 1)
     plan = PLAN if is_sparse else None
     alone = load(path, plan)
     together = Together(threads, threads.run(
@@ -147,3 +151,4 @@ def test_any_number_of_ranks_gives_the_answers_of_one(
     assert one.num_cached > 0
     assert all((group.num_exchanges > 0) is is_sparse and group.num_gathered > 10
                for group in threads.groups)
+    assert all((group.num_merges > 10) is shares_keys for group in threads.groups)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from longspan.attention.shared_decode import least_keys
 from longspan.engine.front.llm import LLM
 from longspan.engine.ranks import hub
 from longspan.engine.request import RequestOutput, SamplingParams
@@ -28,7 +29,8 @@ OPTIONS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("model"), dual_chunk_attention_config=DCA)
+    return write_checkpoint(tmp_path_factory.mktemp("model"), dual_chunk_attention_config=DCA,
+                            hidden_size=128, num_key_value_heads=4)
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,7 @@ def numbers(output: RequestOutput) -> Any:
 def test_two_processes_answer_as_one(path: Path, two: LLM) -> None:
     rng = random.Random(3)
     prompts = [[rng.randrange(256) for _ in range(length)] for length in (3, 700, 1500)]
+    assert least_keys(two._runner.caches[0]) < 2203, "decodes of all three share their keys"
     plain = SamplingParams(max_tokens=6, ignore_eos=True)
     params = [plain, replace(plain, temperature=1.0, seed=5),
               replace(plain, repetition_penalty=1.3, logprobs=2)]

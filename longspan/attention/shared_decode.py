@@ -1,0 +1,49 @@
+"""Decode steps whose keys several ranks share out: each attends to its share of every request's
+blocks, and the parts are merged by their LSEs.
+
+The ranks' caches are the same, so which rank reads which blocks is decided anew in every step, from
+the lengths alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longspan.attention.ranks import RankGroup
+from longspan.ops.types import KeySpans, PagedKV
+
+LEAST_BYTES = {"cpu": 2**21, "cuda": 2**28}
+"""Keys and values of one layer that it takes this long to read as ranks need for an exchange."""
+
+
+class KeyShare(NamedTuple):
+    """Keys of one step that are this rank's."""
+
+    group: RankGroup
+    spans: KeySpans
+
+    def merge(self, out: Tensor, lse: Tensor, dtype: torch.dtype) -> Tensor:
+        """Merge what the ranks found, each among its keys. out: [B, H, D], 0 without keys; lse:
+        [B, H], -inf without. Returns [B, H, D] in ``dtype``."""
+        parts = self.group.gather(torch.cat((out.float(), lse[..., None]), -1))
+        # a row of padding has no key anywhere: 0
+        weights = parts[..., -1:].softmax(0).nan_to_num(0.0)
+        return (parts[..., :-1] * weights).sum(0).to(dtype)
+
+
+def least_keys(cache: PagedKV) -> int:
+    """Return how many keys a step's decodes must see for ranks to share them; see `RowSharing`."""
+    own = cache.k[0, 0].numel() * cache.k.element_size()
+    return -(-LEAST_BYTES[cache.k.device.type] // (2 * own))
+
+
+def share_keys(group: RankGroup, context_lens: Tensor, block_size: int) -> KeyShare:
+    """Share out the keys of B requests, whole blocks to a rank. context_lens: [B] int64, on any
+    device."""
+    blocks = (context_lens + block_size - 1) // block_size
+    first, stop = (torch.minimum(blocks * rank // group.size * block_size, context_lens)
+                   for rank in (group.rank, group.rank + 1))
+    return KeyShare(group, KeySpans(first, stop - first))
