@@ -237,13 +237,27 @@ class FakePlaces:
                 self.known.add(transfer.transfer_id)
                 self.open.append(transfer)
         while self.open and not (self.rng and self.rng.random() < 0.3):
-            copies = [t for t in self.open if t.kind in ("save", "load")][:1]
+            copies = self._next_copies()
             others = [t for t in self.open if t.kind not in ("save", "load")]
             options = copies + (others if self.rng else others[:1])
             transfer = self.rng.choice(options) if self.rng else options[0]
             self.open.remove(transfer)
             self.ended[transfer.transfer_id] = self._do(transfer)
         return tuple(self.ended.values())
+
+    def _next_copies(self) -> list[Transfer]:
+        """The first copy; where ``rng`` is set the first one of each direction, but for a load into
+        blocks that are to be saved before."""
+        copies = [t for t in self.open if t.kind in ("save", "load")]
+        if not self.rng or not copies:
+            return copies[:1]
+        first = {t.kind: t for t in reversed(copies)}
+        load = first.get("load")
+        if load is not None and any(
+                t.kind == "save" and not set(t.blocks).isdisjoint(load.blocks)
+                for t in copies[:copies.index(load)]):
+            del first["load"]
+        return [*first.values()]
 
     def _do(self, transfer: Transfer) -> TransferResult:
         self.counts[transfer.kind] += 1

@@ -7,6 +7,7 @@ queues of their own.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections import deque
 from collections.abc import Iterable
@@ -121,6 +122,10 @@ class CopyQueue:
     def seconds(self, kind: TransferKind, num_blocks: int) -> float:
         """Predict how long copies take."""
         return num_blocks * self._config.block_bytes / self._rates.get(kind, 1e12)
+
+    def num_under_way(self, kind: TransferKind) -> int:
+        """Predict how many blocks are copied in `TierConfig.copy_s`."""
+        return math.ceil(self._config.copy_s / self.seconds(kind, 1))
 
     def backlog_s(self) -> float:
         """Predict how long the copies between device and host take that were not done yet."""

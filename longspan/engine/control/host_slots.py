@@ -67,6 +67,15 @@ class HostSlots:
             self._hash_of[slot] = value
             self.num_changes += 1
 
+    def forget(self, slot: int) -> bool:
+        """Free a known slot whose content is not wanted any more; False: it is held."""
+        if slot in self._holds:
+            return False
+        del self._idle[slot], self._slot_of[self._hash_of.pop(slot)]
+        self._free.append(slot)
+        self.num_changes += 1
+        return True
+
     def drop_hold(self, slot: int, *, goes_first: bool = False) -> None:
         """Let go of a slot.
 

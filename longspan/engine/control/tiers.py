@@ -34,6 +34,10 @@ from longspan.engine.transfer import Transfer, TransferResult
 
 FIXED_S = 2e-3
 """Time for a copy of a single block to be ordered and reported."""
+SWAP_SHARE = 8
+"""Where two prompts change places, one in so many slots is free at the beginning."""
+LOST_SHARE = 32
+"""Or one in so many, at the price of contents, where the host has no more than one of the two."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -253,21 +257,40 @@ class Tiers:
         """Order the copies to the device, each part behind those out of the blocks that it writes,
         then the copies of everything else that the allocation has evicted. The end comes first: if
         slots are too few to begin with, it is an end that is lost."""
-        evicted = sorted(self._pool.take_evicted())
-        missing = dict[int, bytes]()
-        for age, (_, block, value) in reversed([*enumerate(evicted)]):
-            slot, loading.ages[value] = self.host.find(value), age
-            if slot is None:
-                missing[block] = value
-            else:
-                self.host.hold(slot)
-                loading.saved.append((age, slot))
+        missing = self._hold_evicted(loading, is_swap=bool(loads.blocks))
         for part in reversed([*_parts(loads, self._config.copy_blocks)]):
             self._save(loading, {block: missing.pop(block) for block in part.blocks
                                  if block in missing})
             self._push(part, len(part.blocks))
         self._save(loading, missing)  # the most valuable first: slots may not suffice for all
         self._end_saves(loading)
+
+    def _hold_evicted(self, loading: Loading, *, is_swap: bool) -> dict[int, bytes]:
+        """Hold what the host has of the evicted contents. Returns the others by their blocks, the
+        most valuable first.
+
+        Args:
+            is_swap: slots are given from one copy to the next. Some must be free from the
+                beginning, or each copy waits until the scheduler has heard of the one before it:
+                contents that are there already are saved anew, where that costs no time, and where
+                there are no such, a small end is lost.
+        """
+        room = lost = 0
+        if is_swap:
+            room = min(self.host.num_slots // SWAP_SHARE, self._queue.num_under_way("save"))
+        evicted, missing = sorted(self._pool.take_evicted()), dict[int, bytes]()
+        for age, (_, block, value) in reversed([*enumerate(evicted)]):
+            slot, loading.ages[value] = self.host.find(value), age
+            if slot is None or (self.host.num_available <= room and self.host.forget(slot)):
+                missing[block] = value
+            else:
+                self.host.hold(slot)
+                loading.saved.append((age, slot))
+        if is_swap:
+            lost = min(room, self.host.num_slots // LOST_SHARE) - self.host.num_available
+        for block in [*missing][::-1][:max(0, lost)]:
+            del missing[block]
+        return missing
 
     def _save(self, loading: Loading, contents: dict[int, bytes]) -> None:
         """Order copies of blocks, by their ids; slots are found when their turn comes."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
+
 from longspan.engine.control.copy_queue import TierConfig
 from longspan.engine.control.loop import Loop
 from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
@@ -18,12 +20,14 @@ FIRST, SECOND = [number % 50 for number in range(48)], [7 * number % 50 for numb
 class Engine:
     """A scheduler and a fake runner whose device holds one prompt and a little."""
 
-    def __init__(self, *, num_blocks: int = 16, **tiers: Any) -> None:
+    def __init__(
+        self, *, num_blocks: int = 16, max_model_len: int = 64, **tiers: Any,
+    ) -> None:
         config = {"num_slots": 40, "keeps_host": True, "block_bytes": 100,
                   "copy_bytes_per_s": 1e9, "min_written_len": 0, **tiers}
         self.scheduler = Scheduler(SchedulerConfig(
-            num_blocks=num_blocks, block_size=SIZE, max_model_len=64, prefill_chunk_len=CHUNK,
-            max_num_requests=4, tiers=TierConfig(**config)))
+            num_blocks=num_blocks, block_size=SIZE, max_model_len=max_model_len,
+            prefill_chunk_len=CHUNK, max_num_requests=4, tiers=TierConfig(**config)))
         self.runner = FakeRunner(
             num_blocks=num_blocks, block_size=SIZE, prefill_chunk_len=CHUNK)
         self.loop = Loop(self.scheduler, DeepTransport(self.runner, 1))
@@ -72,6 +76,22 @@ def test_two_prompts_change_places_through_a_host_that_holds_one_and_a_little() 
             request = engine.ask(prompt)
             assert request.num_cached_tokens == 44, "nothing of it was lost"
             assert request.origin is not None and request.origin.num_host_tokens >= 40
+
+
+@pytest.mark.parametrize("num_slots", [125, 102])
+def test_prompts_that_change_places_do_not_wait_for_each_slot(num_slots: int) -> None:
+    """Not even where the host is full of what the device has too, or has only just room."""
+    engine = Engine(num_blocks=102, num_slots=num_slots, copy_bytes=100, max_model_len=404)
+    prompts = [[number * factor % 50 for number in range(400)] for factor in (1, 7)]
+    for prompt in prompts:
+        engine.ask(prompt)
+    for _ in range(2):
+        for prompt in prompts:
+            before = len(engine.runner.batches)
+            request = engine.ask(prompt)
+            assert len(engine.runner.batches) - before < 60, "100 copies in each direction"
+            assert request.num_cached_tokens >= (396 if num_slots == 125 else 384)
+    assert engine.scheduler.tiers.host.num_known > 90, "what is saved anew can be found"
 
 
 def test_where_the_host_holds_less_the_beginning_is_kept() -> None:
