@@ -48,9 +48,13 @@ check: $(INSTALLED_DEV)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# One thread: the tests' shapes are small, and more threads only wait for each other.
+# One thread: the tests' shapes are small, and more threads only wait for each other. Two processes
+# side by side (make test JOBS=8: as many as you have cores); what measures time comes afterwards.
+JOBS ?= 2
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal \
+		-m "not gpu and not browser and not alone"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "alone and not gpu and not browser"
 
 # Hopper's own kernels run nowhere else.
 COMPUTE_CAPABILITY = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null)

@@ -60,7 +60,7 @@ def process(engine: str = "", config: str = "", die_after: float = 1e6
 def wait_ready(url: str) -> list[str]:
     """States seen until it is ready."""
     states = list[str]()
-    end_s = time.monotonic() + 10
+    end_s = time.monotonic() + 30
     while time.monotonic() < end_s:
         try:
             states.append(httpx.get(url + "/health").json()["status"])

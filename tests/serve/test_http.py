@@ -308,6 +308,7 @@ def test_every_route_but_health_wants_the_key():
 # -- streams -----------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_progress_and_pings():
     engine = FakeEngine(chunk_s=0.12, token_s=0.0, latency=Forecast(
         costs=Costs(dense=(0.12, 0.0, 0.0)), block_size=1, prefill_chunk_len=64))
@@ -334,6 +335,7 @@ def test_progress_and_pings():
     assert timings["ttft_ms"] > 400 and 480 <= timings["predicted_ttft_ms"] < 600
 
 
+@pytest.mark.alone
 def test_headers_go_out_while_tokenising():
     with running(FakeEngine(tokenize_s=0.4), header_grace_s=0.05, ping_interval_s=0.1) as server:
         start_s = time.monotonic()

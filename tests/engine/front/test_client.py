@@ -163,6 +163,7 @@ def test_requests_side_by_side(model: Model, burst_s: float) -> None:
     assert model.runner.is_closed
 
 
+@pytest.mark.alone
 def test_nobody_waits_for_a_hostile_schema(model: Model) -> None:
     levels = {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(30)}
     bomb = {"$defs": {**levels, "d30": {"type": "string", "pattern": "^a+$"}}, "$ref": "#/$defs/d0"}
