@@ -14,7 +14,12 @@ term (`DOUBT`): a term that is a small part of the steps seen, or that moves wit
 of them, stays near it, since what such steps tell of it is their noise. So a short prompt teaches
 something about long ones, and nothing absurd. Coefficients that would become negative are held at
 zero. A step of several kinds teaches the kind that took most of it; a stray time counts for little,
-and a row of them means that the machine has changed.
+and a row of them means that the machine has changed. A time can be too long by accident, and never
+too short: so a slow first step does not outweigh the fast ones that follow.
+
+A kind that was not measured is its prior, scaled by what the others taught: prefill by the other
+prefill and never by decode, which waits for memory where prefill computes; what every step costs,
+which a busy machine makes long, apart from the work itself, which it hardly does.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from operator import mul
+from statistics import fmean
 from typing import Literal, TypeVar, cast
 
 import numpy as np
@@ -205,11 +211,13 @@ class LatencyModel:
         self._refresh()
 
     def _refresh(self) -> None:
-        """Refresh the costs. Kinds that were never seen run at the speed of those that were,
-        against the prior."""
-        seen = [fit for fit in self._kinds.values() if fit.num_observations]
-        speed = sum(fit.speed for fit in seen) / len(seen)
-        found = {name: fit.coefficients if fit.num_observations else fit.scaled(speed)
+        """Refresh the costs. Kinds that were never seen are slower or faster than their priors by
+        as much as the prefills that were."""
+        prefills = [fit for fit in (self._kinds["dense"], self._kinds["sparse"])
+                    if fit.num_observations]
+        fixed, work = (fmean(speeds) for speeds in zip(
+            *(fit.speeds() for fit in prefills), strict=True)) if prefills else (1.0, 1.0)
+        found = {name: fit.coefficients if fit.num_observations else fit.scaled(fixed, work)
                  for name, fit in self._kinds.items()}
         self._costs = Costs(
             dense=cast(Terms, found["dense"]), sparse=cast(SparseTerms, found["sparse"]),
@@ -222,14 +230,24 @@ class _Fit:
     def __init__(self, prior: Sequence[float]) -> None:
         self.coefficients = self._prior = tuple(prior)
         self.num_observations = 0
-        self.speed = 1.0
-        """Seconds measured over seconds of the prior."""
+        self._most = (0.0,) * len(self._prior)
+        """The row with the most work, by the prior."""
         self._num_surprises = 0
+        self._num_recent = 0
+        """Observations since it started again."""
         self._forget_all()
 
-    def scaled(self, speed: float) -> tuple[float, ...]:
-        """Scale the prior to a speed."""
-        return tuple(speed * value for value in self._prior)
+    def speeds(self) -> tuple[float, float]:
+        """Seconds by the coefficients over seconds by the prior: of what every step costs, and of
+        the work of the largest step seen. Where that tells nothing, it is 1."""
+        fixed = self.coefficients[0] / self._prior[0] if self._prior[0] else 1.0
+        work_s = _dot(self.coefficients[1:], self._most[1:])
+        prior_s = _dot(self._prior[1:], self._most[1:])
+        return fixed, work_s / prior_s if work_s and prior_s else 1.0
+
+    def scaled(self, fixed: float, work: float) -> tuple[float, ...]:
+        """Scale the prior to such speeds."""
+        return fixed * self._prior[0], *(work * value for value in self._prior[1:])
 
     def observe(self, row: Sequence[float], seconds: float, *, is_rare: bool) -> None:
         """Learn that work of these terms took this long."""
@@ -240,15 +258,20 @@ class _Fit:
         if has_changed:
             self._forget_all()
             expected_s = seconds
+        if is_surprise and self._num_recent < MAX_SURPRISES:
+            expected_s = seconds  # the ones before it may have been slow by accident
         # Relative error, of whichever is longer: a stray time counts for little.
         self._add(row, seconds, 1 / max(seconds, expected_s) ** 2)
         self.num_observations += 1
+        self._num_recent += 1
+        self._most = max(self._most, tuple(row), key=lambda work: _dot(self._prior, work))
         if is_rare or has_changed or self.num_observations % DECODE_FITS == 1:
             self._solve()
 
     def _forget_all(self) -> None:
         """Start again: at first, and when the machine has changed."""
         self._num_surprises = 0
+        self._num_recent = 0
         count = len(self._prior)
         self._gram = [[0.0] * count for _ in range(count)]
         self._moments = [0.0] * count
@@ -261,8 +284,7 @@ class _Fit:
 
     def _solve(self) -> None:
         prior, gram, moments = map(np.array, (self._prior, self._gram, self._moments))
-        self.speed = float(prior @ moments / (prior @ gram @ prior))
-        scaled = self.speed * prior
+        scaled = float(prior @ moments / (prior @ gram @ prior)) * prior
         # In units of the scaled prior: all terms are about 1.
         pull = (NOISE / np.array(DOUBT[: len(scaled)])) ** 2
         found = scaled * _solve_non_negative(

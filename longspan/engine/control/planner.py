@@ -8,13 +8,15 @@ The rule, for each step:
    what they leave. Work comes in units, so the head may get less than its half: the next steps owe
    it the difference.
 3. Something is always computed: the head gets one unit (a piece of a sparse chunk, or
-   ``unit_len`` dense tokens) even where that exceeds the time.
+   ``unit_len`` dense tokens) even where that exceeds the time. And never less than takes as long as
+   what every step costs besides: on a busy machine, where that alone is the budget, prompts would
+   otherwise be computed in crumbs.
 
 So a short prompt waits for the step that runs and is computed in the next one, if half a step
 suffices. The head takes at most twice the time that it would need alone, decodes not counted, and
 every prompt becomes the head when those before it are finished: none starves. A step takes its
-budget at most, or one unit where that is longer; a share of the budget (`SLACK`) is left free for
-errors of prediction.
+budget at most, or one unit or twice its fixed cost where that is longer; a share of the budget
+(`SLACK`) is left free for errors of prediction.
 
 One sparse chunk at a time may be paused, because its hidden states stay on the device; another
 prompt's sparse chunk begins when it is complete. Where several prompts want to begin one, the head
@@ -55,6 +57,9 @@ from longspan.engine.step import Pieces, ScoredTokens
 SLACK = 0.3
 """Share of a step's budget that is left free for errors of prediction."""
 UNLIMITED_S = 1e9
+FLOOR = 2.0
+"""The head's share of a step takes this many times the step's fixed cost, even where the budget
+allows less: the work is half of it then."""
 SHORTEST_CHUNK = 1_024
 """Least length of a planned dense chunk, tokens: shorter ones take as long on a GPU."""
 FAR = 4
@@ -270,6 +275,7 @@ class _PlanBuilder:
         fixed_s = self._costs.sparse[0]
         chunk_s = self._costs.sparse_s(start, stop - start) - fixed_s
         last, share = first, 0.0
+        room_s = max(room_s, FLOOR * fixed_s) if must_progress else room_s
         if config.num_stages > 1:
             return self._whole_chunk(request, stop, len(shares), must_progress or chunk_s <= room_s)
         while last < len(shares) and fixed_s + chunk_s * (share + shares[last]) <= room_s:
@@ -305,6 +311,8 @@ class _PlanBuilder:
             room -= self._num_others if is_head and self.has_chunk else 0
         if 2 * start > self._known_reach:
             room_s /= 2  # costs this far in are a guess
+        if must_progress:
+            room_s = max(room_s, FLOOR * self._costs.dense[0])
         query_len = self._longest(request, stop, room, room_s)
         if query_len == 0 and must_progress:
             unit = (start // config.unit_len + 1) * config.unit_len - start

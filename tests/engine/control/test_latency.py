@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -78,6 +79,48 @@ def test_one_kind_teaches_the_speed_of_the_others() -> None:
         model.observe(work, 10 * work.seconds(TRUE))
     assert model.costs.sparse_s(65_536, 16_384) == pytest.approx(
         10 * TRUE.sparse_s(65_536, 16_384), rel=0.01)
+
+
+def test_decode_is_no_measure_for_prefill() -> None:
+    """It waits for memory, and on a busy machine for other processes, a hundred times longer."""
+    slow = Work(decode=(1.0, 1.0, 100.0))
+    only_decode, both = LatencyModel(TRUE), LatencyModel(TRUE)
+    work = Work(dense=dense_terms(0, 1024))
+    both.observe(work, 2 * work.seconds(TRUE))
+    for model in (only_decode, both):
+        for _ in range(20):
+            model.observe(slow, 100 * slow.seconds(TRUE))
+    assert only_decode.costs.sparse == TRUE.sparse and only_decode.costs.dense == TRUE.dense
+    assert both.costs.sparse_s(65_536, 16_384) == pytest.approx(
+        2 * TRUE.sparse_s(65_536, 16_384), rel=0.01)
+    assert slow.seconds(both.costs) == pytest.approx(100 * slow.seconds(TRUE), rel=0.01)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_every_step_costs_on_a_busy_machine_is_no_measure_for_the_work(seed: int) -> None:
+    """Two steps of a server's first prompts, each a second and a half late: unmeasured chunks are
+    late by as much, and not a hundred times longer."""
+    rng = random.Random(seed)
+    model = LatencyModel(TRUE)
+    for tokens in (512, 1024):
+        model.observe(Work(dense=dense_terms(0, tokens)),
+                      1.5 * rng.uniform(0.9, 1.1) + TRUE.dense_s(0, tokens))
+    forecast = Forecast(costs=model.costs, block_size=128, prefill_chunk_len=16_384,
+                        sparse_above=32_768, tail_len=1024)
+    true_s = replace(forecast, costs=TRUE).prefill_s(0, 131_072) + 9 * 1.5
+    assert true_s / 2 < forecast.prefill_s(0, 131_072) < 6 * true_s  # 90 times before
+
+
+@pytest.mark.parametrize("factor", [5, 20, 100])
+def test_a_slow_first_step_is_forgotten_at_once(factor: int) -> None:
+    model = LatencyModel(TRUE)
+    first = Work(dense=dense_terms(0, 512))
+    model.observe(first, factor * first.seconds(TRUE))
+    for number, tokens in enumerate((1024, 512, 700, 300)):
+        work = Work(dense=dense_terms(0, tokens))
+        model.observe(work, work.seconds(TRUE))
+        true_s = TRUE.dense_s(0, 800)
+        assert model.costs.dense_s(0, 800) < (1.8 if number == 0 else 1.5) * true_s
 
 
 @pytest.mark.parametrize("seed", range(20))

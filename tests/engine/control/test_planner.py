@@ -229,6 +229,23 @@ def test_a_unit_is_computed_even_where_it_exceeds_the_budget() -> None:
     assert all(piece.stop == piece.first + 1 for piece in pieces)
 
 
+@pytest.mark.parametrize("fixed_s", [0.2, 0.7, 1.0, 1.5, 3.0])
+def test_a_busy_machine_does_not_compute_in_crumbs(fixed_s: float) -> None:
+    """What every step costs is most of the budget, or more. Steps must not be cut to units for it,
+    which would be a thousand of them, nor take much more than twice as long as an empty one."""
+    costs = Costs(dense=(fixed_s, *COSTS.dense[1:]), sparse=(fixed_s, *COSTS.sparse[1:]),
+                  decode=(fixed_s, *COSTS.decode[1:]))
+    machine = Machine(costs=costs)
+    for length in (512, 1024):
+        machine.add(f"first {length}", length, max_tokens=8)
+        machine.run()
+    begin_s, alone_s = machine.now_s, costs.dense_s(0, 16_000) - fixed_s
+    machine.add("dense", 16_000)
+    machine.run()
+    assert machine.now_s - begin_s < 8 * alone_s
+    assert max(machine.lengths_s) < max(BUDGET_S, 2 * fixed_s) * 1.3
+
+
 @pytest.mark.parametrize("second_len", [131_072, 131_072 + 200])
 def test_two_requests_on_one_document_compute_it_once(second_len: int) -> None:
     """The second arrives while the first is being prefilled, and waits for its blocks."""
