@@ -35,10 +35,15 @@ class Timing:
     """Slowest run."""
     n: int
 
+    def share(self, count: int) -> Timing:
+        """Return the time of one of ``count`` equal parts."""
+        return Timing(median_ms=self.median_ms / count, low_ms=self.low_ms / count,
+                      high_ms=self.high_ms / count, n=self.n)
+
     def fields(self) -> dict[str, Any]:
         """Return it as result rows hold it."""
-        return {"time_ms": round(self.median_ms, 4), "low_ms": round(self.low_ms, 4),
-                "high_ms": round(self.high_ms, 4), "n": self.n}
+        return {"time_ms": round(self.median_ms, 5), "low_ms": round(self.low_ms, 5),
+                "high_ms": round(self.high_ms, 5), "n": self.n}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,18 +65,40 @@ def measure(
 def measure_together(
     runs: Sequence[Run], device: str, repeats: Repeats | None = None, *, flush_cache: bool = False,
 ) -> list[Timing]:
-    """Run several things in turn, so that drift of clocks and power meets all of them alike."""
+    """Run several things in turn, so that drift of clocks and power meets all of them alike.
+
+    How many runs there are follows from the first ones that are timed: those before them may have
+    compiled kernels for seconds.
+    """
     repeats = repeats or Repeats()
-    warm_ms = max(_time(device, run)() for run in runs)
-    fitting = int(1000 * repeats.max_s / max(warm_ms * len(runs), 1e-3))
+    for run in runs:
+        run()
+    synchronize(device)
     flush = _flush(device) if flush_cache else None
     found: list[list[Callable[[], float]]] = [[] for _ in runs]
-    for _ in range(max(1, min(repeats.most, fitting))):
+
+    def take_turns() -> None:
         for index, run in enumerate(runs):
             if flush is not None:
                 flush()
             found[index].append(_time(device, run))
+    take_turns()
+    first_ms = sum(reads[0]() for reads in found)
+    for _ in range(1, min(repeats.most, int(1000 * repeats.max_s / max(first_ms, 1e-3)))):
+        take_turns()
     return [_timing([read() for read in reads]) for reads in found]
+
+
+def recorded(work: Run, device: str) -> Run:
+    """On a GPU what a decode step does: replay a graph of the work."""
+    if not device.startswith("cuda"):
+        return work
+    work()
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
 
 
 def synchronize(device: str) -> None:

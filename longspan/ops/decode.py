@@ -10,6 +10,8 @@ Sources: split-KV decoding (Flash-Decoding), DCA zones (arXiv 2402.17463).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -18,16 +20,26 @@ from torch import Tensor
 from longspan.ops.tiles.splits import num_sms
 from longspan.ops.types import KeySpans, PagedKV, QueryRotary
 
-PROGRAMS_PER_SM = {16: 6, 32: 6, 64: 4, 128: 2}
-"""Work items of a launch for each SM, by rows: with few rows three run at a time, with 128 one, and
-two waves even out their ends."""
+
+class Launch(NamedTuple):
+    """How a number of rows is computed: measured, see `log.md`."""
+
+    programs_per_sm: int
+    """Work items of a launch for each SM: two waves even out their ends."""
+    tile_bytes: int
+    """Keys of one tile."""
+    stages: int
+    warps: int
+    max_registers: int
+    """Of a thread. What is spilled lies outside the loop over keys."""
+
+
+LAUNCHES = {16: Launch(6, 16_384, 3, 4, 168), 32: Launch(4, 16_384, 3, 4, 255),
+            64: Launch(4, 16_384, 3, 4, 255), 128: Launch(2, 16_384, 3, 8, 255)}
+"""By rows, padded. With 16 rows a program takes 72 KB of shared memory: three of them fit an SM of
+Hopper, one fits the smallest of Ampere. With 128 rows one fits."""
 MIN_TILES = 2
 """Fewer key tiles than this are not worth an item of their own."""
-TILE_BYTES = 16_384
-"""Keys of one tile."""
-STAGES = 3
-"""With these a program takes 72 KB of shared memory: three of them fit an SM of Hopper, one fits
-the smallest of Ampere."""
 MIN_ROWS, MAX_ROWS = 16, 128
 """Fewest rows of `tl.dot`, to which the query heads of a KV head are padded, and the most that are
 computed together."""
@@ -71,12 +83,12 @@ def prefill_attention(
 
 def takes_rows(q: Tensor, cache: PagedKV, rotary: QueryRotary) -> bool:
     """Return whether `prefill_attention` computes these queries, few rows of one sequence.
-    q: [T, H, D]. Several rows in fp16 differed from the reference on a GPU, so they are not."""
+    q: [T, H, D]."""
     num_rows, num_heads, _ = q.shape
     most = MAX_ROWS * cache.k.shape[2] // num_heads
     return (0 < num_rows <= MAX_LAUNCHES * most and supports(cache, num_heads)
             and min(num_rows, most) <= rotary.stride and cache.k.stride() == cache.v.stride()
-            and q.dtype == cache.dtype and q.dtype != torch.float16 and q.stride(2) == 1)
+            and q.dtype == cache.dtype and q.stride(2) == 1)
 
 
 def _attend(
@@ -91,6 +103,7 @@ def _attend(
     assert q.stride(2) == 1 and block_tables.stride(1) == 1 and len(q) == batch * num_rows
     group = num_heads // num_kv_heads
     rows = _num_rows(group * num_rows)
+    launch = LAUNCHES[min(rows, MAX_ROWS)]
     capacity = max(1, num_programs(q.device, rows) // num_kv_heads)
     shared = {
         "num_requests": batch, "capacity": capacity, "TILE": _tile_len(cache.k, rows),
@@ -108,9 +121,9 @@ def _attend(
         rotary.cos, rotary.sin, parts, part_lse, q.stride(0), q.stride(1), *cache.k.stride()[:3],
         block_tables.stride(0), rotary.stride, rotary.clamp, rotary.cos.shape[0],
         num_heads=num_heads, num_rows=num_rows, **shared, BLOCK=block_size, GROUP=group, ROWS=rows,
-        SEVERAL=num_rows > 1, SPANS=spans is not None, QUANTISED=is_quantised, STAGES=STAGES,
-        PRECISION=_precision(cache),
-        num_warps=8 if rows >= MAX_ROWS else 4)
+        SEVERAL=num_rows > 1, SPANS=spans is not None, QUANTISED=is_quantised,
+        STAGES=launch.stages, PRECISION=_precision(cache), num_warps=launch.warps,
+        maxnreg=launch.max_registers)
     out = torch.empty(
         q.shape, dtype=q.dtype if spans is None else torch.float32, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
@@ -133,7 +146,7 @@ def num_programs(device: torch.device, rows: int) -> int:
     interpreter."""
     if device.type == "cpu":
         return 4
-    return PROGRAMS_PER_SM[min(rows, MAX_ROWS)] * num_sms(device)
+    return LAUNCHES[min(rows, MAX_ROWS)].programs_per_sm * num_sms(device)
 
 
 def _num_rows(count: int) -> int:
@@ -143,8 +156,9 @@ def _num_rows(count: int) -> int:
 def _tile_len(keys: Tensor, rows: int) -> int:
     """Return the number of keys in a tile, a divisor of the block size. With many rows it is the
     scores that fill the registers."""
+    tile_bytes = LAUNCHES[min(rows, MAX_ROWS)].tile_bytes
     size = keys.element_size() if rows < MAX_ROWS // 2 else max(2, keys.element_size())
-    return min(keys.shape[1], max(16, TILE_BYTES // (keys.shape[3] * size)))
+    return min(keys.shape[1], max(16, tile_bytes // (keys.shape[3] * size)))
 
 
 def _precision(cache: PagedKV) -> str:
@@ -216,15 +230,13 @@ def _attend_items(
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
     # Runs of keys that lie in one zone for each row: the last DCA chunk, those before it, and all
-    # farther ones. Rows before a chunk border see one chunk fewer.
+    # farther ones. Rows before a chunk border see one chunk fewer. An item has keys of few runs.
     farthest: tl.constexpr = 3 if SEVERAL else 2
-    for back in tl.static_range(farthest + 1):
-        first = (last_chunk - back) * dca_stride
-        last = first + dca_stride
-        if back == 0:
-            last = context_len
-        if back == farthest:
-            first = last_chunk * 0
+    nearest_run = tl.minimum(last_chunk - (stop - 1) // dca_stride, farthest).to(tl.int32)
+    farthest_run = tl.minimum(last_chunk - start // dca_stride, farthest).to(tl.int32)
+    for back in range(nearest_run, farthest_run + 1):
+        first = tl.where(back == farthest, 0, (last_chunk - back) * dca_stride)
+        last = (last_chunk - back + 1) * dca_stride
         first = tl.maximum(first, start).to(tl.int32)
         last = tl.minimum(last, stop).to(tl.int32)
         gap = chunks - (last_chunk - back)

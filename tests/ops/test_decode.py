@@ -18,6 +18,7 @@ from tests.ops import oracle
 from tests.ops.oracle import Positions
 
 DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")]
+ALL_DTYPES = [*DTYPES, pytest.param(torch.float16, id="fp16")]
 LENGTHS = [1, 63, 111, 127, 128, 129]
 # chunk_size, local_size: one zone only; borders on blocks; borders inside blocks; clamp reached
 POSITIONS = [Positions(8192, 1024), Positions(96, 32), Positions(100, 37), Positions(300, 299)]
@@ -151,7 +152,7 @@ def check_rows(case: oracle.Case, count: int) -> None:
     assert_close(lse, expected_lse, "lse", case.q.dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
 @pytest.mark.parametrize("positions", [*POSITIONS[:3], Positions(40, 20)], ids=str)
 @pytest.mark.parametrize(("length", "count"), [(1, 1), (5, 5), (63, 2), (131, 16)])
 def test_few_rows_of_one_sequence(

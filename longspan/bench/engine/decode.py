@@ -33,7 +33,7 @@ from longspan.bench.ops import checks
 from longspan.bench.ops.dense import copy_row
 from longspan.bench.session import BenchSession
 from longspan.bench.shapes import Shape
-from longspan.bench.timing import Repeats, measure, rounded, synchronize
+from longspan.bench.timing import Repeats, measure, recorded, rounded, synchronize
 from longspan.commands.console import show_table
 from longspan.engine.resolve import resolve_forms
 from longspan.engine.step import ScheduledBatch
@@ -176,8 +176,8 @@ def steps_before(step: ScheduledBatch, count: int) -> Iterator[ScheduledBatch]:
 def _attention(
     shape: Shape, engine: ShapeEngine, device: str, context: int, batch: int = 1, rows: int = 0,
 ) -> tuple[float, int]:
-    """Time of one layer's decode attention, ms, and the bytes of keys and values it reads. The
-    layers' caches take turns, so that none is found in the L2 cache.
+    """Time of one layer's decode attention, ms, and the bytes of keys and values it reads: a share
+    of all layers', recorded one behind the other as a decode step is, each with its own cache.
 
     Args:
         rows: instead of a token of each request that many of a single one.
@@ -193,22 +193,21 @@ def _attention(
         rows or batch, model.num_heads, model.head_dim, device=device, dtype=caches[0].dtype)
     rotary = build_rotary(head_dim=model.head_dim, rope_theta=model.rope_theta, device=device,
                           scaling=model.rope_scaling, max_model_len=context, dca=model.dca)
-    turn = iter(range(10**9))
 
     def work() -> None:
-        cache = caches[next(turn) % len(caches)]
-        if rows:
-            ops.prefill_attention(q, cache, tables[0], context - rows, rotary,
-                                  model.head_dim**-0.5)
-        else:
-            ops.decode_attention(q, cache, tables, lens, rotary, scales)
+        for cache in caches:
+            if rows:
+                ops.prefill_attention(q, cache, tables[0], context - rows, rotary,
+                                      model.head_dim**-0.5)
+            else:
+                ops.decode_attention(q, cache, tables, lens, rotary, scales)
     with torch.inference_mode():
-        timing = measure(work, device, flush_cache=True)
+        timing = measure(recorded(work, device), device, flush_cache=True)
     head_bytes = model.head_dim * caches[0].k.element_size()
     if caches[0].k_scale is not None:
         head_bytes += caches[0].k_scale.element_size()
     kv_bytes = 2 * batch * context * model.num_kv_heads * head_bytes
-    return timing.median_ms, kv_bytes
+    return timing.median_ms / len(caches), kv_bytes
 
 
 def _sizes(
