@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,15 +21,27 @@ from longspan.ops.types import FP8_BLOCK, Fp8Weights, Int4Weights
 MAX_ROWS = 16
 INT4_ROWS = 64
 """Up to so many rows int4 is read as it is: more rows of fp8 have products of their own."""
-COLUMNS = 32
-"""Outputs of a program."""
 DEPTH = 128
 """Inputs of a step, at most."""
-PROGRAMS = 264
-"""Inputs are parted until there are about so many programs: two for each processor of an H200."""
-MIN_PART = 1_024
-"""Inputs of a part, at least."""
-STAGES, WARPS = 5, 4
+
+
+class Launch(NamedTuple):
+    """How weights are streamed: measured, see `log.md`."""
+
+    columns: int
+    """Outputs of a program."""
+    programs: int
+    """Inputs are parted until there are about so many programs."""
+    min_part: int
+    """Inputs of a part, at least."""
+    stages: int
+    warps: int
+
+
+FP8 = Launch(64, 792, 512, 5, 4)
+INT4 = Launch(128, 792, 512, 4, 4)
+INT4_MANY = Launch(64, 396, 1_024, 3, 4)
+"""With more than `MAX_ROWS` rows."""
 SUM_TILE = 1_024
 ROW_SCALES, BLOCK_SCALES = 0, 1
 
@@ -36,12 +49,12 @@ ROW_SCALES, BLOCK_SCALES = 0, 1
 def fp8_linear(x: Tensor, weights: Fp8Weights, bias: Tensor | None) -> Tensor:
     """See `eager.fp8_linear`. x: [T, K] bf16, T <= `MAX_ROWS`."""
     num_columns, width = weights.values.shape
-    call = _Call(x, num_columns, width, DEPTH)
+    call = _Call(x, num_columns, width, DEPTH, FP8)
     _few_fp8[call.grid](
         x, weights.values, weights.scales, call.parts, x.shape[0], num_columns, width,
-        call.part_len, x.stride(0), weights.scales.stride(0), ROWS=MAX_ROWS, COLUMNS=COLUMNS,
-        DEPTH=DEPTH, BLOCK=FP8_BLOCK, IS_BLOCKED=weights.is_blocked, num_warps=WARPS,
-        num_stages=STAGES)
+        call.part_len, x.stride(0), weights.scales.stride(0), ROWS=MAX_ROWS, COLUMNS=FP8.columns,
+        DEPTH=DEPTH, BLOCK=FP8_BLOCK, IS_BLOCKED=weights.is_blocked, num_warps=FP8.warps,
+        num_stages=FP8.stages)
     return call.total(bias)
 
 
@@ -49,13 +62,15 @@ def int4_linear(x: Tensor, weights: Int4Weights, bias: Tensor | None) -> Tensor:
     """See `eager.int4_linear`. x: [T, K] bf16, T <= `INT4_ROWS`."""
     num_columns, width = weights.shape
     depth = math.gcd(weights.group, DEPTH)
-    call = _Call(x, num_columns, width, depth)
-    order = weights.order
+    launch = INT4 if len(x) <= MAX_ROWS else INT4_MANY
+    if weights.order is not None:
+        x = x.index_select(1, weights.order)
+    call = _Call(x, num_columns, width, depth, launch)
     _few_int4[call.grid](
-        x, weights.packed, weights.scales, weights.zeros, x if order is None else order,
-        call.parts, x.shape[0], num_columns, width, call.part_len, x.stride(0), weights.group,
-        HAS_ORDER=order is not None, ROWS=max(MAX_ROWS, triton.next_power_of_2(len(x))),
-        COLUMNS=COLUMNS, DEPTH=depth, num_warps=WARPS, num_stages=STAGES)
+        x, weights.packed, weights.scales, weights.zeros, call.parts, x.shape[0], num_columns,
+        width // 2, call.part_len // 2, x.stride(0), weights.group,
+        ROWS=max(MAX_ROWS, triton.next_power_of_2(len(x))), COLUMNS=launch.columns, DEPTH=depth,
+        IS_COMPILED=_is_compiled(x), num_warps=launch.warps, num_stages=launch.stages)
     return call.total(bias)
 
 
@@ -65,13 +80,20 @@ def supports_fp8(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+def _is_compiled(x: Tensor) -> bool:
+    """Return whether kernels run on a GPU, and so know its instructions."""
+    return x.is_cuda
+
+
 class _Call:
     """Grid, partial sums and their total."""
 
-    def __init__(self, x: Tensor, num_columns: int, width: int, depth: int) -> None:
+    def __init__(
+        self, x: Tensor, num_columns: int, width: int, depth: int, launch: Launch,
+    ) -> None:
         assert x.shape[0] <= INT4_ROWS and x.stride(1) == 1 and x.dtype == torch.bfloat16
-        tiles = triton.cdiv(num_columns, COLUMNS)
-        count = max(1, min(triton.cdiv(PROGRAMS, tiles), width // MIN_PART))
+        tiles = triton.cdiv(num_columns, launch.columns)
+        count = max(1, min(triton.cdiv(launch.programs, tiles), width // launch.min_part))
         self.part_len = triton.cdiv(triton.cdiv(width, count), depth) * depth
         count = triton.cdiv(width, self.part_len)
         self.grid = (tiles, count)
@@ -123,39 +145,77 @@ def _few_fp8(
     tl.store(parts + place, total, mask=is_row[:, None] & is_column[None, :])
 
 
+_WIDEN = tl.constexpr("""{
+    .reg .b32 first, second, number, one;
+    mov.b32 one, 0x3F803F80;
+    prmt.b32 first, $4, 0x43434343, 0x4140;
+    prmt.b32 second, $4, 0x43434343, 0x4342;
+    and.b32 number, first, 0xFF0FFF0F;
+    fma.rn.bf16x2 $0, number, one, $5;
+    and.b32 number, second, 0xFF0FFF0F;
+    fma.rn.bf16x2 $1, number, one, $6;
+    shr.u32 first, first, 4;
+    lop3.b32 number, first, 0x000F000F, 0x43004300, 0xEA;
+    fma.rn.bf16x2 $2, number, one, $5;
+    shr.u32 second, second, 4;
+    lop3.b32 number, second, 0x000F000F, 0x43004300, 0xEA;
+    fma.rn.bf16x2 $3, number, one, $6;
+}""")
+"""Four octets, and what is added to their numbers: bytes become the low halves of bf16 numbers from
+128 on, whose last four bits of mantissa are the nibble. All of it is exact."""
+
+
+@triton.jit
+def _widened(pairs, zero, IS_COMPILED: tl.constexpr):
+    """Return low and high numbers of octets less their zero points, two of [D, N] bf16. pairs:
+    [D, N] uint8; zero: [N] uint8."""
+    if IS_COMPILED:
+        added = (-128.0 - zero.to(tl.float32)).to(tl.bfloat16)
+        added = tl.broadcast_to(added[None, :], pairs.shape)
+        low, high = tl.inline_asm_elementwise(
+            _WIDEN, "=r,=r,=r,=r,r,r,r", [pairs, added], dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True, pack=4)
+    else:
+        less = zero.to(tl.float32)[None, :]
+        low = ((pairs & 15).to(tl.float32) - less).to(tl.bfloat16)
+        high = ((pairs >> 4).to(tl.float32) - less).to(tl.bfloat16)
+    return low, high
+
+
 @triton.jit
 def _few_int4(
-    x, packed, scales, zeros, order, parts, num_rows, num_columns, width, part_len, x_row, group,
-    HAS_ORDER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    x, packed, scales, zeros, parts, num_rows, num_columns, row_octets, part_octets, x_row, group,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, IS_COMPILED: tl.constexpr,
 ):
-    """As `_few_fp8`. A step lies in one group. Nibbles become 128 + q, a bf16 number whose low bits
-    are q; what that adds to the product is taken off by the sum of the inputs."""
+    """As `_few_fp8`. A step lies in one group, whose scales and zeros are loaded a step ahead."""
     half: tl.constexpr = DEPTH // 2
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     rows, octets = tl.arange(0, ROWS), tl.arange(0, half)
     is_row, is_column = rows < num_rows, columns < num_columns
     # of 32 inputs the first 16 are low halves
     inputs = octets // 16 * 32 + octets % 16
-    groups = width // group
-    start = tl.program_id(1) * part_len
-    stop = tl.minimum(start + part_len, width)
-    matrix = packed + columns.to(tl.int64)[None, :] * (width // 2) + octets[:, None]
+    groups, group_octets = 2 * row_octets // group, group // 2
+    # places are counted in octets, so that the compiler sees how they are aligned
+    start = tl.program_id(1) * part_octets
+    stop = tl.minimum(start + part_octets, row_octets)
+    row_places = x + rows[:, None] * x_row + inputs[None, :]
+    matrix = packed + columns.to(tl.int64)[None, :] * row_octets + octets[:, None]
+    place = columns.to(tl.int64) * groups
+    scale = tl.load(scales + place + start // group_octets, mask=is_column, other=0.0)
+    zero = tl.load(zeros + place + start // group_octets, mask=is_column, other=0)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for first in tl.range(start, stop, DEPTH):
-        low, high = first + inputs, first + inputs + 16
-        if HAS_ORDER:
-            low, high = tl.load(order + low), tl.load(order + high)
-        row_places = x + rows[:, None] * x_row
-        few = tl.load(row_places + low[None, :], mask=is_row[:, None], other=0.0)
-        more = tl.load(row_places + high[None, :], mask=is_row[:, None], other=0.0)
-        pairs = tl.load(matrix + first // 2, mask=is_column[None, :], other=0).to(tl.int16)
-        part = tl.dot(few, ((pairs & 15) | 0x4300).to(tl.bfloat16, bitcast=True))
-        part = tl.dot(more, ((pairs >> 4) | 0x4300).to(tl.bfloat16, bitcast=True), part)
-        sums = tl.sum(few.to(tl.float32), 1) + tl.sum(more.to(tl.float32), 1)
-        place = columns * groups + first // group
-        scale = tl.load(scales + place, mask=is_column, other=0.0).to(tl.float32)
-        zero = tl.load(zeros + place, mask=is_column, other=0).to(tl.float32)
-        total += (part - sums[:, None] * (128.0 + zero)[None, :]) * scale[None, :]
+    for first in tl.range(start, stop, half):
+        pairs = tl.load(matrix + first, mask=is_column[None, :], other=0)
+        few = tl.load(row_places + 2 * first, mask=is_row[:, None], other=0.0)
+        more = tl.load(row_places + 2 * first + 16, mask=is_row[:, None], other=0.0)
+        low, high = _widened(pairs, zero, IS_COMPILED)
+        part = tl.dot(few, low)
+        part = tl.dot(more, high, part)
+        total += part * scale.to(tl.float32)[None, :]
+        following = (first + half) // group_octets
+        is_there = is_column & (first + half < stop)
+        scale = tl.load(scales + place + following, mask=is_there, other=0.0)
+        zero = tl.load(zeros + place + following, mask=is_there, other=0)
     place = tl.program_id(1).to(tl.int64) * num_rows * num_columns + (
         rows[:, None] * num_columns + columns[None, :])
     tl.store(parts + place, total, mask=is_row[:, None] & is_column[None, :])

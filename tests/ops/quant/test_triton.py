@@ -60,7 +60,10 @@ def test_a_few_rows(
     name: str, parts: int, num_rows: int, kernel_device: str, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Rows of a wider tensor, with a bias; inputs whole, or parted and added up."""
-    monkeypatch.setattr(triton_few, "MIN_PART", SIZES[1] // parts)
+    for name_of_launch in ("FP8", "INT4"):
+        launch = getattr(triton_few, name_of_launch)
+        monkeypatch.setattr(
+            triton_few, name_of_launch, launch._replace(min_part=SIZES[1] // parts))
     weights = weights_of(name, kernel_device)
     wide = torch.randn(num_rows, SIZES[1] + 8, device=kernel_device).bfloat16()
     x, bias = wide[:, 8:], torch.randn(SIZES[0], device=kernel_device).bfloat16()
