@@ -100,6 +100,7 @@ def ttft(
         int | None, typer.Option(help="Tokens of a prefill chunk.")] = None,
     vertical: Vertical = None, slash: Slash = None, mode: SelectionMode = "tile",
     policy: Policy = "", memory_gib: Memory = None, quantization: Quantization = None,
+    kv_dtype: KvDtype = None,
     cp: Annotated[str, typer.Option(help="GPUs that share the prompt: 1, or 1,2.")] = "1",
     device: Device = None, commit: Commit = None, budget_s: BudgetS = None,
     out: Results = Path("bench/results"),
@@ -113,7 +114,7 @@ def ttft(
     options = TtftOptions(
         lengths=parse_list(lengths, int, "--lengths"), layers=layers, chunk_len=chunk_len,
         attention=parse_list(attention, str, "--attention"), memory_gib=memory_gib,
-        quantization=quantization, ranks=parse_list(cp, int, "--cp"))
+        quantization=quantization, kv_dtype=kv_dtype, ranks=parse_list(cp, int, "--cp"))
     session = BenchSession("ttft", BenchOptions.make(device, out, commit, budget_s))
     end_with(run(session, Shape.make(shape, plan), options))
 
@@ -161,6 +162,9 @@ def quality(
         help="Another plan's file; repeatable.")] = None,
     oracle: Annotated[str, typer.Option(
         help="Shares of the key tiles that an oracle keeps: 0.01,0.05.")] = "",
+    quantization: Annotated[str, typer.Option(
+        help="Weights beside plain ones: fp8,int4.")] = "",
+    kv_dtype: Annotated[str, typer.Option(help="KV caches beside plain ones: int8.")] = "",
     places: Annotated[str, typer.Option(
         help="Kinds of prompts.")] = "one,end,spread,negatives,far",
     heads: Annotated[bool, typer.Option(
@@ -178,6 +182,8 @@ def quality(
         settings=parse_list(attention, str, "--attention"), num_many=many, seed=seed,
         text_roots=tuple(text_root or ()), chunk_len=chunk_len, policies=tuple(policy or ()),
         plans=tuple(plan or ()), oracles=parse_list(oracle, float, "--oracle") if oracle else (),
+        quantizations=parse_list(quantization, str, "--quantization") if quantization else (),
+        kv_dtypes=parse_list(kv_dtype, str, "--kv-dtype") if kv_dtype else (),
         places=parse_list(places, str, "--places"), with_heads=heads, memory_gib=memory_gib)
     session = BenchSession("quality", BenchOptions.make(device, out, commit, budget_s))
     end_with(run(session, options))

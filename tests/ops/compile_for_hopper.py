@@ -63,9 +63,9 @@ def compile_only(launch: Callable[..., Any]) -> Callable[..., Any]:
 def pretend() -> None:
     """From here on launches compile, and the choices are those for a Hopper GPU."""
     from longspan.ops.dense import hopper
+    from longspan.ops.quant import triton_few
     from longspan.ops.select import hopper_tiles as hopper_probe
     from longspan.ops.select import triton_scouts
-    from longspan.ops.quant import triton_few
     from longspan.ops.tiles import hopper as hopper_tile
 
     # Nothing is computed, so what would be indices must not be whatever stands in memory.

@@ -26,7 +26,8 @@ from longspan.bench.engine.engine import (
     decode_step,
     open_engine,
     plan_engine,
-    quantization_key,
+    precision_key,
+    shape_label,
     weight_bytes_read,
 )
 from longspan.bench.ops import checks
@@ -77,7 +78,8 @@ def run(session: BenchSession, shape: Shape, options: DecodeOptions) -> int:
                    key=lambda pair: -pair[0] * pair[1])
     fitting = [pair for pair in pairs if _fits(cut, session.device, options, *pair)]
     keys = [{"shape": shape.name, "context_len": context, "batch_size": batch,
-             "layers": cut.model.num_layers, **_kind(options)} for context, batch in pairs]
+             "layers": cut.model.num_layers,
+             **precision_key(options.quantization, options.kv_dtype)} for context, batch in pairs]
     for pair, key in zip(pairs, keys, strict=True):
         if pair not in fitting:
             session.attempt(key, partial(_refuse, cut, session.device, options, *pair), ours=False)
@@ -136,7 +138,7 @@ def _measure_rows(
                     "layer_ms": rounded(attention_ms, 5)}
         row = session.attempt({"shape": shape.name, "context_len": context, "batch_size": 1,
                                "layers": shape.model.num_layers, "rows": count,
-                               **_kind(options)}, work)
+                               **precision_key(options.quantization, options.kv_dtype)}, work)
         alone_ms = alone_ms or (row["layer_ms"] if row else None)
 
 
@@ -222,12 +224,6 @@ def _sizes(
         quantization=options.quantization, kv_dtype=options.kv_dtype)
 
 
-def _kind(options: DecodeOptions) -> dict[str, str]:
-    """Name what is not as computed in: the type of the weights, that of the cache."""
-    kv_dtype = {} if options.kv_dtype is None else {"kv_dtype": options.kv_dtype}
-    return {**quantization_key(options.quantization), **kv_dtype}
-
-
 def _fits(shape: Shape, device: str, options: DecodeOptions, context: int, batch: int) -> bool:
     try:
         _refuse(shape, device, options, context, batch)
@@ -248,7 +244,7 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the steps as a table on stdout."""
     show_table("decode", ("shape", "context", "requests", "step ms", "alone ms", "floor ms",
                           "over floor", "KV TB/s", "tokens/s"), [
-        (row["shape"], f"{row['context_len']:,}", row["batch_size"], f"{row['step_ms']:.3f}",
+        (shape_label(row), f"{row['context_len']:,}", row["batch_size"], f"{row['step_ms']:.3f}",
          f"{row['sync_step_ms']:.3f}", f"{row['floor_ms']:.3f}", f"{row['over_floor']:.2f}",
          f"{row['kv_tb_per_s']:.2f}", f"{row['tokens_per_s']:,.0f}")
         for row in rows if "step_ms" in row])
@@ -256,5 +252,5 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
     if few:
         show_table("few rows", ("shape", "context", "rows", "attention ms", "KV TB/s",
                                 "over one row"), [
-            (row["shape"], f"{row['context_len']:,}", row["rows"], f"{row['attention_ms']:.3f}",
+            (shape_label(row), f"{row['context_len']:,}", row["rows"], f"{row['attention_ms']:.3f}",
              f"{row['kv_tb_per_s']:.2f}", f"{row['over_one_row']:.2f}") for row in few])

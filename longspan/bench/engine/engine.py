@@ -111,14 +111,16 @@ def open_engine(shape: Shape, device: str, sizes: EngineSizes) -> Iterator[Shape
         runner.close()
 
 
-def quantization_key(quantization: str | None) -> dict[str, str]:
-    """Return what a row's key says of the weights; nothing: they are plain."""
-    return {} if quantization is None else {"quantization": quantization}
+def precision_key(quantization: str | None, kv_dtype: str | None) -> dict[str, str]:
+    """Return what a row's key says of weights and KV cache; nothing where they are as computed."""
+    given = {"quantization": quantization, "kv_dtype": kv_dtype}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def shape_label(row: Mapping[str, Any]) -> str:
-    """Name a row's shape, and its weights where they are quantised."""
-    return " ".join([row["shape"], *filter(None, [row.get("quantization")])])
+    """Name a row's shape, and its weights and its KV cache where they are quantised."""
+    kv_dtype = f"{row['kv_dtype']} KV" if "kv_dtype" in row else None
+    return " ".join([row["shape"], *filter(None, [row.get("quantization"), kv_dtype])])
 
 
 def free_memory(device: str) -> None:

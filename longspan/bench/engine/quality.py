@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -35,7 +35,7 @@ from longspan.bench.shapes import changed, scaled
 from longspan.bench.timing import rounded
 from longspan.commands.console import note, percent, show_table
 from longspan.commands.fidelity import LogitWatch
-from longspan.config import EngineConfig
+from longspan.config import EngineConfig, Quantization
 from longspan.engine.control.chunking import tail_start
 from longspan.engine.front.llm import LLM
 from longspan.engine.request import RequestOutput, SamplingParams
@@ -72,6 +72,9 @@ class QualityOptions:
     """Further ``tile`` settings, as `shapes.PlanOptions.policy`."""
     plans: tuple[Path, ...] = ()
     """Files of further plans."""
+    quantizations: tuple[str, ...] = ()
+    kv_dtypes: tuple[str, ...] = ()
+    """Weights and KV caches that dense and ``tile`` are measured with besides."""
     oracles: tuple[float, ...] = ()
     """Shares of the key tiles that `Oracle` keeps."""
     with_heads: bool = True
@@ -82,7 +85,9 @@ class QualityOptions:
 
     def __post_init__(self) -> None:
         for option, given, known in (("attention", self.settings, SETTINGS),
-                                     ("places", self.places, PLACES)):
+                                     ("places", self.places, PLACES),
+                                     ("quantization", self.quantizations, get_args(Quantization)),
+                                     ("kv-dtype", self.kv_dtypes, ("int8",))):
             unknown = [name for name in given if name not in known]
             if unknown:
                 raise LongspanError(
@@ -101,6 +106,8 @@ class Setting:
     plan: SparsityPlan | None
     """None: dense."""
     oracle: Oracle | None = None
+    precision: Mapping[str, str] = field(default_factory=dict)
+    """``quantization`` and ``kv_dtype`` of its engine."""
 
 
 def run(session: BenchSession, options: QualityOptions) -> int:
@@ -125,6 +132,11 @@ def settings_of(options: QualityOptions, plan: SparsityPlan) -> list[Setting]:
     """List what is compared, dense first: the others are compared with it."""
     known = {"dense": None, "tile": plan, "paper": plan.paper()}
     found = [Setting(name, known[name]) for name in SETTINGS if name in options.settings]
+    plain = [setting for setting in found if setting.name != "paper"]
+    found += [replace(setting, name=f"{setting.name} {value}{suffix}", precision={name: value})
+              for name, values, suffix in (("quantization", options.quantizations, " weights"),
+                                           ("kv_dtype", options.kv_dtypes, " KV"))
+              for value in values for setting in plain]
     for policy in options.policies:
         kind = "paper" if "mode=paper" in policy.split(",") else "tile"
         found.append(Setting(f"{kind} {policy}", changed(plan, policy)))
@@ -246,12 +258,14 @@ class Subject:
         free_memory(str(self._options["device"]))
         with tempfile.TemporaryDirectory() as folder:
             if plan is None:
-                engine = LLM(self._model, attention="dense", **self._options)
+                engine = LLM(
+                    self._model, attention="dense", **self._options, **setting.precision)
             else:
                 file = Path(folder) / "plan.json"
                 plan.save(file)
                 engine = LLM(
-                    self._model, attention="sparse", sparsity_plan=str(file), **self._options)
+                    self._model, attention="sparse", sparsity_plan=str(file), **self._options,
+                    **setting.precision)
             with engine:
                 engine.select_by(setting.oracle)
                 yield engine
@@ -276,7 +290,7 @@ class _Prompts:
             return self._subject.measure(quizzes, setting)
         watch = LogitWatch(_kl_places(quizzes[0]), self._references.get(place))
         row = self._subject.measure(quizzes, setting, watch)
-        if setting.plan is None:
+        if setting.plan is None and not setting.precision:
             self._references[place] = torch.cat(watch.logprobs)
             row |= {"kl": 0.0, "top1": 1.0}
         return row

@@ -18,7 +18,7 @@ from longspan.bench.engine.engine import (
     ShapeEngine,
     open_engine,
     plan_engine,
-    quantization_key,
+    precision_key,
     random_ids,
     shape_label,
 )
@@ -49,6 +49,7 @@ class TtftOptions:
     chunk_len: int | None
     memory_gib: float | None
     quantization: str | None = None
+    kv_dtype: str | None = None
     ranks: tuple[int, ...] = (1,)
     """Ranks that share the prompt, for one measurement after the other."""
 
@@ -71,7 +72,7 @@ def run(session: BenchSession, shape: Shape, options: TtftOptions) -> int:
             key = {"shape": shape.name, "num_tokens": length, "attention": attention,
                    "plan": shape.plan_label if attention == "sparse" else None,
                    "layers": cut.model.num_layers, "gpus": ranks, "chunk_len": chunk_len,
-                   **quantization_key(options.quantization)}
+                   **precision_key(options.quantization, options.kv_dtype)}
             session.attempt(key, partial(
                 _measure, session, cut, replace(options, ranks=(ranks,)), checked, length,
                 attention, shape.model.num_layers))
@@ -90,7 +91,8 @@ def _chunk_len(shape: Shape, device: str, options: TtftOptions, length: int) -> 
 def _sizes(options: TtftOptions, length: int) -> EngineSizes:
     return EngineSizes(max_model_len=length + 1, num_tokens=length + 1,
                        chunk_len=options.chunk_len, memory_gib=options.memory_gib,
-                       quantization=options.quantization, ranks=options.ranks[0])
+                       quantization=options.quantization, kv_dtype=options.kv_dtype,
+                       ranks=options.ranks[0])
 
 
 def _measure(

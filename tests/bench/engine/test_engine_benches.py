@@ -65,6 +65,16 @@ def test_ttft_of_quantised_weights(tmp_path: Path, quantization: str) -> None:
     assert row["quantization"] == quantization and row["share"]["linear"] > 0
 
 
+def test_ttft_of_keys_in_eight_bits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ttft_options(kv_dtype="int8", attention=("sparse",), lengths=(600,))
+    assert ttft.run(session("ttft", tmp_path), tiny_shape(), options) == 0
+    (row,) = rows_of(tmp_path, "ttft")
+    assert row["kv_dtype"] == "int8" and row["ttft_s"] > 0
+    assert "int8 KV" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("chunk_len", [512, None])
 def test_a_later_success_replaces_the_row_of_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_len: int | None,

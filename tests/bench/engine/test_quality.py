@@ -237,8 +237,24 @@ def test_what_no_policy_can_beat(tmp_path: Path) -> None:
         "ours, online", "calibrated plan", "oracle", "dense", "prefill, s"))
 
 
+def test_weights_and_caches_of_eight_bits_beside_plain_ones(tmp_path: Path) -> None:
+    """Both are compared with what is dense and plain."""
+    arguments = ["bench", "quality", "--lengths", "2000", "--many", "3", "--text-root", str(TEXTS),
+                 "--attention", "dense", "--quantization", "int8", "--kv-dtype", "int8",
+                 "--places", "spread", "--no-heads", "--device", "cpu", "--commit", "abc",
+                 "--out", str(tmp_path)]
+    assert cli.run_command(arguments) == 0
+    (content,) = results.read_bench(tmp_path, "quality")
+    rows = {row["attention"]: row for row in content["rows"]}
+    assert set(rows) == {"dense", "dense int8 weights", "dense int8 KV"}
+    assert rows.pop("dense")["kl"] == 0
+    assert all(0 < row["kl"] < 0.02 and row["density"] == 1 for row in rows.values())
+
+
 def test_wrong_options() -> None:
-    for options_, message in (({"places": ("x",)}, "--places: 'x'"), ({"oracles": (1.5,)}, "1.5")):
+    for options_, message in (({"places": ("x",)}, "--places: 'x'"), ({"oracles": (1.5,)}, "1.5"),
+                              ({"kv_dtypes": ("int4",)}, "--kv-dtype: 'int4' is not one of int8"),
+                              ({"quantizations": ("q4",)}, "--quantization: 'q4'")):
         with pytest.raises(LongspanError, match=message):
             options(**options_)
     with pytest.raises(LongspanError, match="mode 'x'"):
