@@ -31,7 +31,7 @@ class Launch(NamedTuple):
     stages: int
     warps: int
     max_registers: int
-    """Of a thread. What is spilled lies outside the loop over keys."""
+    """The most that a thread takes; what is spilled lies outside the loop over keys."""
 
 
 LAUNCHES = {16: Launch(6, 16_384, 3, 4, 168), 32: Launch(4, 16_384, 3, 4, 255),
