@@ -24,7 +24,7 @@ KERNELS = {
     "tiles/splits": "_merge_kernel", "tiles/rotary": "_rotate_kernel",
     "moe/triton": "_expert_up _expert_down _combine", "moe/triton_routing": "_route _count",
     "quant/triton_rows": "_quantize_rows _norm_rows",
-    "quant/triton_few": "_few_fp8 _few_int4 _add_parts",
+    "quant/triton_few": "_few_fp8 _few_int4",
     "quant/triton_dense": "_dense_fp8 _dense_int4",
     "decode": "_attend_items _merge_items",
     "quant/triton_kv": "_store_quantised _quantised_means _write_out",

@@ -1,8 +1,9 @@
 """Products of a few rows with quantised weights (Triton): decode steps, which read weights once.
 
 Weights come as they are stored and are multiplied in bf16; activations are not rounded. Each
-program streams some outputs' weights, over all inputs or a part of them; parts are added up by a
-second kernel, in their order. Grids depend on shapes alone: graph capture is safe.
+program streams some outputs' weights, over all inputs or a part of them; the last one of an output
+tile that ends adds up the parts, in their order. Grids depend on shapes alone: graph capture is
+safe, of one stream at a time.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ FP8 = Launch(64, 792, 512, 5, 4)
 INT4 = Launch(128, 792, 512, 4, 4)
 INT4_MANY = Launch(64, 396, 1_024, 3, 4)
 """With more than `MAX_ROWS` rows."""
-SUM_TILE = 1_024
+UNROLLED = tl.constexpr(4)
+"""Parts that are on their way together when they are added up."""
+MAX_TILES = 65_536
+"""Output tiles that can be counted."""
 ROW_SCALES, BLOCK_SCALES = 0, 1
 
 
@@ -51,11 +55,11 @@ def fp8_linear(x: Tensor, weights: Fp8Weights, bias: Tensor | None) -> Tensor:
     num_columns, width = weights.values.shape
     call = _Call(x, num_columns, width, DEPTH, FP8)
     _few_fp8[call.grid](
-        x, weights.values, weights.scales, call.parts, x.shape[0], num_columns, width,
+        x, weights.values, weights.scales, *call.outputs(bias), x.shape[0], num_columns, width,
         call.part_len, x.stride(0), weights.scales.stride(0), ROWS=MAX_ROWS, COLUMNS=FP8.columns,
-        DEPTH=DEPTH, BLOCK=FP8_BLOCK, IS_BLOCKED=weights.is_blocked, num_warps=FP8.warps,
-        num_stages=FP8.stages)
-    return call.total(bias)
+        DEPTH=DEPTH, BLOCK=FP8_BLOCK, IS_BLOCKED=weights.is_blocked, HAS_BIAS=bias is not None,
+        IS_WHOLE=call.is_whole, num_warps=FP8.warps, num_stages=FP8.stages)
+    return call.out
 
 
 def int4_linear(x: Tensor, weights: Int4Weights, bias: Tensor | None) -> Tensor:
@@ -67,11 +71,12 @@ def int4_linear(x: Tensor, weights: Int4Weights, bias: Tensor | None) -> Tensor:
         x = x.index_select(1, weights.order)
     call = _Call(x, num_columns, width, depth, launch)
     _few_int4[call.grid](
-        x, weights.packed, weights.scales, weights.zeros, call.parts, x.shape[0], num_columns,
-        width // 2, call.part_len // 2, x.stride(0), weights.group,
+        x, weights.packed, weights.scales, weights.zeros, *call.outputs(bias), x.shape[0],
+        num_columns, width // 2, call.part_len // 2, x.stride(0), weights.group,
         ROWS=max(MAX_ROWS, triton.next_power_of_2(len(x))), COLUMNS=launch.columns, DEPTH=depth,
-        IS_COMPILED=_is_compiled(x), num_warps=launch.warps, num_stages=launch.stages)
-    return call.total(bias)
+        HAS_BIAS=bias is not None, IS_WHOLE=call.is_whole, IS_COMPILED=_is_compiled(x),
+        num_warps=launch.warps, num_stages=launch.stages)
+    return call.out
 
 
 @cache
@@ -85,38 +90,78 @@ def _is_compiled(x: Tensor) -> bool:
     return x.is_cuda
 
 
+@cache
+def _arrivals(device: torch.device) -> Tensor:
+    """Return how many programs of each output tile have ended: zeros between launches."""
+    return torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
+
+
 class _Call:
-    """Grid, partial sums and their total."""
+    """Grid, result and partial sums."""
 
     def __init__(
         self, x: Tensor, num_columns: int, width: int, depth: int, launch: Launch,
     ) -> None:
         assert x.shape[0] <= INT4_ROWS and x.stride(1) == 1 and x.dtype == torch.bfloat16
         tiles = triton.cdiv(num_columns, launch.columns)
+        assert tiles <= MAX_TILES
         count = max(1, min(triton.cdiv(launch.programs, tiles), width // launch.min_part))
         self.part_len = triton.cdiv(triton.cdiv(width, count), depth) * depth
         count = triton.cdiv(width, self.part_len)
-        self.grid = (tiles, count)
-        self.parts = torch.empty(
-            count, x.shape[0], num_columns, dtype=torch.float32, device=x.device)
-        self._dtype = x.dtype
+        self.grid, self.is_whole = (tiles, count), count == 1
+        self.out = torch.empty(x.shape[0], num_columns, dtype=x.dtype, device=x.device)
 
-    def total(self, bias: Tensor | None) -> Tensor:
-        """Add up the parts, and the bias."""
-        count, num_rows, num_columns = self.parts.shape
-        out = torch.empty(num_rows, num_columns, dtype=self._dtype, device=self.parts.device)
-        if num_rows:
-            _add_parts[(num_rows, triton.cdiv(num_columns, SUM_TILE))](
-                self.parts, out if bias is None else bias, out, count, num_rows, num_columns,
-                HAS_BIAS=bias is not None, TILE=SUM_TILE, num_warps=4)
-        return out
+    def outputs(self, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return what `_finish` takes: bias, parts, arrivals, out."""
+        out = self.out
+        parts = out if self.is_whole else torch.empty(
+            self.grid[1], *out.shape, dtype=torch.float32, device=out.device)
+        return out if bias is None else bias, parts, _arrivals(out.device), out
+
+
+@triton.jit
+def _finish(
+    total, rows, columns, bias, parts, arrivals, out, num_rows, num_columns,
+    HAS_BIAS: tl.constexpr, IS_WHOLE: tl.constexpr,
+):
+    """Write a tile, [ROWS, COLUMNS], of the result; where it is a part of the sum, the last program
+    that ends adds up all of them, in their order."""
+    mask = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
+    place = rows.to(tl.int64)[:, None] * num_columns + columns[None, :]
+    if IS_WHOLE:
+        _store_sum(total, columns, place, mask, bias, out, num_columns, HAS_BIAS)
+    else:
+        count = tl.num_programs(1)
+        own = tl.program_id(1).to(tl.int64) * num_rows * num_columns
+        tl.store(parts + own + place, total, mask=mask)
+        tl.debug_barrier()  # all threads have stored before one says so
+        before = tl.atomic_add(arrivals + tl.program_id(0), 1, sem="acq_rel")
+        if before == count - 1:
+            total = tl.zeros_like(total)
+            for first in range(0, count, UNROLLED):
+                for index in tl.static_range(UNROLLED):
+                    part = tl.cast(first + index, tl.int64) * num_rows * num_columns
+                    total += tl.load(parts + part + place, mask=mask & (first + index < count),
+                                     other=0.0, cache_modifier=".cg")
+            tl.store(arrivals + tl.program_id(0), 0)
+            _store_sum(total, columns, place, mask, bias, out, num_columns, HAS_BIAS)
+
+
+@triton.jit
+def _store_sum(total, columns, place, mask, bias, out, num_columns, HAS_BIAS: tl.constexpr):
+    """Add the bias, and write the result."""
+    if HAS_BIAS:
+        added = tl.load(bias + columns, mask=columns < num_columns, other=0.0)
+        total += added.to(tl.float32)[None, :]
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _few_fp8(
-    x, values, scales, parts, num_rows, num_columns, width, part_len, x_row, scale_row,
+    x, values, scales, bias, parts, arrivals, out, num_rows, num_columns, width, part_len, x_row,
+    scale_row,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr,
-    IS_BLOCKED: tl.constexpr,
+    IS_BLOCKED: tl.constexpr, HAS_BIAS: tl.constexpr, IS_WHOLE: tl.constexpr,
 ):
     """Multiply all rows with some columns, over a part of the inputs."""
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -140,9 +185,8 @@ def _few_fp8(
             total = tl.dot(part, weight, total)
     if not IS_BLOCKED:
         total *= tl.load(scales + columns * scale_row, mask=is_column, other=0.0)[None, :]
-    place = tl.program_id(1).to(tl.int64) * num_rows * num_columns + (
-        rows[:, None] * num_columns + columns[None, :])
-    tl.store(parts + place, total, mask=is_row[:, None] & is_column[None, :])
+    _finish(total, rows, columns, bias, parts, arrivals, out, num_rows, num_columns, HAS_BIAS,
+            IS_WHOLE)
 
 
 _WIDEN = tl.constexpr("""{
@@ -184,8 +228,10 @@ def _widened(pairs, zero, IS_COMPILED: tl.constexpr):
 
 @triton.jit
 def _few_int4(
-    x, packed, scales, zeros, parts, num_rows, num_columns, row_octets, part_octets, x_row, group,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, IS_COMPILED: tl.constexpr,
+    x, packed, scales, zeros, bias, parts, arrivals, out, num_rows, num_columns, row_octets,
+    part_octets, x_row, group,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, HAS_BIAS: tl.constexpr,
+    IS_WHOLE: tl.constexpr, IS_COMPILED: tl.constexpr,
 ):
     """As `_few_fp8`. A step lies in one group, whose scales and zeros are loaded a step ahead."""
     half: tl.constexpr = DEPTH // 2
@@ -216,24 +262,5 @@ def _few_int4(
         is_there = is_column & (first + half < stop)
         scale = tl.load(scales + place + following, mask=is_there, other=0.0)
         zero = tl.load(zeros + place + following, mask=is_there, other=0)
-    place = tl.program_id(1).to(tl.int64) * num_rows * num_columns + (
-        rows[:, None] * num_columns + columns[None, :])
-    tl.store(parts + place, total, mask=is_row[:, None] & is_column[None, :])
-
-
-@triton.jit
-def _add_parts(
-    parts, bias, out, count, num_rows, num_columns, HAS_BIAS: tl.constexpr, TILE: tl.constexpr,
-):
-    """Add up one row's parts, in their order."""
-    row = tl.program_id(0)
-    columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    mask = columns < num_columns
-    total = tl.zeros([TILE], tl.float32)
-    for index in tl.range(0, count):
-        place = (index * num_rows + row).to(tl.int64) * num_columns + columns
-        total += tl.load(parts + place, mask=mask, other=0.0)
-    if HAS_BIAS:
-        total += tl.load(bias + columns, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + row.to(tl.int64) * num_columns + columns, total.to(out.dtype.element_ty),
-             mask=mask)
+    _finish(total, rows, columns, bias, parts, arrivals, out, num_rows, num_columns, HAS_BIAS,
+            IS_WHOLE)
