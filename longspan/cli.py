@@ -44,6 +44,7 @@ from longspan.commands.options import (
     Positions,
     Quantization,
     Recall,
+    TensorParallel,
     Threads,
     Version,
     Weights,
@@ -100,7 +101,7 @@ def generate(
     memory_gib: Memory = None, kv_host_gib: KvHost = 0.0, kv_dir: KvDir = None,
     kv_disk_gib: KvDisk = None, kv_dtype: KvDtype = None, weights: Weights = "checkpoint",
     quantization: Quantization = None, threads: Threads = None,
-    cp: ContextParallel = 1, pp: PipelineParallel = 1,
+    cp: ContextParallel = 1, pp: PipelineParallel = 1, tp: TensorParallel = 1,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
     json: Annotated[bool, typer.Option(
         "--json", help="Print each result as one line of JSON.")] = False,
@@ -117,7 +118,7 @@ def generate(
         "weights": weights, "quantization": quantization, "kv_host_gib": kv_host_gib,
         "kv_dir": kv_dir, "kv_disk_gib": kv_disk_gib, "kv_dtype": kv_dtype,
         "num_threads": threads,
-        "context_parallel": cp, "pipeline_parallel": pp}, os.environ)
+        "context_parallel": cp, "pipeline_parallel": pp, "tensor_parallel": tp}, os.environ)
     run(model, source, {
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
         "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,
@@ -132,7 +133,8 @@ def info(
     positions: Positions = "auto", prefill_chunk_len: ChunkLen = None, sparsity_plan: Plan = None,
     memory_gib: Memory = None, max_num_requests: MaxRequests = None, kv_host_gib: KvHost = 0.0,
     kv_dir: KvDir = None, kv_disk_gib: KvDisk = None, kv_dtype: KvDtype = None,
-    quantization: Quantization = None,
+    quantization: Quantization = None, cp: ContextParallel = 1, pp: PipelineParallel = 1,
+    tp: TensorParallel = 1,
 ) -> None:
     """Show what a prompt of some length needs on this machine, and how it would run."""
     from longspan.commands.info import run
@@ -142,7 +144,8 @@ def info(
         "prefill_chunk_len": prefill_chunk_len, "sparsity_plan": sparsity_plan,
         "memory_gib": memory_gib, "max_num_requests": max_num_requests,
         "kv_host_gib": kv_host_gib, "kv_dir": kv_dir, "kv_disk_gib": kv_disk_gib,
-        "kv_dtype": kv_dtype, "quantization": quantization})
+        "kv_dtype": kv_dtype, "quantization": quantization, "context_parallel": cp,
+        "pipeline_parallel": pp, "tensor_parallel": tp})
 
 
 @app.command()
@@ -188,7 +191,7 @@ def serve(
     max_num_requests: MaxRequests = None, kv_host_gib: KvHost = 0.0, kv_dir: KvDir = None,
     kv_disk_gib: KvDisk = None, kv_dtype: KvDtype = None, weights: Weights = "checkpoint",
     quantization: Quantization = None, threads: Threads = None,
-    cp: ContextParallel = 1, pp: PipelineParallel = 1,
+    cp: ContextParallel = 1, pp: PipelineParallel = 1, tp: TensorParallel = 1,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API does, with a page to try it."""
     from longspan.serve import check_dependencies
@@ -210,7 +213,7 @@ def serve(
         "max_num_requests": max_num_requests, "kv_host_gib": kv_host_gib, "kv_dir": kv_dir,
         "kv_disk_gib": kv_disk_gib, "kv_dtype": kv_dtype,
         "num_threads": threads, "step_budget_s": step_budget_s,
-        "context_parallel": cp, "pipeline_parallel": pp}, os.environ)))
+        "context_parallel": cp, "pipeline_parallel": pp, "tensor_parallel": tp}, os.environ)))
 
 
 def run_command(arguments: Sequence[str]) -> int:

@@ -307,6 +307,9 @@ class EngineConfig:
     chunk; every one of them holds the weights and the whole KV cache."""
     pipeline_parallel: int = 1
     """Ranks that share the layers: each holds the weights and the KV cache of its own alone."""
+    tensor_parallel: int = 1
+    """Ranks that share each layer's heads and the width of its MLP, and hold those weights and the
+    KV cache of those heads alone. May stand beside ``context_parallel``: both numbers multiply."""
     place: RankPlace | None = None
     """Place among ranks that are there already; None: they are started."""
     kv_host_gib: float = 0.0
@@ -319,12 +322,12 @@ class EngineConfig:
     @property
     def num_ranks(self) -> int:
         """Processes that compute together."""
-        return self.context_parallel * self.pipeline_parallel
+        return self.context_parallel * self.pipeline_parallel * self.tensor_parallel
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "prefill_chunk_len", "max_num_requests", "block_size",
-                     "num_threads", "context_parallel", "pipeline_parallel", "memory_gib",
-                     "step_budget_s", "kv_host_gib", "kv_disk_gib"):
+                     "num_threads", "context_parallel", "pipeline_parallel", "tensor_parallel",
+                     "memory_gib", "step_budget_s", "kv_host_gib", "kv_disk_gib"):
             value = getattr(self, name)
             kind = (int, float) if name.endswith(("_gib", "_s")) else int
             if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
@@ -343,10 +346,11 @@ class EngineConfig:
         for name in ("memory_gib", "kv_host_gib", "kv_disk_gib"):
             if getattr(self, name) == math.inf:
                 raise LongspanError(f"{name} must be finite; leave it out for what is free")
-        if self.context_parallel > 1 and self.pipeline_parallel > 1:
-            raise LongspanError(
-                f"context_parallel {self.context_parallel} and pipeline_parallel "
-                f"{self.pipeline_parallel}: ranks share rows or layers, not both; use one of them")
+        for name, shared in (("context_parallel", "rows"), ("tensor_parallel", "heads")):
+            if getattr(self, name) > 1 and self.pipeline_parallel > 1:
+                raise LongspanError(
+                    f"{name} {getattr(self, name)} and pipeline_parallel {self.pipeline_parallel}: "
+                    f"ranks share {shared} or layers, not both; use one of them")
         if self.num_ranks > 1 and (self.kv_dir is not None or self.kv_host_gib):
             raise LongspanError(
                 f"{self.num_ranks} ranks keep no KV in host memory or on "

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
+from typing import Any
 
 from longspan.errors import LongspanError
 
+FLAGS = {"context_parallel": "--cp", "pipeline_parallel": "--pp", "tensor_parallel": "--tp"}
+"""What ranks share, and how it is asked for."""
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 
 
@@ -49,9 +53,20 @@ class RankPlace:
                    address=address, port=port,
                    has_store=values.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
 
-    def check(self, context_parallel: int) -> None:
-        """Raise `LongspanError` unless so many ranks are what was started."""
-        if context_parallel not in (1, self.size):
+    def sharing(self, options: Mapping[str, Any]) -> dict[str, int]:
+        """Return by how many ranks what is shared, under the names in `EngineConfig`: as asked for;
+        where nothing is, all of them share rows.
+
+        Raises `LongspanError` unless as many ranks as are asked for were started.
+        """
+        asked = {name: int(options[name]) for name in FLAGS}
+        count = prod(asked.values())
+        if count == 1:
+            return {**asked, "context_parallel": self.size}
+        if count != self.size:
+            flags = " ".join(f"{FLAGS[name]} {value}" for name, value in asked.items() if value > 1)
+            one = " ".join(FLAGS[name] for name, value in asked.items() if value > 1)
             raise LongspanError(
-                f"--cp {context_parallel}, and torchrun has started {self.size} processes; leave "
-                f"--cp out, or start {context_parallel}")
+                f"{flags}, and torchrun has started {self.size} processes; leave {one} out, or "
+                f"start {count}")
+        return asked

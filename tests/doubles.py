@@ -378,4 +378,6 @@ def _weight_shapes(raw: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         shapes[f"{base}mlp.down_proj.weight"] = (hidden, inner)
         shapes[f"{base}input_layernorm.weight"] = (hidden,)
         shapes[f"{base}post_attention_layernorm.weight"] = (hidden,)
+    if not raw["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (raw["vocab_size"], hidden)
     return shapes

@@ -13,7 +13,7 @@ from torch import Tensor
 from longspan import ops
 from longspan.attention.metadata import AttentionMetadata, DecodeGroup, PrefillPart, PrefillSlice
 from longspan.attention.observer import UNWATCHED, AttendedRows, AttentionObserver, Region
-from longspan.attention.ranks import HeadPart
+from longspan.attention.ranks import HeadPart, RankGroup
 from longspan.attention.shared_selection import Found, budget_of, select_together
 from longspan.attention.sparsity import SparsityPlan
 from longspan.ops.geometry import segments
@@ -33,6 +33,7 @@ class DualChunkAttention:
 
     Args:
         observer: told what each prefill does; see `longspan.attention.observer`.
+        ranks: have the layer's other heads; None: they are all here.
 
     ``selector`` stands in for the product's selection where benchmarks compare it with others.
     """
@@ -40,11 +41,11 @@ class DualChunkAttention:
     def __init__(
         self, *, layer_idx: int, num_heads: int, num_kv_heads: int, head_dim: int,
         rotary: QueryRotary, plan: SparsityPlan | None,
-        observer: AttentionObserver | None = None,
+        observer: AttentionObserver | None = None, ranks: RankGroup | None = None,
     ) -> None:
         self.layer_idx = layer_idx
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.rotary = rotary
+        self.rotary, self._ranks = rotary, ranks
         self.plan = plan
         self.budget = plan.layer(layer_idx) if plan else None
         self.observer = observer
@@ -90,6 +91,8 @@ class DualChunkAttention:
         for start, end in segments(first, stop, self.rotary.stride):
             rows, count = q[start - item.cached_len : end - item.cached_len], end - start
             selection, recall = select(rows, cache, item, start)
+            if recall is not None and self._ranks is not None:
+                recall = self._ranks.gather(recall).flatten(0, 1)
             item.add_recall(recall, count, self.layer_idx)
             sparse.append(PrefillPart(start, end, selection))
         parts = [PrefillPart(item.cached_len, first, None), *sparse,

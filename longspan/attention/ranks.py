@@ -43,6 +43,18 @@ class Gathering(NamedTuple):
         return self.gathered.view(self.like.dtype).view(-1, *self.like.shape)
 
 
+class Summing(NamedTuple):
+    """A sum under way."""
+
+    work: dist.Work
+    summed: Tensor
+
+    def wait(self) -> Tensor:
+        """Return the sum. On GPUs it is the stream that waits."""
+        self.work.wait()
+        return self.summed
+
+
 class RankGroup:
     """The ranks that compute every step together, and how they exchange tensors: as bytes, so that
     any dtype will do. All ranks call the same methods in the same order.
@@ -84,6 +96,12 @@ class RankGroup:
             [size * count for count in numbers], [size * part.numel() for part in parts],
             group=self._processes)
         return list(received.view(parts[0].dtype).split(list(numbers)))
+
+    def begin_sum(self, x: Tensor) -> Summing:
+        """Begin to add a tensor up over all ranks, in place, beside what this rank computes."""
+        work = dist.all_reduce(x, group=self._processes, async_op=True)
+        assert work is not None
+        return Summing(work, x)
 
     def sum(self, x: Tensor) -> Tensor:
         """Add a tensor up over all ranks, in place."""
@@ -157,6 +175,11 @@ def row_unit(plan: SparsityPlan | None, block_size: int) -> int:
     return block_size if plan is None or plan.mode == "tile" else 0
 
 
+def total(group: RankGroup, counted: Tensor | float, device: str) -> Tensor:
+    """Add up what each rank has counted of its own rows or heads, fp64."""
+    return group.sum(torch.as_tensor(counted, dtype=torch.float64, device=device).clone())
+
+
 class RowSharing(NamedTuple):
     """How a group shares prefill slices out, and the keys of decodes."""
 
@@ -166,10 +189,6 @@ class RowSharing(NamedTuple):
     least_keys: int
     """A step whose decodes see fewer keys than this in all is not worth the exchange: every rank
     computes it."""
-
-    def total(self, counted: Tensor | float, device: str) -> Tensor:
-        """Add up what each rank has counted of its own rows, fp64."""
-        return self.group.sum(torch.as_tensor(counted, dtype=torch.float64, device=device).clone())
 
     def share(self, start: int, stop: int, *, may_split: bool) -> RowShare:
         """Divide the rows of a slice if that may be and every rank gets a piece of each kind."""

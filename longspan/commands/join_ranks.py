@@ -21,14 +21,12 @@ def join_ranks(
         options: fields of `EngineConfig`.
         variables: of the environment.
 
-    Raises `LongspanError` where torchrun's variables and ``context_parallel`` disagree.
+    Raises `LongspanError` where torchrun's variables and the options disagree.
     """
     place = RankPlace.find(variables)
     if place is None:
         return dict(options)
-    shared = "pipeline_parallel" if options["pipeline_parallel"] > 1 else "context_parallel"
-    place.check(options[shared])
-    joined = {**options, shared: place.size, "place": place}
+    joined = {**options, **place.sharing(options), "place": place}
     if place.rank == 0:
         return joined
     from longspan.engine.setup.follow import follow_torchrun

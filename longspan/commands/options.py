@@ -37,6 +37,8 @@ ContextParallel = Annotated[int, typer.Option(
     "--cp", help="GPUs of this machine that share each prompt; processes on CPUs.")]
 PipelineParallel = Annotated[int, typer.Option(
     "--pp", help="GPUs of this machine that share the layers; processes on CPUs.")]
+TensorParallel = Annotated[int, typer.Option(
+    "--tp", help="GPUs of this machine that share heads and matrices; processes on CPUs.")]
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest prompt and answer, tokens.")]
 
 

@@ -95,6 +95,13 @@ class RoutedMLP(nn.Module):
         """See `Linear.group_of`: the router takes plain activations."""
         return None
 
+    def forward(self, x: Activations) -> Tensor:
+        """[T, M] to the same."""
+        assert isinstance(x, Tensor)
+        sums = torch.zeros_like(x)
+        self.add_to(sums, x)
+        return sums
+
     def add_to(self, hidden: Tensor, x: Activations) -> None:
         """x: [T, M]; the result is added to ``hidden`` [T, M], in place."""
         assert isinstance(x, Tensor)

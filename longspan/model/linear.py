@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
@@ -27,6 +27,16 @@ Activations = Tensor | Fp8Rows
 
 
 @dataclass(frozen=True, slots=True)
+class Cut:
+    """The part of a stored tensor that one of several ranks has."""
+
+    rows: tuple[tuple[int, int], ...] | None = None
+    """Ranges of the first axis, in order; None: all of it."""
+    columns: tuple[tuple[int, int], ...] | None = None
+    """The same of the last axis of a matrix."""
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """A place in the model for one tensor of a checkpoint, by its plain name."""
 
@@ -36,11 +46,18 @@ class Target:
     """Takes a `Stored`, on any device; converts where the model holds another form."""
     form: WeightForm | None = None
     """What a matrix is held in, which may be stored quantised; None: it is no such matrix."""
+    cut: Cut | None = None
+    """What ``fill`` takes of the tensor; None: all of it."""
 
     @classmethod
     def of(cls, tensor: Tensor) -> Target:
         """Make the target that is a plain tensor."""
         return cls(tuple(tensor.shape), lambda stored: tensor.copy_(dense(stored)))
+
+    def cut_rows(self, rows: tuple[tuple[int, int], ...], total: int) -> Target:
+        """Return the target as some rows of a tensor that has ``total``."""
+        assert sum(stop - start for start, stop in rows) == self.shape[0]
+        return replace(self, shape=(total, *self.shape[1:]), cut=Cut(rows=rows))
 
 
 def dense(stored: Stored) -> Tensor:

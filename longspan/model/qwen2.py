@@ -25,115 +25,20 @@ from torch import Tensor, nn
 from longspan.attention.layer import DualChunkAttention, Selector
 from longspan.attention.metadata import AttentionMetadata
 from longspan.attention.observer import AttentionObserver
+from longspan.attention.ranks import RankGroup
 from longspan.attention.sparsity import SparsityPlan
 from longspan.config import ModelConfig
+from longspan.model.attention_block import Attention
 from longspan.model.experts import RoutedMLP
 from longspan.model.forms import make_embedding, make_linear
 from longspan.model.layers import MLP, RMSNorm
-from longspan.model.linear import Activations, Linear, Target
-from longspan.ops.int8_kv import key_gains
+from longspan.model.linear import Linear, Target
+from longspan.model.tensor_share import TensorShare
 from longspan.ops.types import PagedKV, QueryRotary
 from longspan.weight_form import PLAIN_FORMS, WeightForms
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 """Names in a checkpoint of the weights outside the layers."""
-
-
-class Attention(nn.Module):
-    """Merged q, k, v projection, head norms (Qwen3), dual chunk attention, output projection."""
-
-    def __init__(
-        self, config: ModelConfig, *, layer_idx: int, rotary: QueryRotary,
-        plan: SparsityPlan | None, dtype: torch.dtype, device: torch.device | str,
-        forms: WeightForms = PLAIN_FORMS,
-    ) -> None:
-        super().__init__()
-        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
-        self.head_dim = config.head_dim
-        self.qkv_proj = make_linear(
-            forms.of("q_proj", "k_proj", "v_proj"), config.hidden_size,
-            [count * config.head_dim for count in
-             (config.num_heads, config.num_kv_heads, config.num_kv_heads)],
-            bias=config.attention_bias, dtype=dtype, device=device)
-        self.o_proj = make_linear(
-            forms.of("o_proj"), config.num_heads * config.head_dim, (config.hidden_size,),
-            bias=config.output_bias, dtype=dtype, device=device)
-        if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype, device=device)
-            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype, device=device)
-        self.qk_norm, self.query_factor = config.qk_norm, config.query_factor
-        self.core = DualChunkAttention(
-            layer_idx=layer_idx, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim, rotary=rotary, plan=plan,
-        )
-
-    def forward(
-        self, x: Activations, metadata: AttentionMetadata, cache: PagedKV,
-        wanted: Tensor | None = None,
-    ) -> Tensor:
-        """x: [T, M] normed hidden states, rounded as `group_of` says. Writes the tokens' keys and
-        values to `cache`.
-
-        Returns [T, M], or [n, M] for the n rows in ``wanted``, [n, M], if those alone attend.
-        """
-        q, k, v = self.project(x, metadata, wanted)
-        return self.o_proj(self.core(q, k, v, cache, metadata).flatten(1))
-
-    def group_of(self, x: Tensor, rows: Tensor | None) -> int | None:
-        """See `Linear.group_of`; rows that are chosen are plain."""
-        return self.qkv_proj.group_of(x) if rows is None else None
-
-    def project(
-        self, x: Activations, metadata: AttentionMetadata, wanted: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x: [T, M]. Returns q: [T, H, D], or [n, H, D] of the n wanted rows, and k, v: [S, K, D],
-        not rotated, of all ranks' rows if there are several (S = T with one)."""
-        heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
-        division = metadata.division
-        if wanted is None and (division is None or not isinstance(x, Tensor)):
-            q, k, v = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).split(heads, dim=1)
-            k = self.k_norm(k) if self.qk_norm else k
-            return self._query(q), *((k, v) if division is None else division.begin(k, v)())
-        assert isinstance(x, Tensor)
-        split = self.num_heads * self.head_dim
-        kv = self.qkv_proj.part(x, slice(split, None)).unflatten(-1, (-1, self.head_dim))
-        k, v = kv.split(heads[1:], dim=1)
-        k = self.k_norm(k) if self.qk_norm else k
-        arrive = None if division is None else division.begin(k, v)  # while queries are projected
-        q = self.qkv_proj.part(x if wanted is None else wanted, slice(None, split))
-        q = self._query(q.unflatten(-1, (-1, self.head_dim)))
-        return q, *((k, v) if arrive is None else arrive())
-
-    def _query(self, q: Tensor) -> Tensor:
-        q = self.q_norm(q) if self.qk_norm else q
-        return q if self.query_factor == 1 else q * self.query_factor
-
-    def key_gains(self, inputs: Tensor) -> Tensor:
-        """Return gains of the keys' channels for a cache in int8, [K, D] fp32, by their size as the
-        weights tell it.
-
-        inputs: [M] the size of each input, as the norm before gives it.
-        """
-        shape = (self.num_kv_heads, self.head_dim)
-        if self.qk_norm:
-            return key_gains(self.k_norm.weight.expand(shape))
-        start = self.num_heads * self.head_dim
-        keys = slice(start, start + self.num_kv_heads * self.head_dim)
-        # whatever form the weights have: one input after the other, for independent inputs
-        sizes = self.qkv_proj.part(torch.diag(inputs), keys).float()
-        if self.qkv_proj.bias is None:
-            return key_gains(sizes.square().sum(0).sqrt().view(shape))
-        bias = self.qkv_proj.bias[keys].float()
-        return key_gains(
-            ((sizes - bias).square().sum(0) + bias.square()).sqrt().view(shape))
-
-    def weight_targets(self) -> dict[str, Target]:
-        """Return targets as `CausalLM.weight_targets`: the merged projection is stored as three."""
-        targets = self.qkv_proj.targets("q_proj", "k_proj", "v_proj")
-        targets |= self.o_proj.targets("o_proj")
-        if self.qk_norm:
-            targets |= {**self.q_norm.targets("q_norm"), **self.k_norm.targets("k_norm")}
-        return targets
 
 
 class DecoderLayer(nn.Module):
@@ -142,14 +47,15 @@ class DecoderLayer(nn.Module):
     def __init__(
         self, config: ModelConfig, *, layer_idx: int, rotary: QueryRotary,
         plan: SparsityPlan | None, dtype: torch.dtype, device: torch.device | str,
-        forms: WeightForms = PLAIN_FORMS,
+        forms: WeightForms = PLAIN_FORMS, ranks: RankGroup | None = None,
     ) -> None:
         super().__init__()
+        self._ranks = ranks
         norm_args = (config.hidden_size, config.rms_norm_eps)
         self.input_layernorm = RMSNorm(*norm_args, dtype=dtype, device=device)
         self.self_attn = Attention(
             config, layer_idx=layer_idx, rotary=rotary, plan=plan, dtype=dtype, device=device,
-            forms=forms.within("self_attn"))
+            forms=forms.within("self_attn"), ranks=ranks)
         self.post_attention_layernorm = RMSNorm(*norm_args, dtype=dtype, device=device)
         experts = config.experts
         self.mlp: MLP | RoutedMLP = (
@@ -205,10 +111,32 @@ class DecoderLayer(nn.Module):
     def finish(self, hidden: Tensor, attended: Tensor) -> None:
         """Compute what follows attention. hidden: [T, M], changed in place; attended: [T, M]."""
         size = self.mlp.rows_at_a_time(hidden.device.type)
+        if self._ranks is not None:
+            self._finish_together(self._ranks, hidden.split(size), attended.split(size))
+            return
         # pieces are views: each is added in place
         for piece, update in zip(hidden.split(size), attended.split(size), strict=True):
             group = self.mlp.group_of(piece)
             self.mlp.add_to(piece, self.post_attention_layernorm.add(update, piece, group))
+
+    def _finish_together(
+        self, ranks: RankGroup, pieces: Sequence[Tensor], parts: Sequence[Tensor],
+    ) -> None:
+        """Do the same where ranks share the layer's heads and widths: what each has computed is
+        added up over them before it is added to the residual. A piece's sums are under way while
+        the next one is computed.
+
+        parts: [T, M] in all, this rank's parts of what attention gave.
+        """
+        sums, before = [ranks.begin_sum(part) for part in parts], None
+        for piece, update in zip(pieces, sums, strict=True):
+            x = self.post_attention_layernorm.add(update.wait(), piece, self.mlp.group_of(piece))
+            under_way = piece, ranks.begin_sum(self.mlp(x))
+            if before is not None:
+                before[0].add_(before[1].wait())
+            before = under_way
+        if before is not None:
+            before[0].add_(before[1].wait())
 
     def weight_targets(self) -> dict[str, Target]:
         """Return targets as `CausalLM.weight_targets`, with names within the layer."""
@@ -226,15 +154,21 @@ class CausalLM(nn.Module):
     Args:
         has_head: it makes logits; default: where the last layer is. In a pipeline of processes the
             first one has it, since the next token begins there.
+        share: what this rank has of each layer; None: all of it. ``config`` and ``plan`` are the
+            whole model's.
     """
 
     def __init__(
         self, config: ModelConfig, *, layers: range, rotary: QueryRotary,
         plan: SparsityPlan | None, dtype: torch.dtype, device: torch.device | str,
         forms: WeightForms = PLAIN_FORMS, has_head: bool | None = None,
+        share: TensorShare | None = None,
     ) -> None:
         super().__init__()
         assert layers.step == 1 and 0 <= layers.start < layers.stop <= config.num_layers, layers
+        self.share = share
+        if share is not None:
+            config, plan = share.model, share.plan(plan)
         self.config, self.layer_range = config, layers
         self.is_first, self.is_last = layers.start == 0, layers.stop == config.num_layers
         self.has_head = self.is_last if has_head is None else has_head
@@ -246,7 +180,7 @@ class CausalLM(nn.Module):
         self.layers = nn.ModuleList(
             DecoderLayer(
                 config, layer_idx=idx, rotary=rotary, plan=plan, dtype=dtype, device=device,
-                forms=forms.within(f"model.layers.{idx}"))
+                forms=forms.within(f"model.layers.{idx}"), ranks=share.group if share else None)
             for idx in layers
         )
         if self.is_last:
@@ -254,8 +188,9 @@ class CausalLM(nn.Module):
                 config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
         if self.has_head:
             self.lm_head: Linear = self.embed_tokens if shared else make_linear(
-                forms.vocabulary, config.hidden_size, (config.vocab_size,), dtype=dtype,
-                device=device)
+                forms.vocabulary, config.hidden_size,
+                (config.vocab_size // (share.group.size if share and share.shares_head else 1),),
+                dtype=dtype, device=device)
 
     def forward(
         self, hidden_or_ids: Tensor, metadata: AttentionMetadata, caches: Sequence[PagedKV]
@@ -308,7 +243,10 @@ class CausalLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the vocabulary, where the head is. hidden: [n, M]; returns [n, V] fp32."""
-        return self.lm_head(hidden).float()
+        own: Tensor = self.lm_head(hidden).float()
+        if self.share is None or not self.share.shares_head:
+            return own
+        return self.share.group.gather(own).transpose(0, 1).flatten(1)
 
     def attention_stats(self) -> tuple[float, float]:
         """(kept, causal) query-key pairs since the last reset, summed over layers and heads.
@@ -353,7 +291,7 @@ class CausalLM(nn.Module):
             # With tied embeddings on one stage both names are the same storage.
             name = EMBEDDING if self.config.tie_word_embeddings else HEAD
             targets |= self.lm_head.targets(name.removesuffix(".weight"))
-        return targets
+        return targets if self.share is None else self.share.cut_targets(targets)
 
     def whole_experts(self) -> dict[int, tuple[Target, Target]]:
         """Return the targets of all experts in one tensor, by layer: [E, 2F, M] and [E, M, F]."""

@@ -6,7 +6,7 @@ Format: 8 bytes of header length, a JSON header, then the data.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from longspan.config import read_json
 from longspan.errors import CheckpointError
+from longspan.model.linear import Cut
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -57,17 +58,46 @@ class SafetensorsReader:
     def __exit__(self, *args: object) -> None:
         self._stack.close()
 
-    def read(self, entry: StoredTensor) -> Tensor:
-        """Read one. Raises `CheckpointError` where the file is shorter than it was."""
+    def read(self, entry: StoredTensor, cut: Cut | None = None) -> Tensor:
+        """Read one, or a part of it alone. Raises `CheckpointError` where the file is shorter than
+        it was."""
         if entry.file not in self._files:
             self._files[entry.file] = self._stack.enter_context(entry.file.open("rb"))
         stream = self._files[entry.file]
-        tensor = torch.empty(entry.shape, dtype=TYPES[entry.dtype])
-        stream.seek(entry.start)
-        stream.readinto(tensor.flatten().view(torch.uint8).numpy())
-        if stream.tell() < entry.stop:
-            raise truncated(entry.file, stream.tell(), entry.stop)
+        tensor = torch.empty(cut_shape(entry.shape, cut), dtype=TYPES[entry.dtype])
+        place = tensor.flatten().view(torch.uint8).numpy()
+        for start, size in _runs(entry, cut):
+            stream.seek(entry.start + start)
+            if stream.readinto(place[:size]) < size:
+                raise truncated(entry.file, stream.tell(), entry.stop)
+            place = place[size:]
         return tensor
+
+
+def cut_shape(shape: tuple[int, ...], cut: Cut | None) -> tuple[int, ...]:
+    """Return the shape of a tensor's part."""
+    if cut is None or not shape:
+        return shape
+    rows = shape[0] if cut.rows is None else sum(stop - start for start, stop in cut.rows)
+    if cut.columns is None:
+        return rows, *shape[1:]
+    return rows, sum(stop - start for start, stop in cut.columns)
+
+
+def _runs(entry: StoredTensor, cut: Cut | None) -> Iterator[tuple[int, int]]:
+    """List the bytes of a tensor's part: where each run begins in the tensor, and its length."""
+    if cut is None or not entry.shape:
+        yield 0, entry.stop - entry.start
+        return
+    width = (entry.stop - entry.start) // max(1, entry.shape[0])
+    element = TYPES[entry.dtype].itemsize
+    for start, stop in cut.rows or ((0, entry.shape[0]),):
+        if cut.columns is None:
+            yield start * width, (stop - start) * width
+            continue
+        for row in range(start, stop):
+            for first, last in cut.columns:
+                yield row * width + first * element, (last - first) * element
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:

@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 
 from longspan.errors import CheckpointError
-from longspan.model.linear import Stored, Target
+from longspan.model.linear import Cut, Stored, Target
 from longspan.model.safetensors_files import (
     FLOAT_TYPES,
     TYPES,
@@ -16,7 +16,7 @@ from longspan.model.safetensors_files import (
     StoredTensor,
     corrupt,
 )
-from longspan.model.stored_forms import Layout, layout_of
+from longspan.model.stored_forms import Layout, cut_stored, layout_of
 from longspan.quantization import CheckpointQuantization
 from longspan.weight_form import PLAIN
 
@@ -43,9 +43,15 @@ class Source:
         """Where on the disk it begins: what it is read in order of."""
         return min((part.file, part.start) for part in self.parts.values())
 
-    def read(self, reader: SafetensorsReader) -> Stored:
-        """Read all parts. Raises `CheckpointError` for numbers that mean nothing."""
-        return self.layout.decode({name: reader.read(part) for name, part in self.parts.items()})
+    def read(self, reader: SafetensorsReader, cut: Cut | None = None) -> Stored:
+        """Read all parts, or what ``cut`` leaves of the matrix: of plain ones no more is read, of
+        quantised ones all is, for their parts lie each in an order of its own. Raises
+        `CheckpointError` for numbers that mean nothing."""
+        if cut is not None and len(self.parts) == 1:
+            ((name, part),) = self.parts.items()
+            return self.layout.decode({name: reader.read(part, cut)})
+        stored = self.layout.decode({name: reader.read(part) for name, part in self.parts.items()})
+        return stored if cut is None else cut_stored(stored, cut)
 
 
 def find_sources(

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from longspan.errors import CheckpointError
-from longspan.model.linear import Stored
+from longspan.model.linear import Cut, Stored
 from longspan.ops import pack_int4
 from longspan.ops.types import FP8_BLOCK, Fp8Weights, Int4Weights
 from longspan.quantization import CheckpointQuantization
@@ -80,6 +80,32 @@ def layout_of(
             not has("weight_scale") and (config.method, config.form.kind) == ("fp8", "fp8-blocks"))
         return _fp8(module, shape, "weight_scale_inv" if is_inverse else "weight_scale")
     return Layout({"weight": (shape,)}, lambda parts: parts["weight"])
+
+
+def cut_stored(stored: Stored, cut: Cut) -> Stored:
+    """Return the rows or columns of a matrix that one rank has; they keep blocks and groups
+    whole."""
+    assert not isinstance(stored, Int4Weights) or stored.order is None or cut.columns is None
+    if isinstance(stored, Tensor):
+        return _picked(stored, cut, 1, 1)
+    if isinstance(stored, Fp8Weights):
+        unit = FP8_BLOCK if stored.is_blocked else 1
+        return Fp8Weights(_picked(stored.values, cut, 1, 1), _picked(
+            stored.scales, cut if stored.is_blocked else Cut(rows=cut.rows), unit, unit))
+    group = stored.group
+    return stored._replace(
+        packed=_picked(stored.packed, cut, 1, 2), scales=_picked(stored.scales, cut, 1, group),
+        zeros=_picked(stored.zeros, cut, 1, group))
+
+
+def _picked(x: Tensor, cut: Cut, height: int, width: int) -> Tensor:
+    """Pick rows and columns of a tensor whose elements stand for ``height`` x ``width`` ones."""
+    for dim, ranges, unit in ((0, cut.rows, height), (1, cut.columns, width)):
+        if ranges is not None:
+            assert all(border % unit == 0 for pair in ranges for border in pair)
+            x = torch.cat([x.narrow(dim, start // unit, (stop - start) // unit)
+                           for start, stop in ranges], dim)
+    return x
 
 
 def _other(module: str, found: str, config: CheckpointQuantization) -> CheckpointError:

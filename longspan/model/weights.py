@@ -79,7 +79,7 @@ def load_weights(model: CausalLM, path: Path) -> None:
         _check_tied(stored)
     with SafetensorsReader() as reader:
         for name, source in sorted(sources.items(), key=lambda item: item[1].place):
-            targets[name].fill(source.read(reader))
+            targets[name].fill(source.read(reader, targets[name].cut))
 
 
 def random_weights(model: CausalLM, seed: int) -> None:

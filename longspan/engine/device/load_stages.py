@@ -14,18 +14,20 @@ from longspan.engine.device.memory import MemoryPlan
 from longspan.engine.device.stage import PipelineStage
 from longspan.engine.resolve import resolve_forms
 from longspan.model import TORCH_DTYPES, build_model
+from longspan.model.tensor_share import TensorShare
 from longspan.model.weights import load_weights, random_weights
 
 
 def load_stages(
     path: Path, model: ModelConfig, config: EngineConfig, memory: MemoryPlan, *,
     dca: DcaConfig | None, plan: SparsityPlan | None, slices: Iterable[range],
-    has_head: bool | None = None,
+    has_head: bool | None = None, share: TensorShare | None = None,
 ) -> list[PipelineStage]:
     """Load the stages of some slices of the layers; see `Runner.load`.
 
     Args:
         has_head: see `CausalLM`.
+        share: see `CausalLM`.
     """
     assert config.device is not None and config.dtype is not None
     dtype = TORCH_DTYPES[config.dtype]
@@ -36,7 +38,7 @@ def load_stages(
     for layers in slices:
         part = build_model(
             model, layers=layers, rotary=rotary, plan=plan, dtype=dtype, device=config.device,
-            forms=resolve_forms(config, model), has_head=has_head)
+            forms=resolve_forms(config, model), has_head=has_head, share=share)
         if config.weights == "random":
             random_weights(part, seed=layers.start)
         else:

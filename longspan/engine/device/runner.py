@@ -18,7 +18,7 @@ from torch import Tensor
 from longspan.attention.layer import Selector
 from longspan.attention.metadata import AttentionMetadata
 from longspan.attention.observer import AttentionObserver
-from longspan.attention.ranks import RankGroup, RowSharing, row_unit
+from longspan.attention.ranks import RankGroup, RowSharing, row_unit, total
 from longspan.attention.recall import RecallSums
 from longspan.attention.shared_decode import least_keys
 from longspan.attention.sparsity import SparsityPlan
@@ -49,6 +49,7 @@ from longspan.engine.kv_file import KvFolder
 from longspan.engine.step import ScheduledBatch, ScheduledSlice, StepResult
 from longspan.engine.text.grammar import Grammars
 from longspan.engine.text.tokenizer import Tokenizer
+from longspan.model.tensor_share import TensorShare
 from longspan.ops.types import PagedKV
 
 
@@ -80,6 +81,7 @@ class Runner:
     ) -> None:
         self._link = link
         self._sharing: RowSharing | None = None
+        self._heads: RankGroup | None = None
         self._stages, self._sampler = tuple(stages), sampler
         self.prepare = sampler.prepare  # for requests that follow a grammar
         self._block_size = stages[0].caches[0].k.shape[1]
@@ -98,7 +100,7 @@ class Runner:
     def load(
         cls, path: Path, model: ModelConfig, config: EngineConfig, memory: MemoryPlan, *,
         dca: DcaConfig | None, plan: SparsityPlan | None, num_stages: int = 1,
-        place: StagePlace | None = None,
+        place: StagePlace | None = None, heads: RankGroup | None = None,
     ) -> Runner:
         """Build the stages, fill their weights and allocate their caches.
 
@@ -107,6 +109,7 @@ class Runner:
             plan: budgets for sparse prefill; None: this engine is always dense.
             num_stages: of this process.
             place: this process has one stage of a pipeline of processes; None: it has all layers.
+            heads: ranks that share the heads of each layer; None: this one has all of them.
 
         Raises `CheckpointError` when the weights cannot be read.
         """
@@ -117,7 +120,8 @@ class Runner:
         stages = load_stages(
             path, model, config, memory, dca=dca, plan=plan,
             slices=[place.layers] if place else equal_split(model.num_layers, num_stages),
-            has_head=place.layers.start == 0 if place else None)
+            has_head=place.layers.start == 0 if place else None,
+            share=TensorShare.of(heads, model, plan) if heads else None)
         sampler = Sampler(vocab_size=model.vocab_size, device=config.device,
                           grammars=lambda: Grammars(Tokenizer(path), model.vocab_size))
         runner = cls(
@@ -125,8 +129,9 @@ class Runner:
             num_slots=config.max_num_requests,
             piece_rows=piece_rows(config.device.split(":")[0], config.prefill_chunk_len),
             link=place.link if place else None)
+        runner._heads = heads
         if place is None:
-            runner.use_graphs(model.num_heads, memory.max_model_len)
+            runner.use_graphs(stages[0].model.config.num_heads, memory.max_model_len)
         return runner
 
     def use_graphs(self, num_heads: int, max_model_len: int) -> None:
@@ -383,8 +388,11 @@ class Runner:
             stage.model.reset_attention_stats()
         kept = sum((kept for kept, _ in pairs), 0.0)
         if self._sharing is not None:
-            kept = self._sharing.total(kept, self._device)
-        return kept, sum(causal for _, causal in pairs)
+            kept = total(self._sharing.group, kept, self._device)
+        causal = sum(causal for _, causal in pairs)
+        if self._heads is None:
+            return kept, causal
+        return total(self._heads, kept, self._device), causal * self._heads.size
 
     def _take_recalls(self) -> list[tuple[str, RecallSums]]:
         """Return the recall of the sparse chunks that are complete since the last call."""

@@ -10,7 +10,6 @@ from typing import Self
 import msgspec
 import torch
 
-from longspan.attention.ranks import RankGroup
 from longspan.attention.sparsity import SparsityPlan, needs_means
 from longspan.config import DcaConfig, EngineConfig, ModelConfig
 from longspan.engine.control.chunking import piece_rows, unit_len
@@ -29,12 +28,14 @@ from longspan.engine.resolve import (
     extend_window,
     may_be_sparse,
     resolve_config,
+    resolve_forms,
     resolve_positions,
     resolve_quantization,
 )
 from longspan.engine.setup.cache_key import cache_key
 from longspan.engine.setup.group import join_group
 from longspan.engine.setup.lead_runner import LeadRunner, RankThread, abort_collectives
+from longspan.engine.setup.mesh import RankMesh
 from longspan.engine.setup.prior_costs import prior_costs, sparse_border
 from longspan.engine.setup.stage_layers import largest_stage, stage_layers
 from longspan.engine.setup.step_sizes import choose_sizes
@@ -43,6 +44,7 @@ from longspan.errors import LongspanError
 from longspan.model import TORCH_DTYPES
 from longspan.model.fingerprint import weights_fingerprint
 from longspan.model.int8 import has_int8_product
+from longspan.model.tensor_share import check_share, model_of_rank
 from longspan.model.weights import resolve_checkpoint
 
 MEASURED_LEN = {"cpu": 1_024, "cuda": 8_192}
@@ -123,7 +125,10 @@ class ResolvedEngine:
         in_effect = plan_in_effect(config, model, plan, has_dca=dca is not None)
         tiers = plan_tiers(model, config, means=needs_means(in_effect))
         # tables grow with the context where there is no DCA
-        stage = largest_stage(replace(model, dca=dca), in_effect, config.pipeline_parallel)
+        check_share(model, resolve_forms(config, model), config.tensor_parallel)
+        stage = model_of_rank(
+            largest_stage(replace(model, dca=dca), in_effect, config.pipeline_parallel),
+            config.tensor_parallel)
         sizes = choose_sizes(
             stage, config, means=needs_means(in_effect), must_fit=must_fit,
             is_sparse=in_effect is not None, device=device or memory_besides(config, tiers))
@@ -149,28 +154,28 @@ class ResolvedEngine:
         """
         if hub is None:
             return self.load_alone()
-        thread, store, device = RankThread(hub), hub.store, self.config.device
-        assert device is not None
+        thread, store = RankThread(hub), hub.store
         hub.on_failure = abort_collectives
         try:
             hub.welcome(msgspec.msgpack.encode(self, enc_hook=str))
-            runner = thread.do(lambda: self.load_alone(join_group(0, hub.size, store, device)))
+            runner = thread.do(lambda: self.load_alone(join_group(0, self.config, store)))
             hub.wait_joined()
         except BaseException as error:
             hub.close(str(error) or type(error).__name__)
             raise
         return LeadRunner(runner, hub, thread)
 
-    def load_alone(self, group: RankGroup | None = None) -> Runner | StageRunner:
+    def load_alone(self, mesh: RankMesh | None = None) -> Runner | StageRunner:
         """Load this rank's runner; see `load_runner`."""
-        if group is not None and self.config.pipeline_parallel > 1:
-            return self._load_stage(group)
+        if mesh is not None and self.config.pipeline_parallel > 1:
+            return self._load_stage(mesh)
         folder = KvFolder(Path(self.tiers.folder)) if self.tiers.folder else None
         try:
             runner = Runner.load(
-                self.path, self.model, self.config, self.memory, dca=self.dca, plan=self.plan)
-            if group is not None:
-                runner.use_group(group, self.plan)
+                self.path, self.model, self.config, self.memory, dca=self.dca, plan=self.plan,
+                heads=mesh.heads if mesh else None)
+            if mesh is not None and mesh.rows is not None:
+                runner.use_group(mesh.rows, self.plan)
             runner.use_places(self.tiers, self.cache_key, folder)
         except BaseException:
             if folder is not None:
@@ -178,12 +183,12 @@ class ResolvedEngine:
             raise
         return runner
 
-    def _load_stage(self, group: RankGroup) -> StageRunner:
+    def _load_stage(self, mesh: RankMesh) -> StageRunner:
         assert self.config.dtype is not None and self.config.device is not None
         link = DistributedLink(
-            group.rank, group.size, hidden_size=self.model.hidden_size,
+            mesh.rank, mesh.size, hidden_size=self.model.hidden_size,
             dtype=TORCH_DTYPES[self.config.dtype], device=self.config.device)
-        layers = stage_layers(self.model, self.plan, group.size)[group.rank]
+        layers = stage_layers(self.model, self.plan, mesh.size)[mesh.rank]
         return StageRunner(Runner.load(
             self.path, self.model, self.config, self.memory, dca=self.dca, plan=self.plan,
             place=StagePlace(link, layers)), link)

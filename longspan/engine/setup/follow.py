@@ -126,10 +126,7 @@ class Follower:
 
     def _load(self, config: EngineConfig, welcome: Welcome) -> Runner | StageRunner:
         engine: ResolvedEngine = decode_engine(welcome.engine, config)
-        assert config.device is not None
-        group = join_group(
-            self._orders.rank, config.num_ranks, welcome.store, config.device)
-        runner = engine.load_alone(group)
+        runner = engine.load_alone(join_group(self._orders.rank, config, welcome.store))
         self._channel.put(Joined())
         return runner
 

@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, Store, TCPStore
 
-from longspan.attention.ranks import RankGroup
 from longspan.config import EngineConfig
 from longspan.engine.device.memory import DeviceMemory, device_memory
 from longspan.engine.ranks.channel import STALL_S
 from longspan.engine.ranks.hub import MEET_S, FollowerOrders, Hub
 from longspan.engine.ranks.messages import Facts
 from longspan.engine.resolve import resolve_config
+from longspan.engine.setup.mesh import RankMesh
 from longspan.errors import LongspanError
 from longspan.model.fingerprint import weights_fingerprint
 from longspan.model.weights import resolve_checkpoint
@@ -32,7 +32,7 @@ that compile kernels are waited for."""
 SAME_EVERYWHERE = ("dtype", "max_model_len", "attention", "positions", "recall", "weights",
                    "quantization",
                    "prefill_chunk_len", "block_size", "context_parallel",
-                   "pipeline_parallel")
+                   "pipeline_parallel", "tensor_parallel")
 HUB_KEY, OPEN_TOKEN = "longspan/hub", "longspan"
 """Where torchrun's store has rank 0's port and the token; the token where there is no store."""
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -136,8 +136,10 @@ def facts_of(config: EngineConfig) -> Facts:
         backend=_backend(config.device))
 
 
-def join_group(rank: int, size: int, store: str, device: str) -> RankGroup:
+def join_group(rank: int, config: EngineConfig, store: str) -> RankMesh:
     """Meet the other ranks in torch.distributed; on the thread that computes."""
+    size, device = config.num_ranks, config.device
+    assert device is not None
     if device != "cpu":
         torch.cuda.set_device(device)
     kind, _, place = store.partition(":")
@@ -150,7 +152,7 @@ def join_group(rank: int, size: int, store: str, device: str) -> RankGroup:
         _backend(device), store=meeting, rank=rank, world_size=size,
         timeout=timedelta(seconds=COLLECTIVE_S),
         device_id=None if device == "cpu" else torch.device(device))
-    return RankGroup(rank, size)
+    return RankMesh.join(rank, config)
 
 
 def _backend(device: str) -> str:

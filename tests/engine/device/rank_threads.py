@@ -46,7 +46,7 @@ class ThreadGroup(RankGroup):
     def __init__(self, rank: int, board: Board) -> None:
         super().__init__(rank, len(board.places))
         self._board = board
-        self.num_gathered = self.num_exchanges = self.num_merges = 0
+        self.num_gathered = self.num_exchanges = self.num_merges = self.num_sums = 0
 
     def begin_gather(self, x: Tensor) -> Any:
         self.num_gathered += 1
@@ -62,6 +62,10 @@ class ThreadGroup(RankGroup):
         assert [part.numel() for part in found] == list(numbers)
         self._board.barrier.wait(WAIT_S)
         return found
+
+    def begin_sum(self, x: Tensor) -> Any:
+        self.num_sums += 1
+        return _Later(self.sum(x))
 
     def sum(self, x: Tensor) -> Tensor:
         total = torch.stack([part.clone() for part in self._board.swap(self.rank, x)]).sum(0)

@@ -1,0 +1,42 @@
+"""Where a rank stands among the others: which ones share rows with it, and which ones heads.
+
+Ranks are numbered with those that share heads side by side: they exchange most. With several kinds
+of sharing each kind has groups of its own (torch.distributed's device mesh).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch.distributed.device_mesh import init_device_mesh
+
+from longspan.attention.ranks import RankGroup
+from longspan.config import EngineConfig
+
+
+class RankMesh(NamedTuple):
+    """One rank's groups."""
+
+    rank: int
+    size: int
+    rows: RankGroup | None = None
+    """Ranks that share the rows of prefill chunks (context parallelism); None: there are none."""
+    heads: RankGroup | None = None
+    """Ranks that share the heads of each layer (tensor parallelism)."""
+
+    @classmethod
+    def join(cls, rank: int, config: EngineConfig) -> RankMesh:
+        """Make the groups of a rank, where torch.distributed is set up; on all ranks at a time."""
+        size, rows, heads = config.num_ranks, config.context_parallel, config.tensor_parallel
+        if size == rows:
+            return cls(rank, size, rows=RankGroup(rank, size))
+        if size == heads:
+            return cls(rank, size, heads=RankGroup(rank, size))
+        if config.pipeline_parallel > 1:
+            return cls(rank, size)
+        assert config.device is not None
+        grid = init_device_mesh(config.device.split(":")[0], (rows, heads),
+                                mesh_dim_names=("rows", "heads"))
+        return cls(rank, size,
+                   rows=RankGroup(rank // heads, rows, grid.get_group("rows")),
+                   heads=RankGroup(rank % heads, heads, grid.get_group("heads")))
