@@ -51,7 +51,7 @@ def check_share(model: ModelConfig, forms: WeightForms, size: int) -> None:
         if count % size:
             raise LongspanError(
                 f"{begin}: the model has {count} {name}, which {size} ranks cannot share equally; "
-                f"use {_largest_divisor(model, size)}, or context_parallel")
+                f"{_largest_divisor(model, size)} context_parallel")
     if forms.form.has_order:
         raise LongspanError(f"{begin}: the checkpoint orders inputs by activation (desc_act, "
                             "actorder), so they cannot be cut; use context_parallel")
@@ -76,7 +76,7 @@ def _keeps_blocks(kind: str, group: int, sizes: tuple[int, ...]) -> bool:
 def _largest_divisor(model: ModelConfig, size: int) -> str:
     found = max(count for count in range(1, size) if model.num_kv_heads % count == 0
                 and model.intermediate_size % count == 0)
-    return f"tensor_parallel {found}" if found > 1 else "no tensor_parallel"
+    return f"use tensor_parallel {found}, or" if found > 1 else "use"
 
 
 @dataclass(frozen=True, slots=True)
