@@ -7,7 +7,7 @@ import torch
 from longspan.attention.sparsity import SparsityPlan
 from longspan.config import ModelConfig
 from longspan.model.qwen2 import CausalLM
-from longspan.model.tensor_share import TensorShare
+from longspan.model.tensor_share import WHOLE, ModelPart
 from longspan.model.weights import load_weights, random_weights, resolve_checkpoint
 from longspan.ops.types import QueryRotary
 from longspan.units import DTYPE_BYTES
@@ -26,7 +26,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in D
 def build_model(
     config: ModelConfig, *, layers: range, rotary: QueryRotary, plan: SparsityPlan | None,
     dtype: torch.dtype, device: torch.device | str, forms: WeightForms = PLAIN_FORMS,
-    has_head: bool | None = None, share: TensorShare | None = None,
+    part: ModelPart = WHOLE,
 ) -> CausalLM:
     """Allocate a pipeline stage; its weights are not yet filled.
 
@@ -35,10 +35,9 @@ def build_model(
         rotary: rotation tables, already on `device`.
         plan: budgets for sparse prefill; None: dense.
         forms: what the layers' matrices are held in.
-        has_head: the stage makes logits; default: the last one does.
-        share: what this rank has of every layer; None: all of it.
+        part: what this process has of those layers.
     """
     model = MODELS[config.architecture](
         config, layers=layers, rotary=rotary, plan=plan, dtype=dtype, device=device,
-        forms=forms, has_head=has_head, share=share)
+        forms=forms, part=part)
     return model.eval()

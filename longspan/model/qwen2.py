@@ -33,7 +33,7 @@ from longspan.model.experts import RoutedMLP
 from longspan.model.forms import make_embedding, make_linear
 from longspan.model.layers import MLP, RMSNorm
 from longspan.model.linear import Linear, Target
-from longspan.model.tensor_share import TensorShare
+from longspan.model.tensor_share import WHOLE, ModelPart
 from longspan.ops.types import PagedKV, QueryRotary
 from longspan.weight_form import PLAIN_FORMS, WeightForms
 
@@ -152,26 +152,22 @@ class CausalLM(nn.Module):
     """A slice of a decoder-only model. Weights are uninitialised until they are loaded.
 
     Args:
-        has_head: it makes logits; default: where the last layer is. In a pipeline of processes the
-            first one has it, since the next token begins there.
-        share: what this rank has of each layer; None: all of it. ``config`` and ``plan`` are the
-            whole model's.
+        part: what this process has; ``config`` and ``plan`` are the whole model's.
     """
 
     def __init__(
         self, config: ModelConfig, *, layers: range, rotary: QueryRotary,
         plan: SparsityPlan | None, dtype: torch.dtype, device: torch.device | str,
-        forms: WeightForms = PLAIN_FORMS, has_head: bool | None = None,
-        share: TensorShare | None = None,
+        forms: WeightForms = PLAIN_FORMS, part: ModelPart = WHOLE,
     ) -> None:
         super().__init__()
         assert layers.step == 1 and 0 <= layers.start < layers.stop <= config.num_layers, layers
-        self.share = share
+        self.share = share = part.share
         if share is not None:
             config, plan = share.model, share.plan(plan)
         self.config, self.layer_range = config, layers
         self.is_first, self.is_last = layers.start == 0, layers.stop == config.num_layers
-        self.has_head = self.is_last if has_head is None else has_head
+        self.has_head = self.is_last if part.has_head is None else part.has_head
         shared = config.tie_word_embeddings and self.is_first and self.has_head
         if self.is_first:
             self.embed_tokens = make_embedding(

@@ -153,6 +153,20 @@ class TensorShare:
         return rank * count // size, (rank + 1) * count // size
 
 
+@dataclass(frozen=True, slots=True)
+class ModelPart:
+    """What a process has of a slice of the layers, besides the slice."""
+
+    has_head: bool | None = None
+    """It makes logits; None: where the last layer is. In a pipeline of processes the first one
+    does, since the next token begins there."""
+    share: TensorShare | None = None
+    """What this rank has of each layer; None: all of it."""
+
+
+WHOLE = ModelPart()
+
+
 def _fill_zeros(target: Target, stored: object) -> None:
     import torch
 

@@ -19,7 +19,7 @@ from longspan.attention.ranks import RankGroup
 from longspan.attention.sparsity import SparsityPlan, needs_means
 from longspan.config import EngineConfig, ModelConfig
 from longspan.engine.device.memory import DeviceMemory, plan_memory
-from longspan.engine.device.runner import Runner
+from longspan.engine.device.runner import Runner, StagePlace
 from longspan.engine.resolve import resolve_positions
 from longspan.ops import decode
 from longspan.ops.tiles.attend import merge
@@ -55,7 +55,7 @@ def load(
     memory = plan_memory(model, config, max_step_tokens=2 * CHUNK, means=needs_means(plan),
                          device=DeviceMemory(total_bytes=2**34, free_bytes=2**34))
     runner = Runner.load(path, model, config, replace(memory, num_blocks=160), plan=plan,
-                         dca=resolve_positions("auto", model), heads=heads)
+                         dca=resolve_positions("auto", model), place=StagePlace(heads=heads))
     if rows is not None:
         runner.use_group(rows, plan)
     runner.clear_caches()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from longspan.attention.rope import build_rotary
@@ -14,21 +14,16 @@ from longspan.engine.device.memory import MemoryPlan
 from longspan.engine.device.stage import PipelineStage
 from longspan.engine.resolve import resolve_forms
 from longspan.model import TORCH_DTYPES, build_model
-from longspan.model.tensor_share import TensorShare
+from longspan.model.tensor_share import WHOLE, ModelPart
 from longspan.model.weights import load_weights, random_weights
 
 
 def load_stages(
     path: Path, model: ModelConfig, config: EngineConfig, memory: MemoryPlan, *,
-    dca: DcaConfig | None, plan: SparsityPlan | None, slices: Iterable[range],
-    has_head: bool | None = None, share: TensorShare | None = None,
+    dca: DcaConfig | None, plan: SparsityPlan | None, slices: Sequence[range],
+    part: ModelPart = WHOLE,
 ) -> list[PipelineStage]:
-    """Load the stages of some slices of the layers; see `Runner.load`.
-
-    Args:
-        has_head: see `CausalLM`.
-        share: see `CausalLM`.
-    """
+    """Load the stages of some slices of the layers; see `Runner.load`."""
     assert config.device is not None and config.dtype is not None
     dtype = TORCH_DTYPES[config.dtype]
     rotary = build_rotary(
@@ -36,15 +31,15 @@ def load_stages(
         scaling=model.rope_scaling, max_model_len=memory.max_model_len, dca=dca)
     stages = []
     for layers in slices:
-        part = build_model(
+        stage = build_model(
             model, layers=layers, rotary=rotary, plan=plan, dtype=dtype, device=config.device,
-            forms=resolve_forms(config, model), has_head=has_head, share=share)
+            forms=resolve_forms(config, model), part=part)
         if config.weights == "random":
-            random_weights(part, seed=layers.start)
+            random_weights(stage, seed=layers.start)
         else:
-            load_weights(part, path)
-        caches = allocate_caches(part, config, memory, dtype, means=needs_means(plan))
-        stages.append(PipelineStage(model=part, caches=caches))
+            load_weights(stage, path)
+        caches = allocate_caches(stage, config, memory, dtype, means=needs_means(plan))
+        stages.append(PipelineStage(model=stage, caches=caches))
     if config.device == "cpu":
         keep_buffers_in_heap()  # after the caches, which go back to the system when freed
     return stages

@@ -49,7 +49,7 @@ from longspan.engine.kv_file import KvFolder
 from longspan.engine.step import ScheduledBatch, ScheduledSlice, StepResult
 from longspan.engine.text.grammar import Grammars
 from longspan.engine.text.tokenizer import Tokenizer
-from longspan.model.tensor_share import TensorShare
+from longspan.model.tensor_share import ModelPart, TensorShare
 from longspan.ops.types import PagedKV
 
 
@@ -65,10 +65,17 @@ class BegunStep(NamedTuple):
 
 
 class StagePlace(NamedTuple):
-    """A process's part in a pipeline."""
+    """A process's part among several."""
 
-    link: StageLink
-    layers: range
+    link: StageLink | None = None
+    """Its place in a pipeline; None: it has all layers."""
+    layers: range | None = None
+    """Its layers in a pipeline."""
+    heads: RankGroup | None = None
+    """Ranks that share the heads of each layer; None: this one has all of them."""
+
+
+ALONE = StagePlace()
 
 
 class Runner:
@@ -100,7 +107,7 @@ class Runner:
     def load(
         cls, path: Path, model: ModelConfig, config: EngineConfig, memory: MemoryPlan, *,
         dca: DcaConfig | None, plan: SparsityPlan | None, num_stages: int = 1,
-        place: StagePlace | None = None, heads: RankGroup | None = None,
+        place: StagePlace = ALONE,
     ) -> Runner:
         """Build the stages, fill their weights and allocate their caches.
 
@@ -108,8 +115,7 @@ class Runner:
             config: resolved.
             plan: budgets for sparse prefill; None: this engine is always dense.
             num_stages: of this process.
-            place: this process has one stage of a pipeline of processes; None: it has all layers.
-            heads: ranks that share the heads of each layer; None: this one has all of them.
+            place: what this process has, where there are several.
 
         Raises `CheckpointError` when the weights cannot be read.
         """
@@ -119,18 +125,20 @@ class Runner:
             torch.set_num_threads(config.num_threads)
         stages = load_stages(
             path, model, config, memory, dca=dca, plan=plan,
-            slices=[place.layers] if place else equal_split(model.num_layers, num_stages),
-            has_head=place.layers.start == 0 if place else None,
-            share=TensorShare.of(heads, model, plan) if heads else None)
+            slices=([place.layers] if place.layers
+                    else equal_split(model.num_layers, num_stages)),
+            part=ModelPart(
+                has_head=place.layers.start == 0 if place.layers else None,
+                share=TensorShare.of(place.heads, model, plan) if place.heads else None))
         sampler = Sampler(vocab_size=model.vocab_size, device=config.device,
                           grammars=lambda: Grammars(Tokenizer(path), model.vocab_size))
         runner = cls(
             stages, sampler, head_dim=model.head_dim, dca=dca, device=config.device,
             num_slots=config.max_num_requests,
             piece_rows=piece_rows(config.device.split(":")[0], config.prefill_chunk_len),
-            link=place.link if place else None)
-        runner._heads = heads
-        if place is None:
+            link=place.link)
+        runner._heads = place.heads
+        if place.link is None:
             runner.use_graphs(stages[0].model.config.num_heads, memory.max_model_len)
         return runner
 

@@ -173,7 +173,7 @@ class ResolvedEngine:
         try:
             runner = Runner.load(
                 self.path, self.model, self.config, self.memory, dca=self.dca, plan=self.plan,
-                heads=mesh.heads if mesh else None)
+                place=StagePlace(heads=mesh.heads if mesh else None))
             if mesh is not None and mesh.rows is not None:
                 runner.use_group(mesh.rows, self.plan)
             runner.use_places(self.tiers, self.cache_key, folder)

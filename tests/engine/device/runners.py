@@ -5,19 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from longspan.attention.ranks import RankGroup
 from longspan.attention.sparsity import SparsityPlan, needs_means
 from longspan.config import EngineConfig, ModelConfig
 from longspan.engine.device.memory import DeviceMemory, plan_memory
-from longspan.engine.device.runner import Runner, StagePlace
+from longspan.engine.device.runner import ALONE, Runner, StagePlace
 from longspan.engine.resolve import resolve_positions
 
 BLOCK, CHUNK, LENGTH, PIECE_ROWS = 16, 256, 1024, 64
 
 
 def load_runner(
-    path: Path, plan: SparsityPlan | None, num_blocks: int, place: StagePlace | None = None,
-    heads: RankGroup | None = None,
+    path: Path, plan: SparsityPlan | None, num_blocks: int, place: StagePlace = ALONE,
 ) -> Runner:
     """Load one whose sparse chunks have pieces of PIECE_ROWS rows."""
     config = EngineConfig(
@@ -27,6 +25,6 @@ def load_runner(
     memory = plan_memory(model, config, max_step_tokens=2 * CHUNK, means=needs_means(plan),
                          device=DeviceMemory(total_bytes=2**33, free_bytes=2**33))
     runner = Runner.load(path, model, config, replace(memory, num_blocks=num_blocks), plan=plan,
-                         dca=resolve_positions("auto", model), place=place, heads=heads)
+                         dca=resolve_positions("auto", model), place=place)
     runner._chunk._rows = PIECE_ROWS
     return runner

@@ -21,7 +21,7 @@ from longspan.engine.control.latency import Costs
 from longspan.engine.control.loop import LocalTransport, Loop, Transport
 from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
 from longspan.engine.control.stage_plan import equal_split
-from longspan.engine.device.runner import Runner, StagePlace
+from longspan.engine.device.runner import ALONE, Runner, StagePlace
 from longspan.engine.device.stage import StageLink
 from longspan.engine.device.stage_runner import StagedStep, StageRunner, merge
 from longspan.engine.step import PromptLogprobs, ScheduledBatch, StepResult
@@ -102,7 +102,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     return {True: tied, False: untied}
 
 
-def load(path: Path, plan: SparsityPlan | None, place: StagePlace | None = None) -> Runner:
+def load(path: Path, plan: SparsityPlan | None, place: StagePlace = ALONE) -> Runner:
     return load_runner(path, plan, 200, place)
 
 

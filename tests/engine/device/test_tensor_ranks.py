@@ -12,7 +12,7 @@ import pytest
 
 from longspan.attention.ranks import RankGroup
 from longspan.attention.sparsity import SparsityPlan
-from longspan.engine.device.runner import Runner
+from longspan.engine.device.runner import Runner, StagePlace
 from tests.doubles import write_checkpoint
 from tests.engine.device.rank_threads import ThreadRanks
 from tests.engine.device.runners import load_runner
@@ -35,7 +35,7 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def load(path: Path, plan: SparsityPlan | None, heads: RankGroup | None = None) -> Runner:
-    return load_runner(path, plan, 160, heads=heads)
+    return load_runner(path, plan, 160, StagePlace(heads=heads))
 
 
 @pytest.fixture
