@@ -32,7 +32,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """See `reference.rotate`. Without gradients."""
     if x.dtype != torch.float32:
         return reference.rotate(x, cos, sin)
-    out = torch.empty(x.shape)
+    out = torch.empty(x.shape, device=x.device)
     first, second = x.chunk(2, -1)
     out_first, out_second = out.chunk(2, -1)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)

@@ -61,3 +61,9 @@ def test_keys_and_values_go_where_they_belong(slots: list[int], dtype: torch.dty
     reference.store_kv(expected, *args)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, equal_nan=True)
+
+
+def test_rotation_stays_on_its_device() -> None:
+    """Decode without kernels rotates by it on any device."""
+    x, tables = torch.randn(2, HEADS, DIM, device="meta"), torch.randn(2, DIM // 2, device="meta")
+    assert few_calls.rotate(x, tables, tables).device.type == "meta"
