@@ -102,6 +102,8 @@ def generate(
     kv_disk_gib: KvDisk = None, kv_dtype: KvDtype = None, weights: Weights = "checkpoint",
     quantization: Quantization = None, threads: Threads = None,
     cp: ContextParallel = 1, pp: PipelineParallel = 1, tp: TensorParallel = 1,
+    sources: Annotated[bool, typer.Option(
+        "--sources", help="Show where in the documents each answer stands.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
     json: Annotated[bool, typer.Option(
         "--json", help="Print each result as one line of JSON.")] = False,
@@ -110,7 +112,7 @@ def generate(
     from longspan.commands.generate import PromptSource, run
 
     source = PromptSource(file=prompt_file, documents=tuple(document or ()),
-                          questions=tuple(question or ()), raw=raw)
+                          questions=tuple(question or ()), raw=raw, shows_sources=sources)
     options = join_ranks(model, {
         "device": device, "dtype": dtype, "attention": attention, "positions": positions,
         "max_model_len": max_model_len, "prefill_chunk_len": prefill_chunk_len,

@@ -18,6 +18,7 @@ from longspan.commands.console import (
 from longspan.commands.documents import show_documents
 from longspan.commands.questions import PROMPT, check_input, is_at_terminal, read_questions
 from longspan.documents.gather import Gathering, as_prompt, gather
+from longspan.documents.sources import Source, SourceIndex, describe_sources
 from longspan.engine.front.llm import LLM
 from longspan.engine.intake import default_sampling
 from longspan.engine.request import Event, Progress, RequestOutput, SamplingParams, TokenEvent
@@ -38,6 +39,8 @@ class PromptSource:
     """Each is asked on its own, after the text."""
     raw: bool = False
     """The text as it is, without the chat template."""
+    shows_sources: bool = False
+    """After each answer, where in the documents it stands."""
 
     def __post_init__(self) -> None:
         if (self.file is not None) is bool(self.documents):
@@ -49,6 +52,8 @@ class PromptSource:
                                       "standard input")
         if not all(question.strip() for question in self.questions):
             raise InvalidRequestError("--question is empty; ask something")
+        if self.shows_sources and not self.documents:
+            raise InvalidRequestError("--sources looks for answers in documents; give --document")
         if self.asks_for_questions:
             check_input(is_taken="-" in self.documents)
 
@@ -91,7 +96,8 @@ def run(
             about = {"documents": [{"name": one.name, "num_tokens": tokens} for one, tokens
                                    in zip(found.documents, counts, strict=True)],
                      "left_out": [asdict(one) for one in found.left_out]}
-        asker = _Asker(llm, params, text, source.raw, about, as_json)
+        index = SourceIndex(found.documents) if source.shows_sources else None
+        asker = _Asker(llm, params, text, source.raw, about, as_json, index)
         if source.asks_for_questions:
             asker.converse(read_questions())
         else:
@@ -125,10 +131,10 @@ class _Asker:
 
     def __init__(
         self, llm: LLM, params: SamplingParams, text: str, raw: bool,
-        about: Mapping[str, Any], as_json: bool,
+        about: Mapping[str, Any], as_json: bool, index: SourceIndex | None = None,
     ) -> None:
         self._llm, self._params, self._text, self._raw = llm, params, text, raw
-        self._about, self._as_json = about, as_json
+        self._about, self._as_json, self._index = about, as_json, index
         self._num_answers = 0
 
     def ask_each(self, questions: Sequence[str]) -> None:
@@ -168,7 +174,10 @@ class _Asker:
     ) -> RequestOutput:
         output = show(self._events(messages), quiet=self._as_json)
         self._num_answers += 1
-        self._report(output, question)
+        found = self._index.find(output.text, question or "") if self._index else []
+        if self._index and not self._as_json:
+            write_answer(describe_sources(found))
+        self._report(output, question, found)
         return output
 
     def _events(self, messages: Sequence[Mapping[str, str]]) -> Iterator[Event]:
@@ -177,11 +186,14 @@ class _Asker:
         prompt = "\n\n".join(message["content"] for message in messages)
         return self._llm.stream(prompt, self._params)
 
-    def _report(self, output: RequestOutput, question: str | None) -> None:
+    def _report(
+        self, output: RequestOutput, question: str | None, found: Sequence[Source],
+    ) -> None:
         peak = self._llm.stats().peak_memory_bytes
         if self._as_json:
             asked = {} if question is None else {"question": question}
-            print(json.dumps({**asked, **asdict(output), "peak_memory_bytes": peak,
+            sources = {"sources": list(map(asdict, found))} if self._index else {}
+            print(json.dumps({**asked, **asdict(output), **sources, "peak_memory_bytes": peak,
                               **self._about}, ensure_ascii=False), flush=True)
         elif self._num_answers == 1:
             rows = [*report_rows(output, peak), ("sampling", describe_sampling(self._params))]

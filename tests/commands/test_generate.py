@@ -6,6 +6,7 @@ import io
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +172,32 @@ def test_help_and_version(capsys: Capture) -> None:
         assert "-h, --help" in capsys.readouterr().out
     assert cli.run_command(["--version"]) == 0
     assert capsys.readouterr().out.startswith("longspan 0.")
+
+
+def test_sources_of_answers(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path
+) -> None:
+    """Where the answer's words stand, as lines and in JSON; without documents there is none."""
+    (tmp_path / "a.txt").write_text("The harbour opened in 1931.")
+    (tmp_path / "b.pdf").write_bytes(pdf_bytes("The library of Orlen", "was led by Mara Voss."))
+    stream = LLM.stream_chat
+
+    def answer(self: LLM, *arguments: Any) -> Any:
+        for event in stream(self, *arguments):
+            output = getattr(event, "output", None)
+            yield replace(event, output=replace(output, text="Mara Voss.")) if output else event
+
+    monkeypatch.setattr(LLM, "stream_chat", answer)
+    arguments = [f"--document={tmp_path / name}" for name in ("a.txt", "b.pdf")]
+    assert run(model, *arguments, "--question", "Who led it?", "--sources") == 0
+    out = capsys.readouterr().out
+    assert out.endswith('Source: b.pdf, line 3 (characters 26-42): "led by Mara Voss"\n')
+    assert run(model, *arguments, "--question", "Who led it?", "--sources", "--json") == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["sources"] == [{"name": "b.pdf", "start": 26, "stop": 42, "line": 3,
+                               "quote": "led by Mara Voss", "share": 1.0,
+                               "is_asked": False}]
+    assert run(model, *arguments, "--question", "Who led it?", "--json") == 0
+    assert "sources" not in json.loads(capsys.readouterr().out)
+    assert run(model, "--prompt-file", str(tmp_path / "a.txt"), "--sources") == 2
+    assert "--sources looks for answers in documents" in capsys.readouterr().err

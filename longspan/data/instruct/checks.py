@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from longspan.data.instruct.search import words
+from longspan.documents.words import words
 
 MIN_QUERY_WORDS, MAX_QUERY_WORDS = 4, 90
 MIN_ANSWER_CHARS = 2

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from longspan.documents.words import words
 from longspan.errors import MissingDependencyError
-
-_WORD = re.compile(r"[^\W_]+")
-_UNSPACED = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]")
-"""Scripts that put no spaces between words."""
 
 
 class Index:
@@ -42,17 +38,3 @@ class Index:
         scores = self._ranking.get_scores(asked)
         order = np.argsort(-scores, kind="stable")
         return [int(i) for i in order if scores[i] > 0]
-
-
-def words(text: str) -> list[str]:
-    """Return the words of a text in small letters; of scripts without spaces, pairs of characters.
-
-    Plural endings go, so that a question finds its answer; names of code are cut at underscores.
-    """
-    found = []
-    for word in _WORD.findall(text.lower()):
-        if _UNSPACED.search(word):
-            found += [word[i : i + 2] for i in range(max(1, len(word) - 1))]
-        else:
-            found.append(word[:-1] if len(word) > 3 and word.endswith("s") else word)
-    return found
