@@ -98,8 +98,9 @@ ALLOWED_OURS: dict[str, tuple[str, ...]] = {
     "longspan.engine.front.llm": (
         "longspan.attention.observer", "longspan.engine.control", "longspan.engine.front",
         "longspan.engine.setup", "longspan.engine.text", *WORDS, *BASE),
-    "longspan.serve": ("longspan.engine.front.client", "longspan.engine.front.stream",
-                       "longspan.engine.prefix_origin", "longspan.engine.recall",
+    "longspan.serve": ("longspan.documents", "longspan.engine.front.client",
+                       "longspan.engine.front.stream", "longspan.engine.prefix_origin",
+                       "longspan.engine.recall",
                        "longspan.engine.request", "longspan.engine.text.call_format", *BASE),
     "longspan.files": ("longspan.errors",),
     "longspan.train": ("longspan.files", "longspan.attention.rope", "longspan.attention.hf", *BASE),

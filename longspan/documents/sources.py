@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import math
 import re
+from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from longspan.documents.gather import Document
@@ -56,9 +57,34 @@ class Source:
     quote: str
     """The passage on one line, cut if it is long."""
     share: float
-    """Of what the answer's sentence says beyond the question, as rare words count: 0 to 1."""
+    """How much of what the answer's sentence says beyond the question, by rare words: 0 to 1."""
     is_asked: bool = False
     """The passage holds the question's words and not the answer's; ``share`` is of the question."""
+
+
+class _Words:
+    """A document's words: where each stands, counted in words, and their characters."""
+
+    def __init__(self, document: Document) -> None:
+        self.document = document
+        self.starts, self.stops = array("I"), array("I")
+        self.places: dict[str, array[int]] = {}
+        for place, (word, start, stop) in enumerate(words_at(document.text)):
+            self.starts.append(start)
+            self.stops.append(stop)
+            self.places.setdefault(word, array("I")).append(place)
+
+    def hits(self, weights: Mapping[Term, float]) -> list[tuple[int, int, Term]]:
+        """Return which terms stand in it, in order: first and last word, and the term."""
+        single = sorted((place, word) for word in weights if isinstance(word, str)
+                        for place in self.places.get(word, ()))
+        found, before = list[tuple[int, int, Term]](), (-2, "")
+        for place, word in single:
+            found.append((place, place, word))
+            if place == before[0] + 1 and (before[1], word) in weights:
+                found.append((before[0], place, (before[1], word)))
+            before = place, word
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +100,10 @@ class SourceIndex:
     """Looks for sources in some documents, whose words are counted once."""
 
     def __init__(self, documents: Sequence[Document]) -> None:
-        self._documents = documents
+        self._documents = [_Words(one) for one in documents]
         self._counts = Counter[str]()
-        for one in documents:
-            self._counts.update(word for word, _, _ in words_at(one.text))
+        for one in self._documents:
+            self._counts.update({word: len(places) for word, places in one.places.items()})
         self._total = sum(self._counts.values())
 
     def find(self, answer: str, question: str = "") -> list[Source]:
@@ -155,43 +181,30 @@ def describe_sources(found: Sequence[Source]) -> str:
 
 
 def _best(
-    document: Document, weights: Mapping[Term, float], told: Mapping[str, float], whole: float,
+    found: _Words, weights: Mapping[Term, float], told: Mapping[str, float], whole: float,
     window: int,
 ) -> _Passage | None:
     """Find the passage of a document whose different terms weigh most together; the shortest of
     several."""
-    hits = list(_hits(document.text, weights))
+    if not whole or found.places.keys().isdisjoint(told):
+        return None
+    hits = found.hits(weights)
     inside = Counter[Term]()
-    best: tuple[float, int, int, int] | None = None
+    best = (0.0, 0, 0, 0)
     score, first = 0.0, 0
-    for last, (place, term, _, _) in enumerate(hits):
+    for number, (_, last, term) in enumerate(hits):
         inside[term] += 1
         score += weights[term] if inside[term] == 1 else 0.0
-        while hits[first][0] <= place - window or inside[hits[first][1]] > 1:
-            gone = hits[first][1]
+        while hits[first][1] <= last - window or inside[hits[first][2]] > 1:
+            gone = hits[first][2]
             inside[gone] -= 1
             score -= 0.0 if inside[gone] else weights[gone]
             first += 1
-        found = score, hits[first][0] - place, first, last
-        if best is None or found[:2] > best[:2]:
-            best = found
-    if best is None or not whole:
-        return None
+        best = max(best, (score, hits[first][0] - last, first, number))
     chosen = hits[best[2] : best[3] + 1]
-    held = sum(told.get(term, 0.0) for term in {hit[1] for hit in chosen} if isinstance(term, str))
-    return _Passage(document, best[0], min(hit[2] for hit in chosen),
-                    max(hit[3] for hit in chosen), held / whole)
-
-
-def _hits(text: str, weights: Mapping[Term, float]) -> Iterator[tuple[int, Term, int, int]]:
-    """Yield the terms that stand in a text: number of the word, term, first character, end."""
-    before, begin = "", 0
-    for place, (word, start, stop) in enumerate(words_at(text)):
-        if word in weights:
-            yield place, word, start, stop
-        if (before, word) in weights:
-            yield place, (before, word), begin, stop
-        before, begin = word, start
+    held = sum(told.get(term, 0.0) for term in {hit[2] for hit in chosen} if isinstance(term, str))
+    return _Passage(found.document, best[0], found.starts[min(hit[0] for hit in chosen)],
+                    found.stops[max(hit[1] for hit in chosen)], held / whole)
 
 
 def _source(passage: _Passage, *, is_asked: bool = False) -> Source:

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from longspan.documents.gather import Document
+from longspan.documents.sources import Source, SourceIndex
 from longspan.engine.front.client import AsyncEngine
 from longspan.errors import LongspanError
 from longspan.serve import replies
@@ -32,13 +35,14 @@ from longspan.serve.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    SourcesRequest,
     TokenizeRequest,
 )
 from longspan.serve.service import Service
 
 REF = "#/components/schemas/{model}"
 BODIES: tuple[type[BaseModel], ...] = (
-    ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+    ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, SourcesRequest)
 REFUSALS = {400: "The request is wrong; the message names the field.",
             401: "The API key is missing or wrong.",
             403: "The Host, or the page that asks, is not of this server.", 404: "No such model.",
@@ -103,6 +107,13 @@ def _tokens(service: Service) -> APIRouter:
             return JSONResponse(head)
         return StreamingResponse(_spread(head, ids), media_type="application/json")
 
+    @router.post("/sources", **_docs(SourcesRequest, replies.SourcesReply))
+    async def sources(request: Request) -> Response:
+        """Find where in documents an answer's words stand."""
+        async with service.small_request(request, SourcesRequest) as (body, watcher):
+            found = await watcher.race(asyncio.to_thread(_find_sources, body))
+        return JSONResponse({"sources": [asdict(one) for one in found]})
+
     @router.post("/detokenize", **_docs(DetokenizeRequest, replies.DetokenizeReply))
     async def detokenize(request: Request) -> Response:
         """Return the text of token ids."""
@@ -149,6 +160,11 @@ def _operations(service: Service) -> APIRouter:
         return PlainTextResponse(service.metrics.render())
 
     return router
+
+
+def _find_sources(body: SourcesRequest) -> list[Source]:
+    documents = [Document(one.name, one.text) for one in body.documents]
+    return SourceIndex(documents).find(body.answer, body.question)
 
 
 async def _tokenize(service: Service, body: TokenizeRequest) -> Sequence[int]:

@@ -29,6 +29,8 @@ from longspan.serve.messages import Hint, Messages, Neutral, Strict, ToolChoice,
 MAX_PROMPTS = 64
 MAX_STOPS = 16
 MAX_INT = 2**31 - 1
+MAX_ANSWER = 1_000_000
+"""Characters of an answer, or a question, whose sources are looked for."""
 BiasKey = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,9})$")]
 Bias = Annotated[float, Field(ge=-MAX_LOGIT_BIAS, le=MAX_LOGIT_BIAS)]
 
@@ -268,6 +270,22 @@ class TokenizeRequest(Strict):
     chat_template_kwargs: TemplateValues | None = None
     return_tokens: bool = True
     """False: only the count, for long texts."""
+
+
+class NamedText(Strict):
+    """A document of /sources."""
+
+    name: str
+    text: str
+
+
+class SourcesRequest(Strict):
+    """POST /sources."""
+
+    model: Annotated[str, Field(max_length=512)] | None = None
+    documents: list[NamedText]
+    answer: Annotated[str, Field(max_length=MAX_ANSWER)]
+    question: Annotated[str, Field(max_length=MAX_ANSWER)] = ""
 
 
 class DetokenizeRequest(Strict):

@@ -209,6 +209,24 @@ class TokenizeReply(Reply):
     """Absent when not wanted."""
 
 
+class SourceReply(Reply):
+    """A passage that an answer's words stand in, or what was asked about instead."""
+
+    name: str
+    start: int
+    stop: int
+    line: int
+    quote: str
+    share: float
+    is_asked: bool
+
+
+class SourcesReply(Reply):
+    """Answer of /sources: the best ones first, none where the documents do not say it."""
+
+    sources: list[SourceReply]
+
+
 class DetokenizeReply(Reply):
     """Answer of /detokenize."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import pytest
 
@@ -99,6 +100,19 @@ def test_the_tightest_passage_of_a_long_document() -> None:
     assert len(found.quote) <= MAX_QUOTE
     assert describe_sources([found]).startswith(
         f"Source: long, line 1 (characters {found.start:,}-{found.stop:,}): \"")
+
+
+def test_long_answers_about_long_documents_take_seconds_of_no_one() -> None:
+    """Forty sentences and a hundred thousand words: a sentence does not read them all again."""
+    rng = random.Random(2)
+    vocabulary = [f"w{number}" for number in range(20_000)]
+    texts = [" ".join(rng.choices(vocabulary, k=2_500)) for _ in range(40)]
+    sentences = [" ".join(text.split()[300:312]) + "." for text in texts]
+    index = SourceIndex([Document(str(i), text) for i, text in enumerate(texts)])
+    start_s = time.process_time()
+    found = index.find(" ".join(sentences), "What?")
+    assert time.process_time() - start_s < 1
+    assert len(found) == 5 and all(source.share == 1 for source in found)
 
 
 def test_scripts_without_spaces() -> None:

@@ -48,7 +48,7 @@ def test_the_schema_is_complete():
     paths = schema.raw_schema["paths"]
     assert set(paths) == {
         "/", "/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{name}",
-        "/tokenize", "/detokenize", "/health", "/metrics"}
+        "/tokenize", "/detokenize", "/sources", "/health", "/metrics"}
     for path, methods in paths.items():
         for operation in methods.values():
             assert operation["description"] or operation["summary"], path

@@ -111,6 +111,7 @@ def assert_alive(server: Running) -> None:
     ("/tokenize", {}, "prompt"),
     ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "x"}]}, "prompt"),
     ("/detokenize", {"tokens": "x"}, "tokens"),
+    ("/sources", {"documents": [{"name": "a"}], "answer": "x"}, "documents.0.text"),
 ])
 def test_refused_by_name(server, path, change, param):
     body = {"messages": [{"role": "user", "content": "x"}]} if path == CHAT else {}
@@ -408,6 +409,18 @@ def test_tokenize_and_back(server):
     back = post(server, "/detokenize", {"tokens": [97, 98, 99]})
     assert back.json() == {"prompt": "abc"}
     assert post(server, "/detokenize", {"tokens": [2**31 - 1]}).status_code == 400
+
+
+def test_sources_of_an_answer(server):
+    documents = [{"name": "a.txt", "text": "The mill opened in 1931."},
+                 {"name": "b.txt", "text": "The mill closed in 1975.\nIt is a museum."}]
+    reply = post(server, "/sources", {
+        "documents": documents, "answer": "In 1975.", "question": "When did it close?"}).json()
+    assert reply == {"sources": [{
+        "name": "b.txt", "start": 16, "stop": 27, "line": 1, "quote": "in 1975. It",
+        "share": 1.0, "is_asked": False}]}
+    none = post(server, "/sources", {"documents": documents, "answer": "Zebulon Quatermain."})
+    assert none.json() == {"sources": []}
 
 
 def test_many_tokens_come_in_pieces(server):

@@ -70,6 +70,25 @@ def test_a_file_from_drop_to_follow_up(page: Page) -> None:
     assert asked[2]["content"] == "And which day had most?"
 
 
+def test_an_answer_shows_the_file_that_it_stands_in(page: Page) -> None:
+    """Found by its words; a reload shows it again."""
+    fact = "One of the special magic numbers for grey-owl is: 5550123."
+    page.drop(f"{TEXT[:400]}\n\n{fact}\n\n{TEXT[400:800]}", "owls.txt")
+    page.drop(TEXT[:500], "whales.txt")
+    page.ask("What is the special magic number for grey-owl mentioned in the provided text? "
+             "Answer with the number only.")
+    page.wait_idle()
+    page.until(lambda: page.all(".sources details"))
+    for _ in range(2):
+        (source,) = page.all(".sources details")
+        assert source.text == "From owls.txt, line 12"
+        source.find_element("css selector", "summary").click()
+        assert "5550123" in source.find_element("css selector", "blockquote").text
+        page.shot("sources")
+        page.reload()
+        page.until(lambda: page.all(".sources details"))
+
+
 def test_a_file_dropped_later_goes_with_the_next_question(page: Page) -> None:
     """The conversation before it stays."""
     set_option(page, "max", "4")

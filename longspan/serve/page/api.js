@@ -25,6 +25,12 @@ export async function tokenize(prompt) {
   return (await post("tokenize", { prompt, return_tokens: false })).json();
 }
 
+// Where in the files the words of an answer stand.
+export async function sourcesOf(files, answer, question) {
+  const documents = files.map(({ name, text }) => ({ name, text }));
+  return (await (await post("sources", { documents, answer, question })).json()).sources;
+}
+
 // "ready", "loading", ... as the server says it, or "unreachable".
 export async function health() {
   try {

@@ -1,6 +1,6 @@
 // The page: what it knows, and what happens when.
 
-import { events, health, model, post, tokenize } from "./api.js";
+import { events, health, model, post, sourcesOf, tokenize } from "./api.js";
 import { ABOUT, ABOUT_NANO, example } from "./example.js";
 import { asPrompt, chosen, dropped } from "./files.js";
 import { $, count, make, number, seconds } from "./format.js";
@@ -275,6 +275,7 @@ function finish(run, turn) {
     const used = run.usage ? run.usage.prompt_tokens + run.usage.completion_tokens
       : run.progress?.total ?? 0; // a stopped answer tells no usage
     page.messages.push({ role: "assistant", content: run.text, facts, used });
+    showSources(turn, page.messages.length - 1, page.id);
   } else takeBack(run.problem || (run.reason === "stopped"
     ? "Stopped before the answer began." : "The model answered nothing."));
   page.abort = null;
@@ -284,6 +285,21 @@ function finish(run, turn) {
   showLive();
   toEnd(true);
   $("question").focus();
+}
+
+// Found by comparing words, since models name the wrong file.
+async function showSources(turn, index, id) {
+  const { messages } = page;
+  const files = messages.slice(0, index).flatMap((message) => message.files ?? []);
+  if (!files.length) return;
+  let found;
+  try { found = await sourcesOf(files, messages[index].content, messages[index - 1].content); }
+  catch { return; } // the answer stands without them
+  if (page.id !== id || page.messages !== messages || !turn.element.isConnected) return;
+  messages[index].sources = found;
+  turn.sources(found);
+  keep();
+  toEnd(false);
 }
 
 function takeBack(why) {
@@ -385,6 +401,7 @@ function shown(message) {
   const turn = new AnswerTurn();
   turn.text = message.content;
   turn.finish(message.facts);
+  turn.sources(message.sources);
   return turn.element;
 }
 

@@ -52,6 +52,13 @@ export class AnswerTurn {
     this.takesMs = performance.now() - start;
   }
 
+  // Where the answer's words stand in the files; null: nobody looked.
+  sources(found) {
+    if (!found) return;
+    this.body.after(make("div", { className: "sources soft" }, ...(found.length
+      ? found.map(passage) : [make("span", { textContent: "No file says it in these words." })])));
+  }
+
   error(text) {
     this.element.append(make("div", { className: "error", role: "alert", textContent: text }));
   }
@@ -64,6 +71,12 @@ export class AnswerTurn {
     this.element.append(make("div", { className: "actions" },
       button("again", "Ask again"), ...(this.text ? [button("copy", "Copy")] : [])));
   }
+}
+
+function passage({ name, line, quote, is_asked: isAsked }) {
+  return make("details", {},
+    make("summary", { textContent: `${isAsked ? "You asked about" : "From"} ${name}, line ${
+      number(line)}` }), make("blockquote", { textContent: quote }));
 }
 
 // What an answer cost, as [text, kind].
