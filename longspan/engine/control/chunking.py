@@ -28,8 +28,8 @@ from longspan.engine.control.ladder import Ladder
 PIECE_ROWS = {"cpu": 4_096, "cuda": 65_536}
 """Rows of one piece. They take a tenth to half of a second with a small model on a CPU, and a few
 dozen milliseconds with 7B parameters on an H200, where a step's budget is a tenth of a second."""
-
-
+ROW_UNIT = 128
+"""Rows of a piece are a multiple of the longest tile, if the chunk is longer than one piece."""
 PROJECTION, SELECTION = 0.18, 0.15
 """Time of these pieces relative to all rows' attention and MLP in one layer, measured on a CPU."""
 UNIT_LEN_CPU = 16
@@ -47,8 +47,12 @@ def unit_len(device_type: str, block_size: int) -> int:
 
 
 def piece_rows(device_type: str, prefill_chunk_len: int) -> int:
-    """Choose the rows of one piece on ``cpu`` or ``cuda``."""
-    return min(PIECE_ROWS[device_type], prefill_chunk_len)
+    """Choose the rows of one piece on ``cpu`` or ``cuda``: equal parts of a chunk, where they can
+    be whole tiles."""
+    most = PIECE_ROWS[device_type]
+    parts = -(-prefill_chunk_len // most)
+    is_even = prefill_chunk_len % (parts * ROW_UNIT) == 0
+    return prefill_chunk_len // parts if is_even else min(most, prefill_chunk_len)
 
 
 def side_room(prefill_chunk_len: int) -> int:

@@ -20,10 +20,13 @@ from longspan.engine.step import ScheduledBatch, StepReport, StepResult, Update
 
 MAX_SHORT_STEPS = 8
 """Most steps in flight, however short: after a stop token they are computed for nothing."""
-PREFILL_AHEAD_S = 5e-3
-"""The next step is queued this long before the predicted end of one that prefills: the time that it
-takes to schedule and launch it. A device would otherwise wait for that behind each of a long
-prompt's steps."""
+PREFILL_AHEAD_S, MOST_AHEAD_S, AHEAD_SHARE = 5e-3, 15e-3, 1 / 3
+"""The next step is queued so long before the predicted end of one that prefills: a third of it
+between these bounds. To schedule and launch one takes some 5 ms, a sparse selection alone several,
+and predictions are off by as much: a device would wait for that behind each of a long prompt's
+steps."""
+LEAST_WAIT_S = 1e-6
+"""A wait that rounding made nothing would go on for ever."""
 
 
 class Transport(Protocol):
@@ -97,7 +100,7 @@ class Loop:
         queues_prefill: submit further steps while one that prefills is in flight. That keeps a
             pipeline full; without a pipeline it only makes a request that arrives meanwhile wait
             for two long steps instead of one. If false, the next step is submitted
-            `PREFILL_AHEAD_S` before the predicted end of the one in flight.
+            `PREFILL_AHEAD_S` or more before the predicted end of the one in flight.
         ahead_s: decode-only steps are submitted until those in flight are predicted to take this
             long together, up to `MAX_SHORT_STEPS`. A device whose steps are shorter than the way
             there and back would otherwise wait. No effect where ``max_in_flight`` is 1.
@@ -181,9 +184,18 @@ class Loop:
         if not self._prefills_in_flight:
             return 0.0
         begun_s = max(self._freed_s, self._in_flight[0].submitted_s)
-        end_s = begun_s + sum(step.batch.expected_s for step in self._in_flight)
-        rest_s = end_s - time.monotonic()
-        return rest_s if rest_s > PREFILL_AHEAD_S else 0.0
+        rest_s = begun_s + self._expected_s - time.monotonic()
+        return rest_s if rest_s > self._lead_s else 0.0
+
+    @property
+    def _expected_s(self) -> float:
+        """Predicted time of the steps in flight."""
+        return sum(step.batch.expected_s for step in self._in_flight)
+
+    @property
+    def _lead_s(self) -> float:
+        """How long before the predicted end of the steps in flight the next one is queued."""
+        return min(MOST_AHEAD_S, max(PREFILL_AHEAD_S, AHEAD_SHARE * self._expected_s))
 
     @property
     def _patience_s(self) -> float | None:
@@ -191,13 +203,13 @@ class Loop:
         if len(self._in_flight) >= self._transport.max_in_flight:
             return None
         rest_s = self._prefill_rest_s
-        return rest_s - PREFILL_AHEAD_S if rest_s else None
+        return max(rest_s - self._lead_s, LEAST_WAIT_S) if rest_s else None
 
     @property
     def _are_short(self) -> bool:
         """The steps in flight are few, and end so soon that the runner might run out of work."""
         return (len(self._in_flight) < MAX_SHORT_STEPS
-                and sum(step.batch.expected_s for step in self._in_flight) < self._ahead_s)
+                and self._expected_s < self._ahead_s)
 
     def _process(self) -> StepReport:
         if not self._in_flight:

@@ -133,9 +133,20 @@ class Trials:
                                                 min(0, self.plan(sizes).room_bytes)))
 
     def _keep(self, sizes: StepSizes, config: EngineConfig) -> StepSizes:
-        size = config.block_size
-        chunk = config.prefill_chunk_len or max(1, sizes.prefill_chunk_len // size) * size
+        chunk = config.prefill_chunk_len or self._fitted(sizes.prefill_chunk_len)
         return StepSizes(chunk, config.max_num_requests or sizes.max_num_requests)
+
+    def _fitted(self, chunk_len: int) -> int:
+        """Return a chunk of whole blocks. On GPUs its ends are ends of DCA's chunks, or the other
+        way round, if contexts are longer than one of those: a chunk with such a border inside is
+        selected for twice, in two segments."""
+        size = self._config.block_size
+        stride = self._model.dca.dca_chunk_len if self._model.dca else self.wanted_len
+        if self._kind == "cuda" and stride < self.wanted_len:
+            parts, times = -(-stride // chunk_len), max(1, chunk_len // stride)
+            if stride % (parts * size) == 0:
+                return stride * times // parts
+        return max(1, chunk_len // size) * size
 
     def plan(self, sizes: StepSizes) -> MemoryPlan:
         """Plan for the wanted length, whether it fits or not."""

@@ -62,6 +62,7 @@ def test_pieces_of_a_chunk() -> None:
     assert found[3] / found[2] == pytest.approx(12 / 16)
     assert (piece_rows("cpu", 16_384), piece_rows("cuda", 32_768)) == (4_096, 32_768)
     assert piece_rows("cuda", 131_072) == 65_536
+    assert (piece_rows("cuda", 126_976), piece_rows("cuda", 100_000)) == (63_488, 65_536)
     assert piece_rows("cpu", 256) == 256
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from longspan.bench.shapes import Shape
-from longspan.config import EngineConfig
+from longspan.config import DcaConfig, EngineConfig
 from longspan.engine.device.memory import DeviceMemory
 from longspan.engine.setup.step_sizes import ChosenSizes, StepSizes, choose_sizes
 from longspan.errors import NotEnoughMemoryError
@@ -35,11 +36,12 @@ def holds(chosen: ChosenSizes, num_tokens: int) -> bool:
 
 
 def test_a_large_card_has_the_longest_chunks_and_two_contexts() -> None:
-    """One request takes chunks of 131,072; a server's second long prompt is worth a step down."""
+    """One request takes chunks of half a DCA chunk; a server's second long prompt is worth a step
+    down."""
     one, server = choose(139.2, max_num_requests=1), choose(139.2)
-    assert sizes(one) == (131_072, 1) and not one.reason
-    assert sizes(server) == (65_536, 64) and holds(server, 2 * 1_010_000)
-    assert "131,072 and max_num_requests 64 would leave room for 1,9" in server.reason
+    assert sizes(one) == (126_976, 1) and not one.reason
+    assert sizes(server) == (63_488, 64) and holds(server, 2 * 1_010_000)
+    assert "126,976 and max_num_requests 64 would leave room for 1,9" in server.reason
     assert "2 x 1,010,000 are wanted" in server.reason
 
 
@@ -97,12 +99,31 @@ def test_sizes_that_were_asked_for_stay() -> None:
 
 
 def test_long_chunks_are_for_selections_and_long_contexts() -> None:
-    assert sizes(choose(139.2, is_sparse=False)) == (32_768, 64)
+    assert sizes(choose(139.2, is_sparse=False)) == (31_744, 64)
     assert sizes(choose(139.2, max_model_len=32_768)) == (32_768, 64)
     assert sizes(choose(139.2, max_model_len=40_000)) == (65_536, 64)
     assert sizes(choose(139.2, max_model_len=131_072)) == (131_072, 64)
     assert sizes(choose(139.2, device="cpu")) == (16_384, 64)
     assert sizes(choose(139.2, device="cpu", block_size=96)) == (170 * 96, 64)
+
+
+@pytest.mark.parametrize(("chunk_size", "local_size", "expected"), [
+    (262_144, 8_192, 126_976), (131_072, 4_096, 126_976), (32_768, 1_024, 126_976),
+    (262_000, 8_000, 131_072)])
+def test_chunks_end_where_the_chunks_of_dca_do(
+    chunk_size: int, local_size: int, expected: int,
+) -> None:
+    """The released forms, what is derived for 32,768 tokens; where that cannot be, as ever."""
+    dca = DcaConfig(chunk_size=chunk_size, local_size=local_size)
+    model = replace(SEVEN, dca=dca)
+    free = DeviceMemory(total_bytes=139 * GIB, free_bytes=139 * GIB)
+    for length in (1_000_000, dca.dca_chunk_len):
+        config = EngineConfig(model="m", device="cuda", dtype="bfloat16", max_num_requests=1,
+                              max_model_len=length)
+        chosen = choose_sizes(model, config, means=True, is_sparse=True, device=free)
+        chunk = chosen.config.prefill_chunk_len
+        assert chunk is not None
+        assert chunk == expected if length == 1_000_000 else chunk & (chunk - 1) == 0
 
 
 def test_what_lacks_is_told_where_nothing_has_to_fit() -> None:
