@@ -13,6 +13,7 @@ LONGEST = 1_000_000
 KINDS = (("cp", "best fixed", "#2f6db5", "o"), ("pp", "", "#b04a3a", "s"),
          ("tp", "best fixed", "#4b8b3b", "^"))
 """Which ranks share the work, plan (none: planned or ladder), colour, marker."""
+MOST_TIMELINES = 12
 COLOURS = ("#2f6db5", "#9cbfe6")
 """Chunks alternate, so that they can be told apart."""
 
@@ -33,7 +34,8 @@ def draw_pipeline(content: Mapping[str, Any], stem: Path) -> list[Path]:
     with rc_context({"svg.hashsalt": "longspan", "font.size": 9}):
         for name, draw in (("speedup", _draw_speedup), ("timeline", _draw_timelines)):
             figure = Figure(layout="constrained")
-            if draw(figure, content["rows"], content["device"]["name"]):
+            rows = [row for row in content["rows"] if "error" not in row]
+            if draw(figure, rows, content["device"]["name"]):
                 file = stem.with_name(f"{stem.name}.{name}.svg")
                 file.parent.mkdir(parents=True, exist_ok=True)
                 figure.savefig(file, metadata={"Date": None})
@@ -42,8 +44,11 @@ def draw_pipeline(content: Mapping[str, Any], stem: Path) -> list[Path]:
 
 
 def _draw_speedup(figure: Any, rows: Sequence[Row], title: str) -> bool:
-    panels = list(dict.fromkeys((row["shape"], row["attention"]) for row in rows))
-    figure.set_size_inches(4 * len(panels) / 2, 6)
+    panels = list(dict.fromkeys((row["shape"], row["attention"]) for row in rows
+                                if row["num_tokens"] == LONGEST))
+    if not panels:
+        return False
+    figure.set_size_inches(max(4.0, 4 * len(panels) / 2), 6)
     figure.suptitle(f"{title}: {LONGEST:,} tokens, speed-up over one GPU")
     for index, (shape, attention) in enumerate(panels):
         axes = figure.add_subplot(2, -(-len(panels) // 2), index + 1)
@@ -51,7 +56,7 @@ def _draw_speedup(figure: Any, rows: Sequence[Row], title: str) -> bool:
             wanted = plan or ("ladder" if attention == "sparse" else "planned")
             points = sorted((row[kind], row["speedup"]) for row in rows if (
                 row["shape"], row["attention"], row["num_tokens"], row["plan"]) == (
-                shape, attention, LONGEST, wanted) and row[kind] > 1
+                shape, attention, LONGEST, wanted) and row[kind] > 1 and "speedup" in row
                 and row[kind] == row["cp"] * row["pp"] * row["tp"])
             if points:
                 axes.plot(*zip(*points, strict=True), color=colour, marker=marker, label=kind)
@@ -68,11 +73,12 @@ def _draw_speedup(figure: Any, rows: Sequence[Row], title: str) -> bool:
 
 def _draw_timelines(figure: Any, rows: Sequence[Row], title: str) -> bool:
     shown = [row for row in rows if "timeline_ms" in row and row["plan"] != "best fixed"]
-    shown = [row for row in shown if row["shape"] == shown[0]["shape"]]
+    shown = [row for row in shown if (row["shape"], row["num_tokens"]) == (
+        shown[0]["shape"], shown[0]["num_tokens"])][:MOST_TIMELINES]
     if not shown:
         return False
     figure.set_size_inches(9, 1.25 * len(shown) + 0.6)
-    figure.suptitle(f"{title}: what each stage computes when, {shown[0]['shape']}, "
+    figure.suptitle(f"{title}: what each rank computes when, {shown[0]['shape']}, "
                     f"{shown[0]['num_tokens']:,} tokens")
     for index, row in enumerate(shown):
         axes = figure.add_subplot(len(shown), 1, index + 1)
@@ -82,8 +88,9 @@ def _draw_timelines(figure: Any, rows: Sequence[Row], title: str) -> bool:
                              (stage - 0.4, 0.8), linewidth=0,
                              facecolors=[COLOURS[number % 2] for number in range(len(spans))])
         axes.set(xlim=(0, longest), ylim=(len(row["timeline_ms"]) - 0.4, -0.6),
-                 ylabel="stage", yticks=range(len(row["timeline_ms"])))
-        axes.set_title(f"{row['attention']}, {row['plan']}: {row['ttft_s']:.2f} s, waits "
+                 ylabel="rank", yticks=range(len(row["timeline_ms"])))
+        label = " ".join(f"{kind} {row[kind]}" for kind in ("cp", "pp", "tp") if row[kind] > 1)
+        axes.set_title(f"{row['attention']}, {label} {row['plan']}: {row['ttft_s']:.2f} s, waits "
                        f"{100 * row['idle']:.0f} %", fontsize=8, loc="left")
     axes.set_xlabel("s")
     return True

@@ -1,4 +1,4 @@
-"""Markdown of what several GPUs would take, for `bench.report`."""
+"""Markdown of what several GPUs take, and would take, for `bench.report`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,50 @@ PLANS = (("fixed 8192", "pp, 8K"), ("fixed 32768", "pp, 32K"), ("best fixed", "p
 
 
 def pipeline_section(contents: Sequence[Content]) -> str:
-    """Time to the first token on several GPUs, simulated."""
-    return "\n".join(_of_file(content) for content in contents)
+    """Time to the first token on several GPUs, measured, then simulated."""
+    return "\n".join(filter(None, [*map(_measured, contents), *map(_simulated, contents)]))
 
 
-def _of_file(content: Content) -> str:
+def _measured(content: Content) -> str:
+    """One line for each prompt and arrangement: the best fixed chunk, what is planned, and what one
+    rank's steps let expect."""
+    rows = [row for row in content["rows"] if row["source"] == "measured" and "error" not in row]
+    if not rows:
+        return ""
+    body = []
+    keys = dict.fromkeys((row["shape"], row["attention"], row["num_tokens"], row["cp"], row["pp"],
+                          row["tp"]) for row in rows)
+    for key in keys:
+        own = {row["plan"]: row for row in rows if tuple(
+            row[name] for name in ("shape", "attention", "num_tokens", "cp", "pp", "tp")) == key}
+        shape, attention, num_tokens, *ranks = key
+        label = " x ".join(f"{name} {size}" for name, size in zip(
+            ("cp", "pp", "tp"), ranks, strict=True) if size > 1) or "one"
+        best, planned = own.get("best fixed"), own.get("ladder") or own.get("planned")
+        told = planned or best
+        body.append([
+            f"{shape}, {attention}, {num_tokens:,}", label,
+            *(_measured_cell(own.get(plan)) for plan in ("fixed 8192", "fixed 32768")),
+            _measured_cell(best), _measured_cell(planned),
+            *(f"{told[name]:.2f} s" if told and name in told else "–"
+              for name in ("predicted_s", "simulated_s")),
+            f"{100 * told['step_error']:.0f} %" if told else "–"])
+    return (f"Measured on {content['device']['name']} ({content['date'][:10]}). In each cell: "
+            "seconds to the first token, speed-up over one rank by the same plan, and the share of "
+            "the time in which ranks computed no step.\n\n" + markdown(
+                ["shape, attention, tokens", "ranks", "8K", "32K", "best fixed",
+                 "planned / ladder", "predicted", "simulated", "steps off by"], body))
+
+
+def _measured_cell(row: Row | None) -> str:
+    if row is None:
+        return "–"
+    gain = f", {row['speedup']:.2f}x" if "speedup" in row else ""
+    best = f" ({row['chunk_len']:,})" if "chunk_len" in row else ""
+    return f"{row['ttft_s']:.2f} s{gain}, {100 * row['idle']:.0f} %{best}"
+
+
+def _simulated(content: Content) -> str:
     rows = [row for row in content["rows"] if row["source"] == "simulated"]
     if not rows:
         return ""

@@ -2,9 +2,10 @@
 
 Every rank has the whole model and the whole KV cache. Of a slice that is long enough each rank
 computes some rows: projections, attention, MLP. Keys and values of all rows are gathered in every
-layer, so that each rank's cache stays whole and the same to the bit; keys are selected by heads,
-each rank for its own ones, over the queries of all rows. What is short is computed by every rank,
-and so are decodes and sampling: nobody needs to be told the tokens.
+layer, so that each rank's cache stays whole; keys are selected by heads, each rank for its own
+ones, over the queries of all rows. What is short is computed by every rank, and so are decodes. A
+product may round such rows otherwise on a rank that has fewer others beside them, so the first
+rank's tokens are those of all: else two ranks might go on from different ones at a near tie.
 
 Here are the parts that need no process: who has which rows and heads, and what is exchanged
 through a `RankGroup`.
@@ -81,6 +82,10 @@ class RankGroup:
     def gather(self, x: Tensor) -> Tensor:
         """Gather tensors of one shape from all ranks: [...] to [ranks, ...]."""
         return self.begin_gather(x).wait()
+
+    def of_first(self, x: Tensor) -> Tensor:
+        """Return what the first rank has of a small tensor."""
+        return self.gather(x)[0]
 
     def exchange(self, parts: Sequence[Tensor], numbers: Sequence[int]) -> list[Tensor]:
         """Send ``parts[r]`` to rank r. Returns what each rank sent here, flat, in order of ranks.

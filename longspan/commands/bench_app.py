@@ -9,7 +9,7 @@ import typer
 
 from longspan.commands.bench_cache import bench_cache_app
 from longspan.commands.bench_llama_cpp import bench_llama_cpp_app
-from longspan.commands.bench_pipeline import bench_pipeline
+from longspan.commands.bench_pipeline import bench_pipeline_app
 from longspan.commands.options import (
     BudgetS,
     Commit,
@@ -34,7 +34,7 @@ from longspan.commands.strict import Commands
 
 bench_app = Commands(help="Measure speed and memory.", rich_markup_mode=None)
 bench_app.add_typer(bench_cache_app)
-bench_app.command("pipeline")(bench_pipeline)
+bench_app.add_typer(bench_pipeline_app)
 bench_app.add_typer(bench_llama_cpp_app)
 
 

@@ -19,7 +19,8 @@ from longspan.attention.ranks import RankGroup
 from longspan.attention.sparsity import SparsityPlan, needs_means
 from longspan.config import EngineConfig, ModelConfig
 from longspan.engine.device.memory import DeviceMemory, plan_memory
-from longspan.engine.device.runner import Runner, StagePlace
+from longspan.engine.device.runner import Runner
+from longspan.engine.device.stage import StagePlace
 from longspan.engine.resolve import resolve_positions
 from longspan.ops import decode
 from longspan.ops.tiles.attend import merge
@@ -27,7 +28,7 @@ from longspan.ops.types import PagedKV, QueryRotary
 from tests.conftest import assert_close
 from tests.doubles import write_checkpoint
 from tests.engine.device.rank_threads import ThreadRanks
-from tests.engine.device.runners import BLOCK, CHUNK, LENGTH
+from tests.engine.device.runners import BLOCK, CHUNK, LENGTH, PIECE_ROWS
 from tests.engine.device.test_ranks import PLAN, Alone, Answers, Together
 
 pytestmark = pytest.mark.gpu
@@ -59,6 +60,7 @@ def load(
     if rows is not None:
         runner.use_group(rows, plan)
     runner.clear_caches()
+    runner._chunk._rows = PIECE_ROWS
     return runner
 
 
@@ -75,15 +77,12 @@ def test_two_ranks_answer_as_one(
 ) -> None:
     monkeypatch.setitem(shared_decode.LEAST_BYTES, "cuda", 1)
     plan, threads = EVEN if is_sparse else None, ThreadRanks(2)
+    wanted, wanted_pairs = answers(Alone(load(path, plan)), is_sparse)  # compiles, too
     runners = threads.run(lambda rank: load(path, plan, **{shares: threads.groups[rank]}))
     for runner in runners:
         runner._graphs = None  # threads cannot hand tensors over while they record
-    together = Together(threads, runners)
-    tokens, pairs = answers(together, is_sparse)
-    if shares == "rows":
-        together.check_caches()
+    tokens, pairs = answers(Together(threads, runners), is_sparse)
     threads.close()
-    wanted, wanted_pairs = answers(Alone(load(path, plan)), is_sparse)
     assert tokens == wanted
     assert pairs == pytest.approx(wanted_pairs, rel=1e-2)
 

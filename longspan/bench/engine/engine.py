@@ -23,6 +23,7 @@ from longspan.engine.setup.engine_plan import ResolvedEngine
 from longspan.engine.setup.group import group_memory, open_group
 from longspan.engine.setup.lead_runner import LeadRunner
 from longspan.engine.step import RowSampling, ScheduledBatch, ScheduledSlice
+from longspan.model.tensor_share import check_share
 from longspan.units import DTYPE_BYTES, GIB, default_dtype
 from longspan.weight_form import PLAIN_FORMS, WeightForms
 from longspan.weight_sizes import routed_bytes, weights_bytes
@@ -48,7 +49,11 @@ class EngineSizes:
     places: Mapping[str, Any] = field(default_factory=dict)
     """``kv_host_gib``, ``kv_dir`` and ``kv_disk_gib`` of the engine."""
     ranks: int = 1
-    """Ranks that share prompts; the pool's sizes are each one's."""
+    """Ranks that share the rows of prompts; the pool's sizes are each one's."""
+    stages: int = 1
+    """Ranks that share the layers."""
+    heads: int = 1
+    """Ranks that share the heads."""
     kv_dtype: str | None = None
 
 
@@ -76,7 +81,7 @@ def plan_engine(
             max_model_len=max(sizes.max_model_len, sizes.num_tokens),
             prefill_chunk_len=sizes.chunk_len, max_num_requests=sizes.max_num_requests,
             memory_gib=sizes.memory_gib or free_gib, kv_dtype=sizes.kv_dtype,
-            context_parallel=sizes.ranks,
+            **_shared(sizes),
             quantization=cast(Quantization | None, sizes.quantization), **sizes.places),
         path=Path(shape.name), plan=shape.plan, device=memory)
     num_blocks = -(-sizes.num_tokens // needed.config.block_size)
@@ -90,8 +95,9 @@ def plan_engine(
 def open_engine(shape: Shape, device: str, sizes: EngineSizes) -> Iterator[ShapeEngine]:
     """Open the engine, its KV cache full of random numbers; frees it afterwards."""
     free_memory(device)
+    check_share(shape.model, PLAIN_FORMS, sizes.heads)  # before any rank is started
     config, hub = open_group(EngineConfig(
-        model=shape.name, weights="random", device=device, context_parallel=sizes.ranks))
+        model=shape.name, weights="random", device=device, **_shared(sizes)))
     try:
         plan = plan_engine(shape, config.device or device, sizes, group_memory(hub))
     except BaseException:
@@ -109,6 +115,11 @@ def open_engine(shape: Shape, device: str, sizes: EngineSizes) -> Iterator[Shape
         yield ShapeEngine(plan, runner)
     finally:
         runner.close()
+
+
+def _shared(sizes: EngineSizes) -> dict[str, Any]:
+    return {"context_parallel": sizes.ranks, "pipeline_parallel": sizes.stages,
+            "tensor_parallel": sizes.heads}
 
 
 def precision_key(quantization: str | None, kv_dtype: str | None) -> dict[str, str]:

@@ -75,6 +75,9 @@ class PlannerConfig:
     prefill_chunk_len: int
     num_stages: int = 1
     """Stages of layers through which steps pass one behind another."""
+    fixed_chunks: bool = False
+    """A pipeline cuts prompts as one device does, for comparison: into chunks of
+    ``prefill_chunk_len``."""
     tail_len: int = 0
     """Last tokens of a sparse prompt that are a prefill chunk of their own."""
     num_layers: int = 1
@@ -90,7 +93,8 @@ class PlannerConfig:
     @property
     def ladder(self) -> Ladder:
         """Lengths of sparse prefill chunks."""
-        return Ladder(longest=self.prefill_chunk_len, num_stages=self.num_stages,
+        return Ladder(longest=self.prefill_chunk_len,
+                      num_stages=1 if self.fixed_chunks else self.num_stages,
                       block_size=self.block_size)
 
 
@@ -136,7 +140,7 @@ class Planner:
         """
         decodes = [request for request in running if request.can_decode]
         prefills = [request for request in running if request.is_prefill]
-        if self._config.num_stages > 1 and prefills:
+        if self._config.num_stages > 1 and not self._config.fixed_chunks and prefills:
             in_flight_s = 0.0
             decodes = [request for request in decodes if not request.num_in_flight]
             self._cut(prefills)

@@ -160,6 +160,8 @@ class DecodeGraphs:
         rows = state.sampling(size)
         logits = self._forward(state.token_ids(size), state.metadata(size, sharing))
         token_ids = sample(logits, rows, all_greedy=all_greedy)
+        if self.sharing is not None:
+            token_ids = self.sharing.group.of_first(token_ids)
         state.advance(size, token_ids)
         return DecodeOutput(token_ids, logits, rows, state.slots(size))
 

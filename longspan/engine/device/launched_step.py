@@ -65,6 +65,19 @@ class Stopwatch:
         return 1e-3 * self._start.elapsed_time(self._stop)
 
 
+    def span(self, base: Stopwatch, base_s: float) -> tuple[float, float]:
+        """Return begin and end of what was timed, after a wait.
+
+        Args:
+            base: another one of this device, started at ``base_s`` of `time.perf_counter`.
+        """
+        if not self.is_cuda:
+            return self._start_s, self._stop_s
+        self._stop.synchronize()
+        begin_s = base_s + 1e-3 * base._start.elapsed_time(self._start)
+        return begin_s, begin_s + self.wait()
+
+
 class LaunchedStep:
     """Made right after its work was queued; `wait` may be called on another thread.
 

@@ -44,7 +44,8 @@ from longspan.engine.device.memory import MemoryPlan, head_rows, peak_memory_byt
 from longspan.engine.device.paused_chunk import PausableChunk
 from longspan.engine.device.prompt_logprobs import OnLogits, PromptScorer
 from longspan.engine.device.sampling import SampledTokens, Sampler
-from longspan.engine.device.stage import PipelineStage, StageLink
+from longspan.engine.device.stage import ALONE, PipelineStage, StageLink, StagePlace
+from longspan.engine.device.timeline import Spans, Timeline
 from longspan.engine.kv_file import KvFolder
 from longspan.engine.step import ScheduledBatch, ScheduledSlice, StepResult
 from longspan.engine.text.grammar import Grammars
@@ -62,20 +63,6 @@ class BegunStep(NamedTuple):
     """[m, M] hidden states of rows that are computed apart."""
     packed: Tensor | None
     """[n, M] of the slices that are packed together."""
-
-
-class StagePlace(NamedTuple):
-    """A process's part among several."""
-
-    link: StageLink | None = None
-    """Its place in a pipeline; None: it has all layers."""
-    layers: range | None = None
-    """Its layers in a pipeline."""
-    heads: RankGroup | None = None
-    """Ranks that share the heads of each layer; None: this one has all of them."""
-
-
-ALONE = StagePlace()
 
 
 class Runner:
@@ -102,6 +89,7 @@ class Runner:
         self._graphs: DecodeGraphs | None = None
         self._mover: BlockMover | None = None
         self._meters: tuple[RequestMeter, ...] = ()
+        self.timeline: Timeline | None = None
 
     @classmethod
     def load(
@@ -234,6 +222,8 @@ class Runner:
             pairs, recalls = self.observed(
                 counts_pairs=sampled is not None and batch.prefills)
         step = LaunchedStep(batch, sampled, pairs, watch, self._copies, recalls, self._mover)
+        if self.timeline is not None:
+            self.timeline.note(watch)
         if self._mover is not None:
             with torch.inference_mode():
                 self._mover.start(batch.transfers, batch.seen, watch.begun)
@@ -269,6 +259,16 @@ class Runner:
         complete."""
         pairs = self._take_attention_pairs() if counts_pairs else (0.0, 0.0)
         return pairs, self._take_recalls()
+
+    def trace(self) -> None:
+        """Note from now on when each step is computed."""
+        self.timeline = Timeline(self._device)
+
+    def traced(self) -> Spans:
+        """Return when steps were computed since `trace`, and note no more."""
+        assert self.timeline is not None
+        found, self.timeline = self.timeline.read(), None
+        return found
 
     def stopwatch(self) -> Stopwatch:
         """Start a stopwatch of this runner's device."""
@@ -347,10 +347,16 @@ class Runner:
         if logits is None:
             return SampledTokens(inputs.slots, None, scored=scored) if scored else None
         items = [item for item in batch.slices if item.sampling is not None]
-        sampled = self._sampler.sample(
-            logits, items, inputs.sampling, all_greedy=inputs.all_greedy)
+        sampled = self._agreed(self._sampler.sample(
+            logits, items, inputs.sampling, all_greedy=inputs.all_greedy))
         self._last_tokens[inputs.slots] = sampled.token_ids.clamp_min(0)  # an index it must be
         return sampled._replace(scored=scored) if scored else sampled
+
+    def _agreed(self, sampled: SampledTokens) -> SampledTokens:
+        """Take the first rank's tokens, where ranks share rows; see `longspan.attention.ranks`."""
+        if self._sharing is None:
+            return sampled
+        return sampled._replace(token_ids=self._sharing.group.of_first(sampled.token_ids))
 
     def _score(self, items: Sequence[ScheduledSlice], hidden: Tensor) -> Tensor:
         """Take the log-probabilities of prompts from the wanted rows, [n, M]. Returns those that
@@ -372,8 +378,8 @@ class Runner:
             return SampledTokens(torch.cat(steps) if len(steps) > 1 else steps[0], None)
         assert batch.repeats == 1, "these are sampled one step at a time"
         output = graphs.run().head(count)
-        sampled = self._sampler.sample(
-            output.logits, batch.slices, output.rows, all_greedy=is_greedy(batch.slices))
+        sampled = self._agreed(self._sampler.sample(
+            output.logits, batch.slices, output.rows, all_greedy=is_greedy(batch.slices)))
         self._last_tokens[output.slots] = sampled.token_ids.clamp_min(0)
         return sampled
 

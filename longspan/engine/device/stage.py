@@ -5,9 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
+from longspan.attention.ranks import RankGroup
 from longspan.model import CausalLM
 from longspan.ops.types import PagedKV
 
@@ -45,3 +47,17 @@ class StageLink(ABC):
     @abstractmethod
     def _receive(self, num_rows: int) -> Tensor:
         """Return rows that were sent, in order."""
+
+
+class StagePlace(NamedTuple):
+    """A process's part among several."""
+
+    link: StageLink | None = None
+    """Its place in a pipeline; None: it has all layers."""
+    layers: range | None = None
+    """Its layers in a pipeline."""
+    heads: RankGroup | None = None
+    """Ranks that share the heads of each layer; None: this one has all of them."""
+
+
+ALONE = StagePlace()

@@ -27,6 +27,7 @@ from longspan.engine.device.prompt_logprobs import OnLogits
 from longspan.engine.device.runner import BegunStep, Runner
 from longspan.engine.device.sampling import SampledTokens
 from longspan.engine.device.stage import StageLink
+from longspan.engine.device.timeline import Spans
 from longspan.engine.step import ScheduledBatch, ScheduledSlice, SparseRecall, StepResult
 from longspan.ops.types import PagedKV
 
@@ -75,6 +76,14 @@ class StageRunner:
         """Let ``selector`` choose what sparse prefill keeps in this rank's layers."""
         self.runner.select_by(selector)
 
+    def trace(self) -> None:
+        """As `Runner.trace`, of this rank's layers."""
+        self.runner.trace()
+
+    def traced(self) -> Spans:
+        """As `Runner.traced`."""
+        return self.runner.traced()
+
     def watch_logits(self, on_logits: OnLogits | None) -> None:
         """Show ``on_logits`` the logits of prompt tokens, where the head is; None: nobody."""
         self.runner.watch_logits(on_logits)
@@ -106,6 +115,8 @@ class StageRunner:
             watch = self.runner.stopwatch()
             begun = self.runner.begin(batch) if batch.slices else None
             watch.stop()
+            if self.runner.timeline is not None:
+                self.runner.timeline.note(watch)
             if begun is not None:
                 for rows in (begun.apart, begun.packed):
                     if rows is not None and rows.shape[0]:

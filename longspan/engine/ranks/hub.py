@@ -29,6 +29,8 @@ from longspan.engine.ranks.messages import (
     Joined,
     Refused,
     ToLead,
+    Trace,
+    Traced,
     Welcome,
     differences,
     least_memory,
@@ -167,6 +169,20 @@ class Hub:
                     assert isinstance(message, Computed), message
                     if message.result.step_id == step_id:
                         found.append(message.result)
+                        break
+        return found
+
+    def traced(self) -> list[tuple[tuple[float, float], ...]]:
+        """Ask the other ranks when they computed what, and wait for it. Raises `RankLostError`."""
+        self.send(Trace(False))
+        found = []
+        for channel in self._channels.values():
+            while True:
+                self.check()
+                with contextlib.suppress(TimeoutError, ClosedError):
+                    message = channel.get(POLL_S)
+                    if isinstance(message, Traced):
+                        found.append(message.spans)
                         break
         return found
 

@@ -79,6 +79,18 @@ class CompileAhead(Message, frozen=True):
     steps: tuple[ScheduledBatch, ...]
 
 
+class Trace(Message, frozen=True):
+    """Note from now on when steps are computed; or tell it, and note no more."""
+
+    is_on: bool
+
+
+class Traced(Message, frozen=True):
+    """When a rank computed each step since `Trace`: begin and end, seconds."""
+
+    spans: tuple[tuple[float, float], ...]
+
+
 class Beat(Message, frozen=True):
     """Still there."""
 
@@ -93,8 +105,8 @@ class Bye(Message, frozen=True):
     """An orderly end; the last message."""
 
 
-ToFollower = Refused | Welcome | Compute | RecordGraphs | CompileAhead | Beat | Failed | Bye
-ToLead = Hello | Joined | Computed | Beat | Failed
+ToFollower = Refused | Welcome | Compute | RecordGraphs | CompileAhead | Trace | Beat | Failed | Bye
+ToLead = Hello | Joined | Computed | Traced | Beat | Failed
 
 
 def differences(facts: list[Facts]) -> str:

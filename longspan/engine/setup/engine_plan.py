@@ -16,7 +16,8 @@ from longspan.engine.control.chunking import piece_rows, unit_len
 from longspan.engine.control.copy_queue import TierConfig
 from longspan.engine.control.scheduler import SchedulerConfig
 from longspan.engine.device.memory import DeviceMemory, MemoryPlan
-from longspan.engine.device.runner import Runner, StagePlace
+from longspan.engine.device.runner import Runner
+from longspan.engine.device.stage import StagePlace
 from longspan.engine.device.stage_link import DistributedLink
 from longspan.engine.device.stage_runner import StageRunner
 from longspan.engine.intake import Intake

@@ -35,6 +35,8 @@ from longspan.engine.ranks.messages import (
     RecordGraphs,
     Refused,
     ToFollower,
+    Trace,
+    Traced,
     Welcome,
 )
 from longspan.engine.setup.engine_plan import ResolvedEngine, decode_engine
@@ -148,6 +150,10 @@ class Follower:
                     under_way.popleft().wait()
             elif isinstance(message, RecordGraphs):
                 runner.record_graphs()
+            elif isinstance(message, Trace) and message.is_on:
+                runner.trace()
+            elif isinstance(message, Trace):
+                self._channel.put(Traced(runner.traced()))
             elif isinstance(message, CompileAhead):
                 runner.compile_ahead(message.steps)
 

@@ -14,15 +14,16 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, Store, TCPStore
 
-from longspan.config import EngineConfig
+from longspan.config import EngineConfig, ModelConfig
 from longspan.engine.device.memory import DeviceMemory, device_memory
 from longspan.engine.ranks.channel import STALL_S
 from longspan.engine.ranks.hub import MEET_S, FollowerOrders, Hub
 from longspan.engine.ranks.messages import Facts
-from longspan.engine.resolve import resolve_config
+from longspan.engine.resolve import resolve_config, resolve_forms
 from longspan.engine.setup.mesh import RankMesh
 from longspan.errors import LongspanError
 from longspan.model.fingerprint import weights_fingerprint
+from longspan.model.tensor_share import check_share
 from longspan.model.weights import resolve_checkpoint
 from longspan.rank_place import RankPlace
 
@@ -55,6 +56,9 @@ def open_group(asked: EngineConfig) -> tuple[EngineConfig, Hub | None]:
     if asked.place is not None:
         return _receive(asked, asked.place, config.device)
     size = config.num_ranks
+    if config.weights == "checkpoint":  # before any rank is started
+        model = ModelConfig.from_dir(resolve_checkpoint(config.model))
+        check_share(model, resolve_forms(config, model), config.tensor_parallel)
     if ":" in config.device:
         raise LongspanError(f"device {config.device} is one GPU, and {size} ranks take the first "
                             f"{size}; use device cuda")

@@ -20,9 +20,10 @@ from longspan.engine.device.launched_step import LaunchedStep
 from longspan.engine.device.prompt_logprobs import OnLogits
 from longspan.engine.device.runner import Runner
 from longspan.engine.device.stage_runner import StagedStep, StageRunner, merge
+from longspan.engine.device.timeline import Spans
 from longspan.engine.processes.block_tables import BlockTableCache
 from longspan.engine.ranks.hub import Hub
-from longspan.engine.ranks.messages import CompileAhead, Compute, RecordGraphs
+from longspan.engine.ranks.messages import CompileAhead, Compute, RecordGraphs, Trace
 from longspan.engine.step import ScheduledBatch, StepResult
 from longspan.errors import LongspanError, RankLostError
 from longspan.ops.types import PagedKV
@@ -153,6 +154,16 @@ class LeadRunner:
             for step in steps)
         self._hub.send(CompileAhead(every))
         self._thread.do(lambda: self._runner.compile_ahead(every))
+
+    def trace(self) -> None:
+        """Have all ranks note from now on when they compute each step."""
+        self._hub.send(Trace(True))
+        self._thread.do(self._runner.trace)
+
+    def traced_ranks(self) -> list[Spans]:
+        """Return when each rank computed its steps since `trace`, rank 0 first. With every step
+        waited for."""
+        return [self._thread.do(self._runner.traced), *self._hub.traced()]
 
     def watch(self, on_lost: Callable[[BaseException], None]) -> None:
         """Call ``on_lost`` once, on some thread, when a rank is lost, whatever is computed."""

@@ -8,7 +8,8 @@ from pathlib import Path
 from longspan.attention.sparsity import SparsityPlan, needs_means
 from longspan.config import EngineConfig, ModelConfig
 from longspan.engine.device.memory import DeviceMemory, plan_memory
-from longspan.engine.device.runner import ALONE, Runner, StagePlace
+from longspan.engine.device.runner import Runner
+from longspan.engine.device.stage import ALONE, StagePlace
 from longspan.engine.resolve import resolve_positions
 
 BLOCK, CHUNK, LENGTH, PIECE_ROWS = 16, 256, 1024, 64

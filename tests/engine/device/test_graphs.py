@@ -189,6 +189,14 @@ def test_a_step_further_is_no_load() -> None:
     assert (state.num_loads, len(seen), last[:2].tolist()) == (1, 3, [61, 82])
 
 
+class Agreeing(RankGroup):
+    """The first rank has sampled the same."""
+
+    def of_first(self, x: Tensor) -> Tensor:
+        """Return what is here."""
+        return x
+
+
 def test_a_step_that_sees_many_keys_has_a_graph_of_its_own() -> None:
     """Chosen where rows are loaded, by what all of them see; with one rank there is no choice."""
     shared = list[bool]()
@@ -201,7 +209,7 @@ def test_a_step_that_sees_many_keys_has_a_graph_of_its_own() -> None:
     last_tokens = torch.zeros(NUM_SLOTS + 1, dtype=torch.int64)
     state = DecodeState(last_tokens, max_blocks=TABLE_LEN, block_size=BLOCK, head_dim=16, dca=DCA)
     requests = decodings([48, 50], [GREEDY, WARM])
-    for sharing in (None, RowSharing(RankGroup(1, 2), BLOCK, 100)):
+    for sharing in (None, RowSharing(Agreeing(1, 2), BLOCK, 100)):
         graphs = DecodeGraphs(forward, state, lambda step: step)
         graphs.sharing = sharing
         run(graphs, *(request.slice(1) for request in requests))  # 49 keys and 51

@@ -19,6 +19,7 @@ from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
 from longspan.engine.device.runner import Runner
 from longspan.engine.request import Request
 from longspan.engine.step import ScheduledBatch
+from longspan.model import CausalLM
 from tests.doubles import ComputedStep, make_request, write_checkpoint
 from tests.engine.device.rank_threads import ThreadRanks
 from tests.engine.device.runners import BLOCK, CHUNK, LENGTH, PIECE_ROWS, load_runner
@@ -152,3 +153,18 @@ def test_any_number_of_ranks_gives_the_answers_of_one(
     assert all((group.num_exchanges > 0) is is_sparse and group.num_gathered > 10
                for group in threads.groups)
     assert all((group.num_merges > 10) is shares_keys for group in threads.groups)
+
+
+def test_tokens_are_those_of_the_first_rank(path: Path) -> None:
+    """Whatever another one has sampled: its rounding may differ."""
+    threads = ThreadRanks(2)
+    runners = threads.run(lambda rank: load(path, None, threads.groups[rank]))
+    model = runners[1]._stages[-1].model
+    model.logits = lambda hidden: CausalLM.logits(model, hidden).flip(-1)  # type: ignore[method-assign]
+    answers = Answers(Together(threads, runners), 2, False)
+    answers.run()
+    alone = Answers(Alone(load(path, None)), 2, False)
+    alone.run()
+    threads.close()
+    assert answers.tokens == alone.tokens
+    assert torch.equal(runners[0]._last_tokens, runners[1]._last_tokens)

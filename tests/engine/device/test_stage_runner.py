@@ -21,8 +21,8 @@ from longspan.engine.control.latency import Costs
 from longspan.engine.control.loop import LocalTransport, Loop, Transport
 from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
 from longspan.engine.control.stage_plan import equal_split
-from longspan.engine.device.runner import ALONE, Runner, StagePlace
-from longspan.engine.device.stage import StageLink
+from longspan.engine.device.runner import Runner
+from longspan.engine.device.stage import ALONE, StageLink, StagePlace
 from longspan.engine.device.stage_runner import StagedStep, StageRunner, merge
 from longspan.engine.step import PromptLogprobs, ScheduledBatch, StepResult
 from tests.doubles import make_request, write_checkpoint

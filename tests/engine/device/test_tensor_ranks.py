@@ -12,7 +12,8 @@ import pytest
 
 from longspan.attention.ranks import RankGroup
 from longspan.attention.sparsity import SparsityPlan
-from longspan.engine.device.runner import Runner, StagePlace
+from longspan.engine.device.runner import Runner
+from longspan.engine.device.stage import StagePlace
 from tests.doubles import write_checkpoint
 from tests.engine.device.rank_threads import ThreadRanks
 from tests.engine.device.runners import load_runner

@@ -11,10 +11,8 @@ from typing import Any
 
 import pytest
 
-from longspan.config import EngineConfig
 from longspan.engine.front.llm import LLM
 from longspan.engine.request import RequestOutput, SamplingParams
-from longspan.engine.setup.engine_plan import ResolvedEngine
 from longspan.errors import LongspanError, RankLostError
 from tests.doubles import write_checkpoint
 
@@ -81,6 +79,6 @@ def test_what_cannot_be_shared_out_is_refused(path: Path) -> None:
     with pytest.raises(LongspanError, match=(
             "tensor_parallel 3: the model has 4 KV heads, which 3 ranks cannot share equally; use "
             "tensor_parallel 2, or context_parallel")):
-        ResolvedEngine.resolve(EngineConfig(model=str(path), tensor_parallel=3, **OPTIONS))
+        LLM(str(path), tensor_parallel=3, **OPTIONS)  # before any rank is started
     with pytest.raises(LongspanError, match="share heads or layers, not both"):
         LLM(str(path), pipeline_parallel=2, tensor_parallel=2)
