@@ -17,11 +17,11 @@ def bench_cache(
     shape: Annotated[str, typer.Option(
         help="qwen2.5-7b, qwen2.5-14b or nano; random weights.")] = "qwen2.5-7b",
     lengths: Annotated[str, typer.Option(help="Prompt tokens.")] = "131072",
-    places: Annotated[str, typer.Option(help="host, disk, turns.")] = "host,disk",
+    places: Annotated[str, typer.Option(help="host, disk, turns, copies.")] = "host,disk",
     turns: Annotated[int, typer.Option(
-        help="With turns: times that each of two prompts is asked again.")] = 2,
+        help="With turns, copies: times that each of two prompts is asked again.")] = 2,
     host_gib: Annotated[float | None, typer.Option(
-        help="With turns: host memory; default: for one of the two.")] = None,
+        help="With turns, copies: host memory; default: for one of the two.")] = None,
     folder: Annotated[Path, typer.Option("--dir", help="Empty, on the disk to measure.")] =
         Path("kv-bench"),
     attention: Annotated[str, typer.Option(help="dense or sparse.")] = "sparse",

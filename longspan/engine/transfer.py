@@ -1,7 +1,8 @@
 """Copies of KV blocks between device, host memory and disk, as scheduler and runner speak of them.
 
-No torch. A *slot* is room for one block in host memory. Transfers between device and host are done
-in the order of their submission; those with the disk at any time.
+No torch. A *slot* is room for one block in host memory. What is loaded into a block of the device
+comes after what was saved from it by an earlier transfer. Apart from that transfers are done at any
+time: one that needs the slots of another is submitted when that one has ended.
 """
 
 from __future__ import annotations

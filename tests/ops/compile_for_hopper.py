@@ -136,9 +136,21 @@ def main() -> None:
     pointwise.silu_mul(x)
     rows, positions = torch.zeros(9, KV_HEADS, DIM, dtype=torch.bfloat16), torch.arange(9)
     pointwise.store_kv(cache, rows, rows, positions, positions, table[:1], rotary)
+    compile_block_rows()
     compile_int8_kv(q, table, rotary)
     compile_experts()
     compile_quantised()
+
+
+def compile_block_rows() -> None:
+    """Compile what packs blocks, for rows of any length."""
+    from longspan.ops import block_rows
+
+    for width in (128, 8, 7):
+        table = block_rows.row_table([torch.zeros(2, width, dtype=torch.uint8)], [0], width)
+        packed, blocks = torch.zeros(2, width, dtype=torch.uint8), torch.arange(2)
+        block_rows.pack_blocks(table, blocks, packed)
+        block_rows.unpack_blocks(table, blocks, packed)
 
 
 def compile_quantised() -> None:

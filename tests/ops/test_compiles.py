@@ -26,7 +26,7 @@ KERNELS = {
     "quant/triton_rows": "_quantize_rows _norm_rows",
     "quant/triton_few": "_few_fp8 _few_int4",
     "quant/triton_dense": "_dense_fp8 _dense_int4",
-    "decode": "_attend_items _merge_items",
+    "block_rows": "_move_rows", "decode": "_attend_items _merge_items",
     "quant/triton_kv": "_store_quantised _quantised_means _write_out",
     "pointwise": "_rms_norm _silu_mul _store_rotated _block_means"}
 

@@ -8,6 +8,7 @@ budget. A short request decodes all the time; its longest pause is measured whil
 - ``disk``: the prompt is computed and written; then an engine that was just started reads it. The
   files are out of the page cache before that, and their plain reading is timed before and after.
 - ``turns``: two prompts asked in turn on a pool that holds one; host memory holds the other.
+- ``copies``: the same and ``host`` without a model, see `longspan.bench.engine.cache_copies`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from longspan.bench.engine.cache_copies import measure_copies
 from longspan.bench.engine.cache_driver import begin, sizes_for
 from longspan.bench.engine.disk_read import forget, read_bytes_per_s
 from longspan.bench.engine.engine import EngineSizes, open_engine, plan_engine
@@ -31,7 +33,7 @@ from longspan.engine.prefix_origin import PrefixOrigin
 from longspan.errors import LongspanError
 from longspan.units import GIB, in_gib
 
-PLACES = ("host", "disk", "turns")
+PLACES = ("host", "disk", "turns", "copies")
 SPARE = 1.03
 """Room in a place, as a share of the prompt's KV."""
 SWAP_GIB = {"cpu": 0.05, "cuda": 8.0}
@@ -69,7 +71,8 @@ class CacheOptions:
 
 def run(session: BenchSession, shape: Shape, options: CacheOptions) -> int:
     """Measure, write rows, print the table. Returns the exit status."""
-    measures = {"host": _measure_host, "disk": _measure_disk, "turns": _measure_turns}
+    measures = {"host": _measure_host, "disk": _measure_disk, "turns": _measure_turns,
+                "copies": _measure_copies}
     for place in options.places:
         for length in options.lengths:
             key = {"shape": shape.name, "place": place, "num_tokens": length,
@@ -95,21 +98,28 @@ def _measure_host(
         driver = begin(engine, sparse=options.attention == "sparse")
         prefill_s, token, _ = driver.prefill("document", length, 2)
         driver.watch()
-        begun_s = time.perf_counter()
-        other = driver.add("other", length, 3)
-        driver.turn_until(lambda: other.computed_len > 0 or other.num_pieces > 0
-                          or other.num_in_flight > 0)
-        save_s, save_pause_s = time.perf_counter() - begun_s, driver.longest_pause_s
-        driver.cancel("other")
+        save_s, save_pause = driver.evict(length), driver.longest_pause
         driver.watch()
         ttft_s, again, request = driver.prefill("again", length, 2)
-        pause_s, budget_s = driver.longest_pause_s, engine.plan.config.step_budget_s
+        pause, budget_s = driver.longest_pause, engine.plan.config.step_budget_s
         driver.end()
         synchronize(device)
     _check_token(again, token, "host memory")
     return {**_figures(prefill_s, ttft_s, request.origin, engine.plan.tiers.block_bytes),
-            "save_s": rounded(save_s, 4), "save_pause_s": rounded(save_pause_s, 3),
-            "pause_s": rounded(pause_s, 3), "step_budget_s": budget_s}
+            "save_s": rounded(save_s, 4), "save_pause_s": save_pause["pause_s"],
+            "pause_s": pause["pause_s"], "save_pause": save_pause, "pause": pause,
+            "step_budget_s": budget_s}
+
+
+def _measure_copies(
+    device: str, shape: Shape, options: CacheOptions, length: int,
+) -> dict[str, Any]:
+    num_bytes = _document_bytes(device, shape, options, length)
+    host_gib = options.host_gib or SPARE * num_bytes / GIB + SWAP_GIB[device.split(":")[0]]
+    plan = plan_engine(shape, device, sizes_for(length, options.chunk_len, kv_host_gib=host_gib))
+    return {**measure_copies(plan, device, length, options.turns,
+                             sparse=options.attention == "sparse"),
+            "host_gib": rounded(host_gib, 4), "step_budget_s": plan.config.step_budget_s}
 
 
 def _measure_disk(
@@ -180,7 +190,7 @@ def _measure_turns(
                 ttft_s, again, request = driver.prefill(f"{seed} again {turn}", length, seed)
                 _check_token(again, token, "host memory")
                 turns.append((ttft_s, request.origin))
-        pause_s, budget_s = driver.longest_pause_s, engine.plan.config.step_budget_s
+        pause, budget_s = driver.longest_pause, engine.plan.config.step_budget_s
         driver.end()
     prefill_s, worst_s = first[0][0], max(ttft_s for ttft_s, _ in turns)
     origin = min((origin for _, origin in turns), key=lambda origin: (
@@ -189,7 +199,7 @@ def _measure_turns(
             "prefills_s": [rounded(seconds, 4) for seconds, _, _ in first],
             "turns_s": [rounded(seconds, 4) for seconds, _ in turns],
             "host_gib": rounded(host_gib, 4), "first_pause_s": rounded(first_pause_s, 3),
-            "pause_s": rounded(pause_s, 3), "step_budget_s": budget_s}
+            "pause_s": pause["pause_s"], "pause": pause, "step_budget_s": budget_s}
 
 
 def _check_room(folder: Path, num_bytes: int) -> None:
@@ -228,5 +238,6 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         "shape", "from", "tokens", "GiB", "prefill", "loaded in", "GiB/s", "first token",
         "longest pause"), [
         (row["shape"], row["place"], f"{row['num_tokens']:,}", f"{row['gib']:.1f}",
-         seconds(row["prefill_s"]), seconds(row["load_s"]), f"{row['gib_per_s']:.2f}",
-         seconds(row["ttft_s"]), seconds(row["pause_s"])) for row in rows if "error" not in row])
+         seconds(row["prefill_s"]) if "prefill_s" in row else "", seconds(row["load_s"]),
+         f"{row['gib_per_s']:.2f}", seconds(row["ttft_s"]), seconds(row["pause_s"]))
+        for row in rows if "error" not in row])

@@ -9,10 +9,12 @@ from typing import Any
 
 from longspan.bench.engine.engine import EngineSizes, ShapeEngine, random_ids
 from longspan.bench.session import CheckFailed
+from longspan.bench.timing import rounded
 from longspan.engine.control.loop import Loop
-from longspan.engine.control.scheduler import Scheduler
+from longspan.engine.control.scheduler import InFlightStep, Scheduler
 from longspan.engine.request import Request, SamplingParams
 from longspan.engine.setup.compile_ahead import compile_steps
+from longspan.engine.step import StepResult
 
 DECODING_LEN, DECODED_LEN = 128, 4_000
 QUESTION_LEN = 64
@@ -46,20 +48,30 @@ class Driver:
         # What loading takes is measured here, also where computing would be sooner.
         self.scheduler = Scheduler(replace(
             config, tiers=replace(config.tiers, disk_bytes_per_s=ANY_SPEED)))
-        self._loop = Loop(self.scheduler, engine.runner.transport(), queues_prefill=False)
+        self._loop = Loop(self.scheduler, engine.runner.transport(), queues_prefill=False,
+                          on_result=self._note_step)
         self._tokens: dict[str, int] = {}
-        self._decoded_s = 0.0
-        self.longest_pause_s = 0.0
-        """Between two tokens of the decoding request, since `watch`."""
+        self._decoded_s = self._watched_s = 0.0
+        self._step: tuple[float, float, int] = 0.0, 0.0, 0
+        self.longest_pause: dict[str, Any] = {"pause_s": 0.0}
+        """The longest one between two tokens of the decoding request since `watch`, ``pause_s``:
+        how long after that it ended, and of its last step what was predicted, what the device
+        took, and how many prompt tokens it had."""
 
     def decode(self) -> None:
         """Begin to decode, until the end."""
         self.add("decoding", DECODING_LEN, 1, DECODED_LEN)
         self.turn_until(lambda: "decoding" in self._tokens)
 
+    @property
+    def longest_pause_s(self) -> float:
+        """Seconds of `longest_pause`."""
+        return float(self.longest_pause["pause_s"])
+
     def watch(self) -> None:
         """Measure pauses from now on."""
-        self.longest_pause_s, self._decoded_s = 0.0, time.perf_counter()
+        self.longest_pause, self._decoded_s = {"pause_s": 0.0}, time.perf_counter()
+        self._watched_s = self._decoded_s
 
     def add(
         self, name: str, length: int, seed: int, num_tokens: int = 1, *,
@@ -90,6 +102,16 @@ class Driver:
         self.turn_until(lambda: name in self._tokens)
         return time.perf_counter() - begun_s, self._tokens[name], request
 
+    def evict(self, length: int) -> float:
+        """Hand in another prompt, and cancel it when it begins. Returns the time until then."""
+        begun_s = time.perf_counter()
+        other = self.add("other", length, 3)
+        self.turn_until(lambda: other.computed_len > 0 or other.num_pieces > 0
+                        or other.num_in_flight > 0)
+        taken_s = time.perf_counter() - begun_s
+        self.cancel("other")
+        return taken_s
+
     def cancel(self, name: str) -> None:
         """Cancel a request and wait until its blocks are free."""
         self._loop.abort(name)
@@ -115,5 +137,18 @@ class Driver:
                 self._tokens.setdefault(update.request_id, update.token_id)
                 if update.request_id == "decoding":
                     now_s = time.perf_counter()
-                    self.longest_pause_s = max(self.longest_pause_s, now_s - self._decoded_s)
+                    self._note_pause(now_s - self._decoded_s, now_s - self._watched_s)
                     self._decoded_s = now_s
+
+    def _note_step(self, step: InFlightStep, result: StepResult) -> None:
+        prefilled = sum(item.query_len for item in step.batch.slices
+                        if item.cached_len < item.prompt_len)
+        self._step = step.batch.expected_s, result.elapsed_s, prefilled
+
+    def _note_pause(self, pause_s: float, at_s: float) -> None:
+        if pause_s > self.longest_pause["pause_s"]:
+            expected_s, step_s, prefilled = self._step
+            self.longest_pause = {
+                "pause_s": rounded(pause_s, 3), "at_s": rounded(at_s, 3),
+                "expected_s": rounded(expected_s, 3), "step_s": rounded(step_s, 3),
+                "prefilled": prefilled}

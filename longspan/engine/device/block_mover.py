@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from longspan.engine.device.block_files import BlockFiles
-from longspan.engine.device.block_store import BlockStore, CopyWatch
+from longspan.engine.device.block_link import CopyWatch
+from longspan.engine.device.block_store import BlockStore
 from longspan.engine.transfer import Transfer, TransferResult
 
 POLL_S = 5e-4
@@ -27,7 +28,9 @@ class BlockMover:
     def __init__(self, store: BlockStore, files: BlockFiles | None) -> None:
         self._store, self._files = store, files
         self._changed = threading.Condition()
-        self._copying: deque[tuple[int, CopyWatch, float]] = deque()
+        self._copying = {kind: deque[tuple[int, CopyWatch, float]]() for kind in ("save", "load")}
+        self.host_s = 0.0
+        """Time of this thread that ordering copies took so far."""
         self._open: set[int] = set()
         self._ended: dict[int, TransferResult] = {}
         self._has_news = False
@@ -69,7 +72,8 @@ class BlockMover:
                 if self._has_news or not self._open or rest_s <= 0:
                     self._has_news = False
                     return tuple(self._ended.values())
-                self._changed.wait(min(rest_s, POLL_S) if self._copying else rest_s)
+                is_copying = any(self._copying.values())
+                self._changed.wait(min(rest_s, POLL_S) if is_copying else rest_s)
 
     def close(self) -> None:
         """End the threads, after the file that is being written, and give the memory back."""
@@ -80,16 +84,19 @@ class BlockMover:
     def _copy(self, transfer: Transfer, after: torch.cuda.Event | None) -> None:
         begun_s = time.perf_counter()
         watch = self._store.copy(transfer, after)
+        called_s = time.perf_counter() - begun_s
+        self.host_s += called_s
         with self._changed:
-            self._copying.append((transfer.transfer_id, watch, time.perf_counter() - begun_s))
+            self._copying[transfer.kind].append((transfer.transfer_id, watch, called_s))
             self._look()
 
     def _look(self) -> None:
-        """Note the copies that are over; they end in order."""
-        while self._copying and self._copying[0][1].is_over:
-            transfer_id, watch, called_s = self._copying.popleft()
-            self._note(TransferResult(
-                transfer_id=transfer_id, elapsed_s=watch.seconds() or called_s))
+        """Note the copies that are over; those of one direction end in order."""
+        for copying in self._copying.values():
+            while copying and copying[0][1].is_over:
+                transfer_id, watch, called_s = copying.popleft()
+                self._note(TransferResult(
+                    transfer_id=transfer_id, elapsed_s=watch.seconds() or called_s))
 
     def _end(self, result: TransferResult) -> None:
         with self._changed:

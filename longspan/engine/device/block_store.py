@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -17,13 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from longspan.engine.device.block_link import BlockLink, CopyWatch
 from longspan.engine.transfer import Transfer
 from longspan.errors import NotEnoughMemoryError
 from longspan.ops.types import PagedKV
 from longspan.units import in_gib
 
-STAGE_BYTES = 128 * 1024**2
-"""Device memory through which a GPU's copies go."""
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
                torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
                torch.uint8: "U8", torch.int8: "I8"}
@@ -74,13 +72,8 @@ class BlockStore:
         last = self.parts[-1]
         self.block_bytes = last.start + last.shape[0] * last.row_bytes
         self._device = caches[0].k.device
-        self._stream: torch.cuda.Stream | None = None
         self.memory = _allocate(num_slots * self.block_bytes, self._device).view(num_slots, -1)
-        if self._device.type == "cuda":
-            self._stream = torch.cuda.Stream(self._device, priority=-1)
-            count = max(1, min(num_slots, STAGE_BYTES // self.block_bytes))
-            self._stage = torch.empty(count, self.block_bytes, dtype=torch.uint8,
-                                      device=self._device)
+        self._link = self._open_link() if self._device.type == "cuda" else None
 
     @property
     def bytes_of(self) -> NDArray[np.uint8]:
@@ -96,88 +89,38 @@ class BlockStore:
         """
         if not transfer.slots:
             return CopyWatch(None)  # nothing was worth it, or there was no room
-        if self._stream is None:
-            blocks = torch.tensor(transfer.blocks)
-            self._move(transfer.kind, self.memory, torch.tensor(transfer.slots), blocks)
-            return CopyWatch(None)
-        if after is not None:
-            self._stream.wait_event(after)
-        with torch.cuda.stream(self._stream):
-            watch = CopyWatch(self._stream)
-            ids = torch.tensor(transfer.blocks).pin_memory().to(self._device, non_blocking=True)
-            size = self._stage.shape[0]
-            for start in range(0, len(transfer.slots), size):
-                slots = transfer.slots[start:start + size]
-                blocks = ids[start:start + size]
-                if transfer.kind == "load":
-                    self._link(slots, to_host=False)
-                self._move(transfer.kind, self._stage[:len(slots)], None, blocks)
-                if transfer.kind == "save":
-                    self._link(slots, to_host=True)
-            watch.stop()
-        return watch
+        if self._link is not None:
+            return self._link.copy(transfer, after)
+        self._move(transfer.kind, torch.tensor(transfer.slots), torch.tensor(transfer.blocks))
+        return CopyWatch(None)
 
     def close(self) -> None:
         """Give the memory back."""
-        if self._stream is not None:
-            self._stream.synchronize()
+        if self._link is not None:
+            self._link.synchronize()
+            self._link = None
             torch.cuda.cudart().cudaHostUnregister(self.memory.data_ptr())
         self.parts, self.memory = [], torch.empty(0, 0, dtype=torch.uint8)
 
-    def _move(self, kind: str, memory: Tensor, places: Tensor | None, blocks: Tensor) -> None:
-        """Copy between the caches and rows of ``memory``, all on one device.
+    def _open_link(self) -> BlockLink:
+        from longspan.ops.block_rows import row_table
 
-        Args:
-            places: the rows; None: all of them.
-        """
+        places = [(rows, part.start + layer * part.row_bytes)
+                  for part in self.parts for layer, rows in enumerate(part.rows)]
+        table = row_table([rows for rows, _ in places], [start for _, start in places],
+                          self.block_bytes)
+        return BlockLink(table, self.memory, self._device)
+
+    def _move(self, kind: str, slots: Tensor, blocks: Tensor) -> None:
+        """Copy between caches and slots in the host's memory."""
         for part in self.parts:
             for layer, rows in enumerate(part.rows):
                 start = part.start + layer * part.row_bytes
-                there = memory[:, start:start + part.row_bytes].view(rows.dtype)
+                there = self.memory[:, start:start + part.row_bytes].view(rows.dtype)
                 if kind == "load":
-                    source = there if places is None else there.index_select(0, places)
-                    rows.index_copy_(0, blocks, source)
-                elif places is None:
-                    there.copy_(rows.index_select(0, blocks))
+                    rows.index_copy_(0, blocks, there.index_select(0, slots))
                 else:
-                    there.index_copy_(0, places, rows.index_select(0, blocks))
-
-    def _link(self, slots: Sequence[int], *, to_host: bool) -> None:
-        """Copy between the stage's first rows and slots, consecutive ones in one piece."""
-        cuts = [0, *(i for i in range(1, len(slots)) if slots[i] != slots[i - 1] + 1), len(slots)]
-        for start, stop in pairwise(cuts):
-            here = self._stage[start:stop]
-            there = self.memory[slots[start]:slots[start] + stop - start]
-            target, source = (there, here) if to_host else (here, there)
-            target.copy_(source, non_blocking=True)
-
-
-class CopyWatch:
-    """Tells when a copy is done, and how long it took.
-
-    Args:
-        stream: that it is queued on; None: it is done when `stop` would be called.
-    """
-
-    def __init__(self, stream: torch.cuda.Stream | None) -> None:
-        self._events = None if stream is None else (
-            torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-        if self._events is not None:
-            self._events[0].record()
-
-    def stop(self) -> None:
-        """Mark the end of the copy."""
-        if self._events is not None:
-            self._events[1].record()
-
-    @property
-    def is_over(self) -> bool:
-        """The copy is done."""
-        return self._events is None or self._events[1].query()
-
-    def seconds(self) -> float:
-        """Return the time of a copy that is over; 0 on CPUs."""
-        return 0.0 if self._events is None else 1e-3 * self._events[0].elapsed_time(self._events[1])
+                    there.index_copy_(0, slots, rows.index_select(0, blocks))
 
 
 def _allocate(num_bytes: int, device: torch.device) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from longspan.config import EngineConfig, ModelConfig
 from longspan.engine.control.copy_queue import TierConfig
-from longspan.engine.device.block_store import STAGE_BYTES
+from longspan.engine.device.block_link import link_bytes
 from longspan.engine.device.memory import (
     DeviceMemory,
     device_memory,
@@ -78,7 +78,7 @@ def memory_besides(config: EngineConfig, tiers: TierConfig) -> DeviceMemory:
         raise NotEnoughMemoryError(
             f"{in_gib(host_bytes)} for KV blocks in host memory, and {in_gib(host.free_bytes)} are "
             "free; lower kv_host_gib")
-    taken = host_bytes if config.device == "cpu" else STAGE_BYTES
+    taken = host_bytes if config.device == "cpu" else link_bytes(tiers.block_bytes)
     return DeviceMemory(
         total_bytes=memory.total_bytes, free_bytes=max(0, memory.free_bytes - taken))
 

@@ -6,11 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from torch import Tensor
 
-from longspan.bench.engine import cache, cache_driver, disk_read
+from longspan.bench.engine import cache, cache_copies, cache_driver, disk_read
 from longspan.bench.engine.cache import CacheOptions
 from longspan.bench.session import BenchOptions, BenchSession, CheckFailed
 from longspan.commands import results
+from longspan.engine.device.block_store import BlockStore
 from longspan.errors import LongspanError
 from longspan.units import GIB
 from tests.bench.shapes_for_tests import tiny_shape
@@ -86,3 +88,33 @@ def test_files_that_stay_in_memory_are_not_timed_as_the_disk(
     files[0].read_bytes()
     with pytest.raises(CheckFailed, match="stay in the page cache"):
         disk_read.forget(files)
+
+
+def test_copies_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_driver, "DECODED_LEN", 600)
+    monkeypatch.setattr(cache_copies, "STEP_S", 1e-3)
+    options = CacheOptions(lengths=(6_000,), places=("copies",), folder=tmp_path / "kv",
+                           chunk_len=512, host_gib=64 * BLOCK_BYTES / GIB)
+    session = BenchSession("cache", BenchOptions(device="cpu", out=tmp_path / "out"))
+    assert cache.run(session, tiny_shape(), options) == 0
+    (row,) = session.rows
+    assert 0 < row["load_s"] < row["ttft_s"] and 0 < row["load_host_s"] < row["load_s"]
+    assert len(row["turns_s"]) == 4 and min(row["cached_tokens"]) > 5_000
+    assert row["pause"]["pause_s"] == row["pause_s"] and row["pause"]["at_s"] > 0
+
+
+def test_blocks_that_come_back_with_other_numbers_are_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def spoil(store: BlockStore, kind: str, slots: Tensor, blocks: Tensor) -> None:
+        move(store, kind, slots, blocks)
+        store.parts[0].rows[1][:, 0] = 0
+
+    move = BlockStore._move
+    monkeypatch.setattr(BlockStore, "_move", spoil)
+    monkeypatch.setattr(cache_copies, "STEP_S", 1e-3)
+    options = CacheOptions(lengths=(4_000,), places=("copies",), folder=tmp_path / "kv",
+                           chunk_len=512, host_gib=64 * BLOCK_BYTES / GIB)
+    session = BenchSession("cache", BenchOptions(device="cpu", out=tmp_path / "out"))
+    assert cache.run(session, tiny_shape(), options) == 1
+    assert "other numbers" in session.rows[0]["error"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from longspan.attention.cache import allocate_cache
-from longspan.engine.device import block_store
+from longspan.engine.device import block_link
 from longspan.engine.device.block_mover import BlockMover
 from longspan.engine.device.block_store import BlockStore
 from longspan.engine.transfer import Transfer
@@ -55,9 +55,9 @@ def test_blocks_come_back_as_they_were(
 ) -> None:
     kv = caches(device, dtype, means=means)
     first = BlockStore(kv, 1)
-    monkeypatch.setattr(block_store, "STAGE_BYTES", 3 * first.block_bytes)
+    monkeypatch.setattr(block_link, "STAGE_BYTES", 3 * first.block_bytes)
     first.close()
-    store = BlockStore(kv, 12)  # on GPUs its stage holds three blocks now
+    store = BlockStore(kv, 12)  # on GPUs its stages hold three blocks now
     mover = BlockMover(store, None)
     saved, slots, back = [3, 7, 8, 9, 0, 19, 4], [11, 0, 1, 2, 7, 5, 6], [1, 2, 19, 5, 8, 0, 3]
     before = [content(kv, block) for block in range(BLOCKS)]
@@ -94,6 +94,40 @@ def test_a_transfer_is_done_once_and_told_until_it_was_seen(device: str) -> None
     assert [result.transfer_id for result in mover.results()] == [0, 1]
     mover.start((), (0,))
     assert [result.transfer_id for result in mover.results()] == [1]
+    mover.close()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_blocks_are_saved_before_others_are_loaded_into_them(
+    device: str, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two sets of blocks change places again and again, without a wait between save and load."""
+    kv = caches(device, torch.bfloat16, means=True)
+    store = BlockStore(kv, BLOCKS)
+    monkeypatch.setattr(block_link, "STAGE_BYTES", 2 * store.block_bytes)
+    store.close()
+    store = BlockStore(kv, BLOCKS)
+    mover, generator = BlockMover(store, None), torch.Generator().manual_seed(11)
+    wanted = [content(kv, block) for block in range(BLOCKS)]
+    slots, free = list(range(7)), list(range(7, BLOCKS))
+    chosen = torch.randperm(BLOCKS, generator=generator)[:7].tolist()
+    mover.start([transfer(0, "save", chosen, slots)], ())
+    wait(mover, 0)
+    inside, number = [wanted[block] for block in chosen], 1
+    for _ in range(20):
+        blocks = torch.randperm(BLOCKS, generator=generator)[:7].tolist()
+        there = [free[index] for index in torch.randperm(len(free), generator=generator)[:7]]
+        mover.start([transfer(number, "save", blocks, there),
+                     transfer(number + 1, "load", blocks, slots)], ())
+        for one in (number, number + 1):
+            wait(mover, one)
+        old = [wanted[block] for block in blocks]
+        for block, value in zip(blocks, inside, strict=True):
+            wanted[block] = value
+        inside, free, slots = old, [*slots, *(slot for slot in free if slot not in there)], there
+        number += 2
+    for block in range(BLOCKS):
+        assert all(map(torch.equal, content(kv, block), wanted[block])), block
     mover.close()
 
 
