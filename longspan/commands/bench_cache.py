@@ -17,7 +17,8 @@ def bench_cache(
     shape: Annotated[str, typer.Option(
         help="qwen2.5-7b, qwen2.5-14b or nano; random weights.")] = "qwen2.5-7b",
     lengths: Annotated[str, typer.Option(help="Prompt tokens.")] = "131072",
-    places: Annotated[str, typer.Option(help="host, disk, turns, copies.")] = "host,disk",
+    places: Annotated[str, typer.Option(
+        help="host, disk, turns, copies, cancelled.")] = "host,disk",
     turns: Annotated[int, typer.Option(
         help="With turns, copies: times that each of two prompts is asked again.")] = 2,
     host_gib: Annotated[float | None, typer.Option(

@@ -9,6 +9,8 @@ budget. A short request decodes all the time; its longest pause is measured whil
   files are out of the page cache before that, and their plain reading is timed before and after.
 - ``turns``: two prompts asked in turn on a pool that holds one; host memory holds the other.
 - ``copies``: the same and ``host`` without a model, see `longspan.bench.engine.cache_copies`.
+- ``cancelled``: a prompt is cancelled behind its middle and asked again; how many tokens of it are
+  computed, and how many twice.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from longspan.engine.prefix_origin import PrefixOrigin
 from longspan.errors import LongspanError
 from longspan.units import GIB, in_gib
 
-PLACES = ("host", "disk", "turns", "copies")
+PLACES = ("host", "disk", "turns", "copies", "cancelled")
 SPARE = 1.03
 """Room in a place, as a share of the prompt's KV."""
 SWAP_GIB = {"cpu": 0.05, "cuda": 8.0}
@@ -72,7 +74,7 @@ class CacheOptions:
 def run(session: BenchSession, shape: Shape, options: CacheOptions) -> int:
     """Measure, write rows, print the table. Returns the exit status."""
     measures = {"host": _measure_host, "disk": _measure_disk, "turns": _measure_turns,
-                "copies": _measure_copies}
+                "copies": _measure_copies, "cancelled": _measure_cancelled}
     for place in options.places:
         for length in options.lengths:
             key = {"shape": shape.name, "place": place, "num_tokens": length,
@@ -109,6 +111,20 @@ def _measure_host(
             "save_s": rounded(save_s, 4), "save_pause_s": save_pause["pause_s"],
             "pause_s": pause["pause_s"], "save_pause": save_pause, "pause": pause,
             "step_budget_s": budget_s}
+
+
+def _measure_cancelled(
+    device: str, shape: Shape, options: CacheOptions, length: int,
+) -> dict[str, Any]:
+    sizes = sizes_for(length, options.chunk_len)
+    with open_engine(shape, device, sizes) as engine:
+        driver = begin(engine, sparse=options.attention == "sparse")
+        row, chunk_len = driver.prefill_twice(length), engine.plan.config.prefill_chunk_len
+        driver.end()
+    twice = row["computed_tokens"] + row["computed_again"] - length
+    if not 0 <= twice <= (chunk_len or 0):
+        raise CheckFailed(f"{twice:,} tokens were computed twice; a chunk has {chunk_len:,}")
+    return {**row, "computed_twice": twice, "chunk_len": chunk_len}
 
 
 def _measure_copies(
@@ -240,4 +256,4 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         (row["shape"], row["place"], f"{row['num_tokens']:,}", f"{row['gib']:.1f}",
          seconds(row["prefill_s"]) if "prefill_s" in row else "", seconds(row["load_s"]),
          f"{row['gib_per_s']:.2f}", seconds(row["ttft_s"]), seconds(row["pause_s"]))
-        for row in rows if "error" not in row])
+        for row in rows if "load_s" in row])

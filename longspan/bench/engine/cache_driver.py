@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -51,6 +52,8 @@ class Driver:
         self._loop = Loop(self.scheduler, engine.runner.transport(), queues_prefill=False,
                           on_result=self._note_step)
         self._tokens: dict[str, int] = {}
+        self.num_prefilled: Counter[str] = Counter()
+        """Prompt tokens computed for each request; a paused chunk's in proportion."""
         self._decoded_s = self._watched_s = 0.0
         self._step: tuple[float, float, int] = 0.0, 0.0, 0
         self.longest_pause: dict[str, Any] = {"pause_s": 0.0}
@@ -112,6 +115,19 @@ class Driver:
         self.cancel("other")
         return taken_s
 
+    def prefill_twice(self, length: int) -> dict[str, int]:
+        """Cancel a prompt a step behind its middle, and ask it again. Returns the tokens computed
+        each time, and those of the beginning that were found the second time."""
+        first = self.add("document", length, 2)
+        self.turn_until(lambda: first.computed_len >= length // 2)
+        begun = self.num_prefilled["document"]
+        self.turn_until(lambda: self.num_prefilled["document"] > begun)
+        self.cancel("document")
+        _, _, request = self.prefill("again", length, 2)
+        return {"computed_tokens": self.num_prefilled["document"],
+                "computed_again": self.num_prefilled["again"],
+                "found_tokens": request.num_cached_tokens}
+
     def cancel(self, name: str) -> None:
         """Cancel a request and wait until its blocks are free."""
         self._loop.abort(name)
@@ -141,9 +157,16 @@ class Driver:
                     self._decoded_s = now_s
 
     def _note_step(self, step: InFlightStep, result: StepResult) -> None:
-        prefilled = sum(item.query_len for item in step.batch.slices
-                        if item.cached_len < item.prompt_len)
-        self._step = step.batch.expected_s, result.elapsed_s, prefilled
+        total = 0
+        for item in step.batch.slices:
+            if item.cached_len >= item.prompt_len:
+                continue
+            begun, pieces = item.cached_len, item.pieces
+            if pieces is not None:
+                begun += item.query_len * pieces.first // pieces.total
+            self.num_prefilled[item.request_id] += item.done_len - begun
+            total += item.done_len - begun
+        self._step = step.batch.expected_s, result.elapsed_s, total
 
     def _note_pause(self, pause_s: float, at_s: float) -> None:
         if pause_s > self.longest_pause["pause_s"]:

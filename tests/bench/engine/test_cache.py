@@ -10,7 +10,10 @@ from torch import Tensor
 
 from longspan.bench.engine import cache, cache_copies, cache_driver, disk_read
 from longspan.bench.engine.cache import CacheOptions
+from longspan.bench.engine.cache_driver import sizes_for
+from longspan.bench.engine.engine import ShapeEngine, plan_engine
 from longspan.bench.session import BenchOptions, BenchSession, CheckFailed
+from longspan.bench.shapes import Shape
 from longspan.commands import results
 from longspan.engine.device.block_store import BlockStore
 from longspan.errors import LongspanError
@@ -118,3 +121,33 @@ def test_blocks_that_come_back_with_other_numbers_are_no_result(
     session = BenchSession("cache", BenchOptions(device="cpu", out=tmp_path / "out"))
     assert cache.run(session, tiny_shape(), options) == 1
     assert "other numbers" in session.rows[0]["error"]
+
+
+def test_a_cancelled_prompt_is_computed_once(tmp_path: Path) -> None:
+    options = CacheOptions(lengths=(6_000,), places=("cancelled",), folder=tmp_path / "kv",
+                           chunk_len=512)
+    session = BenchSession("cache", BenchOptions(device="cpu", out=tmp_path / "out"))
+    assert cache.run(session, tiny_shape(), options) == 0
+    (row,) = session.rows
+    assert 3_000 <= row["computed_tokens"] < 4_000 and row["found_tokens"] >= 2_560
+    assert 0 <= row["computed_twice"] <= 512
+
+
+def test_of_131072_tokens_cancelled_in_the_middle_only_what_is_missing_is_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The real scheduler, with chunks and budget of nano on CPUs; nothing is computed."""
+    length = 131_072
+    monkeypatch.setattr(cache_copies, "STEP_S", 0.0)
+    plan = plan_engine(Shape.make("nano"), "cpu", sizes_for(length, None, kv_host_gib=0.1))
+    runner = cache_copies.CopyRunner(plan, "cpu")
+    driver = cache_driver.Driver(
+        ShapeEngine(plan, runner), sparse=True)  # type: ignore[arg-type]
+    row, chunk_len = driver.prefill_twice(length), plan.config.prefill_chunk_len
+    driver.end()
+    runner.close()
+    assert chunk_len is not None and chunk_len <= length // 8
+    assert length // 2 <= row["computed_tokens"] <= length // 2 + 2 * chunk_len
+    assert row["found_tokens"] >= length // 2
+    assert row["computed_again"] == length - row["found_tokens"]
+    assert 0 < row["computed_tokens"] + row["computed_again"] - length < chunk_len

@@ -1,7 +1,7 @@
 """Writes KV files in processes that are killed, and reads what they left. Run by a test.
 
-Torch is loaded once; each process is a fork. Prints how many files were found whole, and fails when
-one of them is wrong.
+Torch is loaded once; each process is a fork. While one writes, its folder is refused to another.
+Prints how many files were found whole, and fails when one of them is wrong.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from longspan.engine.device.block_files import BlockFiles
 from longspan.engine.device.block_store import BlockStore
 from longspan.engine.kv_file import KvFolder, file_name, scan
 from longspan.engine.transfer import Transfer, TransferResult
+from longspan.errors import LongspanError
 
 KEY, SLOTS, TIMES = b"k" * 16, 8, 20
 
@@ -74,6 +75,15 @@ def check(folder: Path) -> int:
     return len(runs)
 
 
+def is_refused(folder: Path) -> bool:
+    """Whether somebody else has the folder."""
+    try:
+        KvFolder(folder).close()
+    except LongspanError as error:
+        return "in use by process" in str(error)
+    return False
+
+
 def forked(work: Callable[[], None]) -> int:
     """Do something in a process of its own."""
     pid = os.fork()
@@ -94,6 +104,7 @@ def main() -> None:
         told, done = os.pipe()
         pid = forked(lambda turn=turn, done=done: write(folder, turn, done))  # type: ignore[misc]
         os.read(told, 1)
+        assert is_refused(folder), "another process owns it"
         time.sleep(rng.uniform(0.0, 0.1))
         os.kill(pid, signal.SIGKILL)
         os.close(told)

@@ -150,6 +150,11 @@ def test_use_is_noted_in_order_whatever_the_clock_says(
     assert disk.do("read", [1], HASHES[:1], names[0]) == ""
     times = [(tmp_path / name).stat().st_mtime for name in names]
     assert times[1] < times[2] < times[0]
+    disk.files.close()
+    later = Disk(tmp_path)  # the clock is still behind
+    assert later.do("read", [1], HASHES[1:2], names[1]) == ""
+    assert (tmp_path / names[1]).stat().st_mtime > times[0]
+    later.files.close()
 
 
 def test_a_folder_has_one_owner_and_loses_what_was_left_half_written(tmp_path: Path) -> None:

@@ -101,6 +101,23 @@ def test_answers_are_the_same_after_a_restart(
         assert all((o.num_cached_tokens >= REUSABLE_BY[attention]) == bool(turn) for o in outputs)
 
 
+@pytest.mark.parametrize("attention", ["dense", "sparse"])
+def test_other_chunk_plans_use_what_is_the_same_for_them(
+    checkpoint: str, tmp_path: Path, attention: str,
+) -> None:
+    """Dense blocks are, whatever the chunks were; a sparse prompt's depend on them."""
+    options = {**OPTIONS, "attention": attention}
+    for chunk_len in (256, 512, 160):
+        mine = {**options, "prefill_chunk_len": chunk_len}
+        with LLM(checkpoint, **mine) as llm:
+            wanted = ask(llm, 1).token_ids
+        with LLM(checkpoint, kv_dir=str(tmp_path), **mine) as llm:
+            output = ask(llm, 1)
+        assert output.token_ids == wanted, chunk_len
+        is_known = attention == "dense" and chunk_len != 256
+        assert output.num_cached_tokens == REUSABLE * is_known, chunk_len
+
+
 def test_int8_blocks_come_back_from_everywhere(checkpoint: str, tmp_path: Path) -> None:
     """Their scales and means with them: the answers of an engine alone, not those in full
     precision's blocks, whose key is another."""
