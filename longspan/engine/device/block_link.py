@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 STAGE_BYTES = 32 * 1024**2
 """Size of a stage, about; at least one block."""
 NUM_STAGES = 2
-"""Of each direction."""
+"""Stages of each direction."""
 
 
 def stage_blocks(block_bytes: int) -> int:
