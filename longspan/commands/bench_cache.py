@@ -31,7 +31,8 @@ def bench_cache(
     out: Results = Path("bench/results"),
 ) -> None:
     """Time until a prompt's KV is back from host memory or disk, beside its prefill."""
-    from longspan.bench.engine.cache import CacheOptions, run
+    from longspan.bench.engine.cache import run
+    from longspan.bench.engine.cache_options import CacheOptions
     from longspan.bench.session import BenchOptions, BenchSession
     from longspan.bench.shapes import Shape
 

@@ -7,7 +7,8 @@ budget. A short request decodes all the time; its longest pause is measured whil
   It is cancelled as soon as it begins, and the first one is asked again.
 - ``disk``: the prompt is computed and written; then an engine that was just started reads it. The
   files are out of the page cache before that, and their plain reading is timed before and after.
-- ``turns``: two prompts asked in turn on a pool that holds one; host memory holds the other.
+- ``turns``: two prompts asked in turn on a pool that holds one; host memory holds the other. With
+  ``host`` before it, both are measured in one engine.
 - ``copies``: the same and ``host`` without a model, see `longspan.bench.engine.cache_copies`.
 - ``cancelled``: a prompt is cancelled behind its middle and asked again; how many tokens of it are
   computed, and how many twice.
@@ -18,99 +19,46 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from longspan.bench.engine.cache_copies import measure_copies
 from longspan.bench.engine.cache_driver import begin, sizes_for
+from longspan.bench.engine.cache_host import HostMeasures
+from longspan.bench.engine.cache_options import (
+    SPARE,
+    SWAP_GIB,
+    CacheOptions,
+    check_token,
+    document_bytes,
+    figures,
+)
 from longspan.bench.engine.disk_read import forget, read_bytes_per_s
 from longspan.bench.engine.engine import EngineSizes, open_engine, plan_engine
 from longspan.bench.session import BenchSession, CheckFailed
 from longspan.bench.shapes import Shape
-from longspan.bench.timing import rounded, synchronize
+from longspan.bench.timing import rounded
 from longspan.commands.console import seconds, show_table
-from longspan.engine.prefix_origin import PrefixOrigin
 from longspan.errors import LongspanError
 from longspan.units import GIB, in_gib
-
-PLACES = ("host", "disk", "turns", "copies", "cancelled")
-SPARE = 1.03
-"""Room in a place, as a share of the prompt's KV."""
-SWAP_GIB = {"cpu": 0.05, "cuda": 8.0}
-"""Host memory besides one prompt, through which two change places."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CacheOptions:
-    """What was asked for on the command line."""
-
-    lengths: tuple[int, ...]
-    """Prompt lengths, tokens."""
-    places: tuple[str, ...]
-    """Some of `PLACES`."""
-    folder: Path
-    """Empty or missing; on the disk that is measured."""
-    chunk_len: int | None = None
-    attention: str = "sparse"
-    turns: int = 2
-    """Times that each of two prompts is asked again."""
-    host_gib: float | None = None
-    """Host memory where two take turns; None: for one of them and a little."""
-
-    def __post_init__(self) -> None:
-        for name in self.places:
-            if name not in PLACES:
-                raise LongspanError(f"--places: {name!r} is not one of {', '.join(PLACES)}")
-        if self.attention not in ("dense", "sparse"):
-            raise LongspanError(f"--attention: {self.attention!r} is not one of dense, sparse")
-        if self.folder.exists() and any(self.folder.iterdir()):
-            raise LongspanError(f"--dir: {self.folder} is not empty; name another folder")
-        if self.turns < 1:
-            raise LongspanError(f"--turns must be 1 or more, not {self.turns}")
 
 
 def run(session: BenchSession, shape: Shape, options: CacheOptions) -> int:
     """Measure, write rows, print the table. Returns the exit status."""
-    measures = {"host": _measure_host, "disk": _measure_disk, "turns": _measure_turns,
-                "copies": _measure_copies, "cancelled": _measure_cancelled}
-    for place in options.places:
-        for length in options.lengths:
-            key = {"shape": shape.name, "place": place, "num_tokens": length,
-                   "attention": options.attention,
-                   "plan": shape.plan_label if options.attention == "sparse" else None}
-            session.attempt(key, partial(measures[place], session.device, shape, options, length))
+    measures = {"disk": _measure_disk, "copies": _measure_copies, "cancelled": _measure_cancelled}
+    for length in options.lengths:
+        key = {"shape": shape.name, "place": "", "num_tokens": length,
+               "attention": options.attention,
+               "plan": shape.plan_label if options.attention == "sparse" else None}
+        with HostMeasures(session.device, shape, options, length) as host:
+            for place in (place for place in options.places if place in host.measures):
+                session.attempt({**key, "place": place}, host.measures[place])
+        for place in (place for place in options.places if place in measures):
+            session.attempt({**key, "place": place}, partial(
+                measures[place], session.device, shape, options, length))
     show(session.rows)
     return session.finish()
-
-
-def _document_bytes(device: str, shape: Shape, options: CacheOptions, length: int) -> int:
-    """Return the size of a prompt's KV, with what decodes beside it."""
-    sizes = sizes_for(length, options.chunk_len, kv_host_gib=1.0)
-    return plan_engine(shape, device, sizes).tiers.block_bytes * (length // 128 + 64)
-
-
-def _measure_host(
-    device: str, shape: Shape, options: CacheOptions, length: int,
-) -> dict[str, Any]:
-    host_gib = SPARE * _document_bytes(device, shape, options, length) / GIB
-    sizes = sizes_for(length, options.chunk_len, kv_host_gib=host_gib)
-    with open_engine(shape, device, sizes) as engine:
-        driver = begin(engine, sparse=options.attention == "sparse")
-        prefill_s, token, _ = driver.prefill("document", length, 2)
-        driver.watch()
-        save_s, save_pause = driver.evict(length), driver.longest_pause
-        driver.watch()
-        ttft_s, again, request = driver.prefill("again", length, 2)
-        pause, budget_s = driver.longest_pause, engine.plan.config.step_budget_s
-        driver.end()
-        synchronize(device)
-    _check_token(again, token, "host memory")
-    return {**_figures(prefill_s, ttft_s, request.origin, engine.plan.tiers.block_bytes),
-            "save_s": rounded(save_s, 4), "save_pause_s": save_pause["pause_s"],
-            "pause_s": pause["pause_s"], "save_pause": save_pause, "pause": pause,
-            "step_budget_s": budget_s}
 
 
 def _measure_cancelled(
@@ -130,7 +78,7 @@ def _measure_cancelled(
 def _measure_copies(
     device: str, shape: Shape, options: CacheOptions, length: int,
 ) -> dict[str, Any]:
-    num_bytes = _document_bytes(device, shape, options, length)
+    num_bytes = document_bytes(device, shape, options, length)
     host_gib = options.host_gib or SPARE * num_bytes / GIB + SWAP_GIB[device.split(":")[0]]
     plan = plan_engine(shape, device, sizes_for(length, options.chunk_len, kv_host_gib=host_gib))
     return {**measure_copies(plan, device, length, options.turns,
@@ -142,7 +90,7 @@ def _measure_disk(
     device: str, shape: Shape, options: CacheOptions, length: int,
 ) -> dict[str, Any]:
     folder = options.folder / f"{shape.name}-{length}"
-    num_bytes = int(SPARE * _document_bytes(device, shape, options, length))
+    num_bytes = int(SPARE * document_bytes(device, shape, options, length))
     _check_room(options.folder, num_bytes)
     sizes = sizes_for(length, options.chunk_len, kv_dir=str(folder), kv_disk_gib=num_bytes / GIB)
     try:
@@ -177,45 +125,15 @@ def _write_and_read(
         question_pause_s = driver.longest_pause_s
         driver.end()
     rates.append(read_bytes_per_s(files))
-    _check_token(again, token, "disk")
-    figures = _figures(prefill_s, ttft_s, request.origin, engine.plan.tiers.block_bytes)
-    return {**figures, "disk_own_gib_per_s": [rounded(rate / GIB, 4) for rate in rates],
-            "over_disk_own": rounded(max(rates) / GIB / figures["gib_per_s"], 3),
+    check_token(again, token, "disk")
+    found = figures(prefill_s, ttft_s, request.origin, engine.plan.tiers.block_bytes)
+    return {**found, "disk_own_gib_per_s": [rounded(rate / GIB, 4) for rate in rates],
+            "over_disk_own": rounded(max(rates) / GIB / found["gib_per_s"], 3),
             "write_s": rounded(prefill_s + write_rest_s, 4),
             "write_rest_s": rounded(write_rest_s, 4),
             "write_pause_s": rounded(write_pause_s, 3), "pause_s": rounded(pause_s, 3),
             "question_s": rounded(question_s, 3), "question_pause_s": rounded(question_pause_s, 3),
             "step_budget_s": budget_s}
-
-
-def _measure_turns(
-    device: str, shape: Shape, options: CacheOptions, length: int,
-) -> dict[str, Any]:
-    num_bytes = _document_bytes(device, shape, options, length)
-    host_gib = options.host_gib or SPARE * num_bytes / GIB + SWAP_GIB[device.split(":")[0]]
-    sizes = sizes_for(length, options.chunk_len, kv_host_gib=host_gib)
-    turns = list[tuple[float, PrefixOrigin | None]]()
-    with open_engine(shape, device, sizes) as engine:
-        driver = begin(engine, sparse=options.attention == "sparse")
-        driver.watch()
-        first = [driver.prefill(f"document {seed}", length, seed) for seed in (2, 3)]
-        first_pause_s = driver.longest_pause_s
-        driver.watch()
-        for turn in range(options.turns):
-            for seed, (_, token, _) in zip((2, 3), first, strict=True):
-                ttft_s, again, request = driver.prefill(f"{seed} again {turn}", length, seed)
-                _check_token(again, token, "host memory")
-                turns.append((ttft_s, request.origin))
-        pause, budget_s = driver.longest_pause, engine.plan.config.step_budget_s
-        driver.end()
-    prefill_s, worst_s = first[0][0], max(ttft_s for ttft_s, _ in turns)
-    origin = min((origin for _, origin in turns), key=lambda origin: (
-        0 if origin is None else origin.num_host_tokens))
-    return {**_figures(prefill_s, worst_s, origin, engine.plan.tiers.block_bytes),
-            "prefills_s": [rounded(seconds, 4) for seconds, _, _ in first],
-            "turns_s": [rounded(seconds, 4) for seconds, _ in turns],
-            "host_gib": rounded(host_gib, 4), "first_pause_s": rounded(first_pause_s, 3),
-            "pause_s": pause["pause_s"], "pause": pause, "step_budget_s": budget_s}
 
 
 def _check_room(folder: Path, num_bytes: int) -> None:
@@ -227,25 +145,6 @@ def _check_room(folder: Path, num_bytes: int) -> None:
     if free < num_bytes:
         raise LongspanError(f"the files take {in_gib(num_bytes)}, and {in_gib(free)} are free in "
                             f"{place}; use shorter --lengths or another --dir")
-
-
-def _check_token(again: int, token: int, place: str) -> None:
-    if again != token:
-        raise CheckFailed(f"the token is {again} with KV from {place}, and was {token}")
-
-
-def _figures(
-    prefill_s: float, ttft_s: float, origin: PrefixOrigin | None, block_bytes: int,
-) -> dict[str, Any]:
-    if origin is None:
-        raise CheckFailed("nothing was loaded: the prompt was computed again")
-    num_tokens = origin.num_host_tokens + origin.num_disk_tokens
-    num_bytes = num_tokens // 128 * block_bytes
-    return {"prefill_s": rounded(prefill_s, 5), "load_s": rounded(origin.load_s, 5),
-            "ttft_s": rounded(ttft_s, 5), "loaded_tokens": num_tokens,
-            "gib": rounded(num_bytes / GIB, 5), "gib_per_s": rounded(
-                num_bytes / GIB / origin.load_s, 4),
-            "ttft_over_prefill": rounded(ttft_s / prefill_s, 4)}
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:

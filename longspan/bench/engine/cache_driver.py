@@ -12,6 +12,7 @@ from longspan.bench.engine.engine import EngineSizes, ShapeEngine, random_ids
 from longspan.bench.session import CheckFailed
 from longspan.bench.timing import rounded
 from longspan.engine.control.loop import Loop
+from longspan.engine.control.prefixes import hash_prompt
 from longspan.engine.control.scheduler import InFlightStep, Scheduler
 from longspan.engine.request import Request, SamplingParams
 from longspan.engine.setup.compile_ahead import compile_steps
@@ -67,6 +68,11 @@ class Driver:
         self.turn_until(lambda: "decoding" in self._tokens)
 
     @property
+    def step_budget_s(self) -> float | None:
+        """What a pause is compared with."""
+        return self._engine.plan.config.step_budget_s
+
+    @property
     def longest_pause_s(self) -> float:
         """Seconds of `longest_pause`."""
         return float(self.longest_pause["pause_s"])
@@ -85,14 +91,10 @@ class Driver:
         Args:
             question: seed of its last tokens, where they differ from those of the document.
         """
-        ids = random_ids(length, self._engine.plan.model.vocab_size, seed)
-        if question is not None:
-            ids = ids[:-QUESTION_LEN] + random_ids(
-                QUESTION_LEN, self._engine.plan.model.vocab_size, question)
-        request = Request(
-            request_id=name, prompt_ids=ids,
-            params=SamplingParams(max_tokens=num_tokens, ignore_eos=True, temperature=0.0),
-            sparse=self._sparse and num_tokens == 1)
+        begun_s = time.perf_counter()
+        request = self._make(name, length, seed, num_tokens, question)
+        # a server's front end does that, beside the loop
+        self._decoded_s += time.perf_counter() - begun_s
         self._loop.add(request)
         return request
 
@@ -100,15 +102,15 @@ class Driver:
         self, name: str, length: int, seed: int, *, question: int | None = None,
     ) -> tuple[float, int, Request]:
         """Ask and wait for the first token: seconds, the token, the request."""
-        begun_s = time.perf_counter()
         request = self.add(name, length, seed, question=question)
+        begun_s = time.perf_counter()
         self.turn_until(lambda: name in self._tokens)
         return time.perf_counter() - begun_s, self._tokens[name], request
 
     def evict(self, length: int) -> float:
         """Hand in another prompt, and cancel it when it begins. Returns the time until then."""
-        begun_s = time.perf_counter()
         other = self.add("other", length, 3)
+        begun_s = time.perf_counter()
         self.turn_until(lambda: other.computed_len > 0 or other.num_pieces > 0
                         or other.num_in_flight > 0)
         taken_s = time.perf_counter() - begun_s
@@ -155,6 +157,20 @@ class Driver:
                     now_s = time.perf_counter()
                     self._note_pause(now_s - self._decoded_s, now_s - self._watched_s)
                     self._decoded_s = now_s
+
+    def _make(
+        self, name: str, length: int, seed: int, num_tokens: int, question: int | None,
+    ) -> Request:
+        vocab_size = self._engine.plan.model.vocab_size
+        ids = random_ids(length, vocab_size, seed)
+        if question is not None:
+            ids = ids[:-QUESTION_LEN] + random_ids(QUESTION_LEN, vocab_size, question)
+        request = Request(
+            request_id=name, prompt_ids=ids,
+            params=SamplingParams(max_tokens=num_tokens, ignore_eos=True, temperature=0.0),
+            sparse=self._sparse and num_tokens == 1)
+        hash_prompt(request, self.scheduler.config)
+        return request
 
     def _note_step(self, step: InFlightStep, result: StepResult) -> None:
         total = 0

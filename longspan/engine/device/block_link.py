@@ -22,8 +22,8 @@ from longspan.engine.transfer import Transfer
 if TYPE_CHECKING:
     from longspan.ops.block_rows import RowTable
 
-STAGE_BYTES = 32 * 1024**2
-"""Size of a stage, about; at least one block."""
+STAGE_BYTES = 64 * 1024**2
+"""Size of a stage, about; at least one block. Smaller ones take more calls, and are no faster."""
 NUM_STAGES = 2
 """Stages of each direction."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from longspan.config import EngineConfig, ModelConfig
 from longspan.engine.control.copy_queue import TierConfig
-from longspan.engine.device.block_link import link_bytes
+from longspan.engine.device.block_link import STAGE_BYTES, link_bytes
 from longspan.engine.device.memory import (
     DeviceMemory,
     device_memory,
@@ -24,6 +24,8 @@ WAY_BYTES = {"cpu": 256 * 1024**2, "cuda": 2 * GIB}
 MIN_SLOTS = 8
 COPY_BYTES_PER_S = {"cpu": 2e9, "cuda": 2e10}
 """Speed of copies between device and host before it was measured."""
+COPY_BYTES = {"cpu": 64 * 1024**2, "cuda": 2 * STAGE_BYTES}
+"""Size of one copy between device and host."""
 COPY_SHARE = {"cpu": 0.2, "cuda": 0.8}
 """Copies under way, as a share of a step's budget: on CPUs they take the place of other work."""
 UNHURRIED_S = 0.5
@@ -56,7 +58,8 @@ def plan_tiers(model: ModelConfig, config: EngineConfig, *, means: bool) -> Tier
     rate = None if folder is None else sampled_bytes_per_s(folder)
     return TierConfig(
         num_slots=host_bytes // block_bytes, keeps_host=config.kv_host_gib > 0,
-        block_bytes=block_bytes, copy_bytes_per_s=COPY_BYTES_PER_S[device_type],
+        block_bytes=block_bytes, copy_bytes=COPY_BYTES[device_type],
+        copy_bytes_per_s=COPY_BYTES_PER_S[device_type],
         copy_s=COPY_SHARE[device_type] * budget_s if budget_s and math.isfinite(budget_s)
         else UNHURRIED_S,
         disk_bytes_per_s=rate or TierConfig().disk_bytes_per_s,

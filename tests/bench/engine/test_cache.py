@@ -9,8 +9,8 @@ import pytest
 from torch import Tensor
 
 from longspan.bench.engine import cache, cache_copies, cache_driver, disk_read
-from longspan.bench.engine.cache import CacheOptions
 from longspan.bench.engine.cache_driver import sizes_for
+from longspan.bench.engine.cache_options import CacheOptions
 from longspan.bench.engine.engine import ShapeEngine, plan_engine
 from longspan.bench.session import BenchOptions, BenchSession, CheckFailed
 from longspan.bench.shapes import Shape
@@ -28,7 +28,7 @@ def test_what_comes_back_from_host_memory_and_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(cache_driver, "DECODED_LEN", 600)
-    options = CacheOptions(lengths=(4_000,), places=("host", "disk"), folder=tmp_path / "kv",
+    options = CacheOptions(lengths=(4_000,), places=("disk", "host"), folder=tmp_path / "kv",
                            chunk_len=512)
     session = BenchSession("cache", BenchOptions(device="cpu", out=tmp_path / "out"))
     assert cache.run(session, tiny_shape(), options) == 0
@@ -49,11 +49,13 @@ def test_two_prompts_in_turn_on_a_pool_that_holds_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cache_driver, "DECODED_LEN", 300)
-    options = CacheOptions(lengths=(2_500,), places=("turns",), folder=tmp_path / "kv",
+    options = CacheOptions(lengths=(2_500,), places=("host", "turns"), folder=tmp_path / "kv",
                            chunk_len=512, host_gib=24 * BLOCK_BYTES / GIB)
     session = BenchSession("cache", BenchOptions(device="cpu", out=tmp_path / "out"))
     assert cache.run(session, tiny_shape(), options) == 0
-    (row,) = session.rows
+    host, row = session.rows
+    assert host["prefill_s"] == row["prefill_s"] == pytest.approx(row["prefills_s"][0], rel=1e-3)
+    assert host["pause"]["pause_s"] == host["pause_s"] > 0
     assert len(row["turns_s"]) == 4 and len(row["prefills_s"]) == 2
     assert row["host_gib"] * GIB < 1.3 * 2_500 / 128 * BLOCK_BYTES
     assert row["loaded_tokens"] > 1_500, "all but what was left on the device"
