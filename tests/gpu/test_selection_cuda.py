@@ -20,7 +20,7 @@ pytestmark = pytest.mark.gpu
 BLOCK, HEADS, KV_HEADS, DIM, DEVICE = 128, 28, 4, 128, "cuda"
 SCALE = DIM**-0.5
 LENGTH, NEW = 40_000, 8_000
-WORKSPACE = 80 << 20
+WORKSPACE, SCOUTS_WORKSPACE = 80 << 20, 176 << 20
 
 
 def make_inputs(length: int, new: int, gain: float) -> tuple[Tensor, PagedKV, Tensor]:
@@ -153,6 +153,7 @@ def test_workspace_of_a_million_keys(mode: str, strided: int, scouts: int) -> No
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     again = select_on_device(*args)
-    assert torch.cuda.max_memory_allocated() - before <= WORKSPACE + 2 * again.offsets.nbytes
+    allowed = SCOUTS_WORKSPACE if scouts else WORKSPACE
+    assert torch.cuda.max_memory_allocated() - before <= allowed + 2 * again.offsets.nbytes
     assert torch.equal(selection.columns, again.columns)
     assert bool((selection.columns[:, 1:] > selection.columns[:, :-1])[:, :200].all())

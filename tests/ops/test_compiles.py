@@ -17,7 +17,8 @@ KERNELS = {
     "select/triton_tiles": "rotate_probes rotate_listed tile_masses combine_logs diagonal_masses "
                            "free_masses",
     "select/triton_recall": "sum_masses",
-    "select/triton_scouts": "sum_queries mean_differences score_scouts score_columns list_tiles",
+    "select/scout_kernels": "sum_queries mean_differences score_scouts score_columns score_windows "
+                            "list_tiles",
     "select/triton_keys": "find_blocks tile_columns key_masses",
     "select/top_k": "choose_windows write_largest place_columns group_maxima lower_bounds "
                     "count_reached list_reached place_diagonals",

@@ -1,15 +1,12 @@
-"""The scouts' pass over all keys on Hopper, in Gluon: `triton_scouts.score_scouts`.
+"""The scouts' pass over all keys on Hopper, in Gluon: `scout_kernels.score_scouts`.
 
 Blocks of 64 scouts stand where `hopper_tiles` has its probe rows, and are multiplied with key tiles
-in the same way. Of each product a consumer takes the row's maximum, and its sum of exponentials
-where the row keeps the tile. Columns are left to a kernel of their own. Nothing branches while a
-product is under way, or the compiler lets none be: so the exponentials are taken of all tiles, and
-those that need the causal mask are a pass of their own.
+in the same way. Of each product a consumer takes the row's maximum and nothing else. Nothing
+branches while a product is under way, or the compiler lets none be: so the tiles that need the
+causal mask are a pass of their own.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 from torch import Tensor
 from triton.experimental import gluon
@@ -28,45 +25,32 @@ from longspan.ops.select.hopper_tiles import (
     TILE,
     _barriers,
     _folded_max,
-    _folded_sum,
     _span,
 )
 from longspan.ops.tiles.hopper import key_tiles, query_halves
-
-
-class Flags(NamedTuple):
-    """What the rows of some heads keep; n key tiles of P keys."""
-
-    is_window: Tensor
-    """[heads here, n] int8 by tile gap"""
-    is_column: Tensor
-    """[heads here, (n + 1) * P] int8; the last tile takes the padding"""
-
 
 supports = hopper_tiles.supports
 num_parts = hopper_tiles.num_parts
 
 
 def score(
-    queries: Tensor, rows: Tensor, k: Tensor, block_table: Tensor, flags: Flags, missed: Tensor,
-    kept: Tensor, heads: tuple[int, int], zones: tuple[int, int, int, int], start: int,
+    queries: Tensor, rows: Tensor, k: Tensor, block_table: Tensor, is_column: Tensor,
+    missed: Tensor, heads: tuple[int, int], zones: tuple[int, int, int, int], start: int,
 ) -> None:
-    """Score all scouts of some KV heads over all key tiles. Logits and masses are of base 2.
+    """Score all scouts of some KV heads over all key tiles, n of P keys. Logits are of base 2.
 
     Args:
         queries: [zones, H, RP, D] rotated; rows: [H, R] int32 from position ``start`` on.
-        missed: [heads here, n, RP] fp32: the largest logit of a tile without columns, -inf where
-            the row keeps it.
-        kept: [parts + 1, heads here, RP] fp32: log-sums of the kept tiles without columns; the last
-            part is left alone.
+        is_column: [heads here, (n + 1) * P] int8.
+        missed: [heads here, n, RP] fp32: the largest logit of a tile without columns.
         heads: the first KV head here, and how many.
         zones: how many, all key tiles, where the inter zone ends, where the succ zone does.
     """
     _, num_heads, padded_rows, _ = queries.shape
     rows_here = num_heads // k.shape[2] * padded_rows
     groups, at_once = hopper_tiles.block_groups(rows_here)
-    _scout_kernel[(kept.shape[0] - 1, groups, heads[1])](
-        query_halves(queries), key_tiles(k), block_table, rows, *flags, missed, kept,
+    _scout_kernel[(num_parts(queries, k, heads[1]), groups, heads[1])](
+        query_halves(queries), key_tiles(k), block_table, rows, is_column, missed,
         heads[0], num_heads * padded_rows, *zones, rows_here, start, rows.shape[1],
         RP=padded_rows, BLOCKS=at_once, num_warps=4)
 
@@ -128,12 +112,11 @@ def _bias(bias_smem, place, SCORES: gl.constexpr):
 
 @gluon.jit
 def _score_pass(
-    i, turn, positions, tops, sums, is_window, missed, q_smem, k_smem, bias_smem, q_full,
-    q_empty, k_full, k_empty, first_row, rows_here, num_tiles, inter_end, succ_end, start,
-    MASKED: gl.constexpr, RP: gl.constexpr, BLOCKS: gl.constexpr, FIRST: gl.constexpr,
-    STOP: gl.constexpr,
+    i, turn, positions, missed, q_smem, k_smem, bias_smem, q_full, q_empty, k_full, k_empty,
+    first_row, rows_here, num_tiles, inter_end, succ_end, start, MASKED: gl.constexpr,
+    RP: gl.constexpr, BLOCKS: gl.constexpr, FIRST: gl.constexpr, STOP: gl.constexpr,
 ):
-    """Score the blocks [FIRST, STOP) over the tiles of one pass. Returns the state behind it."""
+    """Score the blocks [FIRST, STOP) over the tiles of one pass. Returns the next step."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     lane = gl.arange(0, HALF, layout=ROWS)
@@ -143,19 +126,11 @@ def _score_pass(
     for n in range(count):
         tile = first + n * gl.num_programs(0)
         slot = i % STAGES
-        windows: gl.tuple = ()
-        for g in gl.static_range(FIRST, STOP):
-            head = gl.minimum(first_row + g * HALF, rows_here - 1) // RP
-            gap = positions[g - FIRST] // TILE - tile
-            exists = (positions[g - FIRST] >= 0) & (gap >= 0)
-            windows = windows + (gl.load(is_window + head * num_tiles + gap, exists, other=0),)
         mbarrier.wait(k_full.index(slot), i // STAGES & 1)
         keys = k_smem.index(slot).permute((1, 0))
         s = warpgroup_mma(
             q_smem.index(FIRST), keys, _bias(bias_smem, slot * BLOCKS + FIRST, SCORES),
             is_async=True)
-        new_tops: gl.tuple = ()
-        new_sums: gl.tuple = ()
         for g in gl.static_range(FIRST, STOP):
             if g + 1 < STOP:
                 following = warpgroup_mma(
@@ -172,64 +147,47 @@ def _score_pass(
             row = first_row + g * HALF + lane
             head_row = (first_row + g * HALF) // RP
             top = gl.convert_layout(gl.max(_folded_max(scores), 1), ROWS)
-            is_kept = windows[g - FIRST] > 0
             target = missed + (head_row.to(gl.int64) * num_tiles + tile) * RP
-            gl.store(target + row % RP, gl.where(is_kept, float("-inf"), top), row < rows_here)
-            running = gl.maximum(tops[g - FIRST], gl.where(is_kept, top, -1e30))
-            mass = gl.convert_layout(
-                gl.sum(_folded_sum(gl.exp2(scores - running[:, None])), 1), ROWS)
-            new_tops = new_tops + (running,)
-            new_sums = new_sums + (sums[g - FIRST] * gl.exp2(tops[g - FIRST] - running)
-                                   + gl.where(is_kept, mass, 0.0),)
-        tops, sums = new_tops, new_sums
+            gl.store(target + row % RP, top, row < rows_here)
         i += 1
     mbarrier.arrive(q_empty, count=1)
-    return i, tops, sums
+    return i
 
 
 @gluon.jit
 def _scout_consumer(
-    rows, is_window, missed, kept, q_smem, k_smem, bias_smem, q_full, q_empty, k_full,
-    k_empty, first_row, rows_here, num_zones, num_tiles, inter_end, succ_end, start, num_rows,
-    RP: gl.constexpr, BLOCKS: gl.constexpr, FIRST: gl.constexpr, STOP: gl.constexpr,
+    rows, missed, q_smem, k_smem, bias_smem, q_full, q_empty, k_full, k_empty, first_row,
+    rows_here, num_zones, num_tiles, inter_end, succ_end, start, num_rows, RP: gl.constexpr,
+    BLOCKS: gl.constexpr, FIRST: gl.constexpr, STOP: gl.constexpr,
 ):
-    """Score the blocks [FIRST, STOP) of this program. rows, flags, missed: those of its KV head;
-    kept: where its first row stands."""
+    """Score the blocks [FIRST, STOP) over every tile."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     lane = gl.arange(0, HALF, layout=ROWS)
     positions: gl.tuple = ()
-    tops: gl.tuple = ()
-    sums: gl.tuple = ()
     for g in gl.static_range(FIRST, STOP):
         row = first_row + g * HALF + lane
         exists = (row < rows_here) & (row % RP < num_rows)
         scout = gl.load(rows + row // RP * num_rows + row % RP, exists, other=-1)
         positions = positions + (gl.where(scout < 0, -1, start + scout),)
-        tops = tops + (gl.full([HALF], -1e30, gl.float32, ROWS),)
-        sums = sums + (gl.zeros([HALF], gl.float32, ROWS),)
-    i, tops, sums = _score_pass(
-        num_zones * 0, num_zones * 0, positions, tops, sums, is_window, missed, q_smem,
-        k_smem, bias_smem, q_full, q_empty, k_full, k_empty, first_row, rows_here, num_tiles,
-        inter_end, succ_end, start, True, RP, BLOCKS, FIRST, STOP)
+    i = _score_pass(
+        num_zones * 0, num_zones * 0, positions, missed, q_smem, k_smem, bias_smem, q_full,
+        q_empty, k_full, k_empty, first_row, rows_here, num_tiles, inter_end, succ_end, start,
+        True, RP, BLOCKS, FIRST, STOP)
     for turn in range(1, num_zones + 1):
-        i, tops, sums = _score_pass(
-            i, turn, positions, tops, sums, is_window, missed, q_smem, k_smem, bias_smem,
-            q_full, q_empty, k_full, k_empty, first_row, rows_here, num_tiles, inter_end, succ_end,
-            start, False, RP, BLOCKS, FIRST, STOP)
-    for g in gl.static_range(FIRST, STOP):
-        inside = first_row + g * HALF + lane < rows_here
-        place = g * HALF + lane
-        gl.store(kept + place, tops[g - FIRST] + gl.log2(sums[g - FIRST]), inside)
+        i = _score_pass(
+            i, turn, positions, missed, q_smem, k_smem, bias_smem, q_full, q_empty, k_full,
+            k_empty, first_row, rows_here, num_tiles, inter_end, succ_end, start, False, RP,
+            BLOCKS, FIRST, STOP)
 
 
 @gluon.jit(do_not_specialize=[
     "first_kv_head", "zone_rows", "num_zones", "num_tiles", "inter_end", "succ_end", "rows_here",
     "start", "num_rows"])
 def _scout_kernel(
-    q_desc, k_desc, table, rows, is_window, is_column, missed, kept, first_kv_head,
-    zone_rows, num_zones, num_tiles, inter_end, succ_end, rows_here, start, num_rows,
-    RP: gl.constexpr, BLOCKS: gl.constexpr,
+    q_desc, k_desc, table, rows, is_column, missed, first_kv_head, zone_rows, num_zones,
+    num_tiles, inter_end, succ_end, rows_here, start, num_rows, RP: gl.constexpr,
+    BLOCKS: gl.constexpr,
 ):
     """See `score`. Grid (programs along the keys, groups of blocks, KV heads here)."""
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [BLOCKS, HALF, TILE], q_desc.layout)
@@ -241,20 +199,18 @@ def _scout_kernel(
     first_row = gl.program_id(1) * BLOCKS * HALF
     heads = rows_here // RP  # of one KV head
     rows += (first_kv_head + kv) * heads * num_rows
-    is_window += kv.to(gl.int64) * heads * num_tiles
     is_column += kv.to(gl.int64) * heads * (num_tiles + 1) * TILE
     missed += kv.to(gl.int64) * heads * num_tiles * RP
-    kept += (gl.program_id(0) * gl.num_programs(2) + kv) * rows_here + first_row
     gl.warp_specialize([
         (_scout_consumer, (
-            rows, is_window, missed, kept, q_smem, k_smem, bias_smem, q_full, q_empty,
-            k_full, k_empty, first_row, rows_here, num_zones, num_tiles, inter_end, succ_end, start,
-            num_rows, gl.constexpr(RP), gl.constexpr(BLOCKS), gl.constexpr(0),
+            rows, missed, q_smem, k_smem, bias_smem, q_full, q_empty, k_full, k_empty, first_row,
+            rows_here, num_zones, num_tiles, inter_end, succ_end, start, num_rows,
+            gl.constexpr(RP), gl.constexpr(BLOCKS), gl.constexpr(0),
             gl.constexpr((BLOCKS + 1) // 2))),
         (_scout_consumer, (
-            rows, is_window, missed, kept, q_smem, k_smem, bias_smem, q_full, q_empty,
-            k_full, k_empty, first_row, rows_here, num_zones, num_tiles, inter_end, succ_end, start,
-            num_rows, gl.constexpr(RP), gl.constexpr(BLOCKS), gl.constexpr((BLOCKS + 1) // 2),
+            rows, missed, q_smem, k_smem, bias_smem, q_full, q_empty, k_full, k_empty, first_row,
+            rows_here, num_zones, num_tiles, inter_end, succ_end, start, num_rows,
+            gl.constexpr(RP), gl.constexpr(BLOCKS), gl.constexpr((BLOCKS + 1) // 2),
             gl.constexpr(BLOCKS))),
         (_scout_producer, (
             q_desc, k_desc, table, is_column, q_smem, k_smem, bias_smem, q_full, q_empty, k_full,
