@@ -54,7 +54,7 @@ class SparsityPlan:
     mean_near_len: int = 16_384
     """Tokens before a query tile within which every dropped tile has its own mean; farther on eight
     share one."""
-    num_scouts: int = 256
+    num_scouts: int = 128
     """Queries of a prefill chunk, for each head those least like its mean query, that are scored
     against every key, so that their query tiles get the key tiles they miss (tile mode); where
     there are a million keys."""

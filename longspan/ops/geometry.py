@@ -31,6 +31,9 @@ COARSE = 8
 """Tiles that share one mean far before the query."""
 ROWS_PER_SCOUT = 8
 """At most one in so many queries is a scout, but for the least number of scouts."""
+SHORT_SEGMENT = 2_048
+"""Up to so many queries, as a prompt's tail has, the least number of scouts is twice as large: the
+question stands among them, and they are selected for once."""
 
 
 class Span(NamedTuple):
@@ -89,11 +92,16 @@ def spans(start: int, stop: int, stride: int) -> list[Span]:
 def num_scouts(num_queries: int, num_keys: int, at_a_million: int, most: int) -> int:
     """Return how many scouts a segment has: twice as many where there are half as many keys, for
     the pass over them takes as long then, up to ``most`` and to one of `ROWS_PER_SCOUT` queries.
-    Never fewer than ``at_a_million``, but for queries that are not there."""
+    Never fewer than ``at_a_million``, twice that in a `SHORT_SEGMENT`, but for queries that are not
+    there. So scouts times keys is at most ``at_a_million`` times a million, wherever the segment
+    stands, but in the tail."""
     count = at_a_million
     while 2 * count <= most and 2 * count * num_keys <= at_a_million << 20:
         count *= 2
-    return min(num_queries, max(at_a_million, min(count, num_queries // ROWS_PER_SCOUT)))
+    least = at_a_million
+    if num_queries <= SHORT_SEGMENT:
+        least = max(at_a_million, min(2 * at_a_million, most))
+    return min(num_queries, max(least, min(count, num_queries // ROWS_PER_SCOUT)))
 
 
 def near_border(tile: int, near_tiles: int | None) -> int:

@@ -51,7 +51,7 @@ def test_default_is_the_same_for_every_head() -> None:
     assert plan.vertical == ((7,) * 5,) * 3 and plan.slash == ((256,) * 5,) * 3
     assert plan.mode == "tile" and plan.mean_correction and plan.tail_len == 1024
     budget = plan.layer(0)
-    assert (budget.num_scouts, budget.scout_threshold, budget.scout_tiles) == (256, -2.0, 64)
+    assert (budget.num_scouts, budget.scout_threshold, budget.scout_tiles) == (128, -2.0, 64)
     assert (budget.most_scouts, budget.near_len) == (4096, 16_384)
     assert replace(plan, mean_correction=False).layer(0).near_len is None
 
@@ -160,7 +160,7 @@ REFUSED_FILES: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize(("version", "num_scouts"), [(1, 0), (SCHEMA_VERSION, 256)])
+@pytest.mark.parametrize(("version", "num_scouts"), [(1, 0), (SCHEMA_VERSION, 128)])
 def test_plans_from_before_scouts_have_none(version: int, num_scouts: int, tmp_path: Path) -> None:
     """Their budgets were measured so; released ones carry no policy and take ours."""
     file = tmp_path / "plan.json"

@@ -149,13 +149,25 @@ def test_released_geometry_at_random_pairs() -> None:
 
 def test_more_scouts_where_there_are_fewer_keys() -> None:
     """Never fewer than at a million keys, and the pass over all keys never longer."""
-    assert [geometry.num_scouts(131_072, keys, 256, 1024) for keys in (
-        2_000_000, 1 << 20, 600_000, 1 << 19, 1 << 18, 5_000)] == [256, 256, 256, 512, 1024, 1024]
-    assert [geometry.num_scouts(1_000, 1_000, 100, most) for most in (0, 199)] == [100, 100]
+    assert [geometry.num_scouts(131_072, keys, 128, 1024) for keys in (
+        2_000_000, 1 << 20, 600_000, 1 << 19, 1 << 18, 5_000)] == [128, 128, 128, 256, 512, 1024]
+    assert [geometry.num_scouts(5_000, 5_000, 100, most) for most in (0, 199)] == [100, 100]
+    for queries, stop in ((126_976, 1_000_000), (131_072, 999_000), (32_768, 250_000)):
+        for keys in range(queries, stop, queries):  # whatever the position
+            assert geometry.num_scouts(queries, keys, 128, 4096) * keys <= 128 << 20
 
 
 def test_scouts_are_few_of_the_queries() -> None:
-    """An eighth at most; as many as at a million keys, where there are as many queries."""
-    assert [geometry.num_scouts(queries, 24_576, 256, 4096) for queries in (
-        24_576, 65_536, 8_192, 1_300, 100)] == [3072, 4096, 1024, 256, 100]
-    assert geometry.num_scouts(1_024, 1 << 20, 256, 4096) == 256
+    """An eighth at most, and so many up to 32,768 tokens in one chunk; as many as at a million keys
+    where there are as many queries."""
+    assert [geometry.num_scouts(queries, 24_576, 128, 4096) for queries in (
+        24_576, 65_536, 8_192, 2_049, 100)] == [3072, 4096, 1024, 256, 100]
+    assert [geometry.num_scouts(length, length, 128, 4096) for length in (
+        8_192, 16_384, 32_768, 32_769)] == [1024, 2048, 4096, 2048]
+
+
+def test_a_tail_has_more_scouts() -> None:
+    """Twice the least number, where the plan allows it."""
+    assert [geometry.num_scouts(1_400, keys, 128, 4096) for keys in (1 << 20, 20_000)] == [256, 256]
+    assert [geometry.num_scouts(1_400, 1 << 20, 256, most) for most in (0, 256, 300)] == [
+        256, 256, 300]

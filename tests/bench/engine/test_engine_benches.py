@@ -170,7 +170,7 @@ def test_shapes_by_name_are_real() -> None:
     seven = Shape.make("qwen2.5-7b")
     assert seven.model.num_parameters == 7_615_616_512  # as the released checkpoint has
     assert Shape.make("qwen2.5-14b").model.num_parameters == 14_770_033_664
-    assert seven.plan_label == "releasedx0.5-tile-correction-scouts256"
+    assert seven.plan_label == "releasedx0.5-tile-correction-scouts128"
     means = [sum(map(sum, rows)) / 784 for rows in (seven.plan.vertical, seven.plan.slash)]
     assert [round(mean) for mean in means] == [3920, 7650]
     flat = Shape.make("qwen2.5-14b", PlanOptions(

@@ -37,8 +37,8 @@ def test_steps_stay_within_the_pool(sparse_above: int | None) -> None:
         assert NUM_QUERIES <= item.query_len <= min(CONFIG.prefill_chunk_len, item.context_len)
         assert item.cached_len % CONFIG.block_size == 0
         if item.sparse:  # as many scouts as a whole prefill chunk of this context has
-            assert num_scouts(item.query_len, item.context_len, 256, 4096) >= num_scouts(
-                CONFIG.prefill_chunk_len, item.context_len, 256, 4096) * 0.98
+            assert num_scouts(item.query_len, item.context_len, 128, 4096) >= num_scouts(
+                CONFIG.prefill_chunk_len, item.context_len, 128, 4096) * 0.98
         assert max(item.block_ids) < CONFIG.num_blocks
         assert item.context_len == len(item.block_ids) * CONFIG.block_size
         assert item.prompt_len > item.context_len  # nothing is sampled
