@@ -106,11 +106,14 @@ class SparsityPlan:
                 raise LongspanError(f"sparsity plan: {name} needs mode 'tile'")
 
     @classmethod
-    def default(cls, num_layers: int, num_heads: int, vertical: int = 512,
-                slash: int = 2048) -> SparsityPlan:
-        """Make a plan with the same budget for every head, for checkpoints without a plan."""
+    def default(cls, num_layers: int, num_heads: int, vertical: int = 256,
+                slash: int = 768) -> SparsityPlan:
+        """Make a plan with the same budget for every head, for checkpoints without a plan. Scouts
+        list more than elsewhere: that serves a real checkpoint better than larger budgets for all
+        queries, at less cost (log.md, 2026-11-29)."""
         return cls(vertical=((vertical,) * num_heads,) * num_layers,
                    slash=((slash,) * num_heads,) * num_layers,
+                   scout_threshold=-3.0, scout_tiles=128,
                    provenance={"source": "built-in default"})
 
     @classmethod

@@ -51,7 +51,7 @@ def test_default_is_the_same_for_every_head() -> None:
     assert plan.vertical == ((7,) * 5,) * 3 and plan.slash == ((256,) * 5,) * 3
     assert plan.mode == "tile" and plan.mean_correction and plan.tail_len == 1024
     budget = plan.layer(0)
-    assert (budget.num_scouts, budget.scout_threshold, budget.scout_tiles) == (128, -2.0, 64)
+    assert (budget.num_scouts, budget.scout_threshold, budget.scout_tiles) == (128, -3.0, 128)
     assert (budget.most_scouts, budget.near_len) == (4096, 16_384)
     assert replace(plan, mean_correction=False).layer(0).near_len is None
 
