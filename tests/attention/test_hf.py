@@ -217,7 +217,8 @@ def test_experts_behind_dca_equal_the_engine(tmp_path, is_sparse):
                        moe_intermediate_size=24, head_dim=16)
     config = replace(config_of(path, DcaConfig(chunk_size=160, local_size=32)),
                      sparse_threshold=256)
-    plan = SparsityPlan.default(2, 4, vertical=8, slash=128) if is_sparse else None
+    plan = replace(SparsityPlan.default(2, 4, vertical=8, slash=128), num_scouts=4,
+                   scout_threshold=1.0) if is_sparse else None
     ids = token_ids(400)
     ours = logits_of(hf_model(path, register(config, plan=plan)), ids)
     assert (ours - engine_logits(path, config, ids, plan)).abs().max() <= MAX_DIFFERENCE

@@ -88,17 +88,19 @@ def _scout_producer(
         for n in range(count):
             tile = first + n * gl.num_programs(0)
             row = gl.load(table + tile).to(gl.int32) * TILE
+            taken: gl.tuple = ()  # all loads before the first wait: one latency, not one a block
+            for block in gl.static_range(BLOCKS):
+                head = gl.minimum(first_row + block * HALF, rows_here - 1) // RP
+                place = (head.to(gl.int64) * (num_tiles + 1) + tile) * TILE
+                taken = taken + (gl.load(is_column + place + lanes),)
             slot = i % STAGES
             mbarrier.wait(k_empty.index(slot), (i // STAGES & 1) ^ 1)
             full = k_full.index(slot)
             mbarrier.expect(full, TILE * TILE * 2)
             tma.async_copy_global_to_shared(k_desc, [row, column], full, k_smem.index(slot))
             for block in gl.static_range(BLOCKS):
-                head = gl.minimum(first_row + block * HALF, rows_here - 1) // RP
-                place = (head.to(gl.int64) * (num_tiles + 1) + tile) * TILE
-                taken = gl.load(is_column + place + lanes)
                 bias_smem.index(slot * BLOCKS + block).store(
-                    gl.where(taken > 0, float("-inf"), 0.0))
+                    gl.where(taken[block] > 0, float("-inf"), 0.0))
             mbarrier.arrive(full, count=1)
             i += 1
 
