@@ -147,8 +147,14 @@ def test_several_budgets_at_once(
         assert one.columns.shape == specified.columns.shape
 
 
+RELEASED_CASES = [  # 262,144 / 8,192 and 131,072 / 4,096, smaller
+    pytest.param(Positions(chunk, local), 2 * (chunk - local) + 16, 2 * (chunk - local) + 111, 16,
+                 0, id=f"released-{chunk}") for chunk, local in ((1024, 32), (512, 16))]
+
+
 @interpreted
-@pytest.mark.parametrize(("positions", "start", "length", "tile", "strided"), TILE_CASES)
+@pytest.mark.parametrize(("positions", "start", "length", "tile", "strided"), [
+    *TILE_CASES, *RELEASED_CASES])
 @pytest.mark.parametrize("most", [2, 99])
 def test_scouts(
     positions: Positions, start: int, length: int, tile: int, strided: int, most: int,
