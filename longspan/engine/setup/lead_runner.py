@@ -31,6 +31,8 @@ from longspan.ops.types import PagedKV
 POLL_S = 0.1
 LOST_S = 2.0
 """A collective may fail before the loss that it fails by is known."""
+LEAVE_S = 5.0
+"""A lost rank's collective ends with an error, but not at once."""
 Result = TypeVar("Result")
 
 
@@ -200,8 +202,9 @@ class LeadRunner:
     def close(self) -> None:
         """End all ranks, and free weights and caches."""
         self._hub.close()
-        with contextlib.suppress(RankLostError, RuntimeError):
-            self._thread.do(_leave)
+        # also after a loss: the next engine of this process needs torch.distributed for itself
+        with contextlib.suppress(TimeoutError, RuntimeError):
+            self._thread.begin(_leave).result(LEAVE_S)
         self._runner.close()
 
     def _send_and_launch(
