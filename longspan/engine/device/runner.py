@@ -406,7 +406,9 @@ class Runner:
         causal = sum(causal for _, causal in pairs)
         if self._heads is None:
             return kept, causal
-        return total(self._heads, kept, self._device), causal * self._heads.size
+        kept, causal = total(self._heads, kept, self._device), causal * self._heads.size
+        # what the ranks of a pipeline tell is added up: one of each stage tells it
+        return (0.0, 0.0) if self._link is not None and self._heads.rank else (kept, causal)
 
     def _take_recalls(self) -> list[tuple[str, RecallSums]]:
         """Return the recall of the sparse chunks that are complete since the last call."""

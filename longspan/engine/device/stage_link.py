@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,8 @@ class DistributedLink(StageLink):
     with two ranks both edges connect the same pair.
 
     Args:
+        rank: this one.
+        rings: of all ranks, each in the order of its stages.
         hidden_size: of a row.
         dtype: of rows.
         device: where they are.
@@ -26,13 +29,18 @@ class DistributedLink(StageLink):
     """
 
     def __init__(
-        self, index: int, count: int, *, hidden_size: int, dtype: torch.dtype, device: str,
+        self, rank: int, rings: Sequence[Sequence[int]], *, hidden_size: int, dtype: torch.dtype,
+        device: str,
     ) -> None:
+        ring = next(ring for ring in rings if rank in ring)
+        index, count = ring.index(rank), len(ring)
         super().__init__(index, count)
         self._hidden_size, self._dtype, self._device = hidden_size, dtype, device
-        edges = [dist.new_group(sorted((stage, (stage + 1) % count))) for stage in range(count)]
-        self._out, self._in = edges[index], edges[index - 1]
-        self._next, self._previous = (index + 1) % count, (index - 1) % count
+        pairs = [(one, other) for every in rings
+                 for one, other in zip(every, (*every[1:], every[0]), strict=True)]
+        edges = {pair: dist.new_group(sorted(pair)) for pair in pairs}
+        self._next, self._previous = ring[(index + 1) % count], ring[index - 1]
+        self._out, self._in = edges[rank, self._next], edges[self._previous, rank]
         self._sent = deque[tuple[dist.Work, Tensor]]()
 
     def send(self, rows: Tensor) -> None:

@@ -48,6 +48,11 @@ class StageRunner:
         return LocalTransport(self, self.max_in_flight)
 
     @property
+    def is_first(self) -> bool:
+        """Whether this rank has the first layers, the head and the sampler."""
+        return self._link.index == 0
+
+    @property
     def max_in_flight(self) -> int:
         """Steps that keep all stages busy, and one more that waits for the first of them."""
         return self._link.count + 1

@@ -69,6 +69,13 @@ class Computed(Message, frozen=True):
     result: StepResult
 
 
+class Finish(Message, frozen=True):
+    """Take back the rows of this step, and of those before it, and sample: for the ranks that share
+    the heads of a pipeline's first stage with rank 0, in the order in which it does."""
+
+    step_id: int
+
+
 class RecordGraphs(Message, frozen=True):
     """Record the decode graphs."""
 
@@ -105,7 +112,8 @@ class Bye(Message, frozen=True):
     """An orderly end; the last message."""
 
 
-ToFollower = Refused | Welcome | Compute | RecordGraphs | CompileAhead | Trace | Beat | Failed | Bye
+ToFollower = (Refused | Welcome | Compute | Finish | RecordGraphs | CompileAhead | Trace | Beat
+              | Failed | Bye)
 ToLead = Hello | Joined | Computed | Traced | Beat | Failed
 
 

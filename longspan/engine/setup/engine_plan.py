@@ -187,12 +187,12 @@ class ResolvedEngine:
     def _load_stage(self, mesh: RankMesh) -> StageRunner:
         assert self.config.dtype is not None and self.config.device is not None
         link = DistributedLink(
-            mesh.rank, mesh.size, hidden_size=self.model.hidden_size,
+            mesh.rank, mesh.rings, hidden_size=self.model.hidden_size,
             dtype=TORCH_DTYPES[self.config.dtype], device=self.config.device)
-        layers = stage_layers(self.model, self.plan, mesh.size)[mesh.rank]
+        layers = stage_layers(self.model, self.plan, len(mesh.ring))[mesh.stage]
         return StageRunner(Runner.load(
             self.path, self.model, self.config, self.memory, dca=self.dca, plan=self.plan,
-            place=StagePlace(link, layers)), link)
+            place=StagePlace(link, layers, mesh.heads)), link)
 
     def intake(self) -> Intake:
         """Return what makes requests for this engine."""

@@ -30,6 +30,7 @@ from longspan.engine.ranks.messages import (
     Compute,
     Computed,
     Failed,
+    Finish,
     Hello,
     Joined,
     RecordGraphs,
@@ -135,6 +136,7 @@ class Follower:
     def _compute(self, runner: Runner | StageRunner) -> None:
         tables, under_way = BlockTableCache(), deque[LaunchedStep | StagedStep]()
         launched: SimpleQueue[StagedStep] = SimpleQueue()
+        unfinished = deque[StagedStep]()
         threading.Thread(target=self._tell, args=(launched,), daemon=True).start()
         while True:
             message = self._next()
@@ -142,12 +144,19 @@ class Follower:
                 return
             if isinstance(message, Compute):
                 step = runner.launch(tables.restore(message.step))
-                if isinstance(step, StagedStep):
+                if isinstance(step, StagedStep) and step.runner.is_first:
+                    unfinished.append(step)
+                elif isinstance(step, StagedStep):
                     launched.put(step)
                 else:
                     under_way.append(step)
                 if len(under_way) > KEPT_STEPS:
                     under_way.popleft().wait()
+            elif isinstance(message, Finish):
+                while unfinished and unfinished[0].batch.step_id <= message.step_id:
+                    step = unfinished.popleft()
+                    step.runner.finish_until(step)
+                    launched.put(step)
             elif isinstance(message, RecordGraphs):
                 runner.record_graphs()
             elif isinstance(message, Trace) and message.is_on:

@@ -23,7 +23,13 @@ from longspan.engine.device.stage_runner import StagedStep, StageRunner, merge
 from longspan.engine.device.timeline import Spans
 from longspan.engine.processes.block_tables import BlockTableCache
 from longspan.engine.ranks.hub import Hub
-from longspan.engine.ranks.messages import CompileAhead, Compute, RecordGraphs, Trace
+from longspan.engine.ranks.messages import (
+    CompileAhead,
+    Compute,
+    Finish,
+    RecordGraphs,
+    Trace,
+)
 from longspan.engine.step import ScheduledBatch, StepResult
 from longspan.errors import LongspanError, RankLostError
 from longspan.ops.types import PagedKV
@@ -112,9 +118,14 @@ class RankedStep:
         if isinstance(step, LaunchedStep):
             return step.wait()
         staged = step
-        self._thread.do(lambda: staged.runner.finish_until(staged))
+        self._thread.do(lambda: self._finish(staged))
         result = staged.wait()
         return merge([result, *self._hub.results(result.step_id)])
+
+
+    def _finish(self, step: StagedStep) -> None:
+        self._hub.send(Finish(step.batch.step_id))
+        step.runner.finish_until(step)
 
 
 class LeadRunner:

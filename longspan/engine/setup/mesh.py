@@ -23,6 +23,15 @@ class RankMesh(NamedTuple):
     """Ranks that share the rows of prefill chunks (context parallelism); None: there are none."""
     heads: RankGroup | None = None
     """Ranks that share the heads of each layer (tensor parallelism)."""
+    stage: int = 0
+    """Which slice of the layers it has (pipeline parallelism)."""
+    rings: tuple[tuple[int, ...], ...] = ()
+    """Ranks through which rows of activations pass, in order: one ring for each rank of a stage."""
+
+    @property
+    def ring(self) -> tuple[int, ...]:
+        """The ring that this rank is in."""
+        return next(ring for ring in self.rings if self.rank in ring)
 
     @classmethod
     def join(cls, rank: int, config: EngineConfig) -> RankMesh:
@@ -32,9 +41,15 @@ class RankMesh(NamedTuple):
             return cls(rank, size, rows=RankGroup(rank, size))
         if size == heads:
             return cls(rank, size, heads=RankGroup(rank, size))
-        if config.pipeline_parallel > 1:
-            return cls(rank, size)
+        if size == config.pipeline_parallel:
+            return cls(rank, size, stage=rank, rings=(tuple(range(size)),))
         assert config.device is not None
+        if config.pipeline_parallel > 1:
+            grid = init_device_mesh(config.device.split(":")[0], (size // heads, heads),
+                                    mesh_dim_names=("stages", "heads"))
+            return cls(rank, size, stage=rank // heads,
+                       heads=RankGroup(rank % heads, heads, grid.get_group("heads")),
+                       rings=tuple(tuple(range(first, size, heads)) for first in range(heads)))
         grid = init_device_mesh(config.device.split(":")[0], (rows, heads),
                                 mesh_dim_names=("rows", "heads"))
         return cls(rank, size,

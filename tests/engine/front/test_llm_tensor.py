@@ -1,4 +1,5 @@
-"""`LLM` over processes that share heads and widths, some of them rows too: the answers of one."""
+"""`LLM` over processes that share heads and widths, some of them rows or layers too: the answers of
+one."""
 
 from __future__ import annotations
 
@@ -53,20 +54,21 @@ def scores(llm: LLM) -> list[Any]:
     return list(found.prompt_logprobs[1:])
 
 
-@pytest.mark.parametrize(("rows", "heads", "attention"), [(1, 2, "dense"), (2, 2, "sparse")])
+@pytest.mark.parametrize(("rows", "stages", "heads", "attention"), [
+    (1, 1, 2, "dense"), (2, 1, 2, "sparse"), (1, 2, 2, "dense")])
 def test_ranks_that_share_heads_answer_as_one(
-    path: Path, rows: int, heads: int, attention: str,
+    path: Path, rows: int, stages: int, heads: int, attention: str,
 ) -> None:
     """Then one of them is killed, which ends all within seconds."""
     with LLM(str(path), attention=attention, **OPTIONS) as one:
         wanted, density, scored = answers(one), one.stats().density, scores(one)
     with LLM(str(path), attention=attention, context_parallel=rows, tensor_parallel=heads,
-             **OPTIONS) as llm:
+             pipeline_parallel=stages, **OPTIONS) as llm:
         assert answers(llm) == wanted
         assert wanted[-1][1] > 500
         assert llm.stats().density == pytest.approx(density, rel=1e-3)
         assert scores(llm) == pytest.approx(scored, abs=1e-4)
-        last = rows * heads - 1
+        last = rows * stages * heads - 1
         child = llm._runner._hub._children[last]
         os.kill(child.pid, signal.SIGKILL)
         with pytest.raises(RankLostError, match=rf"rank {last} was killed by SIGKILL"):
@@ -80,5 +82,5 @@ def test_what_cannot_be_shared_out_is_refused(path: Path) -> None:
             "tensor_parallel 3: the model has 4 KV heads, which 3 ranks cannot share equally; use "
             "tensor_parallel 2, or context_parallel")):
         LLM(str(path), tensor_parallel=3, **OPTIONS)  # before any rank is started
-    with pytest.raises(LongspanError, match="share heads or layers, not both"):
-        LLM(str(path), pipeline_parallel=2, tensor_parallel=2)
+    with pytest.raises(LongspanError, match="share rows or layers, not both"):
+        LLM(str(path), pipeline_parallel=2, context_parallel=2, tensor_parallel=2)
