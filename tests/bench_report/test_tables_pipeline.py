@@ -47,8 +47,3 @@ def test_rows_tables_and_plots(tmp_path: Path) -> None:
 def test_only_simulations_stand_in_the_tables(tmp_path: Path) -> None:
     (tmp_path / "pipeline.chip.json").write_text(json.dumps({"bench": "pipeline", "rows": []}))
     assert build_table("pipeline", tmp_path) == ""
-
-
-def test_without_simulate_it_says_what_to_add(tmp_path: Path, capsys) -> None:
-    assert run_command(["bench", "pipeline", "--out", str(tmp_path)]) == 2
-    assert "add it" in capsys.readouterr().err
