@@ -340,6 +340,9 @@ def test_replay_equals_eager(kind: list[RowSampling]) -> None:
                     request.length += 1
         for cache, eager in zip(caches, eager_caches, strict=True):
             for part, expected_part in zip(cache, eager, strict=True):
+                if part is None:
+                    assert expected_part is None
+                    continue
                 torch.testing.assert_close(part, expected_part, atol=0.05, rtol=0.05)
 
 
