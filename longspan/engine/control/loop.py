@@ -3,8 +3,7 @@
 The loop knows a runner only as a `Transport`: batches go in, results come out in the same order.
 In one process the transport launches them (`LocalTransport`): one at a time on a CPU, a step behind
 another on a GPU. A server's (`longspan.engine.processes.sockets.RunnerTransport`) hands them to
-another process: the next step is scheduled and sent before the last one's tokens are back. Nothing
-here changes with that. Callbacks tell others what happens.
+another process: the next step is sent before the last one's tokens are back. No other difference.
 """
 
 from __future__ import annotations
@@ -21,12 +20,8 @@ from longspan.engine.step import ScheduledBatch, StepReport, StepResult, Update
 MAX_SHORT_STEPS = 8
 """Most steps in flight, however short: after a stop token they are computed for nothing."""
 PREFILL_AHEAD_S, MOST_AHEAD_S, AHEAD_SHARE = 5e-3, 15e-3, 1 / 3
-"""The next step is queued so long before the predicted end of one that prefills: a third of it
-between these bounds. To schedule and launch one takes some 5 ms, a sparse selection alone several,
-and predictions are off by as much: a device would wait for that behind each of a long prompt's
-steps."""
-LEAST_WAIT_S = 1e-6
-"""A wait that rounding made nothing would go on for ever."""
+"""The next step is queued a third of the predicted time of one that prefills before its end, within
+these bounds: to schedule and launch one takes some 5 ms, and predictions are off by as much."""
 
 
 class Transport(Protocol):
@@ -203,7 +198,7 @@ class Loop:
         if len(self._in_flight) >= self._transport.max_in_flight:
             return None
         rest_s = self._prefill_rest_s
-        return max(rest_s - self._lead_s, LEAST_WAIT_S) if rest_s else None
+        return max(rest_s - self._lead_s, 1e-6) if rest_s else None  # rounded to 0: for ever
 
     @property
     def _are_short(self) -> bool:
