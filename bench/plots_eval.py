@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.tables_train import AT
 from longspan.eval.plot import count_words, draw, draw_legend, draw_lines, file_name, heat_cells
 from longspan.eval.plot_fidelity import draw_fidelity
 
@@ -25,7 +26,7 @@ MIN_LENGTHS = 2
 def draw_eval(content: Content, stem: Path) -> list[Path]:
     """Draw what each model's rows suffice for. Returns the files, whose names begin as ``stem``."""
     files = []
-    for model in dict.fromkeys(row["model"] for row in content["rows"]):
+    for model in dict.fromkeys(row["model"] for row in content["rows"] if AT not in row["model"]):
         rows = [row for row in content["rows"] if row["model"] == model]
         start = f"{stem.name}.{file_name(model)}"
         for tasks, arms, name in ((GROUPS, ARMS, "ruler"),

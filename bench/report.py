@@ -30,6 +30,7 @@ from bench.tables import (
 )
 from bench.tables_eval import eval_table, fidelity_section, phases_section, scores_section
 from bench.tables_pipeline import pipeline_section
+from bench.tables_train import effects_section, goals_section
 from longspan.commands.console import note
 from longspan.commands.results import read_bench, read_file
 from longspan.errors import LongspanError
@@ -114,11 +115,12 @@ TABLES: dict[str, Callable[[Content], str]] = {"eval": eval_table, "cpu": cpu_ta
 SECTIONS: dict[str, Callable[[Sequence[Content]], str]] = {
     "ttft": ttft_section, "decode": decode_section, "ops": ops_section, "serve": serve_section,
     "pipeline": pipeline_section, "quality": quality_section, "scores": scores_section,
-    "fidelity": fidelity_section, "phases": phases_section}
+    "fidelity": fidelity_section, "phases": phases_section, "goals": goals_section,
+    "effects": effects_section}
 PLOTS: dict[str, Callable[[Content, Path], list[Path]]] = {
     "ttft": draw_ttft, "eval": draw_eval, "fidelity": draw_heads,
     "pipeline": draw_pipeline, "quality": draw_quality}
-BENCHES = {"scores": "eval", "phases": "eval"}
+BENCHES = {"scores": "eval", "phases": "eval", "goals": "eval"}
 """Sections of another bench's files than their name says."""
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from bench.plots_eval import arms_of
 from bench.tables import Content, Row, caption, markdown
+from bench.tables_train import AT
 
 COLUMNS = ("passkey", "ruler-11", "ruler-retrieval", "ruler-tracking", "ruler-counting")
 SHORT = {"ruler-11": "RULER-11", "ruler-retrieval": "its retrieval", "ruler-tracking": "tracking",
@@ -24,7 +25,7 @@ Cells = dict[tuple[Any, ...], Row]
 def eval_table(content: Content) -> str:
     """Scores of each model: a row for each length and attention, with what it cost beside them."""
     return "\n".join(_model_table(content, model) for model in dict.fromkeys(
-        row["model"] for row in content["rows"]) if AFTER not in model)
+        row["model"] for row in content["rows"]) if AFTER not in model and AT not in model)
 
 
 def _model_table(content: Content, model: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from longspan.commands import training
-from longspan.commands.corpus import open_source, prepare_corpus
+from longspan.commands.corpus import CORPUS, TOKENIZER, open_source, prepare_corpus
 from longspan.commands.training import DATA, Limits
 from longspan.data.tokens import Kind, load_tokenizer
 from longspan.errors import LongspanError
@@ -31,7 +31,7 @@ class ExtendRun:
 
     checkpoint: Path
     corpus: tuple[str, ...]
-    """Folders or files of text, or one folder of rows that ``longspan synth`` wrote."""
+    """Folders or files of text, or one folder of rows or of a corpus that ``longspan`` wrote."""
     out: Path
     phases: tuple[Phase, ...]
     rules: DataRules = DataRules()
@@ -92,10 +92,14 @@ def _open_feed(
             folder, run.phases, seed=run.seed, vocab_size=base.config.vocab_size,
             held_out=training.held_out_rows(folder), identity=base.identity)
         return feed, training.token_bytes(source)
-    data = run.out / DATA
-    if world.is_first:
-        prepare_corpus(training.text_job(run.corpus, base, run.rules, data))
-    world.barrier()
+    data = _made_corpus(run.corpus)
+    if data is not None:
+        _check_tokenizer(data, base)
+    else:
+        data = run.out / DATA
+        if world.is_first:
+            prepare_corpus(training.text_job(run.corpus, base, run.rules, data))
+        world.barrier()
     source = open_source(data, "train", run.rules.may_join)
     longest = max(phase.seq_len for phase in run.phases)
     training.check_text(source, base.config.vocab_size, run.rules.mixture, longest)
@@ -109,9 +113,16 @@ def _open_feed(
     return composed, training.token_bytes(source)
 
 
-def _check_tokenizer(rows: Path, base: Base) -> None:
-    if load_tokenizer(rows / "tokenizer").to_str() != load_tokenizer(base.folder).to_str():
-        raise LongspanError(f"{rows} has rows in the tokens of another tokenizer: make rows with "
+def _made_corpus(sources: Sequence[str]) -> Path | None:
+    """Return the folder that an earlier command made a corpus in, if that is what was named."""
+    folder = Path(sources[0])
+    is_made = len(sources) == 1 and (folder / CORPUS / "meta.json").is_file()
+    return folder if is_made else None
+
+
+def _check_tokenizer(made: Path, base: Base) -> None:
+    if load_tokenizer(made / TOKENIZER).to_str() != load_tokenizer(base.folder).to_str():
+        raise LongspanError(f"{made} is in the tokens of another tokenizer: make it with "
                             f"--tokenizer {base.folder}")
 
 

@@ -11,7 +11,7 @@ import torch
 
 from longspan.commands import training
 from longspan.commands.training import Limits
-from longspan.data.chat.practice import PRACTICE, REPLAY, compose_practice
+from longspan.data.chat.practice import LONG, PRACTICE, REPLAY, compose_practice
 from longspan.data.source import load_source
 from longspan.errors import LongspanError
 from longspan.train.checkpoint import load_model, open_base
@@ -50,7 +50,7 @@ def run(job: PracticeRun) -> bool:
         num_workers=job.limits.num_workers, held_out=training.held_out_rows(job.data),
         inputs={"data": job.data / "corpus", "text tokenizer":
                 job.data / "tokenizer" / "tokenizer.json"},
-        settings={**base.identity, "exercises": f"{dict(PRACTICE)} {REPLAY}"})
+        settings={**base.identity, "exercises": f"{dict(PRACTICE)} {dict(LONG)} {REPLAY}"})
     limits, has_cuda = job.limits, torch.cuda.is_available()
     config = RunConfig(
         out_dir=job.out, device=training.device_name(), token_bytes=training.token_bytes(source),

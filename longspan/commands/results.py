@@ -37,6 +37,7 @@ KEY_FIELDS: dict[str, tuple[str, ...]] = {
     "eval": ("model", "task", "num_tokens", "depth", "attention"),
     "fidelity": ("model", "task", "num_tokens", "attention"),
     "train": ("model", "phase"),
+    "effects": ("effect", "task", "num_tokens"),
 }
 """What identifies a row of each bench."""
 ORIGIN = ("command", "date", "commit", "versions")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,5 +106,11 @@ def step_loader(steps: Dataset[Batch], first: int, num_workers: int) -> Iterator
     loader = DataLoader(
         steps, batch_size=None, sampler=range(first, len(steps)),  # type: ignore[arg-type]
         num_workers=num_workers, prefetch_factor=4 if num_workers else None,
-        pin_memory=torch.cuda.is_available())
+        pin_memory=torch.cuda.is_available(), worker_init_fn=_leave_signals_to_the_loop)
     return iter(loader)
+
+
+def _leave_signals_to_the_loop(worker: int) -> None:
+    """Ignore what ends a run by saving it: schedulers and terminals signal all processes at once,
+    and a loop without its workers could not take the step that is under way to its end."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

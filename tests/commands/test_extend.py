@@ -88,6 +88,23 @@ def test_resumed_runs_have_the_same_losses(folder: Path, tmp_path: Path) -> None
     assert call(folder, parts, "--join-short") == 0, "nothing is left to do"
 
 
+def test_a_corpus_that_is_there_is_not_made_again(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Several runs over one text, as ablations are: the same losses, and no second corpus."""
+    assert call(folder, tmp_path / "first", "--join-short") == 0
+    data = tmp_path / "first" / "data"
+    assert call(folder, tmp_path / "second", "--join-short", corpus=str(data)) == 0
+    assert losses(tmp_path / "second") == losses(tmp_path / "first")
+    assert not (tmp_path / "second" / "data").exists()
+    tokenizer = json.loads((data / "tokenizer" / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].pop()
+    (data / "tokenizer" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    capsys.readouterr()
+    assert call(folder, tmp_path / "third", "--join-short", corpus=str(data)) == 2
+    assert_one_line(capsys, "is in the tokens of another tokenizer: make it with --tokenizer")
+
+
 @pytest.mark.parametrize(("options", "message"), [
     (("--seed", 1), "another data seed"),
     (("--phase", "256:1e4:2048:1e-3", "--phase", "512:1e6:2048:1e-3"), "another phase 512"),

@@ -9,15 +9,20 @@ import numpy as np
 import pytest
 
 from longspan.data.chat import ruler
+from longspan.data.chat.gold import Gold
 from longspan.data.chat.practice import compose_practice, encode_exercise
-from longspan.data.chat.rows import EXERCISES, draw_exercise
+from longspan.data.chat.rows import EXERCISES, PAIRS, ChatPlanner, compose, draw_exercise
 from longspan.data.chat.sentences import draw_sentence
+from longspan.data.chat.verify import find_mistake
+from longspan.data.chat.wrong import FALSE_REFUSAL
 from longspan.data.questions import ABSENT_RULES, REFUSALS, SHORT_REFUSALS
 from longspan.data.source import Source
 from longspan.data.tokens import IM_END, Kind
 from longspan.eval.tasks.needles import REFUSAL_INSTRUCTION, WORDINGS
 from longspan.eval.tasks.needles import REFUSALS as ACCEPTED
 from longspan.eval.tasks.ruler import COMMON_WORDS, FREQUENT_WORDS, NIAH, VARIABLES
+
+NOTHING = Gold(items=(), refusal="The text does not say.")
 
 
 @pytest.mark.parametrize("length", [1024, 4096])
@@ -93,6 +98,30 @@ def test_the_evaluations_wordings_are_not_practised(source: Source) -> None:
                    if not rule.startswith(("Say", "Write")))
     forms = {one.text.replace(one.value, "") for one in drawn}
     assert len(forms) > 2500, "countless wordings"
+
+
+def test_sentences_say_their_number_in_any_place(source: Source) -> None:
+    """Before the key as often as behind it, in the corpus' words as often as in ours; the question
+    names the key and never the number."""
+    rng = random.Random(4)
+    drawn = [draw_sentence(rng, source, f"kind-key{i:03}") for i in range(600)]
+    for one in drawn:
+        assert one.text.lower().count(one.key) == 1 and one.text.count(one.value) == 1, one
+        assert one.key in one.question.lower() and one.value not in one.question, one
+    is_first = [one.text.index(one.value) < one.text.lower().index(one.key) for one in drawn]
+    assert 0.35 < sum(is_first) / len(drawn) < 0.65
+    natural = set(source.corpus.words)
+    shares = [sum(word in natural for word in re.findall("[a-z]+", one.text.lower()))
+              / len(one.text.split()) for one in drawn]
+    assert 0.3 < sum(share > 0.5 for share in shares) / len(drawn) < 0.7
+
+
+def test_pairs_reward_and_punish_refusals_alike(source: Source) -> None:
+    planner = ChatPlanner(form=PAIRS, num_rows={1024: 400}, seed=5)
+    pairs = [compose(planner, source, 1024, i) for i in range(400)]
+    wanted = sum(find_mistake(pair["chosen"], NOTHING) is None for pair in pairs)
+    unwanted = sum(pair["why"] == FALSE_REFUSAL for pair in pairs)
+    assert 0.67 < wanted / unwanted < 1.5, (wanted, unwanted)
 
 
 def test_each_refusal_is_one_for_the_evaluation() -> None:

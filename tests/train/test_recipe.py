@@ -21,31 +21,9 @@ from longspan.data.tokens import Kind
 from longspan.recipes import find_extension, nano
 from longspan.train.phases import Phase, validate_phases
 from longspan.train.run_log import read_log
+from tests.train.conftest import LINE, TOKENS, train_toy
 
-LINE = "The quick brown fox number {} jumps over the lazy dog and runs home.\n"
 PHASES = nano.nano().phases
-TOKENS = ("--tokens", "a=0.003", "--tokens", "b=0.002")
-
-
-def make_text_files(folder: Path) -> None:
-    for i in range(120):
-        (folder / f"p{i % 6}").mkdir(parents=True, exist_ok=True)
-        body = "".join(LINE.format(i * 1000 + j) for j in range(60))
-        (folder / f"p{i % 6}" / f"f{i}.txt").write_text(body)
-
-
-def call(*arguments: object) -> int:
-    """Exit status of the toy's training."""
-    return run_command(["train", "nano", "--smoke", "--workers", "0", *map(str, arguments)])
-
-
-@pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything, of small text: folder ``run``."""
-    folder = tmp_path_factory.mktemp("nano")
-    make_text_files(folder / "text")
-    assert call("--root", f"{folder / 'text'}=1", "--out", folder / "run", *TOKENS) == 0
-    return folder / "run"
 
 
 def test_lengths_double_up_to_the_longest() -> None:
@@ -144,22 +122,23 @@ def test_everything_from_text_to_model(done: Path, tmp_path: Path) -> None:
 def test_what_is_done_is_not_done_again(done: Path) -> None:
     files = {path: path.stat().st_mtime_ns for path in done.rglob("state.pt")}
     assert len(files) == 4
-    assert call("--root", f"{done.parent / 'text'}=1", "--out", done, *TOKENS) == 0
+    assert train_toy("--root", f"{done.parent / 'text'}=1", "--out", done, *TOKENS) == 0
     assert files == {path: path.stat().st_mtime_ns for path in done.rglob("state.pt")}
 
 
 def test_other_text_is_refused(
     done: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call("--root", f"{done.parent / 'text'}=2", "--out", done, *TOKENS) == 2
+    assert train_toy("--root", f"{done.parent / 'text'}=2", "--out", done, *TOKENS) == 2
     assert "was made from other text" in capsys.readouterr().err
 
 
 def test_a_base_takes_the_place_of_the_phases(done: Path, tmp_path: Path) -> None:
     """As where pre-training ran on another machine."""
     out = tmp_path / "run"
-    assert call("--root", f"{done.parent / 'text'}=1", "--out", out, "--until", "corpus") == 0
-    assert call("--out", out, "--until", "pretrain", "--base", done / "pretrain" / "model") == 0
+    assert train_toy("--root", f"{done.parent / 'text'}=1", "--out", out, "--until", "corpus") == 0
+    base = done / "pretrain" / "model"
+    assert train_toy("--out", out, "--until", "pretrain", "--base", base) == 0
     assert not (out / "pretrain" / "state.pt").exists()
     assert (out / "model" / "model.safetensors").read_bytes() == (
         done / "pretrain" / "model" / "model.safetensors").read_bytes()
@@ -171,21 +150,21 @@ def test_pieces_go_on_where_the_texts_are_not(done: Path, tmp_path: Path) -> Non
     out, shards = tmp_path / "run", tmp_path / "shards"
     shutil.copytree(done / "data", out / "data")
     base = ("--base", done / "pretrain" / "model")
-    assert call("--out", out, *base, "--until", "sft", "--tokens", "practice=0.005",
+    assert train_toy("--out", out, *base, "--until", "sft", "--tokens", "practice=0.005",
                 "--shards", shards) == 0
     practised = [row for row in read_log(out / "practice" / "log.jsonl") if "phase" in row]
     assert practised[-1]["num_tokens"] == 4096, "two steps instead of the recipe's four"
     assert run_command(["train", "join", str(shards), str(tmp_path / "joined")]) == 0
     assert (tmp_path / "joined" / "model.safetensors").read_bytes() == (
         out / "sft" / "model" / "model.safetensors").read_bytes()
-    assert call("--out", out, "--until", "dpo") == 0
+    assert train_toy("--out", out, "--until", "dpo") == 0
     assert (out / "dpo" / "model" / "config.json").is_file()
 
 
 def test_workers_make_the_same_run(done: Path, tmp_path: Path) -> None:
     """Two processes that make rows give the losses of none."""
     shutil.copytree(done / "data", tmp_path / "data")
-    assert call("--out", tmp_path, "--until", "pretrain", "--workers", 2, *TOKENS) == 0
+    assert train_toy("--out", tmp_path, "--until", "pretrain", "--workers", 2, *TOKENS) == 0
     losses = [[row["loss"] for row in read_log(folder / "pretrain" / "log.jsonl") if "loss" in row]
               for folder in (done, tmp_path)]
     assert losses[0] == losses[1]
@@ -203,7 +182,7 @@ def test_a_run_that_ends_between_phases_exports_the_first(
         return {}
 
     monkeypatch.setattr(commands, "run_gate", gate)
-    assert call("--out", tmp_path / "run", *TOKENS, "--shards", shards) == 0
+    assert train_toy("--out", tmp_path / "run", *TOKENS, "--shards", shards) == 0
     assert not (tmp_path / "run" / "model").exists()
     assert run_command(["train", "join", str(shards), str(tmp_path / "joined")]) == 0
     for folder in (shards, tmp_path / "joined"):
@@ -226,7 +205,7 @@ def test_what_a_person_can_mend_is_one_line(
     message: str,
 ) -> None:
     shutil.copytree(done / "data", tmp_path / "data")
-    assert call("--out", tmp_path, *arguments) == 2
+    assert train_toy("--out", tmp_path, *arguments) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
     assert message in printed.err and printed.out == ""
@@ -242,7 +221,7 @@ def test_roots_that_give_nothing_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], root: str, message: str
 ) -> None:
     (tmp_path / "empty").mkdir()
-    assert call("--root", root.format(folder=tmp_path), "--out", tmp_path / "out") == 2
+    assert train_toy("--root", root.format(folder=tmp_path), "--out", tmp_path / "out") == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error: ") and printed.count("\n") == 1 and message in printed
 

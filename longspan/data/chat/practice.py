@@ -20,9 +20,15 @@ from longspan.data.tasks.paragraphs import log_uniform
 from longspan.data.tokens import IM_END, IM_START, Kind, Part, Piece, concat, filler
 
 PRACTICE: Mapping[str, float] = {
-    "mixed": 20, "key_value": 4, "ruler_niah": 24, "ruler_variables": 22, "variables": 4,
-    "sentences": 20, "ruler_words": 4, "ordering": 2}
+    "mixed": 14, "key_value": 4, "ruler_niah": 22, "ruler_variables": 16, "variables": 3,
+    "sentences": 36, "ruler_words": 4, "ordering": 1}
 """Shares of the exercises."""
+LONG_LEN = 8192
+LONG: Mapping[str, float] = {
+    "mixed": 18, "key_value": 4, "ruler_niah": 34, "ruler_variables": 26, "variables": 2,
+    "sentences": 14, "ruler_words": 2}
+"""Those of rows of `LONG_LEN` tokens and more: what is looked for once carries over from short
+ones; several values and chains do less."""
 REPLAY = 0.15
 """Share of rows that are pre-training's."""
 MAX_TURNS = 48
@@ -68,9 +74,12 @@ def compose_conversations(seed: Sequence[int], source: Source, length: int) -> P
 
 def _draw(rng: random.Random, source: Source, room: int) -> Piece | None:
     """Return a conversation of at most ``room`` tokens from one of a few draws."""
-    name = rng.choices(list(PRACTICE), list(PRACTICE.values()))[0]
+    shares = LONG if room >= LONG_LEN else PRACTICE
+    name = rng.choices(list(shares), list(shares.values()))[0]
     most = max(1, min(MAX_TURNS, room // _TOKENS_PER_TURN))
     num_turns = 1 if rng.random() < 0.3 else log_uniform(rng, max(1, most // 2), most + 1)
+    if name == "ruler_variables" and rng.random() < 0.4:
+        num_turns = min(num_turns, 3)  # with few chains the solved one is the nearest mistake
     wanted = room
     for _ in range(_ATTEMPTS):
         exercise = EXERCISES[name](rng, source, wanted, num_turns)

@@ -187,5 +187,5 @@ def _order(scene: _Scene) -> Turn | None:
 
 TURNS = {"needle": _one, "key_value": _one, "multi_query": _list, "multi_value": _values,
          "absent": _absent, "ordering": _order}
-MIXED = {"needle": 30, "multi_query": 22, "multi_value": 26, "absent": 22}
+MIXED = {"needle": 32, "multi_query": 22, "multi_value": 30, "absent": 16}
 """Shares of the turns where every one is of its own kind."""

@@ -43,9 +43,10 @@ def ruler_niah(
 ) -> Exercise | None:
     """Needles with one to four values a key; a question asks for one to four keys."""
     room = num_tokens - num_turns * _NIAH_TURN - 60
-    noun = rng.choices(("number", "word", "uuid"), (84, 8, 8))[0]
+    haystack = rng.choices(("corpus", "noise", "needles"), (68, 12, 20))[0]
+    uuids = 30 if haystack == "needles" else 7
+    noun = rng.choices(("number", "word", "uuid"), (93 - uuids, 7, uuids))[0]
     kind = {"number": "7", "word": "words", "uuid": "uuid"}[noun]
-    haystack = rng.choices(("corpus", "noise", "needles"), (76, 12, 12))[0]
     most = max(1, room // (4 * _NEEDLE_LEN * (2 if noun == "uuid" else 1)))
     num_keys = min(most, log_uniform(rng, num_turns, 4 * num_turns + max(2, room // 1500)))
     if haystack == "needles":
@@ -54,6 +55,8 @@ def ruler_niah(
         return None
     words = Words.draw(rng, source.corpus.words, num_keys, hard=rng.random() < 0.3)
     key_kind = rng.choices(("adj-noun", "mixed", "uuid", "pseudo"), (76, 10, 6, 8))[0]
+    if noun == "uuid" and rng.random() < 0.6:
+        key_kind = "uuid"
     keys = list(dict.fromkeys(make_key(rng, key_kind, words) for _ in range(num_keys)))
     values: dict[str, list[str]] = {}
     used: set[str] = set()
@@ -113,7 +116,7 @@ def ruler_variables(
     """Chains of one to five hops in RULER's noise or in text, behind a solved example mostly."""
     # RULER's beginning of the answer ends in a space, and a name is a token together with its own.
     gap = " " if rng.random() < 0.6 else ""
-    solved = _solved_chain(rng, gap) if rng.random() < 0.7 else ""
+    solved = _solved_chain(rng, gap) if rng.random() < 0.85 else ""
     num_solved = count_tokens(source.table, solved)
     if num_solved > num_tokens // 2:
         solved, num_solved = "", 0

@@ -2,11 +2,15 @@
 
 A sentence has a key and a number, in either order; its question names the key and often shares no
 other word with it. So the only way to answer is to find the key and the number of its sentence.
+Half of the sentences are written by us, from parts; the others are words of the corpus, into which
+key and number are woven: a small model learns a few hundred of our wordings by heart, and takes
+any other one for no fact at all.
 """
 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,6 +79,14 @@ ANY_ASKS = (
     "Quote the number from the sentence about the {k}.", "Which number did the {k} get?",
     "Give the number that is named along with the {k}.", "How large is the number of the {k}?",
     "At which number would you look for the {k}?", "The {k}: which number?")
+WOVEN = 0.5
+"""Share of the sentences whose words are the corpus'."""
+ABSENT = 0.15
+"""Share of the questions that have no answer in the text."""
+BLANKS = ("which number", "how many", "what number", "how much", "what", "which figure")
+STARTS = ("Which", "What", "How many", "Where", "Who", "When", "Under which number", "Which number",
+          "Tell me which", "At what", "For how many")
+_WORD = re.compile(r"[A-Za-z][a-z]+,?")
 _TURN_LEN, _FACT_LEN = 90, 34
 """Tokens of a question with its answer, and of a sentence, about."""
 
@@ -106,6 +118,8 @@ def draw_key(rng: random.Random, words: Sequence[str]) -> str:
 def draw_sentence(rng: random.Random, source: Source, key: str) -> Sentence:
     """Draw what a text says about a key, and how it is asked for."""
     value = digits(rng, rng.choices((7, 5, 4, 6, 9), (70, 10, 8, 6, 6))[0])
+    if rng.random() < WOVEN:
+        return _weave(rng, source, key, value)
     words = source.corpus.words
     own = rng.random() < 0.25
     if rng.random() < 0.45:
@@ -121,6 +135,35 @@ def draw_sentence(rng: random.Random, source: Source, key: str) -> Sentence:
     if key.istitle():  # a name takes no article
         text, question = (part.replace("the {k}", "{k}") for part in (text, question))
     return Sentence(key, value, _filled(text, key, value), _filled(question, key, value))
+
+
+def _weave(rng: random.Random, source: Source, key: str, value: str) -> Sentence:
+    """Put a key and a number at any places of a natural sentence; half of the questions say
+    nothing of it but the key."""
+    corpus = source.corpus
+    words: list[str] = []
+    while len(words) < 4:
+        text = source.table.text(corpus.stream(rng, 48, source.table))
+        words = _WORD.findall(text)[: rng.randrange(4, 15)]
+    name = key if key.istitle() or rng.random() < 0.2 else f"the {key}"
+    first, second = sorted(rng.choices(range(len(words) + 1), k=2))
+    is_value_first = rng.random() < 0.55
+    slots = (value, name) if is_value_first else (name, value)
+    pieces = [*words[:first], slots[0], *words[first:second], slots[1], *words[second:]]
+    said = " ".join(pieces).rstrip(",")
+    style = rng.random()
+    if style < 0.3:
+        question = rng.choice(source.wordings(ANY_ASKS)).replace("the {k}", name)
+        question = question.replace("{k}", key)
+    elif style < 0.55:
+        question = said.replace(value, rng.choice(BLANKS)) + "?"
+    else:
+        own = words if rng.random() < 0.4 else rng.choices(corpus.words, k=8)
+        around = rng.sample(own, min(len(own), rng.randrange(1, 6)))
+        at = rng.randrange(len(around) + 1)
+        question = " ".join((rng.choice(STARTS), *around[:at], name, *around[at:])).rstrip(",")
+        question += "?"
+    return Sentence(key, value, _filled(said + ".", key, value), _filled(question, key, value))
 
 
 def _filled(text: str, key: str, value: str) -> str:
@@ -147,7 +190,7 @@ def _deed(rng: random.Random, source: Source, unit: str) -> tuple[str, str]:
 def sentences(
     rng: random.Random, source: Source, num_tokens: int, num_turns: int
 ) -> Exercise | None:
-    """Facts in a text, each in its own words; a quarter of the questions have no answer there."""
+    """Facts in a text, each in its own words; some questions have no answer there."""
     room = num_tokens - num_turns * _TURN_LEN
     count = num_turns + log_uniform(rng, 2, max(5, room // 400))
     if count * 2 * _FACT_LEN > room:
@@ -162,7 +205,7 @@ def sentences(
                     "corpus" if rng.random() < 0.9 else "noise", room)
     if document is None:
         return None
-    asked = [absent[i] if rng.random() < 0.25 else fact
+    asked = [absent[i] if rng.random() < ABSENT else fact
              for i, fact in enumerate(rng.sample(facts, num_turns))]
     values = tuple(fact.value for fact in facts)
     turns = []

@@ -52,7 +52,9 @@ def find_mistake(reply: str, gold: Gold) -> str | None:
 
 
 def find_values(reply: str, gold: Gold) -> list[str]:
-    """Return the values in a reply, in order; what the question named is none."""
+    """Return the values in a reply, in order; what the question named is none, nor is a word of the
+    sentence that a right reply puts them in."""
+    reply = reply.removeprefix(gold.frame.partition("{}")[0])
     for key in sorted(set(gold.keys) - {*gold.items, *gold.others}, key=len, reverse=True):
         reply = reply.replace(key, " ")
     known = sorted({*gold.items, *gold.others}, key=lambda value: (-len(value), value))

@@ -13,8 +13,9 @@ CUT, REPEATED, SWAPPED, EXTRA = "list cut short", "value repeated", "order swapp
 FALSE_REFUSAL = "false refusal"
 NO_ANSWER = "no value named"
 """A mistake that only models make."""
+# As many refusals are wrong as are right: pairs that mostly reward them teach to refuse.
 WEIGHTS = {INVENTED: 3, NEAR_MISS: 3, OTHER: 4, CUT: 5, REPEATED: 4, SWAPPED: 3, EXTRA: 2,
-           FALSE_REFUSAL: 2}
+           FALSE_REFUSAL: 4}
 _HEX = "0123456789abcdef"
 
 

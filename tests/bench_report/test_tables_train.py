@@ -1,0 +1,99 @@
+"""Goals before and after, effects over seeds: rows to tables, runs to rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import effects, report
+from bench.tables_eval import eval_table
+from bench.tables_train import effects_section, goals_section
+
+HEAD = {"device": {"name": "a GPU", "count": 1}, "date": "2026-11-29"}
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def row(stage: str, task: str, score: float, n: int = 20, **more: Any) -> dict[str, Any]:
+    return {"model": f"toy-at-{stage}", "task": task, "num_tokens": 4096, "attention": "rope",
+            "depth": None, "n": n, "score": score, "ci_low": 0.1, "ci_high": 0.9, **more}
+
+
+def test_each_goal_is_a_line_and_each_stage_a_column() -> None:
+    rows = [row("dpo", "vt", 0.75), row("shipped", "vt", 0.0),
+            row("dpo", "niah_single_1", 1.0), row("dpo", "niah_multikey_3", 0.9),
+            row("dpo", "absent", 0.9, 41, values={"refused": 0.8095, "false refusals": 0.05}),
+            {**row("dpo", "vt", 0.5), "model": "toy"}]
+    text = goals_section([{**HEAD, "rows": rows}])
+    lines = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines()}
+    assert "| shipped | dpo |" in text, "in the order of training"
+    assert lines["variable tracking"].endswith("| 0.0 (10.0-90.0; 20) | 75.0 (10.0-90.0; 20) |")
+    pooled = lines["single and multi-key"].split(" | ")
+    assert pooled[4] == "not run" and pooled[5].startswith("95.0 (83.5-98.6; 40)"), "38 of 40"
+    assert "81.0 (60.0-92.3; 21)" in lines["absent keys refused"], "every other question, and one"
+    assert "5.0 (0.9-23.6; 20)" in lines["false refusals"]
+    assert "-at-" not in eval_table({**HEAD, "rows": [
+        {**each, "status": "complete", "density": 1.0} for each in rows]})
+
+
+def write_run(folder: Path, scores: dict[tuple[str, int], list[float]]) -> None:
+    folder.mkdir(parents=True)
+    (folder / "samples.jsonl").write_text("".join(
+        json.dumps({"task": task, "num_tokens": length, "score": score}) + "\n"
+        for (task, length), own in scores.items() for score in own))
+
+
+def test_an_effect_is_the_mean_difference_of_its_seeds(tmp_path: Path) -> None:
+    """The interval is Student's: half of it is 4.303 standard deviations over the root of 3."""
+    for seed, (before, after) in enumerate([(0.2, 0.4), (0.3, 0.6), (0.1, 0.5)]):
+        for arm, score in (("without", before), ("with", after)):
+            write_run(tmp_path / "synthetic" / arm / str(seed) / "32k" / "rope",
+                      {("vt", 32_768): [score, score]})
+    write_run(tmp_path / "dpo" / "with" / "0", {("vt", 4096): [1.0]})
+    assert effects.main([str(tmp_path), "--results", str(tmp_path / "results"), "--device",
+                         "cpu"]) == 0
+    file, = (tmp_path / "results").glob("effects.*.json")
+    found, = json.loads(file.read_text())["rows"]
+    assert (found["without_score"], found["with_score"], found["num_seeds"]) == (0.2, 0.5, 3)
+    assert found["difference"] == pytest.approx(0.3) and found["num_questions"] == 2
+    half = 4.303 * 0.1 / 3**0.5
+    assert (found["ci_low"], found["ci_high"]) == pytest.approx((0.3 - half, 0.3 + half), abs=1e-4)
+    text = effects_section([json.loads(file.read_text())])
+    assert "| 32,768 | vt | 20.0 | 50.0 | +30.0 | +5.2 to +54.8 | 3 |" in text
+    assert report.build_table("effects", tmp_path / "results") == text
+
+
+def test_runs_without_two_seeds_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert effects.main([str(tmp_path)]) == 2
+    assert "no effect has two seeds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("script", "arguments"), [
+    ("effects.sh", ("other", "run", "out")), ("eval_nano.sh", ())])
+def test_scripts_refuse_what_they_do_not_know(
+    tmp_path: Path, script: str, arguments: tuple[str, ...]
+) -> None:
+    found = subprocess.run(["bash", ROOT / "bench" / script, *arguments], cwd=tmp_path,
+                           capture_output=True, text=True, check=False)
+    assert found.returncode and found.stderr.count("\n") == 1
+
+
+def test_goals_are_measured_by_one_command(tmp_path: Path) -> None:
+    """Tiny: one prompt of each line that is not a million tokens long."""
+    made = subprocess.run(
+        ["bash", ROOT / "bench" / "eval_nano.sh", "nano", "shipped", tmp_path / "out"],
+        cwd=ROOT, capture_output=True, text=True, check=False, env={
+            **os.environ, "PYTHON": sys.executable, "LENGTHS": "900", "N": "1", "WORDS": "2",
+            "WORDS_LENGTH": "900", "GIB": "1", "MILLION": "0", "TASKS": "niah_single_1,vt",
+            "PYTHONPATH": str(ROOT)})
+    assert made.returncode == 0 and not made.stdout, made.stdout + made.stderr
+    tasks = [json.loads(line)["task"] for file in (tmp_path / "out").rglob("samples.jsonl")
+             for line in file.read_text().splitlines()]
+    assert sorted(set(tasks)) == ["absent", "niah_single_1", "unseen_wordings", "vt"]
