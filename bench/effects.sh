@@ -74,7 +74,7 @@ P
     done ;;
 dpo)
     for seed in "${seeds[@]}"; do
-        $L train dpo "$run/sft/model" --data "$run/pairs/pairs-train.jsonl" --learning-rate 5e-6 --seed "$seed" \
+        $L train dpo "$run/sft/model" --data "$run/pairs/pairs-train.jsonl" --learning-rate 2e-6 --seed "$seed" \
             --out "$out/train/dpo-$seed" ${STEP:+--tokens-per-step $STEP} ${EAGER:-} >>"$out/train.log" 2>&1
         for arm in without with; do
             [ $arm = with ] && model="$out/train/dpo-$seed/model" || model="$run/sft/model"

@@ -38,29 +38,36 @@ class Stage:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SftRun:
-    """A whole fine-tuning: checkpoint, stages, optimizer."""
+class TuneRun:
+    """What both ways of tuning share: checkpoint, optimizer, limits."""
 
     checkpoint: Path
-    stages: tuple[Stage, ...]
     out: Path
-    learning_rate: float = 7e-6
-    """Qwen2.5's; it falls to a tenth in the last stage."""
+    learning_rate: float
+    tokens_per_step: int
+    weight_decay: float
     epochs: int = 1
-    tokens_per_step: int = 262_144
-    weight_decay: float = 0.1
     warmup_steps: int = 10
     seed: int = 0
     limits: Limits = Limits()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DpoRun:
-    """A whole preference training: checkpoint, pairs, loss, optimizer."""
+class SftRun(TuneRun):
+    """A whole fine-tuning."""
 
-    checkpoint: Path
+    stages: tuple[Stage, ...]
+    learning_rate: float = 7e-6
+    """Qwen2.5's; it falls to a tenth in the last stage."""
+    tokens_per_step: int = 262_144
+    weight_decay: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DpoRun(TuneRun):
+    """A whole preference training."""
+
     files: tuple[Path, ...]
-    out: Path
     max_length: int = 8192
     """Tokens of a row, at most, as in the report."""
     beta: float = 0.1
@@ -68,12 +75,8 @@ class DpoRun:
     sft_weight: float = 0.1
     learning_rate: float = 7e-7
     """Qwen2.5's offline stage; small models take more."""
-    epochs: int = 1
     tokens_per_step: int = 131_072
     weight_decay: float = 0.0
-    warmup_steps: int = 10
-    seed: int = 0
-    limits: Limits = Limits()
 
 
 def sft(run: SftRun) -> bool:
@@ -125,7 +128,7 @@ def dpo(run: DpoRun) -> bool:
     return _train(run, base, phases, feed, resume, objective, before)
 
 
-def _settings(run: SftRun | DpoRun, encoder: ChatEncoder) -> dict[str, str]:
+def _settings(run: TuneRun, encoder: ChatEncoder) -> dict[str, str]:
     return {"data seed": str(run.seed), "epochs": str(run.epochs),
             "tokens per step": str(run.tokens_per_step),
             "chat template": hashlib.sha256(encoder.template.encode()).hexdigest()}
@@ -145,7 +148,7 @@ def _encode(encoder: ChatEncoder, base: Base, dialogues: Sequence[Dialogue]) -> 
 
 
 def _train(
-    run: SftRun | DpoRun, base: Base, phases: Sequence[Phase], feed: SampleFeed, resume: bool,
+    run: TuneRun, base: Base, phases: Sequence[Phase], feed: SampleFeed, resume: bool,
     objective: Preference | None = None,
     before: Callable[[Step, Callable[[], bool]], Feed | None] | None = None,
 ) -> bool:
@@ -160,7 +163,7 @@ def _train(
 
 
 def _config(
-    run: SftRun | DpoRun, resume: bool, phases: Sequence[Phase], objective: Preference | None
+    run: TuneRun, resume: bool, phases: Sequence[Phase], objective: Preference | None
 ) -> RunConfig:
     has_cuda = torch.cuda.is_available()
     return RunConfig(

@@ -31,9 +31,9 @@ PRACTICE_WEIGHTS: dict[int, float] = {
 """Replies, and a little of the text around, so that it is not forgotten."""
 PRACTICE = (
     Phase(name="practice-4k", seq_len=4096, rope_theta=1e7, num_tokens=100 * M, learning_rate=6e-4),
-    Phase(name="practice-32k", seq_len=32_768, rope_theta=1e7, num_tokens=24 * M,
+    Phase(name="practice-32k", seq_len=32_768, rope_theta=1e7, num_tokens=20 * M,
           learning_rate=5e-4, shorter=(16_384, 8192), full_share=0.5),
-    Phase(name="practice-256k", seq_len=262_144, rope_theta=1e7, num_tokens=20 * M,
+    Phase(name="practice-256k", seq_len=262_144, rope_theta=1e7, num_tokens=16 * M,
           learning_rate=4e-4, shorter=(131_072, 65_536, 32_768, 4096), full_share=0.06))
 """Short rows first, since steps of them are cheap and what is learned carries over to long ones."""
 
@@ -56,7 +56,7 @@ def nano() -> Recipe:
         gate_needles=32, rules=RULES, tuning=Tuning(
             short_rows={1024: 1500, 4096: 2000, 32_768: 60},
             mixed_rows={1024: 300, 4096: 300, 32_768: 40, 262_144: 6}, sft_rate=1e-4,
-            pairs={1024: 3000, 8192: 600}, dpo_rate=2e-6, practice=PRACTICE,
+            pairs={1024: 1500, 8192: 300}, dpo_rate=2e-6, practice=PRACTICE,
             practice_weights=PRACTICE_WEIGHTS), phases=(
             Phase(name="4k", seq_len=4096, rope_theta=1e4, num_tokens=300 * M,
                   learning_rate=1.5e-3),
