@@ -6,6 +6,7 @@ A module may also import its own package.
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import re
 import statistics
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import tokenize
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -152,8 +153,16 @@ def module_name(file: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@functools.cache
 def parse(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
+
+
+@functools.cache
+def names_in(file: Path) -> frozenset[str | None]:
+    """Every name that a file defines or uses."""
+    return frozenset(getattr(node, "name", getattr(node, "id", None))
+                     for node in ast.walk(parse(file)))
 
 
 def imports(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
@@ -253,11 +262,6 @@ def is_overload(node: Function) -> bool:
     return any(name.endswith(("overload", ".setter")) for name in names)
 
 
-@pytest.mark.parametrize("file", FILES, ids=NAMES)
-def test_imports_follow_the_layer_table(file):
-    assert forbidden_imports(file, parse(file), module_name(file)) == []
-
-
 @pytest.mark.parametrize(("module", "source", "fine"), [
     ("longspan.ops.x", "import torch, triton.language, math, numpy", True),
     ("longspan.ops.x", "from longspan.ops.types import PagedKV", True),
@@ -294,14 +298,19 @@ def test_the_import_check_itself(module, source, fine):
     assert (found == []) is fine
 
 
-@pytest.mark.parametrize("file", FILES, ids=NAMES)
-def test_file_length(file):
+def wrong_imports(file: Path) -> list[str]:
+    """Imports that the layer table forbids."""
+    return forbidden_imports(file, parse(file), module_name(file))
+
+
+def lines_beyond(file: Path) -> list[str]:
+    """A file that is to be split."""
     count = len(file.read_text(encoding="utf-8").splitlines())
-    assert count <= MAX_FILE_LINES, f"{count} lines, at most {MAX_FILE_LINES}; split the file"
+    return [f"{count} lines, at most {MAX_FILE_LINES}"] if count > MAX_FILE_LINES else []
 
 
-@pytest.mark.parametrize("file", FILES, ids=NAMES)
-def test_function_sizes(file):
+def large_functions(file: Path) -> list[str]:
+    """Functions with too many lines or arguments."""
     is_ops = module_name(file).startswith("longspan.ops")
     found = []
     for node in functions(parse(file)):
@@ -310,7 +319,7 @@ def test_function_sizes(file):
             found.append(f"{node.name}: {num_lines(node)} lines, at most {limit}")
         if num_arguments(node) > MAX_ARGUMENTS and not (is_ops or is_command(node)):
             found.append(f"{node.name}: {num_arguments(node)} arguments, at most {MAX_ARGUMENTS}")
-    assert found == []
+    return found
 
 
 def test_functions_are_short_on_the_whole():
@@ -325,36 +334,41 @@ def reads_environment(node: ast.AST) -> bool:
     return isinstance(node, ast.Attribute) and node.attr in ENVIRONMENT
 
 
-@pytest.mark.parametrize("file", FILES, ids=NAMES)
-def test_no_ambient_state(file):
+def ambient_state(file: Path) -> list[str]:
     """No ``global``; environment variables only in the command line."""
     in_cli = inside(module_name(file), ("longspan.cli",))
-    found = [
+    return [
         ast.unparse(node) for node in ast.walk(parse(file))
         if isinstance(node, ast.Global) or (reads_environment(node) and not in_cli)
     ]
-    assert found == []
 
 
-@pytest.mark.parametrize("file", FILES, ids=NAMES)
-def test_public_functions_are_annotated_and_documented(file):
+def bare_functions(file: Path) -> list[str]:
+    """Public functions without return annotation or docstring."""
     found = []
     for node in public_functions(parse(file)):
         if node.returns is None and not is_kernel(node):  # kernels are not typed
             found.append(f"{node.name} (line {node.lineno}): no return annotation")
         if ast.get_docstring(node) is None and not is_overload(node):
             found.append(f"{node.name} (line {node.lineno}): no docstring")
-    assert found == []
+    return found
 
 
-@pytest.mark.parametrize("file", FILES, ids=NAMES)
-def test_modules_and_public_classes_are_documented(file):
+def bare_classes(file: Path) -> list[str]:
+    """Public classes without docstring, and a module without."""
     tree = parse(file)
     found = [node.name for node in tree.body if isinstance(node, ast.ClassDef)
              and not node.name.startswith("_") and ast.get_docstring(node) is None]
     if tree.body and ast.get_docstring(tree) is None:
         found.append("the module")
-    assert found == []
+    return found
+
+
+@pytest.mark.parametrize("check", [wrong_imports, lines_beyond, large_functions, ambient_state,
+                                   bare_functions, bare_classes])
+def test_every_file(check: Callable[[Path], list[str]]) -> None:
+    found = {name: check(file) for name, file in zip(NAMES, FILES, strict=True)}
+    assert {name: lines for name, lines in found.items() if lines} == {}
 
 
 def prose(source: str) -> Iterator[tuple[int, str]]:
@@ -375,8 +389,7 @@ def is_defined(dotted: str) -> bool:
     module, _, name = dotted.rpartition(".")
     place = REPOSITORY.joinpath(*module.split("."))
     file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
-    return file.is_file() and any(
-        name == getattr(node, "name", getattr(node, "id", None)) for node in ast.walk(parse(file)))
+    return file.is_file() and name in names_in(file)
 
 
 def faults(source: str) -> list[str]:
@@ -393,12 +406,10 @@ def faults(source: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("file", [
-    *FILES,
-    *sorted((REPOSITORY / "tests").rglob("*.py")),
-], ids=lambda file: str(file.relative_to(REPOSITORY)))
-def test_comments_can_be_followed(file: Path) -> None:
-    assert faults(file.read_text(encoding="utf-8")) == []
+def test_comments_can_be_followed() -> None:
+    found = {str(file): faults(file.read_text(encoding="utf-8"))
+             for file in (*FILES, *sorted((REPOSITORY / "tests").rglob("*.py")))}
+    assert {name: lines for name, lines in found.items() if lines} == {}
 
 
 @pytest.mark.parametrize(("source", "count"), [
