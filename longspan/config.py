@@ -223,7 +223,7 @@ class ModelConfig:
         if experts is None:
             return 0
         one = 3 * self.hidden_size * experts.expert_size
-        return experts.num_routed(self.num_layers) * experts.num_experts * one
+        return experts.num_routed(self.num_layers) * experts.num_held * one
 
     def routed_share(self, num_tokens: int) -> float:
         """Estimate the share of the routed experts that some of so many tokens takes, if all are as
@@ -248,7 +248,7 @@ class ModelConfig:
         dense = (self.num_layers - num_routed) * 3 * hidden * self.intermediate_size
         if experts is None:
             return dense
-        count = experts.num_chosen if active else experts.num_experts
+        count = experts.num_chosen if active else experts.num_held
         return dense + num_routed * experts.parameters(hidden, count)
 
 

@@ -28,6 +28,8 @@ class ExpertConfig:
     """Layers ``every - 1``, ``2 every - 1``, ... have experts (``decoder_sparse_step``)."""
     dense_layers: frozenset[int] = frozenset()
     """Layers that have none all the same (``mlp_only_layers``)."""
+    num_sharers: int = 1
+    """Ranks that each hold some of a layer's experts, whole ones."""
 
     def __post_init__(self) -> None:
         if self.num_chosen > self.num_experts:
@@ -41,6 +43,16 @@ class ExpertConfig:
     def num_routed(self, num_layers: int) -> int:
         """Count the layers that have experts."""
         return sum(map(self.is_routed, range(num_layers)))
+
+    @property
+    def num_held(self) -> int:
+        """Most experts of a layer that a rank holds."""
+        return -(-self.num_experts // self.num_sharers)
+
+    def held_by(self, rank: int) -> range:
+        """Return the experts of a layer that one of the ranks holds: neighbours."""
+        first, stop = (part * self.num_experts // self.num_sharers for part in (rank, rank + 1))
+        return range(first, stop)
 
     def parameters(self, hidden_size: int, num_experts: int) -> int:
         """Count the weights of one layer's MLP with so many of its experts: with all of them what

@@ -39,7 +39,7 @@ def layer_matrices(model: ModelConfig, forms: WeightForms, layer_idx: int) -> It
     experts, mlp = model.experts, within.within("mlp")
     widths = [(mlp, model.intermediate_size, 1)]
     if experts is not None and experts.is_routed(layer_idx):
-        widths = [(mlp.within("experts").within("0"), experts.expert_size, experts.num_experts)]
+        widths = [(mlp.within("experts").within("0"), experts.expert_size, experts.num_held)]
         if experts.shared_size:
             widths.append((mlp.within("shared_expert"), experts.shared_size, 1))
     for names, width, copies in widths:

@@ -340,8 +340,16 @@ def begin_texts_with(path: Path, token: str, token_id: int) -> None:
     file.write_text(json.dumps(raw))
 
 
+EXPERTS: dict[str, Any] = {
+    "architectures": ["Qwen2MoeForCausalLM"], "num_experts": 6, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40, "norm_topk_prob": False,
+    "mlp_only_layers": [0]}
+"""Fields for `write_checkpoint`: layers with experts behind one without."""
+
+
 def write_checkpoint(path: Path, *, seed: int = 0, **config: Any) -> Path:
-    """A tiny Qwen2 checkpoint with random weights and the byte tokenizer. Returns ``path``."""
+    """A tiny Qwen2 checkpoint with random weights and the byte tokenizer; see EXPERTS for one with
+    experts. Returns ``path``."""
     import torch
     from safetensors.torch import save_file
 
@@ -361,7 +369,7 @@ def write_checkpoint(path: Path, *, seed: int = 0, **config: Any) -> Path:
 
 
 def _weight_shapes(raw: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    hidden, inner = raw["hidden_size"], raw["intermediate_size"]
+    hidden = raw["hidden_size"]
     head_dim = hidden // raw["num_attention_heads"]
     rows = {"q": hidden, "k": raw["num_key_value_heads"] * head_dim}
     rows["v"] = rows["k"]
@@ -373,11 +381,24 @@ def _weight_shapes(raw: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             shapes[f"{base}self_attn.{name}_proj.weight"] = (size, hidden)
             shapes[f"{base}self_attn.{name}_proj.bias"] = (size,)
         shapes[f"{base}self_attn.o_proj.weight"] = (hidden, hidden)
-        shapes[f"{base}mlp.gate_proj.weight"] = (inner, hidden)
-        shapes[f"{base}mlp.up_proj.weight"] = (inner, hidden)
-        shapes[f"{base}mlp.down_proj.weight"] = (hidden, inner)
+        for name, width in _mlps(raw, layer):
+            shapes[f"{base}{name}.gate_proj.weight"] = (width, hidden)
+            shapes[f"{base}{name}.up_proj.weight"] = (width, hidden)
+            shapes[f"{base}{name}.down_proj.weight"] = (hidden, width)
+        if "num_experts" in raw and layer not in raw["mlp_only_layers"]:
+            shapes[f"{base}mlp.gate.weight"] = (raw["num_experts"], hidden)
+            shapes[f"{base}mlp.shared_expert_gate.weight"] = (1, hidden)
         shapes[f"{base}input_layernorm.weight"] = (hidden,)
         shapes[f"{base}post_attention_layernorm.weight"] = (hidden,)
     if not raw["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (raw["vocab_size"], hidden)
     return shapes
+
+
+def _mlps(raw: dict[str, Any], layer: int) -> list[tuple[str, int]]:
+    """Names and widths of a layer's MLPs."""
+    if "num_experts" not in raw or layer in raw["mlp_only_layers"]:
+        return [("mlp", raw["intermediate_size"])]
+    return [*((f"mlp.experts.{expert}", raw["moe_intermediate_size"])
+              for expert in range(raw["num_experts"])),
+            ("mlp.shared_expert", raw["shared_expert_intermediate_size"])]

@@ -3,9 +3,9 @@
 Shape legend: T packed tokens of one step, M model dim, E experts, F width of one expert.
 Sources: transformers `modeling_qwen2_moe.py`, `modeling_qwen3_moe.py` (numerics, tensor names).
 
-Experts are kept whole, each with all of its width. Where an engine comes to split a layer over
-devices, it shares out experts and not their columns: widths such as 768 are no multiple of the 128
-that block-scaled formats need once they are divided.
+Ranks that share a layer share out experts and not their columns: widths such as 768 are no multiple
+of the 128 that block-scaled formats need once they are divided. Every rank routes every token, and
+computes what its own experts add.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from longspan.expert_config import ExpertConfig
 from longspan.model.forms import make_linear
 from longspan.model.layers import MLP, mlp_rows
-from longspan.model.linear import Activations, Linear, Target, plain_linear
+from longspan.model.linear import Activations, Cut, Linear, Target, plain_linear
 from longspan.ops import add_routed_mlp, route
 from longspan.ops.types import Matrices
 from longspan.weight_form import PLAIN_FORMS, WeightForms
@@ -27,14 +27,20 @@ EXPERT_ROWS = 16_384
 
 
 class Experts(nn.Module):
-    """The weights of all experts of a layer, one under the other, gate and up merged."""
+    """The weights of a rank's experts of a layer, one under the other, gate and up merged.
+
+    Args:
+        held: numbers of the experts that are here.
+        total: experts of the layer.
+    """
 
     def __init__(
-        self, num_experts: int, hidden_size: int, width: int, *, dtype: torch.dtype,
+        self, held: range, total: int, hidden_size: int, width: int, *, dtype: torch.dtype,
         device: torch.device | str, forms: WeightForms = PLAIN_FORMS,
     ) -> None:
         super().__init__()
-        self.num_experts, self.hidden_size, self.width = num_experts, hidden_size, width
+        self.held, self.total, self.hidden_size, self.width = held, total, hidden_size, width
+        num_experts = len(held)
         one = forms.within("0")  # all experts of a layer have its form
         self.gate_up = make_linear(
             one.of("gate_proj", "up_proj"), hidden_size, (width, width) * num_experts,
@@ -45,46 +51,61 @@ class Experts(nn.Module):
     @property
     def gate_up_proj(self) -> Matrices:
         """All experts' gates and ups, [E, 2F, M]."""
-        return self.gate_up.stack(self.num_experts)
+        return self.gate_up.stack(len(self.held))
 
     @property
     def down_proj(self) -> Matrices:
         """All experts' outputs, [E, M, F]."""
-        return self.down.stack(self.num_experts)
+        return self.down.stack(len(self.held))
+
+    def here(self, weights: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+        """Count the chosen experts as they lie here; those of other ranks are one more, of
+        weight 0. weights, experts: [T, k]."""
+        count = len(self.held)
+        if count == self.total:
+            return weights, experts
+        places = experts - self.held.start
+        is_elsewhere = (places < 0) | (places >= count)
+        return weights.masked_fill(is_elsewhere, 0.0), places.masked_fill(is_elsewhere, count)
 
     def weight_targets(self) -> dict[str, Target]:
         """As `CausalLM.weight_targets`: three tensors an expert."""
-        numbers = range(self.num_experts)
         return {
-            **self.gate_up.targets(*(f"{expert}.{part}_proj" for expert in numbers
+            **self.gate_up.targets(*(f"{expert}.{part}_proj" for expert in self.held
                                      for part in ("gate", "up"))),
-            **self.down.targets(*(f"{expert}.down_proj" for expert in numbers))}
+            **self.down.targets(*(f"{expert}.down_proj" for expert in self.held))}
 
     def whole_targets(self) -> tuple[Target, Target]:
-        """Return the targets of all experts in one tensor: [E, 2F, M] and [E, M, F]."""
+        """Return the targets of all the layer's experts in one tensor: [E, 2F, M] and
+        [E, M, F]."""
         def whole(linear: Linear, rows: int) -> Target:
             def fill(stored: Tensor) -> None:
                 for expert, matrix in enumerate(stored):
                     linear.fill(slice(expert * rows, (expert + 1) * rows), matrix)
 
-            return Target((self.num_experts, rows, linear.in_features), fill)
+            return Target((self.total, rows, linear.in_features), fill,
+                          cut=Cut(rows=((self.held.start, self.held.stop),)))
 
         return whole(self.gate_up, 2 * self.width), whole(self.down, self.hidden_size)
 
 
 class RoutedMLP(nn.Module):
-    """A router, its experts, and the expert that every token takes, where there is one."""
+    """A router, its experts, and the expert that every token takes, where there is one.
+
+    Args:
+        rank: of those that share the layer.
+    """
 
     def __init__(
         self, hidden_size: int, config: ExpertConfig, *, dtype: torch.dtype,
-        device: torch.device | str, forms: WeightForms = PLAIN_FORMS,
+        device: torch.device | str, forms: WeightForms = PLAIN_FORMS, rank: int = 0,
     ) -> None:
         super().__init__()
         self.num_chosen, self.is_normed = config.num_chosen, config.is_normed
         self.gate = plain_linear(hidden_size, config.num_experts, dtype=dtype, device=device)
         self.experts = Experts(
-            config.num_experts, hidden_size, config.expert_size, dtype=dtype, device=device,
-            forms=forms.within("experts"))
+            config.held_by(rank), config.num_experts, hidden_size, config.expert_size,
+            dtype=dtype, device=device, forms=forms.within("experts"))
         self.has_shared = config.shared_size > 0
         if self.has_shared:
             self.shared_expert = MLP(hidden_size, config.shared_size, dtype=dtype, device=device,
@@ -105,7 +126,8 @@ class RoutedMLP(nn.Module):
     def add_to(self, hidden: Tensor, x: Activations) -> None:
         """x: [T, M]; the result is added to ``hidden`` [T, M], in place."""
         assert isinstance(x, Tensor)
-        weights, experts = route(self.logits(x), self.num_chosen, self.is_normed)
+        weights, experts = self.experts.here(
+            *route(self.logits(x), self.num_chosen, self.is_normed))
         add_routed_mlp(hidden, x, weights, experts, self.experts.gate_up_proj,
                        self.experts.down_proj)
         if self.has_shared:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TypeVar
 
 from longspan.errors import CheckpointError
@@ -81,7 +82,8 @@ def _only(
 ) -> dict[str, Target]:
     """Return the tensors that have a parameter's shape, as it is or else transposed."""
     count, rows, columns = whole.shape
-    turned = Target((count, columns, rows), lambda stored: whole.fill(stored.transpose(1, 2)))
+    turned = replace(whole, shape=(count, columns, rows),
+                     fill=lambda stored: whole.fill(stored.transpose(1, 2)))
     for target in (whole, turned):
         found = {name: target for name, shape in shapes.items()
                  if shape == target.shape and name not in taken}

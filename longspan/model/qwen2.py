@@ -60,7 +60,7 @@ class DecoderLayer(nn.Module):
         experts = config.experts
         self.mlp: MLP | RoutedMLP = (
             RoutedMLP(config.hidden_size, experts, dtype=dtype, device=device,
-                      forms=forms.within("mlp"))
+                      forms=forms.within("mlp"), rank=ranks.rank if ranks else 0)
             if experts is not None and experts.is_routed(layer_idx) else
             MLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, dtype=dtype,
                 device=device, forms=forms.within("mlp")))

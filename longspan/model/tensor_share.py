@@ -2,9 +2,9 @@
 
 A rank has some KV heads of every layer, with their query heads, and a share of the MLP's width. So
 it computes some outputs of the first product of attention and of the MLP, and a part of the sum of
-the second one; the parts are added up over the ranks before the residual is. Norms, embedding and
-routers are the same everywhere; the head, where it is a matrix of its own, is shared by tokens of
-the vocabulary.
+the second one; the parts are added up over the ranks before the residual is. Routed experts are
+shared out whole, a run of neighbours to each rank. Norms, embedding and routers are the same
+everywhere; the head, where it is a matrix of its own, is shared by tokens of the vocabulary.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from longspan.model.linear import Cut, Target
 from longspan.weight_form import BLOCK, WeightForms
 from longspan.weight_sizes import layer_matrices
 
-LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)_proj\.(weight|bias)")
+LAYER_NAME = re.compile(
+    r"model\.layers\.(\d+)\.(self_attn|mlp|mlp\.shared_expert)\.(\w+)_proj\.(weight|bias)")
 HEAD_NAME = "lm_head.weight"
 
 
@@ -33,8 +34,10 @@ def model_of_rank(model: ModelConfig, size: int) -> ModelConfig:
     is counted whole, which errs on the safe side where the head is shared."""
     if size == 1:
         return model
+    experts = model.experts and replace(
+        model.experts, num_sharers=size, shared_size=model.experts.shared_size // size)
     return replace(model, num_heads=model.num_heads // size,
-                   num_kv_heads=model.num_kv_heads // size,
+                   num_kv_heads=model.num_kv_heads // size, experts=experts,
                    intermediate_size=model.intermediate_size // size, sparse_budgets=None)
 
 
@@ -43,15 +46,14 @@ def check_share(model: ModelConfig, forms: WeightForms, size: int) -> None:
     if size == 1:
         return
     begin = f"tensor_parallel {size}"
-    if model.experts is not None:
-        raise LongspanError(f"{begin}: layers of routed experts are not shared out; use "
-                            "context_parallel or pipeline_parallel")
-    for name, count in (("KV heads", model.num_kv_heads),
-                        ("columns of its MLP", model.intermediate_size)):
+    for name, count in _shared_counts(model):
         if count % size:
             raise LongspanError(
                 f"{begin}: the model has {count} {name}, which {size} ranks cannot share equally; "
                 f"{_largest_divisor(model, size)} context_parallel")
+    if model.experts is not None and model.experts.num_experts < size:
+        raise LongspanError(f"{begin}: the model has {model.experts.num_experts} experts in a "
+                            "layer, fewer than ranks; use as many at the most")
     if forms.form.has_order:
         raise LongspanError(f"{begin}: the checkpoint orders inputs by activation (desc_act, "
                             "actorder), so they cannot be cut; use context_parallel")
@@ -59,6 +61,8 @@ def check_share(model: ModelConfig, forms: WeightForms, size: int) -> None:
     for idx in range(model.num_layers):
         for whole, own in zip(layer_matrices(model, forms, idx), layer_matrices(part, forms, idx),
                               strict=True):
+            if (whole.sizes, whole.in_features) == (own.sizes, own.in_features):
+                continue  # experts: whole ones
             if whole.form != own.form or not _keeps_blocks(own.form.kind, own.form.group, (
                     *own.sizes, own.in_features)):
                 raise LongspanError(
@@ -73,9 +77,19 @@ def _keeps_blocks(kind: str, group: int, sizes: tuple[int, ...]) -> bool:
     return kind != "int4" or sizes[-1] % (group or 1) == 0
 
 
+def _shared_counts(model: ModelConfig) -> list[tuple[str, int]]:
+    """List what is shared equally, by name."""
+    found, experts = [("KV heads", model.num_kv_heads)], model.experts
+    if experts is None or experts.num_routed(model.num_layers) < model.num_layers:
+        found.append(("columns of its MLP", model.intermediate_size))
+    if experts is not None and experts.shared_size:
+        found.append(("columns of the expert that every token takes", experts.shared_size))
+    return found
+
+
 def _largest_divisor(model: ModelConfig, size: int) -> str:
-    found = max(count for count in range(1, size) if model.num_kv_heads % count == 0
-                and model.intermediate_size % count == 0)
+    found = max(count for count in range(1, size)
+                if not any(total % count for _, total in _shared_counts(model)))
     return f"use tensor_parallel {found}, or" if found > 1 else "use"
 
 
@@ -130,14 +144,15 @@ class TensorShare:
         found = LAYER_NAME.fullmatch(name)
         if found is None:
             return target
-        idx, part, kind = int(found[1]), found[2], found[3]
+        idx, module, part, kind = int(found[1]), found[2], found[3], found[4]
         dim, whole = self.whole.head_dim, self.whole
         ranges, total = {
             "q": (self._heads(idx), whole.num_heads),
             "o": (self._heads(idx), whole.num_heads)}.get(part, (
                 tuple((head, head + 1) for head in self.kv_heads[idx]), whole.num_kv_heads))
         if part in ("gate", "up", "down"):
-            ranges, total, dim = (self._even(whole.intermediate_size),), whole.intermediate_size, 1
+            total, dim = self._width(module), 1
+            ranges = (self._even(total),)
         ranges = tuple((start * dim, stop * dim) for start, stop in ranges)
         if part not in ("o", "down"):
             return target.cut_rows(ranges, total * dim)
@@ -147,6 +162,13 @@ class TensorShare:
         # it is added once
         return target if self.group.rank == 0 else replace(
             target, fill=partial(_fill_zeros, target))
+
+    def _width(self, module: str) -> int:
+        """Return the width of a layer's MLP, or of the expert that every token takes."""
+        experts = self.whole.experts
+        if experts is not None and module == "mlp.shared_expert":
+            return experts.shared_size
+        return self.whole.intermediate_size
 
     def _even(self, count: int) -> Range:
         rank, size = self.group.rank, self.group.size

@@ -325,11 +325,14 @@ def add_routed_mlp(
     """Add to each token the weighted outputs of its experts, SwiGLU MLPs, in place.
 
     sums, x: [T, M]; weights: [T, k] fp32 and experts: [T, k], as `route` returns them;
-    gate_up: [E, 2F, M]; down: [E, M, F].
+    gate_up: [E, 2F, M]; down: [E, M, F]. An expert E, with a weight of 0, is not here: nothing is
+    added for it.
     """
     for token, row in enumerate(x.float()):
         total = sums[token].float()
         for weight, expert in zip(weights[token], experts[token].tolist(), strict=True):
+            if expert == gate_up.shape[0]:
+                continue
             gate, up = (gate_up[expert].float() @ row).chunk(2)
             total = total + weight * (down[expert].float() @ (torch.nn.functional.silu(gate) * up))
         sums[token] = total.to(sums.dtype)

@@ -219,8 +219,8 @@ def compile_experts() -> None:
             hidden = experts.expert_up(x, groups, Fp8Weights(values[0], scales[0]), 8, up_tiles)
             routed = experts.expert_down(
                 hidden, groups, weights, Fp8Weights(values[1], scales[1]), down_tiles)
-    experts.combine(x, routed, 8)
-    experts.combine(x, routed, 8, weights, groups.order)
+    experts.combine(x, routed, weights)
+    experts.combine(x, routed, weights, groups.order)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def add_routed_mlp(
     num_chosen = experts.shape[1]
     order = experts.flatten().argsort(stable=True)
     tokens, factors = order // num_chosen, weights.flatten()[order]
-    counts = experts.flatten().bincount(minlength=gate_up.shape[0]).tolist()
+    counts = experts.flatten().bincount(minlength=gate_up.shape[0])[: gate_up.shape[0]].tolist()
     routed = torch.empty(len(order), x.shape[1], dtype=torch.float32, device=x.device)
     start = 0
     for expert, count in enumerate(counts):
@@ -29,6 +29,7 @@ def add_routed_mlp(
                 F.linear(x[tokens[part]], _matrix(gate_up, expert, x.dtype)))
             routed[part] = F.linear(hidden, _matrix(down, expert, x.dtype))
         start += count
+    routed[start:] = 0.0  # of experts that are not here
     routed *= factors[:, None]
     # in each token's own order, so that sums do not depend on what else is in the step
     places = torch.empty_like(order)

@@ -34,4 +34,4 @@ def add_routed_mlp(
     routed = _grouped_mm(hidden, down.transpose(1, 2), offs=ends)
     places = torch.empty_like(order)
     places[order.long()] = torch.arange(len(order), dtype=order.dtype, device=order.device)
-    combine(sums, routed, num_chosen, weights, places)
+    combine(sums, routed, weights, places)

@@ -38,4 +38,4 @@ def add_routed_mlp(
         hidden.values[:count], hidden.scales.flatten()[:count], down, ends, x.dtype)
     places = torch.empty_like(order)
     places[order.long()] = torch.arange(len(order), dtype=order.dtype, device=order.device)
-    combine(sums, routed, num_chosen, weights, places)
+    combine(sums, routed, weights, places)

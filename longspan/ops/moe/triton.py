@@ -55,7 +55,7 @@ def add_routed_mlp(
     up_tiles, down_tiles = choose_tiles(experts.numel(), gate_up.shape[0])
     hidden = expert_up(x, groups, gate_up, experts.shape[1], up_tiles)
     routed = expert_down(hidden, groups, weights, down, down_tiles)
-    combine(sums, routed, experts.shape[1])
+    combine(sums, routed, weights)
 
 
 def supports(x: Tensor, gate_up: Tensor | Fp8Weights) -> bool:
@@ -115,25 +115,23 @@ def expert_down(
 
 
 def combine(
-    sums: Tensor, routed: Tensor, num_chosen: int, weights: Tensor | None = None,
-    places: Tensor | None = None,
+    sums: Tensor, routed: Tensor, weights: Tensor, places: Tensor | None = None,
 ) -> None:
     """Add each token's k rows to it, in fp32, in place.
 
     Args:
         sums: [T, M]
-        routed: [R, M]
-        weights: [T, k] fp32, what rows are multiplied by; None: they are weighted.
-        places: [R] int32, the row of each route; None: they lie in the order of the routes.
+        routed: [R, M]; rows of weight 0 are not read: nobody may have written them.
+        weights: [T, k] fp32
+        places: [R] int32, the row of each route, to be multiplied by its weight; None: they lie
+            in the order of the routes, and are.
     """
     num_tokens, dim = sums.shape
-    assert sums.stride(1) == 1 and routed.is_contiguous()
-    assert weights is None or weights.is_contiguous()
+    assert sums.stride(1) == 1 and routed.is_contiguous() and weights.is_contiguous()
     tile = min(COMBINE_TILE, triton.next_power_of_2(dim))
     _combine[(num_tokens, triton.cdiv(dim, tile))](
-        sums, routed, sums if weights is None else weights, sums if places is None else places,
-        dim, sums.stride(0), CHOSEN=num_chosen, HAS_WEIGHTS=weights is not None,
-        HAS_PLACES=places is not None, TILE=tile, num_warps=4)
+        sums, routed, weights, sums if places is None else places, dim, sums.stride(0),
+        CHOSEN=weights.shape[1], HAS_PLACES=places is not None, TILE=tile, num_warps=4)
 
 
 class _Matrices(NamedTuple):
@@ -299,8 +297,8 @@ def _expert_down(
 
 @triton.jit
 def _combine(
-    sums, routed, weights, places, dim, sums_row, CHOSEN: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
-    HAS_PLACES: tl.constexpr, TILE: tl.constexpr,
+    sums, routed, weights, places, dim, sums_row, CHOSEN: tl.constexpr, HAS_PLACES: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Add up one token's routes, in the order of its choice."""
     token = tl.program_id(0).to(tl.int64)
@@ -309,9 +307,13 @@ def _combine(
     total = tl.zeros([TILE], tl.float32)
     for choice in tl.static_range(CHOSEN):
         route = token * CHOSEN + choice
+        weight = tl.load(weights + route)
         row = tl.load(places + route).to(tl.int64) if HAS_PLACES else route
-        part = tl.load(routed + row * dim + columns, mask=is_column, other=0.0).to(tl.float32)
-        total += part * tl.load(weights + route) if HAS_WEIGHTS else part
+        # of weight 0: no row
+        count = tl.where(weight == 0.0, 0, dim)
+        part = tl.load(routed + row * dim + columns, mask=columns < count, other=0.0).to(
+            tl.float32)
+        total += part * weight if HAS_PLACES else part
     place = sums + token * sums_row + columns
     total += tl.load(place, mask=is_column, other=0.0).to(tl.float32)
     tl.store(place, total.to(sums.dtype.element_ty), mask=is_column)

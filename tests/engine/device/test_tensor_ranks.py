@@ -14,7 +14,7 @@ from longspan.attention.ranks import RankGroup
 from longspan.attention.sparsity import SparsityPlan
 from longspan.engine.device.runner import Runner
 from longspan.engine.device.stage import StagePlace
-from tests.doubles import write_checkpoint
+from tests.doubles import EXPERTS, write_checkpoint
 from tests.engine.device.rank_threads import ThreadRanks
 from tests.engine.device.runners import load_runner
 from tests.engine.device.test_ranks import LONG_DCA, PLAN, Alone, Answers, Together
@@ -29,10 +29,11 @@ UNEVEN = replace(
     slash=((96,) * HEADS, (48,) * HEADS, (64,) * HEADS))
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+@pytest.fixture(scope="module", params=["untied", "tied", "experts"])
 def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(
-        tmp_path_factory.mktemp("model"), tie_word_embeddings=request.param, **SHAPE)
+        tmp_path_factory.mktemp("model"), tie_word_embeddings=request.param == "tied", **SHAPE,
+        **EXPERTS if request.param == "experts" else {})
 
 
 def load(path: Path, plan: SparsityPlan | None, heads: RankGroup | None = None) -> Runner:
@@ -76,7 +77,7 @@ def test_ranks_hold_their_share_of_the_weights(path: Path) -> None:
     threads.close()
     whole = sum(part.numel() for part in alone.parameters())
     shared = sum(part.numel() for name, part in alone.named_parameters()
-                 if name.endswith("proj.weight")
+                 if name.endswith(("proj.weight", "up.weight", "down.weight"))
                  or name == "lm_head.weight" and not alone.config.tie_word_embeddings)
     for model in found:
         held = sum(part.numel() for part in model.parameters())

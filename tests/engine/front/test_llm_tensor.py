@@ -15,7 +15,7 @@ import pytest
 from longspan.engine.front.llm import LLM
 from longspan.engine.request import RequestOutput, SamplingParams
 from longspan.errors import LongspanError, RankLostError
-from tests.doubles import write_checkpoint
+from tests.doubles import EXPERTS, write_checkpoint
 
 DCA = {"chunk_size": 640, "local_size": 128, "original_max_position_embeddings": 512}
 OPTIONS: dict[str, Any] = {
@@ -28,7 +28,7 @@ PLAIN = SamplingParams(max_tokens=6, ignore_eos=True)
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(
         tmp_path_factory.mktemp("model"), dual_chunk_attention_config=DCA, hidden_size=64,
-        num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=False)
+        num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=False, **EXPERTS)
 
 
 def answers(llm: LLM) -> list[Any]:

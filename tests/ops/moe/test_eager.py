@@ -27,6 +27,16 @@ def make_case(
     return sums, x, weights, experts, gate_up, down
 
 
+def without_some(case: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The same where another rank has the last third of the experts."""
+    sums, x, weights, experts, gate_up, down = case
+    count = gate_up.shape[0] - gate_up.shape[0] // 3
+    is_elsewhere = experts >= count
+    assert is_elsewhere.any() and not is_elsewhere.all()
+    return (sums, x, weights.masked_fill(is_elsewhere, 0.0),
+            experts.masked_fill(is_elsewhere, count), gate_up[:count], down[:count])
+
+
 @pytest.mark.parametrize("is_normed", [False, True])
 def test_routing_is_that_of_transformers(is_normed: bool) -> None:
     from transformers import Qwen3MoeConfig
@@ -50,6 +60,24 @@ def test_experts_are_added(shape: tuple[int, int, int, int, int], dtype: torch.d
     eager.add_routed_mlp(sums, *case[1:])
     assert_close(sums, expected)
     assert not torch.equal(sums, case[0])
+
+
+def test_experts_that_are_elsewhere_add_nothing() -> None:
+    """They leave out what the others add up to."""
+    case = make_case(SHAPES[2], torch.float32)
+    part, whole = without_some(case), case[0].clone()
+    reference.add_routed_mlp(whole, *case[1:])
+    expected, sums = case[0].clone(), case[0].clone()
+    reference.add_routed_mlp(expected, *part[1:])
+    eager.add_routed_mlp(sums, *part[1:])
+    assert_close(sums, expected)
+    count = part[4].shape[0]
+    is_here = case[3] < count
+    reference.add_routed_mlp(
+        expected, case[1], case[2].masked_fill(is_here, 0.0),
+        (case[3] - count).masked_fill(is_here, case[4].shape[0] - count), case[4][count:],
+        case[5][count:])
+    assert_close(expected, whole)
 
 
 def test_a_token_is_the_same_in_any_company() -> None:

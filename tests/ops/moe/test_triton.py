@@ -10,7 +10,7 @@ from longspan.ops.moe import grouped
 from longspan.ops.moe import triton as kernels
 from longspan.ops.moe import triton_routing as routing
 from tests.conftest import assert_close
-from tests.ops.moe.test_eager import SHAPES, make_case
+from tests.ops.moe.test_eager import SHAPES, make_case, without_some
 
 TILES = {
     "few": (kernels.Tiles(16, 16, 16, 2, 4), kernels.Tiles(16, 32, 16, 2, 4)),
@@ -72,6 +72,23 @@ def test_experts_are_added(
     assert_close(sums, expected)
 
 
+@pytest.mark.parametrize("way", ["kernels", "grouped"])
+def test_experts_that_are_elsewhere_add_nothing(
+    way: str, monkeypatch: pytest.MonkeyPatch, kernel_device: str,
+) -> None:
+    """Whatever stands where their rows would."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    case = without_some(make_case((37, 7, 3, 16, 24), torch.bfloat16, kernel_device))
+    expected, sums = case[0].clone(), case[0].clone()
+    reference.add_routed_mlp(expected, *case[1:])
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        (kernels if way == "kernels" else grouped).add_routed_mlp(sums, *case[1:])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_close(sums, expected)
+
+
 def test_rows_of_a_wider_tensor(kernel_device: str) -> None:
     """A part of the residual stream, and normed rows with a stride."""
     sums, x, *rest = make_case((9, 4, 2, 16, 24), torch.float32, kernel_device)
@@ -89,8 +106,18 @@ def test_rows_come_in_any_order_and_unweighted(kernel_device: str) -> None:
     weights = torch.rand(5, 3, device=kernel_device)
     places = torch.randperm(15, device=kernel_device)
     expected = sums + (routed[places] * weights.reshape(-1, 1)).unflatten(0, (5, 3)).sum(1)
-    kernels.combine(sums, routed, 3, weights, places.int())
+    kernels.combine(sums, routed, weights, places.int())
     assert_close(sums, expected)
+
+
+def test_rows_of_weight_0_are_not_read(kernel_device: str) -> None:
+    sums, routed = torch.zeros(2, 24, device=kernel_device), torch.ones(4, 24, device=kernel_device)
+    weights = torch.tensor([[0.5, 0.0], [0.0, torch.nan]], device=kernel_device)
+    routed[1:3] = torch.nan
+    kernels.combine(sums, routed, weights)
+    assert torch.equal(sums, torch.ones_like(sums))
+    kernels.combine(sums, routed, weights, torch.arange(4, device=kernel_device).int())
+    assert torch.equal(sums[0], torch.full_like(sums[0], 1.5)) and sums[1].isnan().all()
 
 
 @pytest.mark.parametrize(("num_routes", "kind"), [
