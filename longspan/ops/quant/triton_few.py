@@ -39,11 +39,11 @@ class Launch(NamedTuple):
     warps: int
 
 
-FP8 = Launch(64, 792, 512, 5, 4)
-INT4 = Launch(128, 792, 512, 4, 4)
+FP8 = Launch(64, 1_584, 512, 4, 4)
+INT4 = Launch(128, 396, 512, 4, 4)
 INT4_MANY = Launch(64, 396, 1_024, 3, 4)
 """With more than `MAX_ROWS` rows."""
-UNROLLED = tl.constexpr(4)
+UNROLLED = tl.constexpr(8)
 """Parts that are on their way together when they are added up."""
 MAX_TILES = 65_536
 """Output tiles that can be counted."""
