@@ -22,6 +22,7 @@ shares all chunks before it, and the question gets a selection of its own.
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import NamedTuple
 
 from longspan.engine.control.ladder import Ladder
 
@@ -30,8 +31,8 @@ PIECE_ROWS = {"cpu": 4_096, "cuda": 65_536}
 dozen milliseconds with 7B parameters on an H200, where a step's budget is a tenth of a second."""
 ROW_UNIT = 128
 """Rows of a piece are a multiple of the longest tile, if the chunk is longer than one piece."""
-PROJECTION, SELECTION = 0.18, 0.15
-"""Time of these pieces relative to all rows' attention and MLP in one layer, measured on a CPU."""
+PROJECTION = 0.15
+"""Share of a layer's matrix products that its first piece has, measured on a CPU."""
 UNIT_LEN_CPU = 16
 """Dense tokens of the shortest slice on CPUs; on GPUs one KV block, as many queries as a kernel's
 tile has."""
@@ -65,20 +66,37 @@ def row_cuts(start: int, stop: int, rows: int) -> list[int]:
     return [start, *range((start // rows + 1) * rows, stop, rows), stop]
 
 
-def piece_shares(
+class Piece(NamedTuple):
+    """What a piece has of a sparse prefill chunk's work; of each kind the shares' sum is 1."""
+
+    linear: float
+    """Share of what grows with the rows."""
+    attention: float
+    """Share of what grows with rows and history."""
+    selection: float
+    """Share of what grows with the history."""
+
+
+def chunk_pieces(
     start: int, stop: int, *, num_layers: int, rows: int, is_scored: bool = False,
-) -> list[float]:
-    """Estimate each piece's share of a sparse prefill chunk's time, in order; their sum is 1.
+) -> list[Piece]:
+    """List a sparse prefill chunk's pieces, in order.
 
     Args:
         is_scored: log-probabilities of its tokens are wanted.
     """
+    if num_layers == 1 and not is_scored:
+        return [Piece(1.0, 1.0, 1.0)]
     cuts = row_cuts(start, stop, rows)
-    attention = [(end - begin) / (stop - start) for begin, end in pairwise(cuts)]
-    layer = [PROJECTION, SELECTION, *attention]
-    shares = (num_layers - 1) * layer + (layer + attention if is_scored else [PROJECTION])
-    total = sum(shares)
-    return [share / total for share in shares]
+    parts = [(end - begin) / (stop - start) for begin, end in pairwise(cuts)]
+    projection = Piece(PROJECTION, 0.0, 0.0)
+    layer = [projection, Piece(0.0, 0.0, 1.0),
+             *(Piece((1 - PROJECTION) * part, part, 0.0) for part in parts)]
+    head = [Piece((1 - PROJECTION) * part, 0.0, 0.0) for part in parts]
+    pieces = (num_layers - 1) * layer + (layer + head if is_scored else [projection])
+    totals = [sum(shares) for shares in zip(*pieces, strict=True)]
+    return [Piece(*(share / total for share, total in zip(piece, totals, strict=True)))
+            for piece in pieces]
 
 
 def tail_start(prompt_len: int, tail_len: int, block_size: int) -> int:

@@ -3,9 +3,11 @@
 Three kinds of work, three or four terms each, seconds:
 
 - dense prefill of x tokens after L: ``c + b x + a x (2 L + x)``, linear layers and attention;
-- a sparse prefill chunk of x tokens after L: ``c + b x + a x L + s L``, linear layers and kept
-  keys, tile means, and the selection, which looks through the history once for each chunk: chunks
-  of several lengths (a pipeline's) tell the last two apart;
+- a sparse prefill chunk of x tokens after L: ``c + b x + a x L + s (L + x)``, linear layers and
+  kept keys, tile means, and the selection, which looks through the context once for each chunk:
+  steps that hold some of a chunk's pieces tell them apart, and chunks of several lengths;
+- a short one, such as a prompt's tail, has the same terms and coefficients of its own: most of its
+  time goes into selection, and on GPUs into launches, of which long chunks show next to nothing;
 - decode of n requests with S tokens in their caches: ``c + b n + a S``.
 
 Recursive least squares in relative error, against a prior that is counted in floating-point
@@ -34,13 +36,18 @@ from typing import Literal, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from longspan.engine.control.chunking import chunk_stop, tail_start
+from longspan.engine.control.chunking import Piece, chunk_stop, tail_start
 from longspan.engine.control.ladder import Ladder
 
 Terms = tuple[float, float, float]
 SparseTerms = tuple[float, float, float, float]
 AnyTerms = TypeVar("AnyTerms", Terms, SparseTerms)
-Kind = Literal["dense", "sparse", "decode"]
+Kind = Literal["dense", "sparse", "short", "decode"]
+SHORT_CHUNK = 2_048
+"""Longest sparse chunk of the kind ``short``, tokens."""
+FIRST_PIECES = 3
+"""A kind of sparse chunk is known when so many steps were measured: a layer's three sorts of
+pieces."""
 NOISE = 0.15
 """Relative error of one step's time."""
 DOUBT = (10.0, 0.5, 0.5, 2.0)
@@ -61,11 +68,17 @@ DECODE_FITS = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Costs:
-    """Coefficients of each kind of work, seconds: (c, b, a), and (c, b, a, s) of sparse prefill."""
+    """Coefficients of each kind of work, seconds: (c, b, a), and (c, b, a, s) of sparse prefill,
+    ``short`` those of chunks up to `SHORT_CHUNK`; None: there is no difference."""
 
     dense: Terms = (5e-3, 1e-4, 1e-9)
     sparse: SparseTerms = (5e-3, 3e-4, 1e-9, SELECTION_ROWS * 1e-9)
     decode: Terms = (5e-3, 1e-3, 1e-6)
+    short: SparseTerms | None = None
+
+    def of_chunk(self, query_len: float) -> SparseTerms:
+        """Return the coefficients of a sparse chunk of so many tokens."""
+        return (self.short or self.sparse) if chunk_kind(query_len) == "short" else self.sparse
 
     def dense_s(self, cached_len: int, query_len: float) -> float:
         """Predict the time of dense prefill after ``cached_len`` tokens, the fixed cost of a step
@@ -74,7 +87,7 @@ class Costs:
 
     def sparse_s(self, cached_len: int, query_len: float) -> float:
         """Predict the time of one sparse prefill chunk, the fixed cost of a step included."""
-        return _dot(self.sparse, sparse_terms(cached_len, query_len))
+        return _dot(self.of_chunk(query_len), sparse_terms(cached_len, query_len))
 
     def prefill_s(
         self, start: int, stop: int, *, tail: int | None, ladder: Ladder,
@@ -102,7 +115,8 @@ class Costs:
             return terms[0], *(term / num_stages for term in terms[1:])
 
         return Costs(dense=cast(Terms, share(self.dense)), decode=cast(Terms, share(self.decode)),
-                     sparse=cast(SparseTerms, share(self.sparse)))
+                     sparse=cast(SparseTerms, share(self.sparse)),
+                     short=cast(SparseTerms, share(self.short)) if self.short else None)
 
     def decode_s(self, num_requests: int, context_len: int) -> float:
         """Predict the time of one token for each request, with ``context_len`` tokens in their
@@ -116,12 +130,18 @@ class Work:
 
     dense: Terms = (0.0, 0.0, 0.0)
     sparse: SparseTerms = (0.0, 0.0, 0.0, 0.0)
+    short: SparseTerms = (0.0, 0.0, 0.0, 0.0)
     decode: Terms = (0.0, 0.0, 0.0)
+
+    def parts(self, costs: Costs) -> dict[Kind, float]:
+        """Predict the time of each kind, seconds."""
+        return {"dense": _dot(costs.dense, self.dense), "sparse": _dot(costs.sparse, self.sparse),
+                "short": _dot(costs.short or costs.sparse, self.short),
+                "decode": _dot(costs.decode, self.decode)}
 
     def seconds(self, costs: Costs) -> float:
         """Predict the time."""
-        return (_dot(costs.dense, self.dense) + _dot(costs.sparse, self.sparse)
-                + _dot(costs.decode, self.decode))
+        return sum(self.parts(costs).values())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,19 +169,34 @@ class Forecast:
                 block_size=self.block_size))
 
 
+def chunk_kind(query_len: float) -> Literal["sparse", "short"]:
+    """Name the kind of a sparse chunk of so many tokens."""
+    return "short" if query_len <= SHORT_CHUNK else "sparse"
+
+
 def dense_terms(cached_len: int, query_len: float) -> Terms:
     """Make the terms of one dense prefill slice."""
     return 1.0, query_len, query_len * (2 * cached_len + query_len)
 
 
 def sparse_terms(cached_len: int, query_len: float) -> SparseTerms:
-    """Make the terms of one sparse prefill chunk; a part of it has that share of each."""
-    return 1.0, query_len, query_len * cached_len, float(cached_len)
+    """Make the terms of one sparse prefill chunk."""
+    return 1.0, query_len, query_len * cached_len, cached_len + query_len
 
 
-def add_terms(left: AnyTerms, right: AnyTerms, share: float = 1.0) -> AnyTerms:
+def piece_terms(chunk: SparseTerms, piece: Piece) -> SparseTerms:
+    """Make the terms of one of a sparse chunk's pieces."""
+    return (1.0, chunk[1] * piece.linear, chunk[2] * piece.attention, chunk[3] * piece.selection)
+
+
+def chunk_work(query_len: int, terms: SparseTerms) -> Work:
+    """Return the work of a step that has these terms of a sparse chunk of so many tokens."""
+    return Work(short=terms) if chunk_kind(query_len) == "short" else Work(sparse=terms)
+
+
+def add_terms(left: AnyTerms, right: AnyTerms) -> AnyTerms:
     """Add terms, with the fixed cost counted once."""
-    found = (1.0, *(one + share * other for one, other in zip(left[1:], right[1:], strict=True)))
+    found = (1.0, *(one + other for one, other in zip(left[1:], right[1:], strict=True)))
     return cast(AnyTerms, found)
 
 
@@ -181,28 +216,30 @@ class LatencyModel:
         """Tell whether work of this kind was measured."""
         return self._kinds[kind].num_observations > 0
 
+    def knows_chunks(self, query_len: int) -> bool:
+        """Tell whether each sort of piece of such sparse chunks can have been measured."""
+        return self._kinds[chunk_kind(query_len)].num_observations >= FIRST_PIECES
+
     def reset(self) -> None:
         """Forget what was measured."""
         prior, self.num_observations, self._costs = self._prior, 0, self._prior
         self.dense_reach = 0.0
         """Largest 2 L + x of the dense steps seen: beyond a few times that, costs are a guess."""
         self._kinds: dict[Kind, _Fit] = {
-            "dense": _Fit(prior.dense), "sparse": _Fit(prior.sparse), "decode": _Fit(prior.decode)}
+            "dense": _Fit(prior.dense), "sparse": _Fit(prior.sparse),
+            "short": _Fit(prior.short or prior.sparse), "decode": _Fit(prior.decode)}
 
     def observe(self, work: Work, seconds: float) -> None:
         """Learn from a step that took this long."""
         if not 0 < seconds < 1e6:
             return
-        parts: dict[Kind, float] = {
-            "dense": _dot(self._costs.dense, work.dense),
-            "sparse": _dot(self._costs.sparse, work.sparse),
-            "decode": _dot(self._costs.decode, work.decode)}
-        kind = max(parts, key=lambda name: parts[name])
-        if not parts[kind]:
+        parts = {kind: part_s for kind, part_s in work.parts(self._costs).items() if part_s}
+        if not parts:
             return
+        kind = max(parts, key=lambda name: (self._is_new_chunk(name), parts[name]))
         others_s = sum(parts.values()) - parts[kind]
         own_s = seconds * parts[kind] / (parts[kind] + others_s)  # its share, as far as known
-        if all(self.has_seen(name) for name, part_s in parts.items() if part_s):
+        if all(self.has_seen(name) for name in parts):
             own_s = max(seconds - others_s, own_s / 2)
         if kind == "dense":
             self.dense_reach = max(self.dense_reach, work.dense[2] / work.dense[1])
@@ -210,18 +247,24 @@ class LatencyModel:
         self.num_observations += 1
         self._refresh()
 
+    def _is_new_chunk(self, kind: Kind) -> bool:
+        """Tell whether these are sparse pieces of a kind that is not known yet: what their step
+        took teaches that, even where the decodes beside them are predicted to take longer."""
+        return (kind in ("sparse", "short")
+                and self._kinds[kind].num_observations < FIRST_PIECES)
+
     def _refresh(self) -> None:
         """Refresh the costs. Kinds that were never seen are slower or faster than their priors by
-        as much as the prefills that were."""
-        prefills = [fit for fit in (self._kinds["dense"], self._kinds["sparse"])
-                    if fit.num_observations]
+        as much as the prefills that were; short chunks are no measure for others."""
+        kinds: tuple[Kind, ...] = ("dense", "sparse")
+        prefills = [self._kinds[kind] for kind in kinds if self.has_seen(kind)]
         fixed, work = (fmean(speeds) for speeds in zip(
             *(fit.speeds() for fit in prefills), strict=True)) if prefills else (1.0, 1.0)
         found = {name: fit.coefficients if fit.num_observations else fit.scaled(fixed, work)
                  for name, fit in self._kinds.items()}
         self._costs = Costs(
             dense=cast(Terms, found["dense"]), sparse=cast(SparseTerms, found["sparse"]),
-            decode=cast(Terms, found["decode"]))
+            short=cast(SparseTerms, found["short"]), decode=cast(Terms, found["decode"]))
 
 
 class _Fit:

@@ -160,6 +160,7 @@ class Loop:
             if self._on_submit is not None:
                 self._on_submit(batch)
             self._transport.submit(batch)
+            self._in_flight[-1].launched_s = time.monotonic()
 
     def _may_submit(self) -> bool:
         if self._prefill_rest_s and not self._queues_prefill:
@@ -178,7 +179,9 @@ class Loop:
         short that the next step should be on its way."""
         if not self._prefills_in_flight:
             return 0.0
-        begun_s = max(self._freed_s, self._in_flight[0].submitted_s)
+        # A launch that takes the host as long as the device leaves the device nothing to do by its
+        # end. Were the next one made right behind it, this step's tokens would wait for that.
+        begun_s = max(self._freed_s, self._in_flight[0].launched_s)
         rest_s = begun_s + self._expected_s - time.monotonic()
         return rest_s if rest_s > self._lead_s else 0.0
 

@@ -34,11 +34,11 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
-from longspan.engine.control.chunking import chunk_stop, piece_shares, side_room, tail_start
+from longspan.engine.control.chunking import chunk_pieces, chunk_stop, side_room, tail_start
 from longspan.engine.control.ladder import Ladder
 from longspan.engine.control.latency import (
     Costs,
@@ -47,7 +47,9 @@ from longspan.engine.control.latency import (
     Terms,
     Work,
     add_terms,
+    chunk_work,
     dense_terms,
+    piece_terms,
     sparse_terms,
 )
 from longspan.engine.control.stage_plan import DenseCosts, plan_dense
@@ -220,12 +222,13 @@ class _PlanBuilder:
         ends: Mapping[str, Sequence[int]],
     ) -> None:
         self._config, self._costs, self._ends = config, latency.costs, ends
+        self._latency = latency
         self._known_reach = FAR * latency.dense_reach
-        self._knows_sparse = latency.has_seen("sparse") or config.step_budget_s is None
         self._decodes = decodes
         self._prefills: list[PlannedSlice] = []
         self._dense: Terms = (0.0, 0.0, 0.0)
-        self._sparse: SparseTerms = (0.0, 0.0, 0.0, 0.0)
+        self._chunk = Work()
+        """What the step has of a sparse chunk."""
         context_len = float(sum(request.scheduled_len + 1 for request in decodes))
         self._decode: Terms = (1.0, float(len(decodes)), context_len) if decodes else (0.0,) * 3
         self._num_others = 0
@@ -239,7 +242,7 @@ class _PlanBuilder:
 
     @property
     def _work(self) -> Work:
-        return Work(dense=self._dense, sparse=self._sparse, decode=self._decode)
+        return replace(self._chunk, dense=self._dense, decode=self._decode)
 
     def holds(self, request: Request) -> bool:
         """Tell whether some of this prompt is in the step."""
@@ -274,36 +277,35 @@ class _PlanBuilder:
         self, request: Request, stop: int, room_s: float, must_progress: bool,
     ) -> PlannedSlice | None:
         config, start, first = self._config, request.scheduled_len, request.num_pieces
-        shares = piece_shares(start, stop, num_layers=config.num_layers, rows=config.piece_rows,
+        chunk, query_len = sparse_terms(start, stop - start), stop - start
+        pieces = chunk_pieces(start, stop, num_layers=config.num_layers, rows=config.piece_rows,
                               is_scored=scored_tokens(request, start, stop) is not None)
-        fixed_s = self._costs.sparse[0]
-        chunk_s = self._costs.sparse_s(start, stop - start) - fixed_s
-        last, share = first, 0.0
+        fixed_s = self._costs.of_chunk(query_len)[0]
         room_s = max(room_s, FLOOR * fixed_s) if must_progress else room_s
         if config.num_stages > 1:
-            return self._whole_chunk(request, stop, len(shares), must_progress or chunk_s <= room_s)
-        while last < len(shares) and fixed_s + chunk_s * (share + shares[last]) <= room_s:
-            share, last = share + shares[last], last + 1
-            if not self._knows_sparse:
-                break  # the time of the first one tells how long pieces are
+            may_begin = must_progress or self._costs.sparse_s(start, query_len) - fixed_s <= room_s
+            return self._slice(request, query_len, Pieces(0, len(pieces), len(pieces)), chunk
+                               ) if may_begin else None
+        # Until each sort of piece was measured, a step has one: the prior may be far off.
+        is_known = config.step_budget_s is None or self._latency.knows_chunks(query_len)
+        terms: SparseTerms = (0.0, 0.0, 0.0, 0.0)
+        last = first
+        while last < len(pieces) and (is_known or last == first):
+            more = add_terms(terms, piece_terms(chunk, pieces[last]))
+            is_least = last == first and must_progress
+            if not is_least and chunk_work(query_len, more).seconds(self._costs) > room_s:
+                break
+            terms, last = more, last + 1
         if last == first:
-            if not must_progress:
-                return None
-            share, last = shares[first], first + 1
-        self._sparse = add_terms(self._sparse, sparse_terms(start, stop - start), share)
-        return PlannedSlice(request=request, query_len=stop - start,
-                            pieces=Pieces(first, last, len(shares)))
-
-    def _whole_chunk(
-        self, request: Request, stop: int, num_pieces: int, may_begin: bool,
-    ) -> PlannedSlice | None:
-        """Take a sparse chunk that is never paused."""
-        if not may_begin:
             return None
-        start = request.scheduled_len
-        self._sparse = add_terms(self._sparse, sparse_terms(start, stop - start))
-        return PlannedSlice(request=request, query_len=stop - start,
-                            pieces=Pieces(0, num_pieces, num_pieces))
+        return self._slice(request, query_len, Pieces(first, last, len(pieces)), terms)
+
+    def _slice(
+        self, request: Request, query_len: int, pieces: Pieces, terms: SparseTerms,
+    ) -> PlannedSlice:
+        """Take pieces of a sparse chunk into the step."""
+        self._chunk = chunk_work(query_len, terms)
+        return PlannedSlice(request=request, query_len=query_len, pieces=pieces)
 
     def _tokens(
         self, request: Request, stop: int, room_s: float, is_head: bool, must_progress: bool,

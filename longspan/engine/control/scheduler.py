@@ -113,6 +113,8 @@ class InFlightStep:
     """Some slice computes prompt tokens."""
     submitted_s: float = 0.0
     """When the loop handed it to the runner, by ``time.monotonic``."""
+    launched_s: float = 0.0
+    """When the runner had taken it: with a device in this process, when all of it was queued."""
 
 
 class Scheduler:

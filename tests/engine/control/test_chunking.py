@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from longspan.engine.control.chunking import (
+    Piece,
     cacheable_len,
+    chunk_pieces,
     chunk_stop,
     piece_rows,
-    piece_shares,
     row_cuts,
     tail_start,
 )
@@ -49,17 +50,26 @@ def test_rows_are_cut_at_absolute_multiples() -> None:
 
 
 def test_pieces_of_a_chunk() -> None:
-    def shares(stop: int, is_scored: bool = False, **sizes: int) -> list[float]:
-        return piece_shares(32, stop, is_scored=is_scored, **sizes)
+    def pieces(stop: int, is_scored: bool = False, **sizes: int) -> list[Piece]:
+        found = chunk_pieces(32, stop, is_scored=is_scored, **sizes)
+        for shares in zip(*found, strict=True):
+            assert sum(shares) == pytest.approx(1)
+        return found
 
-    assert len(shares(64, num_layers=6, rows=16)) == 5 * (2 + 2) + 1
-    assert len(shares(60, num_layers=6, rows=64)) == 5 * (2 + 1) + 1
-    assert shares(64, num_layers=1, rows=16) == [1.0]
-    scored = shares(64, num_layers=6, rows=16, is_scored=True)  # the head has pieces too
-    assert len(scored) == 6 * (2 + 2) + 2 and sum(scored) == pytest.approx(1)
-    found = shares(60, num_layers=3, rows=16)  # rows 32-47 and 48-59
-    assert sum(found) == pytest.approx(1) and found[:4] == found[4:8]
-    assert found[3] / found[2] == pytest.approx(12 / 16)
+    assert len(pieces(64, num_layers=6, rows=16)) == 5 * (2 + 2) + 1
+    assert len(pieces(60, num_layers=6, rows=64)) == 5 * (2 + 1) + 1
+    assert pieces(64, num_layers=1, rows=16) == [(1.0, 1.0, 1.0)]
+    scored = pieces(64, num_layers=6, rows=16, is_scored=True)  # the head has pieces too
+    assert len(scored) == 6 * (2 + 2) + 2
+    assert len(pieces(64, num_layers=1, rows=16, is_scored=True)) == (2 + 2) + 2
+    found = pieces(60, num_layers=3, rows=16)  # rows 32-47 and 48-59
+    assert found[:4] == found[4:8]
+    projection, selection, first, second = found[:4]
+    assert projection[1:] == (0.0, 0.0) and selection == (0.0, 0.0, 0.5)
+    assert second.attention / first.attention == pytest.approx(12 / 16)
+
+
+def test_pieces_have_whole_tiles_where_they_can() -> None:
     assert (piece_rows("cpu", 16_384), piece_rows("cuda", 32_768)) == (4_096, 32_768)
     assert piece_rows("cuda", 131_072) == 65_536
     assert (piece_rows("cuda", 126_976), piece_rows("cuda", 100_000)) == (63_488, 65_536)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from functools import reduce
 
 import pytest
 
+from longspan.engine.control.chunking import chunk_pieces
 from longspan.engine.control.latency import (
     Costs,
     Forecast,
@@ -14,6 +16,7 @@ from longspan.engine.control.latency import (
     Work,
     add_terms,
     dense_terms,
+    piece_terms,
     sparse_terms,
 )
 
@@ -28,8 +31,11 @@ def random_work(rng: random.Random) -> Work:
     if kind == "dense":
         return Work(dense=dense_terms(history, tokens))
     if kind == "sparse":
-        share = rng.uniform(0.05, 1)
-        return Work(sparse=add_terms((0, 0, 0, 0), sparse_terms(history, 16_384), share))
+        pieces = chunk_pieces(history, history + 16_384, num_layers=6, rows=4_096)
+        first, chunk = rng.randrange(len(pieces)), sparse_terms(history, 16_384)
+        last = rng.randrange(first, len(pieces))
+        some = (piece_terms(chunk, piece) for piece in pieces[first : last + 1])
+        return Work(sparse=reduce(add_terms, some))
     if kind == "decode":
         return Work(decode=decode)
     return Work(dense=dense_terms(history, tokens), decode=decode)
@@ -37,7 +43,7 @@ def random_work(rng: random.Random) -> Work:
 
 def test_terms_are_those_of_the_formulas() -> None:
     assert TRUE.dense_s(100, 10) == pytest.approx(8e-3 + 2.4e-3 + 4.5e-8 * 10 * 210)
-    assert TRUE.sparse_s(100, 10) == pytest.approx(8e-3 + 5e-3 + 1e-9 * 100 * 10 + 8e-6 * 100)
+    assert TRUE.sparse_s(100, 10) == pytest.approx(8e-3 + 5e-3 + 1e-9 * 100 * 10 + 8e-6 * 110)
     assert TRUE.decode_s(3, 1000) == pytest.approx(9e-3 + 3e-3 + 2e-3)
     both = Work(dense=dense_terms(100, 10), decode=(1.0, 3.0, 1000.0))
     assert both.seconds(TRUE) == pytest.approx(TRUE.dense_s(100, 10) + TRUE.decode_s(3, 1000))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -239,6 +240,44 @@ def test_a_step_is_queued_shortly_before_the_prefill_ends(
     leads = [end_s - next_s for end_s, next_s in zip(ends, submits[1:], strict=False)]
     assert leads[:3] == pytest.approx([lead_s] * 3, abs=1e-5)
     assert ends[3] - ends[0] == pytest.approx(3 * runner.step_s)
+
+
+class SlowToLaunch(ClockedTransport):
+    """The host needs nearly as long to launch a step that prefills as the device to compute it."""
+
+    decode_s, launch_s = 1e-3, 2.8e-2
+
+    def submit(self, batch: ScheduledBatch) -> None:
+        """Launch, while the device computes what is there."""
+        prefills = any(item.cached_len < item.prompt_len for item in batch.slices)
+        begun_s, self.step_s = self.now_s, 3e-2 if prefills else self.decode_s
+        super().submit(batch)
+        self.now_s = begun_s + (self.launch_s if prefills else 0.0)
+
+
+@pytest.mark.parametrize("predicted_s", [0.03, 0.02, 0.04])
+def test_tokens_do_not_wait_for_the_launch_of_the_next_step(
+    predicted_s: float, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A prompt's tail behind a million tokens has many short kernels: its steps take the host as
+    long as the device, and what decodes beside it paused for two of them."""
+    runner = make_runner(TimedRunner)
+    assert isinstance(runner, TimedRunner)
+    runner.step_s = 0.03
+    transport = SlowToLaunch(runner, max_in_flight=2)
+    monkeypatch.setattr("longspan.engine.control.loop.time", transport)
+    each = (predicted_s, 0.0, 0.0)
+    scheduler = Scheduler(replace(CONFIG, prior=Costs(dense=each, decode=(1e-3, 0.0, 0.0))))
+    monkeypatch.setattr(scheduler.latency, "observe", lambda work, seconds: None)
+    loop = Loop(scheduler, transport, queues_prefill=False)
+    loop.add(make_request("decoding", [1, 2], max_tokens=30, ignore_eos=True))
+    loop.turn()
+    loop.add(make_request("long", range(1, 49), max_tokens=2, ignore_eos=True))
+    while not loop.is_idle:
+        loop.turn()
+    ends = [time_s for what, time_s in transport.log if what == "end"]
+    pauses = [end_s - begun_s for begun_s, end_s in pairwise(ends)]
+    assert len(pauses) > 10 and max(pauses) < 1.1 * runner.step_s
 
 
 class Interrupting(DeepTransport):

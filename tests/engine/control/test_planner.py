@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from longspan.engine.control.chunking import piece_shares
-from longspan.engine.control.latency import Costs, Forecast, LatencyModel
+from longspan.engine.control.chunking import chunk_pieces
+from longspan.engine.control.latency import Costs, Forecast, LatencyModel, piece_terms, sparse_terms
 from longspan.engine.control.planner import SLACK, Planner, prefill_s
 from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
 from longspan.engine.request import Request, SamplingParams
-from longspan.engine.step import ScheduledBatch, StepResult
+from longspan.engine.step import Pieces, ScheduledBatch, ScheduledSlice, StepResult
 
 BUDGET_S = 1.0
 COSTS = Costs(dense=(8e-3, 2.4e-4, 4.5e-8), sparse=(8e-3, 5e-4, 4e-10, 3e-6),
@@ -32,6 +32,8 @@ class Machine:
 
     config: SchedulerConfig = CONFIG
     costs: Costs = COSTS
+    launch_s: float = 0.0
+    """The host's time for each piece of a sparse chunk."""
     noise: float = 0.1
     now_s: float = 0.0
     rng: random.Random = field(default_factory=lambda: random.Random(0))
@@ -83,15 +85,24 @@ class Machine:
         total_s, decodes = 0.0, [i for i in batch.slices if i.cached_len >= i.prompt_len]
         for item in batch.slices:
             if item.pieces is not None:
-                shares = piece_shares(item.cached_len, item.context_len, num_layers=6, rows=4096)
-                share = sum(shares[item.pieces.first:item.pieces.stop])
-                total_s += share * self.costs.sparse_s(item.cached_len, item.query_len)
+                total_s += self._pieces_s(item, item.pieces)
             elif item.cached_len < item.prompt_len:
                 total_s += self.costs.dense_s(item.cached_len, item.query_len)
         if decodes:
             context_len = sum(item.context_len for item in decodes)
             total_s += self.costs.decode_s(len(decodes), context_len)
         return total_s
+
+    def _pieces_s(self, item: ScheduledSlice, pieces: Pieces) -> float:
+        chunk = sparse_terms(item.cached_len, item.query_len)
+        found = chunk_pieces(item.cached_len, item.context_len, num_layers=self.config.num_layers,
+                             rows=self.config.piece_rows)
+        costs, num_pieces = self.costs.of_chunk(item.query_len), pieces.stop - pieces.first
+        device_s = 0.0
+        for piece in found[pieces.first:pieces.stop]:
+            terms = piece_terms(chunk, piece)
+            device_s += sum(a * b for a, b in zip(costs[1:], terms[1:], strict=True))
+        return costs[0] + max(device_s, num_pieces * self.launch_s)
 
 
 def test_a_short_prompt_waits_two_budgets_at_most_beside_a_long_one() -> None:
@@ -155,6 +166,27 @@ def test_an_unknown_kind_begins_with_a_single_piece() -> None:
     assert pieces[0].stop == 1 and max(machine.lengths_s) <= BUDGET_S
 
 
+def test_a_prompts_tail_keeps_the_budget_behind_a_million_tokens() -> None:
+    """An H200's times: the host needs longer to launch a tail's pieces than the device to compute
+    them, which no long chunk shows, and hundreds of long ones come between two tails."""
+    costs = Costs(dense=(2e-3, 2.5e-5, 6e-10), sparse=(2e-3, 2.2e-5, 2e-12, 1.1e-7),
+                  decode=(5e-3, 1e-3, 1e-9))
+    prior = Costs(dense=(2e-3, 1.5e-4, 2e-9), sparse=(2e-3, 1.5e-4, 3e-11, 2.5e-7),
+                  decode=costs.decode)
+    config = replace(CONFIG, prefill_chunk_len=126_976, num_layers=28, piece_rows=63_488,
+                     unit_len=128, step_budget_s=0.1, prior=prior)
+    machine = Machine(config=config, costs=costs, launch_s=5e-3)
+    machine.add("stream", 300, max_tokens=3_000)
+    machine.step()
+    for name in ("first", "second"):
+        machine.add(name, 1_000_000)
+        while name not in machine.first_s:
+            machine.step()
+    tails = [elapsed_s for batch, elapsed_s in zip(machine.steps, machine.lengths_s, strict=True)
+             if any(item.pieces and item.query_len < 2_048 for item in batch.slices)]
+    assert len(tails) > 10 and max(machine.lengths_s) <= 0.1
+
+
 def test_a_stream_of_shorts_cannot_starve_the_long_prompt() -> None:
     """It gets half of the time at least, so it takes twice its time alone, and a little for the
     fixed costs of more steps."""
@@ -208,6 +240,8 @@ def test_without_a_budget_chunks_are_computed_whole() -> None:
 
 def test_steps_in_flight_share_the_budget() -> None:
     machine = Machine()
+    machine.add("first", 40_000)
+    machine.run()  # until its pieces are known, a step has one of them
     machine.add("long", 131_072)
     first = machine.scheduler.schedule()
     assert first is not None and first.expected_s <= (1 - SLACK) * BUDGET_S

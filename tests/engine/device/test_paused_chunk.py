@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longspan.attention.sparsity import SparsityPlan
 from longspan.config import EngineConfig, ModelConfig
-from longspan.engine.control.chunking import chunk_stop, piece_shares, tail_start
+from longspan.engine.control.chunking import chunk_pieces, chunk_stop, tail_start
 from longspan.engine.control.ladder import Ladder
 from longspan.engine.control.loop import LocalTransport, Loop
 from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
@@ -75,7 +75,7 @@ def slices_of(prompt: array[int], tail: int, stops: Iterable[int]) -> list[Sched
         base = ScheduledSlice(
             request_id="a", token_ids=prompt[start:stop], cached_len=start, sparse=True,
             prompt_len=len(prompt), block_ids=blocks, sampling=None)
-        total = len(piece_shares(start, stop, num_layers=LAYERS, rows=ROWS))
+        total = len(chunk_pieces(start, stop, num_layers=LAYERS, rows=ROWS))
         first = 0
         while first < total:
             last = min(total, first + next(pauses))
