@@ -304,7 +304,10 @@ class EngineConfig:
     ranks of a machine."""
     context_parallel: int = 1
     """Ranks, each on a GPU of its own or as a process on CPUs, that share the rows of each prefill
-    chunk; every one of them holds the weights and the whole KV cache."""
+    chunk; every one of them holds the weights, and the whole KV cache or a part of it."""
+    divides_kv: bool | None = None
+    """Those ranks hold a part of each KV block alone. Default: where a context of full length does
+    not fit otherwise."""
     pipeline_parallel: int = 1
     """Ranks that share the layers: each holds the weights and the KV cache of its own alone."""
     tensor_parallel: int = 1
@@ -323,6 +326,11 @@ class EngineConfig:
     def num_ranks(self) -> int:
         """Processes that compute together."""
         return self.context_parallel * self.pipeline_parallel * self.tensor_parallel
+
+    @property
+    def kv_parts(self) -> int:
+        """Ranks that divide each KV block among themselves. ``divides_kv`` is decided."""
+        return self.context_parallel if self.divides_kv else 1
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "prefill_chunk_len", "max_num_requests", "block_size",

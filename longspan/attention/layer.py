@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from longspan import ops
+from longspan.attention.divided_kv import collect
 from longspan.attention.metadata import AttentionMetadata, DecodeGroup, PrefillPart, PrefillSlice
 from longspan.attention.observer import UNWATCHED, AttendedRows, AttentionObserver, Region
 from longspan.attention.ranks import HeadPart, RankGroup
 from longspan.attention.shared_selection import Found, budget_of, select_together
-from longspan.attention.sparsity import SparsityPlan
+from longspan.attention.sparsity import SparsityPlan, needs_means
 from longspan.ops.geometry import segments
 from longspan.ops.types import PagedKV, QueryRotary, Selection
 
@@ -75,8 +76,19 @@ class DualChunkAttention:
         ops.store_kv(cache, k, v, metadata.positions, metadata.slot_mapping,
                      metadata.filled_blocks, self.rotary)
 
+    def collect(self, cache: PagedKV, item: PrefillSlice) -> tuple[PagedKV, PrefillSlice]:
+        """Return a cache that has all keys of a slice, whose own are stored, and the slice in it;
+        they are as they were where this rank has them."""
+        share = item.share
+        if share is None or not share.divides_kv:
+            return cache, item
+        whole, table = collect(share.group, cache, item.block_table,
+                               means=item.sparse and needs_means(self.plan))
+        return whole, replace(item, block_table=table)
+
     def prepare(self, q: Tensor, cache: PagedKV, item: PrefillSlice) -> list[PrefillPart]:
-        """Select keys for one slice, whose own are stored. q: [T, H, D], its rows here."""
+        """Select keys for one slice, whose own are stored and collected. q: [T, H, D], its rows
+        here."""
         self.causal_pairs += self.num_heads * item.num_pairs
         first, stop = self._sparse_range(item, cache.k.shape[1])
         if first >= stop:
@@ -135,7 +147,7 @@ class DualChunkAttention:
         return out if share is None else share.merge(out, lse, q.dtype)
 
     def _prefill(self, q: Tensor, cache: PagedKV, item: PrefillSlice) -> Tensor:
-        cache, item = self._plain(q, cache, item)
+        cache, item = self._plain(q, *self.collect(cache, item))
         return self.attend_rows(q, cache, item, self.prepare(q, cache, item))
 
     def _plain(self, q: Tensor, cache: PagedKV, item: PrefillSlice) -> tuple[PagedKV, PrefillSlice]:

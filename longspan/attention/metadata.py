@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from longspan.attention.divided_kv import held_slots
 from longspan.attention.division import Division, SharedSlice, divide
 from longspan.attention.ranks import Range, RowShare, RowSharing
 from longspan.attention.recall import RecallMeter
@@ -272,6 +273,7 @@ def _metadata(
             ))
             count = prefills[-1].num_rows
         start += count
+    tokens = tokens._replace(slot_mapping=_held(tokens.slot_mapping, sharing, block_size))
     return AttentionMetadata(
         **tokens._asdict(), prefills=tuple(prefills),
         decode=_shared(_decode_group(decodes, start - len(decodes), block_size, head_dim, dca),
@@ -282,9 +284,18 @@ def _shared(
     group: DecodeGroup | None, sharing: RowSharing | None, block_size: int,
 ) -> DecodeGroup | None:
     """Share the keys of decodes out, where that is worth it. On the host."""
-    if group is None or sharing is None or int(group.context_lens.sum()) < sharing.least_keys:
+    if group is None or sharing is None:
         return group
-    return replace(group, share=share_keys(sharing.group, group.context_lens, block_size))
+    if int(group.context_lens.sum()) < sharing.least_keys and not sharing.divides_kv:
+        return group
+    return replace(group, share=share_keys(sharing, group.context_lens, block_size))
+
+
+def _held(slots: Tensor, sharing: RowSharing | None, block_size: int) -> Tensor:
+    """Return this rank's places for slots. [n] int64."""
+    if sharing is None or not sharing.divides_kv:
+        return slots
+    return held_slots(slots, block_size, sharing.group)
 
 
 def _table(item: SequenceSlice, context_len: int, block_size: int) -> NDArray[np.int64]:
@@ -342,15 +353,14 @@ def decode_metadata(
     positions = (context_lens - 1).clamp_min(0)
     offsets = positions % block_size
     blocks = block_tables.gather(1, (positions // block_size)[:, None])[:, 0]
+    slots = (blocks * block_size + offsets).masked_fill(is_padding, -1)
     return AttentionMetadata(
-        positions=positions, prefills=(),
-        slot_mapping=(blocks * block_size + offsets).masked_fill(is_padding, -1),
+        positions=positions, prefills=(), slot_mapping=_held(slots, sharing, block_size),
         filled_blocks=blocks.masked_fill(is_padding | (offsets != block_size - 1), -1),
         decode=DecodeGroup(
             start=0, block_tables=block_tables, context_lens=context_lens,
             scales=softmax_scales(torch.maximum(context_lens, prompt_lens), head_dim, dca),
-            share=None if sharing is None else share_keys(
-                sharing.group, context_lens, block_size)))
+            share=None if sharing is None else share_keys(sharing, context_lens, block_size)))
 
 
 def _decode_group(

@@ -1,6 +1,7 @@
 """Context parallelism: several ranks compute the rows of each prefill slice together.
 
-Every rank has the whole model and the whole KV cache. Of a slice that is long enough each rank
+Every rank has the whole model, and the whole KV cache or its part of each block
+(`longspan.attention.divided_kv`). Of a slice that is long enough each rank
 computes some rows: projections, attention, MLP. Keys and values of all rows are gathered in every
 layer, so that each rank's cache stays whole; keys are selected by heads, each rank for its own
 ones, over the queries of all rows. What is short is computed by every rank, and so are decodes. A
@@ -194,15 +195,18 @@ class RowSharing(NamedTuple):
     least_keys: int
     """A step whose decodes see fewer keys than this in all is not worth the exchange: every rank
     computes it."""
+    divides_kv: bool = False
+    """Each rank's cache holds a part of every block alone (`longspan.attention.divided_kv`), and no
+    step's decodes are computed by every rank."""
 
     def share(self, start: int, stop: int, *, may_split: bool) -> RowShare:
         """Divide the rows of a slice if that may be and every rank gets a piece of each kind."""
         size = self.group.size
-        if may_split and 0 < 2 * size * self.unit <= stop - start:
-            ranges = share_rows(start, stop, self.unit, size)
-            return RowShare(group=self.group, ranges=ranges, is_split=True, unit=self.unit)
-        return RowShare(
-            group=self.group, ranges=(((start, stop),),) * size, is_split=False, unit=self.unit)
+        is_split = may_split and 0 < 2 * size * self.unit <= stop - start
+        ranges = share_rows(start, stop, self.unit, size) if is_split else (
+            ((start, stop),),) * size
+        return RowShare(group=self.group, ranges=ranges, is_split=is_split, unit=self.unit,
+                        divides_kv=self.divides_kv)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -216,6 +220,8 @@ class RowShare:
     """False: every rank computes all rows."""
     unit: int
     """Ranges are cut at multiples of it."""
+    divides_kv: bool = False
+    """See `RowSharing`."""
 
     @property
     def own(self) -> tuple[Range, ...]:

@@ -1,8 +1,8 @@
 """Decode steps whose keys several ranks share out: each attends to its share of every request's
 blocks, and the parts are merged by their LSEs.
 
-The ranks' caches are the same, so which rank reads which blocks is decided anew in every step, from
-the lengths alone.
+Where the ranks' caches are the same, which rank reads which blocks is decided anew in every step,
+from the lengths alone; where they divide each block among themselves, a rank reads what it has.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longspan.attention.ranks import RankGroup
+from longspan.attention.divided_kv import held_keys
+from longspan.attention.ranks import RankGroup, RowSharing
 from longspan.ops.types import KeySpans, PagedKV
 
 LEAST_BYTES = {"cpu": 2**21, "cuda": 2**28}
@@ -40,9 +41,12 @@ def least_keys(cache: PagedKV) -> int:
     return -(-LEAST_BYTES[cache.k.device.type] // (2 * own))
 
 
-def share_keys(group: RankGroup, context_lens: Tensor, block_size: int) -> KeyShare:
-    """Share out the keys of B requests, whole blocks to a rank. context_lens: [B] int64, on any
-    device."""
+def share_keys(sharing: RowSharing, context_lens: Tensor, block_size: int) -> KeyShare:
+    """Share out the keys of B requests: those that a rank holds, or where all do, whole blocks to a
+    rank. context_lens: [B] int64, on any device."""
+    group = sharing.group
+    if sharing.divides_kv:
+        return KeyShare(group, held_keys(context_lens, block_size, group))
     blocks = (context_lens + block_size - 1) // block_size
     first, stop = (torch.minimum(blocks * rank // group.size * block_size, context_lens)
                    for rank in (group.rank, group.rank + 1))

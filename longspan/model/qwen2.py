@@ -82,7 +82,8 @@ class DecoderLayer(nn.Module):
         self, hidden: Tensor, metadata: AttentionMetadata, cache: PagedKV, cuts: Sequence[int],
     ) -> Generator[None, None, None]:
         """`forward` of a single prefill slice; yields between its pieces: keys and values, the
-        selection, then the rows between two ``cuts``. Its frame is what a pause keeps.
+        selection, then the rows between two ``cuts``. Its frame is what a pause keeps, the keys
+        of one layer included where ranks divide them.
 
         hidden: [T, M], changed in place.
         """
@@ -94,6 +95,7 @@ class DecoderLayer(nn.Module):
         attention.core.store(k, v, cache, metadata)
         del k, v
         yield
+        cache, item = attention.core.collect(cache, item)
         parts = attention.core.prepare(q, cache, item)
         for start, stop in pairwise(item.local_cuts(cuts)):
             yield

@@ -115,12 +115,15 @@ def _attend(
     is_quantised = cache.k_scale is not None
     scales_and_gain = ((cache.k_scale, cache.v_scale, cache.k_gain) if is_quantised
                        else (part_lse, part_lse, part_lse))  # not read
-    first, counts = (context_lens, context_lens) if spans is None else spans
+    first, counts = (context_lens, context_lens) if spans is None else spans[:2]
+    block_len, block_start = (0, 0) if spans is None else spans[2:]
+    assert num_rows == 1 or not block_len
     _attend_items[(num_kv_heads, capacity + batch)](
         q, cache.k, cache.v, *scales_and_gain, block_tables, context_lens, first, counts, scales,
         rotary.cos, rotary.sin, parts, part_lse, q.stride(0), q.stride(1), *cache.k.stride()[:3],
         block_tables.stride(0), rotary.stride, rotary.clamp, rotary.cos.shape[0],
-        num_heads=num_heads, num_rows=num_rows, **shared, BLOCK=block_size, GROUP=group, ROWS=rows,
+        block_start, num_heads=num_heads, num_rows=num_rows, **shared, BLOCK=block_size,
+        WHOLE=block_len or block_size, GROUP=group, ROWS=rows,
         SEVERAL=num_rows > 1, SPANS=spans is not None, QUANTISED=is_quantised,
         STAGES=launch.stages, PRECISION=_precision(cache), num_warps=launch.warps,
         maxnreg=launch.max_registers)
@@ -188,13 +191,15 @@ def _attend_items(
     q, k, v, k_scale, v_scale, k_gain, block_tables, context_lens, span_first, counts, scales, cos,
     sin, parts, part_lse,
     q_row, q_head, kv_block, kv_slot, kv_head, table_row, dca_stride, clamp, num_rotations,
-    num_requests, num_heads, num_rows, capacity,
+    block_start, num_requests, num_heads, num_rows, capacity,
     TILE: tl.constexpr, HEAD_DIM: tl.constexpr, REQUESTS: tl.constexpr, MIN_TILES: tl.constexpr,
-    BLOCK: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SEVERAL: tl.constexpr,
-    SPANS: tl.constexpr, QUANTISED: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    SEVERAL: tl.constexpr, SPANS: tl.constexpr, QUANTISED: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Compute one work item: partial out [rows, H, D] normalised, and its LSE to base 2, for one KV
-    head."""
+    head. Keys are counted as the cache holds them: all, or from ``block_start`` on BLOCK of each
+    WHOLE."""
     head, item = tl.program_id(0), tl.program_id(1)
     tiles, items, ends = _work_items(counts, num_requests, capacity, TILE, REQUESTS, MIN_TILES)
     request = tl.sum((ends <= item).to(tl.int32), 0)
@@ -232,11 +237,15 @@ def _attend_items(
     # Runs of keys that lie in one zone for each row: the last DCA chunk, those before it, and all
     # farther ones. Rows before a chunk border see one chunk fewer. An item has keys of few runs.
     farthest: tl.constexpr = 3 if SEVERAL else 2
-    nearest_run = tl.minimum(last_chunk - (stop - 1) // dca_stride, farthest).to(tl.int32)
-    farthest_run = tl.minimum(last_chunk - start // dca_stride, farthest).to(tl.int32)
+    lowest = _position(start, block_start, BLOCK, WHOLE)
+    highest = _position(stop - 1, block_start, BLOCK, WHOLE)
+    nearest_run = tl.minimum(last_chunk - highest // dca_stride, farthest).to(tl.int32)
+    farthest_run = tl.minimum(last_chunk - lowest // dca_stride, farthest).to(tl.int32)
+    held_len = _held(context_len, block_start, BLOCK, WHOLE)
     for back in range(nearest_run, farthest_run + 1):
-        first = tl.where(back == farthest, 0, (last_chunk - back) * dca_stride)
-        last = (last_chunk - back + 1) * dca_stride
+        border = _held((last_chunk - back) * dca_stride, block_start, BLOCK, WHOLE)
+        first = tl.where(back == farthest, 0, border)
+        last = _held((last_chunk - back + 1) * dca_stride, block_start, BLOCK, WHOLE)
         first = tl.maximum(first, start).to(tl.int32)
         last = tl.minimum(last, stop).to(tl.int32)
         gap = chunks - (last_chunk - back)
@@ -250,7 +259,7 @@ def _attend_items(
         turned = turned.to(q.dtype.element_ty)
         top, total, acc = _attend_keys(
             turned, keys, values, k_scale + head * BLOCK, v_scale + head * BLOCK, table, first,
-            last, context_len, positions, scale, top, total, acc, kv_block, kv_slot,
+            last, held_len, positions, scale, top, total, acc, kv_block, kv_slot,
             tl.num_programs(0) * BLOCK, dims, TILE, BLOCK, SEVERAL, QUANTISED, STAGES, PRECISION)
 
     rows = (item * num_rows + row) * num_heads + head * GROUP + head_of
@@ -259,6 +268,25 @@ def _attend_items(
         total = tl.where(total > 0, total, 1.0)  # a row that sees none of the item's keys
     tl.store(parts + rows[:, None] * HEAD_DIM + dims[None, :], acc / total[:, None],
              mask=is_row[:, None])
+
+
+@triton.jit
+def _position(index, block_start, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+    """Find the position of a key that the cache holds."""
+    position = index
+    if WHOLE != BLOCK:
+        position = index // BLOCK * WHOLE + block_start + index % BLOCK
+    return position
+
+
+@triton.jit
+def _held(position, block_start, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+    """Count the keys before a position that the cache holds."""
+    count = position
+    if WHOLE != BLOCK:
+        within = tl.minimum(tl.maximum(position % WHOLE - block_start, 0), BLOCK)
+        count = position // WHOLE * BLOCK + within
+    return count
 
 
 @triton.jit
@@ -276,7 +304,7 @@ def _rotated_query(queries, cos, sin, rotation, is_row, dims, HEAD_DIM: tl.const
 
 @triton.jit
 def _attend_keys(
-    q, keys, values, k_scale, v_scale, table, first, last, context_len, positions, scale, top,
+    q, keys, values, k_scale, v_scale, table, first, last, held_len, positions, scale, top,
     total, acc, kv_block, kv_slot, scale_block, dims,
     TILE: tl.constexpr, BLOCK: tl.constexpr, SEVERAL: tl.constexpr, QUANTISED: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -311,10 +339,10 @@ def _attend_keys(
         # values of slots never written may be NaN, and 0 * NaN is NaN
         if QUANTISED:
             v = tl.load(values + offset + inside).to(q.dtype)
-            step = tl.load(v_scale + steps, mask=position < context_len, other=0.0)
+            step = tl.load(v_scale + steps, mask=position < held_len, other=0.0)
             weights = weights * step[None, :]
         else:
-            v = tl.load(values + offset + inside, mask=(position < context_len)[:, None],
+            v = tl.load(values + offset + inside, mask=(position < held_len)[:, None],
                         other=0.0)
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
         top = new_top

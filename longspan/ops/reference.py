@@ -119,14 +119,21 @@ def decode_attention(
     With ``spans`` only their keys are attended to; without any, out is 0 and lse -inf.
     Returns: out [B, H, D], lse [B, H].
     """
-    parts = []
+    parts, part_len = [], cache.k.shape[1]
     for row, length in enumerate(context_lens.tolist()):
-        k, v = gather_kv(cache, block_tables[row], length)
         keys = torch.arange(length, device=q.device)
-        scores = dca_scores(q[row : row + 1], k, keys[-1:], keys, rotary) * float(scales[row])
+        if spans is not None and spans.block_len:  # a part of each block
+            keys = torch.arange(-(-length // spans.block_len) * part_len, device=q.device)
+            keys = keys // part_len * spans.block_len + spans.block_start + keys % part_len
+        k, v = gather_kv(cache, block_tables[row], len(keys))
+        k, v = k[keys < length], v[keys < length]  # other slots hold anything
+        keys = keys[keys < length]
+        last = torch.tensor([length - 1], device=q.device)
+        scores = dca_scores(q[row : row + 1], k, last, keys, rotary) * float(scales[row])
         if spans is not None:
             first, count = int(spans.first[row]), int(spans.length[row])
-            scores = scores.masked_fill((keys < first) | (keys >= first + count), -math.inf)
+            places = torch.arange(len(keys), device=q.device)
+            scores = scores.masked_fill((places < first) | (places >= first + count), -math.inf)
         out, lse = _attend(scores, repeat_heads(v, q.shape[1]), q.dtype)
         parts.append((out, lse))
     return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])

@@ -200,6 +200,11 @@ class KeySpans(NamedTuple):
     """[B] int64, where a KV block begins."""
     length: Tensor
     """[B] int64, consecutive keys from there on; 0: none."""
+    block_len: int = 0
+    """Tokens of a whole block, where a cache holds some P of each alone; both numbers above then
+    count keys that it holds. 0: it holds all of them."""
+    block_start: int = 0
+    """The first token of each block that it holds."""
 
 
 class Budget(NamedTuple):

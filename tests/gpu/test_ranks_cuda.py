@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from longspan.attention import shared_decode
-from longspan.attention.ranks import RankGroup
+from longspan.attention.ranks import RankGroup, RowSharing
 from longspan.attention.sparsity import SparsityPlan, needs_means
 from longspan.config import EngineConfig, ModelConfig
 from longspan.engine.device.memory import DeviceMemory, plan_memory
@@ -125,7 +125,8 @@ def test_parts_of_a_long_context_merge_to_the_whole() -> None:
     args = (q, cache, torch.arange(table_len, device="cuda")[None], lens, rotary,
             torch.tensor([0.088], device="cuda"))
     whole, whole_lse = decode.decode_attention(*args)
-    spans = [shared_decode.share_keys(RankGroup(rank, 2), lens, 128).spans for rank in range(2)]
+    spans = [shared_decode.share_keys(RowSharing(RankGroup(rank, 2), 128, 1), lens, 128).spans
+             for rank in range(2)]
     out, lse = merge([decode.decode_attention(*args, span) for span in spans])
     assert_close(out.bfloat16(), whole)
     assert_close(lse, whole_lse, "lse")

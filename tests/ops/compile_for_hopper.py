@@ -128,6 +128,11 @@ def main() -> None:
     decode.decode_attention(
         q[:2], cache, torch.zeros(2, 20, dtype=torch.int64), torch.tensor([900, 2_000]), rotary,
         torch.full((2,), scale), KeySpans(torch.tensor([0, 1_024]), torch.tensor([900, 976])))
+    decode.decode_attention(  # half of each block
+        q[:2], cache._replace(k=cache.k[:, :64], v=cache.v[:, :64]),
+        torch.zeros(2, 20, dtype=torch.int64),
+        torch.tensor([900, 2_000]), rotary, torch.full((2,), scale),
+        KeySpans(torch.tensor([0, 0]), torch.tensor([452, 1_024]), 128, 64))
     for few in (2, 16):
         decode.prefill_attention(q[:few], cache, table, CACHED, rotary, scale)
     x, weight = torch.zeros(9, 3_584, dtype=torch.bfloat16), torch.ones(3_584, dtype=torch.bfloat16)

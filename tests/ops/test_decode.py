@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from longspan.attention.divided_kv import held_keys
+from longspan.attention.ranks import RankGroup
 from longspan.ops import decode, reference
 from longspan.ops.dense import eager
 from longspan.ops.tiles.attend import merge
@@ -133,6 +135,38 @@ def test_parts_of_the_keys_merge_to_the_whole(
         assert_close(lse, expected_lse, "lse", dtype)
         assert (out[spans.length == 0] == 0).all()
         assert (lse[spans.length == 0] == -math.inf).all()
+        parts.append((out.float(), lse))
+    out, lse = merge(parts)
+    expected, expected_lse = run(cases, reference)
+    assert_close(out.to(dtype), expected, "merged out")
+    assert_close(lse, expected_lse, "merged lse", dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("impl", [decode, eager], ids=["kernel", "eager"])
+@pytest.mark.parametrize("positions", [Positions(100, 37), POSITIONS[0]], ids=str)
+def test_parts_of_every_block_merge_to_the_whole(
+    impl: Any, positions: Positions, dtype: torch.dtype, kernel_device: str
+) -> None:
+    """A cache that holds the first, the second, ... tokens of each block alone, of requests in one
+    zone and in several, whose borders lie within blocks, and whose last block has nothing of some
+    parts. Slots without a token are NaN."""
+    lengths, block, parts = (417, 5, 90, 192), 64, []
+    cases = [oracle.make_case(length, positions, num_heads=4, num_kv_heads=2, dtype=dtype,
+                              block_size=block, device=kernel_device) for length in lengths]
+    size = 4 if impl is eager else 2
+    for rank in range(size):
+        group = RankGroup(rank, size)
+        spans = held_keys(torch.tensor(lengths, device=kernel_device), block, group)
+        tokens = slice(rank * block // size, (rank + 1) * block // size)
+        held = [case._replace(cache=PagedKV(*(part[:, tokens].contiguous() for part in (
+            case.cache.k, case.cache.v)))) for case in cases]
+        out, lse = run(held, impl, spans)
+        expected, expected_lse = run(held, reference, spans)
+        assert_close(out.to(dtype), expected, "out")
+        assert_close(lse, expected_lse, "lse", dtype)
+        assert (lse[spans.length == 0] == -math.inf).all()
+        assert bool((spans.length == 0).any()) is (rank > 0)
         parts.append((out.float(), lse))
     out, lse = merge(parts)
     expected, expected_lse = run(cases, reference)

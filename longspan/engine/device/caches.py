@@ -14,15 +14,17 @@ from longspan.ops.types import PagedKV
 def allocate_caches(
     part: CausalLM, config: EngineConfig, memory: MemoryPlan, dtype: torch.dtype, *, means: bool,
 ) -> tuple[PagedKV, ...]:
-    """Allocate the caches of a stage's layers, whose weights are loaded."""
-    model, device = part.config, config.device
+    """Allocate the caches of a stage's layers, whose weights are loaded. A cache that ranks divide
+    holds no means."""
+    model, device, parts = part.config, config.device, config.kv_parts
     assert device is not None
     is_quantised = config.kv_dtype == "int8"
-    sizes = {"block_size": memory.block_size, "num_kv_heads": model.num_kv_heads,
+    sizes = {"block_size": memory.block_size // parts, "num_kv_heads": model.num_kv_heads,
              "head_dim": model.head_dim}
     caches = tuple(
         allocate_cache(num_blocks=memory.num_blocks, **sizes, dtype=dtype, device=device,
-                       means=means, k_gain=layer.key_gains() if is_quantised else None)
+                       means=means and parts == 1,
+                       k_gain=layer.key_gains() if is_quantised else None)
         for layer in part.decoder_layers())
     if not is_quantised or not device.startswith("cuda"):
         return caches

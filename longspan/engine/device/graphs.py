@@ -113,7 +113,7 @@ class DecodeGraphs:
         later, which takes seconds. The largest first: the others find their memory in its."""
         for size in reversed(recorded_sizes(max_rows)):
             for all_greedy in (False, True):
-                for is_shared in (False, True)[: 1 if self.sharing is None else 2]:
+                for is_shared in self._kinds():
                     self._graph(size, all_greedy, is_shared)
 
     @property
@@ -135,11 +135,18 @@ class DecodeGraphs:
         self._num_steps += 1
         return self._replay()
 
+    def _kinds(self) -> tuple[bool, ...]:
+        """List whether keys are shared, for the steps that there are."""
+        if self.sharing is None:
+            return (False,)
+        return (True,) if self.sharing.divides_kv else (False, True)
+
     def _load(self, items: Sequence[ScheduledSlice]) -> None:
         """Upload the rows from the host: the requests or their positions are unexpected."""
         size = next(size for size in BATCH_SIZES if size >= len(items))
-        is_shared = self.sharing is not None and sum(
-            item.context_len for item in items) >= self.sharing.least_keys
+        num_keys = sum(item.context_len for item in items)
+        is_shared = self.sharing is not None and (
+            self.sharing.divides_kv or num_keys >= self.sharing.least_keys)
         self._replay = self._graph(size, is_greedy(items), is_shared)
         self._state.load(items, size)
         self._rows = [(item.request_id, item.slot, item.cached_len) for item in items]

@@ -147,13 +147,15 @@ def plan_memory(
 
 
 def kv_block_bytes(model: ModelConfig, config: EngineConfig, *, means: bool) -> int:
-    """Return the bytes of one KV block of all layers: keys, values, their scales and their means.
-    ``config`` is resolved."""
+    """Return the bytes of one KV block of all layers on one rank: keys, values, their scales and
+    their means. ``config`` is resolved."""
     assert config.dtype is not None
     numbers, element = model.kv_elements_per_token, DTYPE_BYTES[config.dtype]
     per_token = numbers * element
     if config.kv_dtype == "int8":
         per_token = numbers + numbers // model.head_dim * KV_SCALE_BYTES
+    if config.kv_parts > 1:  # means are made of what prefill collects
+        return per_token * config.block_size // config.kv_parts
     return per_token * config.block_size + numbers * element * means
 
 
@@ -220,8 +222,12 @@ def workspace_bytes(
         model, resolve_forms(config, model), element, config.device.split(":")[0])
     scratch = ATTENTION_SCRATCH_BYTES + plain
     # one layer's keys and values of a request are written out in the type that is computed in
+    layer = rows * model.kv_elements_per_token // model.num_layers * element
     if config.kv_dtype == "int8":
-        scratch += rows * model.kv_elements_per_token // model.num_layers * element
+        scratch += layer
+    # or collected, twice: a paused chunk keeps its own; the half of what arrives, and what is sent
+    if config.kv_parts > 1:
+        scratch += 2 * layer + layer // 2 + layer // (2 * config.kv_parts)
     return num_tokens * per_token + mlp + sampling + rotary + graphs + scratch
 
 

@@ -69,8 +69,8 @@ class Runner:
     """Executes scheduled steps one after the other."""
 
     def __init__(
-        self, stages: Sequence[PipelineStage], sampler: Sampler, *, head_dim: int,
-        dca: DcaConfig | None, device: str, num_slots: int, piece_rows: int,
+        self, stages: Sequence[PipelineStage], sampler: Sampler, *, dca: DcaConfig | None,
+        device: str, num_slots: int, piece_rows: int, block_size: int,
         link: StageLink | None = None,
     ) -> None:
         self._link = link
@@ -78,8 +78,8 @@ class Runner:
         self._heads: RankGroup | None = None
         self._stages, self._sampler = tuple(stages), sampler
         self.prepare = sampler.prepare  # for requests that follow a grammar
-        self._block_size = stages[0].caches[0].k.shape[1]
-        self._head_dim, self._dca, self._device = head_dim, dca, device
+        self._block_size = block_size
+        self._head_dim, self._dca, self._device = stages[0].caches[0].k.shape[3], dca, device
         self._scorer = PromptScorer(head_rows(stages[-1].model.config.vocab_size))
         self._chunk = PausableChunk(stages, piece_rows, self._scorer, link)
         # Sampled last by each slot's request: the input of steps that run ahead of the host. One
@@ -121,10 +121,10 @@ class Runner:
         sampler = Sampler(vocab_size=model.vocab_size, device=config.device,
                           grammars=lambda: Grammars(Tokenizer(path), model.vocab_size))
         runner = cls(
-            stages, sampler, head_dim=model.head_dim, dca=dca, device=config.device,
+            stages, sampler, dca=dca, device=config.device,
             num_slots=config.max_num_requests,
             piece_rows=piece_rows(config.device.split(":")[0], config.prefill_chunk_len),
-            link=place.link)
+            block_size=memory.block_size, link=place.link)
         runner._heads = place.heads
         if place.link is None:
             runner.use_graphs(stages[0].model.config.num_heads, memory.max_model_len)
@@ -139,9 +139,12 @@ class Runner:
             self._graphs = DecodeGraphs(self._decode, state, CudaRecorder())
 
     def use_group(self, group: RankGroup, plan: SparsityPlan | None) -> None:
-        """Share the rows of prefill slices, and the keys of long decodes, with other ranks."""
+        """Share the rows of prefill slices, and the keys of long decodes, with other ranks; of all
+        decodes where each rank's cache has a part of every block."""
+        cache = self._stages[0].caches[0]
         self._sharing = RowSharing(
-            group, row_unit(plan, self._block_size), least_keys(self._stages[0].caches[0]))
+            group, row_unit(plan, self._block_size), least_keys(cache),
+            divides_kv=cache.k.shape[1] < self._block_size)
         if self._graphs is not None:
             self._graphs.sharing = self._sharing
 

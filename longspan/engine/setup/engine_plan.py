@@ -35,11 +35,11 @@ from longspan.engine.resolve import (
 )
 from longspan.engine.setup.cache_key import cache_key
 from longspan.engine.setup.group import join_group
+from longspan.engine.setup.kv_division import choose_division
 from longspan.engine.setup.lead_runner import LeadRunner, RankThread, abort_collectives
 from longspan.engine.setup.mesh import RankMesh
 from longspan.engine.setup.prior_costs import prior_costs, sparse_border
 from longspan.engine.setup.stage_layers import largest_stage, stage_layers
-from longspan.engine.setup.step_sizes import choose_sizes
 from longspan.engine.setup.tier_plan import memory_besides, plan_tiers
 from longspan.errors import LongspanError
 from longspan.model import TORCH_DTYPES
@@ -130,7 +130,7 @@ class ResolvedEngine:
         stage = model_of_rank(
             largest_stage(replace(model, dca=dca), in_effect, config.pipeline_parallel),
             config.tensor_parallel)
-        sizes = choose_sizes(
+        sizes = choose_division(
             stage, config, means=needs_means(in_effect), must_fit=must_fit,
             is_sparse=in_effect is not None, device=device or memory_besides(config, tiers))
         memory = sizes.memory

@@ -32,7 +32,7 @@ COLLECTIVE_S = 3600.0
 that compile kernels are waited for."""
 SAME_EVERYWHERE = ("dtype", "max_model_len", "attention", "positions", "recall", "weights",
                    "quantization",
-                   "prefill_chunk_len", "block_size", "context_parallel",
+                   "prefill_chunk_len", "block_size", "context_parallel", "divides_kv",
                    "pipeline_parallel", "tensor_parallel")
 HUB_KEY, OPEN_TOKEN = "longspan/hub", "longspan"
 """Where torchrun's store has rank 0's port and the token; the token where there is no store."""

@@ -63,7 +63,8 @@ def decode_attention(
             continue
         table = block_tables[row, first // cache.k.shape[1] :]
         k, v = ordered_kv(cache, table, stop - first)
-        runs = [(span.zone, slice(max(span.start, first) - first, min(span.stop, stop) - first))
+        runs = [(span.zone, slice(max(_held(span.start, spans, cache), first) - first,
+                                  min(_held(span.stop, spans, cache), stop) - first))
                 for span in zone_spans(length - 1, length, rotary.stride)]
         parts.append(merge([
             _attend_history(zones[zone][row : row + 1], k[keys], v[keys], scale)
@@ -73,6 +74,14 @@ def decode_attention(
         return out.permute(1, 0, 2).contiguous(), lse.T.contiguous()
     return (torch.cat([out.permute(1, 0, 2) for out, _ in parts]).contiguous(),
             torch.cat([lse.T for _, lse in parts]).contiguous())
+
+
+def _held(position: int, spans: KeySpans | None, cache: PagedKV) -> int:
+    """Count the keys before a position that a cache holds."""
+    if spans is None or not spans.block_len:
+        return position
+    part_len, within = cache.k.shape[1], position % spans.block_len - spans.block_start
+    return position // spans.block_len * part_len + max(0, min(within, part_len))
 
 
 def _span_parts(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from longspan.attention.sparsity import SparsityPlan, needs_means
 from longspan.config import EngineConfig, ModelConfig
@@ -17,11 +18,13 @@ BLOCK, CHUNK, LENGTH, PIECE_ROWS = 16, 256, 1024, 64
 
 def load_runner(
     path: Path, plan: SparsityPlan | None, num_blocks: int, place: StagePlace = ALONE,
+    **options: Any,
 ) -> Runner:
     """Load one whose sparse chunks have pieces of PIECE_ROWS rows."""
     config = EngineConfig(
         model=str(path), device="cpu", dtype="float32", prefill_chunk_len=CHUNK,
-        block_size=BLOCK, max_model_len=LENGTH, max_num_requests=8, num_threads=1)
+        block_size=BLOCK, max_model_len=LENGTH, max_num_requests=8, num_threads=1,
+        **options)
     model = ModelConfig.from_dir(path)
     memory = plan_memory(model, config, max_step_tokens=2 * CHUNK, means=needs_means(plan),
                          device=DeviceMemory(total_bytes=2**33, free_bytes=2**33))

@@ -40,8 +40,10 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
                             dual_chunk_attention_config=dca)
 
 
-def load(path: Path, plan: SparsityPlan | None, group: RankGroup | None = None) -> Runner:
-    runner = load_runner(path, plan, 160)
+def load(
+    path: Path, plan: SparsityPlan | None, group: RankGroup | None = None, **options: Any,
+) -> Runner:
+    runner = load_runner(path, plan, 160, **options)
     if group is not None:
         runner.use_group(group, plan)
     for cache in runner.caches:
@@ -153,6 +155,29 @@ def test_any_number_of_ranks_gives_the_answers_of_one(
     assert all((group.num_exchanges > 0) is is_sparse and group.num_gathered > 10
                for group in threads.groups)
     assert all((group.num_merges > 10) is shares_keys for group in threads.groups)
+
+
+@pytest.mark.parametrize("is_sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("threads", [2, 4], indirect=True)
+def test_ranks_that_divide_the_cache_give_the_answers_of_one(
+    path: Path, threads: ThreadRanks, is_sparse: bool,
+) -> None:
+    """Each holds its part of every block, and no more."""
+    plan, size = PLAN if is_sparse else None, len(threads.groups)
+    alone = load(path, plan)
+    together = Together(threads, threads.run(lambda rank: load(
+        path, plan, threads.groups[rank], context_parallel=size, divides_kv=True)))
+    one, all_ranks = (Answers(launcher, 7 + size, is_sparse)
+                      for launcher in (Alone(alone), together))
+    one.run()
+    all_ranks.run()
+    assert all_ranks.tokens == one.tokens
+    assert all_ranks.pairs == pytest.approx(one.pairs, rel=1e-3)
+    assert one.num_cached > 0
+    assert all(group.num_merges > 10 for group in threads.groups)
+    for runner in together.runners:
+        for cache, whole in zip(runner.caches, alone.caches, strict=True):
+            assert cache.k.numel() * size == whole.k.numel() and cache.k_mean is None
 
 
 def test_tokens_are_those_of_the_first_rank(path: Path) -> None:

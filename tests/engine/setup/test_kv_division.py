@@ -1,0 +1,69 @@
+"""Whether ranks divide the KV cache: where memory needs it, or where it is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longspan.bench.shapes import Shape
+from longspan.config import EngineConfig
+from longspan.engine.device.memory import DeviceMemory
+from longspan.engine.setup.engine_plan import ResolvedEngine
+from longspan.errors import LongspanError, NotEnoughMemoryError
+from longspan.units import GIB
+
+H200 = DeviceMemory(total_bytes=140 * GIB, free_bytes=139 * GIB)
+
+
+def plan(shape: str, length: int | None, ranks: int, **options: Any) -> ResolvedEngine:
+    model = replace(Shape.make(shape).model, max_position_embeddings=40_000_000)
+    return ResolvedEngine.of(model, EngineConfig(**{
+        "model": "x", "device": "cuda", "weights": "random", "context_parallel": ranks,
+        "max_model_len": length, **options}), path=Path("x"), plan=None, device=H200)
+
+
+def test_a_cache_is_divided_where_a_context_does_not_fit_whole() -> None:
+    """A million tokens of the 14B shape take 180 GiB of keys and values."""
+    assert not plan("qwen2.5-7b", 1_010_000, 2).config.divides_kv
+    with pytest.raises(NotEnoughMemoryError):
+        plan("qwen2.5-14b", 1_010_000, 1)
+    found = plan("qwen2.5-14b", 1_010_000, 2)
+    assert found.config.divides_kv and found.config.kv_parts == 2
+    assert found.config.block_size == found.memory.block_size == 128
+    assert not found.memory.missing_bytes
+    # as many tokens to a rank as one of them has of half the size, but for means
+    whole = plan("qwen2.5-14b", 200_000, 2)
+    assert not whole.config.divides_kv
+    assert found.memory.kv_bytes_per_token <= whole.memory.kv_bytes_per_token / 2
+
+
+def test_workspace_holds_what_is_collected() -> None:
+    """Keys and values of one layer: twice, and what is on its way."""
+    whole, divided = (plan("qwen2.5-7b", 500_000, 2, divides_kv=divides).memory
+                      for divides in (False, True))
+    layer = 500_000 * 2 * 4 * 128 * 2
+    assert divided.workspace_bytes - whole.workspace_bytes == 2 * layer + layer // 2 + layer // 4
+
+
+def test_the_longest_context_is_longer_with_more_ranks() -> None:
+    lengths = [plan("qwen2.5-7b", None, ranks).memory.max_model_len for ranks in (1, 2, 4)]
+    assert all(longer > 1.4 * shorter for shorter, longer in zip(
+        lengths, lengths[1:], strict=False))
+
+
+@pytest.mark.parametrize(("ranks", "options", "words"), [
+    (1, {}, "there is one rank that shares rows"),
+    (2, {"kv_dtype": "int8"}, "a KV cache in int8 is not divided"),
+    (3, {}, "3 ranks cannot share blocks of 128 tokens equally"),
+    (2, {"block_size": 16, "prefill_chunk_len": 1024}, "16 or more for each"),
+])
+def test_what_cannot_be_divided(ranks: int, options: dict[str, Any], words: str) -> None:
+    """Refused where it is asked for, and never chosen."""
+    with pytest.raises(LongspanError, match=words) as caught:
+        plan("qwen2.5-7b", 100_000, ranks, divides_kv=True, **options)
+    assert str(caught.value).startswith("divides_kv: ") and "\n" not in str(caught.value)
+    found = plan("qwen2.5-7b", None, ranks, **options)
+    assert not found.config.divides_kv and found.config.kv_parts == 1
