@@ -12,7 +12,14 @@ from typing import Any
 import torch
 
 from longspan.commands.console import note
-from longspan.commands.results import describe_run, write_rows
+from longspan.commands.results import (
+    KEY_FIELDS,
+    describe_run,
+    read_file,
+    result_file,
+    row_identity,
+    write_rows,
+)
 from longspan.engine.resolve import resolve_device
 from longspan.errors import LongspanError
 
@@ -37,16 +44,18 @@ class BenchOptions:
     """Where the source is a copy without git."""
     budget_s: float | None = None
     """No measurement starts after this."""
+    resume: bool = False
+    """Rows that the result file has are kept, not measured again."""
 
     @classmethod
     def make(cls, device: str | None, out: Path, commit: str | None,
-             budget_s: float | None) -> BenchOptions:
+             budget_s: float | None, *, resume: bool = False) -> BenchOptions:
         """Make the options, with the device decided. Raises `LongspanError` for one that is not
         there."""
         device = resolve_device(device, has_cuda=torch.cuda.is_available())
         if budget_s is not None and not budget_s > 0:  # nan too
             raise LongspanError(f"--budget-s must be positive, not {budget_s}")
-        return cls(device=device, out=out, commit=commit, budget_s=budget_s)
+        return cls(device=device, out=out, commit=commit, budget_s=budget_s, resume=resume)
 
 
 class BenchSession:
@@ -61,6 +70,7 @@ class BenchSession:
         self._about = describe_run(options.device, options.commit)
         self._started_s = time.monotonic()
         self._skipped: list[str] = []
+        self._kept = self._rows_before() if options.resume else {}
 
     def attempt(
         self, key: Mapping[str, Any], work: Callable[[], Mapping[str, Any]], *, ours: bool = True,
@@ -71,6 +81,10 @@ class BenchSession:
             ours: a failure counts; baselines may be missing.
         """
         label = _label(key)
+        if (kept := self._kept.get(self._identity(key))) is not None:
+            self.rows.append(kept)
+            note(f"{label}: measured before, kept")
+            return kept
         if self._is_broken or self._is_over:
             self._skipped.append(label)
             return None
@@ -91,6 +105,15 @@ class BenchSession:
                 f"the budget of {self.options.budget_s:g} s was over")
             note(f"{len(self._skipped)} not measured, {reason}: {'; '.join(self._skipped)}")
         return int(self.has_failed or self._is_broken)
+
+    def _rows_before(self) -> dict[tuple[str, ...], dict[str, Any]]:
+        """Return what an earlier run measured, by key; failures are tried again."""
+        file = result_file(self.options.out, self.bench, self._about)
+        rows = read_file(file)["rows"] if file.is_file() else []
+        return {self._identity(row): row for row in rows if "error" not in row}
+
+    def _identity(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        return row_identity(row, KEY_FIELDS[self.bench])
 
     @property
     def _is_over(self) -> bool:

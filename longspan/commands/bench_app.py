@@ -14,6 +14,7 @@ from longspan.commands.options import (
     BudgetS,
     Commit,
     Device,
+    Dtype,
     KvDtype,
     Layers,
     Memory,
@@ -28,6 +29,7 @@ from longspan.commands.options import (
     Vertical,
     Weights,
     parse_list,
+    parse_seeds,
 )
 from longspan.commands.run_app import end_with
 from longspan.commands.strict import Commands
@@ -152,7 +154,7 @@ def quality(
     attention: Annotated[str, typer.Option(help="dense, tile, paper.")] = "dense,tile,paper",
     single: Annotated[int, typer.Option(min=1, help="Prompts with one question.")] = 8,
     many: Annotated[int, typer.Option(min=1, help="Questions of the other prompt.")] = 32,
-    seed: Annotated[int, typer.Option(help="Same seed, same prompts.")] = 0,
+    seeds: Annotated[str, typer.Option(help="Same seed, same prompts: 0,1,2.")] = "0",
     text_root: Annotated[list[Path] | None,
                          typer.Option(help="Folder of texts; default: Python's library.")] = None,
     chunk_len: Annotated[int | None, typer.Option(help="Tokens of a prefill chunk.")] = None,
@@ -169,7 +171,9 @@ def quality(
         help="Kinds of prompts.")] = "one,end,spread,negatives,far",
     heads: Annotated[bool, typer.Option(
         help="Measure recall by head; without it times are measured.")] = True,
-    memory_gib: Memory = None,
+    resume: Annotated[bool, typer.Option(
+        "--resume", help="Keep the rows that are there; measure what is missing.")] = False,
+    memory_gib: Memory = None, dtype: Dtype = None, threads: Threads = None,
     device: Device = None, commit: Commit = None, budget_s: BudgetS = None,
     out: Results = Path("bench/results"),
 ) -> None:
@@ -179,13 +183,15 @@ def quality(
 
     options = QualityOptions(
         model=model, lengths=parse_list(lengths, int, "--lengths"), num_single=single,
-        settings=parse_list(attention, str, "--attention"), num_many=many, seed=seed,
+        settings=parse_list(attention, str, "--attention"), num_many=many,
+        seeds=parse_seeds(seeds), dtype=dtype, threads=threads,
         text_roots=tuple(text_root or ()), chunk_len=chunk_len, policies=tuple(policy or ()),
         plans=tuple(plan or ()), oracles=parse_list(oracle, float, "--oracle") if oracle else (),
         quantizations=parse_list(quantization, str, "--quantization") if quantization else (),
         kv_dtypes=parse_list(kv_dtype, str, "--kv-dtype") if kv_dtype else (),
         places=parse_list(places, str, "--places"), with_heads=heads, memory_gib=memory_gib)
-    session = BenchSession("quality", BenchOptions.make(device, out, commit, budget_s))
+    session = BenchSession(
+        "quality", BenchOptions.make(device, out, commit, budget_s, resume=resume))
     end_with(run(session, options))
 
 

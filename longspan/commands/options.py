@@ -97,6 +97,14 @@ def parse_list(text: str, convert: Callable[[str], Item], option: str) -> tuple[
     return tuple(items)
 
 
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Split a list of seeds at its commas; raises `LongspanError` for what is none."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise LongspanError(f"--seeds: {text!r} is no list of whole numbers, as 0,1,2") from None
+
+
 def parse_length(text: str) -> int:
     """Tokens: ``4096``, ``4k`` or ``1m``. Raises `ValueError` for anything else."""
     number, unit = text.lower(), 1

@@ -31,7 +31,7 @@ KEY_FIELDS: dict[str, tuple[str, ...]] = {
     "cache": ("shape", "place", "num_tokens", "attention", "plan"),
     "decode": ("shape", "context_len", "batch_size", "layers", "rows", "kv_dtype",
                "quantization"),
-    "quality": ("model", "num_tokens", "num_questions", "place", "attention", "chunk_len"),
+    "quality": ("model", "num_tokens", "num_questions", "place", "attention", "chunk_len", "seed"),
     "serve": ("model", "scenario", "metric"),
     "pipeline": ("shape", "num_tokens", "attention", "cp", "pp", "tp", "plan", "source"),
     "eval": ("model", "task", "num_tokens", "depth", "attention"),
@@ -59,7 +59,7 @@ def write_rows(
         about: a kept `describe_run`, for frequent writers: asking git and the driver takes time.
     """
     about = about or describe_run(device)
-    file = directory / f"{bench}.{_slug(about['device']['name'])}.json"
+    file = result_file(directory, bench, about)
     old = read_file(file) if file.is_file() else {}
     kept = [_with_origin(row, old, about) for row in old.get("rows", [])]
     content = {"bench": bench, **about, "rows": merge_rows(kept, rows, KEY_FIELDS[bench])}
@@ -76,6 +76,16 @@ def write_rows(
         raise LongspanError(f"{file}: cannot be written ({error.strerror}); its old rows are kept: "
                             "make room or choose another folder with --out") from None
     return file
+
+
+def result_file(directory: Path, bench: str, about: Mapping[str, Any]) -> Path:
+    """Return where the bench's rows of a device are; ``about`` is that of `describe_run`."""
+    return directory / f"{bench}.{_slug(about['device']['name'])}.json"
+
+
+def row_identity(row: Mapping[str, Any], key: Sequence[str]) -> tuple[str, ...]:
+    """Return what tells a row from others."""
+    return tuple(json.dumps(row.get(name), sort_keys=True) for name in key)
 
 
 def _with_origin(
@@ -130,15 +140,12 @@ def merge_rows(
     old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], key: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Old rows with those of the same key replaced, then the others; sorted by key."""
-    def identity(row: Mapping[str, Any]) -> tuple[str, ...]:
-        return tuple(json.dumps(row.get(name), sort_keys=True) for name in key)
-
     def order(row: Mapping[str, Any]) -> list[tuple[float, str]]:
         values = [row.get(name) for name in key]
         return [(value, "") if isinstance(value, int | float) else (-1, json.dumps(value))
                 for value in values]
 
-    merged = {identity(row): dict(row) for row in [*old, *new]}
+    merged = {row_identity(row, key): dict(row) for row in [*old, *new]}
     return sorted(merged.values(), key=order)
 
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
@@ -42,7 +43,7 @@ from longspan.engine.request import RequestOutput, SamplingParams
 from longspan.engine.setup.engine_plan import ResolvedEngine
 from longspan.engine.text.tokenizer import Tokenizer
 from longspan.errors import LongspanError
-from longspan.eval.stats import wilson_interval
+from longspan.eval.stats import nats_estimate, wilson_interval
 from longspan.eval.text import TextBank, python_text_roots
 
 SETTINGS = ("dense", "tile", "paper")
@@ -68,6 +69,8 @@ class QualityOptions:
     """Questions of the prompts with many."""
     places: tuple[str, ...] = PLACES
     memory_gib: float | None = None
+    dtype: str | None = None
+    threads: int | None = None
     policies: tuple[str, ...] = ()
     """Further ``tile`` settings, as `shapes.PlanOptions.policy`."""
     plans: tuple[Path, ...] = ()
@@ -79,7 +82,8 @@ class QualityOptions:
     """Shares of the key tiles that `Oracle` keeps."""
     with_heads: bool = True
     """Measure recall by head, which costs more than the prefill: times are of no use then."""
-    seed: int
+    seeds: tuple[int, ...]
+    """One prompt of each kind, one row of each setting, for each of them."""
     text_roots: tuple[Path, ...]
     chunk_len: int | None
 
@@ -109,21 +113,29 @@ class Setting:
     precision: Mapping[str, str] = field(default_factory=dict)
     """``quantization`` and ``kv_dtype`` of its engine."""
 
+    @property
+    def is_reference(self) -> bool:
+        """Whether the others are compared with it."""
+        return self.plan is None and not self.precision
+
+
+DENSE = Setting("dense", None)
+
 
 def run(session: BenchSession, options: QualityOptions) -> int:
     """Measure, write rows, print the table. Returns the exit status."""
     subject = Subject(options, session.device)
     bank = TextBank.from_roots(options.text_roots or python_text_roots(), subject.tokenizer)
     settings = settings_of(options, subject.plan)
-    for length in options.lengths:
-        prompts = _Prompts(subject, make_prompts(options, bank, subject.tokenizer, length))
-        for setting in settings:
-            for place in prompts.quizzes:
-                key = {"model": Path(options.model).name, "num_tokens": length,
-                       "num_questions": 1 if place == "one" else options.num_many,
-                       "place": "end" if place == "one" else place, "attention": setting.name,
-                       "chunk_len": subject.chunk_len}
-                session.attempt(key, partial(prompts.measure, setting, place))
+    for length, seed in product(options.lengths, options.seeds):
+        prompts = _Prompts(
+            subject, make_prompts(options, bank, subject.tokenizer, length, seed))
+        for setting, place in product(settings, prompts.quizzes):
+            key = {"model": Path(options.model).name, "num_tokens": length,
+                   "num_questions": 1 if place == "one" else options.num_many,
+                   "place": "end" if place == "one" else place, "attention": setting.name,
+                   "chunk_len": subject.chunk_len, "seed": seed}
+            session.attempt(key, partial(prompts.measure, setting, place))
     show(session.rows)
     return session.finish()
 
@@ -147,16 +159,16 @@ def settings_of(options: QualityOptions, plan: SparsityPlan) -> list[Setting]:
 
 
 def make_prompts(
-    options: QualityOptions, bank: TextBank, tokenizer: Tokenizer, length: int,
+    options: QualityOptions, bank: TextBank, tokenizer: Tokenizer, length: int, seed: int,
 ) -> dict[str, list[Quiz]]:
     """Make the prompts of each kind that is asked for; the same, whatever else is asked for."""
     found: dict[str, list[Quiz]] = {}
-    rng = random.Random(f"{options.seed}:{length}")
+    rng = random.Random(f"{seed}:{length}")
     single = single_questions(bank, tokenizer, length, options.num_single, rng)
     for place in get_args(Place):
         own = rng
         if place not in ("end", "spread"):
-            own = random.Random(f"{options.seed}:{length}:{place}")
+            own = random.Random(f"{seed}:{length}:{place}")
         if place in options.places or place == "end":  # it draws from the same numbers as spread
             found[place] = [many_questions(
                 bank, tokenizer, length, options.num_many, own, place=place)]
@@ -175,7 +187,8 @@ class Subject:
     def __init__(self, options: QualityOptions, device: str) -> None:
         self._options: dict[str, Any] = {
             "device": device, "max_model_len": max(options.lengths) + 64, "max_num_requests": 1,
-            "prefill_chunk_len": options.chunk_len, "memory_gib": options.memory_gib}
+            "prefill_chunk_len": options.chunk_len, "memory_gib": options.memory_gib,
+            "dtype": options.dtype, "num_threads": options.threads}
         self._model, self._with_heads = options.model, options.with_heads
         made = ResolvedEngine.resolve(
             EngineConfig(model=options.model, attention="sparse", **self._options))
@@ -288,12 +301,20 @@ class _Prompts:
             setting = replace(setting, plan=self._paper)
         if place == "one":
             return self._subject.measure(quizzes, setting)
-        watch = LogitWatch(_kl_places(quizzes[0]), self._references.get(place))
-        row = self._subject.measure(quizzes, setting, watch)
-        if setting.plan is None and not setting.precision:
+        if setting.is_reference:
+            watch = LogitWatch(_kl_places(quizzes[0]), None)
+            row = self._subject.measure(quizzes, setting, watch)
             self._references[place] = torch.cat(watch.logprobs)
-            row |= {"kl": 0.0, "top1": 1.0}
-        return row
+            return row | {"kl": 0.0, "top1": 1.0}
+        watch = LogitWatch(_kl_places(quizzes[0]), self._reference(place))
+        return self._subject.measure(quizzes, setting, watch)
+
+    def _reference(self, place: str) -> Tensor:
+        """Return dense attention's distributions; they are not there yet where an earlier run
+        measured dense attention."""
+        if place not in self._references:
+            self.measure(DENSE, place)
+        return self._references[place]
 
 
 def _next_factor(tried: Sequence[tuple[float, float]], wanted: float) -> float:
@@ -343,7 +364,8 @@ def _compared(watch: LogitWatch | None) -> dict[str, float]:
     """Return how far the distributions are from dense attention's, where those are known."""
     if watch is None or watch.reference is None:
         return {}
-    return {"kl": round(float(torch.cat(watch.kl).mean()), 5),
+    kl = nats_estimate(torch.cat(watch.kl).tolist())
+    return {"kl": round(kl.mean, 5), "kl_low": round(kl.low, 5), "kl_high": round(kl.high, 5),
             "top1": round(float(torch.cat(watch.agrees).float().mean()), 4)}
 
 

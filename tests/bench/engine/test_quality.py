@@ -16,7 +16,7 @@ from longspan import cli
 from longspan.attention.head_errors import HeadErrors
 from longspan.attention.sparsity import SparsityPlan
 from longspan.bench.engine import quality, questions
-from longspan.bench.engine.quality import QualityOptions, Setting, Subject
+from longspan.bench.engine.quality import DENSE, QualityOptions, Setting, Subject
 from longspan.bench.shapes import changed, scaled
 from longspan.commands import results
 from longspan.engine.request import SamplingParams
@@ -26,13 +26,11 @@ from longspan.eval.text import TextBank
 from longspan.model.weights import resolve_checkpoint
 
 TEXTS = Path(sysconfig.get_paths()["stdlib"]) / "json"
-DENSE = Setting("dense", None)
-
 
 def options(**values: Any) -> QualityOptions:
     defaults: dict[str, Any] = {
         "model": "nano", "lengths": (3000,), "settings": quality.SETTINGS, "num_single": 2,
-        "num_many": 4, "seed": 0, "text_roots": (TEXTS,), "chunk_len": 1024}
+        "num_many": 4, "seeds": (0,), "text_roots": (TEXTS,), "chunk_len": 1024}
     return QualityOptions(**{**defaults, **values})
 
 
@@ -249,6 +247,34 @@ def test_weights_and_caches_of_eight_bits_beside_plain_ones(tmp_path: Path) -> N
     assert set(rows) == {"dense", "dense int8 weights", "dense int8 KV"}
     assert rows.pop("dense")["kl"] == 0
     assert all(0 < row["kl"] < 0.02 and row["density"] == 1 for row in rows.values())
+
+
+def test_a_stopped_run_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A row for each seed; those that are there are kept as they are, and what is missing is
+    compared with dense attention although that is not measured again."""
+    assert cli.run_command(["bench", "quality", "--seeds", "0,x"]) == 1
+    assert "--seeds: '0,x' is no list of whole numbers" in capsys.readouterr().err
+    arguments = ["bench", "quality", "--lengths", "1500", "--many", "2", "--text-root", str(TEXTS),
+                 "--chunk-len", "512", "--places", "spread", "--no-heads", "--device", "cpu",
+                 "--commit", "abc", "--out", str(tmp_path), "--seeds", "0,4"]
+    assert cli.run_command([*arguments, "--attention", "dense"]) == 0
+    (first,) = results.read_bench(tmp_path, "quality")
+    more = [*arguments, "--attention", "dense,tile", "--policy", "vertical=8,slash=128", "--resume"]
+    assert cli.run_command([*more, "--budget-s", "0.001"]) == 0
+    assert "not measured, the budget" in capsys.readouterr().err
+    assert cli.run_command(more) == 0
+    assert "dense 512 0: measured before, kept" in capsys.readouterr().err
+    (second,) = results.read_bench(tmp_path, "quality")
+    rows = {(row["attention"], row["seed"]): row for row in second["rows"]}
+    assert {name for name, _ in rows} == {"dense", "tile", "tile vertical=8,slash=128"}
+    assert len(rows) == 6
+    for row in first["rows"]:
+        assert rows["dense", row["seed"]].items() >= row.items()
+    for seed in (0, 4):
+        row = rows["tile vertical=8,slash=128", seed]
+        assert 0 < row["kl_low"] < row["kl"] < row["kl_high"]
 
 
 def test_wrong_options() -> None:
