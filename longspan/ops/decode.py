@@ -351,7 +351,7 @@ def _attend_keys(
     return top, total, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_heads"])
 def _merge_items(
     parts, part_lse, counts, out, lse, num_heads, num_requests, capacity,
     TILE: tl.constexpr, HEAD_DIM: tl.constexpr, REQUESTS: tl.constexpr, MIN_TILES: tl.constexpr,

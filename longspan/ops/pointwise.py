@@ -90,7 +90,7 @@ def _launch_norm(
             WIDTH=width, num_warps=1 if rows * width <= 512 else 4 if width <= 2048 else 8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rms_norm(
     x, residual, weight, out, num_rows, dim, inner, x_outer, x_inner, eps,
     HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -118,7 +118,7 @@ def _silu_mul(gate_up, out, width, row_stride, TILE: tl.constexpr):
     tl.store(out + row * width + column, value.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _store_rotated(
     k, v, cache_k, cache_v, positions, slot_mapping, cos, sin, num_rows, k_row, v_row, dca_stride,
     ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,

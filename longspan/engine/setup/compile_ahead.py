@@ -10,41 +10,61 @@ from array import array
 from collections.abc import Iterator
 
 from longspan.engine.control.scheduler import SchedulerConfig
-from longspan.engine.step import ScheduledBatch, ScheduledSlice
+from longspan.engine.step import RowSampling, ScheduledBatch, ScheduledSlice
 
-NUM_QUERIES = 512
-"""Queries of a dense step: enough to trigger every kernel."""
+GREEDY = RowSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
+NUM_QUERIES, TAIL_QUERIES = 512, 1_536
+"""Queries of the shortest sparse step, enough to trigger every kernel; of a prompt's tail: routed
+experts take them in tiles of other sizes."""
+FEW_QUERIES = tuple(1 << bits for bits in range(8))
+"""Queries of dense steps: up to a tile of them, as a prompt's incomplete last block has, are taken
+by other kernels or split among programs."""
 PAIRS = 1 << 31
-"""Queries of a sparse step times its context: so many have the scouts that a context of that length
-asks for (`ops.geometry.num_scouts`), and kernels are compiled for their number."""
+"""Queries of a sparse step times its context: half of them have the scouts that a context of that
+length asks for (`ops.geometry.num_scouts`), and a DCA chunk may end among them. Kernels that look
+for the largest of many are compiled for their number."""
+SHORT_LEN = 1_024
+"""So few keys are not split among programs: other kernels write the result."""
 FIRST_LEN = 32_768
-"""Shortest context that is worth a step: shorter ones are compiled for in a moment."""
+"""Shortest context beside that which is worth a step: others are compiled for in a moment."""
 
 
 def context_lens(config: SchedulerConfig) -> list[int]:
-    """Return `FIRST_LEN`, its doublings and the longest, as multiples of a KV block."""
+    """Return `SHORT_LEN`, `FIRST_LEN`, its doublings and the longest, in whole KV blocks."""
     size, longest = config.block_size, config.longest_len
-    found, length = list[int](), min(config.prefill_chunk_len, FIRST_LEN)
+    found, length = [min(SHORT_LEN, longest)], min(config.prefill_chunk_len, FIRST_LEN)
     while length < longest:
-        found.append(length // size * size)
+        found.append(length)
         length *= 2
-    found.append(longest // size * size)
-    return [length for length in found if length > NUM_QUERIES]
+    found.append(longest)
+    whole = {length // size * size for length in found}
+    return sorted(length for length in whole if length > NUM_QUERIES)
 
 
 def compile_steps(config: SchedulerConfig) -> Iterator[ScheduledBatch]:
     """Prefill steps at the end of ever longer contexts, dense and, where the engine has it, sparse.
-    They write to blocks that no request has yet, and sample nothing."""
-    modes = [False] if config.sparse_above is None else [False, True]
-    for length in context_lens(config):
-        for is_sparse in modes:
-            queries = _sparse_queries(length, config) if is_sparse else NUM_QUERIES
-            item = ScheduledSlice(
-                request_id="compile-ahead", token_ids=array("i", [0] * queries), sampling=None,
-                cached_len=length - queries, sparse=is_sparse,
-                prompt_len=length + config.block_size,
-                block_ids=range(length // config.block_size))
-            yield ScheduledBatch(step_id=0, slices=(item,))
+    They write to blocks that no request has yet. The last ones sample a token that nobody gets.
+    """
+    lengths = context_lens(config)
+    for length in lengths:
+        few = FEW_QUERIES if length == lengths[0] else FEW_QUERIES[-1:]
+        for queries in (*few, NUM_QUERIES, min(TAIL_QUERIES, length)):
+            yield _step(length, queries, config, False, samples=length == lengths[-1])
+        if config.sparse_above is not None:
+            queries = _sparse_queries(length, config)
+            yield _step(length, queries, config, True, samples=length == lengths[-1])
+
+
+def _step(
+    length: int, queries: int, config: SchedulerConfig, is_sparse: bool, *, samples: bool,
+) -> ScheduledBatch:
+    """One prefill chunk, the context's last ``queries`` tokens."""
+    item = ScheduledSlice(
+        request_id="compile-ahead", token_ids=array("i", [0] * queries),
+        sampling=GREEDY if samples else None, cached_len=length - queries, sparse=is_sparse,
+        prompt_len=length + (0 if samples else config.block_size),
+        block_ids=range(length // config.block_size))
+    return ScheduledBatch(step_id=0, slices=(item,))
 
 
 def _sparse_queries(length: int, config: SchedulerConfig) -> int:

@@ -215,7 +215,7 @@ def _scaled(total, scales, outputs, is_column, SCALES: tl.constexpr):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_routes", "num_row_tiles"])
 def _expert_up(
     x, gate_up, scales, out, order, ends, num_routes, num_experts, dim, width, num_chosen, x_row,
     num_row_tiles,
@@ -258,7 +258,7 @@ def _expert_up(
              hidden.to(out.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_routes", "num_row_tiles"])
 def _expert_down(
     hidden, down, scales, weights, out, order, ends, num_routes, num_experts, dim, width,
     num_row_tiles,

@@ -59,7 +59,7 @@ def group(experts: Tensor, num_experts: int) -> Groups:
     return Groups(order, ends)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _route(
     logits, weights, experts, num_tokens, num_experts, row_stride,
     CHOSEN: tl.constexpr, IS_NORMED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -89,7 +89,7 @@ def _route(
             tl.store(weights + places + choice, weight / chosen_total, mask=rows < num_tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_routes", "num_route_programs"])
 def _count(
     flat, order, ends, num_routes, num_experts, num_route_programs,
     ROWS: tl.constexpr, TILE: tl.constexpr,

@@ -52,7 +52,7 @@ def score(
     _scout_kernel[(num_parts(queries, k, heads[1]), groups, heads[1])](
         query_halves(queries), key_tiles(k), block_table, rows, is_column, missed,
         heads[0], num_heads * padded_rows, *zones, rows_here, start, rows.shape[1],
-        RP=padded_rows, BLOCKS=at_once, num_warps=4)
+        padded_rows.bit_length() - 1, BLOCKS=at_once, num_warps=4)
 
 
 @gluon.jit
@@ -71,10 +71,11 @@ def _pass_span(turn, start, num_tiles, inter_end, succ_end):
 def _scout_producer(
     q_desc, k_desc, table, is_column, q_smem, k_smem, bias_smem, q_full, q_empty, k_full, k_empty,
     q_row, zone_rows, column, first_row, rows_here, num_zones, num_tiles, inter_end, succ_end,
-    start, RP: gl.constexpr, BLOCKS: gl.constexpr,
+    start, rp_bits, BLOCKS: gl.constexpr,
 ):
     """Load for each pass the blocks of scouts, and the pass's key tiles, with a bias for each block
-    of -inf where the key is one of its head's columns."""
+    of -inf where the key is one of its head's columns. RP is 1 << ``rp_bits``: a kernel is not
+    compiled anew for another number of scouts."""
     LANES: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
     lanes = gl.arange(0, TILE, layout=LANES)
     i = num_zones * 0
@@ -90,7 +91,7 @@ def _scout_producer(
             row = gl.load(table + tile).to(gl.int32) * TILE
             taken: gl.tuple = ()  # all loads before the first wait: one latency, not one a block
             for block in gl.static_range(BLOCKS):
-                head = gl.minimum(first_row + block * HALF, rows_here - 1) // RP
+                head = gl.minimum(first_row + block * HALF, rows_here - 1) >> rp_bits
                 place = (head.to(gl.int64) * (num_tiles + 1) + tile) * TILE
                 taken = taken + (gl.load(is_column + place + lanes),)
             slot = i % STAGES
@@ -115,8 +116,8 @@ def _bias(bias_smem, place, SCORES: gl.constexpr):
 @gluon.jit
 def _score_pass(
     i, turn, positions, missed, q_smem, k_smem, bias_smem, q_full, q_empty, k_full, k_empty,
-    first_row, rows_here, num_tiles, inter_end, succ_end, start, MASKED: gl.constexpr,
-    RP: gl.constexpr, BLOCKS: gl.constexpr, FIRST: gl.constexpr, STOP: gl.constexpr,
+    first_row, rows_here, num_tiles, inter_end, succ_end, start, rp_bits,
+    MASKED: gl.constexpr, BLOCKS: gl.constexpr, FIRST: gl.constexpr, STOP: gl.constexpr,
 ):
     """Score the blocks [FIRST, STOP) over the tiles of one pass. Returns the next step."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
@@ -147,10 +148,10 @@ def _score_pass(
                 seen = (tile * TILE + key_lane)[None, :] <= positions[g - FIRST][:, None]
                 scores = gl.where(seen, scores, float("-inf"))
             row = first_row + g * HALF + lane
-            head_row = (first_row + g * HALF) // RP
+            head_row = (first_row + g * HALF) >> rp_bits
             top = gl.convert_layout(gl.max(_folded_max(scores), 1), ROWS)
-            target = missed + (head_row.to(gl.int64) * num_tiles + tile) * RP
-            gl.store(target + row % RP, top, row < rows_here)
+            target = missed + ((head_row.to(gl.int64) * num_tiles + tile) << rp_bits)
+            gl.store(target + (row & ((1 << rp_bits) - 1)), top, row < rows_here)
         i += 1
     mbarrier.arrive(q_empty, count=1)
     return i
@@ -159,7 +160,7 @@ def _score_pass(
 @gluon.jit
 def _scout_consumer(
     rows, missed, q_smem, k_smem, bias_smem, q_full, q_empty, k_full, k_empty, first_row,
-    rows_here, num_zones, num_tiles, inter_end, succ_end, start, num_rows, RP: gl.constexpr,
+    rows_here, num_zones, num_tiles, inter_end, succ_end, start, num_rows, rp_bits,
     BLOCKS: gl.constexpr, FIRST: gl.constexpr, STOP: gl.constexpr,
 ):
     """Score the blocks [FIRST, STOP) over every tile."""
@@ -169,26 +170,27 @@ def _scout_consumer(
     positions: gl.tuple = ()
     for g in gl.static_range(FIRST, STOP):
         row = first_row + g * HALF + lane
-        exists = (row < rows_here) & (row % RP < num_rows)
-        scout = gl.load(rows + row // RP * num_rows + row % RP, exists, other=-1)
+        index = row & ((1 << rp_bits) - 1)
+        exists = (row < rows_here) & (index < num_rows)
+        scout = gl.load(rows + (row >> rp_bits) * num_rows + index, exists, other=-1)
         positions = positions + (gl.where(scout < 0, -1, start + scout),)
     i = _score_pass(
         num_zones * 0, num_zones * 0, positions, missed, q_smem, k_smem, bias_smem, q_full,
         q_empty, k_full, k_empty, first_row, rows_here, num_tiles, inter_end, succ_end, start,
-        True, RP, BLOCKS, FIRST, STOP)
+        rp_bits, True, BLOCKS, FIRST, STOP)
     for turn in range(1, num_zones + 1):
         i = _score_pass(
             i, turn, positions, missed, q_smem, k_smem, bias_smem, q_full, q_empty, k_full,
-            k_empty, first_row, rows_here, num_tiles, inter_end, succ_end, start, False, RP,
-            BLOCKS, FIRST, STOP)
+            k_empty, first_row, rows_here, num_tiles, inter_end, succ_end, start, rp_bits,
+            False, BLOCKS, FIRST, STOP)
 
 
 @gluon.jit(do_not_specialize=[
     "first_kv_head", "zone_rows", "num_zones", "num_tiles", "inter_end", "succ_end", "rows_here",
-    "start", "num_rows"])
+    "start", "num_rows", "rp_bits"])
 def _scout_kernel(
     q_desc, k_desc, table, rows, is_column, missed, first_kv_head, zone_rows, num_zones,
-    num_tiles, inter_end, succ_end, rows_here, start, num_rows, RP: gl.constexpr,
+    num_tiles, inter_end, succ_end, rows_here, start, num_rows, rp_bits,
     BLOCKS: gl.constexpr,
 ):
     """See `score`. Grid (programs along the keys, groups of blocks, KV heads here)."""
@@ -199,24 +201,23 @@ def _scout_kernel(
     q_full, q_empty, k_full, k_empty = _barriers(2)  # a tile is its keys and their biases
     kv = gl.program_id(2)
     first_row = gl.program_id(1) * BLOCKS * HALF
-    heads = rows_here // RP  # of one KV head
+    heads = rows_here >> rp_bits  # of one KV head
     rows += (first_kv_head + kv) * heads * num_rows
     is_column += kv.to(gl.int64) * heads * (num_tiles + 1) * TILE
-    missed += kv.to(gl.int64) * heads * num_tiles * RP
+    missed += kv.to(gl.int64) * heads * num_tiles << rp_bits
     gl.warp_specialize([
         (_scout_consumer, (
             rows, missed, q_smem, k_smem, bias_smem, q_full, q_empty, k_full, k_empty, first_row,
             rows_here, num_zones, num_tiles, inter_end, succ_end, start, num_rows,
-            gl.constexpr(RP), gl.constexpr(BLOCKS), gl.constexpr(0),
-            gl.constexpr((BLOCKS + 1) // 2))),
+            rp_bits, gl.constexpr(BLOCKS), gl.constexpr(0), gl.constexpr((BLOCKS + 1) // 2))),
         (_scout_consumer, (
             rows, missed, q_smem, k_smem, bias_smem, q_full, q_empty, k_full, k_empty, first_row,
             rows_here, num_zones, num_tiles, inter_end, succ_end, start, num_rows,
-            gl.constexpr(RP), gl.constexpr(BLOCKS), gl.constexpr((BLOCKS + 1) // 2),
+            rp_bits, gl.constexpr(BLOCKS), gl.constexpr((BLOCKS + 1) // 2),
             gl.constexpr(BLOCKS))),
         (_scout_producer, (
             q_desc, k_desc, table, is_column, q_smem, k_smem, bias_smem, q_full, q_empty, k_full,
             k_empty, (first_kv_head + kv) * rows_here + first_row, zone_rows,
             (first_kv_head + kv) * TILE, first_row, rows_here, num_zones, num_tiles, inter_end,
-            succ_end, start, gl.constexpr(RP), gl.constexpr(BLOCKS))),
+            succ_end, start, rp_bits, gl.constexpr(BLOCKS))),
     ], [4, 1], [232, 40])

@@ -54,8 +54,8 @@ def _add(top, total, scores):
 @triton.jit(do_not_specialize=["first_head", *SPANS[1:], "start", "num_rows"])
 def score_scouts(
     queries, keys, table, rows, is_column, missed, stride_block, stride_token, stride_head,
-    first_head, num_heads, num_zones, num_tiles, inter_end, succ_end, start, num_rows,
-    GROUP: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
+    first_head, num_heads, num_zones, num_tiles, inter_end, succ_end, start, num_rows, rp,
+    GROUP: tl.constexpr, BM: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
     """Find the largest logit, columns left out, of BM scouts of one head in every n-th key tile.
@@ -66,13 +66,13 @@ def score_scouts(
     head = first_head + local
     keys += head // GROUP * stride_head
     is_column += local * (num_tiles + 1) * P
-    missed += local * num_tiles * RP
+    missed += local * num_tiles * rp
     row, lane = tl.program_id(1) * BM + tl.arange(0, BM), tl.arange(0, P)
     place = tl.load(rows + head * num_rows + row, mask=row < num_rows, other=-1)
     position = tl.where(place < 0, -1, start + place)
     for zone in range(num_zones):
         first, stop = zone_tiles(zone, program, tl.num_programs(0), num_tiles, inter_end, succ_end)
-        q = load_rows(queries, (zone * num_heads + head) * RP, row, RP, D)
+        q = load_rows(queries, (zone * num_heads + head) * rp, row, rp, D)
         for tile in range(first, stop, tl.num_programs(0)):
             k = load_keys(keys, table, tile, stride_block, stride_token, P, D)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -80,15 +80,15 @@ def score_scouts(
             if tile >= start // P:  # slots past the context may hold anything
                 scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
             scores = tl.where(tl.load(is_column + key)[None, :] != 0, float("-inf"), scores)
-            tl.store(missed + tile * RP + row, tl.max(scores, 1))
+            tl.store(missed + tile * rp + row, tl.max(scores, 1))
 
 
 @triton.jit(do_not_specialize=["first_head", *SPANS[1:], "start", "num_rows", "num_columns"])
 def score_columns(
     queries, keys, table, rows, columns, kept, stride_block, stride_token, stride_head,
     first_head, num_heads, num_zones, num_tiles, inter_end, succ_end, start, num_rows, num_columns,
-    GROUP: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr,
-    P: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    rp, GROUP: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr,
+    D: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:
     """Compute log2 of the mass that BM scouts of one head have on a part of its columns.
 
@@ -105,7 +105,7 @@ def score_columns(
     top = tl.full([BM], -1e30, tl.float32)
     total = tl.zeros([BM], tl.float32)
     for zone in range(num_zones):
-        q = load_rows(queries, (zone * num_heads + head) * RP, row, RP, D)
+        q = load_rows(queries, (zone * num_heads + head) * rp, row, rp, D)
         first = tl.where(zone == 0, succ_end, tl.where(zone == 1, inter_end, 0)) * P
         stop = tl.where(zone == 0, num_tiles, tl.where(zone == 1, succ_end, inter_end)) * P
         for begin in range(part * share, tl.minimum(num_columns, (part + 1) * share), BLOCK):
@@ -118,7 +118,7 @@ def score_columns(
                 scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
                 seen = here[None, :] & (column[None, :] <= position[:, None])
                 top, total = _add(top, total, tl.where(seen, scores, float("-inf")))
-    target = (part * tl.num_programs(1) + local) * RP + row
+    target = (part * tl.num_programs(1) + local) * rp + row
     tl.store(kept + target, top + tl.log2(total))
 
 
@@ -127,8 +127,8 @@ def score_columns(
 def score_windows(
     queries, keys, table, rows, ends, offsets, is_column, kept, stride_block, stride_token,
     stride_head, first_head, num_heads, num_tiles, inter_end, succ_end, start, num_rows,
-    num_windows, part, GROUP: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr, P: tl.constexpr,
-    D: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    num_windows, part, rp, GROUP: tl.constexpr, BM: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
+    WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:
     """Compute log2 of the mass that the scouts of one query tile have in its windows, columns left
     out: entry ``part`` of kept.
@@ -144,7 +144,7 @@ def score_windows(
     keys += head // GROUP * stride_head
     offsets += head * num_windows
     is_column += local * (num_tiles + 1) * P
-    kept += (part * tl.num_programs(1) + local) * RP
+    kept += (part * tl.num_programs(1) + local) * rp
     tile, lane, i = start // P + index, tl.arange(0, P), tl.arange(0, WIDTH)
     gaps = tl.load(offsets + i, mask=i < num_windows, other=P) // -P  # -1: padding
     count = tl.sum(((gaps >= 0) & (gaps <= tile)).to(tl.int32), 0)
@@ -157,7 +157,7 @@ def score_windows(
         for window in range(count):  # the nearest ones come first
             key_tile = tile + (tl.load(offsets + window) // P).to(tl.int32)
             zone = (key_tile < succ_end).to(tl.int32) + (key_tile < inter_end).to(tl.int32)
-            q = load_rows(queries, (zone * num_heads + head) * RP, row, RP, D)
+            q = load_rows(queries, (zone * num_heads + head) * rp, row, rp, D)
             k = load_keys(keys, table, key_tile, stride_block, stride_token, P, D)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             key = key_tile * P + lane
@@ -170,7 +170,7 @@ def score_windows(
 @triton.jit(do_not_specialize=["first_head", "first_tile", "num_tiles", "width"])
 def list_tiles(
     missed, lse, is_window, ends, tiles, first_head, first_tile, num_tiles, width, least,
-    RP: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    rp, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ) -> None:
     """List the key tiles of one query tile: those but windows where a logit of one of its scouts
     exceeds the scout's kept mass by more than ``least``, the largest ``width`` ones. tiles: [H, n,
@@ -186,10 +186,10 @@ def list_tiles(
         return
     tile = tl.arange(0, BLOCK)
     excess = tl.full([BLOCK], float("-inf"), tl.float32)
-    source = missed + (local * num_tiles + tile) * RP
+    source = missed + (local * num_tiles + tile) * rp
     for scout in range(first, stop):
         logit = tl.load(source + scout, mask=tile < num_tiles, other=float("-inf"))
-        excess = tl.maximum(excess, logit - tl.load(lse + local * RP + scout))
+        excess = tl.maximum(excess, logit - tl.load(lse + local * rp + scout))
     gap = first_tile + index - tile
     seen = tl.load(is_window + local * num_tiles + gap, mask=gap >= 0, other=1)
     excess = tl.where(seen == 0, excess - least, -1.0)

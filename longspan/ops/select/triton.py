@@ -127,11 +127,10 @@ def _prepare(
     chunk_start = cached_len // rotary.stride * rotary.stride
     zones = min(3, 1 + chunk_start // rotary.stride)
     queries = torch.empty(zones, num_heads, padded, head_dim, dtype=q.dtype, device=q.device)
-    probe.rotate_probes[(padded // 16, num_heads)](
+    probe.rotate_probes[(padded // 16, num_heads, zones)](
         q, rotary.inv_freq, queries, q.stride(0), q.stride(1), cached_len, chunk_start,
         rotary.stride if zones > 1 else 0, rotary.clamp if zones > 2 else 0,
-        scale * math.log2(math.e), *probes, num_heads, RP=padded, HALF=head_dim // 2, ZONES=zones,
-        BLOCK=16)
+        scale * math.log2(math.e), *probes, num_heads, padded, HALF=head_dim // 2, BLOCK=16)
     return Call(queries, cache, block_table, budget, probes, cached_len + num_queries,
                  max(0, chunk_start - rotary.stride) // tile_len, chunk_start // tile_len)
 
@@ -313,7 +312,7 @@ def _pass_one(call: Call, heads: Heads, masses: Tensor | None) -> Tensor:
         _hopper().pass_one(
             call.queries, k, call.block_table, masses, partial, programs, heads, call.zones, clear)
     probe.combine_logs[(triton.cdiv(size, 32),)](
-        partial, lse, parts, size, call.probes.num_rows, RP=call.padded_rows,
+        partial, lse, parts, size, call.probes.num_rows, call.padded_rows,
         NP=triton.next_power_of_2(parts), BLOCK=32)
     return lse
 

@@ -90,7 +90,7 @@ def add_scouts(
         missed = _score(scouts, cache, block_table, part, flags, num_programs)
         scout_kernels.list_tiles[tiles.shape[1], part.stop - first](
             missed, lse, flags.is_window, scouts.ends, tiles, first, start // tile_len, num_tiles,
-            tiles.shape[2], budget.scout_threshold * math.log2(math.e), RP=padded,
+            tiles.shape[2], budget.scout_threshold * math.log2(math.e), padded,
             BLOCK=max(1024, triton.next_power_of_2(num_tiles)),
             WIDTH=triton.next_power_of_2(tiles.shape[2]), num_warps=8)
         del missed  # or the next heads' would be allocated beside them
@@ -133,11 +133,10 @@ def _rotated(
     chunk_start = start // rotary.stride * rotary.stride
     zones = min(3, 1 + chunk_start // rotary.stride)
     queries = torch.empty(zones, num_heads, padded, q.shape[2], dtype=q.dtype, device=q.device)
-    probe.rotate_listed[(padded // 16, num_heads)](
+    probe.rotate_listed[(padded // 16, num_heads, zones)](
         q, rotary.inv_freq, queries, rows, q.stride(0), q.stride(1), start, chunk_start,
         rotary.stride if zones > 1 else 0, rotary.clamp if zones > 2 else 0,
-        scale * math.log2(math.e), count, num_heads, RP=padded, HALF=q.shape[2] // 2, ZONES=zones,
-        BLOCK=16)
+        scale * math.log2(math.e), count, num_heads, padded, HALF=q.shape[2] // 2, BLOCK=16)
     borders = max(0, chunk_start - rotary.stride) // tile_len, chunk_start // tile_len
     num_tiles = -(-(start + q.shape[0]) // tile_len)
     own = torch.arange(num_tiles - start // tile_len + 1, dtype=torch.int32, device=q.device)
@@ -154,17 +153,17 @@ def _kept(
     num_heads, padded, k = scouts.queries.shape[1], scouts.padded, cache.k
     num_here, zones = heads.stop - heads.start, scouts.zones
     kept = torch.empty(COLUMN_PARTS + 1, num_here, padded, dtype=torch.float32, device=k.device)
-    constants = _constants(num_heads, padded, k)
+    constants = _constants(num_heads, k)
     few = min(COLUMN_ROWS, padded)
     scout_kernels.score_columns[(padded // few, num_here, COLUMN_PARTS)](
         scouts.queries, k, block_table, scouts.rows, selection.columns, kept,
         *k.stride()[:3], heads.start, num_heads, *zones, scouts.start, scouts.rows.shape[1],
-        selection.columns.shape[1], BM=few, BLOCK=COLUMN_BLOCK, **constants)
+        selection.columns.shape[1], padded, BM=few, BLOCK=COLUMN_BLOCK, **constants)
     width = selection.offsets.shape[1]
     scout_kernels.score_windows[(scouts.ends.shape[1] - 1, num_here)](
         scouts.queries, k, block_table, scouts.rows, scouts.ends, selection.offsets,
         flags.is_column, kept, *k.stride()[:3], heads.start, num_heads, *zones[1:], scouts.start,
-        scouts.rows.shape[1], width, COLUMN_PARTS, BM=WINDOW_ROWS,
+        scouts.rows.shape[1], width, COLUMN_PARTS, padded, BM=WINDOW_ROWS,
         WIDTH=triton.next_power_of_2(width), **constants, num_stages=2)
     return _combined(kept, scouts)
 
@@ -188,14 +187,14 @@ def _score(
     programs = min(num_tiles, max(1, WAVES * num_programs // (padded // block * num_here)))
     scout_kernels.score_scouts[(programs, padded // block, num_here)](
         scouts.queries, k, block_table, scouts.rows, flags.is_column, missed, *k.stride()[:3],
-        heads.start, num_heads, *scouts.zones, scouts.start, scouts.rows.shape[1], BM=block,
-        **_constants(num_heads, padded, k), num_warps=8, num_stages=3)
+        heads.start, num_heads, *scouts.zones, scouts.start, scouts.rows.shape[1], padded, BM=block,
+        **_constants(num_heads, k), num_warps=8, num_stages=3)
     return missed
 
 
-def _constants(num_heads: int, padded: int, k: Tensor) -> dict[str, Any]:
+def _constants(num_heads: int, k: Tensor) -> dict[str, Any]:
     """Return the kernels' constants; fp32, which only tests take, is multiplied exactly."""
-    return {"GROUP": num_heads // k.shape[2], "RP": padded, "P": k.shape[1], "D": k.shape[3],
+    return {"GROUP": num_heads // k.shape[2], "P": k.shape[1], "D": k.shape[3],
             "PRECISION": "ieee" if k.dtype == torch.float32 else "tf32"}
 
 
@@ -204,7 +203,7 @@ def _combined(partial: Tensor, scouts: _Scouts) -> Tensor:
     programs, num_here, padded = partial.shape
     lse = torch.empty(num_here, padded, dtype=torch.float32, device=partial.device)
     probe.combine_logs[(triton.cdiv(lse.numel(), 32),)](
-        partial, lse, programs, lse.numel(), scouts.rows.shape[1], RP=padded,
+        partial, lse, programs, lse.numel(), scouts.rows.shape[1], padded,
         NP=triton.next_power_of_2(programs), BLOCK=32)
     return lse
 

@@ -35,58 +35,51 @@ def position_of(row, last, last_first, last_step, strided_first, step, num_rows)
     *PROBES, "start", "chunk_start", "added_succ", "added_inter"])
 def rotate_probes(
     q, inv_freq, out, stride_token, stride_head, start, chunk_start, added_succ, added_inter,
-    factor, last, last_first, last_step, strided_first, step, num_rows, num_heads,
-    RP: tl.constexpr, HALF: tl.constexpr, ZONES: tl.constexpr, BLOCK: tl.constexpr,
+    factor, last, last_first, last_step, strided_first, step, num_rows, num_heads, rp,
+    HALF: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:
     """Gather the probe rows of q [T, H, D] and rotate them for each zone at continuous positions.
 
-    out: [ZONES, H, RP, D], rows of padding 0. Grid (RP / BLOCK, H).
+    out: [zones, H, RP, D], rows of padding 0. Grid (RP / BLOCK, H, zones).
     """
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     head = tl.program_id(1).to(tl.int64)
     position = position_of(row, last, last_first, last_step, strided_first, step, num_rows)
     _rotate(q, inv_freq, out, row, position, head, stride_token, stride_head, start, chunk_start,
-            added_succ, added_inter, factor, num_heads, RP, HALF, ZONES)
+            added_succ, added_inter, factor, num_heads, rp, HALF)
 
 
 @triton.jit(do_not_specialize=["start", "chunk_start", "added_succ", "added_inter", "num_rows"])
 def rotate_listed(
     q, inv_freq, out, rows, stride_token, stride_head, start, chunk_start, added_succ, added_inter,
-    factor, num_rows, num_heads, RP: tl.constexpr, HALF: tl.constexpr, ZONES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    factor, num_rows, num_heads, rp, HALF: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:
     """Do as `rotate_probes`, for the rows of q that each head lists: rows [H, num_rows] int32."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     head = tl.program_id(1).to(tl.int64)
     place = tl.load(rows + head * num_rows + row, mask=row < num_rows, other=-1)
     _rotate(q, inv_freq, out, row, tl.where(place < 0, -1, start + place), head, stride_token,
-            stride_head, start, chunk_start, added_succ, added_inter, factor, num_heads, RP, HALF,
-            ZONES)
+            stride_head, start, chunk_start, added_succ, added_inter, factor, num_heads, rp, HALF)
 
 
 @triton.jit
 def _rotate(q, inv_freq, out, row, position, head, stride_token, stride_head, start, chunk_start,
-            added_succ, added_inter, factor, num_heads, RP: tl.constexpr, HALF: tl.constexpr,
-            ZONES: tl.constexpr):
-    """Write rows of out [ZONES, H, RP, D], from the queries at ``position``; 0 where that is
-    negative."""
+            added_succ, added_inter, factor, num_heads, rp, HALF: tl.constexpr):
+    """Write rows of this program's zone in out [zones, H, RP, D], from the queries at ``position``;
+    0 where that is negative."""
     i = tl.arange(0, HALF)[None, :]
     real = (position >= 0)[:, None]
     source = q + (position - start).to(tl.int64)[:, None] * stride_token + head * stride_head + i
     x = tl.load(source, mask=real, other=0.0).to(tl.float32)
     y = tl.load(source + HALF, mask=real, other=0.0).to(tl.float32)
     frequency = tl.load(inv_freq + i)
-    for zone in tl.static_range(ZONES):
-        turned = position - chunk_start
-        if zone == 1:
-            turned += added_succ
-        if zone == 2:
-            turned += added_inter
-        angle = turned.to(tl.float32)[:, None] * frequency
-        cos, sin = tl.cos(angle) * factor, tl.sin(angle) * factor
-        target = out + ((zone * num_heads + head) * RP + row)[:, None] * (2 * HALF) + i
-        tl.store(target, (x * cos - y * sin).to(out.dtype.element_ty))
-        tl.store(target + HALF, (y * cos + x * sin).to(out.dtype.element_ty))
+    zone = tl.program_id(2)
+    added = tl.where(zone == 0, 0, tl.where(zone == 1, added_succ, added_inter))
+    angle = (position - chunk_start + added).to(tl.float32)[:, None] * frequency
+    cos, sin = tl.cos(angle) * factor, tl.sin(angle) * factor
+    target = out + ((zone * num_heads + head) * rp + row)[:, None] * (2 * HALF) + i
+    tl.store(target, (x * cos - y * sin).to(out.dtype.element_ty))
+    tl.store(target + HALF, (y * cos + x * sin).to(out.dtype.element_ty))
 
 
 @triton.jit
@@ -237,8 +230,7 @@ def tile_masses(
 
 @triton.jit(do_not_specialize=["num_programs", "size", "num_rows"])
 def combine_logs(
-    partial, lse, num_programs, size, num_rows, RP: tl.constexpr, NP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    partial, lse, num_programs, size, num_rows, rp, NP: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:
     """Combine the partial sums to log2 of each row's whole mass; +inf for rows of padding, whose
     weights are then 0.
@@ -250,7 +242,7 @@ def combine_logs(
     logs = tl.load(partial + program[:, None] * size + i[None, :],
                    mask=(program < num_programs)[:, None] & (i < size)[None, :],
                    other=float("-inf"))
-    real = i % RP < num_rows
+    real = i % rp < num_rows
     top = tl.where(real, tl.max(logs, 0), 0.0)
     total = tl.sum(tl.exp2(logs - top[None, :]), 0)
     tl.store(lse + i, tl.where(real, top + tl.log2(total), float("inf")), mask=i < size)

@@ -22,26 +22,26 @@ CONFIG = SchedulerConfig(
 
 
 def test_contexts_of_every_power_of_two() -> None:
-    assert context_lens(CONFIG) == [32_768, 65_536, 131_072, 262_144, 524_288, 999_936]
-    assert context_lens(replace(CONFIG, num_blocks=300)) == [32_768, 38_400]
+    assert context_lens(CONFIG) == [1_024, 32_768, 65_536, 131_072, 262_144, 524_288, 999_936]
+    assert context_lens(replace(CONFIG, num_blocks=300)) == [1_024, 32_768, 38_400]
     assert context_lens(replace(CONFIG, max_model_len=600)) == []
 
 
 @pytest.mark.parametrize("sparse_above", [None, 0])
 def test_steps_stay_within_the_pool(sparse_above: int | None) -> None:
     steps = list(compile_steps(replace(CONFIG, sparse_above=sparse_above)))
-    assert len(steps) == (6 if sparse_above is None else 12)
+    assert len(steps) == (28 if sparse_above is None else 35)
     for step in steps:
         (item,) = step.slices
-        assert item.query_len == NUM_QUERIES or item.sparse and item.query_len % 128 == 0
-        assert NUM_QUERIES <= item.query_len <= min(CONFIG.prefill_chunk_len, item.context_len)
-        assert item.cached_len % CONFIG.block_size == 0
+        assert 0 < item.query_len <= min(CONFIG.prefill_chunk_len, item.context_len)
         if item.sparse:  # as many scouts as a whole prefill chunk of this context has
+            assert item.query_len >= NUM_QUERIES and item.query_len % CONFIG.block_size == 0
             assert num_scouts(item.query_len, item.context_len, 128, 4096) >= num_scouts(
-                CONFIG.prefill_chunk_len, item.context_len, 128, 4096) * 0.98
+                min(item.context_len, CONFIG.prefill_chunk_len), item.context_len, 128, 4096) * 0.98
         assert max(item.block_ids) < CONFIG.num_blocks
         assert item.context_len == len(item.block_ids) * CONFIG.block_size
-        assert item.prompt_len > item.context_len  # nothing is sampled
+        is_last = item.context_len == 999_936
+        assert is_last == (item.sampling is not None) == (item.prompt_len == item.context_len)
 
 
 def test_answers_are_those_without(tmp_path: Path) -> None:
