@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.tables import measured
+from bench.tables_quality import pooled
 from longspan.eval.plot import COLOURS, MARKERS, draw, draw_legend, file_name, short_tokens
 
 Content = Mapping[str, Any]
@@ -22,8 +24,8 @@ def draw_quality(content: Content, stem: Path) -> list[Path]:
     of prompt that has two families of policies at least beside dense. Returns the files."""
     files = []
     cells: dict[tuple[str, int, str, int], list[Row]] = {}
-    for row in content["rows"]:
-        if "error" not in row and row["num_questions"] > 1 and VALUES[1][0] in row:
+    for row in pooled(measured(content)):
+        if row["num_questions"] > 1 and VALUES[1][0] in row:
             cells.setdefault((row["model"], row["num_tokens"], row["place"],
                               row["num_questions"]), []).append(row)
     for (model, num_tokens, place, _), rows in cells.items():

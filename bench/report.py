@@ -24,12 +24,12 @@ from bench.tables import (
     decode_section,
     markdown,
     ops_section,
-    quality_section,
     serve_section,
     ttft_section,
 )
 from bench.tables_eval import eval_table, fidelity_section, phases_section, scores_section
 from bench.tables_pipeline import pipeline_section
+from bench.tables_quality import policies_section, quality_section
 from bench.tables_train import effects_section, goals_section
 from longspan.commands.console import note
 from longspan.commands.results import read_bench, read_file
@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("--readme", type=Path, nargs="+", help="pages with the markers",
                         default=[Path("README.md"), Path("docs/evaluation.md"),
-                                 Path("docs/parallelism.md"), Path("docs/training.md")])
+                                 Path("docs/parallelism.md"), Path("docs/sparsity.md"),
+                                 Path("docs/training.md")])
     parser.add_argument("--results", type=Path, default=Path("bench/results"), help="folder")
     asked = parser.parse_args(arguments)
     try:
@@ -88,7 +89,8 @@ def draw_images(name: str, results: Path, readme: Path) -> str:
     """Draw the plots of a table beside the folder of results. Returns the markdown that shows
     them. Raises `LongspanError` without matplotlib."""
     text = ""
-    for file in sorted(results.glob(f"{name}.*.json")) if name in PLOTS else ():
+    bench = BENCHES.get(name, name)
+    for file in sorted(results.glob(f"{bench}.*.json")) if name in PLOTS else ():
         for image in PLOTS[name](read_file(file), results.parent / "plots" / file.stem):
             place = os.path.relpath(image, readme.parent)
             text += f"\n![{image.stem}]({Path(place).as_posix()})\n"
@@ -114,13 +116,13 @@ def cpu_table(content: Content) -> str:
 TABLES: dict[str, Callable[[Content], str]] = {"eval": eval_table, "cpu": cpu_table}
 SECTIONS: dict[str, Callable[[Sequence[Content]], str]] = {
     "ttft": ttft_section, "decode": decode_section, "ops": ops_section, "serve": serve_section,
-    "pipeline": pipeline_section, "quality": quality_section, "scores": scores_section,
-    "fidelity": fidelity_section, "phases": phases_section, "goals": goals_section,
-    "effects": effects_section}
+    "pipeline": pipeline_section, "quality": quality_section, "policies": policies_section,
+    "scores": scores_section, "fidelity": fidelity_section, "phases": phases_section,
+    "goals": goals_section, "effects": effects_section}
 PLOTS: dict[str, Callable[[Content, Path], list[Path]]] = {
     "ttft": draw_ttft, "eval": draw_eval, "fidelity": draw_heads,
-    "pipeline": draw_pipeline, "quality": draw_quality}
-BENCHES = {"scores": "eval", "phases": "eval", "goals": "eval"}
+    "pipeline": draw_pipeline, "policies": draw_quality}
+BENCHES = {"scores": "eval", "phases": "eval", "goals": "eval", "policies": "quality"}
 """Sections of another bench's files than their name says."""
 
 

@@ -39,7 +39,7 @@ def ttft_section(contents: Sequence[Content]) -> str:
 
 
 def _ttft_table(content: Content) -> str:
-    rows = _measured(content)
+    rows = measured(content)
     body = []
     for row in sorted((row for row in rows if row["attention"] == "sparse"), key=_ttft_order):
         dense = _dense_of(row, rows)
@@ -96,7 +96,7 @@ def decode_section(contents: Sequence[Content]) -> str:
             "KV read at", "tokens/s"]
     parts = []
     for content in contents:
-        rows = sorted((row for row in _measured(content) if "step_ms" in row),
+        rows = sorted((row for row in measured(content) if "step_ms" in row),
                       key=lambda row: (row["shape"], row["context_len"], row["batch_size"]))
         parts.append(caption(content, "decode step") + markdown(head, [
             [row["shape"], f"{row['context_len']:,}", str(row["batch_size"]),
@@ -139,12 +139,12 @@ def serve_section(contents: Sequence[Content]) -> str:
            "A step budget is the longest step that the server allows itself " \
            "(`--step-budget-s`).\n\n"
     models = [(content, model) for content in contents
-              for model in dict.fromkeys(row["model"] for row in _measured(content))]
+              for model in dict.fromkeys(row["model"] for row in measured(content))]
     return text + "\n".join(_serve_table(content, model) for content, model in models)
 
 
 def _serve_table(content: Content, model: str) -> str:
-    found = {(row["scenario"], row["metric"]): row for row in _measured(content)
+    found = {(row["scenario"], row["metric"]): row for row in measured(content)
              if row["model"] == model}
     is_cpu = content["device"]["name"].startswith("CPU")
     body = [
@@ -153,34 +153,6 @@ def _serve_table(content: Content, model: str) -> str:
         for scenario, metric, what, text in SERVED
         if (scenario, metric) in found and not (is_cpu and metric in OF_MACHINE)]
     return caption(content, f"serving {model}") + markdown(["", "tokens", "measured"], body)
-
-
-def quality_section(contents: Sequence[Content]) -> str:
-    """Answers and recall at equal cost."""
-    text = "### What sparse prefill keeps\n\n`longspan bench quality`: the same prompts for all; " \
-           "cost is density plus the tile means; recall is the attention mass kept, by head.\n\n"
-    head = ["tokens", "questions", "place", "attention", "prefill chunk", "right", "density",
-            "cost", "recall, mean", "p5 of heads", "least head"]
-    parts = []
-    for content in contents:
-        rows = _measured(content)
-        for model in dict.fromkeys(row["model"] for row in rows):
-            body = [[
-                f"{row['num_tokens']:,}", str(row["num_questions"]), row["place"],
-                row["attention"],
-                f"{row['chunk_len']:,}" if row["attention"] != "dense" else "",
-                f"{row['score'] * row['n']:.0f} of {row['n']}", f"{100 * row['density']:.2f} %",
-                f"{100 * row['cost']:.2f} %", *_recall(row)]
-                for row in rows if row["model"] == model]
-            parts.append(caption(content, f"{model}: exact answers and recall")
-                         + markdown(head, body))
-    return text + "\n".join(parts)
-
-
-def _recall(row: Row) -> list[str]:
-    recall = row["recall"] or {}
-    return [f"{100 * recall[name]:.1f} %" if name in recall else ""
-            for name in ("mean", "p5", "min")]
 
 
 def ops_section(contents: Sequence[Content]) -> str:
@@ -193,7 +165,7 @@ def ops_section(contents: Sequence[Content]) -> str:
 
 
 def _ops_tables(content: Content) -> str:
-    rows = _measured(content)
+    rows = measured(content)
     tables = [
         ("dense prefill, TFLOP/s", _by_impl(rows, ("dense_causal", "dense_chunk"), "tflops")),
         ("decode, one request, TB/s of keys and values", _by_impl(rows, ("decode",), "tb_per_s")),
@@ -284,5 +256,6 @@ def _others(rows: Sequence[Row]) -> str:
     return markdown(["", "measured"], body) if body else ""
 
 
-def _measured(content: Content) -> list[Row]:
+def measured(content: Content) -> list[Row]:
+    """Return the rows that hold no error."""
     return [row for row in content["rows"] if "error" not in row]

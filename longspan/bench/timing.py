@@ -146,6 +146,29 @@ class Regions(AttentionObserver):
         return {name: sum(read() for read in reads) for name, reads in self._reads.items()}
 
 
+@contextmanager
+def noting_compilations(device: str) -> Iterator[list[str]]:
+    """Note the Triton kernels that are compiled meanwhile, or read from the compiler's cache: what
+    is timed should wait for none."""
+    names: list[str] = []
+    if not device.startswith("cuda"):
+        yield names
+        return
+    from triton.runtime.jit import JITFunction
+
+    compile_kernel = JITFunction._do_compile
+
+    def noted(kernel: Any, *args: Any, **options: Any) -> Any:
+        names.append(kernel.fn.__name__)
+        return compile_kernel(kernel, *args, **options)
+
+    JITFunction._do_compile = noted
+    try:
+        yield names
+    finally:
+        JITFunction._do_compile = compile_kernel
+
+
 class LinearRegions(TorchFunctionMode):
     """While entered, all products with weights are a region of their own."""
 

@@ -104,6 +104,7 @@ def ttft(
     policy: Policy = "", memory_gib: Memory = None, quantization: Quantization = None,
     kv_dtype: KvDtype = None,
     cp: Annotated[str, typer.Option(help="GPUs that share the prompt: 1, or 1,2.")] = "1",
+    runs: Annotated[int, typer.Option(min=1, help="Prefills timed in the same engine.")] = 1,
     device: Device = None, commit: Commit = None, budget_s: BudgetS = None,
     out: Results = Path("bench/results"),
 ) -> None:
@@ -116,7 +117,8 @@ def ttft(
     options = TtftOptions(
         lengths=parse_list(lengths, int, "--lengths"), layers=layers, chunk_len=chunk_len,
         attention=parse_list(attention, str, "--attention"), memory_gib=memory_gib,
-        quantization=quantization, kv_dtype=kv_dtype, ranks=parse_list(cp, int, "--cp"))
+        quantization=quantization, kv_dtype=kv_dtype, runs=runs,
+        ranks=parse_list(cp, int, "--cp"))
     session = BenchSession("ttft", BenchOptions.make(device, out, commit, budget_s))
     end_with(run(session, Shape.make(shape, plan), options))
 

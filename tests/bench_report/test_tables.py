@@ -100,6 +100,24 @@ def test_quality(tmp_path: Path) -> None:
     assert "| 131,072 | 32 | end | dense |  | 31 of 32 | 2.80 % | 3.58 % |  |  |  |\n" in text
 
 
+def test_policies_of_several_seeds_are_one_line(tmp_path: Path) -> None:
+    """All their questions, with Wilson's interval; the mean KL, and an interval that is as much
+    narrower as prompts are more."""
+    row = {"model": "m", "num_tokens": 8192, "num_questions": 32, "place": "spread",
+           "attention": "tile num_scouts=0", "score": 0.25, "n": 32, "chunk_len": 8192, "seed": 0,
+           "ci_low": 0.1, "ci_high": 0.4, "density": 0.2, "cost": 0.2, "kl": 0.03, "kl_low": 0.02,
+           "kl_high": 0.04, "text_nats": 1.5, "answer_nats": 1.0, "recall_typical": 0.5,
+           "recall_scouts": None, "recall": None}
+    more = {**row, "seed": 1, "score": 0.75, "kl": 0.05, "kl_low": 0.04, "kl_high": 0.06}
+    dense = {**row, "attention": "dense", "density": 1.0, "kl": 0.0, "kl_low": 0.0, "kl_high": 0.0}
+    write(tmp_path, "quality", [row, more, dense, {**dense, "place": "end"}])
+    text = report.build_table("policies", tmp_path)
+    assert ("| tile num_scouts=0 | 32 of 64 | 38 to 62 | 0.0400 | 0.0329 to 0.0471 | 1.0000 | "
+            "1.5000 | 50.0 % |  | 20.0 % |\n") in text
+    assert "questions: spread" in text and "questions: end" not in text
+    assert text.index("| dense | 8 of 32 |") < text.index("| tile num_scouts=0 |")
+
+
 def test_ops(tmp_path: Path) -> None:
     square = {"shape": "big", "num_queries": 32_768, "context_len": 32_768}
     chunk = {"shape": "big", "num_queries": 32_768, "context_len": 1_048_576, "content": "random",
@@ -156,7 +174,7 @@ def test_serve(tmp_path: Path) -> None:
 def test_there_is_a_place_for_each() -> None:
     pages = [(Path(__file__).parents[2] / name).read_text(encoding="utf-8")
              for name in ("README.md", "docs/evaluation.md", "docs/parallelism.md",
-                          "docs/training.md")]
+                          "docs/sparsity.md", "docs/training.md")]
     names = [match[2] for page in pages for match in report.MARKED.finditer(page)]
     assert sorted(names) == sorted({*report.TABLES, *report.SECTIONS})
 

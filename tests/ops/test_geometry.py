@@ -59,9 +59,13 @@ def test_figure_diagonal_under_the_paper_clamp() -> None:
     assert diagonal.flip(0).tolist() == [5, 6, 7, 3, 4, 5, 6, 7]
 
 
-def test_ours_is_the_released_clamp() -> None:
-    """Largest distance of the released models: 262,144, not 262,143."""
-    chunk_size, stride = 262_144, 253_952
+RELEASED = [(262_144, 253_952), (131_072, 126_976)]
+"""Chunk size and stride."""
+
+
+@pytest.mark.parametrize(("chunk_size", "stride"), RELEASED)
+def test_ours_is_the_released_clamp(chunk_size: int, stride: int) -> None:
+    """Largest distance of the released models: 262,144, not 262,143; of later ones half of it."""
     far = torch.tensor([1_009_999])
     assert geometry.query_position(far, INTER, stride, chunk_size).item() == chunk_size
     last = torch.tensor([2 * stride - 1])
@@ -134,17 +138,18 @@ def test_spans_refuse_a_segment_over_a_border() -> None:
     assert geometry.spans(5, 6, 5) == [Span(SUCC, 0, 5), Span(INTRA, 5, 6)]
 
 
-def test_released_geometry_at_random_pairs() -> None:
-    """The released size, where no full matrix fits: 2,000 random pairs up to 1,010,000."""
-    rng, positions = random.Random(SEED), Positions(262_144, 8_192)
-    stride = positions.stride
-    for _ in range(2000):
+@pytest.mark.parametrize(("chunk_size", "stride"), RELEASED)
+def test_released_geometry_at_random_pairs(chunk_size: int, stride: int) -> None:
+    """The released sizes, where no full matrix fits: 1,000 random pairs up to 1,010,000."""
+    rng, positions = random.Random(SEED), Positions(chunk_size, chunk_size - stride)
+    assert positions.stride == stride
+    for _ in range(1000):
         query = rng.randrange(1_010_000)
         key = rng.randrange(query + 1)
         zone = int(geometry.zone_of(torch.tensor(query), torch.tensor(key), stride))
-        rotated = geometry.query_position(torch.tensor([query]), zone, stride, 262_144)
+        rotated = geometry.query_position(torch.tensor([query]), zone, stride, chunk_size)
         assert int(rotated) - key % stride == distance(query, key, positions)
-        assert 0 <= int(rotated) - key % stride <= 262_144
+        assert 0 <= int(rotated) - key % stride <= chunk_size
 
 
 def test_more_scouts_where_there_are_fewer_keys() -> None:

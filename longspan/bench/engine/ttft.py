@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
+from statistics import fmean
 from typing import Any
 
 from longspan.bench.engine.engine import (
@@ -25,7 +26,13 @@ from longspan.bench.engine.engine import (
 from longspan.bench.ops import checks
 from longspan.bench.session import BenchSession, CheckFailed
 from longspan.bench.shapes import Shape
-from longspan.bench.timing import LinearRegions, Regions, rounded, synchronize
+from longspan.bench.timing import (
+    LinearRegions,
+    Regions,
+    noting_compilations,
+    rounded,
+    synchronize,
+)
 from longspan.commands.console import percent, seconds, show_table
 from longspan.engine.control.loop import Loop
 from longspan.engine.control.scheduler import Scheduler
@@ -52,6 +59,8 @@ class TtftOptions:
     kv_dtype: str | None = None
     ranks: tuple[int, ...] = (1,)
     """Ranks that share the prompt, for one measurement after the other."""
+    runs: int = 1
+    """Prefills that are timed, one after the other in the same engine; rows hold their mean."""
 
     def __post_init__(self) -> None:
         for name in self.attention:
@@ -110,16 +119,19 @@ def _measure(
         prefill(engine, min(length, chunk + chunk // 2), device, sparse=is_sparse)
         regions = Regions(device)
         engine.runner.observe(regions)
-        with LinearRegions(regions, LINEAR):
-            ttft_s, density = prefill(engine, length, device, sparse=is_sparse)
+        with LinearRegions(regions, LINEAR), noting_compilations(device) as compiled:
+            runs = [prefill(engine, length, device, sparse=is_sparse) for _ in range(options.runs)]
         peak_bytes = engine.runner.peak_memory_bytes()
-    share = shares(regions.totals_ms(), ttft_s)
+    ttft_s, density = fmean(taken_s for taken_s, _ in runs), runs[0][1]
+    share = shares(regions.totals_ms(), ttft_s * options.runs)
     if options.ranks[0] > 1:
         del share[LINEAR]  # other threads' products are not seen; they are in the rest
     scaled_s = scaled(ttft_s, share, shape.model.num_layers, total_layers)
     return {"ttft_s": rounded(ttft_s, 5), "ttft_scaled_s": rounded(scaled_s, 5),
             "total_layers": total_layers, "density": rounded(density, 4),
-            "peak_memory_gib": rounded(peak_bytes / GIB, 5), "n": 1, "share": share}
+            "peak_memory_gib": rounded(peak_bytes / GIB, 5), "n": options.runs,
+            "runs_s": [rounded(taken_s, 5) for taken_s, _ in runs], "share": share,
+            **({"compiled": sorted(compiled)} if compiled else {})}
 
 
 def scaled(ttft_s: float, share: Mapping[str, float], layers: int, total_layers: int) -> float:

@@ -46,13 +46,19 @@ def compile_steps(config: SchedulerConfig) -> Iterator[ScheduledBatch]:
     They write to blocks that no request has yet. The last ones sample a token that nobody gets.
     """
     lengths = context_lens(config)
-    for length in lengths:
-        few = FEW_QUERIES if length == lengths[0] else FEW_QUERIES[-1:]
-        for queries in (*few, NUM_QUERIES, min(TAIL_QUERIES, length)):
-            yield _step(length, queries, config, False, samples=length == lengths[-1])
+    for number, length in enumerate(lengths):
+        is_last = length == lengths[-1]
+        for queries in _dense_queries(number, length):
+            yield _step(length, queries, config, False, samples=is_last)
         if config.sparse_above is not None:
-            queries = _sparse_queries(length, config)
-            yield _step(length, queries, config, True, samples=length == lengths[-1])
+            yield _step(length, _sparse_queries(length, config), config, True, samples=is_last)
+
+
+def _dense_queries(number: int, length: int) -> list[int]:
+    """Return the queries of the dense steps of a context: what depends on their number alone is
+    compiled with the shortest two."""
+    few = [FEW_QUERIES, (FEW_QUERIES[-1], min(TAIL_QUERIES, length)), ()][min(number, 2)]
+    return [*few, NUM_QUERIES]
 
 
 def _step(

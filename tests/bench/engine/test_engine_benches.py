@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from triton.runtime.jit import JITFunction
 
 from longspan import ops
+from longspan.bench import timing
 from longspan.bench.engine import decode, engine, ttft
 from longspan.bench.engine.decode import DecodeOptions
 from longspan.bench.engine.ttft import TtftOptions
@@ -42,19 +45,34 @@ def ttft_options(**values: Any) -> TtftOptions:
 def test_ttft_of_dense_and_sparse(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert ttft.run(session("ttft", tmp_path), tiny_shape(), ttft_options()) == 0
+    assert ttft.run(session("ttft", tmp_path), tiny_shape(), ttft_options(runs=2)) == 0
     dense, sparse = rows_of(tmp_path, "ttft")
     assert (dense["attention"], dense["density"], dense["plan"]) == ("dense", 1.0, None)
     assert sparse["attention"] == "sparse" and 0 < sparse["density"] < 0.9
     assert sparse["plan"] == "test-tile-correction-strided16-scouts16-owntail64"
     for row in (dense, sparse):
         assert row["ttft_s"] > 0 and row["ttft_scaled_s"] == row["ttft_s"]
+        assert row["n"] == 2 and row["ttft_s"] == pytest.approx(sum(row["runs_s"]) / 2, rel=1e-3)
+        assert "compiled" not in row
         assert (row["layers"], row["total_layers"], row["chunk_len"]) == (3, 3, 512)
         assert row["share"]["linear"] > 0 and row["share"]["attention"] > 0
         assert sum(row["share"].values()) == pytest.approx(1, abs=1e-3)
         assert row["share"]["rest"] > 0
     assert dense["share"]["selection"] == 0 < sparse["share"]["selection"]
     assert "3/3" in capsys.readouterr().out
+
+
+def test_kernels_compiled_while_timed_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a GPU; a prefill that is timed should have none."""
+    kernel: Any = SimpleNamespace(fn=timing.noting_compilations)
+    monkeypatch.setattr(JITFunction, "_do_compile", lambda kernel, key: f"compiled {key}")
+    with timing.noting_compilations("cuda:0") as names:
+        assert JITFunction._do_compile(kernel, 3) == "compiled 3"
+    JITFunction._do_compile(kernel, 4)
+    assert names == ["noting_compilations"]
+    with timing.noting_compilations("cpu") as names:
+        JITFunction._do_compile(kernel, 5)
+    assert names == []
 
 
 @pytest.mark.parametrize("quantization", ["fp8", "int4"])

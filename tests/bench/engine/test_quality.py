@@ -254,7 +254,7 @@ def test_a_stopped_run_goes_on(
 ) -> None:
     """A row for each seed; those that are there are kept as they are, and what is missing is
     compared with dense attention although that is not measured again."""
-    assert cli.run_command(["bench", "quality", "--seeds", "0,x"]) == 1
+    assert cli.run_command(["bench", "quality", "--seeds", "0,x"]) == 2
     assert "--seeds: '0,x' is no list of whole numbers" in capsys.readouterr().err
     arguments = ["bench", "quality", "--lengths", "1500", "--many", "2", "--text-root", str(TEXTS),
                  "--chunk-len", "512", "--places", "spread", "--no-heads", "--device", "cpu",

@@ -30,7 +30,7 @@ def test_contexts_of_every_power_of_two() -> None:
 @pytest.mark.parametrize("sparse_above", [None, 0])
 def test_steps_stay_within_the_pool(sparse_above: int | None) -> None:
     steps = list(compile_steps(replace(CONFIG, sparse_above=sparse_above)))
-    assert len(steps) == (28 if sparse_above is None else 35)
+    assert len(steps) == (17 if sparse_above is None else 24)
     for step in steps:
         (item,) = step.slices
         assert 0 < item.query_len <= min(CONFIG.prefill_chunk_len, item.context_len)
