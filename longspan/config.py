@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -332,6 +333,13 @@ class EngineConfig:
         """Ranks that divide each KV block among themselves. ``divides_kv`` is decided."""
         return self.context_parallel if self.divides_kv else 1
 
+    @property
+    def model_name(self) -> str:
+        """The model's name for people: of a directory the last part of its path."""
+        path = os.path.expanduser(self.model)
+        is_folder = self.model and os.path.isdir(path)
+        return Path(path).resolve().name if is_folder else self.model
+
     def __post_init__(self) -> None:
         for name in ("max_model_len", "prefill_chunk_len", "max_num_requests", "block_size",
                      "num_threads", "context_parallel", "pipeline_parallel", "tensor_parallel",
@@ -362,6 +370,8 @@ class EngineConfig:
             raise LongspanError(
                 f"{self.num_ranks} ranks keep no KV in host memory or on "
                 "disk; leave kv_host_gib and kv_dir out, or use one rank")
+        if self.kv_dir is not None and not self.kv_dir.strip():
+            raise LongspanError("kv_dir is empty; name a directory, or leave it out")
         if self.kv_dir is None and self.kv_disk_gib is not None:
             raise LongspanError("kv_disk_gib says how much kv_dir may hold; name a kv_dir")
         for name, modes in (("attention", AttentionMode), ("positions", PositionMode),

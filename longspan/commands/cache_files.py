@@ -30,21 +30,30 @@ def show(folder: Path) -> None:
         latest = datetime.fromtimestamp(max(run.used_s for run in files))
         dtype, shape = files[0].tensors["k"]
         rows.append((
-            key.hex()[:12], f"{len(files)}", f"{sum(_num_tokens(run) for run in files):,}",
+            key.hex()[:12], files[-1].model, f"{len(files)}",
+            f"{sum(_num_tokens(run) for run in files):,}",
             in_gib(sum(run.num_bytes for run in files)), dtype, f"{shape[1]}",
             f"{latest:%Y-%m-%d %H:%M}"))
-    show_table(str(folder), ("engine's key", "files", "tokens", "size", "dtype", "layers",
-                             "last used"), rows)
+    if rows:
+        show_table(str(folder), ("engine's key", "model", "files", "tokens", "size", "dtype",
+                                 "layers", "last used"), rows)
+    else:
+        print(f"no KV files in {folder}")
     _tell(bad)
 
 
 def drop(folder: Path, key: str | None) -> None:
     """Delete all KV files, or one engine's. Raises `LongspanError` while an engine uses them."""
+    if key is not None and not key.strip():
+        raise LongspanError("--key is empty; give the start of a key, or leave it out for all")
     with _readable(folder):
         names = [name for name in os.listdir(folder) if NAME.fullmatch(name)]
-    chosen = [folder / name for name in names if name.startswith(key or "")]
+    chosen = [folder / name for name in names if name.startswith((key or "").lower())]
     if key and not chosen:
         raise LongspanError(f"--key {key}: no file in {folder} has it; see longspan cache list")
+    if not chosen:
+        print(f"no KV files in {folder}")
+        return
     owned = KvFolder(folder)
     try:
         num_bytes = sum(file.stat().st_size for file in chosen)

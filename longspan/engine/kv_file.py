@@ -3,9 +3,10 @@
 ``FOLDER/<key>-<last hash>.safetensors`` holds a run of n consecutive blocks of one hash chain. Its
 tensors, in this order, are those of the runner's cache, layer by layer (docs/kv-cache.md): ``k``
 and ``v`` [n, L, P, K, D], and ``k_mean`` and ``v_mean`` [n, L, K, D] where the plan has tile means.
-The metadata names the format and its version, the key (what the blocks depend on besides tokens,
-`longspan.engine.setup.cache_key`), each block's chain hash and CRC-32, the hash of the block before
-them, and a digest of all that. A file that differs from its header in any way is no file of ours.
+The metadata names the format and its version, the model, the key (what the blocks depend on besides
+tokens, `longspan.engine.setup.cache_key`), each block's chain hash and CRC-32, the hash of the
+block before them, and a digest of all that. A file that differs from its header in any way is no
+file of ours.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ SUFFIX, PART_SUFFIX = ".safetensors", ".part"
 KEY_BYTES = HASH_BYTES = 16
 NAME = re.compile(r"([0-9a-f]{32})-([0-9a-f]{32})\.safetensors")
 LOCK = "longspan.lock"
+MAX_NAME = 100
+"""Characters of a model's name that a file has."""
 MAX_HEADER_BYTES = 64 * 1024**2
 PAGE_BYTES = 4_096
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "U8": 1, "I8": 1}
@@ -45,6 +48,8 @@ class StoredRun:
     name: str
     key: bytes
     """What its blocks depend on besides their tokens."""
+    model: str = ""
+    """The model's name, for people."""
     hashes: tuple[bytes, ...]
     """Chain hash of each block; () where an index only counts the file's bytes."""
     parent: bytes = b""
@@ -68,11 +73,14 @@ class StoredRun:
 class KvFolder:
     """A directory of KV files that belongs to this process until it is closed.
 
+    Args:
+        model: name of the model whose KV is written, for people.
+
     Raises `LongspanError` when it cannot be made or written, or belongs to another process.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, model: str = "") -> None:
+        self.path, self.model = path, model[:MAX_NAME]
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -105,14 +113,16 @@ def file_name(key: bytes, last_hash: bytes) -> str:
 
 def make_header(
     key: bytes, hashes: Sequence[bytes], parent: bytes, checksums: Sequence[int],
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], model: str = "",
 ) -> bytes:
     """Make the bytes before the data.
 
     Args:
         tensors: dtype and shape of one block's part, by name.
+        model: its name, for people.
     """
-    meta = {"format": FORMAT, "version": VERSION, "key": key.hex(), "parent": parent.hex(),
+    meta = {"format": FORMAT, "version": VERSION, "model": model, "key": key.hex(),
+            "parent": parent.hex(),
             "hashes": b"".join(hashes).hex(),
             "checksums": "".join(f"{value:08x}" for value in checksums)}
     header: dict[str, Any] = {"__metadata__": meta}
@@ -150,9 +160,9 @@ def read_header(file: Path) -> StoredRun:
     if (named[1], named[2]) != (run.key.hex(), run.hashes[-1].hex()):
         raise BadFileError("its name is another file's")
     return StoredRun(
-        name=run.name, key=run.key, hashes=run.hashes, parent=run.parent, tensors=run.tensors,
-        num_bytes=status.st_size, used_s=status.st_mtime, data_start=run.data_start,
-        checksums=run.checksums)
+        name=run.name, key=run.key, model=run.model, hashes=run.hashes, parent=run.parent,
+        tensors=run.tensors, num_bytes=status.st_size, used_s=status.st_mtime,
+        data_start=run.data_start, checksums=run.checksums)
 
 
 def scan(folder: Path) -> tuple[list[StoredRun], dict[str, str]]:
@@ -192,7 +202,7 @@ def index_of(folder: Path, key: bytes) -> list[StoredRun]:
 
 def max_file_bytes(num_blocks: int, block_bytes: int) -> int:
     """Bound the size of a file of blocks, its header included."""
-    return 2_048 + PAGE_BYTES + num_blocks * (2 * HASH_BYTES + 8 + block_bytes)
+    return 2_048 + 12 * MAX_NAME + PAGE_BYTES + num_blocks * (2 * HASH_BYTES + 8 + block_bytes)
 
 
 def _parse(name: str, header: Any, data_start: int) -> StoredRun:
@@ -217,7 +227,8 @@ def _parse(name: str, header: Any, data_start: int) -> StoredRun:
     if not count or len(hashes) != count * HASH_BYTES or len(sums) != 8 * count:
         raise ValueError("it names no blocks")
     return StoredRun(
-        name=name, key=bytes.fromhex(meta["key"]), parent=bytes.fromhex(meta["parent"]),
+        name=name, key=bytes.fromhex(meta["key"]), model=str(meta.get("model", "")),
+        parent=bytes.fromhex(meta["parent"]),
         hashes=tuple(hashes[i:i + HASH_BYTES] for i in range(0, len(hashes), HASH_BYTES)),
         checksums=tuple(int(sums[i:i + 8], 16) for i in range(0, len(sums), 8)),
         tensors=tensors, data_start=data_start)

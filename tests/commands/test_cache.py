@@ -22,7 +22,7 @@ def write(folder: Path, key: bytes, number: int) -> Path:
     sums = [zlib.crc32(parts[1][block], zlib.crc32(parts[0][block])) for block in range(2)]
     file = folder / file_name(key, hashes[-1])
     data = b"".join(b"".join(blocks) for blocks in parts)
-    file.write_bytes(make_header(key, hashes, b"", sums, TENSORS) + data)
+    file.write_bytes(make_header(key, hashes, b"", sums, TENSORS, "some-model") + data)
     return file
 
 
@@ -39,9 +39,20 @@ def test_list_shows_each_engines_files(folder: Path, capsys: pytest.CaptureFixtu
     assert run_command(["cache", "list", str(folder)]) == 0
     out, err = capsys.readouterr()
     rows = [line.replace("|", " ").replace("│", " ").split() for line in out.splitlines()]
-    assert ["616161616161", "2", "64"] in [row[:3] for row in rows]
-    assert ["626262626262", "1", "32"] in [row[:3] for row in rows]
+    assert ["616161616161", "some-model", "2", "64"] in [row[:4] for row in rows]
+    assert ["626262626262", "some-model", "1", "32"] in [row[:4] for row in rows]
     assert "mine.safetensors: its name is not one of longspan's" in err
+
+
+def test_a_folder_without_kv_is_left_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Also by ``drop``, which takes the folder for itself while it deletes."""
+    for command in ("list", "drop"):
+        assert run_command(["cache", command, str(tmp_path)]) == 0
+        assert f"no KV files in {tmp_path.name}" in capsys.readouterr().out.replace(
+            f"{tmp_path.parent}/", "")
+    assert not list(tmp_path.iterdir())
 
 
 def test_verify_finds_what_is_damaged(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,6 +73,8 @@ def test_verify_finds_what_is_damaged(folder: Path, capsys: pytest.CaptureFixtur
 def test_drop_deletes_an_engines_files_or_all(
     folder: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:
+    assert run_command(["cache", "drop", str(folder), "--key", ""]) == 2
+    assert "--key is empty" in capsys.readouterr().err
     assert run_command(["cache", "drop", str(folder), "--key", "6262"]) == 0
     assert "1 files deleted" in capsys.readouterr().out
     assert run_command(["cache", "drop", str(folder), "--key", "6262"]) == 2

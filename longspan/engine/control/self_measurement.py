@@ -36,11 +36,13 @@ def measure_itself(scheduler: Scheduler, loop: Loop) -> None:
 
 
 def _compute(loop: Loop, number: int, prompt_len: int, *, sparse: bool) -> None:
-    """Compute a prompt whose first token no other one has, so that nothing of it is cached."""
+    """Compute a prompt whose first token no other one has, so that nothing of it is cached. Nor
+    does it go to disk: the next start would read it, and measure nothing."""
     request = Request(
         request_id=f"self-measurement {number}",
         prompt_ids=array("i", [number, *[0] * (prompt_len - 1)]),
-        params=SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True), sparse=sparse)
+        params=SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True), sparse=sparse,
+        noted_len=prompt_len + NUM_TOKENS)
     loop.add(request)
     while not loop.is_idle:
         loop.turn()

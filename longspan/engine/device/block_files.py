@@ -15,6 +15,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -141,16 +142,16 @@ class BlockFiles:
 
     def _write(self, transfer: Transfer) -> None:
         hashes, name = _split(transfer.hashes), transfer.file
-        sums = [0] * len(hashes)
-        start = len(make_header(self._key, hashes, transfer.parent, sums, self._tensors))
+        header = partial(make_header, self._key, hashes, transfer.parent, tensors=self._tensors,
+                         model=self._folder.model)
+        start = len(header([0] * len(hashes)))
         part = self._folder.path / f"{name}{PART_SUFFIX}"
         fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             sums = _all(self._write_helpers.submit(
                 self._write_block, fd, start, len(hashes), *pair)
                 for pair in enumerate(transfer.slots))
-            header = make_header(self._key, hashes, transfer.parent, sums, self._tensors)
-            _write_all(fd, memoryview(header), 0)
+            _write_all(fd, memoryview(header(sums)), 0)
             os.fdatasync(fd)
             os.replace(part, self._folder.path / name)
             self._stamp(self._folder.path / name)

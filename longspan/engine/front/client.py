@@ -13,12 +13,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from longspan.config import EngineConfig
@@ -138,7 +136,7 @@ class AsyncEngine:
     """
 
     def __init__(self, config: EngineConfig, start: Start | None = None) -> None:
-        name = _model_name(config.model)
+        name = config.model_name
         self._status = EngineStatus(state="loading", model=name, reason=f"loading {name}")
         self._config, self._start = config, start or in_processes()
         self._described: Described | None = None
@@ -342,6 +340,8 @@ class AsyncEngine:
         if loaded.cancelled():
             return
         error = loaded.exception()
+        if self._status.state == "dead":
+            return  # for another reason, which ended the helpers too
         if error is None:
             self._tokenizer, advice = loaded.result()
             self._status = replace(self._status, default_sampling=advice,
@@ -408,12 +408,6 @@ class AsyncEngine:
             self._constraints.close()
         if self._backend is not None:
             self._backend.stop()
-
-
-def _model_name(model: str) -> str:
-    """Name a model that is a directory by the last part of its path."""
-    path = os.path.expanduser(model)
-    return Path(path).resolve().name if model and os.path.isdir(path) else model
 
 
 def _last_words(reason: str) -> str:

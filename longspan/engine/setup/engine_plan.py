@@ -170,7 +170,8 @@ class ResolvedEngine:
         """Load this rank's runner; see `load_runner`."""
         if mesh is not None and self.config.pipeline_parallel > 1:
             return self._load_stage(mesh)
-        folder = KvFolder(Path(self.tiers.folder)) if self.tiers.folder else None
+        folder = (KvFolder(Path(self.tiers.folder), self.config.model_name)
+                  if self.tiers.folder else None)
         try:
             runner = Runner.load(
                 self.path, self.model, self.config, self.memory, dca=self.dca, plan=self.plan,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 from pathlib import Path
@@ -19,6 +20,7 @@ from longspan.engine.setup.disk_rate import sampled_bytes_per_s
 from longspan.errors import LongspanError, NotEnoughMemoryError
 from longspan.units import GIB, in_gib
 
+logger = logging.getLogger("longspan.engine")
 WAY_BYTES = {"cpu": 256 * 1024**2, "cuda": 2 * GIB}
 """Host memory for the way to disk and back, where nothing is kept in it."""
 MIN_SLOTS = 8
@@ -39,8 +41,8 @@ def plan_tiers(model: ModelConfig, config: EngineConfig, *, means: bool) -> Tier
         config: resolved.
         means: the caches hold block means too.
 
-    Raises `LongspanError` when ``kv_host_gib`` is less than one block, or the disk cannot be asked
-    for its room.
+    Raises `LongspanError` when ``kv_host_gib`` or ``kv_disk_gib`` holds only a few blocks, or the
+    disk cannot be asked for its room.
     """
     if not config.kv_host_gib and config.kv_dir is None:
         return TierConfig()
@@ -48,11 +50,9 @@ def plan_tiers(model: ModelConfig, config: EngineConfig, *, means: bool) -> Tier
     device_type, budget_s = config.device.split(":")[0], config.step_budget_s
     block_bytes = kv_block_bytes(model, config, means=means)
     host_bytes = int(config.kv_host_gib * GIB)
-    if config.kv_host_gib and host_bytes < MIN_SLOTS * block_bytes:
-        raise LongspanError(
-            f"kv_host_gib {config.kv_host_gib:g} holds {host_bytes // block_bytes} blocks of "
-            f"{in_gib(block_bytes)}; use {MIN_SLOTS * block_bytes / GIB:.2f} or more, or 0")
-    if not config.kv_host_gib:
+    if config.kv_host_gib:
+        _check_size("kv_host_gib", config.kv_host_gib, block_bytes)
+    else:
         host_bytes = max(WAY_BYTES[device_type], 4 * MIN_SLOTS * block_bytes)
     folder = Path(config.kv_dir).expanduser().absolute() if config.kv_dir else None
     rate = None if folder is None else sampled_bytes_per_s(folder)
@@ -64,7 +64,7 @@ def plan_tiers(model: ModelConfig, config: EngineConfig, *, means: bool) -> Tier
         else UNHURRIED_S,
         disk_bytes_per_s=rate or TierConfig().disk_bytes_per_s,
         folder="" if folder is None else str(folder),
-        disk_bytes=_disk_bytes(config) if config.kv_dir else 0)
+        disk_bytes=_disk_bytes(config, block_bytes) if config.kv_dir else 0)
 
 
 def memory_besides(config: EngineConfig, tiers: TierConfig) -> DeviceMemory:
@@ -97,17 +97,32 @@ def places_bytes(tiers: TierConfig) -> dict[str, int]:
     return found
 
 
-def _disk_bytes(config: EngineConfig) -> int:
+def _check_size(name: str, gib: float, block_bytes: int) -> None:
+    """Raise `LongspanError` where a place would hold next to nothing."""
+    num_bytes = int(gib * GIB)
+    if num_bytes < MIN_SLOTS * block_bytes:
+        raise LongspanError(
+            f"{name} {gib:g} holds {num_bytes // block_bytes} blocks of {in_gib(block_bytes)}; use "
+            f"{MIN_SLOTS * block_bytes / GIB:.2g} or more, or leave it out")
+
+
+def _disk_bytes(config: EngineConfig, block_bytes: int) -> int:
     """Most that the files may take."""
     assert config.kv_dir is not None
-    if config.kv_disk_gib is not None:
-        return int(config.kv_disk_gib * GIB)
-    path = Path(config.kv_dir).expanduser().absolute()
+    path = folder = Path(config.kv_dir).expanduser().absolute()
     while not path.exists() and path != path.parent:
         path = path.parent
     try:
-        own = sum(item.stat().st_size for item in Path(config.kv_dir).expanduser().glob("*"))
-        return (shutil.disk_usage(path).free + own) // 2
+        own = sum(item.stat().st_size for item in folder.glob("*"))
+        room = shutil.disk_usage(path).free + own
     except OSError as error:
         raise LongspanError(f"kv_dir {config.kv_dir} cannot be used: {error.strerror}; name a "
                             "directory that this user may write") from None
+    if config.kv_disk_gib is None:
+        return room // 2
+    _check_size("kv_disk_gib", config.kv_disk_gib, block_bytes)
+    wanted = int(config.kv_disk_gib * GIB)
+    if wanted > room:
+        logger.warning("kv_disk_gib %g is more than the %s that kv_dir %s has; KV is written until "
+                       "the disk is full", config.kv_disk_gib, in_gib(room), config.kv_dir)
+    return wanted

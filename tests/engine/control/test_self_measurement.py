@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from longspan.attention.sparsity import SparsityPlan
 from longspan.config import EngineConfig, ModelConfig
+from longspan.engine.control.copy_queue import TierConfig
 from longspan.engine.control.loop import LocalTransport, Loop
 from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
 from longspan.engine.control.self_measurement import measure_itself
 from longspan.engine.setup.prior_costs import prior_costs
 from longspan.expert_config import ExpertConfig
-from tests.doubles import MODEL, FakeRunner
+from tests.doubles import MODEL, FakeRunner, make_request
 
 CONFIG = SchedulerConfig(
     num_blocks=64, block_size=4, max_model_len=200, prefill_chunk_len=32, max_num_requests=4,
@@ -37,6 +39,20 @@ def test_the_machine_is_measured(sparse_above: int | None, num_requests: int) ->
     work_s = sum(1e-3 * 32 + 1e-5 * 32 * (start + 32) for start in (0, 32, 64))
     assert scheduler.forecast.costs.dense_s(0, 96) == pytest.approx(work_s, rel=0.5)
     scheduler.check()
+
+
+def test_what_it_computes_does_not_go_to_disk(tmp_path: Path) -> None:
+    """A later start would read it from there, and measure nothing."""
+    tiers = TierConfig(num_slots=32, folder=str(tmp_path), disk_bytes=1 << 20, min_written_len=8)
+    scheduler = Scheduler(replace(CONFIG, self_measurement_len=100, tiers=tiers))
+    runner = FakeRunner(num_blocks=64, block_size=4, prefill_chunk_len=32, tail_len=5)
+    loop = Loop(scheduler, LocalTransport(runner))
+    measure_itself(scheduler, loop)
+    assert scheduler.is_idle and not runner.places.files
+    loop.add(make_request("a", range(1, 60), max_tokens=1))
+    while not loop.is_idle:
+        loop.turn()
+    assert runner.places.files, "others do"
 
 
 def test_without_a_length_nothing_is_computed() -> None:

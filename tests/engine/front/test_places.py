@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -201,6 +203,18 @@ def test_host_memory_that_is_not_there_is_refused(checkpoint: str) -> None:
         LLM(checkpoint, kv_host_gib=1e-6, **OPTIONS)
 
 
+def test_a_disk_that_makes_no_sense_is_one_line(
+    checkpoint: str, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+) -> None:
+    with pytest.raises(LongspanError, match="kv_disk_gib 1e-06 holds 0 blocks of .* or leave it"):
+        LLM(checkpoint, kv_dir=str(tmp_path), kv_disk_gib=1e-6, **OPTIONS)
+    for nowhere in ("", " "):
+        with pytest.raises(LongspanError, match="kv_dir is empty; name a directory"):
+            LLM(checkpoint, kv_dir=nowhere, **OPTIONS)
+    LLM(checkpoint, kv_dir=str(tmp_path), kv_disk_gib=1e6, **OPTIONS).close()
+    assert caplog.text.count("kv_disk_gib 1e+06 is more than the ") == 1
+
+
 def corrupt(folder: Path, how: str) -> None:
     """Damage every file of blocks in a folder."""
     files = list(folder.glob("*.safetensors"))
@@ -239,6 +253,16 @@ def test_damaged_files_are_computed_again(
     assert ("cannot be used" in caplog.text) == known_before
     with LLM(checkpoint, **options) as llm:
         assert ask(llm, 1).num_cached_tokens == REUSABLE, "it was written anew"
+
+
+def test_engines_that_are_killed_leave_no_wrong_answer(checkpoint: str, tmp_path: Path) -> None:
+    """At random moments: while they compute, write, delete and read."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.engine.front.kv_killed", checkpoint, str(tmp_path / "kv"),
+         "4", "5"], capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[3])
+    assert done.returncode == 0, done.stdout + done.stderr
+    *counts, _ = done.stdout.splitlines()
+    assert len(counts) == 4 and sum(map(int, counts)) > 2, "what was whole is used"
 
 
 def test_other_weights_tokenizers_and_templates_under_the_same_name(tmp_path: Path) -> None:
