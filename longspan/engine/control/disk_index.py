@@ -11,6 +11,9 @@ from collections.abc import Iterable
 
 from longspan.engine.kv_file import StoredRun
 
+GROWTH = 8
+"""Behind a full disk every file that could be written is worth so much of itself in room."""
+
 
 class DiskIndex:
     """What is in a folder that this engine owns.
@@ -22,7 +25,7 @@ class DiskIndex:
     """
 
     def __init__(self, runs: Iterable[StoredRun], budget_bytes: int) -> None:
-        self.budget_bytes = budget_bytes
+        self.budget_bytes = self._room_bytes = budget_bytes
         self._runs: OrderedDict[str, StoredRun] = OrderedDict()
         self._file_of: dict[bytes, str] = {}
         self._readers: dict[str, int] = {}
@@ -83,7 +86,7 @@ class DiskIndex:
 
         None: there is no room for that many, and nothing was forgotten.
         """
-        victims, room = list[str](), self.budget_bytes - self.num_bytes
+        victims, room = list[str](), self._room_bytes - self.num_bytes
         for name, run in self._runs.items():
             if room >= num_bytes:
                 break
@@ -95,6 +98,15 @@ class DiskIndex:
         for name in victims:
             self.remove(name)
         return victims
+
+    def note_full(self, num_bytes: int) -> None:
+        """Note that the disk had no room for a file of so many bytes: others have taken it. From
+        now on old files make way for new ones, as where the budget is used up."""
+        self._room_bytes = min(self.budget_bytes, max(self.num_bytes, num_bytes))
+
+    def note_written(self, num_bytes: int) -> None:
+        """Note that it had room for one: little by little up to the budget again."""
+        self._room_bytes = min(self.budget_bytes, self._room_bytes + num_bytes // GROWTH)
 
     def check(self) -> None:
         """Recount everything. Raises AssertionError when the accounts disagree."""

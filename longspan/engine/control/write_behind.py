@@ -7,6 +7,8 @@ ends where one is gone. The queue is bounded: the oldest runs are lost first.
 
 from __future__ import annotations
 
+import errno
+import os
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -19,6 +21,8 @@ from longspan.engine.request import Request
 
 MAX_RUNS = 2
 """Runs that are copied or written at a time: one is written while the next one is copied."""
+FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
+"""Why a file is not written where the disk has no room."""
 MAX_PAUSE = 256
 """After a failure runs are left out, twice as many after each further one, up to this."""
 
@@ -122,12 +126,16 @@ class WriteBehind:
             return
         self._disk.end_read(job.file)
         self._disk.remove(job.file)
+        stored = self._stored(run, run.hashes)
         if failure:
             self._num_failures += 1
             self._num_to_skip = min(MAX_PAUSE, 2 ** self._num_failures)
+            if failure in FULL:
+                self._disk.note_full(stored.num_bytes)
         else:
             self._num_failures = 0
-            self._disk.add(self._stored(run, run.hashes))
+            self._disk.add(stored)
+            self._disk.note_written(stored.num_bytes)
         self._end(run)
 
     def give_up(self, file: str) -> None:

@@ -50,3 +50,22 @@ def test_a_damaged_chain_that_names_itself_ends() -> None:
     index = DiskIndex([run("a", "b"), run("b", "a")], 20)
     index.touch("a")
     assert index.num_known == 2
+
+
+def test_old_files_make_way_where_the_disk_is_full_before_the_budget_is_used() -> None:
+    index = DiskIndex([], 1_000)
+    for name in "abc":
+        index.add(StoredRun(name=name, key=b"k", hashes=(name.encode(),), num_bytes=80))
+    assert index.make_room(80) == []
+    index.note_full(80)
+    assert index.make_room(80) == ["a"]
+    for name in "defghijk":  # there is room after all
+        index.add(StoredRun(name=name, key=b"k", hashes=(name.encode(),), num_bytes=80))
+        index.note_written(80)
+        assert index.make_room(80) is not None
+    assert index.num_bytes == 240, "eight files have won the room of one"
+    index.note_full(80)
+    for name in "bcdefghijk":
+        index.remove(name)
+    index.note_full(80)
+    assert index.make_room(80) == [], "one is tried where there is none"

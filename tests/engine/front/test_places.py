@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import resource
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from longspan.attention.sparsity import SparsityPlan
+from longspan.engine.device import block_files
 from longspan.engine.front.llm import LLM
 from longspan.engine.kv_file import LOCK
 from longspan.engine.request import Progress, RequestOutput, SamplingParams
@@ -345,6 +347,26 @@ def test_a_full_disk_costs_nothing_but_the_files(
         for seed in (3, 4, 5, 6):
             ask(llm, seed)
         assert list(tmp_path.glob("*.safetensors")), "it goes on when there is room"
+
+
+def test_the_newest_documents_stay_on_a_disk_that_others_have_filled(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write_all, num_bytes = block_files._write_all, 2_600_000  # two documents
+
+    def write(fd: int, data: memoryview, offset: int) -> None:
+        used = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+        if used + offset + len(data) > num_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_all(fd, data, offset)
+
+    monkeypatch.setattr(block_files, "_write_all", write)
+    options = {**OPTIONS, "kv_dir": str(tmp_path), "kv_disk_gib": 1.0}
+    with LLM(checkpoint, **options) as llm:
+        for seed in range(8):
+            ask(llm, seed)
+    with LLM(checkpoint, **options) as llm:
+        assert [ask(llm, seed).num_cached_tokens for seed in (7, 6, 0)] == [REUSABLE, REUSABLE, 0]
 
 
 def test_another_plan_and_another_release_never_use_the_files(
