@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 from array import array
 from collections import Counter, deque
@@ -272,7 +274,7 @@ class FakePlaces:
                 self.runner.slots[span], self.runner.tokens[span] = self.host[slot]
         elif transfer.kind == "write":
             if self.rng and self.rng.random() < 0.1:
-                failure = "the disk is full"
+                failure = os.strerror(errno.ENOSPC)
             else:
                 self.files[transfer.file] = {
                     name: self.host[slot]
