@@ -22,7 +22,7 @@ from longspan.engine.kv_file import LOCK
 from longspan.engine.request import Progress, RequestOutput, SamplingParams
 from longspan.errors import LongspanError
 from longspan.units import GIB
-from tests.doubles import write_checkpoint
+from tests.doubles import EXPERTS, write_checkpoint
 
 LENGTH, ANSWER = 2_400, 6
 GREEDY = SamplingParams(max_tokens=ANSWER, temperature=0.0, ignore_eos=True)
@@ -140,6 +140,21 @@ def test_int8_blocks_come_back_from_everywhere(checkpoint: str, tmp_path: Path) 
                     if not turn and seed == 2:
                         assert not output.num_cached_tokens
                 assert output.num_cached_tokens > 0.9 * REUSABLE
+
+
+@pytest.mark.parametrize(("dtype", "config"), [("float32", EXPERTS), ("bfloat16", {})],
+                         ids=["experts", "bfloat16"])
+def test_experts_and_bfloat16_come_back_from_disk(
+    dtype: str, config: dict[str, Any], tmp_path: Path,
+) -> None:
+    path = str(write_checkpoint(tmp_path / "model", max_position_embeddings=16_384, **config))
+    options = {**OPTIONS, "kv_dir": str(tmp_path / "kv"), "dtype": dtype}
+    with LLM(path, **options) as llm:
+        first = ask(llm, 1)
+    with LLM(path, **options) as llm:
+        again = ask(llm, 1)
+    assert (first.num_cached_tokens, again.num_cached_tokens) == (0, REUSABLE)
+    assert again.token_ids == first.token_ids
 
 
 def test_int8_blocks_take_a_quarter_and_their_scales(checkpoint: str) -> None:
