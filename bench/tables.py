@@ -127,6 +127,8 @@ SERVED = (
     ("soak", "finished", "of them finished", "{:,.0f}"),
     ("soak", "aborted", "hung up on", "{:,.0f}"),
     ("soak", "failed", "failed", "{:,.0f}"),
+    ("soak", "loaded_from_host", "tokens that came back from host memory", "{:,.0f}"),
+    ("soak", "loaded_from_disk", "tokens that came back from disk", "{:,.0f}"),
     ("soak", "leaks", "leaks of memory, descriptors, threads or blocks", "{:,.0f}"))
 """Scenario, metric, what it is, how it is written."""
 OF_MACHINE = frozenset({"health_p99", "loop_lag_p99_below", "long_ttft"})

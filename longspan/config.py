@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -332,13 +331,6 @@ class EngineConfig:
     def kv_parts(self) -> int:
         """Ranks that divide each KV block among themselves. ``divides_kv`` is decided."""
         return self.context_parallel if self.divides_kv else 1
-
-    @property
-    def model_name(self) -> str:
-        """The model's name for people: of a directory the last part of its path."""
-        path = os.path.expanduser(self.model)
-        is_folder = self.model and os.path.isdir(path)
-        return Path(path).resolve().name if is_folder else self.model
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "prefill_chunk_len", "max_num_requests", "block_size",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import replace
+from pathlib import Path
 
 from longspan.config import (
     AttentionMode,
@@ -27,6 +29,12 @@ INT8_BYTES = 1 << 30
 """On CPUs models that take more in fp32 are quantised to int8 where nobody says: they are read from
 memory for every token. Smaller ones would gain little."""
 DEVICE = re.compile(r"cpu|cuda(:\d+)?")
+
+
+def model_name(model: str) -> str:
+    """Name a model for people; one that is a directory by the last part of its path."""
+    path = os.path.expanduser(model)
+    return Path(path).resolve().name if model and os.path.isdir(path) else model
 
 
 def resolve_config(config: EngineConfig, *, has_cuda: bool) -> EngineConfig:

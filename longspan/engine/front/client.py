@@ -50,6 +50,7 @@ from longspan.engine.processes.wire import (
     Submitted,
 )
 from longspan.engine.request import PromptLogprobs, Request, SamplingParams, TokenLogprob
+from longspan.engine.resolve import model_name
 from longspan.engine.step import StepReport, Update
 from longspan.engine.text.call_format import CallFormat
 from longspan.engine.text.completion import Completion
@@ -136,7 +137,7 @@ class AsyncEngine:
     """
 
     def __init__(self, config: EngineConfig, start: Start | None = None) -> None:
-        name = config.model_name
+        name = model_name(config.model)
         self._status = EngineStatus(state="loading", model=name, reason=f"loading {name}")
         self._config, self._start = config, start or in_processes()
         self._described: Described | None = None

@@ -28,6 +28,7 @@ from longspan.engine.resolve import (
     check_window,
     extend_window,
     may_be_sparse,
+    model_name,
     resolve_config,
     resolve_forms,
     resolve_positions,
@@ -170,7 +171,7 @@ class ResolvedEngine:
         """Load this rank's runner; see `load_runner`."""
         if mesh is not None and self.config.pipeline_parallel > 1:
             return self._load_stage(mesh)
-        folder = (KvFolder(Path(self.tiers.folder), self.config.model_name)
+        folder = (KvFolder(Path(self.tiers.folder), model_name(self.config.model))
                   if self.tiers.folder else None)
         try:
             runner = Runner.load(
