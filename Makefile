@@ -33,12 +33,13 @@ INSTALLED_DEV := $(VENV)/installed-dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-browser check bench report clean
+.PHONY: help demo test test-gpu test-browser test-ray check bench report clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
 	@echo "check: linters and types | test-gpu: tests that need a CUDA GPU"
 	@echo "test-browser: the playground in headless Chromium | bench: CPU figures"
+	@echo "test-ray: replicas on a local Ray cluster"
 	@echo "report: README's tables and plots from bench/results"
 
 demo: $(INSTALLED)
@@ -65,6 +66,10 @@ test-gpu: $(INSTALLED_DEV)
 # Needs chromium and chromedriver.
 test-browser: $(INSTALLED_DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser tests/serve
+
+test-ray: $(INSTALLED_DEV)
+	$(PIP) install -e '.[ray]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -W default tests/serve/try_ray.py # Ray has warnings of its own
 
 bench: $(INSTALLED_DEV)
 	$(BIN)/longspan bench cpu

@@ -45,11 +45,11 @@ class RayOptions(BaseModel):
     for replicas without GPUs."""
     server: dict[str, Any] = Field(default_factory=dict)
     """Fields of `ServeConfig`: ``api_keys``, ``allowed_hosts``, ..."""
-    min_replicas: int = Field(1, ge=1)
+    min_replicas: int = Field(default=1, ge=1)
     """Replicas that are always there."""
-    max_replicas: int = Field(1, ge=1)
+    max_replicas: int = Field(default=1, ge=1)
     """The most that there may be."""
-    target_wait_s: float = Field(10.0, gt=0)
+    target_wait_s: float = Field(default=10.0, gt=0)
     """Seconds of waiting prompts to a replica, beyond which there should be another one."""
 
     @model_validator(mode="after")
@@ -157,7 +157,7 @@ def app(options: RayOptions) -> Any:
     class Server(Replica):
         """The same, as Ray calls it."""
 
-        async def __init__(self, options: RayOptions) -> None:
+        async def __init__(self, options: RayOptions) -> None:  # type: ignore[misc]
             super().__init__(options)
             await self.load()
 
