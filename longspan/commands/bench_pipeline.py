@@ -41,6 +41,10 @@ def bench_pipeline(
     rates_of: Annotated[str | None, typer.Option(
         help="Device of the rows of bench ttft and ops that a simulation starts from; default: "
              "nvidia-h200 with --simulate, else none.")] = None,
+    decode: Annotated[int, typer.Option(
+        min=0, help="Decode steps that are timed behind each length.")] = 0,
+    users: Annotated[int, typer.Option(
+        min=1, help="Prompts of each length that are handed in together besides.")] = 1,
     layers: Layers = None, policy: Policy = "", memory_gib: Memory = None, device: Device = None,
     commit: Commit = None, budget_s: BudgetS = None, out: Results = Path("bench/results"),
 ) -> None:
@@ -66,6 +70,6 @@ def bench_pipeline(
         lengths=parse_list(lengths, int, "--lengths"), attention=kinds, layers=layers,
         arrangements=tuple(map(parse_arrangement, parse_list(ranks, str, "--ranks"))),
         chunk_lens=parse_list(chunk_lens, int, "--chunk-lens"), memory_gib=memory_gib,
-        rates_of=rates_of or "")
+        rates_of=rates_of or "", decode_steps=decode, users=users)
     session = BenchSession("pipeline", BenchOptions.make(device, out, commit, budget_s))
     end_with(measure(session, Shape.make(names[0], PlanOptions(policy=policy)), options))

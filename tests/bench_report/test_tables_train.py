@@ -76,7 +76,8 @@ def test_runs_without_two_seeds_are_one_line(
 
 
 @pytest.mark.parametrize(("script", "arguments"), [
-    ("effects.sh", ("other", "run", "out")), ("eval_nano.sh", ())])
+    ("effects.sh", ("other", "run", "out")), ("eval_nano.sh", ()),
+    ("two_gpus.sh", ("other", "out"))])
 def test_scripts_refuse_what_they_do_not_know(
     tmp_path: Path, script: str, arguments: tuple[str, ...]
 ) -> None:

@@ -10,17 +10,26 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
-from longspan.bench.engine.engine import EngineSizes, ShapeEngine, open_engine, random_ids
+from longspan.bench.engine.decode import IN_FLIGHT, time_steps
+from longspan.bench.engine.engine import (
+    EngineSizes,
+    ShapeEngine,
+    decode_step,
+    open_engine,
+    random_ids,
+)
 from longspan.bench.pipeline.costs import Ranks
 from longspan.bench.pipeline.rates import read_rates
+from longspan.bench.pipeline.show import DECODE, MEASURED, USERS, show
 from longspan.bench.pipeline.simulate import BEST, LONGEST, Simulator
 from longspan.bench.session import BenchSession, CheckFailed
 from longspan.bench.shapes import Shape
 from longspan.bench.timing import rounded, synchronize
-from longspan.commands.console import note, seconds, show_table
+from longspan.config import EngineConfig
 from longspan.engine.control.latency import Costs
 from longspan.engine.control.loop import LocalTransport, Loop, PendingStep
 from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
@@ -32,7 +41,6 @@ from longspan.engine.setup.stage_layers import stage_layers
 from longspan.engine.step import ScheduledBatch, StepResult
 from longspan.errors import LongspanError
 
-MEASURED = "measured"
 MOST_SPANS = 600
 """Timelines of more steps, on all ranks together, are left out of the rows."""
 LAST_LAYER = 0.02
@@ -55,6 +63,10 @@ class MeasureOptions:
     memory_gib: float | None = None
     rates_of: str = ""
     """Device of the rows that a simulation starts from; empty: none is shown beside."""
+    decode_steps: int = 0
+    """Steps of decoding that are timed behind a context of each length; 0: none."""
+    users: int = 1
+    """So many prompts of each length are handed in together besides, where they are several."""
 
 
 def parse_arrangement(text: str) -> Ranks:
@@ -109,7 +121,7 @@ class _WatchedStep:
 
     def wait(self) -> StepResult:
         result = self._step.wait()
-        if self._batch.slices:
+        if len(self._batch.slices) == 1:  # of several prompts nothing is told step by step
             (item,) = self._batch.slices
             self._seen.cuts.append((item.cached_len, item.context_len))
             self._seen.expected_s.append(self._batch.expected_s)
@@ -151,50 +163,102 @@ class Prompts:
     def prefill(self, length: int, *, sparse: bool) -> Prefill:
         """Measure one prompt of tokens that none had before. Raises `CheckFailed` when the engine
         gives it up."""
-        self._count += 1
         self._watched.seen = Seen()
-        request = Request(
-            request_id=str(self._count), sparse=sparse,
-            prompt_ids=random_ids(length, self._engine.plan.model.vocab_size, self._count),
-            params=SamplingParams(max_tokens=1, ignore_eos=True))
         runner = self._engine.runner
         runner.trace()
-        synchronize(self._device)
-        begun_s = time.perf_counter()
-        self._loop.add(request)
-        has_token = False
-        while not has_token:
-            for update in self._loop.turn().updates:
-                if update.failure:
-                    raise CheckFailed(f"{update.failure}; not timed")
-                has_token |= update.token_id is not None
-        ttft_s = time.perf_counter() - begun_s
-        while not self._loop.is_idle:
-            self._loop.turn()
+        begun_s, (ttft_s,) = self.first_tokens(length, 1, sparse=sparse)
         every = runner.traced_ranks() if isinstance(runner, LeadRunner) else [runner.traced()]
         return Prefill(ttft_s=ttft_s, seen=self._watched.seen, spans=[
             [(start - begun_s, stop - begun_s) for start, stop in spans] for spans in every])
+
+    def first_tokens(
+        self, length: int, count: int, *, sparse: bool,
+    ) -> tuple[float, list[float]]:
+        """Hand in so many such prompts together. Returns when, by `time.perf_counter`, and the time
+        to the first token of each, shortest first, seconds. Raises as `prefill`."""
+        requests = list[Request]()
+        for _ in range(count):
+            self._count += 1
+            requests.append(Request(
+                request_id=str(self._count), sparse=sparse,
+                prompt_ids=random_ids(length, self._engine.plan.model.vocab_size, self._count),
+                params=SamplingParams(max_tokens=1, ignore_eos=True)))
+        synchronize(self._device)
+        begun_s, found = time.perf_counter(), list[float]()
+        for request in requests:
+            self._loop.add(request)
+        while len(found) < count:
+            for update in self._loop.turn().updates:
+                if update.failure:
+                    raise CheckFailed(f"{update.failure}; not timed")
+                if update.token_id is not None:
+                    found.append(time.perf_counter() - begun_s)
+        while not self._loop.is_idle:
+            self._loop.turn()
+        return begun_s, found
 
 
 def measure(session: BenchSession, shape: Shape, options: MeasureOptions) -> int:
     """Measure, write rows, print the table. Returns the exit status."""
     cut = shape.cut(options.layers)
     known = dict[tuple[str, int], _Alone]()
+    block, longest = EngineConfig(model="").block_size, max(options.lengths) + 1
     for ranks in options.arrangements:
         sizes = EngineSizes(
-            max_model_len=max(options.lengths) + 1, num_tokens=max(options.lengths) + 1,
-            chunk_len=max(options.chunk_lens), memory_gib=options.memory_gib, ranks=ranks.cp,
-            stages=ranks.pp, heads=ranks.tp)
+            max_model_len=longest, num_tokens=options.users * -(-longest // block) * block,
+            max_num_requests=options.users, chunk_len=max(options.chunk_lens),
+            memory_gib=options.memory_gib, ranks=ranks.cp, stages=ranks.pp, heads=ranks.tp)
         try:
             with open_engine(cut, session.device, sizes) as engine:
                 engine.runner.compile_ahead(compile_steps(engine.plan.scheduler_config()))
                 for attention in options.attention:
                     for length in options.lengths:
                         _Series(session, cut, options, engine, ranks, known).run(attention, length)
+                        _together(session, cut, options, engine, ranks, attention, length)
+                for length in options.lengths if options.decode_steps else ():
+                    session.attempt(
+                        {**_key(shape.name, "", length, ranks, DECODE), "source": DECODE},
+                        partial(_decode, session, cut, options, engine, length))
         except LongspanError as error:
             session.attempt(_key(shape.name, "", 0, ranks, ""), _raiser(error))
     show(session.rows)
     return session.finish()
+
+
+def _together(
+    session: BenchSession, shape: Shape, options: MeasureOptions, engine: ShapeEngine,
+    ranks: Ranks, attention: str, length: int,
+) -> None:
+    """Measure several prompts that are handed in together, cut as the engine cuts them."""
+    if options.users == 1:
+        return
+
+    def work() -> Mapping[str, Any]:
+        prompts = Prompts(engine, engine.plan.scheduler_config(), session.device)
+        sparse = attention == "sparse"
+        prompts.prefill(min(length, 2 * max(options.chunk_lens)), sparse=sparse)
+        _, found = prompts.first_tokens(length, options.users, sparse=sparse)
+        return {"layers": shape.model.num_layers, "users": options.users,
+                "divides_kv": bool(engine.plan.config.divides_kv),
+                "ttft_s": rounded(found[-1], 4),  # of the last one
+                "ttft_each_s": [rounded(each, 4) for each in found],
+                "tokens_per_s": rounded(options.users * length / found[-1], 4)}
+
+    key = _key(shape.name, attention, length, ranks, f"{options.users} users")
+    session.attempt({**key, "source": USERS}, work)
+
+
+def _decode(
+    session: BenchSession, shape: Shape, options: MeasureOptions, engine: ShapeEngine, length: int,
+) -> Mapping[str, Any]:
+    """Time steps of one request behind a context, one after the other and two under way."""
+    step = decode_step(engine, length, 1)
+    alone, ahead = (time_steps(engine, step, session.device, options.decode_steps, in_flight=count)
+                    for count in (1, IN_FLIGHT))
+    return {"layers": shape.model.num_layers, "divides_kv": bool(engine.plan.config.divides_kv),
+            "step_ms": rounded(median(ahead), 4), "low_ms": rounded(min(ahead), 4),
+            "high_ms": rounded(max(ahead), 4), "n": len(ahead),
+            "sync_step_ms": rounded(median(alone), 4)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,20 +386,3 @@ def _raiser(error: Exception) -> Any:
     def work() -> Mapping[str, Any]:
         raise error
     return work
-
-
-def show(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print times, speed-ups, idle shares and predictions as a table on stdout."""
-    measured = [row for row in rows if "error" not in row]
-    if not measured:
-        note("nothing was measured")
-    show_table("time to first token, measured", (
-        "shape", "attention", "tokens", "ranks", "plan", "chunks", "TTFT", "speed-up", "lost",
-        "idle", "predicted", "steps off by"), [
-        (row["shape"], row["attention"], f"{row['num_tokens']:,}",
-         Ranks(cp=row["cp"], pp=row["pp"], tp=row["tp"]).label, row["plan"], row["num_chunks"],
-         seconds(row["ttft_s"]), f"{row['speedup']:.2f}x" if "speedup" in row else "",
-         f"{100 * row['lost']:.0f} %" if "lost" in row else "", f"{100 * row['idle']:.0f} %",
-         seconds(row["predicted_s"]) if "predicted_s" in row else "",
-         f"{100 * row['step_error']:.0f} %")
-        for row in measured])

@@ -33,9 +33,10 @@ def rows_of(out: Path, **options: Any) -> tuple[int, list[dict[str, Any]], dict[
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Any]:
     out = tmp_path_factory.mktemp("results")
     status, rows, content = rows_of(
-        out, attention=("dense",), arrangements=(Ranks(), Ranks(pp=2), Ranks(cp=2)))
+        out, attention=("dense",), arrangements=(Ranks(), Ranks(pp=2), Ranks(cp=2)),
+        decode_steps=3, users=2)
     assert status == 0
-    return rows, content
+    return [row for row in rows if row["source"] == "measured"], content
 
 
 def test_every_plan_of_every_arrangement_has_a_row(measured: Any) -> None:
@@ -70,6 +71,21 @@ def test_timelines_lie_within_the_time_and_follow_one_another(measured: Any) -> 
     assert all(0 <= row["idle"] < 1 for row in rows)
     assert all(row["predicted_s"] > 0 for row in rows if row["cp"] * row["pp"] > 1)
     assert all(row["speedup"] == 1 for row in rows if row["cp"] * row["pp"] == 1)
+
+
+def test_decoding_and_prompts_together_have_rows_of_their_own(measured: Any) -> None:
+    _, content = measured
+    for source in ("decode", "users"):
+        rows = [row for row in content["rows"] if row["source"] == source]
+        assert [(row["cp"], row["pp"]) for row in rows] == [(1, 1), (1, 2), (2, 1)]
+        for row in rows:
+            assert not row["divides_kv"] and row["num_tokens"] == LENGTH
+            if source == "decode":
+                assert 0 < row["low_ms"] <= row["step_ms"] <= row["high_ms"]
+            else:
+                one, other = row["ttft_each_s"]
+                assert 0 < one <= other == row["ttft_s"]
+                assert row["tokens_per_s"] == pytest.approx(2 * LENGTH / other, rel=1e-3)
 
 
 def test_rows_become_a_table_and_a_plot(measured: Any, tmp_path: Path) -> None:

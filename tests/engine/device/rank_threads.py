@@ -53,7 +53,9 @@ class ThreadGroup(RankGroup):
         self.num_merges += x.dim() == 3 and x.dtype == torch.float32
         shapes = {(part.shape, part.dtype) for part in self._board.swap(self.rank, x)}
         assert len(shapes) == 1, shapes
-        return _Later(torch.stack([part.clone() for part in self._board.swap(self.rank, x)]))
+        found = torch.stack([part.clone() for part in self._board.swap(self.rank, x)])
+        self._board.barrier.wait(WAIT_S)  # nobody writes on where another one still reads
+        return _Later(found)
 
     def exchange(self, parts: Sequence[Tensor], numbers: Sequence[int]) -> list[Tensor]:
         self.num_exchanges += 1
