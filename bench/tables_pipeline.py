@@ -13,7 +13,9 @@ PLANS = (("fixed 8192", "pp, 8K"), ("fixed 32768", "pp, 32K"), ("best fixed", "p
 
 def pipeline_section(contents: Sequence[Content]) -> str:
     """Time to the first token on several GPUs, measured, then simulated."""
-    return "\n".join(filter(None, [*map(_measured, contents), *map(_simulated, contents)]))
+    return "\n".join(filter(None, [
+        *map(_measured, contents), *map(_decoded, contents), *map(_together, contents),
+        *map(_simulated, contents)]))
 
 
 def _measured(content: Content) -> str:
@@ -29,8 +31,7 @@ def _measured(content: Content) -> str:
         own = {row["plan"]: row for row in rows if tuple(
             row[name] for name in ("shape", "attention", "num_tokens", "cp", "pp", "tp")) == key}
         shape, attention, num_tokens, *ranks = key
-        label = " x ".join(f"{name} {size}" for name, size in zip(
-            ("cp", "pp", "tp"), ranks, strict=True) if size > 1) or "one"
+        label = _ranks(*ranks)
         best, planned = own.get("best fixed"), own.get("ladder") or own.get("planned")
         told = planned or best
         body.append([
@@ -45,6 +46,37 @@ def _measured(content: Content) -> str:
             "the time in which ranks computed no step.\n\n" + markdown(
                 ["shape, attention, tokens", "ranks", "8K", "32K", "best fixed",
                  "planned / ladder", "predicted", "simulated", "steps off by"], body))
+
+
+def _ranks(*sizes: int) -> str:
+    """Name an arrangement of cp, pp and tp."""
+    return " x ".join(f"{name} {size}" for name, size in zip(
+        ("cp", "pp", "tp"), sizes, strict=True) if size > 1) or "one"
+
+
+def _decoded(content: Content) -> str:
+    """List a step of one request behind each context, by arrangement."""
+    rows = [row for row in content["rows"] if row["source"] == "decode" and "error" not in row]
+    if not rows:
+        return ""
+    return "Steps of one request behind a context, two under way.\n\n" + markdown(
+        ["shape, tokens", "ranks", "step", "alone", "KV"], [
+            [f"{row['shape']}, {row['num_tokens']:,}", _ranks(row["cp"], row["pp"], row["tp"]),
+             f"{row['step_ms']:.2f} ms", f"{row['sync_step_ms']:.2f} ms",
+             "divided" if row["divides_kv"] else "whole"] for row in rows])
+
+
+def _together(content: Content) -> str:
+    """List when prompts that were handed in together had their first tokens."""
+    rows = [row for row in content["rows"] if row["source"] == "users" and "error" not in row]
+    if not rows:
+        return ""
+    return "Prompts handed in together: when each had its first token.\n\n" + markdown(
+        ["shape, attention, tokens", "ranks", "first tokens", "KV"], [
+            [f"{row['shape']}, {row['attention']}, {row['users']} x {row['num_tokens']:,}",
+             _ranks(row["cp"], row["pp"], row["tp"]),
+             ", ".join(f"{each:.2f} s" for each in row["ttft_each_s"]),
+             "divided" if row["divides_kv"] else "whole"] for row in rows])
 
 
 def _measured_cell(row: Row | None) -> str:

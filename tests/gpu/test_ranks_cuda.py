@@ -47,11 +47,13 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(
     path: Path, plan: SparsityPlan | None, *, rows: RankGroup | None = None,
-    heads: RankGroup | None = None,
+    heads: RankGroup | None = None, divided: RankGroup | None = None,
 ) -> Runner:
     config = EngineConfig(
         model=str(path), device="cuda", dtype="float32", prefill_chunk_len=CHUNK,
-        block_size=BLOCK, max_model_len=LENGTH, max_num_requests=8)
+        block_size=BLOCK, max_model_len=LENGTH, max_num_requests=8, divides_kv=divided is not None,
+        context_parallel=1 if divided is None else divided.size)
+    rows = rows or divided
     model = ModelConfig.from_dir(path)
     memory = plan_memory(model, config, max_step_tokens=2 * CHUNK, means=needs_means(plan),
                          device=DeviceMemory(total_bytes=2**34, free_bytes=2**34))
@@ -70,7 +72,7 @@ def answers(launcher: Any, is_sparse: bool) -> tuple[dict[str, list[int]], list[
     return found.tokens, found.pairs
 
 
-@pytest.mark.parametrize("shares", ["rows", "heads"])
+@pytest.mark.parametrize("shares", ["rows", "heads", "divided"])
 @pytest.mark.parametrize("is_sparse", [False, True], ids=["dense", "sparse"])
 def test_two_ranks_answer_as_one(
     path: Path, is_sparse: bool, shares: str, monkeypatch: pytest.MonkeyPatch,

@@ -92,6 +92,7 @@ def test_rows_become_a_table_and_a_plot(measured: Any, tmp_path: Path) -> None:
     _, content = measured
     table = pipeline_section([content])
     assert table.count("\n| nano, dense, 640 |") == 3 and "| pp 2 |" in table
+    assert table.count("\n| nano, 640 |") == 3 == table.count("\n| nano, dense, 2 x 640 |")
     (plot,) = draw_pipeline(content, tmp_path / "pipeline.cpu")
     assert plot.name == "pipeline.cpu.timeline.svg" and plot.stat().st_size > 1000
 
