@@ -58,8 +58,9 @@ def scores(llm: LLM) -> list[Any]:
     (1, 1, 2, "dense"), (2, 1, 2, "sparse"), (1, 2, 2, "dense")])
 def test_ranks_that_share_heads_answer_as_one(
     path: Path, rows: int, stages: int, heads: int, attention: str,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Then one of them is killed, which ends all within seconds."""
+    """Then one of them is killed, which ends all within seconds, and all of them say by whom."""
     with LLM(str(path), attention=attention, **OPTIONS) as one:
         wanted, density, scored = answers(one), one.stats().density, scores(one)
     with LLM(str(path), attention=attention, context_parallel=rows, tensor_parallel=heads,
@@ -71,8 +72,12 @@ def test_ranks_that_share_heads_answer_as_one(
         last = rows * stages * heads - 1
         child = llm._runner._hub._children[last]
         os.kill(child.pid, signal.SIGKILL)
-        with pytest.raises(RankLostError, match=rf"rank {last} was killed by SIGKILL"):
+        words = f"rank {last} was killed by SIGKILL"
+        with pytest.raises(RankLostError, match=words):
             llm.generate([list(range(200)) * 7], PLAIN)
+        assert all(other.wait(5) is not None for other in llm._runner._hub._children.values())
+    said = capfd.readouterr().err
+    assert [f"error: rank {rank}: {words}" in said for rank in range(1, last)] == [True] * (last - 1)
 
 
 def test_what_cannot_be_shared_out_is_refused(path: Path) -> None:
