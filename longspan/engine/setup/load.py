@@ -53,7 +53,10 @@ def _load(
 
 def kv_label(config: EngineConfig) -> str:
     """Return what the start-up report calls the KV cache."""
-    return "KV cache" if config.kv_dtype is None else f"KV cache ({config.kv_dtype})"
+    notes = [config.kv_dtype] if config.kv_dtype else []
+    if config.kv_parts > 1:  # no rank has all of it, and long prompts take somewhat longer
+        notes.append(f"1/{config.kv_parts} a rank")
+    return f"KV cache ({', '.join(notes)})" if notes else "KV cache"
 
 
 def weights_label(engine: ResolvedEngine) -> str:

@@ -12,6 +12,7 @@ from longspan.bench.shapes import Shape
 from longspan.config import EngineConfig
 from longspan.engine.device.memory import DeviceMemory
 from longspan.engine.setup.engine_plan import ResolvedEngine
+from longspan.engine.setup.load import kv_label
 from longspan.errors import LongspanError, NotEnoughMemoryError
 from longspan.units import GIB
 
@@ -33,10 +34,11 @@ def test_a_cache_is_divided_where_a_context_does_not_fit_whole() -> None:
     found = plan("qwen2.5-14b", 1_010_000, 2)
     assert found.config.divides_kv and found.config.kv_parts == 2
     assert found.config.block_size == found.memory.block_size == 128
+    assert kv_label(found.config) == "KV cache (1/2 a rank)"
     assert not found.memory.missing_bytes
     # as many tokens to a rank as one of them has of half the size, but for means
     whole = plan("qwen2.5-14b", 200_000, 2)
-    assert not whole.config.divides_kv
+    assert not whole.config.divides_kv and kv_label(whole.config) == "KV cache"
     assert found.memory.kv_bytes_per_token <= whole.memory.kv_bytes_per_token / 2
 
 
