@@ -308,7 +308,8 @@ class _Series:
                          "chunk_len": best["longest_chunk"]})
 
     def _plans(self, attention: str) -> Iterator[tuple[str, SchedulerConfig]]:
-        config = self._engine.plan.scheduler_config()
+        # chunks as they are asked for: a server's budget would cut them by the time that they take
+        config = replace(self._engine.plan.scheduler_config(), step_budget_s=None)
         for length in self._options.chunk_lens:
             yield f"fixed {length}", replace(config, prefill_chunk_len=length, fixed_chunks=True)
         if self._ranks.pp > 1:
