@@ -293,7 +293,7 @@ def test_help_loads_nothing_heavy(capsys: Capture) -> None:
 
 
 def test_the_process_exits_with_the_status_and_no_traceback(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "longspan.cli", "generate", str(tmp_path), "--prompt-file",
+    command = [sys.executable, "-m", "longspan", "generate", str(tmp_path), "--prompt-file",
                str(tmp_path / "none")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == ""
