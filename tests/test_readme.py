@@ -23,6 +23,8 @@ from tests.serve.fake import Running, running
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "longspan" / "nano" / "README.md"]
+"""Pages with further commands: these are taken apart, not run."""
 ADDRESS = "http://127.0.0.1:8000"
 LOCAL = ("README.md", "docs", "longspan", "longspan/documents")
 """What examples read; everything else would not be in a fresh clone."""
@@ -30,14 +32,14 @@ RUN = (["info", "nano"], ["eval", "list"], ["--version"])
 """Beginnings of commands that are quick, need nothing and write nothing: these are run."""
 
 
-def blocks(language: str) -> list[str]:
+def blocks(language: str, text: str = TEXT) -> list[str]:
     """Code blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-def commands() -> Iterator[list[str]]:
-    """Every command of the README's shell blocks, as the shell takes it apart."""
-    for block in blocks("sh"):
+def commands(text: str = TEXT) -> Iterator[list[str]]:
+    """Every command of a page's shell blocks, as the shell takes it apart."""
+    for block in blocks("sh", text):
         command: list[str] = []
         for word in [*_with_line_ends(block), "\n"]:
             if word in ("\n", "|"):
@@ -93,6 +95,35 @@ def test_longspan_takes_the_command(arguments: list[str]) -> None:
     if arguments == ["--version"]:
         return
     parse(arguments)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_longspan_takes_the_commands_of_a_page(page: Path) -> None:
+    """What stands in brackets may be left out, and is."""
+    text = re.sub(r" \[[^\]\n]*\]", "", page.read_text(encoding="utf-8"))
+    for words in commands(text):
+        if words[0] == "longspan":
+            parse(words[1:])
+
+
+def test_commands_named_in_sentences_are_there() -> None:
+    named = list[list[str]]()
+    for page in [ROOT / "README.md", *PAGES]:
+        text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+        named += [words.split() for words in re.findall(r"`longspan ([^`]+)`", text)]
+    assert len(named) > 50
+    for words in named:
+        _find(words)
+
+
+def _find(words: list[str]) -> None:
+    """Follow the names of commands, as far as they go. An option must be one of the command."""
+    command: Any = typer.main.get_command(cli.app)
+    while words and hasattr(command, "commands"):
+        assert words[0] in command.commands, words
+        command, words = command.commands[words[0]], words[1:]
+    known = {name for option in command.params for name in option.opts}
+    assert {word for word in words if word.startswith("--")} <= known, words
 
 
 def test_the_check_itself_refuses_what_is_wrong() -> None:
