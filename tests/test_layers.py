@@ -42,7 +42,7 @@ WORDS = tuple(f"longspan.engine.{name}"
 KERNEL_PARTS = ("longspan.ops.tiles", "longspan.ops.types", "longspan.ops.geometry",
                 "longspan.ops.reference", "longspan.ops.int8_kv")
 # The command line and the bodies of its subcommands: nothing else may import them.
-COMMANDS = tuple(f"longspan.{name}" for name in ("cli", "commands", "bench"))
+COMMANDS = tuple(f"longspan.{name}" for name in ("__main__", "cli", "commands", "bench"))
 # What each room may import of ours, besides itself. The longest matching key counts.
 ALLOWED_OURS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("longspan", *COMMANDS), EVERYTHING),

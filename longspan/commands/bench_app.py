@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from longspan.commands.bench_cache import bench_cache_app
+from longspan.commands.bench_documents import bench_documents_app
 from longspan.commands.bench_llama_cpp import bench_llama_cpp_app
 from longspan.commands.bench_pipeline import bench_pipeline_app
 from longspan.commands.options import (
@@ -38,6 +39,7 @@ bench_app = Commands(help="Measure speed and memory.", rich_markup_mode=None)
 bench_app.add_typer(bench_cache_app)
 bench_app.add_typer(bench_pipeline_app)
 bench_app.add_typer(bench_llama_cpp_app)
+bench_app.add_typer(bench_documents_app)
 
 
 @bench_app.command()

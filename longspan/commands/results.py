@@ -35,6 +35,7 @@ KEY_FIELDS: dict[str, tuple[str, ...]] = {
     "serve": ("model", "scenario", "metric"),
     "pipeline": ("shape", "num_tokens", "attention", "cp", "pp", "tp", "plan", "source"),
     "eval": ("model", "task", "num_tokens", "depth", "attention"),
+    "documents": ("model", "documents", "metric", "attention"),
     "fidelity": ("model", "task", "num_tokens", "attention"),
     "train": ("model", "phase"),
     "effects": ("effect", "task", "num_tokens"),

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from longspan import cli
+from longspan.bench.documents.pdf import pdf_bytes
 from longspan.commands.generate import choose_sampling, describe_sampling
 from longspan.engine.front.llm import LLM
 from longspan.engine.request import SamplingParams
-from tests.documents.files import pdf_bytes
 from tests.doubles import write_checkpoint
 
 Capture = pytest.CaptureFixture[str]

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from pypdf import PdfReader, PdfWriter
 
+from longspan.bench.documents.pdf import pdf_bytes
 from longspan.documents.formats import UnreadableError, read_file
-from tests.documents.files import pdf_bytes, write_word
+from tests.documents.files import write_word
 
 
 def text_of(file: Path, data: bytes) -> str:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from longspan.bench.documents.pdf import pdf_bytes
 from longspan.documents import gather as module
 from longspan.documents.gather import as_prompt, gather
 from longspan.errors import LongspanError
-from tests.documents.files import pdf_bytes, write_word
+from tests.documents.files import write_word
 
 
 def write(folder: Path, **texts: str) -> None:

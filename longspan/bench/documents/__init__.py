@@ -1,0 +1,1 @@
+"""Answers out of many files, by the command that people type."""
