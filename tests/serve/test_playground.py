@@ -170,6 +170,7 @@ def test_every_screen(page: Page, size: tuple[int, int], scheme: str) -> None:
     page.shot(f"{scheme} {size[0]} answered")
     page.check_screen(size)
     page.find("#history").click()
+    page.until(lambda: page.all("#past[open] .open"))
     page.shot(f"{scheme} {size[0]} history")
     page.check_screen(size)
 
