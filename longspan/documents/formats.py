@@ -6,6 +6,7 @@ import gzip
 import logging
 import struct
 import zlib
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 from zipfile import BadZipFile
@@ -37,27 +38,32 @@ def read_file(path: Path) -> tuple[str, int]:
     installed.
     """
     suffix = path.suffix.lower()
-    if suffix == PDF:
-        return _pdf_text(path), path.stat().st_size
-    if suffix == WORD:
-        return _word_text(path), path.stat().st_size
     try:
-        with path.open("rb") as file:
+        with path.open("rb") as file:  # once: what comes through a pipe comes no second time
             head = file.read(HEAD)
-            if head.startswith(PDF_MARK):
-                return _pdf_text(path), path.stat().st_size
-            refuse_binary(head, suffix)
-        data = path.read_bytes()
-        if suffix == ".gz":
-            data = gzip.decompress(data)
-        text = decode(data)
+            is_pdf = suffix == PDF or suffix != WORD and head.startswith(PDF_MARK)
+            if not is_pdf and suffix != WORD:
+                refuse_binary(head, suffix)
+            data = head + file.read()
+        text = _text_of(data, Path(path.name.lower()), is_pdf=is_pdf)
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UnreadableError(unreadable(error)) from None
-    is_page = Path(path.name.removesuffix(".gz")).suffix.lower() in HTML
-    return html_to_text(text) if is_page else text, len(data)
+    return text, len(data)
 
 
-def _pdf_text(path: Path) -> str:
+def _text_of(data: bytes, name: Path, *, is_pdf: bool) -> str:
+    if not data:
+        return ""
+    if is_pdf:
+        return _pdf_text(data)
+    if name.suffix == WORD:
+        return _word_text(data)
+    is_packed = name.suffix == ".gz"
+    text = decode(gzip.decompress(data) if is_packed else data)
+    return html_to_text(text) if (name.stem if is_packed else name.name).endswith(HTML) else text
+
+
+def _pdf_text(data: bytes) -> str:
     try:
         from pypdf import PdfReader
         from pypdf.errors import PyPdfError
@@ -65,7 +71,7 @@ def _pdf_text(path: Path) -> str:
         raise UnreadableError(f"PDF, which needs {INSTALL}") from None
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # of oddities that it reads all the same
     try:
-        reader = PdfReader(path)
+        reader = PdfReader(BytesIO(data))
         if reader.is_encrypted and not reader.decrypt(""):
             raise UnreadableError("PDF with a password")
         text = "\n\n".join(page.extract_text().strip() for page in reader.pages)
@@ -78,7 +84,7 @@ def _pdf_text(path: Path) -> str:
     return text.encode("utf-8", "replace").decode()  # its fonts may name half characters
 
 
-def _word_text(path: Path) -> str:
+def _word_text(data: bytes) -> str:
     try:
         import docx
         from docx.opc.exceptions import OpcError
@@ -87,7 +93,7 @@ def _word_text(path: Path) -> str:
         raise UnreadableError(f"Word, which needs {INSTALL}") from None
     try:
         parts = [_word_table(part) if isinstance(part, Table) else _word_paragraph(part)
-                 for part in docx.Document(str(path)).iter_inner_content()]
+                 for part in docx.Document(BytesIO(data)).iter_inner_content()]
     except (OpcError, *_DAMAGED):
         raise UnreadableError("damaged Word file") from None
     return "\n\n".join(part for part in parts if part.strip())

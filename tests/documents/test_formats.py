@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import os
 import subprocess
 import sys
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from pypdf import PdfReader, PdfWriter
@@ -37,9 +39,9 @@ def test_text_is_read_in_the_encodings_that_say_what_they_are(tmp_path: Path) ->
 @pytest.mark.parametrize(("name", "data", "why"), [
     ("a.txt", b"caf\xe9 noir", "not UTF-8"), ("a.jpg", b"\xff\xd8\0\0", "binary"),
     ("a.py", b"x" * 9000 + b"\0", "binary"), ("a.gz", b"\x1f\x8b\x08nothing", "cannot be read"),
-    ("a.pdf", b"%PDF-1.4\nnothing", "damaged PDF"), ("a.pdf", b"", "damaged PDF"),
+    ("a.pdf", b"%PDF-1.4\nnothing", "damaged PDF"), ("a.pdf", b"x", "damaged PDF"),
     ("a.pdf", pdf_bytes(""), "PDF without text (a scan?)"),
-    ("a.docx", b"PK\x03\x04 nothing", "damaged Word file"), ("a.docx", b"", "damaged Word file"),
+    ("a.docx", b"PK\x03\x04 nothing", "damaged Word file"), ("a.docx", b"x", "damaged Word file"),
 ])
 def test_each_reason(tmp_path: Path, name: str, data: bytes, why: str) -> None:
     assert reason(tmp_path / name, data) == why
@@ -54,6 +56,22 @@ def test_pages_of_a_pdf(tmp_path: Path) -> None:
     data = pdf_bytes("On day 1 the Ada left.", "On day 2 it sank.")
     for name in ("a.pdf", "a.PDF", "a", "a.txt"):  # by its beginning, where the name does not tell
         assert text_of(tmp_path / name, data) == "On day 1 the Ada left.\n\nOn day 2 it sank."
+
+
+def test_what_comes_through_a_pipe_is_read_whole(tmp_path: Path) -> None:
+    """As ``--document <(command)`` gives it: a second look would find the beginning gone."""
+    whole = "".join(f"{number} whales\n" for number in range(5000))
+    for name, data, text in (("a", whole.encode(), whole), ("b", pdf_bytes("one"), "one")):
+        os.mkfifo(tmp_path / name)
+        writer = Thread(target=(tmp_path / name).write_bytes, args=(data,), daemon=True)
+        writer.start()
+        assert read_file(tmp_path / name) == (text, len(data))
+        writer.join()
+
+
+def test_an_empty_file_of_any_kind_is_no_damage(tmp_path: Path) -> None:
+    for name in ("a.txt", "a.pdf", "a.docx", "a.gz", "a.html"):
+        assert text_of(tmp_path / name, b"") == ""
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.7, 0.9])
