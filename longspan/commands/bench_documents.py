@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from longspan.commands.options import Attention, Commit, Device, Model, Results, Threads
+from longspan.commands.options import Attention, Commit, Device, Model, Results, Threads, parse_list
 from longspan.commands.run_app import end_with
 
 bench_documents_app = typer.Typer(rich_markup_mode=None)
@@ -16,8 +16,9 @@ bench_documents_app = typer.Typer(rich_markup_mode=None)
 @bench_documents_app.command("documents")
 def bench_documents(
     model: Model,
-    files: Annotated[int, typer.Option(help="Files of the folder, 1 to 200.")] = 40,
-    pages: Annotated[int, typer.Option(help="Pages of the PDF, 1 to 200.")] = 40,
+    what: Annotated[str, typer.Option(help="folder, pdf, or both.")] = "folder,pdf",
+    files: Annotated[int, typer.Option(help="Files of the folder, 1 to 40.")] = 40,
+    pages: Annotated[int, typer.Option(help="Pages of the PDF, 1 to 40.")] = 40,
     num_questions: Annotated[int, typer.Option(
         "-n", min=1, help="Questions about the folder, and as many about the PDF.")] = 40,
     seed: Annotated[int, typer.Option(help="Same seed, same documents.")] = 0,
@@ -30,6 +31,7 @@ def bench_documents(
 
     session = BenchSession("documents", BenchOptions.make(device, out, commit, None))
     options = DocumentsOptions(
-        model=model, num_files=files, num_pages=pages, num_questions=num_questions, seed=seed,
-        attention=attention, device=session.device, threads=threads)
+        model=model, what=parse_list(what, str, "--what"), num_files=files, num_pages=pages,
+        num_questions=num_questions, seed=seed, attention=attention,
+        device=session.device, threads=threads)
     end_with(run(session, options))

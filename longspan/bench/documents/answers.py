@@ -2,7 +2,7 @@
 
 The command runs as a person types it, in a process of its own. An answer is right that holds the
 words asked for; its file is right where the first source names the file that they stand in, its
-passage where the first source holds those words too and lies in the very case that was asked about.
+passage where the first source holds those words too and lies where the house's text is.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from longspan.bench.documents.cases import Asked, make_cases, write_folder, write_report
+from longspan.bench.documents.houses import KINDS, Asked, make_houses, write_folder, write_report
 from longspan.bench.session import BenchSession
 from longspan.commands.console import note, percent, show_table
 from longspan.documents.formats import read_file
@@ -25,7 +25,8 @@ from longspan.documents.words import words
 from longspan.errors import LongspanError
 from longspan.eval.stats import wilson_interval
 
-MAX_TOKENS = 48
+MAX_TOKENS = 32
+WHAT = ("folder", "pdf")
 METRICS = ("answer", "file", "passage")
 Score = Callable[[dict[str, Any], Asked, str], bool]
 
@@ -35,10 +36,12 @@ class DocumentsOptions:
     """What is asked, and of whom."""
 
     model: str
+    what: tuple[str, ...]
+    """``folder``, ``pdf``, or both."""
     num_files: int
     """Files of the folder."""
     num_pages: int
-    """Pages of the PDF, one case each."""
+    """Pages of the PDF."""
     num_questions: int
     """About each of the two."""
     seed: int
@@ -47,22 +50,27 @@ class DocumentsOptions:
     threads: int | None = None
 
     def __post_init__(self) -> None:
+        for name in self.what:
+            if name not in WHAT:
+                raise LongspanError(f"--what: {name!r} is not one of {', '.join(WHAT)}")
         for name in ("num_files", "num_pages"):
-            if not 1 <= getattr(self, name) <= 200:
-                raise LongspanError(f"--{name.removeprefix('num_')} must be 1 to 200, not "
+            if not 1 <= getattr(self, name) <= len(KINDS):
+                raise LongspanError(f"--{name.removeprefix('num_')} must be 1 to {len(KINDS)}, not "
                                     f"{getattr(self, name)}")
 
 
 def run(session: BenchSession, options: DocumentsOptions) -> int:
-    """Ask about both, write rows, print the table. Returns the exit status."""
+    """Ask about what is wanted, write rows, print the table. Returns the exit status."""
     with TemporaryDirectory(prefix="longspan-documents-") as name:
         folder = Path(name)
-        cases = make_cases(options.num_files, options.seed)
-        asked = {"folder": write_folder(folder / "cases", cases, options.num_questions)}
-        report = make_cases(options.num_pages, options.seed + 1)
-        asked["pdf"] = write_report(folder / "report.pdf", report, options.num_questions)
-        for what, path in (("folder", "cases"), ("pdf", "report.pdf")):
-            _measure(session, options, folder, path, asked[what])
+        if "folder" in options.what:
+            houses = make_houses(options.num_files, options.seed)
+            _measure(session, options, folder, "houses", write_folder(
+                folder / "houses", houses, options.num_questions))
+        if "pdf" in options.what:
+            pages = make_houses(options.num_pages, options.seed + 1)
+            _measure(session, options, folder, "report.pdf", write_report(
+                folder / "report.pdf", pages, options.num_questions))
     show(session.rows)
     return session.finish()
 
@@ -116,7 +124,8 @@ def row(
             "ci_high": round(high, 4), "num_documents": len(first["documents"]),
             "num_tokens": first["num_prompt_tokens"], "ttft_s": round(first["ttft_s"], 2),
             "next_ttft_s": round(max((one["ttft_s"] for one in outputs[1:]), default=0.0), 2),
-            "wrong": [one.question for one, is_right in zip(asked, right, strict=True)
+            "wrong": [{"question": one.question, "said": output["text"]}
+                      for one, output, is_right in zip(asked, outputs, right, strict=True)
                       if not is_right]}
 
 
@@ -145,7 +154,7 @@ def _is_found(output: dict[str, Any], one: Asked, text: str) -> bool:
         return False
     start, stop = output["sources"][0]["start"], output["sources"][0]["stop"]
     begin = text.index(one.title)
-    end = text.find(" against ", begin + len(one.title))
+    end = text.find("History of ", begin + len(one.title))
     middle = (start + stop) // 2
     return _says(text[start:stop], one.answer) and begin <= middle < (len(text) if end < 0 else end)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from longspan.bench.documents.answers import METRICS, DocumentsOptions, row, run
-from longspan.bench.documents.cases import KINDS, Asked, make_cases, write_folder, write_report
+from longspan.bench.documents.houses import Asked, make_houses, write_folder, write_report
 from longspan.bench.session import BenchOptions, BenchSession
 from longspan.documents.gather import gather
 from longspan.documents.sources import SourceIndex
@@ -18,8 +19,9 @@ from longspan.errors import LongspanError
 
 
 def options_of(**changes: Any) -> DocumentsOptions:
-    return DocumentsOptions(**{"model": "nano", "num_files": 4, "num_pages": 3,
-                               "num_questions": 5, "seed": 1, "threads": 1, **changes})
+    return DocumentsOptions(**{"model": "nano", "what": ("folder", "pdf"), "num_files": 4,
+                               "num_pages": 3, "num_questions": 5, "seed": 1, "threads": 1,
+                               **changes})
 
 
 def answered(folder: Path, path: str, asked: list[Asked], said: list[str]) -> list[dict[str, Any]]:
@@ -33,17 +35,17 @@ def answered(folder: Path, path: str, asked: list[Asked], said: list[str]) -> li
 
 @pytest.mark.parametrize("what", ["folder", "pdf"])
 def test_right_answers_and_their_places(tmp_path: Path, what: str) -> None:
-    cases = make_cases(40, 0)
+    houses = make_houses(40, 0)
     if what == "folder":
-        path, asked = "cases", write_folder(tmp_path / "cases", cases, 40)
+        path, asked = "houses", write_folder(tmp_path / "houses", houses, 40)
     else:
-        path, asked = "report.pdf", write_report(tmp_path / "report.pdf", cases, 40)
+        path, asked = "report.pdf", write_report(tmp_path / "report.pdf", houses, 40)
     outputs = answered(tmp_path, path, asked, [f"It is {one.answer}." for one in asked])
     for metric in METRICS:
         found = row(metric, outputs, asked, tmp_path)
         assert (found["n"], found["score"], found["wrong"]) == (40, 1.0, []), metric
         assert 0.9 < found["ci_low"] < found["ci_high"] == 1.0
-    others = [asked[(number + len(KINDS)) % 40].answer for number in range(40)]
+    others = [asked[(number + 5) % 40].answer for number in range(40)]
     outputs = answered(tmp_path, path, asked, others)
     found = {metric: row(metric, outputs, asked, tmp_path)["score"] for metric in METRICS}
     assert found["answer"] <= 0.1 and found["passage"] <= 0.4
@@ -51,13 +53,12 @@ def test_right_answers_and_their_places(tmp_path: Path, what: str) -> None:
     assert [row(metric, nothing, asked, tmp_path)["score"] for metric in METRICS] == [0, 0, 0]
 
 
-def test_the_same_seed_gives_the_same_cases_and_nobody_is_in_two() -> None:
-    cases = make_cases(200, 3)
-    assert cases == make_cases(200, 3) != make_cases(200, 4)
-    answers_of_people = [case.questions[kind][1] for case in cases for kind in (0, 1)]
-    assert len(set(answers_of_people)) == 400
-    for case in cases:
-        assert all(answer in case.text for _, answer in case.questions)
+def test_the_same_seed_gives_the_same_houses_and_answers_are_in_one_alone() -> None:
+    houses = make_houses(40, 3)
+    assert houses == make_houses(40, 3) != make_houses(40, 4)
+    for house in houses:
+        for _, answer in house.questions:
+            assert [one for one in houses if re.search(rf"\b{answer}\b", one.text)] == [house]
 
 
 def test_the_command_writes_its_rows(tmp_path: Path) -> None:
@@ -66,7 +67,7 @@ def test_the_command_writes_its_rows(tmp_path: Path) -> None:
     (file,) = tmp_path.glob("documents.*.json")
     rows = json.loads(file.read_text())["rows"]
     assert [(one["documents"], one["metric"], one["n"], one["num_documents"]) for one in rows] == [
-        (what, metric, 2, count) for what, count in (("cases", 2), ("report.pdf", 1))
+        (what, metric, 2, count) for what, count in (("houses", 2), ("report.pdf", 1))
         for metric in METRICS]
 
 
@@ -76,6 +77,8 @@ def test_failures_are_said_in_the_commands_own_words(
     session = BenchSession("documents", BenchOptions.make("cpu", tmp_path, None, None))
     assert run(session, options_of(num_questions=1, model=str(tmp_path / "gone"))) == 1
     assert f"error: {tmp_path}/gone" in capsys.readouterr().err
-    assert [one["documents"] for one in session.rows] == ["cases", "report.pdf"]
-    with pytest.raises(LongspanError, match="--pages must be 1 to 200, not 201"):
-        options_of(num_pages=201)
+    assert [one["documents"] for one in session.rows] == ["houses", "report.pdf"]
+    with pytest.raises(LongspanError, match="--pages must be 1 to 40, not 41"):
+        options_of(num_pages=41)
+    with pytest.raises(LongspanError, match="--what: 'web' is not one of folder, pdf"):
+        options_of(what=("web",))
