@@ -18,11 +18,14 @@ MEASURE_S = 0.2
 
 
 def predict_rows(engine: ResolvedEngine, length: int, is_here: bool) -> list[tuple[str, str]]:
-    """Predict the time to the first token and of each further one, said to be a guess.
+    """Predict the time to the first token and of each further one, said to be a guess; of what does
+    not fit there is none, for its settings are no one's.
 
     Args:
         is_here: the plan is for this machine: its speed is measured.
     """
+    if engine.memory.missing_bytes:
+        return [("first token, a guess", "none, as it does not fit")]
     assert engine.config.device is not None and engine.config.dtype is not None
     kind = engine.config.device.split(":")[0]
     speed = FLOPS[kind]

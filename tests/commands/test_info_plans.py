@@ -118,6 +118,7 @@ def test_what_to_change_has_been_planned(monkeypatch: pytest.MonkeyPatch, large_
     rows = rows_of(monkeypatch, large_model, 400_000, memory_gib=40.0)
     advice = rows["so that it fits"]
     assert "fits: no, " in rows["together"]
+    assert rows["first token, a guess"] == "none, as it does not fit"
     (length,) = re.findall(r"--length (\d+)", advice)
     assert "fits: yes" in rows_of(
         monkeypatch, large_model, int(length), memory_gib=40.0)["together"]
