@@ -28,6 +28,7 @@ from bench.tables import (
     ttft_section,
 )
 from bench.tables_cache import cache_section
+from bench.tables_documents import documents_section
 from bench.tables_eval import eval_table, fidelity_section, phases_section, scores_section
 from bench.tables_pipeline import pipeline_section
 from bench.tables_quality import policies_section, quality_section
@@ -43,9 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("--readme", type=Path, nargs="+", help="pages with the markers",
-                        default=[Path("README.md"), Path("docs/evaluation.md"),
-                                 Path("docs/kv-cache.md"), Path("docs/parallelism.md"),
-                                 Path("docs/sparsity.md"), Path("docs/training.md")])
+                        default=[Path("README.md"), Path("docs/documents.md"),
+                                 Path("docs/evaluation.md"), Path("docs/kv-cache.md"),
+                                 Path("docs/parallelism.md"), Path("docs/sparsity.md"),
+                                 Path("docs/training.md")])
     parser.add_argument("--results", type=Path, default=Path("bench/results"), help="folder")
     asked = parser.parse_args(arguments)
     try:
@@ -119,7 +121,8 @@ SECTIONS: dict[str, Callable[[Sequence[Content]], str]] = {
     "ttft": ttft_section, "decode": decode_section, "ops": ops_section, "serve": serve_section,
     "pipeline": pipeline_section, "quality": quality_section, "policies": policies_section,
     "scores": scores_section, "fidelity": fidelity_section, "phases": phases_section,
-    "goals": goals_section, "effects": effects_section, "cache": cache_section}
+    "goals": goals_section, "effects": effects_section, "cache": cache_section,
+    "documents": documents_section}
 PLOTS: dict[str, Callable[[Content, Path], list[Path]]] = {
     "ttft": draw_ttft, "eval": draw_eval, "fidelity": draw_heads,
     "pipeline": draw_pipeline, "policies": draw_quality}
