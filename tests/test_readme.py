@@ -19,6 +19,7 @@ import typer
 
 from longspan import cli
 from longspan.commands.run_app import UsageError
+from longspan.documents.gather import as_prompt, gather
 from tests.serve.fake import Running, running
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,8 +27,11 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "longspan" / "nano" / "README.md"]
 """Pages with further commands: these are taken apart, not run."""
 ADDRESS = "http://127.0.0.1:8000"
-LOCAL = ("README.md", "docs", "longspan", "longspan/documents")
-"""What examples read; everything else would not be in a fresh clone."""
+WINDOWS = {"small": 16_384, "Qwen/Qwen2.5-1.5B-Instruct": 32_768,
+           "Qwen/Qwen2.5-7B-Instruct-1M": 1_010_000}
+"""What the models of examples read, tokens; of ``small`` what the example plans."""
+CHARACTERS_A_TOKEN = 3.5
+"""Of what examples read, in Qwen2.5's tokens: 3.6 to 4.1 on 2026-11-29."""
 RUN = (["info", "nano"], ["eval", "list"], ["--version"])
 """Beginnings of commands that are quick, need nothing and write nothing: these are run."""
 
@@ -143,14 +147,33 @@ def test_quick_commands_run_as_written(
     assert capsys.readouterr().out
 
 
+def documents_of(words: list[str]) -> list[str]:
+    return [words[index + 1] for index, word in enumerate(words) if word == "--document"]
+
+
 def test_documents_of_examples_are_in_the_repository() -> None:
-    named = [words[index + 1] for words in programs("longspan")
-             for index, word in enumerate(words) if word == "--document"]
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    files = listed.stdout.split() or [str(file.relative_to(ROOT)) for file in ROOT.rglob("*")]
+    named = [name for words in programs("longspan") for name in documents_of(words)]
     assert len(named) >= 5
     for name in named:
-        assert name == "-" or (name in LOCAL and (ROOT / name).exists()), name
+        assert name == "-" or any(f"{file}/".startswith(f"{name}/") for file in files), name
     for words in programs("cat"):
         assert all(list(ROOT.glob(pattern)) for pattern in words)
+
+
+def test_documents_of_examples_fit_their_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    checked = 0
+    for words in programs("longspan"):
+        named = documents_of(words)
+        if named and named != ["-"]:
+            model = words[words.index("--model") + 1] if "--model" in words else words[1]
+            num_tokens = len(as_prompt(gather(named).documents)) / CHARACTERS_A_TOKEN
+            assert num_tokens < WINDOWS[model], words
+            checked += 1
+    assert checked >= 3
+    assert ["info", "small", "--length", str(WINDOWS["small"])] in programs("longspan")
 
 
 def test_models_that_are_made_are_made_before_they_are_used() -> None:
