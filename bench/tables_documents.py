@@ -21,10 +21,9 @@ def documents_section(contents: Sequence[Content]) -> str:
                    if (row["model"], row["documents"], row["attention"]) == kind}
             first = next(iter(own.values()))
             body.append([kind[0], _documents(first), f"{first['num_tokens']:,}",
-                         f"{first['ttft_s']:.0f} s",
                          *(_share(own.get(metric)) for metric in METRICS)])
         parts.append(caption(content, "% (95 % interval; questions)") + markdown(
-            ["model", "documents", "tokens", "read in", *METRICS.values()], body))
+            ["model", "documents", "tokens", *METRICS.values()], body))
     return "\n".join(parts)
 
 
