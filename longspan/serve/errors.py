@@ -15,6 +15,8 @@ from longspan.errors import CheckpointError, LongspanError, PromptTooLongError
 
 logger = logging.getLogger("longspan.serve")
 
+ROUTES = {404: "There is no such route here; OpenAI's begin with /v1, and /openapi.json lists all.",
+          405: "This route takes another method; the header Allow names it."}
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error",
          429: "rate_limit_error", 503: "service_unavailable_error"}
 """Error types by status; other ones: server_error from 500 on, invalid_request_error below."""
@@ -72,7 +74,8 @@ def as_api_error(error: Exception, request_id: str = "") -> ApiError:
     if isinstance(error, LongspanError) and not isinstance(error, CheckpointError):
         return ApiError(error.http_status, " ".join(str(error).split()))
     if isinstance(error, HTTPException):
-        return ApiError(error.status_code, str(error.detail), headers=error.headers)
+        said = ROUTES.get(error.status_code, str(error.detail))
+        return ApiError(error.status_code, said, headers=error.headers)
     logger.error("request %s: unexpected error", request_id or "?", exc_info=error)
     name = f", where this is request {request_id}" if request_id else ""
     return ApiError(500, f"The server failed on this request; its log says why{name}.")

@@ -281,7 +281,8 @@ def test_garbage_on_the_socket(server):
 
 
 def test_unknown_routes(server):
-    assert error_of(httpx.get(server.url + "/v2/x"))["type"] == "not_found_error"
+    said = error_of(httpx.post(server.url + "/chat/completions", json={}))
+    assert said["type"] == "not_found_error" and "begin with /v1" in said["message"]
     wrong = httpx.get(server.url + COMPLETE)
     assert wrong.status_code == 405 and wrong.headers["allow"] == "POST" and error_of(wrong)
 
