@@ -7,6 +7,7 @@ transport that leads to the runner.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 
 from longspan.engine.control.loop import Loop, Transport
@@ -41,11 +42,16 @@ class ServingLoop:
             scheduler, transport, queues_prefill=scheduler.config.num_stages > 1, ahead_s=AHEAD_S,
             on_submit=self._tell_prefills, on_wait=self._tell_load, on_result=on_result)
         self._load: Load | None = None
+        self._is_measuring = False
+        self._early = deque[Command]()
+        """What came while the engine measured itself."""
 
     def run(self) -> None:
         """Serve. Errors of the runner and of the scheduler are raised here."""
         self._tell_load()
-        measure_itself(self._scheduler, self._loop)
+        self._is_measuring = True
+        measure_itself(self._scheduler, self._loop, self._somebody_waits)
+        self._is_measuring = False
         self._tell_load()
         while self._receive():
             self._loop.turn()
@@ -55,7 +61,7 @@ class ServingLoop:
     def _receive(self) -> bool:
         """Take all commands that wait, or wait for one if nothing is to compute. False: `Close`."""
         must_wait = self._loop.is_idle
-        while (command := self._take(must_wait)) is not None:
+        while (command := self._next(must_wait)) is not None:
             must_wait = False
             if isinstance(command, Add):
                 self._loop.add(command.request)
@@ -65,16 +71,26 @@ class ServingLoop:
                 self._loop.abort(command.request_id)
         return True
 
+    def _next(self, must_wait: bool) -> Command | None:
+        return self._early.popleft() if self._early else self._take(must_wait)
+
+    def _somebody_waits(self) -> bool:
+        while (command := self._take(False)) is not None:
+            self._early.append(command)
+        return bool(self._early)
+
     def _tell_prefills(self, batch: ScheduledBatch) -> None:
         """Tell what the prefix cache supplied, before a step that may take seconds."""
-        if batch.prefills:
+        if batch.prefills and not self._is_measuring:
             self._tell_load()
             self._send(Submitted(tuple(
                 (item.request_id, item.cached_len) for item in batch.slices
                 if item.cached_len < item.prompt_len)))
 
     def _tell_load(self) -> None:
-        """Tell the load, unless the front end knows it."""
+        """Tell the load, unless the front end knows it; its own measurements are nobody's."""
+        if self._is_measuring:
+            return
         load = self._scheduler.load
         if load != self._load:
             self._load = load

@@ -220,6 +220,7 @@ class ResolvedEngine:
             sparse_above=self._sparse_above,
             prior=prior_costs(self.model, self.config, self.plan).of_stage(stages),
             self_measurement_len=min(MEASURED_LEN[device_type], self.memory.max_model_len // 2),
+            warms_sparse=device_type == "cuda",
             burst_s=BURST_S if device_type == "cuda" and stages == 1 else 0.0, tiers=self.tiers,
             num_stages=stages,
             cache_key=self.cache_key)
