@@ -76,7 +76,6 @@ class SchedulerConfig(PlannerConfig):
     """Longest prompt of a server's `self_measurement`, tokens; 0: it does not measure itself."""
     warms_sparse: bool = True
     """It computes a sparse prompt too: the first one has kernels to prepare."""
-
     tiers: TierConfig = TierConfig()
     """What there is of the prefix cache besides the device's blocks."""
 
@@ -381,11 +380,6 @@ class Scheduler:
                 request, token, logprobs, done_len, failure if reason == "abort" else ""))
             if reason is not None:
                 return
-
-    def forget_times(self) -> None:
-        """Forget how long steps took: they had compilers to wait for."""
-        self.latency.reset()
-        self.forecast = None
 
     def _learn(self, step: InFlightStep, elapsed_s: float) -> None:
         # The head on all rows, for log-probabilities of prompts, is no part of the model.

@@ -42,7 +42,8 @@ def measure_itself(
         if not must_end():
             _compute(loop, number, prompt_len, sparse, must_end)
         if number < num_cold:
-            scheduler.forget_times()
+            scheduler.latency.reset()
+            scheduler.forecast = None
 
 
 def _compute(
