@@ -31,7 +31,7 @@ WINDOWS = {"small": 16_384, "Qwen/Qwen2.5-1.5B-Instruct": 32_768,
            "Qwen/Qwen2.5-7B-Instruct-1M": 1_010_000}
 """What the models of examples read, tokens; of ``small`` what the example plans."""
 CHARACTERS_A_TOKEN = 3.5
-"""Of what examples read, in Qwen2.5's tokens: 3.6 to 4.1 on 2026-11-29."""
+"""A measured ratio, of what examples read in Qwen2.5's tokens: 3.6 to 4.1 on 2026-11-29."""
 RUN = (["info", "nano"], ["eval", "list"], ["--version"])
 """Beginnings of commands that are quick, need nothing and write nothing: these are run."""
 
