@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from longspan.config import ModelConfig
-from longspan.weight_form import WeightForm, WeightForms
+from longspan.weight_form import FOR_CPUS, WeightForm, WeightForms
 
 
 class Matrix(NamedTuple):
@@ -75,12 +75,12 @@ def routed_bytes(model: ModelConfig, forms: WeightForms, element: int) -> int:
 def scratch_bytes(
     model: ModelConfig, forms: WeightForms, element: int, device_type: str
 ) -> int:
-    """Bytes that quantised weights but int8 take where they are made plain for a product: the
-    largest matrix's, and on GPUs, where no product of experts reads what they are held in, all
-    experts' of a layer."""
+    """Bytes that quantised weights, but those for CPUs, take where they are made plain for a
+    product: the largest matrix's, and on GPUs, where no product of experts reads what they are held
+    in, all experts' of a layer."""
     layers = [list(layer_matrices(model, forms, idx)) for idx in range(model.num_layers)]
     found = [matrix.num_weights // matrix.copies for matrices in layers for matrix in matrices
-             if matrix.form.kind not in ("plain", "int8-rows")]
+             if matrix.form.kind not in ("plain", *FOR_CPUS)]
     if device_type != "cpu":
         found += [sum(matrix.num_weights for matrix in matrices if matrix.copies > 1
                       and matrix.form.kind in ("fp8-blocks", "int4")) for matrices in layers]

@@ -25,6 +25,8 @@ QUANTIZED_FORMS: dict[Quantization, WeightForm] = {
     "none": PLAIN, "fp8": WeightForm("fp8-rows"), "int4": WeightForm("int4", 128),
     "int8": WeightForm("int8-rows")}
 """What `EngineConfig.quantization` makes of a checkpoint's plain matrices."""
+CPU_INT4 = WeightForm("int4-cpu", 32)
+"""What int4 is on CPUs: groups of 32 cost decoding nothing there."""
 INT8_BYTES = 1 << 30
 """On CPUs models that take more in fp32 are quantised to int8 where nobody says: they are read from
 memory for every token. Smaller ones would gain little."""
@@ -65,9 +67,9 @@ def resolve_quantization(
     for, or the machine has no product for it.
 
     Args:
-        has_int8: the machine has it.
+        has_int8: the machine has it, and that of int4.
 
-    Raises `LongspanError` where int8 is asked for and cannot be.
+    Raises `LongspanError` where int8 is asked for and cannot be, or int4 on such a CPU.
     """
     lacks = ""
     if device != "cpu":
@@ -78,6 +80,8 @@ def resolve_quantization(
         lacks = "is not there for routed experts; leave it out"
     if asked.quantization == "int8" and lacks:
         raise LongspanError(f"quantization int8 {lacks}")
+    if asked.quantization == "int4" and device == "cpu" and not has_int8:
+        raise LongspanError(f"quantization int4 on a CPU {lacks}")
     is_plain = model.quantization is None and asked.dtype is None
     if asked.quantization is not None or not is_plain or lacks:
         return asked.quantization
@@ -90,7 +94,10 @@ def resolve_forms(config: EngineConfig, model: ModelConfig) -> WeightForms:
     that is quantised otherwise than asked for."""
     asked, stored = config.quantization, model.quantization
     if stored is None:
-        return PLAIN_FORMS if asked is None else WeightForms(QUANTIZED_FORMS[asked])
+        if asked is None:
+            return PLAIN_FORMS
+        is_cpu = asked == "int4" and config.device == "cpu" and model.experts is None
+        return WeightForms(CPU_INT4 if is_cpu else QUANTIZED_FORMS[asked])
     if asked not in (None, "none") and not stored.form.kind.startswith(asked):
         raise LongspanError(
             f"quantization {asked!r}: the checkpoint's weights are quantised already "

@@ -8,13 +8,14 @@ import torch
 
 from longspan.model.fp8 import Fp8Linear
 from longspan.model.int4 import Int4Linear
+from longspan.model.int4_cpu import Int4CpuLinear
 from longspan.model.int8 import Int8Linear, Int8Table
 from longspan.model.linear import Linear, PlainLinear, plain_linear
 from longspan.weight_form import FormKind, WeightForm
 
 LINEARS: dict[FormKind, type[Linear]] = {
     "plain": PlainLinear, "fp8-rows": Fp8Linear, "fp8-blocks": Fp8Linear, "int4": Int4Linear,
-    "int8-rows": Int8Linear}
+    "int4-cpu": Int4CpuLinear, "int8-rows": Int8Linear}
 
 
 def make_linear(

@@ -29,9 +29,7 @@ class Int8Linear(Linear):
     def forward(self, x: Activations) -> Tensor:
         """See `Linear`."""
         assert isinstance(x, Tensor), "activations are rounded for fp8 alone"
-        out = int8.linear(x if x.dim() == 2 else x.flatten(0, -2), self.packed)
-        if self.bias is not None:
-            out += self.bias
+        out = int8.linear(x if x.dim() == 2 else x.flatten(0, -2), self.packed, self.bias)
         return (out if x.dim() == 2 else out.view(*x.shape[:-1], -1)).to(x.dtype)
 
     def add_to(self, sums: Tensor, x: Activations) -> None:

@@ -54,6 +54,12 @@ def query_position(position: Tensor, zone: int, stride: int, clamp: int) -> Tens
     return torch.full_like(position, min(2 * stride - 1, clamp))
 
 
+def one_query_position(position: int, zone: int, stride: int, clamp: int) -> int:
+    """Return what `query_position` does, of one position that the host knows."""
+    local = position % stride
+    return (local, min(local + stride, clamp), min(2 * stride - 1, clamp))[zone]
+
+
 def continuous_query_position(position: Tensor, zone: int, stride: int, clamp: int) -> Tensor:
     """Return positions of probe queries, during selection only: without a clamp, so that distances
     do not jump along a diagonal (arXiv 2501.15383, section 5.2, figure 5). Positions may exceed the

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from longspan.config import DcaConfig, EngineConfig, ModelConfig
+from longspan.config import DcaConfig, EngineConfig, ModelConfig, Quantization
 from longspan.dca_config import derive_dca
 from longspan.engine.resolve import (
     check_tiles,
@@ -149,11 +149,14 @@ def test_large_models_are_int8_on_cpus_unless_somebody_says(
     assert resolve_quantization(asked, model, device=device, has_int8=has_int8) == expected
 
 
-@pytest.mark.parametrize(("device", "has_int8", "message"), [
-    ("cuda", True, "is for CPUs, and the device is cuda; use fp8"),
-    ("cpu", False, "needs an x86 CPU with AVX2"),
+@pytest.mark.parametrize(("quantization", "device", "has_int8", "message"), [
+    ("int8", "cuda", True, "is for CPUs, and the device is cuda; use fp8"),
+    ("int8", "cpu", False, "needs an x86 CPU with AVX2"),
+    ("int4", "cpu", False, "int4 on a CPU needs an x86 CPU with AVX2"),
 ])
-def test_int8_is_refused_where_it_cannot_be(device: str, has_int8: bool, message: str) -> None:
-    asked = EngineConfig(model="m", quantization="int8")
+def test_formats_are_refused_where_they_cannot_be(
+    quantization: Quantization, device: str, has_int8: bool, message: str,
+) -> None:
+    asked = EngineConfig(model="m", quantization=quantization)
     with pytest.raises(LongspanError, match=message):
         resolve_quantization(asked, ModelConfig(**MODEL), device=device, has_int8=has_int8)

@@ -10,6 +10,7 @@ from longspan.engine.front.llm import LLM
 from longspan.engine.request import SamplingParams
 from longspan.engine.setup.engine_plan import ResolvedEngine
 from longspan.model.forms import LINEARS, make_embedding, make_linear
+from longspan.model.int4_cpu import Int4CpuLinear
 from longspan.model.int8 import Int8Linear, Int8Table
 from longspan.model.linear import Linear, PlainLinear
 from longspan.model.qwen2 import CausalLM
@@ -17,7 +18,8 @@ from longspan.weight_form import PLAIN, FormKind, WeightForm, WeightForms, is_na
 
 SIZES, WIDTH = (256, 128, 128), 160
 ERRORS: dict[FormKind, float] = {
-    "plain": 1e-6, "fp8-rows": 0.04, "fp8-blocks": 0.04, "int4": 0.15, "int8-rows": 0.02}
+    "plain": 1e-6, "fp8-rows": 0.04, "fp8-blocks": 0.04, "int4": 0.15, "int4-cpu": 0.1,
+    "int8-rows": 0.02}
 """Mean error of a stored matrix over its mean size."""
 
 
@@ -46,7 +48,8 @@ def test_a_merged_product_is_that_of_its_parts(kind: FormKind) -> None:
     sums = torch.randn(5, sum(SIZES))
     added = sums.clone()
     linear.add_to(added, x)
-    torch.testing.assert_close(added, sums + found)
+    rounding = 0.01 if kind == "int4-cpu" else 1e-5  # products come in bf16
+    torch.testing.assert_close(added, sums + found, rtol=rounding, atol=10 * rounding)
     torch.testing.assert_close(linear.part(x, slice(256, None)), found[:, 256:])
 
 
@@ -58,8 +61,9 @@ def test_a_stack_of_equal_matrices_is_the_same_weights(kind: FormKind) -> None:
     stack, x = linear.stack(2), torch.randn(3, WIDTH)
     plain = stack if isinstance(stack, Tensor) else stack.dense()
     assert tuple(stack.shape) == (2, 16, WIDTH)
+    rtol, atol = (1e-2, 0.2) if kind == "int4-cpu" else (1e-3, 2e-3)  # activations in bf16
     torch.testing.assert_close(
-        linear(x), (x @ plain.transpose(1, 2)).transpose(0, 1).flatten(1), rtol=1e-3, atol=2e-3)
+        linear(x), (x @ plain.transpose(1, 2)).transpose(0, 1).flatten(1), rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("kind", LINEARS)
@@ -106,6 +110,8 @@ def held_bytes(model: CausalLM) -> int:
         if isinstance(module, Int8Linear):
             copies = int(module._packed is not None) + int(module._values is not None)
             total += copies * sum(module.sizes) * (module.in_features + 4)
+        if isinstance(module, Int4CpuLinear):
+            total += sum(part.numel() * part.element_size() for part in module.packed)
     return total
 
 
@@ -140,7 +146,7 @@ def test_an_int8_embedding_gives_rows_and_only_a_tied_one_products(is_head: bool
         torch.testing.assert_close(table(torch.eye(WIDTH)), exact, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["fp8", "int8"])
+@pytest.mark.parametrize("kind", ["fp8", "int4", "int8"])
 def test_a_model_is_quantised_while_it_is_loaded(kind: str) -> None:
     """The bundled model: less memory, as planned, and nearly the same probabilities."""
     prompt, sizes, scores = "The number of the house is 7. " * 9, [], []
@@ -157,4 +163,4 @@ def test_a_model_is_quantised_while_it_is_loaded(kind: str) -> None:
             assert output.prompt_logprobs is not None
             scores.append(torch.as_tensor(output.prompt_logprobs[1:]))
     assert sizes[1] < 0.45 * sizes[0]
-    assert 0 < (scores[1] - scores[0]).abs().mean() < 0.05
+    assert 0 < (scores[1] - scores[0]).abs().mean() < (0.15 if kind == "int4" else 0.05)

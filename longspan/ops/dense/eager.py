@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from longspan.ops.geometry import INTER, INTRA, Span, query_position, segments
+from longspan.ops.geometry import INTRA, Span, one_query_position, segments
 from longspan.ops.geometry import spans as zone_spans
 from longspan.ops.tiles.attend import Partial, attend, merge, ordered_kv, rotated_queries
 from longspan.ops.tiles.few_calls import rotate
@@ -42,33 +42,26 @@ def decode_attention(
     scales: Tensor, spans: KeySpans | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.decode_attention`. One request after another; the host reads lengths."""
-    lengths = context_lens.tolist()
-    ranges = [(0, length) for length in lengths] if spans is None else [
-        (first, first + count) for first, count in zip(
-            spans.first.tolist(), spans.length.tolist(), strict=True)]
-    last_zone = min((max(lengths, default=1) - 1) // rotary.stride, INTER)
-    zones = []
-    for zone in range(last_zone + 1):
-        rows = query_position(context_lens - 1, zone, rotary.stride, rotary.clamp)
-        if last_zone:
-            # requests without keys in the zone may lie beyond the tables; theirs are not used
-            rows = rows.clamp(max=rotary.cos.shape[0] - 1)
-        zones.append(rotate(q, rotary.cos[rows], rotary.sin[rows]))
     parts = []
-    for row, (length, scale) in enumerate(zip(lengths, scales.tolist(), strict=True)):
-        first, stop = ranges[row]
+    for row, (length, scale) in enumerate(zip(context_lens.tolist(), scales.tolist(), strict=True)):
+        first, stop = 0, length
+        if spans is not None:
+            first = int(spans.first[row])
+            stop = first + int(spans.length[row])
         if first == stop:
             parts.append((q.new_zeros(q.shape[1], 1, q.shape[2]),
                           q.new_full((q.shape[1], 1), -math.inf, dtype=torch.float32)))
             continue
         table = block_tables[row, first // cache.k.shape[1] :]
         k, v = ordered_kv(cache, table, stop - first)
-        runs = [(span.zone, slice(max(_held(span.start, spans, cache), first) - first,
-                                  min(_held(span.stop, spans, cache), stop) - first))
-                for span in zone_spans(length - 1, length, rotary.stride)]
-        parts.append(merge([
-            _attend_history(zones[zone][row : row + 1], k[keys], v[keys], scale)
-            for zone, keys in runs if keys.start < keys.stop]))
+        found = []
+        for span in zone_spans(length - 1, length, rotary.stride):
+            keys = slice(max(_held(span.start, spans, cache), first) - first,
+                         min(_held(span.stop, spans, cache), stop) - first)
+            if keys.start < keys.stop:
+                rotated = _rotated_query(q[row : row + 1], length - 1, span.zone, rotary)
+                found.append(_attend_history(rotated, k[keys], v[keys], scale))
+        parts.append(merge(found))
     if len(parts) == 1:
         out, lse = parts[0]
         return out.permute(1, 0, 2).contiguous(), lse.T.contiguous()
@@ -82,6 +75,12 @@ def _held(position: int, spans: KeySpans | None, cache: PagedKV) -> int:
         return position
     part_len, within = cache.k.shape[1], position % spans.block_len - spans.block_start
     return position // spans.block_len * part_len + max(0, min(within, part_len))
+
+
+def _rotated_query(q: Tensor, position: int, zone: int, rotary: QueryRotary) -> Tensor:
+    """Rotate one query, [1, H, D], for keys of ``zone``."""
+    row = one_query_position(position, zone, rotary.stride, rotary.clamp)
+    return rotate(q, rotary.cos[row : row + 1], rotary.sin[row : row + 1])
 
 
 def _span_parts(

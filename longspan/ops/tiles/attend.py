@@ -109,8 +109,9 @@ def ordered_kv(cache: PagedKV, block_table: Tensor, context_len: int) -> tuple[T
     block_size = cache.k.shape[1]
     num_blocks = -(-context_len // block_size)
     table = block_table[:num_blocks]
-    first = int(table[0])
-    if num_blocks == 1 or torch.equal(table[1:], table[:-1] + 1):
+    ids = table.cpu().numpy()
+    first = int(ids[0])
+    if (ids[1:] == ids[:-1] + 1).all():
         k, v = cache.k[first : first + num_blocks], cache.v[first : first + num_blocks]
     else:
         k, v = cache.k[table], cache.v[table]

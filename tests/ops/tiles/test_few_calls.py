@@ -13,6 +13,7 @@ from longspan.ops.tiles import few_calls
 from longspan.ops.types import PagedKV, QueryRotary
 
 BLOCK, HEADS, DIM = 16, 2, 8
+assert_close = torch.testing.assert_close
 TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
@@ -22,22 +23,40 @@ def rotary() -> QueryRotary:
 
 
 @TYPES
-@pytest.mark.parametrize("shape", [(1, 48), (5, 3, 48)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 48), (5, 3, 48), (700, 48)], ids=str)
 def test_norms(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    x, weight = 30 * torch.randn(shape, dtype=dtype), torch.randn(48, dtype=dtype)
-    assert torch.equal(few_calls.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6))
+    """Few rows go to NumPy, many to PyTorch; half of each row's neighbours are not its own."""
+    x, weight = 30 * torch.randn(*shape[:-1], 96).to(dtype)[..., :48], torch.randn(48, dtype=dtype)
+    assert_close(few_calls.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6))
     ours, theirs = x.clone(), x.clone()
     found, _ = few_calls.add_rms_norm(x / 3, ours, weight, 1e-6)
     expected, _ = reference.add_rms_norm(x / 3, theirs, weight, 1e-6)
-    assert torch.equal(found, expected) and torch.equal(ours, theirs)
+    assert_close(found, expected)
+    assert torch.equal(ours, theirs)
+
+
+@TYPES
+def test_swiglu_leaves_what_it_reads(dtype: torch.dtype) -> None:
+    gate_up = 9 * torch.randn(3, 64, dtype=dtype)
+    before = gate_up.clone()
+    assert torch.equal(few_calls.silu_mul(gate_up), reference.silu_mul(gate_up))
+    assert torch.equal(gate_up, before)
+
+
+def test_gradients_go_through() -> None:
+    """NumPy and in-place work have none."""
+    x, weight = torch.randn(2, 48, requires_grad=True), torch.ones(48)
+    (ops.rms_norm(x, weight, 1e-6).square().sum() + ops.silu_mul(x).sum()).backward()
+    assert x.grad is not None and bool(x.grad.isfinite().all())
 
 
 @TYPES
 def test_rotation_of_a_part_of_a_merged_projection(dtype: torch.dtype) -> None:
-    merged, tables = torch.randn(5, 4 * HEADS, DIM, dtype=dtype), rotary()
-    x, rows = merged[:, HEADS : 2 * HEADS], torch.tensor([0, 63, 7, 7, 30])
-    args = x, tables.cos[rows], tables.sin[rows]
-    torch.testing.assert_close(few_calls.rotate(*args), reference.rotate(*args))
+    tables = rotary()
+    for rows in (torch.tensor([0, 63, 7, 7, 30]), torch.arange(3_000) % 64):
+        merged = torch.randn(len(rows), 4 * HEADS, DIM, dtype=dtype)
+        args = merged[:, HEADS : 2 * HEADS], tables.cos[rows], tables.sin[rows]
+        assert_close(few_calls.rotate(*args), reference.rotate(*args))
 
 
 def poisoned(dtype: torch.dtype, *, means: bool) -> PagedKV:
