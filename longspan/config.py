@@ -33,6 +33,7 @@ AttentionMode = Literal["auto", "dense", "sparse"]
 PositionMode = Literal["auto", "rope", "dca", "dca+yarn"]
 WeightSource = Literal["checkpoint", "random"]
 Quantization = Literal["none", "fp8", "int4", "int8"]
+KV_DTYPES = ("int8", "bfloat16", "float32")
 
 MAX_THREADS = 1024
 """torch crashes if the operating system cannot give it as many threads as it was told to use."""
@@ -283,7 +284,8 @@ class EngineConfig:
     models above 1 GiB in fp32, unless there is a ``dtype``."""
     kv_dtype: str | None = None
     """``int8``: keys and values are kept in eight bits, with a scale for each token and head;
-    arithmetic stays in ``dtype``. Default: they are kept in ``dtype``."""
+    ``bfloat16`` or ``float32``: in that type. Arithmetic stays in ``dtype``. Default: ``dtype``,
+    but on CPUs bfloat16 beside weights in eight bits or four."""
     prefill_chunk_len: int | None = None
     """Prompt tokens of one request computed in one step; default: the most that the memory allows,
     up to 131,072 on GPUs and 16,384 on CPUs (`longspan.engine.setup.step_sizes`)."""
@@ -376,9 +378,9 @@ class EngineConfig:
             raise LongspanError(f"quantization {self.quantization!r} is not one of "
                                 f"{', '.join(get_args(Quantization))}; leave it out "
                                 "for the default")
-        if self.kv_dtype not in (None, "int8"):
-            raise LongspanError(f"kv_dtype {self.kv_dtype!r} is not int8; leave it out for the "
-                                "type that is computed in")
+        if self.kv_dtype not in (None, *KV_DTYPES):
+            raise LongspanError(f"kv_dtype {self.kv_dtype!r} is not one of "
+                                f"{', '.join(KV_DTYPES)}; leave it out for the default")
         if self.prefill_chunk_len is not None and self.prefill_chunk_len % self.block_size:
             raise LongspanError(
                 f"prefill_chunk_len {self.prefill_chunk_len} must be a multiple of block_size "

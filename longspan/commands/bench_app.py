@@ -169,8 +169,9 @@ def quality(
     oracle: Annotated[str, typer.Option(
         help="Shares of the key tiles that an oracle keeps: 0.01,0.05.")] = "",
     quantization: Annotated[str, typer.Option(
-        help="Weights beside plain ones: fp8,int4.")] = "",
-    kv_dtype: Annotated[str, typer.Option(help="KV caches beside plain ones: int8.")] = "",
+        help="Weights beside plain ones: fp8,int4,int8.")] = "",
+    kv_dtype: Annotated[str, typer.Option(
+        help="KV caches beside plain ones: int8, and bfloat16 on CPUs.")] = "",
     places: Annotated[str, typer.Option(
         help="Kinds of prompts.")] = "one,end,spread,negatives,far",
     heads: Annotated[bool, typer.Option(

@@ -28,7 +28,8 @@ Recall = Annotated[float | None, typer.Option(
 Memory = Annotated[float | None, typer.Option(help="Memory to use at the most, GiB.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: all cores.")]
 KvDtype = Annotated[str | None, typer.Option(
-    help="int8: keys and values in eight bits; default: as computed.")]
+    help="Keys and values: int8, bfloat16 or float32; default: as computed, bfloat16 on CPUs "
+         "beside quantised weights.")]
 KvHost = Annotated[float, typer.Option(help="Host memory for KV without room in the cache, GiB.")]
 KvDir = Annotated[str | None, typer.Option(help="Directory that keeps KV across restarts.")]
 KvDisk = Annotated[float | None, typer.Option(

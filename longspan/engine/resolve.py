@@ -89,6 +89,28 @@ def resolve_quantization(
     return "int8" if is_large else None
 
 
+def resolve_kv_dtype(config: EngineConfig) -> str | None:
+    """Choose the type that keys and values are kept in; None: ``dtype``. On CPUs they are bfloat16
+    where weights are rounded more than that: attention widens them as it reads.
+
+    Args:
+        config: resolved, quantization too.
+
+    Raises `LongspanError` for a type that the device's kernels do not read.
+    """
+    asked = config.kv_dtype
+    is_rounded = config.device == "cpu" and config.quantization in ("int4", "int8")
+    if asked is None and is_rounded and config.context_parallel == 1:  # whose ranks divide others
+        asked = "bfloat16"
+    if asked is None or asked == config.dtype:
+        return None
+    if asked != "int8" and (config.device != "cpu" or config.dtype != "float32"):
+        raise LongspanError(
+            f"kv_dtype {asked} beside dtype {config.dtype} on {config.device}: keys and values are "
+            f"{config.dtype} or int8 there; leave it out")
+    return asked
+
+
 def resolve_forms(config: EngineConfig, model: ModelConfig) -> WeightForms:
     """Return what the matrices of the layers are held in. Raises `LongspanError` for a checkpoint
     that is quantised otherwise than asked for."""

@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longspan.model.int8 import ROWS, quantised_rows
 from longspan.model.linear import Activations, Linear, Stored, dense
 from longspan.ops.quant import int4_cpu
-
-ROWS = 4_096
-"""Rows quantised at a time: there may be no room for plain numbers."""
 
 
 class Int4CpuLinear(Linear):
@@ -58,10 +56,11 @@ class Int4CpuLinear(Linear):
             groups = self.in_features // self.form.group
             self._rows = (torch.empty(sum(self.sizes), self.in_features, dtype=torch.uint8),
                           torch.empty(groups, sum(self.sizes), 2, dtype=torch.bfloat16))
-        for start in range(0, len(matrix), ROWS):
-            numbers, scales = int4_cpu.quantize(matrix[start : start + ROWS], self.form.group)
-            rows = slice(outputs.start + start, outputs.start + start + len(numbers))
-            self._rows[0][rows], self._rows[1][:, rows] = numbers, scales
+        start = outputs.start
+        for piece in matrix.split(quantised_rows(self.in_features)):
+            rows = slice(start, start + len(piece))
+            self._rows[0][rows], self._rows[1][:, rows] = int4_cpu.quantize(piece, self.form.group)
+            start = rows.stop
         self._num_missing -= len(matrix)
         if self._num_missing <= 0:
             self._packed, self._rows = int4_cpu.pack(*self._rows), None

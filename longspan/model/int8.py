@@ -10,7 +10,14 @@ from longspan.ops.quant import int8
 from longspan.weight_form import WeightForm
 
 ROWS = 4_096
-"""Rows quantised at a time: there may be no room for plain numbers."""
+"""Rows made at random at a time: there may be no room for plain numbers."""
+NUMBERS = 2**18
+"""Numbers quantised at a time: what is computed with them stays in the cache."""
+
+
+def quantised_rows(width: int) -> int:
+    """Return how many rows are quantised at a time."""
+    return max(1, NUMBERS // width)
 
 
 class Int8Linear(Linear):
@@ -62,10 +69,11 @@ class Int8Linear(Linear):
         """See `Linear`: plain numbers are quantised."""
         self._values, self._scales = self._rows()
         matrix = dense(stored)
-        for start in range(0, len(matrix), ROWS):
-            values, scales = int8.quantize_rows(matrix[start : start + ROWS])
-            rows = slice(outputs.start + start, outputs.start + start + len(values))
-            self._values[rows], self._scales[rows] = values, scales
+        start = outputs.start
+        for piece in matrix.split(quantised_rows(self.in_features)):
+            rows = slice(start, start + len(piece))
+            self._values[rows], self._scales[rows] = int8.quantize_rows(piece)
+            start = rows.stop
         self._num_missing -= len(matrix)
         if self._num_missing <= 0:
             self._finish()

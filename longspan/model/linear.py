@@ -48,6 +48,8 @@ class Target:
     """What a matrix is held in, which may be stored quantised; None: it is no such matrix."""
     cut: Cut | None = None
     """What ``fill`` takes of the tensor; None: all of it."""
+    fill_rows: Callable[[int, Stored], object] | None = None
+    """Takes some rows, from that one on: large matrices are read in pieces. None: cannot."""
 
     @classmethod
     def of(cls, tensor: Tensor) -> Target:
@@ -57,7 +59,7 @@ class Target:
     def cut_rows(self, rows: tuple[tuple[int, int], ...], total: int) -> Target:
         """Return the target as some rows of a tensor that has ``total``."""
         assert sum(stop - start for start, stop in rows) == self.shape[0]
-        return replace(self, shape=(total, *self.shape[1:]), cut=Cut(rows=rows))
+        return replace(self, shape=(total, *self.shape[1:]), cut=Cut(rows=rows), fill_rows=None)
 
 
 def dense(stored: Stored) -> Tensor:
@@ -117,6 +119,9 @@ class Linear(nn.Module, ABC):
     def fill_randomly(self, std: float, generator: torch.Generator) -> None:
         """Fill the matrix with normal weights."""
 
+    def _fill_from(self, start: int, row: int, stored: Stored) -> None:
+        self.fill(slice(start + row, start + row + stored.shape[0]), stored)
+
     def targets(self, *names: str) -> dict[str, Target]:
         """Return where tensors of a checkpoint go, by the names of the stored modules."""
         found: dict[str, Target] = {}
@@ -124,7 +129,8 @@ class Linear(nn.Module, ABC):
                 names, pairwise(accumulate(self.sizes, initial=0)), strict=True):
             rows = slice(start, stop)
             found[f"{name}.weight"] = Target(
-                (stop - start, self.in_features), partial(self.fill, rows), self.form)
+                (stop - start, self.in_features), partial(self.fill, rows), self.form,
+                fill_rows=partial(self._fill_from, start))
             if self.bias is not None:
                 found[f"{name}.bias"] = Target.of(self.bias[rows])
         return found

@@ -39,6 +39,11 @@ class Source:
     layout: Layout
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it is one tensor of plain numbers."""
+        return len(self.parts) == 1
+
+    @property
     def place(self) -> tuple[Path, int]:
         """Where on the disk it begins: what it is read in order of."""
         return min((part.file, part.start) for part in self.parts.values())
@@ -47,7 +52,7 @@ class Source:
         """Read all parts, or what ``cut`` leaves of the matrix: of plain ones no more is read, of
         quantised ones all is, for their parts lie each in an order of its own. Raises
         `CheckpointError` for numbers that mean nothing."""
-        if cut is not None and len(self.parts) == 1:
+        if cut is not None and self.is_plain:
             ((name, part),) = self.parts.items()
             return self.layout.decode({name: reader.read(part, cut)})
         stored = self.layout.decode({name: reader.read(part) for name, part in self.parts.items()})

@@ -1,8 +1,8 @@
 """From a checkpoint on disk or on the hub to a filled model.
 
-Each file is read once, tensor by tensor, into the model's own storage, so that peak memory is one
-model and one tensor. Every tensor of the checkpoint is accounted for: missing, wrongly shaped and
-unknown ones are errors, before the first byte is copied.
+Each file is read once, tensor by tensor, large matrices in pieces, into the model's own storage, so
+that peak memory is one model and one tensor or piece. Every tensor of the checkpoint is accounted
+for: missing, wrongly shaped and unknown ones are errors, before the first byte is copied.
 Format: safetensors (8 bytes of header length, a JSON header, then the data).
 """
 
@@ -20,16 +20,19 @@ from longspan.errors import CheckpointError
 from longspan.model.fused_experts import split_fused
 from longspan.model.hub import FACTS, TEXTS, WEIGHTS, download
 from longspan.model.layers import RMSNorm
-from longspan.model.linear import Linear
+from longspan.model.linear import Cut, Linear, Target
 from longspan.model.qwen2 import EMBEDDING, HEAD, CausalLM
 from longspan.model.safetensors_files import SafetensorsReader, StoredTensor, stored_tensors
-from longspan.model.sources import find_sources
+from longspan.model.sources import Source, find_sources
 from longspan.model.stored_forms import KV_SCALES, SUFFIXES
+from longspan.weight_form import BLOCK
 
 BUNDLED_MODEL = "nano"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 ONE_EXPERT_NAME = re.compile(r"\.mlp\.experts\.(\d+)\.")
 RANDOM_STD = 0.02
+PIECE_NUMBERS = 2**25
+"""Larger matrices that are stored plain are read in pieces of whole blocks of rows."""
 
 
 def is_on_hub(name: str) -> bool:
@@ -79,7 +82,18 @@ def load_weights(model: CausalLM, path: Path) -> None:
         _check_tied(stored)
     with SafetensorsReader() as reader:
         for name, source in sorted(sources.items(), key=lambda item: item[1].place):
-            targets[name].fill(source.read(reader, targets[name].cut))
+            _fill(targets[name], source, reader)
+
+
+def _fill(target: Target, source: Source, reader: SafetensorsReader) -> None:
+    rows = PIECE_NUMBERS // target.shape[-1] // BLOCK * BLOCK
+    if (target.fill_rows is None or target.cut is not None or not source.is_plain
+            or not 0 < rows < target.shape[0]):
+        target.fill(source.read(reader, target.cut))
+        return
+    for start in range(0, target.shape[0], rows):
+        piece = start, min(start + rows, target.shape[0])
+        target.fill_rows(start, source.read(reader, Cut(rows=(piece,))))
 
 
 def random_weights(model: CausalLM, seed: int) -> None:

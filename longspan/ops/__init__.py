@@ -26,7 +26,7 @@ from longspan.ops.select import eager as select
 from longspan.ops.select import online, recall, scouts
 from longspan.ops.sparse import eager as eager_sparse
 from longspan.ops.tiles import few_calls
-from longspan.ops.tiles.attend import ordered_kv
+from longspan.ops.tiles.attend import ordered_kv, widened_kv
 from longspan.ops.types import (
     Budget,
     Fp8Rows,
@@ -226,10 +226,13 @@ def store_kv(
 def readable_kv(
     q: Tensor, cache: PagedKV, block_table: Tensor, context_len: int, rotary: QueryRotary,
 ) -> tuple[PagedKV, Tensor]:
-    """Return a cache and block table that any op reads for these queries of one request: int8 keys
-    and values are written out (`int8_kv.dense_kv`), unless they are read as they are."""
+    """Return a cache and block table that any op reads for these queries of one request: keys and
+    values in fewer bits are written out (`int8_kv.dense_kv`, `widened_kv`), unless they are read as
+    they are."""
     if cache.k_scale is None:
-        return cache, block_table
+        if cache.k.dtype == q.dtype:
+            return cache, block_table
+        return widened_kv(cache, block_table, context_len, q.dtype)
     if q.is_cuda:
         from longspan.ops import decode, pointwise
         from longspan.ops.quant import triton_kv

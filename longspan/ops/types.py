@@ -19,7 +19,7 @@ class PagedKV(NamedTuple):
     """One layer's KV cache. Keys are stored rotated at ``position mod stride``."""
 
     k: Tensor
-    """[N, P, K, D]"""
+    """[N, P, K, D]; on CPUs in bf16 where fp32 is computed in, too."""
     v: Tensor
     """[N, P, K, D]"""
     k_mean: Tensor | None = None

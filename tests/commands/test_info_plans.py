@@ -115,17 +115,17 @@ def test_no_yes_beside_a_length_beyond_the_models(
 
 def test_what_to_change_has_been_planned(monkeypatch: pytest.MonkeyPatch, large_model: str) -> None:
     """Following each piece of advice makes it fit."""
-    rows = rows_of(monkeypatch, large_model, 400_000, memory_gib=40.0)
+    rows = rows_of(monkeypatch, large_model, 400_000, memory_gib=24.0)
     advice = rows["so that it fits"]
     assert "fits: no, " in rows["together"]
     assert rows["first token, a guess"] == "none, as it does not fit"
     (length,) = re.findall(r"--length (\d+)", advice)
     assert "fits: yes" in rows_of(
-        monkeypatch, large_model, int(length), memory_gib=40.0)["together"]
+        monkeypatch, large_model, int(length), memory_gib=24.0)["together"]
     (gib,) = re.findall(r"or ([\d.]+) GiB of usable memory", advice)
     assert "fits: yes" in rows_of(
         monkeypatch, large_model, 400_000, memory_gib=float(gib) + 0.01)["together"]
-    half = rows_of(monkeypatch, large_model, 400_000, memory_gib=40.0, dtype="bfloat16")
+    half = rows_of(monkeypatch, large_model, 400_000, memory_gib=24.0, dtype="bfloat16")
     assert ("still missing" in advice) is ("fits: no" in half["together"])
     tight = {"memory_gib": 20.0, "dtype": "bfloat16"}
     (gib,) = re.findall(r"--kv-dtype int8 \(([\d.]+) GiB",

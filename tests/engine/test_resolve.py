@@ -15,6 +15,7 @@ from longspan.engine.resolve import (
     extend_window,
     resolve_attention,
     resolve_config,
+    resolve_kv_dtype,
     resolve_positions,
     resolve_quantization,
 )
@@ -147,6 +148,31 @@ def test_large_models_are_int8_on_cpus_unless_somebody_says(
 ) -> None:
     asked = EngineConfig(model="m", **fields)
     assert resolve_quantization(asked, model, device=device, has_int8=has_int8) == expected
+
+
+@pytest.mark.parametrize(("fields", "expected"), [
+    ({"quantization": "int8"}, "bfloat16"), ({"quantization": "int4"}, "bfloat16"), ({}, None),
+    ({"quantization": "int8", "kv_dtype": "float32"}, None), ({"kv_dtype": "bfloat16"}, "bfloat16"),
+    ({"quantization": "int8", "kv_dtype": "int8"}, "int8"), ({"dtype": "bfloat16"}, None),
+    ({"dtype": "bfloat16", "kv_dtype": "bfloat16"}, None),
+    ({"quantization": "int4", "device": "cuda", "dtype": "bfloat16"}, None),
+])
+def test_keys_and_values_are_bf16_beside_quantised_weights_on_cpus(
+    fields: dict[str, Any], expected: str | None,
+) -> None:
+    asked = EngineConfig(**{"model": "m", "device": "cpu", **fields})
+    config = resolve_config(asked, has_cuda=True)
+    assert resolve_kv_dtype(config) == expected
+
+
+@pytest.mark.parametrize("fields", [
+    {"dtype": "bfloat16", "kv_dtype": "float32"},
+    {"device": "cuda", "dtype": "float32", "kv_dtype": "bfloat16"}])
+def test_types_of_keys_that_no_kernel_reads_are_refused(fields: dict[str, Any]) -> None:
+    asked = EngineConfig(**{"model": "m", "device": "cpu", **fields})
+    config = resolve_config(asked, has_cuda=True)
+    with pytest.raises(LongspanError, match=r"or int8 there; leave it out$"):
+        resolve_kv_dtype(config)
 
 
 @pytest.mark.parametrize(("quantization", "device", "has_int8", "message"), [

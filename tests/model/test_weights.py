@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from longspan.attention.rope import build_rotary
-from longspan.config import ModelConfig
+from longspan.config import ModelConfig, Quantization
+from longspan.engine.front.llm import LLM
 from longspan.errors import CheckpointError, MissingDependencyError
 from longspan.model import CausalLM, build_model, load_weights, resolve_checkpoint, weights
+from longspan.model.int8 import Int8Linear
 from longspan.model.linear import PlainLinear
 
 CONFIG = {
@@ -447,3 +449,21 @@ def test_hub_without_its_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(MissingDependencyError, match="pip install huggingface_hub"):
         resolve_checkpoint("a/b")
+
+
+@pytest.mark.parametrize("quantization", [None, "fp8", "int8"])
+def test_large_matrices_are_read_in_pieces(
+    quantization: Quantization | None, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every piece lands where it belongs: the model is the one that is read whole."""
+    found = []
+    for numbers in (weights.PIECE_NUMBERS, 2**16):
+        monkeypatch.setattr(weights, "PIECE_NUMBERS", numbers)
+        with LLM("nano", device="cpu", num_threads=1, max_model_len=64,
+                 quantization=quantization) as llm:
+            model = llm._runner._stages[0].model
+            found.append([*model.parameters(),
+                          *(module.dense() for module in model.modules()
+                            if isinstance(module, Int8Linear) and module._packed is not None)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert max(part.numel() for part in found[0]) > 2**16

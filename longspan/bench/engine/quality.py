@@ -36,7 +36,7 @@ from longspan.bench.shapes import changed, scaled
 from longspan.bench.timing import rounded
 from longspan.commands.console import note, percent, show_table
 from longspan.commands.fidelity import LogitWatch
-from longspan.config import EngineConfig, Quantization
+from longspan.config import KV_DTYPES, EngineConfig, Quantization
 from longspan.engine.control.chunking import tail_start
 from longspan.engine.front.llm import LLM
 from longspan.engine.request import RequestOutput, SamplingParams
@@ -91,7 +91,7 @@ class QualityOptions:
         for option, given, known in (("attention", self.settings, SETTINGS),
                                      ("places", self.places, PLACES),
                                      ("quantization", self.quantizations, get_args(Quantization)),
-                                     ("kv-dtype", self.kv_dtypes, ("int8",))):
+                                     ("kv-dtype", self.kv_dtypes, KV_DTYPES)):
             unknown = [name for name in given if name not in known]
             if unknown:
                 raise LongspanError(
@@ -267,18 +267,18 @@ class Subject:
     @contextmanager
     def _engine(self, setting: Setting) -> Iterator[LLM]:
         """Open an engine that attends so."""
-        plan = setting.plan
+        plan, precision = setting.plan, {"quantization": "none", **setting.precision}
         free_memory(str(self._options["device"]))
         with tempfile.TemporaryDirectory() as folder:
             if plan is None:
                 engine = LLM(
-                    self._model, attention="dense", **self._options, **setting.precision)
+                    self._model, attention="dense", **self._options, **precision)
             else:
                 file = Path(folder) / "plan.json"
                 plan.save(file)
                 engine = LLM(
                     self._model, attention="sparse", sparsity_plan=str(file), **self._options,
-                    **setting.precision)
+                    **precision)
             with engine:
                 engine.select_by(setting.oracle)
                 yield engine

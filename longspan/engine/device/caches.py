@@ -7,7 +7,7 @@ import torch
 from longspan.attention.cache import allocate_cache
 from longspan.config import EngineConfig
 from longspan.engine.device.memory import MemoryPlan
-from longspan.model import CausalLM
+from longspan.model import TORCH_DTYPES, CausalLM
 from longspan.ops.types import PagedKV
 
 
@@ -24,7 +24,8 @@ def allocate_caches(
     caches = tuple(
         allocate_cache(num_blocks=memory.num_blocks, **sizes, dtype=dtype, device=device,
                        means=means and parts == 1,
-                       k_gain=layer.key_gains() if is_quantised else None)
+                       k_gain=layer.key_gains() if is_quantised else None,
+                       kept_dtype=TORCH_DTYPES.get(config.kv_dtype or ""))
         for layer in part.decoder_layers())
     if not is_quantised or not device.startswith("cuda"):
         return caches

@@ -9,7 +9,7 @@ from longspan.attention.rope import build_rotary
 from longspan.attention.sparsity import SparsityPlan, needs_means
 from longspan.config import DcaConfig, EngineConfig, ModelConfig
 from longspan.engine.device.caches import allocate_caches
-from longspan.engine.device.host_memory import keep_buffers_in_heap
+from longspan.engine.device.host_memory import give_buffers_back, keep_buffers_in_heap
 from longspan.engine.device.memory import MemoryPlan
 from longspan.engine.device.stage import PipelineStage
 from longspan.engine.resolve import resolve_forms
@@ -30,6 +30,8 @@ def load_stages(
         head_dim=model.head_dim, rope_theta=model.rope_theta, device=config.device,
         scaling=model.rope_scaling, max_model_len=memory.max_model_len, dca=dca)
     stages = []
+    if config.device == "cpu":
+        give_buffers_back()
     for layers in slices:
         stage = build_model(
             model, layers=layers, rotary=rotary, plan=plan, dtype=dtype, device=config.device,

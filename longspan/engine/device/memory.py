@@ -154,6 +154,8 @@ def kv_block_bytes(model: ModelConfig, config: EngineConfig, *, means: bool) -> 
     per_token = numbers * element
     if config.kv_dtype == "int8":
         per_token = numbers + numbers // model.head_dim * KV_SCALE_BYTES
+    elif config.kv_dtype is not None:
+        per_token = numbers * DTYPE_BYTES[config.kv_dtype]
     if config.kv_parts > 1:  # means are made of what prefill collects
         return per_token * config.block_size // config.kv_parts
     return per_token * config.block_size + numbers * element * means
@@ -223,7 +225,7 @@ def workspace_bytes(
     scratch = ATTENTION_SCRATCH_BYTES + plain
     # one layer's keys and values of a request are written out in the type that is computed in
     layer = rows * model.kv_elements_per_token // model.num_layers * element
-    if config.kv_dtype == "int8":
+    if config.kv_dtype is not None:
         scratch += layer
     # or collected, twice: a paused chunk keeps its own; the half of what arrives, and what is sent
     if config.kv_parts > 1:

@@ -31,6 +31,7 @@ from longspan.engine.resolve import (
     model_name,
     resolve_config,
     resolve_forms,
+    resolve_kv_dtype,
     resolve_positions,
     resolve_quantization,
 )
@@ -122,6 +123,7 @@ class ResolvedEngine:
         assert config.device is not None
         config = replace(config, quantization=resolve_quantization(
             asked, model, device=config.device, has_int8=has_int8_product()))
+        config = replace(config, kv_dtype=resolve_kv_dtype(config))
         model = extend_window(config.positions, model)
         dca = resolve_positions(config.positions, model)
         in_effect = plan_in_effect(config, model, plan, has_dca=dca is not None)

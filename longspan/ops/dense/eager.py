@@ -16,6 +16,9 @@ from longspan.ops.tiles.attend import Partial, attend, merge, ordered_kv, rotate
 from longspan.ops.tiles.few_calls import rotate
 from longspan.ops.types import KeySpans, PagedKV, QueryRotary
 
+KEYS = 65_536
+"""Keys that decoding attends to at a time: those in fewer bits are written out."""
+
 
 def prefill_attention(
     q: Tensor, cache: PagedKV, block_table: Tensor, cached_len: int, rotary: QueryRotary,
@@ -60,7 +63,10 @@ def decode_attention(
                          min(_held(span.stop, spans, cache), stop) - first)
             if keys.start < keys.stop:
                 rotated = _rotated_query(q[row : row + 1], length - 1, span.zone, rotary)
-                found.append(_attend_history(rotated, k[keys], v[keys], scale))
+                found += [
+                    _attend_history(rotated, some.to(q.dtype), values.to(q.dtype), scale)
+                    for some, values in zip(
+                        k[keys].split(KEYS), v[keys].split(KEYS), strict=True)]
         parts.append(merge(found))
     if len(parts) == 1:
         out, lse = parts[0]

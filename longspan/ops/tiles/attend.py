@@ -102,20 +102,32 @@ def _causal_bias(q: Tensor) -> Tensor:
 
 
 def ordered_kv(cache: PagedKV, block_table: Tensor, context_len: int) -> tuple[Tensor, Tensor]:
-    """Return a request's keys and values in order, two of [S, K, D]: views where its blocks follow
-    one another in the cache, copies otherwise, and where they are int8."""
+    """Return a request's keys and values in order, two of [S, K, D], as the cache has them: views
+    where its blocks follow one another there, copies otherwise, and where they are int8."""
     if cache.k_scale is not None:
         cache, block_table = int8_kv.dense_kv(cache, block_table, context_len)
-    block_size = cache.k.shape[1]
-    num_blocks = -(-context_len // block_size)
-    table = block_table[:num_blocks]
-    ids = table.cpu().numpy()
-    first = int(ids[0])
-    if (ids[1:] == ids[:-1] + 1).all():
-        k, v = cache.k[first : first + num_blocks], cache.v[first : first + num_blocks]
-    else:
-        k, v = cache.k[table], cache.v[table]
+    k, v = _ordered_blocks(cache, block_table[: -(-context_len // cache.k.shape[1])])
     return k.flatten(0, 1)[:context_len], v.flatten(0, 1)[:context_len]
+
+
+def widened_kv(
+    cache: PagedKV, block_table: Tensor, context_len: int, dtype: torch.dtype,
+) -> tuple[PagedKV, Tensor]:
+    """Write out a request's keys and values, which are kept in fewer bits, in the type that is
+    computed in. Returns a cache of the request's blocks in order, and their table."""
+    table = block_table[: -(-context_len // cache.k.shape[1])]
+    k, v = (part.to(dtype) for part in _ordered_blocks(cache, table))
+    means = (None if mean is None else mean[table] for mean in (cache.k_mean, cache.v_mean))
+    return PagedKV(k, v, *means), torch.arange(len(table), device=table.device)
+
+
+def _ordered_blocks(cache: PagedKV, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Return keys and values of a request's n blocks, two of [n, P, K, D]."""
+    ids = table.cpu().numpy()
+    if (ids[1:] != ids[:-1] + 1).any():
+        return cache.k[table], cache.v[table]
+    first, stop = int(ids[0]), int(ids[0]) + len(ids)
+    return cache.k[first:stop], cache.v[first:stop]
 
 
 def rotated_queries(q: Tensor, start: int, zone: int, rotary: QueryRotary) -> Tensor:

@@ -164,7 +164,7 @@ def test_int8_blocks_take_a_quarter_and_their_scales(checkpoint: str) -> None:
         heads = 2 * model.num_layers * model.num_kv_heads
         means = plain - 4 * model.kv_elements_per_token
         assert llm.memory.kv_bytes_per_token == model.kv_elements_per_token + 4 * heads + means
-    with pytest.raises(LongspanError, match="kv_dtype 'fp8' is not int8"):
+    with pytest.raises(LongspanError, match="kv_dtype 'fp8' is not one of int8, bf"):
         LLM(checkpoint, kv_dtype="fp8", **OPTIONS)
 
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from longspan import ops
 from longspan.ops import reference
 from longspan.ops.dense import eager as eager_dense
 from longspan.ops.tiles.attend import ordered_kv
+from longspan.ops.types import PagedKV
 from tests.conftest import SEED, assert_close
 from tests.ops import oracle
 from tests.ops.oracle import Positions
@@ -171,6 +173,32 @@ def test_dca_differs_from_rope_beyond_chunk_size(impl: ModuleType, device: str) 
     assert_close(out[:128], rope_attention(case)[:128], "out")
     with pytest.raises(AssertionError, match="error ratio"):
         assert_close(out, rope_attention(case), "out")
+
+
+@pytest.mark.parametrize("shuffled", [True, False], ids=["shuffled", "contiguous"])
+def test_keys_and_values_in_bf16_are_widened_as_they_are_read(
+    shuffled: bool, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fewer keys at a time than there are; all zones. Queries stay fp32."""
+    monkeypatch.setattr(eager_dense, "KEYS", 50)
+    case = oracle.make_case(257, Positions(100, 37), num_heads=7, shuffled=shuffled)
+    half = PagedKV(*(part.bfloat16() for part in (case.cache.k, case.cache.v)))
+    wide = PagedKV(half.k.float(), half.v.float())
+    for start in (256, 200):
+        q = case.q[start:]
+        plain, table = ops.readable_kv(q, half, case.block_table, 257, case.rotary)
+        assert plain.k.dtype == torch.float32
+        out, lse = ops.prefill_attention(q, plain, table, start, case.rotary, case.scale)
+        expected_out, expected_lse = reference.prefill_attention(
+            q, wide, case.block_table, start, case.rotary, case.scale)
+        assert_close(out, expected_out, "out")
+        assert_close(lse, expected_lse, "lse")
+    args = case.block_table[None], torch.tensor([257]), case.rotary, torch.tensor([case.scale])
+    found, expected = (impl.decode_attention(case.q[-1:], cache, *args)
+                       for impl, cache in ((eager_dense, half), (reference, wide)))
+    assert found[0].dtype == torch.float32
+    for one, other, name in zip(found, expected, ("out", "lse"), strict=True):
+        assert_close(one, other, name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
