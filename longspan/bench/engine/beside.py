@@ -26,6 +26,8 @@ from longspan.errors import LongspanError
 from longspan.units import GIB
 
 OTHER = Path(__file__).with_name("beside_llama_cpp.mjs")
+WARM_UP = 1_024
+"""Tokens of the prompt that is not measured."""
 PARTS = ("prefill_s", "decode_s", "prefill_cpu_s", "decode_cpu_s")
 Answer = Callable[[Sequence[int]], dict[str, float]]
 
@@ -115,10 +117,11 @@ def run(options: BesideOptions, out: Path) -> list[dict[str, Any]]:
 def take_turns(
     sides: dict[str, Answer], ids: Sequence[int], count: int
 ) -> dict[str, list[dict[str, float]]]:
-    """Let the sides compute in turn: once unmeasured on another prompt, then ``count`` times."""
+    """Let the sides compute in turn: once unmeasured on another, short prompt, then ``count``
+    times."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     for answer in sides.values():
-        answer(ids[len(ids) // 8 :])
+        answer(ids[-WARM_UP:])
     for number in range(count):
         for name, answer in sides.items():
             # neither finds a prefix of an earlier round
@@ -131,9 +134,11 @@ def take_turns(
 def row_of(
     name: str, rounds: Sequence[dict[str, float]], options: BesideOptions, threads: int,
 ) -> dict[str, Any]:
-    """Return medians over the rounds, as tokens a second of the wall clock, and of processor time
-    of all threads."""
+    """Return medians over the rounds, as tokens a second of the wall clock, with the slowest and
+    the fastest round, and of processor time of all threads."""
     median = {part: statistics.median(found[part] for found in rounds) for part in PARTS}
+    slowest, fastest = ({part: choose(found[part] for found in rounds) for part in PARTS}
+                        for choose in (max, min))
     prefill, decode = options.length, options.num_answer
     weights = options.quantization or "default"
     return {
@@ -141,7 +146,11 @@ def row_of(
         "attention": options.attention if name == "longspan" else "dense", "threads": threads,
         "weights": weights if name == "longspan" else options.gguf.name, "rounds": len(rounds),
         "prefill_tokens_per_s": round(prefill / median["prefill_s"], 2),
+        "prefill_low": round(prefill / slowest["prefill_s"], 2),
+        "prefill_high": round(prefill / fastest["prefill_s"], 2),
         "decode_tokens_per_s": round(decode / median["decode_s"], 2),
+        "decode_low": round(decode / slowest["decode_s"], 2),
+        "decode_high": round(decode / fastest["decode_s"], 2),
         "prefill_tokens_per_cpu_s": round(prefill / median["prefill_cpu_s"], 2),
         "decode_tokens_per_cpu_s": round(decode / median["decode_cpu_s"], 2),
         "peak_memory_gib": round(max(found["peak_memory_bytes"] for found in rounds) / GIB, 3)}

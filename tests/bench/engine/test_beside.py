@@ -42,6 +42,8 @@ def test_rows_hold_medians() -> None:
     row = row_of("longspan", rounds, OPTIONS, 1)
     assert (row["prefill_tokens_per_s"], row["decode_tokens_per_s"]) == (100, 2)
     assert (row["prefill_tokens_per_cpu_s"], row["decode_tokens_per_cpu_s"]) == (25, 0.5)
+    assert (row["decode_low"], row["decode_high"]) == (round(4 / 180, 2), 4)
+    assert row["prefill_low"] < row["prefill_tokens_per_s"] < row["prefill_high"] == 200
     assert (row["weights"], row["peak_memory_gib"], row["model"]) == ("default", 90, "m")
     other = row_of("llama.cpp", rounds, OPTIONS, 1)
     assert (other["weights"], other["attention"]) == ("m.gguf", "dense")
