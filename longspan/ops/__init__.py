@@ -218,7 +218,7 @@ def store_kv(
         if pointwise.supports_store(cache):
             return (pointwise if cache.k_scale is None else triton_kv).store_kv(*args)
     elif (k.device.type == "cpu" and cache.k_scale is None and slot_mapping.numel()
-          and int(slot_mapping.min()) >= 0):
+          and slot_mapping.numpy().min() >= 0):
         return few_calls.store_kv(*args)
     return reference.store_kv(*args)
 

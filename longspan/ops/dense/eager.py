@@ -59,14 +59,13 @@ def decode_attention(
         k, v = ordered_kv(cache, table, stop - first)
         found = []
         for span in zone_spans(length - 1, length, rotary.stride):
-            keys = slice(max(_held(span.start, spans, cache), first) - first,
-                         min(_held(span.stop, spans, cache), stop) - first)
-            if keys.start < keys.stop:
+            begin = max(_held(span.start, spans, cache), first) - first
+            end = min(_held(span.stop, spans, cache), stop) - first
+            for key in range(begin, end, KEYS):
+                keys = slice(key, min(key + KEYS, end))
                 rotated = _rotated_query(q[row : row + 1], length - 1, span.zone, rotary)
-                found += [
-                    _attend_history(rotated, some.to(q.dtype), values.to(q.dtype), scale)
-                    for some, values in zip(
-                        k[keys].split(KEYS), v[keys].split(KEYS), strict=True)]
+                found.append(_attend_history(
+                    rotated, k[keys].to(q.dtype), v[keys].to(q.dtype), scale))
         parts.append(merge(found))
     if len(parts) == 1:
         out, lse = parts[0]

@@ -56,7 +56,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if x.dtype != torch.float32:
         return reference.rotate(x, cos, sin)
     if takes_numpy(x):
-        return torch.from_numpy(_turned(x, cos, sin))
+        return torch.from_numpy(_turned(x, cos.numpy(), sin.numpy()))
     out = torch.empty(x.shape, device=x.device)
     first, second = x.chunk(2, -1)
     out_first, out_second = out.chunk(2, -1)
@@ -71,8 +71,12 @@ def store_kv(
     filled_blocks: Tensor, rotary: QueryRotary,
 ) -> None:
     """See `reference.store_kv`; every row is stored."""
-    rows = positions % rotary.stride
-    k = rotate(k, rotary.cos[rows], rotary.sin[rows])
+    if takes_numpy(k):
+        places = positions.numpy() % rotary.stride
+        k = torch.from_numpy(_turned(k, rotary.cos.numpy()[places], rotary.sin.numpy()[places]))
+    else:
+        rows = positions % rotary.stride
+        k = rotate(k, rotary.cos[rows], rotary.sin[rows])
     for stored, new, mean in ((cache.k, k, cache.k_mean), (cache.v, v, cache.v_mean)):
         if len(slot_mapping) == 1:
             block, offset = divmod(int(slot_mapping), stored.shape[1])
@@ -83,10 +87,10 @@ def store_kv(
             mean[filled_blocks] = stored[filled_blocks].float().mean(1).to(mean.dtype)
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> np.ndarray:
+def _turned(x: Tensor, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     rows, half = x.numpy(), x.shape[-1] // 2
     first, second = rows[..., :half], rows[..., half:]
-    cosine, sine = cos.numpy()[..., None, :], sin.numpy()[..., None, :]
+    cosine, sine = cos[..., None, :], sin[..., None, :]
     out = np.empty(rows.shape, np.float32)
     np.multiply(first, cosine, out=out[..., :half])
     out[..., :half] -= second * sine
