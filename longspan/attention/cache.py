@@ -11,14 +11,11 @@ from longspan.ops.types import PagedKV
 def allocate_cache(
     *, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype,
     device: torch.device | str, means: bool, k_gain: Tensor | None = None,
-    kept_dtype: torch.dtype | None = None,
 ) -> PagedKV:
     """Allocate one layer's KV cache, uninitialised: on CPUs memory is taken as blocks are written.
 
     Args:
-        dtype: what is computed in.
         means: with each block's mean key and mean value, for plans with the mean correction.
-        kept_dtype: of keys and values, on CPUs, if it is another one.
         k_gain: keys and values are int8, with these gains (`longspan.ops.int8_kv`), [K, D].
     """
     def pair(dtype: torch.dtype, *shape: int) -> tuple[Tensor, Tensor]:
@@ -26,8 +23,7 @@ def allocate_cache(
         return first, second
 
     heads = num_kv_heads, head_dim
-    kept_dtype = torch.int8 if k_gain is not None else kept_dtype or dtype
-    kept = pair(kept_dtype, num_blocks, block_size, *heads)
+    kept = pair(dtype if k_gain is None else torch.int8, num_blocks, block_size, *heads)
     k_mean, v_mean = pair(dtype, num_blocks, *heads) if means else (None, None)
     if k_gain is None:
         return PagedKV(*kept, k_mean, v_mean)

@@ -24,9 +24,12 @@ def allocate_caches(
     caches = tuple(
         allocate_cache(num_blocks=memory.num_blocks, **sizes, dtype=dtype, device=device,
                        means=means and parts == 1,
-                       k_gain=layer.key_gains() if is_quantised else None,
-                       kept_dtype=TORCH_DTYPES.get(config.kv_dtype or ""))
+                       k_gain=layer.key_gains() if is_quantised else None)
         for layer in part.decoder_layers())
+    kept = TORCH_DTYPES.get(config.kv_dtype or "", dtype)
+    if kept != dtype:
+        caches = tuple(cache._replace(k=torch.empty_like(cache.k, dtype=kept),
+                                      v=torch.empty_like(cache.v, dtype=kept)) for cache in caches)
     if not is_quantised or not device.startswith("cuda"):
         return caches
     longest = -(-memory.max_model_len // memory.block_size)
