@@ -12,11 +12,12 @@ from longspan.eval.plot import COLOURS, MARKERS, draw, draw_legend, file_name, s
 
 Content = Mapping[str, Any]
 Row = Mapping[str, Any]
-FAMILIES = {"paper": "paper", "plan": "calibrated plan", "tile": "ours", "online": "ours, online",
-            "oracle": "oracle"}
+FAMILIES = {"paper": "paper", "plan": "calibrated plan", "bare": "ours without scouts",
+            "tile": "ours", "online": "ours, online", "oracle": "oracle"}
 VALUES = (("score", "right answers"), ("kl", "KL to dense, nats"),
           ("recall_typical", "attention mass kept"))
-COSTS = (("density", "density"), ("seconds", "prefill, s"))
+COSTS = (("density", "density, %", 100.0), ("seconds", "prefill, s", 1.0))
+"""Field, label, and what it is multiplied by."""
 
 
 def draw_quality(content: Content, stem: Path) -> list[Path]:
@@ -41,27 +42,33 @@ def family(row: Row) -> str | None:
     kind, _, changes = row["attention"].partition(" ")
     if kind == "tile" and "recall_target=" in changes:
         return "online"
+    if kind == "tile" and "num_scouts=0" in changes.split(","):
+        return "bare"
     return kind if kind in FAMILIES else None
 
 
 def _draw(rows: Sequence[Row], title: str, file: Path) -> None:
-    costs = [(cost, label) for cost, label in COSTS
+    costs = [(cost, label, factor) for cost, label, factor in COSTS
              if any(row.get(cost) is not None and family(row) for row in rows)]
     with draw(file, (3.6 * len(costs), 2.4 * len(VALUES) + 0.6)) as figure:
         figure.suptitle(title, fontsize=9)
         panels = figure.subplots(len(VALUES), len(costs), squeeze=False)
         for line, (value, value_label) in enumerate(VALUES):
-            for column, (cost, cost_label) in enumerate(costs):
+            for column, (cost, cost_label, factor) in enumerate(costs):
                 axes = panels[line][column]
-                _panel(axes, rows, cost, value)
+                _panel(axes, rows, cost, factor, value)
                 axes.set(xlabel=cost_label if line == len(VALUES) - 1 else "",
                          ylabel=value_label if column == 0 else "")
         draw_legend(figure)
 
 
-def _panel(axes: Any, rows: Sequence[Row], cost: str, value: str) -> None:
+def _panel(
+    axes: Any, rows: Sequence[Row], cost: str, factor: float, value: str,
+) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     for number, (name, label) in enumerate(FAMILIES.items()):
-        own = sorted((row[cost], row[value]) for row in rows if family(row) == name
+        own = sorted((factor * row[cost], row[value]) for row in rows if family(row) == name
                      and row.get(cost) is not None and row.get(value) is not None)
         if own:
             axes.plot(*zip(*own, strict=True), color=COLOURS[number % len(COLOURS)], label=label,
@@ -70,4 +77,7 @@ def _panel(axes: Any, rows: Sequence[Row], cost: str, value: str) -> None:
     if dense:
         axes.axhline(dense[0], color="grey", linestyle=":", linewidth=1, label="dense")
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda cost, _: f"{cost:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
