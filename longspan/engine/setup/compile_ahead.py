@@ -48,17 +48,17 @@ def compile_steps(config: SchedulerConfig) -> Iterator[ScheduledBatch]:
     lengths = context_lens(config)
     for number, length in enumerate(lengths):
         is_last = length == lengths[-1]
-        for queries in _dense_queries(number, length):
+        for queries in _dense_queries(number, min(length, config.prefill_chunk_len)):
             yield _step(length, queries, config, False, samples=is_last)
         if config.sparse_above is not None:
             yield _step(length, _sparse_queries(length, config), config, True, samples=is_last)
 
 
-def _dense_queries(number: int, length: int) -> list[int]:
-    """Return the queries of the dense steps of a context: what depends on their number alone is
-    compiled with the shortest two."""
-    few = [FEW_QUERIES, (FEW_QUERIES[-1], min(TAIL_QUERIES, length)), ()][min(number, 2)]
-    return [*few, NUM_QUERIES]
+def _dense_queries(number: int, most: int) -> list[int]:
+    """Return the queries of the dense steps of a context, at most a prefill chunk: what depends on
+    their number alone is compiled with the shortest two."""
+    few = [FEW_QUERIES, (FEW_QUERIES[-1], TAIL_QUERIES), ()][min(number, 2)]
+    return [min(queries, most) for queries in (*few, NUM_QUERIES)]
 
 
 def _step(

@@ -44,6 +44,12 @@ def test_steps_stay_within_the_pool(sparse_above: int | None) -> None:
         assert is_last == (item.sampling is not None) == (item.prompt_len == item.context_len)
 
 
+def test_steps_are_no_longer_than_a_prefill_chunk() -> None:
+    """There is no workspace for more."""
+    steps = list(compile_steps(replace(CONFIG, prefill_chunk_len=1_024, sparse_above=0)))
+    assert max(step.slices[0].query_len for step in steps) == 1_024
+
+
 def test_answers_are_those_without(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, num_hidden_layers=2)
     resolved = ResolvedEngine.resolve(EngineConfig(
