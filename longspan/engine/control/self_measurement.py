@@ -4,7 +4,6 @@ asked for, and the latency model learns from them how fast the machine is. No to
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
 
 from longspan.engine.control.loop import Loop
 from longspan.engine.control.scheduler import Scheduler
@@ -16,17 +15,12 @@ NUM_TOKENS = 8
 """Length of each completion."""
 
 
-def measure_itself(
-    scheduler: Scheduler, loop: Loop, must_end: Callable[[], bool] = lambda: False
-) -> None:
+def measure_itself(scheduler: Scheduler, loop: Loop) -> None:
     """Compute prompts of up to ``self_measurement_len`` tokens, and a sparse one where sparse
     prefill has kernels to prepare.
 
     The time of the sparse one is forgotten: in a chunk as short as this, most rows are dense. The
     planner measures the first real chunk a piece at a time.
-
-    Args:
-        must_end: asked after each step; somebody's request is not kept waiting, and measures too.
     """
     config = scheduler.config
     room = config.longest_len - NUM_TOKENS
@@ -39,16 +33,13 @@ def measure_itself(
     num_cold = len(prompts)
     for number, (prompt_len, sparse) in enumerate([
             *prompts, (-(-length // 2), False), (length, False)]):
-        if not must_end():
-            _compute(loop, number, prompt_len, sparse, must_end)
+        _compute(loop, number, prompt_len, sparse=sparse)
         if number < num_cold:
             scheduler.latency.reset()
             scheduler.forecast = None
 
 
-def _compute(
-    loop: Loop, number: int, prompt_len: int, sparse: bool, must_end: Callable[[], bool]
-) -> None:
+def _compute(loop: Loop, number: int, prompt_len: int, *, sparse: bool) -> None:
     """Compute a prompt whose first token no other one has, so that nothing of it is cached. Nor
     does it go to disk: the next start would read it, and measure nothing."""
     request = Request(
@@ -57,9 +48,5 @@ def _compute(
         params=SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True), sparse=sparse,
         noted_len=prompt_len + NUM_TOKENS)
     loop.add(request)
-    is_cancelled = False
     while not loop.is_idle:
         loop.turn()
-        if not is_cancelled and must_end():
-            loop.abort(request.request_id)
-            is_cancelled = True

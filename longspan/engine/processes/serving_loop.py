@@ -7,7 +7,6 @@ transport that leads to the runner.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 
 from longspan.engine.control.loop import Loop, Transport
@@ -43,14 +42,12 @@ class ServingLoop:
             on_submit=self._tell_prefills, on_wait=self._tell_load, on_result=on_result)
         self._load: Load | None = None
         self._is_measuring = False
-        self._early = deque[Command]()
-        """What came while the engine measured itself."""
 
     def run(self) -> None:
         """Serve. Errors of the runner and of the scheduler are raised here."""
         self._tell_load()
         self._is_measuring = True
-        measure_itself(self._scheduler, self._loop, self._somebody_waits)
+        measure_itself(self._scheduler, self._loop)
         self._is_measuring = False
         self._tell_load()
         while self._receive():
@@ -61,7 +58,7 @@ class ServingLoop:
     def _receive(self) -> bool:
         """Take all commands that wait, or wait for one if nothing is to compute. False: `Close`."""
         must_wait = self._loop.is_idle
-        while (command := self._next(must_wait)) is not None:
+        while (command := self._take(must_wait)) is not None:
             must_wait = False
             if isinstance(command, Add):
                 self._loop.add(command.request)
@@ -70,14 +67,6 @@ class ServingLoop:
             else:
                 self._loop.abort(command.request_id)
         return True
-
-    def _next(self, must_wait: bool) -> Command | None:
-        return self._early.popleft() if self._early else self._take(must_wait)
-
-    def _somebody_waits(self) -> bool:
-        while (command := self._take(False)) is not None:
-            self._early.append(command)
-        return bool(self._early)
 
     def _tell_prefills(self, batch: ScheduledBatch) -> None:
         """Tell what the prefix cache supplied, before a step that may take seconds."""

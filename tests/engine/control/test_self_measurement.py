@@ -63,20 +63,6 @@ def test_where_nothing_is_compiled_no_sparse_prompt_is_computed() -> None:
     assert len({item.request_id for batch in runner.batches for item in batch.slices}) == 3
 
 
-@pytest.mark.parametrize("num_steps", range(1, 20, 3))
-def test_a_request_that_waits_ends_it_and_cold_times_are_forgotten(num_steps: int) -> None:
-    scheduler = Scheduler(replace(CONFIG, self_measurement_len=100, sparse_above=40))
-    runner = FakeRunner(num_blocks=64, block_size=4, prefill_chunk_len=32, tail_len=5)
-    measure_itself(scheduler, Loop(scheduler, LocalTransport(runner)),
-                   lambda: len(runner.batches) >= num_steps)
-    assert len(runner.batches) <= num_steps + 1 and scheduler.is_idle
-    is_warm = any(item.request_id == "self-measurement 2" and item.prompt_len
-                  for batch in runner.batches for item in batch.slices)
-    assert scheduler.latency.has_seen("dense") <= is_warm
-    assert (scheduler.forecast is not None) <= is_warm
-    scheduler.check()
-
-
 def test_without_a_length_nothing_is_computed() -> None:
     scheduler = Scheduler(CONFIG)
     runner = FakeRunner(num_blocks=64, block_size=4, prefill_chunk_len=32)
