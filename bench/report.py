@@ -37,6 +37,9 @@ from longspan.commands.console import note
 from longspan.commands.results import read_bench, read_file
 from longspan.errors import LongspanError
 
+PAGES = ("README.md", "docs/documents.md", "docs/evaluation.md", "docs/kv-cache.md",
+         "docs/parallelism.md", "docs/sparsity.md", "docs/training.md")
+"""Pages with marked places."""
 MARKED = re.compile(r"(<!-- bench:(\w+) -->\n)(.*?)(<!-- /bench:\2 -->)", re.DOTALL)
 
 
@@ -44,10 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("--readme", type=Path, nargs="+", help="pages with the markers",
-                        default=[Path("README.md"), Path("docs/documents.md"),
-                                 Path("docs/evaluation.md"), Path("docs/kv-cache.md"),
-                                 Path("docs/parallelism.md"), Path("docs/sparsity.md"),
-                                 Path("docs/training.md")])
+                        default=[Path(name) for name in PAGES])
     parser.add_argument("--results", type=Path, default=Path("bench/results"), help="folder")
     asked = parser.parse_args(arguments)
     try:

@@ -20,7 +20,10 @@ from longspan.ops import add_routed_mlp, fp8_linear, int4_linear
 Run = Callable[[], object]
 FLUSH_BYTES = 256 * 1024**2
 """Written before a timed call that must not find its data in the L2 cache: several caches full."""
-LINEAR_FUNCTIONS = (F.linear, torch.Tensor.addmm_, add_routed_mlp, fp8_linear, int4_linear)
+LINEAR_FUNCTIONS = (
+    F.linear, torch.Tensor.addmm_, add_routed_mlp, fp8_linear, int4_linear,
+    torch.ops.aten._weight_int4pack_mm_for_cpu,
+    torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32)
 """What products with weights are made of (`longspan.model.linear.Linear`), routed experts too."""
 
 

@@ -173,8 +173,7 @@ def test_serve(tmp_path: Path) -> None:
 
 def test_there_is_a_place_for_each() -> None:
     pages = [(Path(__file__).parents[2] / name).read_text(encoding="utf-8")
-             for name in ("README.md", "docs/evaluation.md", "docs/parallelism.md",
-                          "docs/sparsity.md", "docs/training.md")]
+             for name in report.PAGES]
     names = [match[2] for page in pages for match in report.MARKED.finditer(page)]
     assert sorted(names) == sorted({*report.TABLES, *report.SECTIONS})
 

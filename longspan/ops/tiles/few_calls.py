@@ -16,6 +16,8 @@ from torch import Tensor
 from longspan.ops import reference
 from longspan.ops.types import PagedKV, QueryRotary
 
+as_pytorch = np.errstate(all="ignore")
+"""NumPy warns of infinities and NaN; whoever samples looks for them, as after PyTorch's work."""
 FEW_NUMBERS = 32_768
 """Up to so many numbers NumPy is faster: beyond, PyTorch divides the work among threads."""
 
@@ -32,11 +34,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return reference.rms_norm(x, weight, eps)
     if not takes_numpy(x):
         return F.rms_norm(x, weight.shape, weight, eps)
-    rows = x.numpy()
+    return torch.from_numpy(_normed(x.numpy(), weight.detach().numpy(), eps))
+
+
+@as_pytorch
+def _normed(rows: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     squares = np.einsum("...i,...i->...", rows, rows)[..., None]
-    out = rows / np.sqrt(squares * (1 / x.shape[-1]) + eps)
-    out *= weight.detach().numpy()
-    return torch.from_numpy(out)
+    out = rows / np.sqrt(squares * (1 / rows.shape[-1]) + eps)
+    out *= weight
+    return out
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -87,6 +93,7 @@ def store_kv(
             mean[filled_blocks] = stored[filled_blocks].float().mean(1).to(mean.dtype)
 
 
+@as_pytorch
 def _turned(x: Tensor, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     rows, half = x.numpy(), x.shape[-1] // 2
     first, second = rows[..., :half], rows[..., half:]

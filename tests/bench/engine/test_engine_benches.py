@@ -75,7 +75,7 @@ def test_kernels_compiled_while_timed_are_named(monkeypatch: pytest.MonkeyPatch)
     assert names == []
 
 
-@pytest.mark.parametrize("quantization", ["fp8", "int4"])
+@pytest.mark.parametrize("quantization", ["fp8", "int4", "int8"])
 def test_ttft_of_quantised_weights(tmp_path: Path, quantization: str) -> None:
     options = ttft_options(quantization=quantization, attention=("dense",), lengths=(600,))
     assert ttft.run(session("ttft", tmp_path), tiny_shape(), options) == 0
