@@ -52,8 +52,9 @@ def policies_section(contents: Sequence[Content]) -> str:
         for model, num_tokens, place in cells:
             own = [row for row in rows if (row["model"], row["num_tokens"], row["place"])
                    == (model, num_tokens, place)]
-            if {row["attention"] for row in own} <= set(NAMED):
-                continue
+            settings = {row["attention"] for row in own}
+            if settings <= set(NAMED) or all(name.startswith("dense") for name in settings):
+                continue  # no policy among them, or precisions of dense attention
             body = [_policy(row) for row in sorted(own, key=lambda row: -row["density"])]
             parts.append(caption(
                 content, f"{model}, {num_tokens:,} tokens, questions: {place}")
