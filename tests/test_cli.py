@@ -226,11 +226,12 @@ def test_wrong_options_of_a_server_benchmark(
     assert message in failure(capsys, "bench", "serve", "--model", model, *arguments)
 
 
-@pytest.mark.parametrize("arguments", [
-    ["generate"], ["generate", "x", "--prompt-file", "a", "--prompt-file", "b"], ["fly"],
-    ["generate", "x", "--fast"], ["eval"]])
-def test_wrong_usage(capsys: Capture, arguments: list[str]) -> None:
-    assert "longspan --help" in failure(capsys, *arguments)
+@pytest.mark.parametrize(("arguments", "command"), [
+    (["generate"], " generate"), (["fly"], ""), (["generate", "x", "--fast"], " generate"),
+    (["generate", "x", "--prompt-file", "a", "--prompt-file", "b"], ""),
+    (["bench", "cache", "--fast"], " bench cache"), (["eval"], " eval")])
+def test_wrong_usage(capsys: Capture, arguments: list[str], command: str) -> None:
+    assert f"see longspan{command} --help" in failure(capsys, *arguments)
 
 
 def test_info_needs_config_json_only(capsys: Capture, model: str, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def run_app(commands: typer.Typer, arguments: Sequence[str], program: str) -> in
         _fail(str(error))
         return 1 if isinstance(error, RankLostError) else 2
     except UsageError as error:
-        return _fail(f"{_usage_message(error)}; see {program} --help")
+        return _fail(f"{_usage_message(error)}; see {_command_of(error, program)} --help")
     except KeyboardInterrupt:
         status = 130
     except (MemoryError, RuntimeError, ImportError) as error:
@@ -87,6 +87,14 @@ def _system_message(error: OSError) -> str:
 def _usage_message(error: Exception) -> str:
     show = getattr(error, "format_message", None)
     return (show() if show else str(error)).rstrip(".")
+
+
+def _command_of(error: Exception, program: str) -> str:
+    """Name the command that was asked for: it is its help that helps."""
+    context = getattr(error, "ctx", None)
+    if context is None:
+        return program
+    return program + context.command_path.removeprefix(context.find_root().command_path)
 
 
 def _fail(message: str) -> int:
