@@ -28,18 +28,24 @@ class NastyServer:
         self.read, self.faults, self.max_model_len = read, faults, max_model_len
         self.cut_prompts_at = cut_prompts_at
         self.requests: list[dict[str, Any]] = []
+        self.failed: set[str] = set()
+        self.num_faults = 0
         self.answered: Counter[str] = Counter()
         self.running = self.most_running = 0
         self.lock = threading.Lock()
 
     def next_fault(self, body: dict[str, Any]) -> str | None:
-        """Every other request meets the next fault."""
+        """A request meets the next fault, and none when it is repeated: every other one in all, but
+        with several clients in step one of them would meet nothing else."""
         with self.lock:
-            number = len(self.requests)
+            key = json.dumps(body, sort_keys=True)
             self.requests.append(body)
-        if not self.faults or number % 2:
-            return None
-        return self.faults[number // 2 % len(self.faults)]
+            if not self.faults or key in self.failed:
+                self.failed.discard(key)
+                return None
+            self.failed.add(key)
+            self.num_faults += 1
+            return self.faults[(self.num_faults - 1) % len(self.faults)]
 
     @contextmanager
     def serve(self) -> Iterator[str]:

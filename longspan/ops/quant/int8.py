@@ -13,6 +13,7 @@ A row's result depends on that row alone, whatever is computed beside it.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,7 +86,7 @@ def linear(x: Tensor, packed: PackedInt8, bias: Tensor | None = None) -> Tensor:
         sums, sizes = _sums(x, packed)
         return sums.mul_(sizes) if bias is None else torch.addcmul(bias, sums, sizes)
     out = torch.empty(x.shape[0], packed.out_features)
-    for rows, found in zip(x.split(ROWS), out.split(ROWS), strict=True):
+    for rows, found in _parts(x, out):
         if bias is None:
             torch.mul(*_sums(rows, packed), out=found)
         else:
@@ -98,8 +99,14 @@ def add_linear(sums: Tensor, x: Tensor, packed: PackedInt8) -> None:
     if x.shape[0] == 1:
         sums.addcmul_(*_sums(x, packed))
         return
-    for rows, found in zip(x.split(ROWS), sums.split(ROWS), strict=True):
+    for rows, found in _parts(x, sums):
         found.addcmul_(*_sums(rows, packed))
+
+
+def _parts(x: Tensor, out: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    """Part rows and results; there may be none: a prefill chunk's last layer has no rows to compute
+    if another chunk follows."""
+    return zip(x.split(ROWS), out.split(ROWS), strict=True) if x.shape[0] else ()
 
 
 def _sums(x: Tensor, packed: PackedInt8) -> tuple[Tensor, Tensor]:

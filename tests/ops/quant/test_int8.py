@@ -40,7 +40,7 @@ def test_a_row_depends_on_itself_alone() -> None:
     assert torch.equal(int8.linear(x, matrix)[1:], whole[1:])
 
 
-@pytest.mark.parametrize("num_rows", [1, int8.ROWS + 9])
+@pytest.mark.parametrize("num_rows", [0, 1, int8.ROWS + 9])
 def test_a_product_is_added_in_place_and_takes_a_bias(num_rows: int) -> None:
     matrix, x, bias = packed(), torch.randn(num_rows, WIDTH), torch.randn(OUT)
     sums = torch.randn(len(x), OUT)
