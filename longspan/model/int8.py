@@ -5,22 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longspan.model.linear import Activations, Linear, Stored, dense
+from longspan.model.cpu_linear import CpuLinear
+from longspan.model.linear import Activations, Stored
 from longspan.ops.quant import int8
 from longspan.weight_form import WeightForm
 
-ROWS = 4_096
-"""Rows made at random at a time: there may be no room for plain numbers."""
-NUMBERS = 2**18
-"""Numbers quantised at a time: what is computed with them stays in the cache."""
 
-
-def quantised_rows(width: int) -> int:
-    """Return how many rows are quantised at a time."""
-    return max(1, NUMBERS // width)
-
-
-class Int8Linear(Linear):
+class Int8Linear(CpuLinear):
     """int8 numbers with a scale for each output, laid out for the product when all have come."""
 
     keeps_rows = False
@@ -33,11 +24,8 @@ class Int8Linear(Linear):
         self._packed: int8.PackedInt8 | None = None
         self._num_missing = out_features
 
-    def forward(self, x: Activations) -> Tensor:
-        """See `Linear`."""
-        assert isinstance(x, Tensor), "activations are rounded for fp8 alone"
-        out = int8.linear(x if x.dim() == 2 else x.flatten(0, -2), self.packed, self.bias)
-        return (out if x.dim() == 2 else out.view(*x.shape[:-1], -1)).to(x.dtype)
+    def _multiply(self, x: Tensor) -> Tensor:
+        return int8.linear(x, self.packed, self.bias)
 
     def add_to(self, sums: Tensor, x: Activations) -> None:
         """See `Linear`."""
@@ -45,10 +33,6 @@ class Int8Linear(Linear):
         int8.add_linear(sums, x, self.packed)
         if self.bias is not None:
             sums.add_(self.bias)
-
-    def part(self, x: Tensor, outputs: slice) -> Tensor:
-        """See `Linear`: all are computed, which only the last layer of a prefill asks for."""
-        return self(x)[..., outputs]
 
     @property
     def packed(self) -> int8.PackedInt8:
@@ -68,22 +52,11 @@ class Int8Linear(Linear):
     def fill(self, outputs: slice, stored: Stored) -> None:
         """See `Linear`: plain numbers are quantised."""
         self._values, self._scales = self._rows()
-        matrix = dense(stored)
-        start = outputs.start
-        for piece in matrix.split(quantised_rows(self.in_features)):
-            rows = slice(start, start + len(piece))
+        for rows, piece in self._pieces(outputs, stored):
             self._values[rows], self._scales[rows] = int8.quantize_rows(piece)
-            start = rows.stop
-        self._num_missing -= len(matrix)
+            self._num_missing -= len(piece)
         if self._num_missing <= 0:
             self._finish()
-
-    def fill_randomly(self, std: float, generator: torch.Generator) -> None:
-        """See `Linear`."""
-        for start in range(0, sum(self.sizes), ROWS):
-            rows = slice(start, min(start + ROWS, sum(self.sizes)))
-            plain = torch.empty(rows.stop - start, self.in_features)
-            self.fill(rows, plain.normal_(0.0, std, generator=generator))
 
     def _rows(self) -> tuple[Tensor, Tensor]:
         """Return values [out, in] and scales [out], as far as they have come."""

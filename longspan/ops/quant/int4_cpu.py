@@ -12,10 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-GROUPS = (32, 64, 128, 256)
-"""Group sizes that the product knows."""
-OUTPUTS = 16
-"""Outputs are a multiple."""
 LEVELS, MIDDLE = 15, 8
 SHRUNK = (1.0, 0.95, 0.9, 0.85)
 """Shares of a group's range that are tried: with less of it, steps are finer for all but its

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longspan.ops.tiles.few_calls import takes_numpy
+from longspan.ops.tiles.few_calls import as_pytorch, takes_numpy
 
 ENGINE = "fbgemm"
 LEVELS = 63.0
@@ -132,15 +132,15 @@ def _digits(x: Tensor) -> tuple[Tensor, Tensor]:
     return digits, sizes
 
 
+@as_pytorch
 def _few_digits(x: Tensor) -> tuple[Tensor, Tensor]:
     """Do as `_digits`, to the bit, in less time for a few rows."""
     rows, count = x.detach().numpy(), x.shape[0]
     digits = np.empty((2 * count, x.shape[1]), np.float32)
     first, second = digits[:count], digits[count:]
-    with np.errstate(all="ignore"):  # whoever watches logits is to see it
-        sizes = np.maximum(np.abs(rows, out=first).max(-1, keepdims=True), np.float32(TINY))
-        np.divide(rows, sizes * np.float32(1 / LEVELS), out=second)
-        np.rint(second, out=first)
-        second -= first
-        second *= np.float32(BASE)
+    sizes = np.maximum(np.abs(rows, out=first).max(-1, keepdims=True), np.float32(TINY))
+    np.divide(rows, sizes * np.float32(1 / LEVELS), out=second)
+    np.rint(second, out=first)
+    second -= first
+    second *= np.float32(BASE)
     return torch.from_numpy(digits), torch.from_numpy(sizes)

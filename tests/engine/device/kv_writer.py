@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 from array import array
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from longspan.engine.device.block_store import BlockStore
 from longspan.engine.kv_file import KvFolder, file_name, scan
 from longspan.engine.transfer import Transfer, TransferResult
 from longspan.errors import LongspanError
+from tests.forks import forked
 
 KEY, SLOTS, TIMES = b"k" * 16, 8, 20
 
@@ -82,19 +82,6 @@ def is_refused(folder: Path) -> bool:
     except LongspanError as error:
         return "in use by process" in str(error)
     return False
-
-
-def forked(work: Callable[[], None]) -> int:
-    """Do something in a process of its own."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-        except BaseException as error:
-            print(error, flush=True)
-            os._exit(1)
-        os._exit(0)
-    return pid
 
 
 def main() -> None:

@@ -168,9 +168,9 @@ def test_a_folder_has_one_owner_and_loses_what_was_left_half_written(tmp_path: P
 
 
 def test_processes_killed_while_they_write_leave_whole_files_only(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("kv_writer.py")
-    done = subprocess.run([sys.executable, str(script), str(tmp_path), "11"],
-                          capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.engine.device.kv_writer", str(tmp_path), "11"],
+        capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[3])
     assert done.returncode == 0, done.stdout + done.stderr
     *counts, last = done.stdout.splitlines()
     assert len(counts) == 20 and int(counts[-1]) >= 20

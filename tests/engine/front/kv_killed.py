@@ -18,6 +18,7 @@ from typing import Any
 from longspan.engine.front.llm import LLM
 from longspan.engine.request import SamplingParams
 from longspan.units import GIB
+from tests.forks import forked
 
 LENGTH, NUM_DOCUMENTS = 2_400, 4
 DISK_BYTES = 4_000_000
@@ -33,19 +34,6 @@ def ask(llm: LLM, seed: int) -> tuple[tuple[int, ...], int]:
     rng = random.Random(seed)
     output = llm.generate([rng.randrange(200) for _ in range(LENGTH)], GREEDY)[0]
     return output.token_ids, output.num_cached_tokens
-
-
-def forked(work: Callable[[], None]) -> int:
-    """Do something in a process of its own."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-        except BaseException as error:
-            print(repr(error), flush=True)
-            os._exit(1)
-        os._exit(0)
-    return pid
 
 
 def use(checkpoint: str, folder: str, told: int) -> None:
