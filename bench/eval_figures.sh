@@ -2,7 +2,7 @@
 # The report's Figures 3 and 6 at nano's scale, and RULER-11 at a million tokens, on one GPU.
 #   bench/eval_figures.sh needles|positions|ruler|times OUT
 #   SECONDS_ALL=460  when everything ends       GIB=24  memory of each process, three at a time
-#   LENGTHS          instead of those named below
+#   LENGTHS, N       instead of those named below
 # needles: length x depth, dense, the report's sparse policy, ours. positions: plain RoPE, DCA, DCA with
 # YaRN's temperature beyond the training length. ruler: RULER-11 at 1,000,000 tokens, dense. times: one
 # process alone, for density and time to the first token beside the scores of RULER-11.
@@ -13,7 +13,7 @@ mkdir -p "$out"
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 ask() {  # folder, tasks, lengths, n, then options
-    local folder="$out/$1" tasks=$2 lengths=${LENGTHS:-$3} n=$4
+    local folder="$out/$1" tasks=$2 lengths=${LENGTHS:-$3} n=${N:-$4}
     shift 4
     ((end - SECONDS > 5)) || { echo "$folder: time is over"; return 0; }
     "${PYTHON:-python}" -m longspan.cli eval run "${MODEL:-nano}" --task "$tasks" --lengths "$lengths" -n "$n" \
