@@ -4,7 +4,7 @@ A replica is one engine with all of its ranks behind this server's own applicati
 that asks for as many GPUs as there are ranks: Ray gives it a machine that has them free. Requests
 come through Ray's proxies; limits, queue, errors and streams are those of `longspan serve`::
 
-    serve run longspan.serve.ray_app:app model=nano      # or a YAML file with ``args``
+    serve run longspan.serve.ray_app:app model=nano engine='{"device": "cpu"}'   # or a YAML file
 
 See docs/ranks.md.
 """
@@ -14,10 +14,18 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Json,
+    TypeAdapter,
+    model_validator,
+)
 
 from longspan.config import EngineConfig
 from longspan.engine.front.client import AsyncEngine
@@ -33,6 +41,17 @@ SHARE, PUBLIC = "longspan_share", "0.0.0.0"
 """Name of what replicas report; requests bear the names of Ray's proxies."""
 
 
+JSON_OBJECT = TypeAdapter[dict[str, Any]](Json[dict[str, Any]])
+
+
+def _read(value: object) -> object:
+    """Read a dictionary that stood on a command line, where all values are text."""
+    return JSON_OBJECT.validate_python(value) if isinstance(value, str) else value
+
+
+Fields = Annotated[dict[str, Any], BeforeValidator(_read)]
+
+
 class RayOptions(BaseModel):
     """Arguments of `app`, as ``serve run`` and Ray's YAML files pass them."""
 
@@ -40,10 +59,10 @@ class RayOptions(BaseModel):
 
     model: str
     """Directory, hub id, or ``nano``: the same on every machine."""
-    engine: dict[str, Any] = Field(default_factory=dict)
+    engine: Fields = Field(default_factory=dict)
     """Other fields of `EngineConfig`: ``tensor_parallel``, ``max_model_len``, ... ``device: cpu``
     for replicas without GPUs."""
-    server: dict[str, Any] = Field(default_factory=dict)
+    server: Fields = Field(default_factory=dict)
     """Fields of `ServeConfig`: ``api_keys``, ``allowed_hosts``, ..."""
     min_replicas: int = Field(default=1, ge=1)
     """Replicas that are always there."""
@@ -145,8 +164,16 @@ def wanted_replicas(context: ScalingContext) -> tuple[int, dict[str, Any]]:
     return max(1, math.ceil(sum(shares.values()) - 1e-9)), {}
 
 
-def app(options: RayOptions) -> Any:
-    """Build the application that Ray Serve deploys. Raises `MissingDependencyError` without Ray."""
+def app(args: Mapping[str, Any] | RayOptions) -> Any:
+    """Build the application that Ray Serve deploys.
+
+    Args:
+        args: fields of `RayOptions`, as Ray hands them on: it makes a model of them only where an
+            annotation is the class itself, and here annotations are text.
+
+    Raises `pydantic.ValidationError` for wrong ones, `MissingDependencyError` without Ray.
+    """
+    options = RayOptions.model_validate(args)
     try:
         from ray import serve
         from ray.serve.config import AutoscalingConfig, AutoscalingPolicy

@@ -89,3 +89,23 @@ def test_files_come_in_the_order_of_their_use(tmp_path: Path) -> None:
     for age, name in enumerate("abc"):
         os.utime(write(tmp_path, key=name.encode() * 16), (1000 - age, 1000 - age))
     assert [run.key[:1] for run in scan(tmp_path)[0]] == [b"c", b"b", b"a"]
+
+
+def test_only_files_are_read_whatever_else_bears_their_names(tmp_path: Path) -> None:
+    """A pipe would be waited on for ever."""
+    kept = write(tmp_path)
+    os.mkfifo(tmp_path / file_name(KEY, b"f" * 16))
+    (tmp_path / file_name(KEY, b"d" * 16)).mkdir()
+    (tmp_path / file_name(KEY, b"l" * 16)).symlink_to(tmp_path / "nowhere")
+    runs, bad = scan(tmp_path)
+    assert [run.name for run in runs] == [kept.name] and not bad
+    assert [run.name for run in index_of(tmp_path, KEY)] == [kept.name]
+
+
+def test_a_file_that_its_engine_deletes_meanwhile_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gone = write(tmp_path)
+    monkeypatch.setattr("longspan.engine.kv_file.list_files", lambda *_: [gone.name])
+    gone.unlink()
+    assert scan(tmp_path) == ([], {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import builtins
+import sys
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -40,6 +41,15 @@ def test_options_come_as_text_and_lists() -> None:
     assert options.max_replicas == 3
     config = options.serve_config()
     assert config.api_keys == ("a", "b") and config.is_public
+
+
+def test_dictionaries_come_from_a_command_line_too() -> None:
+    """As in ``serve run ... engine='{"device": "cpu"}'``."""
+    options = RayOptions.model_validate({"model": "nano", "engine": '{"device": "cpu"}'})
+    assert options.resources() == {"num_cpus": 1.0}
+    for wrong in ("{device: cpu}", "[1]"):
+        with pytest.raises(ValidationError, match="engine"):
+            RayOptions.model_validate({"model": "nano", "engine": wrong})
 
 
 @pytest.mark.parametrize(("options", "words"), [
@@ -101,3 +111,21 @@ def test_without_ray_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(MissingDependencyError, match=r"pip install 'longspan\[ray\]'"):
         ray_app.app(RayOptions(model="nano"))
+
+
+def test_the_application_takes_what_ray_hands_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain dictionary: Ray reads annotations as they stand, and here they are text."""
+    asked = dict[str, Any]()
+
+    def deployment(target: object, **options: Any) -> SimpleNamespace:
+        asked.update(options)
+        return SimpleNamespace(bind=lambda options: options)
+
+    serve = SimpleNamespace(deployment=deployment, ingress=lambda: lambda target: target)
+    config = SimpleNamespace(AutoscalingConfig=SimpleNamespace, AutoscalingPolicy=SimpleNamespace)
+    for name, module in (("ray", SimpleNamespace(serve=serve)), ("ray.serve.config", config)):
+        monkeypatch.setitem(sys.modules, name, module)
+    options = ray_app.app({"model": "nano", "engine": {"device": "cpu"}, "max_replicas": "2"})
+    assert options.max_replicas == 2 and asked["ray_actor_options"] == {"num_cpus": 1.0}
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        ray_app.app({"models": "nano"})

@@ -17,7 +17,7 @@ from ray import serve
 
 from longspan.engine.front.llm import LLM
 from longspan.engine.request import SamplingParams
-from longspan.serve.ray_app import RayOptions, app
+from longspan.serve.ray_app import app
 
 PORT, TIMEOUT_S = 8701, 180.0
 URL = f"http://127.0.0.1:{PORT}"
@@ -30,9 +30,10 @@ def cluster() -> Iterator[None]:
     """A cluster of one machine, with two ranks in a replica, and another one allowed."""
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": PORT})
-    serve.run(app(RayOptions(
-        model="nano", engine={**ENGINE, "context_parallel": 2}, max_replicas=2,
-        server={"api_keys": ["key"]})), name="longspan", route_prefix="/")
+    serve.run(app({  # as `serve run` passes them
+        "model": "nano", "engine": json.dumps({**ENGINE, "context_parallel": 2}),
+        "max_replicas": "2", "server": json.dumps({"api_keys": ["key"]})}),
+        name="longspan", route_prefix="/")
     yield
     serve.shutdown()
     ray.shutdown()

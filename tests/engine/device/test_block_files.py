@@ -167,6 +167,16 @@ def test_a_folder_has_one_owner_and_loses_what_was_left_half_written(tmp_path: P
     KvFolder(tmp_path).close()
 
 
+def test_other_peoples_things_in_the_folder_stay_and_do_no_harm(tmp_path: Path) -> None:
+    """Browsers name unfinished downloads ``.part`` too."""
+    (tmp_path / "film.mkv.part").write_bytes(b"half")
+    (tmp_path / f"{NAME}.part").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    Disk(tmp_path).files.close()
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(
+        ["film.mkv.part", f"{NAME}.part", "link", "longspan.lock"])
+
+
 def test_processes_killed_while_they_write_leave_whole_files_only(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.engine.device.kv_writer", str(tmp_path), "11"],
