@@ -115,6 +115,8 @@ class Follower:
         try:
             self._channel.put(Hello(self._orders.token, rank, facts_of(config)))
             welcome = self._next(MEET_S)
+            if isinstance(welcome, Bye):
+                return  # rank 0 has no plan that fits, and says why
             assert isinstance(welcome, Welcome), welcome
             self._compute(self._load(config, welcome))
         except (ClosedError, _GroupFailed):

@@ -43,3 +43,13 @@ def test_a_context_that_no_rank_could_hold_alone(tmp_path: Path) -> None:
     scores = [output.prompt_logprobs for output in (found[-1], wanted[-1])]
     assert scores[0] is not None and scores[1] is not None
     assert scores[0][1:] == pytest.approx(scores[1][1:], abs=1e-4)
+
+
+def test_ranks_end_in_silence_where_no_plan_fits(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Rank 0 says what is missing, and nobody says anything else."""
+    path = write_checkpoint(tmp_path, dual_chunk_attention_config=DCA)
+    with pytest.raises(NotEnoughMemoryError, match="needs"):
+        LLM(str(path), context_parallel=2, **{**OPTIONS, "memory_gib": 1e-3})
+    assert not capfd.readouterr().err
