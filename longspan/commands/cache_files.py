@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from longspan.commands.console import note, show_table
-from longspan.engine.kv_file import NAME, KvFolder, StoredRun, scan
+from longspan.engine.kv_file import NAME, KvFolder, StoredRun, list_files, scan
 from longspan.errors import LongspanError
 from longspan.units import in_gib
 
@@ -47,7 +47,7 @@ def drop(folder: Path, key: str | None) -> None:
     if key is not None and not key.strip():
         raise LongspanError("--key is empty; give the start of a key, or leave it out for all")
     with _readable(folder):
-        names = [name for name in os.listdir(folder) if NAME.fullmatch(name)]
+        names = list_files(folder)
     chosen = [folder / name for name in names if name.startswith((key or "").lower())]
     if key and not chosen:
         raise LongspanError(f"--key {key}: no file in {folder} has it; see longspan cache list")
@@ -88,6 +88,8 @@ def _damage(folder: Path, run: StoredRun) -> str:
             for size in sizes:
                 for index in range(len(sums)):
                     sums[index] = zlib.crc32(stream.read(size), sums[index])
+    except FileNotFoundError:
+        return ""  # the engine whose folder it is has deleted it meanwhile
     except OSError as error:
         return error.strerror or str(error)
     wrong = [index for index, value in enumerate(sums) if value != run.checksums[index]]

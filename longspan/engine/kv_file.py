@@ -29,6 +29,9 @@ FORMAT, VERSION = "longspan-kv", "1"
 SUFFIX, PART_SUFFIX = ".safetensors", ".part"
 KEY_BYTES = HASH_BYTES = 16
 NAME = re.compile(r"([0-9a-f]{32})-([0-9a-f]{32})\.safetensors")
+PART_NAME = re.compile(NAME.pattern + r"\.part")
+"""A file that is being written. A directory may hold other people's unfinished downloads."""
+ANY_NAME = re.compile(r".*\.safetensors", re.DOTALL)
 LOCK = "longspan.lock"
 MAX_NAME = 100
 """Characters of a model's name that a file has."""
@@ -96,14 +99,21 @@ class KvFolder:
                                 "own, or end that one") from None
         os.truncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
-        for part in path.glob(f"*{PART_SUFFIX}"):  # left by a process that was killed
-            part.unlink(missing_ok=True)
+        for part in list_files(path, PART_NAME):  # left by a process that was killed
+            (path / part).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Let others use the directory."""
         if self._lock >= 0:
             os.close(self._lock)
         self._lock = -1
+
+
+def list_files(folder: Path, name: re.Pattern[str] = NAME) -> list[str]:
+    """List the files in a folder that are named so, in the order of their names. Folders, pipes and
+    links that lead nowhere are no files, whatever they are named. Raises `OSError`."""
+    return sorted(file.name for file in folder.iterdir()
+                  if name.fullmatch(file.name) and file.is_file())
 
 
 def file_name(key: bytes, last_hash: bytes) -> str:
@@ -169,17 +179,19 @@ def scan(folder: Path) -> tuple[list[StoredRun], dict[str, str]]:
     """Read the headers of all files in a folder.
 
     Returns those that are whole, in the order of their last use, and why others with our suffix
-    are not. Files of other kinds are left alone, and not listed.
+    are not. Files of other kinds are left alone, and not listed; nor are those that the folder's
+    engine deletes meanwhile.
     """
     runs, bad = list[StoredRun](), dict[str, str]()
-    for name in sorted(os.listdir(folder)):
-        if name.endswith(SUFFIX):
-            try:
-                runs.append(read_header(folder / name))
-            except BadFileError as error:
-                bad[name] = str(error)
-            except OSError as error:
-                bad[name] = error.strerror or str(error)
+    for name in list_files(folder, ANY_NAME):
+        try:
+            runs.append(read_header(folder / name))
+        except BadFileError as error:
+            bad[name] = str(error)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            bad[name] = error.strerror or str(error)
     return sorted(runs, key=lambda run: run.used_s), bad
 
 

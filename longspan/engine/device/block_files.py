@@ -27,6 +27,7 @@ from longspan.engine.kv_file import (
     BadFileError,
     KvFolder,
     StoredRun,
+    list_files,
     make_header,
     read_header,
 )
@@ -62,7 +63,8 @@ class BlockFiles:
         self._write_helpers = ThreadPoolExecutor(count, "longspan-kv-out")
         self._lock = threading.Lock()
         self._ended_s = {"read": 0.0, "write": 0.0, "drop": 0.0}
-        self._latest_s = max((item.stat().st_mtime for item in os.scandir(folder.path)), default=0)
+        self._latest_s = max(
+            ((folder.path / name).stat().st_mtime for name in list_files(folder.path)), default=0)
 
     def submit(self, transfer: Transfer, on_end: OnEnd) -> None:
         """Queue a transfer; ``on_end`` is called with its result on another thread."""

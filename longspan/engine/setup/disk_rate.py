@@ -11,7 +11,7 @@ from pathlib import Path
 
 from longspan.engine.device.block_files import MAX_HELPERS
 from longspan.engine.device.file_reader import PIECE_BYTES, FileReader
-from longspan.engine.kv_file import NAME, BadFileError
+from longspan.engine.kv_file import BadFileError, list_files
 
 SAMPLE_BYTES, SAMPLE_S = 64 * 1024**2, 0.25
 """Most that is read, and the time after which no more is."""
@@ -32,8 +32,7 @@ def sampled_bytes_per_s(folder: Path) -> float | None:
         return 0
 
     try:
-        files = [(file, file.stat().st_size) for file in folder.iterdir()
-                 if NAME.fullmatch(file.name)]
+        files = [(folder / name, (folder / name).stat().st_size) for name in list_files(folder)]
     except OSError:
         return None
     pieces = ((file, offset) for file, size in files
