@@ -314,7 +314,7 @@ class EngineConfig:
     """Ranks that share the layers: each holds the weights and the KV cache of its own alone."""
     tensor_parallel: int = 1
     """Ranks that share each layer's heads and the width of its MLP, and hold those weights and the
-    KV cache of those heads alone. May stand beside one of the others: both numbers multiply."""
+    KV cache of those heads alone. The three may stand together: their numbers multiply."""
     place: RankPlace | None = None
     """Place among ranks that are there already; None: they are started."""
     kv_host_gib: float = 0.0
@@ -356,10 +356,6 @@ class EngineConfig:
         for name in ("memory_gib", "kv_host_gib", "kv_disk_gib"):
             if getattr(self, name) == math.inf:
                 raise LongspanError(f"{name} must be finite; leave it out for what is free")
-        if self.context_parallel > 1 and self.pipeline_parallel > 1:
-            raise LongspanError(
-                f"context_parallel {self.context_parallel} and pipeline_parallel "
-                f"{self.pipeline_parallel}: ranks share rows or layers, not both; use one of them")
         if self.num_ranks > 1 and (self.kv_dir is not None or self.kv_host_gib):
             raise LongspanError(
                 f"{self.num_ranks} ranks keep no KV in host memory or on "

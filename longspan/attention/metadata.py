@@ -207,11 +207,22 @@ def _shares(
     slices: Sequence[SequenceSlice], sharing: RowSharing | None, *, may_split: bool = True,
 ) -> list[RowShare | None]:
     """Share the prefill slices out."""
-    return [
-        None if sharing is None or item.is_decode else sharing.share(
-            item.cached_len, item.cached_len + item.query_len,
-            may_split=may_split and item.may_split)
-        for item in slices]
+    return [_share(item, sharing, may_split=may_split) for item in slices]
+
+
+def _share(
+    item: SequenceSlice, sharing: RowSharing | None, *, may_split: bool = True,
+) -> RowShare | None:
+    if sharing is None or item.is_decode:
+        return None
+    return sharing.share(item.cached_len, item.cached_len + item.query_len,
+                         may_split=may_split and item.may_split)
+
+
+def num_rows(item: SequenceSlice, sharing: RowSharing | None) -> int:
+    """Count the packed rows of a slice on this rank, as `build_metadata` shares them out."""
+    share = _share(item, sharing)
+    return item.query_len if share is None else share.num_rows(share.group.rank)
 
 
 class _Tokens(NamedTuple):

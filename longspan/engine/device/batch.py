@@ -10,7 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longspan.attention.metadata import AttentionMetadata, SequenceSlice, build_metadata
+from longspan.attention.metadata import (
+    AttentionMetadata,
+    SequenceSlice,
+    build_metadata,
+    num_rows,
+)
 from longspan.attention.ranks import RowSharing
 from longspan.attention.recall import RecallMeter
 from longspan.attention.upload import upload
@@ -99,6 +104,11 @@ def _as_tensor(token_ids: TokenIds) -> Tensor:
     if not token_ids:
         return torch.empty(0, dtype=torch.int64)
     return torch.frombuffer(token_ids, dtype=torch.int32).to(torch.int64)
+
+
+def rows_here(item: ScheduledSlice, sharing: RowSharing | None) -> int:
+    """Count the rows of a slice that this rank computes."""
+    return num_rows(_sequence_slice(item), sharing)
 
 
 def num_outputs(item: ScheduledSlice) -> int:

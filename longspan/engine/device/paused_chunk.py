@@ -80,7 +80,8 @@ class PausableChunk:
         """Compute this stage's part of a chunk without a pause; its rows are cut as ever."""
         assert item.pieces is not None and item.pieces.first == 0 and item.pieces.is_last
         (stage,) = self._stages
-        hidden = inputs.token_ids if link.index == 0 else link.receive(item.query_len)
+        rows = inputs.token_ids  # of this rank
+        hidden = rows if link.index == 0 else link.receive(len(rows))
         work = stage.model.forward_in_pieces(
             hidden, inputs.metadata, stage.caches, self._cuts(item),
             cut_last=item.scored is not None)

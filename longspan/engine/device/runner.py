@@ -74,7 +74,8 @@ class Runner:
         link: StageLink | None = None,
     ) -> None:
         self._link = link
-        self._sharing: RowSharing | None = None
+        self.sharing: RowSharing | None = None
+        """How ranks share rows; None: this one has all."""
         self._heads: RankGroup | None = None
         self._stages, self._sampler = tuple(stages), sampler
         self.prepare = sampler.prepare  # for requests that follow a grammar
@@ -142,11 +143,11 @@ class Runner:
         """Share the rows of prefill slices, and the keys of long decodes, with other ranks; of all
         decodes where each rank's cache has a part of every block."""
         cache = self._stages[0].caches[0]
-        self._sharing = RowSharing(
+        self.sharing = RowSharing(
             group, row_unit(plan, self._block_size), least_keys(cache),
             divides_kv=cache.k.shape[1] < self._block_size)
         if self._graphs is not None:
-            self._graphs.sharing = self._sharing
+            self._graphs.sharing = self.sharing
 
     def use_places(self, config: TierConfig, key: bytes, folder: KvFolder | None) -> None:
         """Keep blocks in host memory and on disk, where there are any.
@@ -306,7 +307,7 @@ class Runner:
     def _build(self, batch: ScheduledBatch) -> DeviceBatch:
         return build_batch(
             batch, block_size=self._block_size, head_dim=self._head_dim, dca=self._dca,
-            device=self._device, last_tokens=self._last_tokens, sharing=self._sharing)
+            device=self._device, last_tokens=self._last_tokens, sharing=self.sharing)
 
     def _advance(self, batch: ScheduledBatch) -> Tensor | None:
         """Compute the pieces of a sparse chunk, if the step has any."""
@@ -357,9 +358,9 @@ class Runner:
 
     def _agreed(self, sampled: SampledTokens) -> SampledTokens:
         """Take the first rank's tokens, where ranks share rows; see `longspan.attention.ranks`."""
-        if self._sharing is None:
+        if self.sharing is None:
             return sampled
-        return sampled._replace(token_ids=self._sharing.group.of_first(sampled.token_ids))
+        return sampled._replace(token_ids=self.sharing.group.of_first(sampled.token_ids))
 
     def _score(self, items: Sequence[ScheduledSlice], hidden: Tensor) -> Tensor:
         """Take the log-probabilities of prompts from the wanted rows, [n, M]. Returns those that
@@ -404,14 +405,12 @@ class Runner:
         for stage in self._stages:
             stage.model.reset_attention_stats()
         kept = sum((kept for kept, _ in pairs), 0.0)
-        if self._sharing is not None:
-            kept = total(self._sharing.group, kept, self._device)
+        if self.sharing is not None:
+            kept = total(self.sharing.group, kept, self._device)
         causal = sum(causal for _, causal in pairs)
-        if self._heads is None:
-            return kept, causal
-        kept, causal = total(self._heads, kept, self._device), causal * self._heads.size
-        # what the ranks of a pipeline tell is added up: one of each stage tells it
-        return (0.0, 0.0) if self._link is not None and self._heads.rank else (kept, causal)
+        if self._heads is not None:
+            kept, causal = total(self._heads, kept, self._device), causal * self._heads.size
+        return kept, causal
 
     def _take_recalls(self) -> list[tuple[str, RecallSums]]:
         """Return the recall of the sparse chunks that are complete since the last call."""

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from longspan.attention.layer import Selector
 from longspan.attention.observer import AttentionObserver
+from longspan.attention.ranks import RowSharing
 from longspan.attention.recall import RecallSums
 from longspan.engine.control.loop import LocalTransport, Transport
-from longspan.engine.device.batch import num_outputs
+from longspan.engine.device.batch import num_outputs, rows_here
 from longspan.engine.device.launched_step import LaunchedStep, Stopwatch
 from longspan.engine.device.prompt_logprobs import OnLogits
 from longspan.engine.device.runner import BegunStep, Runner
@@ -37,10 +38,12 @@ class StageRunner:
 
     Args:
         runner: has this rank's layers, and was loaded with the same link.
+        tells: it says what was counted in its layers. Of a stage's ranks one does: all know the
+            same, and what the ranks of a pipeline say is added up.
     """
 
-    def __init__(self, runner: Runner, link: StageLink) -> None:
-        self.runner, self._link = runner, link
+    def __init__(self, runner: Runner, link: StageLink, *, tells: bool = True) -> None:
+        self.runner, self._link, self._tells = runner, link, tells
         self._unfinished = deque[StagedStep]()
 
     def transport(self) -> Transport:
@@ -115,7 +118,7 @@ class StageRunner:
             self.finish_all()
         with torch.inference_mode():
             if self._link.index:
-                for num_rows in sent_rows(batch.slices):
+                for num_rows in sent_rows(batch.slices, self.runner.sharing):
                     self._link.fetch(num_rows)
             watch = self.runner.stopwatch()
             begun = self.runner.begin(batch) if batch.slices else None
@@ -128,6 +131,8 @@ class StageRunner:
                         self._link.send(rows)
             gives = any(item.sampling or item.scored for item in batch.slices)
             pairs, recalls = self.runner.observed(counts_pairs=gives and batch.prefills)
+            if not self._tells:
+                pairs, recalls = (0.0, 0.0), []
         step = StagedStep(self, batch, begun, watch, pairs, recalls)
         if self._link.index == 0:
             self._unfinished.append(step)
@@ -210,10 +215,11 @@ def merge(results: Sequence[StepResult]) -> StepResult:
         causal_pairs=sum(result.causal_pairs for result in results))
 
 
-def sent_rows(items: Sequence[ScheduledSlice]) -> list[int]:
-    """Count the rows that go from stage to stage: of the sparse chunk, of the other slices."""
-    apart = sum(item.query_len for item in items if item.pieces is not None)
-    packed = sum(item.query_len for item in items if item.pieces is None)
+def sent_rows(items: Sequence[ScheduledSlice], sharing: RowSharing | None) -> list[int]:
+    """Count the rows that go from stage to stage: of the sparse chunk, of the other slices; where a
+    stage's ranks share them, those of one rank."""
+    apart = sum(rows_here(item, sharing) for item in items if item.pieces is not None)
+    packed = sum(rows_here(item, sharing) for item in items if item.pieces is None)
     return [count for count in (apart, packed) if count]
 
 

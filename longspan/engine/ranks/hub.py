@@ -132,6 +132,7 @@ class Hub:
                                            f"{self.size}; start each once"))
             if hello is not None:
                 every[hello.rank] = hello.facts
+        self._channels = dict(sorted(self._channels.items()))  # by rank, not as they called
         ordered = [every[rank] for rank in range(self.size)]
         reason = differences(ordered)
         if reason:

@@ -194,9 +194,12 @@ class ResolvedEngine:
             mesh.rank, mesh.rings, hidden_size=self.model.hidden_size,
             dtype=TORCH_DTYPES[self.config.dtype], device=self.config.device)
         layers = stage_layers(self.model, self.plan, len(mesh.ring))[mesh.stage]
-        return StageRunner(Runner.load(
+        runner = Runner.load(
             self.path, self.model, self.config, self.memory, dca=self.dca, plan=self.plan,
-            place=StagePlace(link, layers, mesh.heads)), link)
+            place=StagePlace(link, layers, mesh.heads))
+        if mesh.rows is not None:
+            runner.use_group(mesh.rows, self.plan)
+        return StageRunner(runner, link, tells=mesh.ring == mesh.rings[0])
 
     def intake(self) -> Intake:
         """Return what makes requests for this engine."""

@@ -1,13 +1,15 @@
 """Where a rank stands among the others: which ones share rows with it, and which ones heads.
 
-Ranks are numbered with those that share heads side by side: they exchange most. With several kinds
-of sharing each kind has groups of its own (torch.distributed's device mesh).
+Ranks are numbered with those that share heads side by side, for they exchange most, then those that
+share rows; a stage's ranks are neighbours. With several kinds of sharing each kind has groups of
+its own (torch.distributed's device mesh).
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import init_device_mesh
 
 from longspan.attention.ranks import RankGroup
@@ -26,7 +28,8 @@ class RankMesh(NamedTuple):
     stage: int = 0
     """Which slice of the layers it has (pipeline parallelism)."""
     rings: tuple[tuple[int, ...], ...] = ()
-    """Ranks through which rows of activations pass, in order: one ring for each rank of a stage."""
+    """Ranks through which rows of activations pass, in order: one ring for each rank of a stage, of
+    ranks that have the same rows and heads."""
 
     @property
     def ring(self) -> tuple[int, ...]:
@@ -37,21 +40,17 @@ class RankMesh(NamedTuple):
     def join(cls, rank: int, config: EngineConfig) -> RankMesh:
         """Make the groups of a rank, where torch.distributed is set up; on all ranks at a time."""
         size, rows, heads = config.num_ranks, config.context_parallel, config.tensor_parallel
-        if size == rows:
-            return cls(rank, size, rows=RankGroup(rank, size))
-        if size == heads:
-            return cls(rank, size, heads=RankGroup(rank, size))
-        if size == config.pipeline_parallel:
-            return cls(rank, size, stage=rank, rings=(tuple(range(size)),))
-        assert config.device is not None
-        if config.pipeline_parallel > 1:
-            grid = init_device_mesh(config.device.split(":")[0], (size // heads, heads),
-                                    mesh_dim_names=("stages", "heads"))
-            return cls(rank, size, stage=rank // heads,
-                       heads=RankGroup(rank % heads, heads, grid.get_group("heads")),
-                       rings=tuple(tuple(range(first, size, heads)) for first in range(heads)))
-        grid = init_device_mesh(config.device.split(":")[0], (rows, heads),
-                                mesh_dim_names=("rows", "heads"))
-        return cls(rank, size,
-                   rows=RankGroup(rank // heads, rows, grid.get_group("rows")),
-                   heads=RankGroup(rank % heads, heads, grid.get_group("heads")))
+        stages, own = config.pipeline_parallel, rows * heads
+        sizes = {name: count for name, count in
+                 (("stages", stages), ("rows", rows), ("heads", heads)) if count > 1}
+        groups = dict[str, ProcessGroup | None]()
+        if len(sizes) > 1:  # with one kind of sharing its group is the default one
+            assert config.device is not None
+            grid = init_device_mesh(config.device.split(":")[0], tuple(sizes.values()),
+                                    mesh_dim_names=tuple(sizes))
+            groups = {name: grid.get_group(name) for name in sizes}
+        return cls(
+            rank, size, stage=rank // own,
+            rows=RankGroup(rank // heads % rows, rows, groups.get("rows")) if rows > 1 else None,
+            heads=RankGroup(rank % heads, heads, groups.get("heads")) if heads > 1 else None,
+            rings=tuple(tuple(range(first, size, own)) for first in range(own)))

@@ -33,8 +33,8 @@ def rows_of(out: Path, **options: Any) -> tuple[int, list[dict[str, Any]], dict[
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Any]:
     out = tmp_path_factory.mktemp("results")
     status, rows, content = rows_of(
-        out, attention=("dense",), arrangements=(Ranks(), Ranks(pp=2), Ranks(cp=2)),
-        decode_steps=3, users=2)
+        out, attention=("dense",), decode_steps=3, users=2,
+        arrangements=(Ranks(), Ranks(pp=2), Ranks(cp=2), Ranks(cp=2, pp=2)))
     assert status == 0
     return [row for row in rows if row["source"] == "measured"], content
 
@@ -45,7 +45,8 @@ def test_every_plan_of_every_arrangement_has_a_row(measured: Any) -> None:
     for row in rows:
         found[row["cp"], row["pp"], row["tp"]].add(row["plan"])
     fixed = {"fixed 128", "fixed 256", "best fixed"}
-    assert found == {(1, 1, 1): fixed, (1, 2, 1): fixed | {"planned"}, (2, 1, 1): fixed}
+    assert found == {(1, 1, 1): fixed, (1, 2, 1): fixed | {"planned"}, (2, 1, 1): fixed,
+                     (2, 2, 1): fixed | {"planned"}}
     for row in rows:
         lens = {"fixed 128": 128, "fixed 256": 256}
         if row["plan"] in lens:  # pipelines too are cut as asked for
@@ -53,7 +54,8 @@ def test_every_plan_of_every_arrangement_has_a_row(measured: Any) -> None:
             assert row["num_chunks"] == -(-LENGTH // lens[row["plan"]])
     best = {row["pp"]: row for row in rows if row["plan"] == "best fixed" and row["cp"] == 1}
     assert best[2]["ttft_s"] == min(
-        row["ttft_s"] for row in rows if row["pp"] == 2 and row["plan"].startswith("fixed "))
+        row["ttft_s"] for row in rows
+        if (row["cp"], row["pp"]) == (1, 2) and row["plan"].startswith("fixed "))
 
 
 def test_timelines_lie_within_the_time_and_follow_one_another(measured: Any) -> None:
@@ -66,8 +68,9 @@ def test_timelines_lie_within_the_time_and_follow_one_another(measured: Any) -> 
             assert all(one[1] <= other[0] for one, other in zip(spans, spans[1:], strict=False))
             assert spans[0][0] >= 0 and spans[row["num_chunks"] - 1][0] < 1e3 * row["ttft_s"]
         if row["pp"] == 2:  # the second stage begins a chunk when the first one has done with it
-            first, second = row["timeline_ms"]
-            assert all(done[1] <= begun[0] for done, begun in zip(first, second, strict=False))
+            ranks, own = row["timeline_ms"], row["cp"]
+            for first, second in zip(ranks[:own], ranks[own:], strict=True):
+                assert all(done[1] <= begun[0] for done, begun in zip(first, second, strict=False))
     assert all(0 <= row["idle"] < 1 for row in rows)
     assert all(row["predicted_s"] > 0 for row in rows if row["cp"] * row["pp"] > 1)
     assert all(row["speedup"] == 1 for row in rows if row["cp"] * row["pp"] == 1)
@@ -77,7 +80,8 @@ def test_decoding_and_prompts_together_have_rows_of_their_own(measured: Any) -> 
     _, content = measured
     for source in ("decode", "users"):
         rows = [row for row in content["rows"] if row["source"] == source]
-        assert [(row["cp"], row["pp"]) for row in rows] == [(1, 1), (1, 2), (2, 1)]
+        assert [(row["cp"], row["pp"]) for row in rows] == [
+            (1, 1), (1, 2), (2, 1), (2, 2)]
         for row in rows:
             assert not row["divides_kv"] and row["num_tokens"] == LENGTH
             if source == "decode":
@@ -91,8 +95,9 @@ def test_decoding_and_prompts_together_have_rows_of_their_own(measured: Any) -> 
 def test_rows_become_a_table_and_a_plot(measured: Any, tmp_path: Path) -> None:
     _, content = measured
     table = pipeline_section([content])
-    assert table.count("\n| nano, dense, 640 |") == 3 and "| pp 2 |" in table
-    assert table.count("\n| nano, 640 |") == 3 == table.count("\n| nano, dense, 2 x 640 |")
+    assert table.count("\n| nano, dense, 640 |") == 4 and "| pp 2 |" in table
+    assert table.count("\n| nano, 640 |") == 4 == table.count("\n| nano, dense, 2 x 640 |")
+    assert "| cp 2 x pp 2 |" in table
     (plot,) = draw_pipeline(content, tmp_path / "pipeline.cpu")
     assert plot.name == "pipeline.cpu.timeline.svg" and plot.stat().st_size > 1000
 

@@ -1,4 +1,5 @@
-"""Pipelines whose ranks are threads: the answers of one rank, while all stages compute."""
+"""Pipelines whose ranks are threads, some of them with several ranks a stage: the answers of one
+rank, while all stages compute."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from longspan.attention import shared_decode
 from longspan.attention.sparsity import SparsityPlan
 from longspan.engine.control.latency import Costs
 from longspan.engine.control.loop import LocalTransport, Loop, Transport
@@ -26,6 +28,7 @@ from longspan.engine.device.stage import ALONE, StageLink, StagePlace
 from longspan.engine.device.stage_runner import StagedStep, StageRunner, merge
 from longspan.engine.step import PromptLogprobs, ScheduledBatch, StepResult
 from tests.doubles import make_request, write_checkpoint
+from tests.engine.device.rank_threads import Board, ThreadGroup
 from tests.engine.device.runners import BLOCK, CHUNK, LENGTH, PIECE_ROWS, load_runner
 
 LAYERS, HEADS = 5, 4
@@ -55,7 +58,8 @@ class QueueLink(StageLink):
 
 
 class Ring:
-    """Launches every step on all ranks, each on a thread of its own; a loop's transport."""
+    """Launches every step on all ranks, each on a thread of its own; a loop's transport. The first
+    stage's ranks come first."""
 
     def __init__(self, runners: list[StageRunner]) -> None:
         self.runners = runners
@@ -77,8 +81,11 @@ class Ring:
         if not waiting[-1].done():
             self.most_ahead = max(self.most_ahead, sum(
                 later[0].done() for later in self._steps) + 1)
-        found = [self._pools[0].submit(waiting[0].result().wait).result(WAIT_S)]
-        return merge([*found, *(future.result(WAIT_S).wait() for future in waiting[1:])])
+        sampling = [pool.submit(step.result(WAIT_S).wait) for pool, step, runner in zip(
+            self._pools, waiting, self.runners, strict=True) if runner.is_first]
+        found = [future.result(WAIT_S) for future in sampling]
+        assert all(other.token_ids == found[0].token_ids for other in found)
+        return merge([*found, *(step.result(WAIT_S).wait() for step in waiting[len(found):])])
 
     def discard(self) -> None:
         """Nothing is interrupted here."""
@@ -102,16 +109,30 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     return {True: tied, False: untied}
 
 
-def load(path: Path, plan: SparsityPlan | None, place: StagePlace = ALONE) -> Runner:
-    return load_runner(path, plan, 200, place)
+def load(
+    path: Path, plan: SparsityPlan | None, place: StagePlace = ALONE, **options: Any,
+) -> Runner:
+    return load_runner(path, plan, 200, place, **options)
 
 
-def ring_of(path: Path, plan: SparsityPlan | None, count: int) -> Ring:
-    edges: list[Queue[Tensor]] = [Queue() for _ in range(count)]
+def ring_of(
+    path: Path, plan: SparsityPlan | None, count: int, rows: int = 1, heads: int = 1,
+    **options: Any,
+) -> Ring:
+    """Make ``count`` stages of rows x heads ranks each, numbered as a `RankMesh` has them."""
+    edges = [[Queue[Tensor]() for _ in range(count)] for _ in range(rows * heads)]
     runners = []
     for index, layers in enumerate(equal_split(LAYERS, count)):
-        link = QueueLink(index, edges)
-        runners.append(StageRunner(load(path, plan, StagePlace(link, layers)), link))
+        for_rows, for_heads = ([Board(size) for _ in range(number)]
+                               for size, number in ((rows, heads), (heads, rows)))
+        for own in range(rows * heads):
+            row, head = divmod(own, heads)
+            link = QueueLink(index, edges[own])
+            runner = load(path, plan, StagePlace(link, layers, ThreadGroup(
+                head, for_heads[row]) if heads > 1 else None), **options)
+            if rows > 1:
+                runner.use_group(ThreadGroup(row, for_rows[head]), plan)
+            runners.append(StageRunner(runner, link, tells=own == 0))
     return Ring(runners)
 
 
@@ -211,6 +232,44 @@ def test_any_number_of_stages_gives_the_answers_of_one_rank(
             for name, sums in one.recalls.items():
                 assert many.recalls[name][:2] == pytest.approx(sums[:2], rel=1e-5)
     assert num_cached > 0 and num_scored > 0
+
+
+@pytest.mark.parametrize(("rows", "count", "heads", "kind", "budget_s"), [
+    (2, 4, 1, "dense", None), (2, 4, 1, "dense", 0.2), (3, 2, 1, "sparse", None),
+    (2, 2, 2, "divided", 0.1)])
+def test_stages_of_several_ranks_give_the_answers_of_one(
+    paths: dict[bool, Path], rings: list[Ring], rows: int, count: int, heads: int, kind: str,
+    budget_s: float | None, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They share rows and keys of decodes, or heads too and divide the KV cache; steps are cut by
+    time or not."""
+    if rows == 3:  # decodes of any length, not only those worth it
+        monkeypatch.setitem(shared_decode.LEAST_BYTES, "cpu", 1)
+    path, plan = paths[count == 2], PLAN if kind != "dense" else None
+    options = {"context_parallel": rows, "divides_kv": True} if kind == "divided" else {}
+    alone = load(path, plan)
+    rings.append(ring_of(path, plan, count, rows, heads, **options))
+    one = Answers(LocalTransport(alone), 12, count, sparse=plan is not None)
+    many = Answers(rings[0], 12, count, sparse=plan is not None, budget_s=budget_s)
+    for answers in (one, many):
+        answers.requests = answers.requests[:5]
+        answers.run()
+    assert many.tokens == one.tokens
+    for name, parts in one.scores.items():
+        torch.testing.assert_close(logprobs_of(many.scores[name]), logprobs_of(parts),
+                                   atol=1e-4, rtol=1e-4)
+    assert many.num_cached > 0 and many.scores
+    if budget_s is None:  # else others are cached
+        assert many.pairs == pytest.approx(one.pairs, rel=1e-3)  # a near tie may go either way
+        assert many.recalls.keys() == one.recalls.keys()
+        assert bool(one.recalls) is (plan is not None)
+        for name, sums in one.recalls.items():
+            assert many.recalls[name][:2] == pytest.approx(sums[:2], rel=1e-3)
+    for runner in rings[0].runners:
+        sharing = runner.runner.sharing
+        assert sharing is not None and isinstance(sharing.group, ThreadGroup)
+        assert sharing.group.num_gathered > 3 or budget_s  # slices may be too short for that
+        assert (sharing.group.num_merges > 10) is (rows == 3 or kind == "divided")
 
 
 def test_one_prompt_keeps_all_stages_busy(paths: dict[bool, Path], rings: list[Ring]) -> None:

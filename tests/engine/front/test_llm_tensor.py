@@ -87,5 +87,3 @@ def test_what_cannot_be_shared_out_is_refused(path: Path) -> None:
             "tensor_parallel 3: the model has 4 KV heads, which 3 ranks cannot share equally; use "
             "tensor_parallel 2, or context_parallel")):
         LLM(str(path), tensor_parallel=3, **OPTIONS)  # before any rank is started
-    with pytest.raises(LongspanError, match="share rows or layers, not both"):
-        LLM(str(path), pipeline_parallel=2, context_parallel=2, tensor_parallel=2)
