@@ -105,8 +105,11 @@ def _simulated(content: Content) -> str:
 def _table(rows: Sequence[Row], count: int) -> str:
     mixed = count >= 8 and any(row["tp"] == 2 and row["cp"] == count // 2 for row in rows)
     has_tp = any(row["tp"] == count for row in rows)
+    has_rows = count >= 4 and any(
+        (row["cp"], row["pp"], row["tp"]) == (count // 2, 2, 1) for row in rows)
     head = ["attention, tokens", "one GPU, 32K / best", "cp, 32K", "cp, best chunk",
             *(title for _, title in PLANS), "pp, planned / ladder", *["tp, best chunk"] * has_tp,
+            *[f"cp {count // 2} x pp 2, planned / ladder"] * has_rows,
             *[f"cp {count // 2} x tp 2, best", f"pp {count // 2} x tp 2, planned / ladder"] * mixed]
     keys = sorted({(row["attention"], row["num_tokens"]) for row in rows},
                   key=lambda key: (key[0] != "sparse", key[1]))
@@ -122,6 +125,8 @@ def _table(rows: Sequence[Row], count: int) -> str:
         cells.append(_cell(own[1, count, 1, plan]))
         if has_tp:
             cells.append(_cell(own[1, 1, count, "best fixed"]))
+        if has_rows:
+            cells.append(_cell(own[count // 2, 2, 1, plan]))
         if mixed:
             cells.append(_cell(own[count // 2, 1, 2, "best fixed"]))
             cells.append(_cell(own[1, count // 2, 2, plan]))

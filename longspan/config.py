@@ -26,7 +26,7 @@ from longspan.families import (
 )
 from longspan.fields import Fields
 from longspan.quantization import CheckpointQuantization, read_quantization
-from longspan.rank_place import RankPlace
+from longspan.rank_place import FLAGS, RankPlace, ranks_label
 from longspan.rope_config import RopeScaling, read_rope
 
 AttentionMode = Literal["auto", "dense", "sparse"]
@@ -328,6 +328,11 @@ class EngineConfig:
     def num_ranks(self) -> int:
         """Processes that compute together."""
         return self.context_parallel * self.pipeline_parallel * self.tensor_parallel
+
+    @property
+    def ranks_label(self) -> str:
+        """How many ranks there are and what they share, for reports; empty: there is one."""
+        return ranks_label({name: getattr(self, name) for name in FLAGS})
 
     @property
     def kv_parts(self) -> int:

@@ -14,6 +14,17 @@ FLAGS = {"context_parallel": "--cp", "pipeline_parallel": "--pp", "tensor_parall
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 
 
+def in_flags(sizes: Mapping[str, int]) -> str:
+    """Write by how many ranks what is shared as it is asked for: ``--cp 2 --tp 2``."""
+    return " ".join(f"{FLAGS[name]} {size}" for name, size in sizes.items() if size > 1)
+
+
+def ranks_label(sizes: Mapping[str, int]) -> str:
+    """Say how many ranks there are and what they share; empty: there is one."""
+    count = prod(sizes.values())
+    return f"{count} ({in_flags(sizes)}); the memory is that of one" if count > 1 else ""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankPlace:
     """One rank of several that were started together, perhaps on several machines."""
@@ -64,9 +75,8 @@ class RankPlace:
         if count == 1:
             return {**asked, "context_parallel": self.size}
         if count != self.size:
-            flags = " ".join(f"{FLAGS[name]} {value}" for name, value in asked.items() if value > 1)
             one = " ".join(FLAGS[name] for name, value in asked.items() if value > 1)
             raise LongspanError(
-                f"{flags}, and torchrun has started {self.size} processes; leave {one} out, or "
-                f"start {count}")
+                f"{in_flags(asked)}, and torchrun has started {self.size} processes; leave {one} "
+                f"out, or start {count}")
         return asked

@@ -34,7 +34,7 @@ def bench_pipeline(
     attention: Annotated[str, typer.Option(help="dense, sparse, or both.")] = "sparse,dense",
     gpus: Annotated[str, typer.Option(help="Numbers of GPUs, simulated.")] = "2,4,8",
     ranks: Annotated[str, typer.Option(
-        help="Arrangements measured, in their order: 1, cp2, pp2, tp2, cp2xtp2.")] =
+        help="Arrangements measured, in their order: 1, cp2, pp2, tp2, cp2xpp2.")] =
         "1,cp2,pp2,tp2",
     chunk_lens: Annotated[str, typer.Option(help="Fixed chunks that are measured, tokens.")] =
         "8192,32768,131072",

@@ -55,8 +55,7 @@ def run(model: str, length: int | None, options: dict[str, Any]) -> None:
     machine = choose_machine(options)
     asked = EngineConfig(model=model, max_model_len=length, **{**options, "device": machine.device})
     engine = plan_engine(asked, facts, path, machine)
-    rows = [*_model_rows(engine, machine), *_download_rows(model),
-            *_memory_rows(engine, length),
+    rows = [*_model_rows(engine, machine), *_download_rows(model), *_memory_rows(engine, length),
             *_place_rows(engine), *_remedy_rows(engine, asked, path, machine), *_size_rows(engine),
             *_attention_rows(engine, length), *predict_rows(engine, length, not machine.note)]
     show_table(f"{model}, {length:,} tokens", ("", ""), rows)
@@ -104,11 +103,13 @@ def _model_rows(engine: ResolvedEngine, machine: Machine) -> list[tuple[str, str
         f", of them {model.num_active_parameters:,} in the layers of one token "
         f"({model.experts.num_chosen} of {model.experts.num_experts} experts)")
     device = f"{engine.config.device}, {engine.config.dtype}"
+    ranks = engine.config.ranks_label
     return [
         ("architecture", f"{model.architecture}, {model.num_layers} layers, {heads}"),
         ("parameters", f"{model.num_parameters:,}{active}"),
         ("longest context claimed", f"{model.max_position_embeddings:,} tokens"),
         ("device", f"{device} ({machine.note})" if machine.note else device),
+        *[("ranks", ranks)] * bool(ranks),
     ]
 
 

@@ -252,6 +252,8 @@ def start_up_report(status: EngineStatus) -> str:
     lines = [f"serving {status.model}",
              f"  longest prompt and answer  {status.max_model_len:>12,} tokens",
              f"  KV cache                   {status.capacity_tokens:>12,} tokens"]
+    if status.ranks:
+        lines.append(f"  ranks                      {status.ranks}")
     lines += [f"  {name:<26} {in_gib(size):>16}"
               for name, size in status.memory_bytes.items()]
     lines += [f"  prefill chunk              {status.prefill_chunk_len:>12,} tokens",

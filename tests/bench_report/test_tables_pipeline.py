@@ -38,6 +38,8 @@ def test_rows_tables_and_plots(tmp_path: Path) -> None:
     text = build_table("pipeline", results)
     assert "**qwen2.5-7b, 4 GPUs**" in text and "not measured on several" in text
     cell = (f"{ladder['ttft_s']:.2f} s, {ladder['speedup']:.2f}x, {100 * ladder['idle']:.0f} %")
+    both = rows["sparse", 2, 2, 1, "ladder"]
+    assert "cp 2 x pp 2, planned / ladder |" in text and f"| {both['ttft_s']:.2f} s, " in text
     assert cell in text and "| all | `noise` | 0.05 | assumed |" in text
     images = draw_images("pipeline", results, tmp_path / "page.md")
     assert "pipeline.simulated-nvidia-h200.timeline.svg" in images

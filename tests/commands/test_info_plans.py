@@ -101,6 +101,19 @@ def test_another_machines_memory_is_used_not_cut(
     assert ("assumed" in rows["first token, a guess"]) is bool(note)
 
 
+def test_ranks_are_told_and_what_one_of_them_needs(
+    monkeypatch: pytest.MonkeyPatch, large_model: str
+) -> None:
+    one, rows, both = (rows_of(monkeypatch, large_model, 100_000, memory_gib=80.0, **options)
+                       for options in ({}, {"context_parallel": 2},
+                                       {"context_parallel": 2, "pipeline_parallel": 2}))
+    assert "ranks" not in one
+    assert rows["ranks"] == "2 (--cp 2); the memory is that of one"
+    assert both["ranks"] == "4 (--cp 2 --pp 2); the memory is that of one"
+    weights = [float(found["weights"].split()[0]) for found in (one, rows, both)]
+    assert weights[0] == weights[1] > 1.5 * weights[2]
+
+
 def test_no_yes_beside_a_length_beyond_the_models(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -149,10 +149,12 @@ def test_a_taken_port():
 def test_the_report():
     text = start_up_report(EngineStatus(
         state="ready", model="m", max_model_len=300_000, capacity_tokens=640_000,
-        memory_bytes={"weights": 5 << 30}, prefill_chunk_len=65_536, max_num_requests=16,
+        ranks="4 (--cp 2 --pp 2)", memory_bytes={"weights": 5 << 30},
+        prefill_chunk_len=65_536, max_num_requests=16,
         sizes_reason="more would not fit", latency=Forecast(
             costs=Costs(dense=(0.0, 1e-5, 0.0)), block_size=1, prefill_chunk_len=8192)))
     assert "300,000 tokens" in text and "640,000 tokens" in text and "5.00 GiB" in text
+    assert "ranks                      4 (--cp 2 --pp 2)\n" in text
     assert "65,536 tokens" in text and "because more would not fit" in text
     assert "a guess" in text and "128K: about 1.3 s, 256K: about 2.6 s" in text
     assert "512K" not in text

@@ -72,6 +72,8 @@ def arrangements(model: ModelConfig, counts: Sequence[int]) -> Iterator[Ranks]:
             yield Ranks(pp=count)
         if model.num_kv_heads % count == 0:
             yield Ranks(tp=count)
+        if count >= 4:
+            yield Ranks(cp=count // 2, pp=2)
         if count >= 8 and model.num_kv_heads % 2 == 0:
             yield Ranks(pp=count // 2, tp=2)
             yield Ranks(cp=count // 2, tp=2)

@@ -114,6 +114,8 @@ class EngineStatus:
     """KV goes to disk."""
     latency: Forecast | None = None
     """How long prompts will take, learned from the steps so far; None: nothing was measured yet."""
+    ranks: str = ""
+    """How many ranks there are and what they share; empty: there is one."""
     memory_bytes: Mapping[str, int] = field(default_factory=dict)
     """Sizes of weights, workspace and KV cache."""
     prefill_chunk_len: int = 0
@@ -138,7 +140,8 @@ class AsyncEngine:
 
     def __init__(self, config: EngineConfig, start: Start | None = None) -> None:
         name = model_name(config.model)
-        self._status = EngineStatus(state="loading", model=name, reason=f"loading {name}")
+        self._status = EngineStatus(state="loading", model=name, reason=f"loading {name}",
+                                    ranks=config.ranks_label)
         self._config, self._start = config, start or in_processes()
         self._described: Described | None = None
         self._tokenizer: Tokenizer | None = None

@@ -68,6 +68,16 @@ def test_ladder_and_plan_are_near_the_best_fixed_chunk(
             assert own.ttft_s <= slack * best.ttft_s, (name, sparse, count, num_tokens)
 
 
+def test_ranks_of_a_stage_share_its_work() -> None:
+    for sparse, plan in ((True, "ladder"), (False, "planned")):
+        sim = simulator("qwen2.5-7b", sparse=sparse, assumed=FREE)
+        found = sim.run(Ranks(cp=2, pp=2), plan, 262_144)
+        alone = sim.cut(Ranks(pp=2), plan, found.cuts)
+        # a selection's fixed part is everyone's
+        assert 0.499 * alone.ttft_s <= found.ttft_s <= 0.52 * alone.ttft_s
+        assert found.stages == alone.stages and len(found.idle) == 2
+
+
 def test_stages_compute_one_chunk_at_a_time_in_order() -> None:
     found = simulator("qwen2.5-7b", sparse=True).run(Ranks(pp=4), "ladder", 131_072)
     for stage in range(4):
@@ -91,8 +101,8 @@ def test_kv_groups_are_dealt_so_that_ranks_have_equal_budgets() -> None:
 
 def test_arrangements_fit_the_model() -> None:
     names = [ranks.label for ranks in arrangements(SHAPES["qwen2.5-7b"].model, (2, 4, 8))]
-    assert names == ["one GPU", "cp2", "pp2", "tp2", "cp4", "pp4", "tp4", "cp8", "pp8", "pp4 tp2",
-                     "cp4 tp2"]
+    assert names == ["one GPU", "cp2", "pp2", "tp2", "cp4", "pp4", "tp4", "cp2 pp2", "cp8", "pp8",
+                     "cp4 pp2", "pp4 tp2", "cp4 tp2"]
 
 
 def test_what_a_person_can_get_wrong(tmp_path: Path) -> None:

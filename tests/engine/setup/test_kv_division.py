@@ -19,11 +19,14 @@ from longspan.units import GIB
 H200 = DeviceMemory(total_bytes=140 * GIB, free_bytes=139 * GIB)
 
 
-def plan(shape: str, length: int | None, ranks: int, **options: Any) -> ResolvedEngine:
+def plan(
+    shape: str, length: int | None, ranks: int, *, must_fit: bool = True, **options: Any,
+) -> ResolvedEngine:
     model = replace(Shape.make(shape).model, max_position_embeddings=40_000_000)
     return ResolvedEngine.of(model, EngineConfig(**{
         "model": "x", "device": "cuda", "weights": "random", "context_parallel": ranks,
-        "max_model_len": length, **options}), path=Path("x"), plan=None, device=H200)
+        "max_model_len": length, **options}), path=Path("x"), plan=None, device=H200,
+        must_fit=must_fit)
 
 
 def test_a_cache_is_divided_where_a_context_does_not_fit_whole() -> None:
@@ -40,6 +43,18 @@ def test_a_cache_is_divided_where_a_context_does_not_fit_whole() -> None:
     whole = plan("qwen2.5-14b", 200_000, 2)
     assert not whole.config.divides_kv and kv_label(whole.config) == "KV cache"
     assert found.memory.kv_bytes_per_token <= whole.memory.kv_bytes_per_token / 2
+
+
+def test_the_ranks_of_a_stage_divide_what_their_layers_need() -> None:
+    """Two stages hold a million tokens of it whole, but not two millions."""
+    whole, divided = (plan("qwen2.5-14b", length, 2, pipeline_parallel=2)
+                      for length in (1_010_000, 2_000_000))
+    assert not whole.config.divides_kv and divided.config.divides_kv
+    assert kv_label(divided.config) == "KV cache (1/2 a rank)"
+    alone = plan("qwen2.5-14b", 2_000_000, 2, divides_kv=True, must_fit=False).memory
+    stage = divided.memory
+    assert not stage.missing_bytes and alone.missing_bytes > 0
+    assert stage.kv_bytes_per_token == pytest.approx(alone.kv_bytes_per_token * 25 / 48, rel=0.05)
 
 
 def test_workspace_holds_what_is_collected() -> None:
