@@ -17,13 +17,13 @@ mkdir -p "$out"
 commit=${COMMIT:+--commit $COMMIT}
 device="--device ${DEVICE:-cuda}"
 every=spread,end,negatives,far
-read -ra nano_policies <<<"--policy num_scouts=0 --policy vertical=128,slash=384 --policy vertical=512,slash=2048
+nano_policies=(--policy num_scouts=0 --policy vertical=128,slash=384 --policy vertical=512,slash=2048
     --policy mode=paper,vertical=64,slash=128 --policy mode=paper,vertical=256,slash=768
-    --policy recall_target=0.6 --policy recall_target=0.7"
-read -ra qwen_policies <<<"--policy vertical=1000,slash=4096,num_scouts=0 --policy vertical=128,slash=512
+    --policy recall_target=0.6 --policy recall_target=0.7)
+qwen_policies=(--policy vertical=1000,slash=4096,num_scouts=0 --policy vertical=128,slash=512
     --policy vertical=128,slash=384,scout_threshold=-4 --policy vertical=256,slash=768,most_scouts=1024
     --policy mode=paper,vertical=128,slash=384 --policy mode=paper,vertical=500,slash=1500
-    --policy recall_target=0.8 --policy recall_target=0.9"
+    --policy recall_target=0.8 --policy recall_target=0.9)
 
 longspan() { "${PYTHON:-python}" -m longspan.cli "$@"; }
 
