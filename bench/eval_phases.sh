@@ -3,10 +3,13 @@
 #   bench/eval_phases.sh RUN OUT    RUN: the folder `pretrain` of a run of `longspan train nano`
 #   SECONDS_ALL=460  when everything ends       GIB=12  memory of each process, one a phase
 #   PHASES           instead of all that are there
+#   LENGTHS="4k 32k 64k 128k 256k"  N="50 24 12 8 4": prompts a task
 # Run it again with the same folders to go on, and for the phases that have been trained since.
 set -eu
 run=$1 out=$2
 end=$((SECONDS + ${SECONDS_ALL:-460}))
+read -ra lengths <<<"${LENGTHS:-4k 32k 64k 128k 256k}"
+read -ra counts <<<"${N:-50 24 12 8 4}"
 mkdir -p "$out"
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
@@ -19,6 +22,6 @@ ask() {  # phase, lengths, prompts a task
 }
 
 for phase in ${PHASES:-$(cd "$run/phases" && ls)}; do
-    (ask "$phase" 4k 50; ask "$phase" 32k 24; ask "$phase" 64k 12; ask "$phase" 128k 8; ask "$phase" 256k 4) &
+    for i in "${!lengths[@]}"; do ask "$phase" "${lengths[i]}" "${counts[i]}"; done &
 done
 wait
