@@ -107,11 +107,11 @@ class Case(NamedTuple):
 
 
 def tables(head_dim: int, positions: Positions, length: int, theta: float = 1e4) -> QueryRotary:
-    """Rotation tables, computed in fp64 and stored in fp32."""
-    inv_freq = theta ** -(torch.arange(0, head_dim, 2).double() / head_dim)
+    """Rotation tables of fp32 frequencies, computed in fp64 and stored in fp32."""
+    inv_freq = (theta ** -(torch.arange(0, head_dim, 2).double() / head_dim)).float()
     rows = torch.arange(min(length, positions.chunk_size + 1)).double()
-    angles = torch.outer(rows, inv_freq)
-    return QueryRotary(angles.cos().float(), angles.sin().float(), inv_freq.float(),
+    angles = torch.outer(rows, inv_freq.double())
+    return QueryRotary(angles.cos().float(), angles.sin().float(), inv_freq,
                        positions.stride, positions.chunk_size)
 
 
@@ -151,9 +151,10 @@ def make_case(
     block_table = block_table[:num_blocks]
     shape = (num_blocks + 5, block_size, num_kv_heads, head_dim)
     cache_k, cache_v = torch.full(shape, math.nan), torch.full(shape, math.nan)
-    for position in range(length):
-        block, offset = int(block_table[position // block_size]), position % block_size
-        cache_k[block, offset], cache_v[block, offset] = rotated[position].float(), v[position]
+    position = torch.arange(length)
+    slots = block_table[position // block_size] * block_size + position % block_size
+    cache_k.view(-1, *shape[2:])[slots] = rotated.float()
+    cache_v.view(-1, *shape[2:])[slots] = v
     cache_k, cache_v = cache_k.to(dtype).to(device), cache_v.to(dtype).to(device)
     cache = PagedKV(cache_k, cache_v)
     if with_means:  # those of partly filled blocks NaN

@@ -117,6 +117,29 @@ def test_store_kv(count: int, dtype: torch.dtype, means: bool, kernel_device: st
         assert caches[0].k_mean[table[1]].isfinite().all()
 
 
+@pytest.mark.parametrize(("chunk_size", "local_size"), [(262_144, 8_192), (131_072, 4_096)])
+def test_store_kv_around_released_strides(
+    chunk_size: int, local_size: int, kernel_device: str
+) -> None:
+    """The last keys of a DCA chunk and the first of the next, as the oracle turns them."""
+    positions = Positions(chunk_size, local_size)
+    rotary = oracle.tables(16, positions, chunk_size)
+    stride = positions.stride
+    position = torch.tensor([stride - 2, stride - 1, stride, 2 * stride - 1, 2 * stride,
+                             1_000_000])
+    k, v = torch.randn(2, len(position), 2, 16)
+    expected = oracle.rotate_pair(
+        k, torch.outer((position % stride).double(), rotary.inv_freq.double()))
+    slots, none = torch.arange(len(position)) + 3, torch.tensor([-1])
+    cache = poisoned_cache(1, 16, torch.float32, kernel_device, means=False)
+    pointwise.store_kv(
+        cache, k.to(kernel_device), v.to(kernel_device), position.to(kernel_device),
+        slots.to(kernel_device), none.to(kernel_device), oracle.moved(rotary, kernel_device))
+    assert_close(cache.k[0, 3:9], expected, "k")
+    assert torch.equal(cache.v[0, 3:9].cpu(), v)
+    assert cache.k[0, :3].isnan().all() and cache.k[0, 9:].isnan().all()
+
+
 def test_store_kv_past_two_to_the_31_positions(kernel_device: str) -> None:
     """Positions are whole numbers of 64 bits; only their remainder picks the rotation."""
     rotary = make_rotary(Positions(64, 16), kernel_device)

@@ -13,6 +13,7 @@ from longspan.ops.select.eager import select_vertical_slash
 from longspan.ops.types import Budget, Selection
 from tests.ops import oracle
 from tests.ops.oracle import Case, Positions
+from tests.ops.select import test_eager
 
 PLAIN = Positions(4096, 96)
 ZONED = Positions(128, 32)  # stride 96: six tiles of 16
@@ -57,10 +58,10 @@ def expected_lists(
     found: dict[int, dict[int, float]] = {}
     for row in rows:
         scores = logits(case, positions, head, [start + row])[0]
-        lse = float(scores[seen[row]].logsumexp(0))
-        for key in range(start + row + 1):
-            excess = float(scores[key]) - lse
-            if not seen[row, key] and excess > limits.scout_threshold:
+        lse, kept = float(scores[seen[row]].logsumexp(0)), seen[row].tolist()
+        for key, score in enumerate(scores[: start + row + 1].tolist()):
+            excess = score - lse
+            if not kept[key] and excess > limits.scout_threshold:
                 tiles = found.setdefault((start + row) // TILE, {})
                 tiles[key // TILE] = max(tiles.get(key // TILE, -math.inf), excess)
     return [sorted(sorted(tiles, key=lambda t: -tiles[t])[: limits.scout_tiles])
@@ -91,6 +92,23 @@ def test_lists_equal_slow_restatement(
         assert lists[head] == expected_lists(case, positions, start, selection, limits, head)
     if length > 192 + 1:
         assert any(any(row) for rows in lists for row in rows), "nothing was tested"
+
+
+@pytest.mark.parametrize(
+    "positions", [Positions(262_144, 8_192), Positions(131_072, 4_096)], ids=str)
+def test_lists_behind_a_released_stride(positions: Positions) -> None:
+    """Both released strides at their true sizes: one query tile in the third DCA chunk."""
+    start = 2 * positions.stride
+    case = oracle.make_case(start + TILE, positions, num_heads=1, gain=1.2)
+    limits = budget(1, probe_last=2, num_scouts=3, scout_threshold=-4.0)
+    selection = run(case, start, limits)
+    assert selection.tiles is not None
+    lists = [[tile for tile in row if tile >= 0] for row in selection.tiles[0].tolist()]
+    assert lists == expected_lists(case, positions, start, selection, limits, 0)
+    assert any(lists), "nothing was tested"
+    columns, windows = test_eager.tile_choice(case, positions, 0, start, limits)
+    assert test_eager.columns_of(selection, 0) == columns
+    assert test_eager.offsets_of(selection, 0) == [-TILE * window for window in windows]
 
 
 @pytest.mark.parametrize("mode", ["tile", "paper"])

@@ -19,6 +19,9 @@ SHAPES = [
     (Positions(64, 16), 0, 48, 5, 16), (Positions(64, 16), 37, 30, 4, 16),
     (Positions(64, 16), 100, 111, 3, 32), (Positions(64, 48), 0, 129, 9, 16),
     (Positions(64, 16), 77, 40, 2, 1),
+    # both released strides: the last rows of the second DCA chunk, the first of the third
+    (Positions(262_144, 8_192), 507_884, 40, 2, 16),
+    (Positions(131_072, 4_096), 253_932, 40, 2, 16),
 ]
 
 
