@@ -73,7 +73,7 @@ def test_dense_rows_on_both_sides_of_a_border(far: tuple[Case, Positions]) -> No
 
 
 def test_decode_around_borders(far: tuple[Case, Positions], kernel_device: str) -> None:
-    """Of one request at several lengths: keys on both sides of the last border behind the row."""
+    """One request at several lengths: keys on both sides of the last border behind the row."""
     case, positions = far
     stride = positions.stride
     lens = torch.tensor([stride + 1, 2 * stride, 2 * stride + 1, 2 * stride + TILE])
@@ -144,7 +144,7 @@ def budget(**changes: Any) -> Budget:
 
 
 def expected_recall(args: Any, chosen: Selection) -> Tensor:
-    """Of the measured rows, by the specification's scores of all pairs and its key sets."""
+    """What the measured rows keep, by the specification's scores of all pairs and its key sets."""
     q, cache, table, start, rotary, scale = args
     stop = start + len(q)
     queries, keys = torch.arange(start, stop), torch.arange(stop)
@@ -156,7 +156,7 @@ def expected_recall(args: Any, chosen: Selection) -> Tensor:
 
 
 def test_recall_of_a_selection(far: tuple[Case, Positions]) -> None:
-    """Of typical rows and of scouts."""
+    """Rows of both kinds: typical ones and scouts."""
     case, positions = far
     start = 2 * positions.stride
     args = rows(case, start, start + TILE)
