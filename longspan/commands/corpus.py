@@ -22,7 +22,7 @@ from longspan.data.intake import Intake
 from longspan.data.source import Source, load_source
 from longspan.data.tokens import load_tokenizer
 from longspan.errors import LongspanError
-from longspan.files.whole import replaced
+from longspan.files.whole import check_is_folder, replaced
 
 CORPUS, TOKENIZER, CARD = "corpus", "tokenizer", "card.json"
 
@@ -82,8 +82,7 @@ def prepare_corpus(job: CorpusJob) -> dict[str, Any]:
 
 def check_out(out: Path) -> None:
     """Raise `LongspanError` for a folder that has other things than ours."""
-    if out.exists() and not out.is_dir():
-        raise LongspanError(f"{out} is a file: name a folder")
+    check_is_folder(out)
     if out.is_dir() and any(out.iterdir()) and not any(
             (out / name).exists() for name in (CORPUS, f"{CORPUS}.part")):
         raise LongspanError(f"{out} has other files: name a new folder")

@@ -22,7 +22,7 @@ from longspan.train.loader import ComposedFeed
 from longspan.train.loop import RunConfig, run_phases
 from longspan.train.phases import Phase
 from longspan.train.rows import RowsFeed, is_rows_folder
-from longspan.train.world import World, joined_world
+from longspan.train.world import World
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +58,7 @@ def extend(run: ExtendRun) -> bool:
     """Train, or go on with it; True when all phases are done and the checkpoint is written."""
     base = open_base(run.checkpoint)
     resume = training.check_folder(run.out)
-    with joined_world(training.device_name(), run.limits.context_parallel) as world:
+    with training.joined_run(run.out, run.limits.context_parallel) as world:
         training.check_memory(base, run.phases, world)
         feed, sizes = _open_feed(run, base, world)
         model = load_model(base)

@@ -20,6 +20,7 @@ from longspan.commands.training import MODEL, Limits
 from longspan.data.chat.rows import CHAT, PAIRS, ChatPlanner
 from longspan.data.documents import Root
 from longspan.errors import LongspanError
+from longspan.files.owned import owned_folder
 from longspan.files.whole import replaced_checkpoint
 from longspan.recipes.recipe import Recipe
 from longspan.train.export import split_shards
@@ -52,6 +53,11 @@ def run(job: NanoJob) -> bool:
     if job.until not in PIECES:
         raise LongspanError(f"--until {job.until}: choose from {', '.join(PIECES)}")
     with_tokens([*job.recipe.phases, *job.recipe.tuning.practice], job.num_tokens)
+    with owned_folder(job.out):
+        return _run(job)
+
+
+def _run(job: NanoJob) -> bool:
     started = time.perf_counter()
     steps: dict[str, Callable[[float], bool]] = {
         "corpus": lambda left_s: _corpus(job),

@@ -18,7 +18,6 @@ from longspan.train.checkpoint import load_model, open_base
 from longspan.train.loader import ComposedFeed, RowMaker
 from longspan.train.loop import RunConfig, run_phases
 from longspan.train.phases import Phase
-from longspan.train.world import joined_world
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +57,7 @@ def run(job: PracticeRun) -> bool:
         deadline_s=limits.time_limit_s, phase_start_s=20.0 if has_cuda else 0.0,
         compile=has_cuda and not limits.eager, recompute=limits.recompute,
         rows_at_once=limits.rows_at_once, resume=resume)
-    with joined_world(training.device_name(), 1) as world:
+    with training.joined_run(job.out) as world:
         training.check_memory(base, job.phases, world)
         model = load_model(base)
         with training.stopped_by_sigterm() as stop:

@@ -24,6 +24,7 @@ from longspan.data.shards import RowPlanner, Shard, check_lengths, write_shard
 from longspan.data.source import Source
 from longspan.data.tasks import DOCUMENT_TASKS
 from longspan.errors import MissingDependencyError
+from longspan.files.owned import owned_folder
 from longspan.files.parquet import arrow
 from longspan.files.whole import replaced
 
@@ -42,6 +43,11 @@ class SynthJob:
 def run(job: SynthJob) -> None:
     """Write corpus, rows and card; go on where an earlier run with the same options was cut."""
     arrow()
+    with owned_folder(job.corpus.out):
+        _run(job)
+
+
+def _run(job: SynthJob) -> None:
     meta = prepare_corpus(job.corpus)
     out, may_join = job.corpus.out, job.corpus.may_join
     source = open_source(out, "train", may_join)

@@ -17,6 +17,7 @@ from longspan.data.chat.rows import ChatPlanner, compose
 from longspan.data.lines import Lines, count_lines, dump, read_lines
 from longspan.data.source import Source
 from longspan.errors import LongspanError
+from longspan.files.owned import owned_folder
 from longspan.files.whole import replaced
 
 SPLITS = ("train", "held_out")
@@ -33,7 +34,8 @@ class ChatJob:
 
 def run(job: ChatJob) -> None:
     """Write ``FORM-train.jsonl``, ``FORM-held_out.jsonl`` and their card; go on after a cut."""
-    make_rows(job, prepare_corpus(job.corpus))
+    with owned_folder(job.corpus.out):
+        make_rows(job, prepare_corpus(job.corpus))
 
 
 def make_rows(job: ChatJob, meta: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from longspan.data.instruct.run import Job, Outcome, Written, count_samples, pla
 from longspan.data.lines import Lines, read_lines
 from longspan.errors import LongspanError
 from longspan.eval.endpoint import EndpointConfig
+from longspan.files.owned import owned_folder
 from longspan.files.whole import replaced
 
 SAMPLES, REJECTED, CALLS = (
@@ -65,6 +66,11 @@ def make_instructions(job: InstructJob) -> int:
 
     Returns the exit status: 1 when some queries got no answer.
     """
+    with owned_folder(job.corpus.out):
+        return _make_instructions(job)
+
+
+def _make_instructions(job: InstructJob) -> int:
     meta = prepare_corpus(job.corpus)
     out = job.corpus.out
     library = Library(out)

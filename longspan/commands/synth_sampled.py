@@ -17,6 +17,7 @@ from longspan.data.chat.sampled import Sampling, job_name, sample_pair
 from longspan.data.lines import Lines, dump, read_lines
 from longspan.data.ordered import in_order
 from longspan.eval.endpoint import EndpointConfig
+from longspan.files.owned import owned_folder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +39,11 @@ def sample_pairs(job: SampledJob) -> int:
 
     Returns the exit status: 1 when some questions got no answer.
     """
+    with owned_folder(job.corpus.out):
+        return _sample_pairs(job)
+
+
+def _sample_pairs(job: SampledJob) -> int:
     meta = prepare_corpus(job.corpus)
     out = job.corpus.out
     facts = {"seed": job.planner.seed, "model": job.model, "sampling": asdict(job.sampling)}

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,8 @@ from longspan.data.rows import Mixture, compose_batch
 from longspan.data.source import Source
 from longspan.data.tasks import DOCUMENT_TASKS
 from longspan.errors import LongspanError
+from longspan.files.owned import owned_folder
+from longspan.files.whole import check_is_folder
 from longspan.recipes.recipe import DataRules
 from longspan.train.batch import FILLER, Batch
 from longspan.train.budget import GIB, PhaseCost, Processes, plan
@@ -33,7 +35,7 @@ from longspan.train.phases import Phase
 from longspan.train.plot import draw_run
 from longspan.train.run_log import LOG_FILE
 from longspan.train.state import STATE_FILE, Progress, whole_weights
-from longspan.train.world import World
+from longspan.train.world import World, joined_world
 
 DATA, MODEL, PLOT = "data", "model", "log.svg"
 KNOWN = (DATA, MODEL, PLOT, LOG_FILE, STATE_FILE, "reference.npz")
@@ -60,11 +62,19 @@ def device_name() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@contextmanager
+def joined_run(out: Path, context_parallel: int = 1) -> Iterator[World]:
+    """Join the processes that train together; the run's folder is theirs alone meanwhile. Raises
+    `LongspanError` where another run has it."""
+    with joined_world(device_name(), context_parallel) as world, \
+            owned_folder(out) if world.is_first else nullcontext():
+        yield world
+
+
 def check_folder(out: Path) -> bool:
     """Whether a run in the folder is to be gone on with. Raises `LongspanError` for a file, and a
     folder of other things."""
-    if out.exists() and not out.is_dir():
-        raise LongspanError(f"{out} is a file: name a folder")
+    check_is_folder(out)
     others = [path.name for path in out.iterdir()
               if path.name not in KNOWN and not path.name.endswith(".part")] if out.exists() else []
     if others:

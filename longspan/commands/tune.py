@@ -24,7 +24,6 @@ from longspan.train.reference import REFERENCE_FILE, compute_reference, load_ref
 from longspan.train.samples import SampleFeed, check_lengths
 from longspan.train.state import digest
 from longspan.train.step import Step
-from longspan.train.world import joined_world
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,7 +151,7 @@ def _train(
     objective: Preference | None = None,
     before: Callable[[Step, Callable[[], bool]], Feed | None] | None = None,
 ) -> bool:
-    with joined_world(training.device_name(), run.limits.context_parallel) as world:
+    with training.joined_run(run.out, run.limits.context_parallel) as world:
         training.check_memory(base, phases, world, feed.together)
         model = load_model(base)
         with training.stopped_by_sigterm() as stop:

@@ -23,11 +23,18 @@ HIDDEN_ERRORS = (RuntimeError, SafetensorError)
 
 def make_folder(folder: Path) -> None:
     """Make a folder and its parents. Raises `LongspanError` if it cannot be made."""
+    check_is_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LongspanError(
             f"{folder} cannot be a folder ({error.strerror}): name another") from error
+
+
+def check_is_folder(path: Path) -> None:
+    """Raise `LongspanError` where something else than a folder is."""
+    if path.exists() and not path.is_dir():
+        raise LongspanError(f"{path} is a file: name a folder")
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from longspan.cli import run_command
 from longspan.engine.front.llm import LLM
 from longspan.engine.request import SamplingParams
+from longspan.files.owned import owned_folder
 from longspan.train.run_log import read_log
 from tests.commands.checkpoints import make_checkpoint, make_text_folder
 
@@ -168,6 +169,15 @@ def test_a_folder_of_other_things_is_left_alone(
     assert call(folder, tmp_path, "--join-short") == 2
     assert_one_line(capsys, "has other files (thesis.txt)")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_folder_that_another_run_writes_to_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with owned_folder(tmp_path):
+        assert call(folder, tmp_path, "--join-short") == 2
+    assert_one_line(capsys, "another run is writing there")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_dry_run_says_what_it_takes(

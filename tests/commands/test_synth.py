@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from longspan.cli import run_command
 from longspan.commands import synth
+from longspan.files.owned import owned_folder
 from longspan.train.tokenizer import save_tokenizer, train_tokenizer
 from tests.data.conftest import make_text
 
@@ -270,3 +271,15 @@ def test_no_room_on_the_disk_is_one_line(
     assert "cannot be written (No space left on device; " in printed and printed.count("\n") == 1
     assert not list(tmp_path.rglob("*.part"))
     assert call(folder, tmp_path / "out", "--join-short") == 0
+
+
+@pytest.mark.parametrize("form", ["rows", "chat", "pairs"])
+def test_a_folder_that_another_run_writes_to_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str,
+) -> None:
+    """Two of them would take each other's unfinished files away."""
+    with owned_folder(tmp_path):
+        assert run_command(["synth", form, str(folder / "text"), "--tokenizer",
+                            str(folder / "byte"), "--out", str(tmp_path), "--rows", "512=2"]) == 2
+    assert "another run is writing there" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -107,7 +107,8 @@ def ask(
     done = subprocess.run([sys.executable, "-m", "longspan", *command],
                           capture_output=True, encoding="utf-8")
     if done.returncode:
-        raise LongspanError((done.stderr.strip().splitlines() or ["no word why"])[-1])
+        raise LongspanError(
+            (done.stderr.strip().splitlines() or ["no word why"])[-1].removeprefix("error: "))
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
