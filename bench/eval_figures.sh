@@ -1,11 +1,12 @@
 #!/bin/bash
 # The report's Figures 3 and 6 at nano's scale, and RULER-11 at a million tokens, on one GPU.
 #   bench/eval_figures.sh needles|positions|ruler|times OUT
-#   SECONDS_ALL=460  when everything ends       GIB=24  memory of each process, three at a time
+#   SECONDS_ALL=460  when everything ends       GIB=24  memory of each process, four at a time
 #   LENGTHS, N       instead of those named below
-# needles: length x depth, dense, the report's sparse policy, ours. positions: plain RoPE, DCA, DCA with
-# YaRN's temperature beyond the training length. ruler: RULER-11 at 1,000,000 tokens, dense. times: one
-# process alone, for density and time to the first token beside the scores of RULER-11.
+# needles: length x depth, dense, the report's sparse policy with our budgets and with calibrated ones,
+# ours. positions: plain RoPE, DCA, DCA with YaRN's temperature beyond the training length. ruler:
+# RULER-11 at 1,000,000 tokens, dense. times: one process alone, for density and time to the first
+# token beside the scores of RULER-11.
 set -eu
 what=$1 out=$2
 end=$((SECONDS + ${SECONDS_ALL:-460}))
@@ -24,11 +25,14 @@ ask() {  # folder, tasks, lengths, n, then options
 
 case $what in
 needles)
-    for attention in dense sparse paper; do
-        (ask needles needle 4k,16k,64k,128k 44 --attention $attention --shares-device
-         ask needles needle 256k 33 --attention $attention --shares-device
-         ask needles needle 512k 22 --attention $attention --shares-device
-         ask needles needle 1000000 22 --attention $attention --shares-device) &
+    refined=$out/refined.json
+    [ -f "$refined" ] || "${PYTHON:-python}" -m longspan.cli calibrate "${MODEL:-nano}" --out "$refined" \
+        --length "${CALIBRATION:-128k}" --memory-gib "${GIB:-24}" --threads 1 >"$out/refined.log" 2>&1
+    for arm in dense sparse paper "paper --sparsity-plan $refined"; do
+        (ask needles needle 4k,16k,64k,128k 44 --attention $arm --shares-device
+         ask needles needle 256k 33 --attention $arm --shares-device
+         ask needles needle 512k 22 --attention $arm --shares-device
+         ask needles needle 1000000 22 --attention $arm --shares-device) &
     done ;;
 positions)
     for positions in rope dca dca+yarn; do

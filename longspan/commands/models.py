@@ -64,12 +64,18 @@ class Setting:
     """One of `ATTENTION`; empty for an endpoint."""
     positions: str
     """``rope``, ``dca`` or ``dca+yarn``; of an endpoint its label."""
+    plan: str | None = None
+    """Name of the budgets, where a file of them was given."""
 
     @property
     def label(self) -> str:
-        """As result rows name it: the positions, behind ``sparse-`` or ``paper-`` if so."""
-        is_plain = self.attention in ("", "dense")
-        return self.positions if is_plain else f"{self.attention}-{self.positions}"
+        """As result rows name it: the positions, behind ``sparse-`` or ``paper-`` if so; a plan's
+        name stands for ``sparse``, and behind ``paper``."""
+        if self.attention in ("", "dense"):
+            return self.positions
+        if self.attention == "sparse":
+            return f"{self.plan or 'sparse'}-{self.positions}"
+        return "-".join(name for name in (self.attention, self.plan, self.positions) if name)
 
 
 def settings(job: ModelJob) -> tuple[Setting, ...]:
@@ -85,7 +91,9 @@ def settings(job: ModelJob) -> tuple[Setting, ...]:
     facts = ModelConfig.from_dir(resolve_checkpoint(job.model), wanted_len=job.max_model_len)
     labels = [position_label(EngineConfig(model=job.model, positions=positions), facts)  # type: ignore[arg-type]
               for positions in job.positions]
-    return tuple(dict.fromkeys(Setting(a, p) for p in labels for a in job.attention))
+    plan = job.options.get("sparsity_plan")
+    name = Path(plan).stem if plan else None
+    return tuple(dict.fromkeys(Setting(a, p, name) for p in labels for a in job.attention))
 
 
 def model_limit(job: ModelJob) -> int | None:

@@ -116,6 +116,17 @@ def test_perplexity_in_process(tmp_path: Path) -> None:
             resolve_checkpoint("nano")).vocab_size)
 
 
+def test_a_plan_names_the_rows_that_it_makes(tmp_path: Path) -> None:
+    """Rows by budgets of a file stand beside those by the checkpoint's own, not in their place."""
+    plan = tmp_path / "refined.json"
+    plan.write_bytes((resolve_checkpoint("nano") / "sparsity_plan.json").read_bytes())
+    assert run("run", "nano", "--task", "perplexity", "--lengths", "512", "-n", 1, "--device",
+               "cpu", "--attention", "dense,sparse,paper", "--positions", "rope",
+               "--sparsity-plan", plan, "--out", tmp_path / "out") == 0
+    for label in ("rope", "refined-rope", "paper-refined-rope"):
+        assert read(tmp_path / "out" / label)["rows"][0]["attention"] == label
+
+
 def test_perplexity_of_a_served_model(tmp_path: Path, capsys: Capture) -> None:
     """Log-probabilities count once, whatever befalls the streams."""
     nasty = NastyServer(
