@@ -256,7 +256,7 @@ def test_a_stopped_run_goes_on(
     compared with dense attention although that is not measured again."""
     assert cli.run_command(["bench", "quality", "--seeds", "0,x"]) == 2
     assert "--seeds: '0,x' is no list of whole numbers" in capsys.readouterr().err
-    arguments = ["bench", "quality", "--lengths", "1500", "--many", "2", "--text-root", str(TEXTS),
+    arguments = ["bench", "quality", "--lengths", "1600", "--many", "2", "--text-root", str(TEXTS),
                  "--chunk-len", "512", "--places", "spread", "--no-heads", "--device", "cpu",
                  "--commit", "abc", "--out", str(tmp_path), "--seeds", "0,4"]
     assert cli.run_command([*arguments, "--attention", "dense"]) == 0

@@ -18,12 +18,14 @@ OPTIONS: dict[str, Any] = {
     "max_num_requests": 8}
 TEXTS = [
     "Once upon a time", "The capital of France is", "1 2 3 4 5 6", "def main():", "x" * 200,
-    "In the year 1969 " * 40]
+    "In the year 1969 " * 40,
+    "<|im_start|>user\nIs there a code?\nAnswer with the number only.<|im_end|>\n"
+    "<|im_start|>assistant\n"]  # nano's answer ends by itself
 CASES = [
     *((text, SamplingParams(max_tokens=12)) for text in TEXTS),
     (TEXTS[0], SamplingParams(max_tokens=12, temperature=0.9, top_p=0.9, seed=5)),
     (TEXTS[1], SamplingParams(max_tokens=12, repetition_penalty=1.3, frequency_penalty=0.5)),
-    (TEXTS[2], SamplingParams(max_tokens=12, logprobs=2, stop=(" t",))),
+    (TEXTS[2], SamplingParams(max_tokens=12, logprobs=2, stop=(" 6 6",))),
     (TEXTS[0], SamplingParams(max_tokens=20, json_schema='{"type": "integer"}'))]
 
 
