@@ -1,13 +1,14 @@
 """Planted facts: one sentence or record that holds a value, and the ways to ask for it.
 
-Families: RULER's needle sentence (NVIDIA/RULER, Apache-2.0), passkey, key-value records and
-natural facts. In templates ``{k}`` is the key, ``{v}`` the value, ``{n}`` number / uuid / word.
+Families: RULER's needle sentence (NVIDIA/RULER, Apache-2.0), passkey, key-value records, natural
+facts, and sentences of the corpus that a fact is woven into. In templates ``{k}`` is the key,
+``{v}`` the value, ``{n}`` number / uuid / word.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -181,8 +182,15 @@ NATURAL: tuple[tuple[str, str, str, str], ...] = (
      "The counter of the {k} stopped at"),
     ("thing", "{v} copies of the {k} were printed.", "How many copies of the {k} were printed?",
      "The number of printed copies of the {k} is"))
-FAMILIES = ("ruler", "ruler-loose", "passkey", "record", "natural")
-FAMILY_WEIGHTS = (46, 8, 9, 15, 22)
+WOVEN_ASKS = (
+    ("Which number goes with {k}?", "The number that goes with {k} is"),
+    ("What is the number of {k}?", "The number of {k} is"),
+    ("Which number does the text connect with {k}?", "The text connects {k} with"),
+    ("What number stands in the sentence about {k}?", "The sentence about {k} has the number"),
+    ("Where {k} is named, which number is named too?", "The number named with {k} is"),
+    ("Which number belongs to {k}?", "To {k} belongs the number"))
+FAMILIES = ("ruler", "ruler-loose", "passkey", "record", "natural", "woven")
+FAMILY_WEIGHTS = (40, 6, 8, 13, 15, 18)
 
 
 def mark_values(template: str, value: str) -> tuple[Part, ...]:
@@ -234,10 +242,9 @@ class Group:
             key = self._key(rng, words)
             if attempt > 30:
                 key = f"{key}-{digits(rng, 3)}"
-            # Wordings of other groups may lead to the same question.
-            asked = (self.asks[0][0] + key).lower()
-            if asked not in used:
-                used.add(asked)
+            # Some questions name nothing but the key, so no other wording may have it.
+            if key.lower() not in used:
+                used.add(key.lower())
                 return key
         raise AssertionError("no fresh key in 60 draws")
 
@@ -254,11 +261,17 @@ class Group:
 
 
 def draw_group(
-    rng: random.Random, family: str | None = None, allowed: Allowed = lambda options: options
+    rng: random.Random, family: str | None = None, allowed: Allowed = lambda options: options,
+    woven: Callable[[random.Random], str] | None = None,
 ) -> Group:
-    """Return a random group, of a given family or any; ``allowed`` says which wordings may be
-    used."""
-    family = family or rng.choices(FAMILIES, FAMILY_WEIGHTS)[0]
+    """Return a random group, of a given family or any.
+
+    Args:
+        allowed: says which wordings may be used.
+        woven: draws a sentence of the corpus with ``{k}`` and ``{v}``; without it none is woven.
+    """
+    known = FAMILIES if woven is not None else FAMILIES[:-1]
+    family = family or rng.choices(known, FAMILY_WEIGHTS[: len(known)])[0]
     key_kind = rng.choices(KEY_KINDS, KEY_WEIGHTS)[0]
     value_kind = rng.choices(VALUE_KINDS, VALUE_WEIGHTS)[0]
     if family == "ruler":
@@ -271,9 +284,25 @@ def draw_group(
         return Group(family, kind, value_kind, rng.choice(KEYED_PASSKEY), KEYED_PASSKEY_ASKS)
     if family == "record":
         return Group(family, key_kind, value_kind, rng.choice(allowed(RECORDS)), RECORD_ASKS)
+    if family == "woven":
+        assert woven is not None
+        return _woven_group(rng, woven(rng), allowed)
     kind, template, question, answer = rng.choice(allowed(NATURAL))
     value_kind = rng.choices(("7", "5", "digits"), (75, 10, 15))[0]
     return Group(family, kind, value_kind, template, ((question, answer),))
+
+
+def _woven_group(rng: random.Random, template: str, allowed: Allowed) -> Group:
+    """Make a group of a sentence; a third of the questions are the sentence itself."""
+    kind = rng.choice(("city", "person", "thing", "adj-noun"))
+    name = "{k}" if kind in ("city", "person") else "the {k}"
+    text = template.replace("{k}", name)
+    ask = rng.choice(allowed(WOVEN_ASKS))
+    if rng.random() < 0.33:
+        ask = (text.replace("{v}", "which number") + "?", "It is")
+    else:
+        ask = (ask[0].replace("{k}", name), ask[1].replace("{k}", name))
+    return Group("woven", kind, "7", text[:1].upper() + text[1:] + ".", (ask,))
 
 
 def plain_passkey(rng: random.Random) -> Fact:

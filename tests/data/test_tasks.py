@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from longspan.data.draft import Answer, Sample
 from longspan.data.facts import NATURAL, draw_group
+from longspan.data.plan import draw_plan
 from longspan.data.questions import REFUSALS, ask_one
 from longspan.data.source import Source
 from longspan.data.tasks import DOCUMENT_TASKS, TASKS
@@ -23,6 +24,7 @@ from longspan.data.tasks.position import ASKS
 from longspan.data.tasks.variables import _interleave
 from longspan.data.tokens import IM_END, Kind, TokenTable
 from longspan.data.vocabulary import Words
+from longspan.data.woven import draw_words, weave
 
 SEEDS = range(6)
 
@@ -201,10 +203,13 @@ def test_absent_keys_are_absent(source: Source) -> None:
     checked = 0
     for seed in range(8):
         sample = draw("absent", source, seed, 2048)
+        ends = [0, *(answer.start for answer in sample.answers)]
         for answer in (a for a in sample.answers if a.distance == 0):
-            text = text_of(source, sample, 0, answer.start)
-            keys = re.findall(r"(?:value of|number for|number of|uuid for) ([\w-]+)", text[-200:])
-            planted = re.findall(r"(?:for|of) ([\w-]+) is:? ", text[:-200])
+            before = max(end for end in ends if end < answer.start)
+            question = text_of(source, sample, before, answer.start)[-200:]
+            keys = re.findall(r"(?:value of|number for|number of|uuid for) ([\w-]+)", question)
+            text = text_of(source, sample, 0, answer.start)[:-len(question)]
+            planted = re.findall(r"(?:for|of) ([\w-]+) is:? ", text)
             checked += len(keys)
             assert not keys or keys[-1] not in planted
     assert checked > 5
@@ -288,6 +293,42 @@ def test_held_out_facts_are_of_wordings_that_no_training_row_has(source: Source)
         seen[held_out] = {group.template for group in groups}
     assert not seen[False] & seen[True]
     assert len(seen[True]) >= 9 and len(seen[False] | seen[True]) == len(NATURAL)
+
+
+def test_facts_are_woven_into_sentences_of_the_corpus(source: Source) -> None:
+    """Key and number stand once each, most often with the number first; questions have the key."""
+    rng, first, templates = random.Random(6), 0, set[str]()
+    for _ in range(300):
+        group = draw_group(rng, "woven", source.wordings,
+                           lambda r: weave(r, draw_words(r, source)))
+        fact = group.make(rng, Words.draw(rng, source.corpus.words, 5, False), set())
+        assert fact.text.count(fact.value) == 1 and fact.text.endswith(".")
+        key_at = fact.text.lower().index(fact.key.lower())
+        first += fact.text.index(fact.value) < key_at
+        ((question, answer),) = fact.asks
+        assert fact.key.lower() in question.lower() and fact.value not in question + answer
+        templates.add(group.template)
+    assert 0.5 < first / 300 < 0.7 and len(templates) > 290
+
+
+def test_text_without_words_gives_frequent_ones(
+    source: Source, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tables of numbers, say: drawing ends, and a sentence has words all the same."""
+    monkeypatch.setattr(TokenTable, "text", lambda table, ids: "1 2 3 = x" * len(ids))
+    words = draw_words(random.Random(0), source)
+    assert 4 <= len(words) <= 14 and set(words) <= set(source.corpus.words)
+
+
+def test_rows_have_woven_facts_where_the_corpus_is_known(source: Source) -> None:
+    """Pre-training's rows draw them; a tokenizer's texts, made before any corpus, do not."""
+    families = Counter(
+        draw_group(random.Random(i), None, source.wordings, lambda r: "{v} is {k}").family
+        for i in range(600))
+    assert 60 < families["woven"] < 160
+    assert all(draw_group(random.Random(i)).family != "woven" for i in range(300))
+    plans = [draw_plan(random.Random(i), source, 8, 2048) for i in range(40)]
+    assert any(fact.family == "woven" for plan in plans for fact in plan.facts)
 
 
 def test_one_fact_is_asked_for_in_many_ways(source: Source) -> None:

@@ -10,7 +10,6 @@ any other one for no fact at all.
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +23,7 @@ from longspan.data.questions import (
 from longspan.data.source import Source
 from longspan.data.tasks.paragraphs import log_uniform
 from longspan.data.vocabulary import ADJECTIVES, CITIES, FIRST_NAMES, LAST_NAMES, NOUNS, digits
+from longspan.data.woven import draw_words, weave
 
 ACTORS = (
     "the clerk", "a neighbour", "our guide", "the committee", "an old ledger", "the inspector",
@@ -86,7 +86,6 @@ ABSENT = 0.15
 BLANKS = ("which number", "how many", "what number", "how much", "what", "which figure")
 STARTS = ("Which", "What", "How many", "Where", "Who", "When", "Under which number", "Which number",
           "Tell me which", "At what", "For how many")
-_WORD = re.compile(r"[A-Za-z][a-z]+,?")
 _TURN_LEN, _FACT_LEN = 90, 34
 """Tokens of a question with its answer, and of a sentence, about."""
 
@@ -140,17 +139,9 @@ def draw_sentence(rng: random.Random, source: Source, key: str) -> Sentence:
 def _weave(rng: random.Random, source: Source, key: str, value: str) -> Sentence:
     """Put a key and a number at any places of a natural sentence; half of the questions say
     nothing of it but the key."""
-    corpus = source.corpus
-    words: list[str] = []
-    while len(words) < 4:
-        text = source.table.text(corpus.stream(rng, 48, source.table))
-        words = _WORD.findall(text)[: rng.randrange(4, 15)]
+    words = draw_words(rng, source)
     name = key if key.istitle() or rng.random() < 0.2 else f"the {key}"
-    first, second = sorted(rng.choices(range(len(words) + 1), k=2))
-    is_value_first = rng.random() < 0.55
-    slots = (value, name) if is_value_first else (name, value)
-    pieces = [*words[:first], slots[0], *words[first:second], slots[1], *words[second:]]
-    said = " ".join(pieces).rstrip(",")
+    said = weave(rng, words, name, value)
     style = rng.random()
     if style < 0.3:
         question = rng.choice(source.wordings(ANY_ASKS)).replace("the {k}", name)
@@ -158,7 +149,7 @@ def _weave(rng: random.Random, source: Source, key: str, value: str) -> Sentence
     elif style < 0.55:
         question = said.replace(value, rng.choice(BLANKS)) + "?"
     else:
-        own = words if rng.random() < 0.4 else rng.choices(corpus.words, k=8)
+        own = words if rng.random() < 0.4 else rng.choices(source.corpus.words, k=8)
         around = rng.sample(own, min(len(own), rng.randrange(1, 6)))
         at = rng.randrange(len(around) + 1)
         question = " ".join((rng.choice(STARTS), *around[:at], name, *around[at:])).rstrip(",")
