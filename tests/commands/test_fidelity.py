@@ -52,7 +52,7 @@ def test_sparse_against_dense_and_its_floor(
                "cpu", "--threads", 1, "--text-root", JSON, "--out", tmp_path) == 0
     (content,) = results.read_bench(tmp_path, "fidelity")
     rows = {(row["attention"], row["task"]): row for row in content["rows"]}
-    arms = "dca floor", "dca int8 KV", "sparse-dca", "paper-dca"
+    arms = "dca floor", "dca int8 KV", "plan-dca", "paper-plan-dca"
     assert set(rows) == {(arm, task) for arm in arms for task in ("vt", "perplexity", "all")}
     floor, int8, sparse, paper = (rows[arm, "all"] for arm in arms)
     assert 10 * abs(floor["kl"]) < int8["kl"] < 0.003 and int8["density"] == 1
@@ -67,11 +67,11 @@ def test_sparse_against_dense_and_its_floor(
         assert row["worst_head"]["recall"] == pytest.approx(heads.min(), abs=1e-3)
         assert row["num_positions"] <= 2 * 200 and row["n"] == 2
         assert row["nats"] == pytest.approx(floor["nats"] + row["nats_more"], abs=1e-3)
-    assert rows["sparse-dca", "vt"]["num_answer_tokens"] > 0
+    assert rows["plan-dca", "vt"]["num_answer_tokens"] > 0
     assert run("plot", next(tmp_path.glob("*.json")), "--out", tmp_path / "plots") == 0
     assert len(list((tmp_path / "plots").glob("*.heads.svg"))) == 2
     said = capsys.readouterr()
-    assert "the worst" in said.out and "sparse-dca beside dense, 1,400 tokens" in said.out
+    assert "the worst" in said.out and "plan-dca beside dense, 1,400 tokens" in said.out
     (tmp_path / "other.json").write_text('{"bench": "cpu", "rows": []}')
     assert run("plot", tmp_path / "other.json") == 2
 
