@@ -29,14 +29,15 @@ def quality_section(contents: Sequence[Content]) -> str:
         rows = [row for row in pooled(measured(content)) if row["attention"] in NAMED
                 and ("recall_typical" not in row or row.get("recall"))]
         for model in dict.fromkeys(row["model"] for row in rows):
+            own = [row for row in rows if row["model"] == model]
             body = [[
                 f"{row['num_tokens']:,}", str(row["num_questions"]), row["place"],
                 row["attention"],
                 f"{row['chunk_len']:,}" if row["attention"] != "dense" else "",
                 _right(row), f"{100 * row['density']:.2f} %", f"{100 * row['cost']:.2f} %",
                 *_recall(row)]
-                for row in rows if row["model"] == model]
-            parts.append(caption(content, f"{model}: exact answers and recall")
+                for row in own]
+            parts.append(caption(_dated(content, own), f"{model}: exact answers and recall")
                          + markdown(head, body))
     return text + "\n".join(parts)
 
@@ -57,9 +58,14 @@ def policies_section(contents: Sequence[Content]) -> str:
                 continue  # no policy among them, or precisions of dense attention
             body = [_policy(row) for row in sorted(own, key=lambda row: -row["density"])]
             parts.append(caption(
-                content, f"{model}, {num_tokens:,} tokens, questions: {place}")
+                _dated(content, own), f"{model}, {num_tokens:,} tokens, questions: {place}")
                 + markdown(head, body))
     return "\n".join(parts)
+
+
+def _dated(content: Content, rows: Sequence[Row]) -> Content:
+    """Return the head with the day of these rows, which others of the file may not share."""
+    return {**content, "date": max(row.get("date", content["date"]) for row in rows)}
 
 
 def pooled(rows: Sequence[Row]) -> list[Row]:
