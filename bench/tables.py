@@ -25,6 +25,13 @@ def caption(content: Content, what: str) -> str:
     return f"{what} ({count}{device['name']}, {content['date'][:10]})\n\n"
 
 
+def dated(content: Content, rows: Iterable[Row]) -> Content:
+    """Return a file's head with the day of some of its rows: those that name none are of its last
+    run, others may be older. Without rows it is the head's own."""
+    day = max((row.get("date", content["date"]) for row in rows), default=content["date"])
+    return {**content, "date": day}
+
+
 def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     """Return a table as markdown; numbers stand to the right."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.plots_eval import arms_of
-from bench.tables import Content, Row, caption, markdown
+from bench.tables import Content, Row, caption, dated, markdown
 from bench.tables_train import AT
 
 COLUMNS = ("passkey", "ruler-11", "ruler-retrieval", "ruler-tracking", "ruler-counting")
@@ -47,7 +47,7 @@ def _model_table(content: Content, model: str) -> str:
     head = ["tokens", "attention", *(SHORT.get(task, task) for task in tasks),
             *(title for _, title, _ in COSTS)]
     kept = [place for place in range(len(head)) if any(line[place] for line in body)]
-    return caption({**content, "date": _day(content, rows)},
+    return caption(dated(content, rows),
                    f"{model}: % right (95 % interval; questions)") + markdown(
         [head[place] for place in kept], [[line[place] for place in kept] for line in body])
 
@@ -66,8 +66,7 @@ def scores_section(contents: Sequence[Content]) -> str:
             rows = [row for row in _whole(content, model) if row["score"] is not None]
             for arm in arms_of(rows):
                 own = [row for row in rows if row["attention"] == arm and row["num_tokens"]]
-                parts.append(caption({**content, "date": _day(content, own)}, f"{model}, {arm}")
-                             + _task_table(own))
+                parts.append(caption(dated(content, own), f"{model}, {arm}") + _task_table(own))
     return text + "\n".join(parts)
 
 
@@ -95,7 +94,7 @@ def phases_section(contents: Sequence[Content]) -> str:
                     for task in SHORT for model in phases]
             own = [row for (model, _, _), row in rows.items() if model in phases]
             parts.append(caption(
-                {**content, "date": _day(content, own)},
+                dated(content, own),
                 f"{base} after each phase, plain RoPE: % right (95 % interval; questions)")
                 + markdown(["after", "", *(f"{length:,}" for length in lengths)], body))
     return "\n".join(parts)
@@ -134,10 +133,6 @@ def _whole(content: Content, model: str) -> list[Row]:
     """Return the model's rows over all depths whose scores are shares."""
     return [row for row in content["rows"] if row["depth"] is None and row["model"] == model
             and (row["score"] is None or row["task"] != "perplexity")]
-
-
-def _day(content: Content, rows: Sequence[Row]) -> str:
-    return max((row["date"] for row in rows if "date" in row), default=content["date"])
 
 
 def _first(rows: Any, name: str, text: str) -> str:

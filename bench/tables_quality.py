@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.tables import caption, markdown, measured
+from bench.tables import caption, dated, markdown, measured
 from longspan.commands.results import KEY_FIELDS, row_identity
 from longspan.eval.stats import Z_95, wilson_interval
 
@@ -37,7 +37,7 @@ def quality_section(contents: Sequence[Content]) -> str:
                 _right(row), f"{100 * row['density']:.2f} %", f"{100 * row['cost']:.2f} %",
                 *_recall(row)]
                 for row in own]
-            parts.append(caption(_dated(content, own), f"{model}: exact answers and recall")
+            parts.append(caption(dated(content, own), f"{model}: exact answers and recall")
                          + markdown(head, body))
     return text + "\n".join(parts)
 
@@ -58,14 +58,9 @@ def policies_section(contents: Sequence[Content]) -> str:
                 continue  # no policy among them, or precisions of dense attention
             body = [_policy(row) for row in sorted(own, key=lambda row: -row["density"])]
             parts.append(caption(
-                _dated(content, own), f"{model}, {num_tokens:,} tokens, questions: {place}")
+                dated(content, own), f"{model}, {num_tokens:,} tokens, questions: {place}")
                 + markdown(head, body))
     return "\n".join(parts)
-
-
-def _dated(content: Content, rows: Sequence[Row]) -> Content:
-    """Return the head with the day of these rows, which others of the file may not share."""
-    return {**content, "date": max(row.get("date", content["date"]) for row in rows)}
 
 
 def pooled(rows: Sequence[Row]) -> list[Row]:

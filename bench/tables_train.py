@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
-from bench.tables import Content, Row, caption, markdown
+from bench.tables import Content, Row, caption, dated, markdown
 from longspan.eval.stats import wilson_interval
 
 AT = "-at-"
@@ -33,9 +33,8 @@ def goals_section(contents: Sequence[Content]) -> str:
         rows = [row for row in content["rows"] if AT in row["model"] and row["depth"] is None]
         for base in dict.fromkeys(row["model"].partition(AT)[0] for row in rows):
             own = [row for row in rows if row["model"].startswith(base + AT)]
-            parts.append(caption(
-                {**content, "date": max(row.get("date", content["date"]) for row in own)},
-                f"{base}: % (95 % interval; questions)") + _goals_table(own))
+            parts.append(caption(dated(content, own), f"{base}: % (95 % interval; questions)")
+                         + _goals_table(own))
     return "\n".join(parts)
 
 
@@ -84,7 +83,7 @@ def effects_section(contents: Sequence[Content]) -> str:
             rows = [row for row in content["rows"] if row["effect"] == effect]
             first = rows[0]
             parts.append(caption(
-                {**content, "date": max(row.get("date", content["date"]) for row in rows)},
+                dated(content, rows),
                 f"{effect}: {first['without']} or {first['with']}, % right") + markdown(head, [
                     [f"{row['num_tokens']:,}", row["task"], _percent(row["without_score"]),
                      _percent(row["with_score"]), f"{100 * row['difference']:+.1f}",
