@@ -25,8 +25,9 @@ def _measured(content: Content) -> str:
     if not rows:
         return ""
     body = []
-    keys = dict.fromkeys((row["shape"], row["attention"], row["num_tokens"], row["cp"], row["pp"],
-                          row["tp"]) for row in rows)
+    keys = sorted(
+        {(row["shape"], row["attention"], row["num_tokens"], row["cp"], row["pp"], row["tp"])
+         for row in rows}, key=_order)
     for key in keys:
         own = {row["plan"]: row for row in rows if tuple(
             row[name] for name in ("shape", "attention", "num_tokens", "cp", "pp", "tp")) == key}
@@ -35,7 +36,7 @@ def _measured(content: Content) -> str:
         best, planned = own.get("best fixed"), own.get("ladder") or own.get("planned")
         told = planned or best
         body.append([
-            f"{shape}, {attention}, {num_tokens:,}", label,
+            f"{shape}, {attention}, {num_tokens:,}{_part(next(iter(own.values())))}", label,
             *(_measured_cell(own.get(plan)) for plan in ("fixed 8192", "fixed 32768")),
             _measured_cell(best), _measured_cell(planned),
             *(f"{told[name]:.2f} s" if told and name in told else "–"
@@ -46,6 +47,18 @@ def _measured(content: Content) -> str:
             "the time in which ranks computed no step.\n\n" + markdown(
                 ["shape, attention, tokens", "ranks", "8K", "32K", "best fixed",
                  "planned / ladder", "predicted", "simulated", "steps off by"], body))
+
+
+def _order(key: tuple[str, str, int, int, int, int]) -> tuple[Any, ...]:
+    """Sort by shape, sparse ones first, by length, then one rank, cp, pp, tp."""
+    shape, attention, num_tokens, *sizes = key
+    return shape, attention != "sparse", num_tokens, sizes[::-1]
+
+
+def _part(row: Row) -> str:
+    """Say where not all layers were computed."""
+    is_part = row["layers"] < row["total_layers"]
+    return f" ({row['layers']} of {row['total_layers']} layers)" if is_part else ""
 
 
 def _ranks(*sizes: int) -> str:

@@ -49,7 +49,7 @@ from longspan.commands.options import (
     Version,
     Weights,
 )
-from longspan.commands.run_app import end_with, run_app
+from longspan.commands.run_app import end_with, leave, run_app
 from longspan.commands.strict import Commands
 from longspan.commands.synth_options import synth_app
 from longspan.commands.train_app import train_app
@@ -225,7 +225,7 @@ def run_command(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """Entry point of the ``longspan`` command."""
-    sys.exit(run_command(sys.argv[1:]))
+    leave(run_command(sys.argv[1:]))
 
 
 if __name__ == "__main__":

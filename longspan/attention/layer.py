@@ -49,6 +49,7 @@ class DualChunkAttention:
         self.rotary, self._ranks = rotary, ranks
         self.plan = plan
         self.budget = plan.layer(layer_idx) if plan else None
+        self._first_sparse = plan.first_sparse(layer_idx) if plan else 0
         self.observer = observer
         self.selector: Selector | None = None
         self.reset_stats()
@@ -86,18 +87,33 @@ class DualChunkAttention:
                                means=item.sparse and needs_means(self.plan))
         return whole, replace(item, block_table=table)
 
-    def prepare(self, q: Tensor, cache: PagedKV, item: PrefillSlice) -> list[PrefillPart]:
-        """Select keys for one slice, whose own are stored and collected. q: [T, H, D], its rows
-        here."""
+    def begin_prepare(self, q: Tensor, item: PrefillSlice) -> Callable[[], Tensor] | None:
+        """Begin what `prepare` needs of other ranks while keys are stored; None: nothing.
+        q: [T, H, D], the slice's rows here."""
+        first, stop = self._sparse_range(item, 1)
+        if item.share is None or not item.share.is_split or first >= stop:
+            return None
+        return item.share.begin_to_heads(q, self.num_kv_heads)
+
+    def prepare(
+        self, q: Tensor, cache: PagedKV, item: PrefillSlice,
+        arrive: Callable[[], Tensor] | None = None,
+    ) -> list[PrefillPart]:
+        """Select keys for one slice, whose own are stored and collected.
+
+        Args:
+            q: [T, H, D], its rows here.
+            arrive: what `begin_prepare` returned.
+        """
         self.causal_pairs += self.num_heads * item.num_pairs
         first, stop = self._sparse_range(item, cache.k.shape[1])
+        q = q if arrive is None else arrive()
         if first >= stop:
             return [PrefillPart(item.cached_len, item.context_len, None)]
         cache, item = self._plain(q, cache, item)
         assert self.budget is not None
         select: Callable[..., Found] = self._select
-        if item.share is not None and item.share.is_split:
-            q = item.share.to_heads(q, self.num_kv_heads)
+        if arrive is not None:
             select = partial(select_together, self._select, self.budget)
         sparse = []
         for start, end in segments(first, stop, self.rotary.stride):
@@ -148,7 +164,8 @@ class DualChunkAttention:
 
     def _prefill(self, q: Tensor, cache: PagedKV, item: PrefillSlice) -> Tensor:
         cache, item = self._plain(q, *self.collect(cache, item))
-        return self.attend_rows(q, cache, item, self.prepare(q, cache, item))
+        arrive = self.begin_prepare(q, item)
+        return self.attend_rows(q, cache, item, self.prepare(q, cache, item, arrive))
 
     def _plain(self, q: Tensor, cache: PagedKV, item: PrefillSlice) -> tuple[PagedKV, PrefillSlice]:
         """Return a cache that all ops read, for as long as they run, and the slice in it."""
@@ -163,7 +180,7 @@ class DualChunkAttention:
         stop = item.context_len
         if self.plan.mode == "paper":
             return item.cached_len, stop
-        first = max(item.cached_len, min(self.budget.slash))
+        first = max(item.cached_len, self._first_sparse)
         return -(-first // block_size) * block_size, stop // block_size * block_size
 
     def _dense(self, q: Tensor, cache: PagedKV, item: PrefillSlice, start: int) -> Tensor:

@@ -57,6 +57,19 @@ class Summing(NamedTuple):
         return self.summed
 
 
+class Swapping(NamedTuple):
+    """Tensors on their way between ranks."""
+
+    works: Sequence[dist.Work]
+    ops: Sequence[dist.P2POp]
+    """Hold what is sent until it has been."""
+
+    def wait(self) -> None:
+        """Return when they have arrived. On GPUs it is the stream that waits."""
+        for work in self.works:
+            work.wait()
+
+
 class RankGroup:
     """The ranks that compute every step together, and how they exchange tensors: as bytes, so that
     any dtype will do. All ranks call the same methods in the same order.
@@ -88,20 +101,16 @@ class RankGroup:
         """Return what the first rank has of a small tensor."""
         return self.gather(x)[0]
 
-    def exchange(self, parts: Sequence[Tensor], numbers: Sequence[int]) -> list[Tensor]:
-        """Send ``parts[r]`` to rank r. Returns what each rank sent here, flat, in order of ranks.
-
-        Args:
-            numbers: of elements that come from each rank.
-        """
-        size = parts[0].element_size()
-        received = torch.empty(
-            size * sum(numbers), dtype=torch.uint8, device=parts[0].device)
-        dist.all_to_all_single(
-            received, torch.cat([_as_bytes(part.contiguous()) for part in parts]),
-            [size * count for count in numbers], [size * part.numel() for part in parts],
-            group=self._processes)
-        return list(received.view(parts[0].dtype).split(list(numbers)))
+    def begin_swap(
+        self, sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]],
+    ) -> Swapping:
+        """Begin to send ``sent[r]`` to each other rank r and to fill ``received[r]`` with what it
+        sends here, tensor by tensor, beside what this rank computes. All are contiguous; those of
+        this rank itself are left alone."""
+        ops = [dist.P2POp(op, _as_bytes(x), group=self._processes, group_peer=rank)
+               for op, every in ((dist.isend, sent), (dist.irecv, received))
+               for rank, parts in enumerate(every) if rank != self.rank for x in parts]
+        return Swapping(dist.batch_isend_irecv(ops) if ops else [], ops)
 
     def begin_sum(self, x: Tensor) -> Summing:
         """Begin to add a tensor up over all ranks, in place, beside what this rank computes."""
@@ -243,25 +252,32 @@ class RowShare:
         return [min(count, index * count // num_pieces // self.unit * self.unit)
                 for index in range(num_pieces)] + [count]
 
-    def to_heads(self, q: Tensor, num_kv_heads: int) -> Tensor:
-        """Exchange queries: all heads of this rank's rows, [n, H, D], for this rank's heads of all
-        rows of the slice, [T, h, D]."""
-        group = self.group
-        heads = share_heads(q.shape[1], num_kv_heads, group.size)
-        own, dim = heads[group.rank], q.shape[2]
-        width = (own[1] - own[0]) * dim
-        received = group.exchange(
-            [q[:, start:stop] for start, stop in heads],
-            [self.num_rows(rank) * width for rank in range(group.size)])
+    def begin_to_heads(self, q: Tensor, num_kv_heads: int) -> Callable[[], Tensor]:
+        """Begin to exchange queries: all heads of this rank's rows, [n, H, D], for this rank's
+        heads of all rows of the slice. What is returned waits for these, [T, h, D]."""
+        rank, dim = self.group.rank, q.shape[2]
+        heads = share_heads(q.shape[1], num_kv_heads, self.group.size)
+        own = slice(*heads[rank])
+        every = torch.empty(sum(map(self.num_rows, range(self.group.size))), own.stop - own.start,
+                            dim, dtype=q.dtype, device=q.device)
+        places = [self._places(each, every) for each in self.ranges]
+        parts = q.split([stop - start for start, stop in self.own])
+        swapping = self.group.begin_swap(
+            [[] if other == rank else [part[:, start:stop].contiguous() for part in parts]
+             for other, (start, stop) in enumerate(heads)], places)
+        for place, part in zip(places[rank], parts, strict=True):
+            place.copy_(part[:, own])
+
+        def wait() -> Tensor:
+            swapping.wait()
+            return every
+
+        return wait
+
+    def _places(self, ranges: tuple[Range, ...], rows: Tensor) -> list[Tensor]:
+        """Return the part of the slice's rows in each of some ranges of positions: views."""
         first = self.ranges[0][0][0]
-        every = torch.empty(sum(map(self.num_rows, range(group.size))), own[1] - own[0], dim,
-                            dtype=q.dtype, device=q.device)
-        for ranges, part in zip(self.ranges, received, strict=True):
-            rows = part.view(-1, own[1] - own[0], dim)
-            sizes = [stop - start for start, stop in ranges]
-            for (start, stop), piece in zip(ranges, rows.split(sizes), strict=True):
-                every[start - first : stop - first] = piece
-        return every
+        return [rows[start - first : stop - first] for start, stop in ranges]
 
     def from_heads(self, parts: Sequence[Tensor], num_heads: int, num_kv_heads: int
                    ) -> list[Tensor]:

@@ -206,6 +206,10 @@ class SparsityPlan:
             near_len=self.mean_near_len if self.mean_correction else None,
             recall=self.recall_target or 0.0)
 
+    def first_sparse(self, index: int) -> int:
+        """Return up to which position every head of a layer keeps all diagonals (tile mode)."""
+        return min(self.layer(index).slash)
+
     @property
     def _threshold(self) -> float:
         """Return the scouts' threshold in effect: with a target, a key tile is missed where one of

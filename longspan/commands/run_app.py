@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import os
 import resource
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 
@@ -50,6 +51,21 @@ def run_app(commands: typer.Typer, arguments: Sequence[str], program: str) -> in
     if status == 130:
         print("interrupted", file=sys.stderr)
     return status if isinstance(status, int) else 0
+
+
+def leave(status: int) -> NoReturn:
+    """End the process.
+
+    Where torch.distributed is still set up a rank was lost, and NCCL's threads, which wait for it,
+    would have an orderly end become an abort.
+    """
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _prepare_streams() -> str:

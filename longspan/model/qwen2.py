@@ -92,11 +92,13 @@ class DecoderLayer(nn.Module):
         normed = self.input_layernorm.rounded(hidden, attention.group_of(hidden, None))
         q, k, v = attention.project(normed, metadata)
         del normed
+        arrive = attention.core.begin_prepare(q, item)
         attention.core.store(k, v, cache, metadata)
         del k, v
         yield
         cache, item = attention.core.collect(cache, item)
-        parts = attention.core.prepare(q, cache, item)
+        parts = attention.core.prepare(q, cache, item, arrive)
+        del arrive
         for start, stop in pairwise(item.local_cuts(cuts)):
             yield
             if start < stop:

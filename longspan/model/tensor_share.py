@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Self
 
@@ -93,6 +93,17 @@ def _largest_divisor(model: ModelConfig, size: int) -> str:
     return f"use tensor_parallel {found}, or" if found > 1 else "use"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanOfHeads(SparsityPlan):
+    """Budgets of the heads that one rank has."""
+
+    whole: SparsityPlan
+
+    def first_sparse(self, index: int) -> int:
+        """As `SparsityPlan`, of all ranks' heads: they must select for the same rows."""
+        return self.whole.first_sparse(index)
+
+
 @dataclass(frozen=True, slots=True)
 class TensorShare:
     """What one rank has of a model."""
@@ -127,7 +138,8 @@ class TensorShare:
         vertical, slash = (tuple(
             tuple(row[head] for start, stop in self._heads(idx) for head in range(start, stop))
             for idx, row in enumerate(rows)) for rows in (plan.vertical, plan.slash))
-        return replace(plan, vertical=vertical, slash=slash)
+        given = {each.name: getattr(plan, each.name) for each in fields(plan)}
+        return PlanOfHeads(**given | {"vertical": vertical, "slash": slash}, whole=plan)
 
     def cut_targets(self, targets: Mapping[str, Target]) -> dict[str, Target]:
         """Return the targets of this rank's weights as parts of the whole ones."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import resource
+import subprocess
 import sys
 from typing import Any
 
@@ -105,3 +106,18 @@ def test_proxies_that_are(monkeypatch: pytest.MonkeyPatch, address: str) -> None
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("https_proxy", address)
     check_proxies()
+
+
+@pytest.mark.parametrize("is_left", [True, False])
+def test_a_process_ends_with_its_status_where_a_rank_is_lost(is_left: bool) -> None:
+    """Whatever libraries would do at the end: with a lost rank they wait for it, or abort."""
+    begin = ("import atexit, torch.distributed as dist\n"
+             "from torch._C._distributed_c10d import HashStore\n"
+             "from longspan.commands.run_app import leave\n"
+             "atexit.register(print, 'orderly')\n"
+             "dist.init_process_group('gloo', store=HashStore(), rank=0, world_size=1)\n"
+             "print('said')\n")
+    end = "leave(3)" if is_left else "dist.destroy_process_group(); leave(3)"
+    done = subprocess.run([sys.executable, "-c", begin + end], capture_output=True, text=True)
+    assert done.returncode == 3
+    assert done.stdout == ("said\n" if is_left else "said\norderly\n")

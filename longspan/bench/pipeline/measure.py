@@ -25,7 +25,7 @@ from longspan.bench.engine.engine import (
 from longspan.bench.pipeline.costs import Ranks
 from longspan.bench.pipeline.rates import read_rates
 from longspan.bench.pipeline.show import DECODE, MEASURED, USERS, show
-from longspan.bench.pipeline.simulate import BEST, LONGEST, Simulator
+from longspan.bench.pipeline.simulate import BEST, Simulator
 from longspan.bench.session import BenchSession, CheckFailed
 from longspan.bench.shapes import Shape
 from longspan.bench.timing import rounded, synchronize
@@ -238,7 +238,7 @@ def _together(
         sparse = attention == "sparse"
         prompts.prefill(min(length, 2 * max(options.chunk_lens)), sparse=sparse)
         _, found = prompts.first_tokens(length, options.users, sparse=sparse)
-        return {"layers": shape.model.num_layers, "users": options.users,
+        return {**_layers(shape), "users": options.users,
                 "divides_kv": bool(engine.plan.config.divides_kv),
                 "ttft_s": rounded(found[-1], 4),  # of the last one
                 "ttft_each_s": [rounded(each, 4) for each in found],
@@ -255,7 +255,7 @@ def _decode(
     step = decode_step(engine, length, 1)
     alone, ahead = (time_steps(engine, step, session.device, options.decode_steps, in_flight=count)
                     for count in (1, IN_FLIGHT))
-    return {"layers": shape.model.num_layers, "divides_kv": bool(engine.plan.config.divides_kv),
+    return {**_layers(shape), "divides_kv": bool(engine.plan.config.divides_kv),
             "step_ms": rounded(median(ahead), 4), "low_ms": rounded(min(ahead), 4),
             "high_ms": rounded(max(ahead), 4), "n": len(ahead),
             "sync_step_ms": rounded(median(alone), 4)}
@@ -312,10 +312,8 @@ class _Series:
         config = replace(self._engine.plan.scheduler_config(), step_budget_s=None)
         for length in self._options.chunk_lens:
             yield f"fixed {length}", replace(config, prefill_chunk_len=length, fixed_chunks=True)
-        if self._ranks.pp > 1:
-            longest = min(LONGEST, max(self._options.chunk_lens))
-            yield "ladder" if attention == "sparse" else "planned", replace(
-                config, prefill_chunk_len=longest)
+        if self._ranks.pp > 1:  # as the engine cuts prompts by itself
+            yield "ladder" if attention == "sparse" else "planned", config
 
     def _row(self, attention: str, length: int, plan: str, found: Prefill) -> dict[str, Any]:
         ranks, seen = self._ranks, found.seen
@@ -323,7 +321,7 @@ class _Series:
         alone = self._known.get((attention, length))
         base_s = None if alone is None else alone.fixed_s.get(plan, min(alone.fixed_s.values()))
         row: dict[str, Any] = {
-            "layers": self._shape.model.num_layers, "policy": self._shape.plan_label,
+            **_layers(self._shape), "policy": self._shape.plan_label,
             "ttft_s": rounded(found.ttft_s, 4), "num_chunks": len(lengths),
             "longest_chunk": max(lengths), "shortest_chunk": min(lengths[:-1] or lengths),
             "idle": rounded(sum(found.idle) / len(found.idle), 3),
@@ -373,6 +371,12 @@ def predict(
     sharers = ranks.cp * ranks.tp
     return flow([[time_s * share / sharers for share in shares] for time_s in times],
                 max_in_flight=ranks.pp + 1).total_s
+
+
+def _layers(shape: Shape) -> dict[str, Any]:
+    """Say how many layers are computed, and how many the model has."""
+    return {"layers": shape.model.num_layers,
+            "total_layers": Shape.make(shape.name).model.num_layers}
 
 
 _KEY = ("shape", "num_tokens", "attention", "cp", "pp", "tp", "plan", "source")

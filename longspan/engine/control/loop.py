@@ -19,6 +19,8 @@ from longspan.engine.step import ScheduledBatch, StepReport, StepResult, Update
 
 MAX_SHORT_STEPS = 8
 """Most steps in flight, however short: after a stop token they are computed for nothing."""
+LAUNCH_S = 0.3
+"""A sparse prefill chunk of a large model takes the host up to so long to launch (an H200's)."""
 PREFILL_AHEAD_S, MOST_AHEAD_S, AHEAD_SHARE = 5e-3, 15e-3, 1 / 3
 """The next step is queued a third of the predicted time of one that prefills before its end, within
 these bounds: to schedule and launch one takes some 5 ms, and predictions are off by as much."""
@@ -96,6 +98,10 @@ class Loop:
             pipeline full; without a pipeline it only makes a request that arrives meanwhile wait
             for two long steps instead of one. If false, the next step is submitted
             `PREFILL_AHEAD_S` or more before the predicted end of the one in flight.
+        launch_s: with ``queues_prefill``, steps are also submitted while those that wait behind the
+            ones that the device computes are predicted to take less than this: launching one more
+            would take longer, and the device have nothing to do. No effect where
+            ``max_in_flight`` is 1.
         ahead_s: decode-only steps are submitted until those in flight are predicted to take this
             long together, up to `MAX_SHORT_STEPS`. A device whose steps are shorter than the way
             there and back would otherwise wait. No effect where ``max_in_flight`` is 1.
@@ -106,12 +112,13 @@ class Loop:
 
     def __init__(
         self, scheduler: Scheduler, transport: Transport, *, queues_prefill: bool = True,
-        ahead_s: float = 0.0, on_submit: Callable[[ScheduledBatch], None] | None = None,
+        launch_s: float = LAUNCH_S, ahead_s: float = 0.0,
+        on_submit: Callable[[ScheduledBatch], None] | None = None,
         on_wait: Callable[[], None] | None = None,
         on_result: Callable[[InFlightStep, StepResult], None] | None = None,
     ) -> None:
         self._scheduler, self._transport = scheduler, transport
-        self._queues_prefill, self._ahead_s = queues_prefill, ahead_s
+        self._queues_prefill, self._launch_s, self._ahead_s = queues_prefill, launch_s, ahead_s
         self._on_submit, self._on_wait, self._on_result = on_submit, on_wait, on_result
         self._mailbox: deque[Request | str] = deque()
         self._in_flight = scheduler.in_flight
@@ -166,8 +173,8 @@ class Loop:
         if self._prefill_rest_s and not self._queues_prefill:
             return False
         most = self._transport.max_in_flight
-        return len(self._in_flight) < most or (
-            most > 1 and not self._prefills_in_flight and self._are_short)
+        return len(self._in_flight) < most or (most > 1 and (
+            self._launch_is_longer if self._prefills_in_flight else self._are_short))
 
     @property
     def _prefills_in_flight(self) -> bool:
@@ -202,6 +209,13 @@ class Loop:
             return None
         rest_s = self._prefill_rest_s
         return max(rest_s - self._lead_s, 1e-6) if rest_s else None  # rounded to 0: for ever
+
+    @property
+    def _launch_is_longer(self) -> bool:
+        """What waits behind the steps that are computed ends before another one is launched."""
+        waiting = list(self._in_flight)[self._transport.max_in_flight - 1 :]
+        return (len(self._in_flight) < MAX_SHORT_STEPS and self._in_flight[-1].prefills
+                and sum(step.batch.expected_s for step in waiting) < self._launch_s)
 
     @property
     def _are_short(self) -> bool:

@@ -38,8 +38,9 @@ class ServingLoop:
         self._scheduler, self._take, self._send = scheduler, take, send
         # The load is told before each wait, so that the status is current in a step of seconds.
         self._loop = Loop(
-            scheduler, transport, queues_prefill=scheduler.config.num_stages > 1, ahead_s=AHEAD_S,
-            on_submit=self._tell_prefills, on_wait=self._tell_load, on_result=on_result)
+            scheduler, transport, queues_prefill=scheduler.config.num_stages > 1, launch_s=0.0,
+            ahead_s=AHEAD_S, on_submit=self._tell_prefills, on_wait=self._tell_load,
+            on_result=on_result)
         self._load: Load | None = None
         self._is_measuring = False
 

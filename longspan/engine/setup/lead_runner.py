@@ -181,7 +181,8 @@ class LeadRunner:
     def watch(self, on_lost: Callable[[BaseException], None]) -> None:
         """Call ``on_lost`` once, on some thread, when a rank is lost, whatever is computed."""
         def tell() -> None:
-            abort_collectives()
+            # on a thread of its own: NCCL may wait for graphs that hold its collectives
+            threading.Thread(target=abort_collectives, daemon=True).start()
             try:
                 self._hub.check()
             except RankLostError as error:
@@ -215,8 +216,14 @@ class LeadRunner:
         self._hub.close()
         # also after a loss: the next engine of this process needs torch.distributed for itself
         with contextlib.suppress(TimeoutError, RuntimeError):
-            self._thread.begin(_leave).result(LEAVE_S)
+            self._thread.begin(self._leave).result(LEAVE_S)
         self._runner.close()
+
+    def _leave(self) -> None:
+        self._runner.forget_graphs()  # NCCL waits for those that hold its collectives
+        abort_collectives()  # and for other ranks, which have ended
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
     def _send_and_launch(
         self, message: Compute, batch: ScheduledBatch,
@@ -230,8 +237,3 @@ def abort_collectives() -> None:
     if dist.is_initialized() and dist.get_backend() == "nccl":
         with contextlib.suppress(Exception):
             dist.distributed_c10d._abort_process_group()
-
-
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -89,7 +89,7 @@ class Device:
 
 def test_steps_are_launched_ahead_in_one_process() -> None:
     device = Device()
-    loop = Loop(Scheduler(CONFIG), LocalTransport(device, max_in_flight=2))
+    loop = Loop(Scheduler(CONFIG), LocalTransport(device, max_in_flight=2), launch_s=0.0)
     requests = [make_request(name, range(1, 21), max_tokens=5, ignore_eos=True) for name in "ab"]
     for request in requests:
         loop.add(request)
@@ -116,11 +116,31 @@ def test_what_was_launched_before_an_interrupt_is_forgotten() -> None:
 
 def test_prefill_chunks_of_one_prompt_fill_the_pipeline() -> None:
     transport = DeepTransport(make_runner(), max_in_flight=3)
-    loop = Loop(Scheduler(CONFIG), transport)
+    loop = Loop(Scheduler(CONFIG), transport, launch_s=0.0)
     request = make_request("a", range(1, 41), max_tokens=4, ignore_eos=True)
     loop.add(request)
     loop.turn()
     assert len(transport.results) == 2 and request.scheduled_len == 24
+    while not loop.is_idle:
+        loop.turn()
+    assert list(request.output_ids) == complete(request.prompt_ids, request.params)
+
+
+@pytest.mark.parametrize(("step_s", "most", "in_flight"), [
+    (1.0, 2, 2), (0.2, 2, 3), (0.1, 2, 4), (0.1, 3, 5), (0.01, 2, 7)])
+def test_short_chunks_are_launched_before_the_device_waits_for_them(
+    step_s: float, most: int, in_flight: int, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A chunk takes the host 0.3 s to launch. Behind the last one of the prompt's six one token is
+    decoded: its number is known when it was sampled."""
+    transport = DeepTransport(make_runner(), max_in_flight=most)
+    scheduler = Scheduler(replace(CONFIG, prior=Costs(dense=(step_s, 0.0, 0.0))))
+    monkeypatch.setattr(scheduler.latency, "observe", lambda work, seconds: None)
+    loop = Loop(scheduler, transport, launch_s=0.3)
+    request = make_request("a", range(1, 49), max_tokens=4, ignore_eos=True)
+    loop.add(request)
+    loop.turn()
+    assert len(transport.results) == in_flight - 1
     while not loop.is_idle:
         loop.turn()
     assert list(request.output_ids) == complete(request.prompt_ids, request.params)

@@ -23,10 +23,11 @@ LAYERS, HEADS, KV_HEADS = 3, 8, 4
 SHAPE: dict[str, Any] = {
     "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
     "hidden_size": 64, "dual_chunk_attention_config": LONG_DCA}
-# of the first layer two neighbours keep most: in order they would be one rank's
+# of the first layer two neighbours keep most: in order they would be one rank's; some rank's heads
+# keep all diagonals for longer than another's
 UNEVEN = replace(
     PLAN, vertical=((64, 64, 48, 48, 8, 8, 8, 8), (8,) * HEADS, (8, 8, 64, 64, 64, 64, 8, 8)),
-    slash=((96,) * HEADS, (48,) * HEADS, (64,) * HEADS))
+    slash=((96,) * 4 + (32,) * 2 + (96,) * 2, (48,) * HEADS, (64,) * HEADS))
 
 
 @pytest.fixture(scope="module", params=["untied", "tied", "experts"])
