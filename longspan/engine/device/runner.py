@@ -7,7 +7,6 @@ stage. All stages of a process hand hidden states on directly; where each proces
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -192,12 +191,6 @@ class Runner:
         if self._graphs is not None:
             with torch.inference_mode():
                 self._graphs.record_all(len(self._last_tokens) - 1)
-
-    def forget_graphs(self) -> None:
-        """Free all decode graphs; steps are launched kernel by kernel from now on."""
-        if self._graphs is not None:
-            self._graphs = None
-            gc.collect()
 
     def compile_ahead(self, steps: Iterable[ScheduledBatch]) -> None:
         """Compute steps for what they compile, before any request has KV blocks."""

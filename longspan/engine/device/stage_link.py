@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,13 +49,15 @@ class DistributedLink(StageLink):
         while self._sent and (self._sent[0][0].is_completed() or len(self._sent) > 4 * self.count):
             self._sent.popleft()[0].wait()
         rows = rows.contiguous()
-        work = dist.isend(rows, self._next, group=self._out)
-        assert work is not None, "this rank is in the group"
-        self._sent.append((work, rows))
+        self._sent.append((_begin(dist.isend, rows, self._next, self._out), rows))
 
     def _receive(self, num_rows: int) -> Tensor:
         rows = torch.empty(num_rows, self._hidden_size, dtype=self._dtype, device=self._device)
-        work = dist.irecv(rows, self._previous, group=self._in)
-        assert work is not None, "this rank is in the group"
-        work.wait()
+        _begin(dist.irecv, rows, self._previous, self._in).wait()
         return rows
+
+
+def _begin(op: Callable[..., Any], rows: Tensor, peer: int, group: dist.ProcessGroup) -> dist.Work:
+    """Begin to send or receive; as a batch of one, for NCCL warns of any other way."""
+    (work,) = dist.batch_isend_irecv([dist.P2POp(op, rows, peer, group)])
+    return work

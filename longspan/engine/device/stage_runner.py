@@ -68,9 +68,6 @@ class StageRunner:
     def record_graphs(self) -> None:
         """Do nothing: steps of a pipeline are launched kernel by kernel."""
 
-    def forget_graphs(self) -> None:
-        """Do nothing: there are none."""
-
     def compile_ahead(self, steps: Iterable[ScheduledBatch]) -> None:
         """Compute steps, which all ranks do, for what they compile."""
         self.runner.clear_caches()

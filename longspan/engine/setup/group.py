@@ -30,8 +30,6 @@ from longspan.rank_place import RankPlace
 COLLECTIVE_S = 3600.0
 """Longest wait for another rank in a collective. Ranks that are gone are noticed otherwise; ranks
 that compile kernels are waited for."""
-SERIAL_WARNING = "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING"
-"""Each edge of a pipeline has a group of its own, where nothing else is sent."""
 SAME_EVERYWHERE = ("dtype", "max_model_len", "attention", "positions", "recall", "weights",
                    "quantization",
                    "prefill_chunk_len", "block_size", "context_parallel", "divides_kv",
@@ -148,7 +146,6 @@ def join_group(rank: int, config: EngineConfig, store: str) -> RankMesh:
     assert device is not None
     if device != "cpu":
         torch.cuda.set_device(device)
-        os.environ.setdefault(SERIAL_WARNING, "false")
     kind, _, place = store.partition(":")
     if kind == "file":
         meeting: Store = FileStore(place, size)

@@ -4,6 +4,7 @@ so that whoever waits for it hears of a lost rank."""
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -217,10 +218,10 @@ class LeadRunner:
         # also after a loss: the next engine of this process needs torch.distributed for itself
         with contextlib.suppress(TimeoutError, RuntimeError):
             self._thread.begin(self._leave).result(LEAVE_S)
-        self._runner.close()
 
     def _leave(self) -> None:
-        self._runner.forget_graphs()  # NCCL waits for those that hold its collectives
+        self._runner.close()
+        gc.collect()  # NCCL waits for graphs that hold its collectives
         abort_collectives()  # and for other ranks, which have ended
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -94,7 +94,7 @@ def test_decoding_and_prompts_together_have_rows_of_their_own(measured: Any) -> 
 def test_rows_become_a_table_and_a_plot(measured: Any, tmp_path: Path) -> None:
     _, content = measured
     table = pipeline_section([content])
-    assert table.count("\n| nano, dense, 640 |") == 3 and "| pp 2 |" in table
+    assert table.count("\n| nano, dense, 640 (3 of 6 layers) |") == 3 and "| pp 2 |" in table
     assert table.count("\n| nano, 640 |") == 3 == table.count("\n| nano, dense, 2 x 640 |")
     assert "| cp 2 x pp 2 |" in table
     (plot,) = draw_pipeline(content, tmp_path / "pipeline.cpu")
