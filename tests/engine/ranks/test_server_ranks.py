@@ -5,28 +5,24 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
-from longspan.config import EngineConfig
-from longspan.engine.front.client import AsyncEngine, GenerateRequest
 from longspan.engine.front.llm import LLM
-from longspan.engine.front.stream import Stream
-from longspan.engine.request import RequestOutput, SamplingParams, TokenEvent
+from longspan.engine.request import SamplingParams
 from tests.doubles import write_checkpoint
-
-TIMEOUT_S = 90.0
-OPTIONS: dict[str, Any] = {
-    "device": "cpu", "dtype": "float32", "memory_gib": 0.8, "max_model_len": 2048,
-    "prefill_chunk_len": 512, "max_num_requests": 4, "num_threads": 1, "attention": "sparse"}
-TEXT = "".join(chr(random.Random(1).randrange(97, 122) + index % 2) for index in range(1500))
+from tests.engine.ranks.losing import (
+    OPTIONS,
+    TEXT,
+    TIMEOUT_S,
+    generate_and_lose,
+    other_ranks,
+    serve_and_lose,
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,50 +30,29 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("model"))
 
 
-async def last(stream: Stream) -> RequestOutput:
-    async for event in stream:
-        if isinstance(event, TokenEvent) and event.output is not None:
-            return event.output
-    raise AssertionError("the stream ended early")
-
-
-async def serve_and_kill(path: Path, prompts: list[str]) -> tuple[list[RequestOutput], str, float]:
-    """Answer with two ranks, then kill the second one in the middle of a prompt."""
-    engine = AsyncEngine(EngineConfig(model=str(path), context_parallel=2, **OPTIONS))
-    await engine.start()
-    try:
-        async with asyncio.timeout(TIMEOUT_S):
-            while engine.status().state == "loading":
-                await asyncio.sleep(0.02)
-            assert engine.status().state == "ready", engine.status().reason
-            params = SamplingParams(max_tokens=5, ignore_eos=True)
-            streams = [await engine.add(GenerateRequest(
-                request_id="r", prompt=prompt, params=params)) for prompt in prompts]
-            found = list(await asyncio.gather(*map(last, streams)))
-            await engine.add(GenerateRequest(
-                request_id="r", prompt=TEXT[::-1], params=SamplingParams(max_tokens=400)))
-            await asyncio.sleep(0.2)
-            (rank,) = [child for child in psutil.Process().children(recursive=True)
-                       if "longspan-rank-1" in child.cmdline()]
-            rank.kill()
-            begun_s = time.monotonic()
-            while engine.status().state != "dead":
-                await asyncio.sleep(0.02)
-            return found, engine.status().reason, time.monotonic() - begun_s
-    finally:
-        await engine.close()
-
-
 def test_a_server_over_two_ranks_answers_as_one_and_names_the_rank_that_dies(path: Path) -> None:
     prompts = [TEXT, TEXT[:900] + "?", "short"]
     with LLM(str(path), **OPTIONS) as llm:
         wanted = llm.generate(prompts, SamplingParams(max_tokens=5, ignore_eos=True))
-    found, reason, seconds = asyncio.run(serve_and_kill(path, prompts))
+    found, reason, seconds = asyncio.run(serve_and_lose(
+        path, prompts, context_parallel=2, **OPTIONS))
     assert [one.token_ids for one in found] == [one.token_ids for one in wanted]
     assert reason == "rank 1 was killed by SIGKILL"
     assert seconds < 8
-    assert not [child for child in psutil.Process().children(recursive=True)
-                if "longspan-rank-1" in child.cmdline()]
+    assert not other_ranks(psutil.Process())
+
+
+@pytest.mark.parametrize("shared", ["--cp", "--pp"])
+def test_the_command_ends_with_a_line_where_a_rank_dies(
+    path: Path, tmp_path: Path, shared: str,
+) -> None:
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("short")
+    status, said, seconds = generate_and_lose(
+        path, prompt, shared, "2", "--device", "cpu", "--threads", "1", "--memory-gib", "0.8",
+        "--max-model-len", "200000")
+    assert status == 1 and said.splitlines()[-1] == "error: rank 1 was killed by SIGKILL"
+    assert seconds < 8
 
 
 def torchrun(path: Path, prompt: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
