@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from longspan import ops
 from longspan.attention.divided_kv import held_keys
 from longspan.attention.ranks import RankGroup, RowSharing
 from longspan.ops.types import KeySpans, PagedKV
@@ -29,10 +30,10 @@ class KeyShare(NamedTuple):
     def merge(self, out: Tensor, lse: Tensor, dtype: torch.dtype) -> Tensor:
         """Merge what the ranks found, each among its keys. out: [B, H, D], 0 without keys; lse:
         [B, H], -inf without. Returns [B, H, D] in ``dtype``."""
-        parts = self.group.gather(torch.cat((out.float(), lse[..., None]), -1))
-        # a row of padding has no key anywhere: 0
-        weights = parts[..., -1:].softmax(0).nan_to_num(0.0)
-        return (parts[..., :-1] * weights).sum(0).to(dtype)
+        parts = self.group.gather(torch.cat((out.float().flatten(), lse.flatten())))
+        outs, lses = parts.split([out.numel(), lse.numel()], 1)
+        return ops.merge_parts(
+            outs.unflatten(1, out.shape), lses.unflatten(1, lse.shape), dtype)[0]
 
 
 def least_keys(cache: PagedKV) -> int:

@@ -51,6 +51,7 @@ __all__ = [
     "fp8_linear",
     "int4_linear",
     "measure_recall",
+    "merge_parts",
     "pack_int4",
     "prefill_attention",
     "quantize_blocks",
@@ -203,6 +204,15 @@ def decode_attention(
         if decode.supports(cache, q.shape[1]):
             return decode.decode_attention(*args)
     return eager_dense.decode_attention(*args)
+
+
+def merge_parts(parts: Tensor, lses: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """See `reference.merge_parts`."""
+    if parts.is_cuda:
+        from longspan.ops.tiles import splits
+
+        return splits.merge_splits(parts, lses, dtype)
+    return reference.merge_parts(parts, lses, dtype)
 
 
 def store_kv(

@@ -66,37 +66,39 @@ def launch_options(device: torch.device, tile_len: int) -> dict[str, int]:
 
 
 def merge_splits(parts: Tensor, lses: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Merge several key parts into one result. parts: [splits, T, H, D] fp32, lses:
-    [splits, T, H]."""
+    """See `reference.merge_parts`. Parts may lie apart; each is contiguous."""
     splits, num_queries, num_heads, head_dim = parts.shape
     out = parts.new_empty(parts.shape[1:], dtype=dtype)
     lse = lses.new_empty(lses.shape[1:])
     num_rows = num_queries * num_heads
     _merge_kernel[(triton.cdiv(num_rows, _MERGE_ROWS),)](
-        parts, lses, out, lse, num_rows, splits, ROWS=_MERGE_ROWS, HEAD_DIM=head_dim)
+        parts, lses, out, lse, num_rows, splits, parts.stride(0), lses.stride(0),
+        ROWS=_MERGE_ROWS, HEAD_DIM=head_dim)
     return out, lse
 
 
-@triton.jit(do_not_specialize=["num_rows", "splits"])
+@triton.jit(do_not_specialize=["num_rows", "splits", "lse_stride"])
 def _merge_kernel(
-    parts, lses, out, lse, num_rows, splits, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    parts, lses, out, lse, num_rows, splits, part_stride, lse_stride, ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
 ):
     """Merge ROWS rows (token and head) of all parts, weighed by their LSEs."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     exists = row < num_rows
     values = row[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)
-    part_rows = num_rows.to(tl.int64)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     for part in range(splits):
-        offset = part * part_rows
-        top = tl.maximum(top, tl.load(lses + offset + row, mask=exists, other=0.0))
+        source = lses + part * lse_stride.to(tl.int64)
+        top = tl.maximum(top, tl.load(source + row, mask=exists, other=0.0))
+    base = tl.where(top == float("-inf"), 0.0, top)  # no part has a key
     acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     for part in range(splits):
-        offset = part * part_rows
-        weight = tl.exp(tl.load(lses + offset + row, mask=exists, other=0.0) - top)
+        source = lses + part * lse_stride.to(tl.int64)
+        weight = tl.exp(tl.load(source + row, mask=exists, other=0.0) - base)
         total += weight
         acc += weight[:, None] * tl.load(
-            parts + offset * HEAD_DIM + values, mask=exists[:, None], other=0.0)
-    tl.store(out + values, (acc / total[:, None]).to(out.dtype.element_ty), mask=exists[:, None])
-    tl.store(lse + row, top + tl.log(total), mask=exists)
+            parts + part * part_stride.to(tl.int64) + values, mask=exists[:, None], other=0.0)
+    acc /= tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(out + values, acc.to(out.dtype.element_ty), mask=exists[:, None])
+    tl.store(lse + row, base + tl.log(total), mask=exists)
