@@ -93,6 +93,8 @@ class Seen:
     expected_s: list[float] = field(default_factory=list)
     elapsed_s: list[float] = field(default_factory=list)
     """By the slowest rank."""
+    launch_s: list[float] = field(default_factory=list)
+    """What the host needed to launch each; of several ranks only to tell them."""
 
     @property
     def error(self) -> float:
@@ -109,7 +111,10 @@ class _Watched:
 
     def launch(self, batch: ScheduledBatch) -> PendingStep:
         """Hand the step over."""
-        return _WatchedStep(self._runner.launch(batch), batch, self.seen)
+        begun_s = time.perf_counter()
+        launched = self._runner.launch(batch)
+        self.seen.launch_s.append(time.perf_counter() - begun_s)
+        return _WatchedStep(launched, batch, self.seen)
 
 
 class _WatchedStep:
@@ -329,6 +334,7 @@ class _Series:
             "step_error": rounded(seen.error, 3)}
         if ranks == Ranks():
             base_s = found.ttft_s
+            row["launch_s"] = [rounded(each, 3) for each in seen.launch_s[:len(lengths)]]
         if base_s is not None:
             row["speedup"] = rounded(base_s / found.ttft_s, 4)
             row["lost"] = rounded(1 - base_s / (ranks.count * found.ttft_s), 3)

@@ -73,7 +73,10 @@ def test_timelines_lie_within_the_time_and_follow_one_another(measured: Any) -> 
                 assert all(done[1] <= begun[0] for done, begun in zip(first, second, strict=False))
     assert all(0 <= row["idle"] < 1 for row in rows)
     assert all(row["predicted_s"] > 0 for row in rows if row["cp"] * row["pp"] > 1)
-    assert all(row["speedup"] == 1 for row in rows if row["cp"] * row["pp"] == 1)
+    alone = [row for row in rows if row["cp"] * row["pp"] == 1]
+    assert all(row["speedup"] == 1 for row in alone)
+    assert all(len(row["launch_s"]) == row["num_chunks"] for row in alone)  # a CPU computes in it
+    assert all(sum(row["launch_s"]) > 0.5 * row["ttft_s"] for row in alone)
 
 
 def test_decoding_and_prompts_together_have_rows_of_their_own(measured: Any) -> None:
