@@ -25,6 +25,10 @@ from longspan.rope_config import RopeScaling
 MAX_DIFFERENCE = 1e-4
 DCA = DcaConfig(chunk_size=48, local_size=16)  # DCA chunks of 32 tokens
 YARN = replace(DCA, original_max_position_embeddings=48)
+RELEASED = [pytest.param(DcaConfig(chunk_size=chunk, local_size=local,
+                                   original_max_position_embeddings=chunk), id=str(chunk - local))
+            for chunk, local in ((262_144, 8_192), (131_072, 4_096))]
+"""What million-token checkpoints have, by their stride."""
 VOCAB_SIZE = 61
 
 
@@ -153,11 +157,12 @@ def test_pieces_and_decode_equal_one_pass(checkpoint):
 def pair_by_pair(q: Tensor, k: Tensor, v: Tensor, config: ModelConfig) -> Tensor:
     """DCA from its definition, one relative distance for each (query, key) pair.
 
-    q: [T, H, D], k, v: [T, K, D], not rotated. Rotations cancel to one at the distance.
+    q: [T, H, D], the last of S rows, k, v: [S, K, D], not rotated. Rotations cancel to one at the
+    distance.
     """
-    dca, num_tokens = config.dca, q.shape[0]
-    stride, clamp = dca.dca_chunk_len, dca.chunk_size
-    i, j = torch.arange(num_tokens)[:, None], torch.arange(num_tokens)[None, :]
+    dca, num_tokens = config.dca, k.shape[0]
+    stride, clamp = dca.chunk_size - dca.local_size, dca.chunk_size
+    i, j = torch.arange(num_tokens)[-len(q):, None], torch.arange(num_tokens)[None, :]
     gap = i // stride - j // stride
     query = torch.where(gap == 0, i % stride, torch.where(
         gap == 1, (i % stride + stride).clamp(max=clamp), min(2 * stride - 1, clamp)))
@@ -189,17 +194,44 @@ def test_one_layer_equals_the_definition(checkpoint, dca, scaling):
     angles = torch.arange(140)[:, None].float() * inverse_frequencies(
         16, config.rope_theta, scaling)
 
-    def hand_over(x: Tensor) -> Tensor:
-        """Rotated at true positions, [1, heads, T, D], as transformers does."""
-        a, b = x.chunk(2, -1)
-        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).transpose(0, 1)[None]
-
-    module = torch.nn.Module()
-    module.__dict__["layer_idx"] = 0
-    out, weights = attend(module, hand_over(q), hand_over(k), v.transpose(0, 1)[None], None)
+    out, weights = attend(
+        module(), hand_over(q, angles), hand_over(k, angles), v.transpose(0, 1)[None], None)
     assert weights is None and out.shape == (1, 140, 4, 16)
     assert (out[0] - pair_by_pair(q, k, v, config)).abs().max() <= 1e-5
+
+
+def hand_over(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotated at true positions, [1, heads, T, D], as transformers does."""
+    a, b = x.chunk(2, -1)
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).transpose(0, 1)[None]
+
+
+def module() -> torch.nn.Module:
+    """The first layer's."""
+    found = torch.nn.Module()
+    found.__dict__["layer_idx"] = 0
+    return found
+
+
+@pytest.mark.parametrize("dca", RELEASED)
+def test_one_layer_equals_the_definition_behind_released_strides(checkpoint, dca):
+    """The last row of the second DCA chunk and the first of the third, after all keys before. With
+    this base frequencies are powers of two, so that angles are exact in fp32 at any position."""
+    from transformers import AttentionInterface
+
+    config = replace(config_of(checkpoint, dca), num_heads=1, num_kv_heads=1, rope_theta=256.0)
+    attend = AttentionInterface()[register(config, name="longspan_released")]
+    length = 2 * (dca.chunk_size - dca.local_size) + 1
+    generator = torch.Generator().manual_seed(2)
+    k, v = (torch.randn(length, 1, 16, generator=generator) for _ in range(2))
+    q = 3 * torch.randn(2, 1, 16, generator=generator)
+    angles = torch.arange(length)[:, None].float() * inverse_frequencies(16, config.rope_theta)
+    out, _ = attend(module(), hand_over(q, angles[-2:]), hand_over(k, angles),
+                    v.transpose(0, 1)[None], None)
+    expected = pair_by_pair(q, k, v, config)
+    assert expected.abs().max() > 0.05
+    assert (out[0] - expected).abs().max() <= 1e-5
 
 
 def test_generate_equals_eager(checkpoint):

@@ -4,6 +4,8 @@ depend on (block tables, other requests, prompt lengths)."""
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,13 +20,20 @@ from longspan.attention.rope import build_rotary
 from longspan.attention.sparsity import SparsityPlan
 from longspan.config import DcaConfig
 from longspan.ops import prefill_attention, reference, select_vertical_slash
-from longspan.ops.types import PagedKV
-from tests.conftest import assert_close
+from longspan.ops.types import PagedKV, QueryRotary
+from tests.conftest import SEED, assert_close
 from tests.ops import oracle
 
 P, D = 16, 16
 DCA = DcaConfig(chunk_size=128, local_size=32, original_max_position_embeddings=128)  # stride 96
 LONG_DCA = DcaConfig(chunk_size=1024, local_size=64)
+RELEASED = [pytest.param(DcaConfig(chunk_size=chunk, local_size=local,
+                                   original_max_position_embeddings=chunk), id=str(chunk - local))
+            for chunk, local in ((262_144, 8_192), (131_072, 4_096))]
+"""What million-token checkpoints have, by their stride."""
+# They take what `Far.args` gives, and mypy does not see how much that is.
+select: Any = select_vertical_slash
+attend_sparse: Any = reference.sparse_prefill_attention
 
 
 class Request(NamedTuple):
@@ -52,7 +61,7 @@ def make_plan(heads: int = 7, **changes: Any) -> SparsityPlan:
 
 def make_layer(request: Request, plan: SparsityPlan | None, dca: DcaConfig | None = DCA
                ) -> DualChunkAttention:
-    rotary = build_rotary(head_dim=D, rope_theta=1e4, max_model_len=2048, dca=dca)
+    rotary = build_rotary(head_dim=D, rope_theta=1e4, max_model_len=1 << 20, dca=dca)
     return DualChunkAttention(
         layer_idx=1, num_heads=request.q.shape[1], num_kv_heads=request.k.shape[1], head_dim=D,
         rotary=rotary, plan=plan)
@@ -81,21 +90,23 @@ def step(
 
 def run(
     layer: DualChunkAttention, request: Request, cuts: list[int], blocks: list[int] | None = None,
-    dca: DcaConfig | None = DCA, cache: PagedKV | None = None, sparse: bool = True,
+    dca: DcaConfig | None = DCA, cache: PagedKV | None = None, sparse: bool = True, begin: int = 0,
 ) -> tuple[Tensor, PagedKV]:
-    """A request in steps that end at ``cuts``."""
+    """A request in steps that end at ``cuts``, the first of which begins at ``begin``."""
     cache = make_cache(request) if cache is None else cache
     blocks = list(range(3, 60)) if blocks is None else blocks
     outs = [step(layer, cache, dca, [(request, start, stop, blocks)], sparse)[0]
-            for start, stop in itertools.pairwise([0, *cuts])]
+            for start, stop in itertools.pairwise([begin, *cuts])]
     return torch.cat(outs), cache
 
 
-def sparse_ranges(plan: SparsityPlan, cuts: list[int], stride: int) -> list[tuple[int, int]]:
+def sparse_ranges(
+    plan: SparsityPlan, cuts: list[int], stride: int, begin: int = 0,
+) -> list[tuple[int, int]]:
     """Query ranges computed sparsely, restated position by position: in whole tiles of the chunk,
     from the slash budget on, cut at DCA borders (tile mode)."""
     ranges = []
-    for start, stop in itertools.pairwise([0, *cuts]):
+    for start, stop in itertools.pairwise([begin, *cuts]):
         inside = [
             position for position in range(start, stop)
             if position // P * P >= max(start, min(plan.slash[1]))
@@ -336,6 +347,115 @@ def test_plain_rope_without_dca() -> None:
         request.q, request.k, request.v, distances, layer.rotary.inv_freq, D**-0.5,
         oracle.causal(257))
     assert_close(out, expected)
+
+
+class Far(NamedTuple):
+    """A request that reaches into its third DCA chunk; its history stands in a cache."""
+
+    request: Request
+    dca: DcaConfig
+    border: int
+    """First position of the third DCA chunk."""
+    cache: PagedKV
+    table: Tensor
+    rotary: QueryRotary
+    """The layer's tables, but stride and clamp as the test states them."""
+    scale: float
+
+    def run(
+        self, plan: SparsityPlan | None, begin: int, cuts: list[int],
+    ) -> tuple[DualChunkAttention, Tensor]:
+        """Rows from ``begin`` on, from where all slots are NaN before."""
+        for part in (self.cache.k, self.cache.v):
+            for at in range(begin, len(self.request.k)):
+                part[self.table[at // P], at % P] = math.nan
+        layer = make_layer(self.request, plan, self.dca)
+        out, _ = run(layer, self.request, cuts, self.table.tolist(), self.dca, self.cache,
+                     begin=begin)
+        return layer, out
+
+    def args(self, start: int, stop: int) -> Any:
+        """What ops take first, for some rows."""
+        return (self.request.q[start:stop], self.cache, self.table, start, self.rotary, self.scale)
+
+    def specified(self, plan: SparsityPlan, ranges: list[tuple[int, int]]) -> tuple[Tensor, float]:
+        """Sparse rows, and the pairs that they keep."""
+        outs, kept = list[Tensor](), 0.0
+        for start, stop in ranges:
+            args = self.args(start, stop)
+            out, _, pairs = attend_sparse(
+                *args, select(*args, plan.layer(1)), plan.mean_correction)
+            outs.append(out)
+            kept += float(pairs)
+        return torch.cat(outs), kept
+
+
+@pytest.fixture(scope="module", params=RELEASED)
+def far(request: pytest.FixtureRequest) -> Iterator[Far]:
+    """Two whole DCA chunks of a true size and 19 rows: keys of all zones. Keys of the history are
+    as random rotated as not."""
+    dca: DcaConfig = request.param
+    torch.manual_seed(SEED)
+    stride = dca.chunk_size - dca.local_size
+    item = make_request(2 * stride + P + 3, heads=1)
+    item = item._replace(q=3 * item.q)  # else a row's output is the mean of all values, nearly 0
+    table = torch.randperm(-(-len(item.k) // P))
+    keys, values = (torch.randn(len(table), P, 1, D) for _ in range(2))
+    rotary = make_layer(item, None, dca).rotary._replace(stride=stride, clamp=dca.chunk_size)
+    yield Far(item, dca, 2 * stride, PagedKV(keys, values, keys.mean(1), values.mean(1)), table,
+              rotary, warm_scale(len(item.k), dca))
+
+
+def warm_scale(length: int, dca: DcaConfig) -> float:
+    """With YaRN's temperature for a context of that length."""
+    trained = dca.original_max_position_embeddings
+    return float((0.1 * max(0.0, math.log(length / trained)) + 1) ** 2 * D**-0.5)
+
+
+@pytest.mark.parametrize("cuts", [[4], [-1, 0, 4]], ids=["one-piece", "at-the-border"])
+def test_dense_rows_behind_released_strides(far: Far, cuts: list[int]) -> None:
+    """On both sides of the border, and keys as they are stored."""
+    begin, stop = far.border - 5, far.border + 4
+    _, out = far.run(None, begin, [far.border + cut for cut in cuts])
+    positions = torch.arange(begin, stop)
+    turns = positions % far.rotary.stride
+    assert_close(far.cache.k[far.table[positions // P], positions % P], reference.rotate(
+        far.request.k[begin:stop], far.rotary.cos[turns], far.rotary.sin[turns]), "keys")
+    assert_close(out, reference.prefill_attention(*far.args(begin, stop))[0])
+
+
+@pytest.mark.parametrize("correction", [True, False], ids=["corrected", "plain"])
+def test_sparse_rows_behind_released_strides(far: Far, correction: bool) -> None:
+    """The last tile of a DCA chunk and the first of the next in one prefill chunk; a ragged end."""
+    plan = replace(make_plan(1), mean_correction=correction)
+    begin, tail, stop = far.border - P, far.border + P, far.border + P + 3
+    layer, out = far.run(plan, begin, [stop])
+    ranges = sparse_ranges(plan, [stop], far.rotary.stride, begin)
+    assert ranges == [(begin, far.border), (far.border, tail)]
+    expected, kept = far.specified(plan, ranges)
+    assert_close(out[:-3], expected)
+    assert_close(out[-3:], reference.prefill_attention(*far.args(tail, stop))[0], "end")
+    assert float(layer.kept_pairs) == kept + sum(range(tail + 1, stop + 1))
+
+
+def test_paper_mode_behind_released_strides(far: Far) -> None:
+    """Every row is sparse, each DCA segment with its own selection."""
+    plan, begin, stop = make_plan(1).paper(), far.border - 9, far.border + 11
+    layer, out = far.run(plan, begin, [stop])
+    expected, kept = far.specified(plan, [(begin, far.border), (far.border, stop)])
+    assert_close(out, expected)
+    assert float(layer.kept_pairs) == kept
+
+
+def test_decode_behind_released_strides(far: Far) -> None:
+    """Tokens on both sides of the border, each at the temperature of its context."""
+    begin = far.border - 2
+    item = far._replace(request=far.request._replace(prompt_len=begin))
+    _, out = item.run(None, begin - 1, [begin, *range(begin + 1, far.border + 2)])
+    for row, position in enumerate(range(begin, far.border + 1), 1):
+        case = far._replace(scale=warm_scale(position + 1, far.dca))
+        expected, _ = reference.prefill_attention(*case.args(position, position + 1))
+        assert_close(out[row : row + 1], expected, f"token {position}")
 
 
 @pytest.mark.parametrize("sparse", [True, False])
