@@ -27,6 +27,7 @@ from longspan.engine.request import Request, SamplingParams
 from longspan.engine.resolve import resolve_positions
 from longspan.engine.step import Pieces, RowSampling, ScheduledBatch, ScheduledSlice
 from tests.doubles import ComputedStep, write_checkpoint
+from tests.engine.device.runners import RELEASED, compute_by_the_specification, fill_history
 
 BLOCK, CHUNK, ROWS, TAIL, LAYERS = 8, 64, 16, 12, 4
 DCA: dict[str, Any] = {
@@ -47,12 +48,16 @@ def make_plan(**changes: Any) -> SparsityPlan:
         "probe_last": 8, "probe_strided": 4, "local": 8, **changes})
 
 
-def load(path: Path, plan: SparsityPlan, num_stages: int = 1) -> Runner:
+def load(
+    path: Path, plan: SparsityPlan, num_stages: int = 1, max_model_len: int = 512,
+    num_blocks: int = 0,
+) -> Runner:
     config = EngineConfig(model=str(path), device="cpu", dtype="float32", prefill_chunk_len=CHUNK,
-                          block_size=BLOCK, max_model_len=512, max_num_requests=8)
+                          block_size=BLOCK, max_model_len=max_model_len, max_num_requests=8)
     model = ModelConfig.from_dir(path)
     memory = plan_memory(model, config, max_step_tokens=128, means=True,
                          device=DeviceMemory(total_bytes=2**34, free_bytes=2**34))
+    memory = replace(memory, num_blocks=num_blocks or memory.num_blocks)
     runner = Runner.load(path, model, config, memory, plan=plan, num_stages=num_stages,
                          dca=resolve_positions("auto", model))
     runner._chunk._rows = ROWS  # several pieces in chunks of a test's size
@@ -187,3 +192,43 @@ def _answers(
     while not loop.is_idle:
         loop.turn()
     return [list(request.output_ids) for request in requests]
+
+
+@pytest.mark.parametrize("dca", RELEASED)
+def test_pauses_behind_released_strides(
+    tmp_path: Path, dca: dict[str, Any], monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A sparse chunk that begins in the second DCA chunk and ends in the third, in pieces that
+    pause after each, and by the specification. A few blocks are the history, again and again."""
+    num_layers, num_heads, rows = 2, 2, 48
+    write_checkpoint(tmp_path, num_hidden_layers=num_layers, dual_chunk_attention_config=dca,
+                     num_attention_heads=num_heads, num_key_value_heads=1,
+                     max_position_embeddings=1 << 20)
+    plan = replace(SparsityPlan.default(num_layers, num_heads, vertical=8, slash=16), tail_len=0,
+                   probe_last=8, probe_strided=4, local=8, num_scouts=0)
+    border = 2 * (dca["chunk_size"] - dca["local_size"])
+    begin = border // rows * rows
+    assert begin < border and (border - begin) % BLOCK == 0
+    prompt, history = prompt_of(begin + rows), list(range(32))
+    blocks = [history[index * 7 % 32] for index in range(begin // BLOCK)] + list(range(32, 38))
+    total = len(chunk_pieces(begin, len(prompt), num_layers=num_layers, rows=ROWS))
+
+    def answer(num_pieces: int) -> Tensor:
+        runner = load(tmp_path, plan, max_model_len=1 << 20, num_blocks=40)
+        fill_history(runner, history)
+        for first in range(0, total, num_pieces):
+            item = ScheduledSlice(
+                request_id="a", token_ids=prompt[begin:], cached_len=begin, sparse=True,
+                prompt_len=len(prompt), block_ids=blocks, sampling=GREEDY,
+                pieces=Pieces(first, min(first + num_pieces, total), total))
+            batch = ScheduledBatch(step_id=first, slices=(item,))
+            with torch.inference_mode():
+                apart = runner._advance(batch)
+                logits = runner.forward(runner._build(batch), apart)
+        assert logits is not None
+        return torch.cat([logits.flatten(), *(k[32:38].flatten() for k in caches_of(runner))])
+
+    whole = answer(total)
+    assert torch.equal(answer(1), whole)
+    compute_by_the_specification(monkeypatch, dca)
+    torch.testing.assert_close(whole, answer(total), rtol=1e-3, atol=1e-3)

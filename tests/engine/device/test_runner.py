@@ -23,6 +23,7 @@ from longspan.engine.setup.engine_plan import resolve_plan
 from longspan.engine.step import RowSampling, ScheduledBatch, ScheduledSlice
 from longspan.errors import LongspanError
 from tests.doubles import write_checkpoint
+from tests.engine.device.runners import RELEASED, compute_by_the_specification, fill_history
 
 BLOCK = 8
 GREEDY = RowSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=1)
@@ -36,13 +37,18 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tmp_path_factory.mktemp("model"), num_hidden_layers=5, dual_chunk_attention_config=DCA)
 
 
-def load(path: Path, num_stages: int = 1, plan: SparsityPlan | None = None) -> Runner:
+def load(
+    path: Path, num_stages: int = 1, plan: SparsityPlan | None = None, max_model_len: int = 256,
+    num_blocks: int = 0,
+) -> Runner:
     config = EngineConfig(
         model=str(path), device="cpu", dtype="float32", prefill_chunk_len=32, block_size=BLOCK,
-        max_model_len=256, max_num_requests=64)
+        max_model_len=max_model_len, max_num_requests=64)
     model = ModelConfig.from_dir(path)
     memory = plan_memory(model, config, max_step_tokens=64, means=needs_means(plan),
                          device=DeviceMemory(total_bytes=2**34, free_bytes=2**34))
+    if num_blocks:
+        memory = dataclasses.replace(memory, num_blocks=num_blocks)
     return Runner.load(path, model, config, memory, plan=plan, num_stages=num_stages,
                        dca=resolve_positions("auto", model))
 
@@ -205,3 +211,32 @@ def test_steps_run_ahead_of_their_tokens(path: Path) -> None:
 
     found = answers(ahead=True)
     assert found == answers(ahead=False) and len(set(found)) > 1
+
+
+@pytest.mark.parametrize("dca", RELEASED)
+def test_steps_behind_released_strides(
+    tmp_path: Path, dca: dict[str, Any], monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A prompt of three DCA chunks, of which the last rows of the second are computed, and all of
+    the third, in two slices and two decode steps. A few blocks are the history, again and again."""
+    write_checkpoint(tmp_path, num_hidden_layers=2, dual_chunk_attention_config=dca,
+                     num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=1 << 20)
+    border = 2 * (dca["chunk_size"] - dca["local_size"])
+    begin, prompt, history = border - BLOCK, prompt_of(border + 4), list(range(32))
+    blocks = [history[index * 7 % 32] for index in range(begin // BLOCK)] + [40, 37, 38]
+
+    def answers() -> Tensor:
+        runner = load(tmp_path, 2, max_model_len=1 << 20, num_blocks=48)
+        fill_history(runner, history)
+        logits = [logits_of(runner, make_slice(prompt[:stop], start, stop, blocks))
+                  for start, stop in ((begin, border - 1), (border - 1, border + 4))]
+        logits += [logits_of(runner, ScheduledSlice(
+            request_id="a", token_ids=array("i", [at % 256]), cached_len=at, prompt_len=len(prompt),
+            block_ids=blocks, sparse=False, sampling=GREEDY)) for at in (border + 4, border + 5)]
+        return torch.cat(logits)
+
+    found = answers()
+    compute_by_the_specification(monkeypatch, dca)
+    # Sums over half a million keys agree to 1e-5, which these layers amplify a hundredfold; with a
+    # stride that is one block shorter, or another clamp, logits differ by more than 1.
+    torch.testing.assert_close(found, answers(), rtol=0, atol=2e-2)
