@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from longspan.ops.tiles.attend import attend, attend_biased, merge
+from longspan.ops.tiles.attend import attend, attend_biased, merge, rotated_queries
 from tests.conftest import assert_close
+from tests.ops import oracle
+from tests.ops.oracle import Positions
 
 DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")]
 
@@ -117,3 +119,21 @@ def test_merge_keeps_nan_visible(device: str) -> None:
     assert out[0, 0, 2, 3].isnan()
     _, merged = merge([(value, lse), (value, lse * math.nan)])
     assert merged.isnan().all()
+
+
+@pytest.mark.parametrize("zone", [0, 1, 2])
+@pytest.mark.parametrize("positions", [Positions(262_144, 8_192), Positions(131_072, 4_096)],
+                         ids=["253952", "126976"])
+def test_queries_behind_released_strides(positions: Positions, zone: int, device: str) -> None:
+    """Rows on both sides of the second border, rotated for one key of each zone that they have,
+    and where the succ zone reaches the clamp."""
+    rotary = oracle.moved(oracle.tables(32, positions, 1 << 20), device)
+    for start in (2 * positions.stride - 3, 2 * positions.stride + positions.chunk_size // 32 - 3):
+        q = torch.randn(6, 2, 32, device=device)
+        found = rotated_queries(q, start, zone, rotary)
+        rows = range(start, start + 6)
+        turns = [oracle.rotated_query(row, (row // positions.stride - zone) * positions.stride,
+                                      positions)
+                 for row in rows if row // positions.stride >= zone]
+        angles = torch.outer(torch.tensor(turns).double(), rotary.inv_freq.double().cpu())
+        assert_close(found[-len(turns):], oracle.rotate_pair(q[-len(turns):].cpu(), angles))
