@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from triton.runtime import interpreter
 
 from longspan.ops import reference
 from longspan.ops.dense import triton as prefill
@@ -70,6 +72,62 @@ def check(case: Case, cached_len: int, splits: int) -> None:
     assert out.is_contiguous() and lse.is_contiguous()
     assert_close(out, expected_out, "out")
     assert_close(lse, expected_lse, "lse", dtype)
+
+
+class Parts:
+    """The kernel, launched for some parts of the keys alone; the others are left empty."""
+
+    def __init__(self, parts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.kernel, self.parts = prefill._dense_kernel, parts
+        builder = interpreter.InterpreterBuilder
+        original = builder.set_grid_idx
+
+        def place(self: Any, x: int, y: int, z: int) -> None:
+            original(self, x, y, z)
+            if self.grid_dim[1] == len(parts):  # the kernel's grid, and no other one's
+                self.grid_idx = x, parts[y], z
+
+        monkeypatch.setattr(builder, "set_grid_idx", place)
+
+    def __getitem__(self, grid: tuple[int, int]) -> Any:
+        def launch(*args: Any, **options: Any) -> None:
+            args[4].zero_()
+            args[5].fill_(-math.inf)
+            self.kernel[grid[0], len(self.parts)](*args, **options)
+
+        return launch
+
+
+@pytest.mark.parametrize("kernel_device", ["cpu"], indirect=True, ids=["interpreted"])
+@pytest.mark.parametrize("positions", [Positions(262_144, 8_192), Positions(131_072, 4_096)],
+                         ids=["253952", "126976"])
+def test_keys_around_released_strides(
+    positions: Positions, kernel_device: str, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows on both sides of the second border; of the keys, which cannot all be interpreted in
+    time, the parts in which zones begin and end, and one in the middle of each zone. `tests/gpu`
+    has all keys."""
+    stride, tile, share = positions.stride, 16, 13
+    case = oracle.make_case(2 * stride + 5, positions, num_heads=1)
+    start = 2 * stride - 3
+    splits = -(-2 * stride // tile // share)
+    border = stride // tile // share
+    assert stride // tile % share, "a zone's border lies inside a part"
+    parts = [0, border // 2, border - 1, border, border + border // 2, splits - 1]
+    args = (case.q[start:], case.cache, case.block_table, start, case.rotary, case.scale)
+    monkeypatch.setattr(prefill, "_dense_kernel", Parts(parts, monkeypatch))
+    out, lse = prefill.split_prefill_attention(*args, splits)
+
+    rows, keys = torch.arange(start, start + 8), torch.arange(2 * stride + 5)
+    k, v = reference.gather_kv(case.cache, case.block_table, len(keys))
+    # The own tile belongs to the first part. One tile more for the last rows makes no other parts.
+    seen = torch.isin(keys // tile // share, torch.tensor(parts))[None] & (keys <= rows[:, None])
+    seen |= (keys // tile == rows[:, None] // tile) & (keys <= rows[:, None])
+    scores = reference.dca_scores(case.q[start:], k, rows, keys, case.rotary).double() * case.scale
+    scores = scores.masked_fill(~seen, -math.inf)
+    expected = torch.einsum("hts,sd->thd", scores.softmax(-1), v[:, 0].double())
+    assert_close(out, expected, "out")
+    assert_close(lse, scores.logsumexp(-1).T, "lse")
 
 
 def test_rows_of_a_wider_projection(kernel_device: str) -> None:
