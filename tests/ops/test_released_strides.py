@@ -24,11 +24,13 @@ from longspan.ops.select.eager import select_vertical_slash
 from longspan.ops.sparse import eager as eager_sparse
 from longspan.ops.sparse import triton as triton_sparse
 from longspan.ops.types import Budget, KeySpans, PagedKV, Selection
-from tests.conftest import SEED, assert_close
+from tests.conftest import SEED, assert_close, error_ratio
 from tests.ops import oracle
 from tests.ops.oracle import Case, Positions
 
 TILE = 64
+MANY_KEYS = 2e-5
+"""Error of a row over half a million keys in fp32; how a CPU's vectors add them up shows in it."""
 RELEASED = [pytest.param(Positions(262_144, 8_192), id="253952"),
             pytest.param(Positions(131_072, 4_096), id="126976")]
 """Chunk size and local size of the million-token checkpoints."""
@@ -68,7 +70,7 @@ def test_dense_rows_on_both_sides_of_a_border(far: tuple[Case, Positions]) -> No
     expected, expected_lse = oracle.dense(part, positions, start)
     for impl in (reference, eager_dense):
         out, lse = impl.prefill_attention(*rows(case, start, stop))
-        assert_close(out, expected, f"out, {impl.__name__}")
+        assert error_ratio(out, expected) < MANY_KEYS, impl.__name__
         assert_close(lse, expected_lse, f"lse, {impl.__name__}")
 
 
