@@ -146,8 +146,10 @@ def _equal_cuts(costs: DenseCosts, start: int, stop: int, work_s: float) -> tupl
     ends, unit = list[int](), costs.unit_len
     while start < stop:
         slope = token + 2 * pair * start
-        length = (work_s / slope if pair * work_s < 1e-9 * slope * slope
-                  else (sqrt(slope * slope + 4 * pair * work_s) - slope) / (2 * pair))
+        if pair * work_s > 1e-9 * slope * slope:
+            length = (sqrt(slope * slope + 4 * pair * work_s) - slope) / (2 * pair)
+        else:  # where steps have been seen to cost the same whatever is in them, both are 0
+            length = work_s / slope if slope else costs.longest
         wanted = start + min(max(length, costs.shortest), costs.longest)
         end = round(wanted / unit) * unit
         end = min(end, (start + costs.longest) // unit * unit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise, product
 from random import Random
 
@@ -90,3 +91,14 @@ def test_a_dense_plan_is_as_good_as_any_fixed_chunk(stages: int, num_tokens: int
                for length in (1_024, 2_048, 3_072, 4_096, 8_192, 16_384, 32_768)}
     assert planned_s <= 1.003 * min(fixed_s.values())
     assert planned_s < 0.99 * fixed_s[32_768]
+
+
+@pytest.mark.parametrize("terms", [(1e-3, 0.0, 0.0), (0.0, 0.0, 0.0), (0.0, 1e-5, 0.0),
+                                   (0.0, 0.0, 1e-10), (1e-3, 0.0, 1e-300)])
+@pytest.mark.parametrize("start", [0, 300])
+def test_costs_that_are_nothing_have_a_plan(terms: tuple[float, ...], start: int) -> None:
+    """As a latency model has them that has seen steps of one size alone."""
+    fixed, token, pair = terms
+    ends = plan_dense(replace(COSTS, terms=(fixed, token, pair)), start, 100_000)
+    assert ends[-1] == 100_000
+    assert all(0 < stop - begin <= COSTS.longest for begin, stop in pairwise((start, *ends)))

@@ -42,14 +42,11 @@ def test_a_server_over_two_ranks_answers_as_one_and_names_the_rank_that_dies(pat
     assert not other_ranks(psutil.Process())
 
 
-@pytest.mark.parametrize("shared", ["--cp", "--pp"])
-def test_the_command_ends_with_a_line_where_a_rank_dies(
-    path: Path, tmp_path: Path, shared: str,
-) -> None:
+def test_the_command_ends_with_a_line_where_a_rank_dies(path: Path, tmp_path: Path) -> None:
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("short")
     status, said, seconds = generate_and_lose(
-        path, prompt, shared, "2", "--device", "cpu", "--threads", "1", "--memory-gib", "0.8",
+        path, prompt, "--pp", "2", "--device", "cpu", "--threads", "1", "--memory-gib", "0.8",
         "--max-model-len", "200000")
     assert status == 1 and said.splitlines()[-1] == "error: rank 1 was killed by SIGKILL"
     assert seconds < 8
