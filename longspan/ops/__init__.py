@@ -26,7 +26,7 @@ from longspan.ops.select import eager as select
 from longspan.ops.select import online, recall, scouts
 from longspan.ops.sparse import eager as eager_sparse
 from longspan.ops.tiles import few_calls
-from longspan.ops.tiles.attend import ordered_kv, widened_kv
+from longspan.ops.tiles.attend import merge, ordered_kv, widened_kv
 from longspan.ops.types import (
     Budget,
     Fp8Rows,
@@ -207,12 +207,14 @@ def decode_attention(
 
 
 def merge_parts(parts: Tensor, lses: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """See `reference.merge_parts`."""
+    """Merge what P parts of the keys gave. parts: [P, T, H, D] fp32, 0 where one has no key; lses:
+    [P, T, H] fp32, -inf there. Returns out [T, H, D] in ``dtype`` and lse [T, H]."""
     if parts.is_cuda:
         from longspan.ops.tiles import splits
 
         return splits.merge_splits(parts, lses, dtype)
-    return reference.merge_parts(parts, lses, dtype)
+    out, lse = merge(list(zip(parts, lses, strict=True)))
+    return out.to(dtype), lse
 
 
 def store_kv(

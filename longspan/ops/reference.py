@@ -139,19 +139,6 @@ def decode_attention(
     return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
 
 
-def merge_parts(parts: Tensor, lses: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Merge what P parts of the keys gave, weighed by their LSEs (arXiv 2402.17463, algorithm 1).
-
-    Args:
-        parts: [P, T, H, D] fp32, 0 where a part has no key.
-        lses: [P, T, H] fp32, -inf there.
-
-    Returns out [T, H, D] in ``dtype`` and lse [T, H]; 0 and -inf where no part has a key.
-    """
-    weights = lses.softmax(0).nan_to_num(0.0)
-    return (parts * weights[..., None]).sum(0).to(dtype), lses.logsumexp(0)
-
-
 def sparse_prefill_attention(
     q: Tensor, cache: PagedKV, block_table: Tensor, cached_len: int, rotary: QueryRotary,
     scale: float, selection: Selection, correction: bool,

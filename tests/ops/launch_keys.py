@@ -21,8 +21,9 @@ from triton.runtime.jit import JITFunction, compute_cache_key
 
 from longspan.bench.engine.engine import EngineSizes, plan_engine
 from longspan.bench.shapes import Shape
-from longspan.engine.control.loop import LocalTransport, Loop
+from longspan.engine.control.loop import Loop
 from longspan.engine.control.scheduler import Scheduler
+from longspan.engine.control.transport import LocalTransport
 from longspan.engine.device import load_stages
 from longspan.engine.device.memory import DeviceMemory
 from longspan.engine.device.runner import Runner

@@ -19,7 +19,7 @@ from longspan.bench.engine.cache_driver import Driver
 from longspan.bench.engine.engine import ShapeEngine
 from longspan.bench.session import CheckFailed
 from longspan.bench.timing import rounded, synchronize
-from longspan.engine.control.loop import LocalTransport, Transport
+from longspan.engine.control.transport import LocalTransport, Transport
 from longspan.engine.device.block_mover import BlockMover
 from longspan.engine.device.block_store import BlockStore
 from longspan.engine.device.launched_step import NEWS_S

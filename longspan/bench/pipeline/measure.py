@@ -31,9 +31,10 @@ from longspan.bench.shapes import Shape
 from longspan.bench.timing import rounded, synchronize
 from longspan.config import EngineConfig
 from longspan.engine.control.latency import Costs
-from longspan.engine.control.loop import LocalTransport, Loop, PendingStep
+from longspan.engine.control.loop import Loop
 from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
 from longspan.engine.control.stage_plan import flow
+from longspan.engine.control.transport import LocalTransport, PendingStep
 from longspan.engine.request import Request, SamplingParams
 from longspan.engine.setup.compile_ahead import compile_steps
 from longspan.engine.setup.lead_runner import LeadRunner

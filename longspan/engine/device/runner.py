@@ -25,8 +25,8 @@ from longspan.attention.sparsity import SparsityPlan
 from longspan.config import DcaConfig, EngineConfig, ModelConfig
 from longspan.engine.control.chunking import piece_rows
 from longspan.engine.control.copy_queue import TierConfig
-from longspan.engine.control.loop import LocalTransport, Transport
 from longspan.engine.control.stage_plan import equal_split
+from longspan.engine.control.transport import LocalTransport, Transport
 from longspan.engine.device.batch import (
     DeviceBatch,
     RequestMeter,

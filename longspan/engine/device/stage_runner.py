@@ -21,7 +21,7 @@ from longspan.attention.layer import Selector
 from longspan.attention.observer import AttentionObserver
 from longspan.attention.ranks import RowSharing
 from longspan.attention.recall import RecallSums
-from longspan.engine.control.loop import LocalTransport, Transport
+from longspan.engine.control.transport import LocalTransport, Transport
 from longspan.engine.device.batch import num_outputs, rows_here
 from longspan.engine.device.launched_step import LaunchedStep, Stopwatch
 from longspan.engine.device.prompt_logprobs import OnLogits

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 from longspan.config import EngineConfig
-from longspan.engine.control.loop import Launcher
 from longspan.engine.control.scheduler import SchedulerConfig
+from longspan.engine.control.transport import Launcher
 from longspan.engine.processes.wire import Begin, Command, FromEngine, Prepare
 
 Send = Callable[[FromEngine], None]

@@ -12,8 +12,8 @@ import time
 from queue import Empty, SimpleQueue
 
 from longspan.config import EngineConfig
-from longspan.engine.control.loop import LocalTransport
 from longspan.engine.control.scheduler import InFlightStep, Scheduler
+from longspan.engine.control.transport import LocalTransport
 from longspan.engine.processes.backend import Loader, Send, Start
 from longspan.engine.processes.serving_loop import ServingLoop
 from longspan.engine.processes.wire import (

@@ -21,7 +21,7 @@ from typing import Any, cast
 import zmq
 from msgspec.structs import replace
 
-from longspan.engine.control.loop import PendingStep
+from longspan.engine.control.transport import PendingStep
 from longspan.engine.processes.backend import Engine, Loader, Watched
 from longspan.engine.processes.block_tables import BlockTableCache
 from longspan.engine.processes.child_orders import Orders

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from longspan.engine.control.loop import Loop, Transport
+from longspan.engine.control.loop import Loop
 from longspan.engine.control.scheduler import InFlightStep, Load, Scheduler
 from longspan.engine.control.self_measurement import measure_itself
+from longspan.engine.control.transport import Transport
 from longspan.engine.processes.backend import Send
 from longspan.engine.processes.wire import Add, Close, Command, LoadChanged, Submitted
 from longspan.engine.step import ScheduledBatch, StepResult

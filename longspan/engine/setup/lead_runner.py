@@ -16,7 +16,7 @@ import torch.distributed as dist
 from msgspec.structs import replace
 
 from longspan.attention.observer import AttentionObserver
-from longspan.engine.control.loop import LocalTransport, Transport
+from longspan.engine.control.transport import LocalTransport, Transport
 from longspan.engine.device.launched_step import LaunchedStep
 from longspan.engine.device.prompt_logprobs import OnLogits
 from longspan.engine.device.runner import Runner
@@ -95,7 +95,7 @@ class RankThread:
 
 
 class RankedStep:
-    """A step that all ranks compute; see `longspan.engine.control.loop.PendingStep`."""
+    """A step that all ranks compute; see `longspan.engine.control.transport.PendingStep`."""
 
     def __init__(
         self, hub: Hub, thread: RankThread, launched: Future[LaunchedStep | StagedStep],

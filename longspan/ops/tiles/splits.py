@@ -66,7 +66,7 @@ def launch_options(device: torch.device, tile_len: int) -> dict[str, int]:
 
 
 def merge_splits(parts: Tensor, lses: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """See `reference.merge_parts`. Parts may lie apart; each is contiguous."""
+    """See `longspan.ops.merge_parts`. Parts may lie apart; each is contiguous."""
     splits, num_queries, num_heads, head_dim = parts.shape
     out = parts.new_empty(parts.shape[1:], dtype=dtype)
     lse = lses.new_empty(lses.shape[1:])

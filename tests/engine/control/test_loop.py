@@ -9,8 +9,9 @@ from itertools import pairwise
 import pytest
 
 from longspan.engine.control.latency import Costs
-from longspan.engine.control.loop import PREFILL_AHEAD_S, LocalTransport, Loop
+from longspan.engine.control.loop import PREFILL_AHEAD_S, Loop
 from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
+from longspan.engine.control.transport import LocalTransport
 from longspan.engine.step import ScheduledBatch, StepResult
 from tests.doubles import DeepTransport, FakeRunner, complete, make_request
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from longspan.engine.control.loop import LocalTransport, Loop
+from longspan.engine.control.loop import Loop
 from longspan.engine.control.scheduler import LOOKAHEAD, Scheduler, SchedulerConfig
+from longspan.engine.control.transport import LocalTransport
 from longspan.engine.request import Request
 from longspan.engine.step import ScheduledBatch, StepResult
 from longspan.errors import PromptTooLongError

@@ -10,9 +10,10 @@ import pytest
 from longspan.attention.sparsity import SparsityPlan
 from longspan.config import EngineConfig, ModelConfig
 from longspan.engine.control.copy_queue import TierConfig
-from longspan.engine.control.loop import LocalTransport, Loop
+from longspan.engine.control.loop import Loop
 from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
 from longspan.engine.control.self_measurement import measure_itself
+from longspan.engine.control.transport import LocalTransport
 from longspan.engine.setup.prior_costs import prior_costs
 from longspan.expert_config import ExpertConfig
 from tests.doubles import MODEL, FakeRunner, make_request

@@ -19,8 +19,9 @@ from longspan.attention.sparsity import SparsityPlan
 from longspan.config import EngineConfig, ModelConfig
 from longspan.engine.control.chunking import chunk_pieces, chunk_stop, tail_start
 from longspan.engine.control.ladder import Ladder
-from longspan.engine.control.loop import LocalTransport, Loop
+from longspan.engine.control.loop import Loop
 from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
+from longspan.engine.control.transport import LocalTransport
 from longspan.engine.device.memory import DeviceMemory, plan_memory
 from longspan.engine.device.runner import Runner
 from longspan.engine.request import Request, SamplingParams

@@ -14,8 +14,9 @@ import torch
 from longspan.attention import shared_decode
 from longspan.attention.ranks import RankGroup
 from longspan.attention.sparsity import SparsityPlan
-from longspan.engine.control.loop import LocalTransport, Loop
+from longspan.engine.control.loop import Loop
 from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
+from longspan.engine.control.transport import LocalTransport
 from longspan.engine.device.runner import Runner
 from longspan.engine.request import Request
 from longspan.engine.step import ScheduledBatch

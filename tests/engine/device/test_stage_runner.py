@@ -20,9 +20,10 @@ from torch import Tensor
 from longspan.attention import shared_decode
 from longspan.attention.sparsity import SparsityPlan
 from longspan.engine.control.latency import Costs
-from longspan.engine.control.loop import LocalTransport, Loop, Transport
+from longspan.engine.control.loop import Loop
 from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
 from longspan.engine.control.stage_plan import equal_split
+from longspan.engine.control.transport import LocalTransport, Transport
 from longspan.engine.device.runner import Runner
 from longspan.engine.device.stage import ALONE, StageLink, StagePlace
 from longspan.engine.device.stage_runner import StagedStep, StageRunner, merge

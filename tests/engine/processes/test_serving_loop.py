@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from longspan.engine.control.loop import LocalTransport
 from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
+from longspan.engine.control.transport import LocalTransport
 from longspan.engine.processes.serving_loop import ServingLoop
 from longspan.engine.processes.wire import Add, Close, Command, LoadChanged
 from tests.doubles import FakeRunner, make_request

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from longspan.config import EngineConfig
-from longspan.engine.front.client import AsyncEngine, GenerateRequest
+from longspan.engine.front.client import GenerateRequest
 from longspan.engine.front.llm import LLM
-from longspan.engine.front.stream import Stream
-from longspan.engine.request import Progress, RequestOutput, SamplingParams, TokenEvent
+from longspan.engine.request import Progress, RequestOutput, SamplingParams
+from tests.engine.processes.serving import last, serving
 
 TIMEOUT_S = 60.0
 OPTIONS: dict[str, Any] = {
@@ -29,35 +29,15 @@ CASES = [
     (TEXTS[0], SamplingParams(max_tokens=20, json_schema='{"type": "integer"}'))]
 
 
-async def last(stream: Stream) -> RequestOutput:
-    """The whole result; the events before must add up to it."""
-    text, token_ids = "", list[int]()
-    async for event in stream:
-        if isinstance(event, TokenEvent):
-            text += event.text
-            token_ids += event.token_ids
-            if event.output is not None:
-                assert (text, tuple(token_ids)) == (event.output.text, event.output.token_ids)
-                return event.output
-    raise AssertionError("the stream ended early")
-
-
 async def answers() -> list[RequestOutput]:
-    engine = AsyncEngine(EngineConfig(model="nano", **OPTIONS))
-    await engine.start()
-    try:
-        async with asyncio.timeout(TIMEOUT_S):
-            while engine.status().state == "loading":
-                await asyncio.sleep(0.02)
-            assert engine.status().state == "ready", engine.status().reason
-            streams = [await engine.add(GenerateRequest(
-                request_id="r", prompt=prompt, params=params)) for prompt, params in CASES]
-            found = await asyncio.gather(*map(last, streams))
-            while engine.status().num_used_tokens:
-                await asyncio.sleep(0.01)
-            return found
-    finally:
-        await engine.close()
+    config = EngineConfig(model="nano", **OPTIONS)
+    async with serving(config, TIMEOUT_S) as engine:
+        streams = [await engine.add(GenerateRequest(
+            request_id="r", prompt=prompt, params=params)) for prompt, params in CASES]
+        found = await asyncio.gather(*map(last, streams))
+        while engine.status().num_used_tokens:
+            await asyncio.sleep(0.01)
+        return found
 
 
 def test_same_answers_in_one_process_and_in_three() -> None:
@@ -83,33 +63,26 @@ async def ask_and_keep(
 
     Returns the answer, or how many tokens were prefilled when it was cut off.
     """
-    engine = AsyncEngine(EngineConfig(
-        model="nano", kv_dir=str(folder), **{**OPTIONS, "max_model_len": 4096}))
-    await engine.start()
-    try:
-        async with asyncio.timeout(TIMEOUT_S):
-            while engine.status().state == "loading":
-                await asyncio.sleep(0.02)
-            assert engine.status().state == "ready", engine.status().reason
-            assert engine.status().keeps_on_disk
-            assert engine.status().memory_bytes["KV on disk, at most"] > 0
-            stream = await engine.add(GenerateRequest(
-                request_id="r", prompt=prompt, params=SamplingParams(max_tokens=8)))
-            found: RequestOutput | int = 0
-            if cut_at is None:
-                found = await last(stream)
-            else:
-                async for event in stream:
-                    assert isinstance(event, Progress), "cut_at is too late"
-                    if event.num_prefilled_tokens >= cut_at:
-                        found = event.num_prefilled_tokens
-                        break
-            engine.cut_off()
-            while engine.status().num_running or engine.status().num_unwritten_tokens:
-                await asyncio.sleep(0.02)
-            return found
-    finally:
-        await engine.close()
+    config = EngineConfig(
+        model="nano", kv_dir=str(folder), **{**OPTIONS, "max_model_len": 4096})
+    async with serving(config, TIMEOUT_S) as engine:
+        assert engine.status().keeps_on_disk
+        assert engine.status().memory_bytes["KV on disk, at most"] > 0
+        stream = await engine.add(GenerateRequest(
+            request_id="r", prompt=prompt, params=SamplingParams(max_tokens=8)))
+        found: RequestOutput | int = 0
+        if cut_at is None:
+            found = await last(stream)
+        else:
+            async for event in stream:
+                assert isinstance(event, Progress), "cut_at is too late"
+                if event.num_prefilled_tokens >= cut_at:
+                    found = event.num_prefilled_tokens
+                    break
+        engine.cut_off()
+        while engine.status().num_running or engine.status().num_unwritten_tokens:
+            await asyncio.sleep(0.02)
+        return found
 
 
 def test_a_new_engine_reads_what_another_one_wrote_to_its_end(tmp_path: Path) -> None:

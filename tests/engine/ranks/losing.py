@@ -15,22 +15,15 @@ from typing import Any
 import psutil
 
 from longspan.config import EngineConfig
-from longspan.engine.front.client import AsyncEngine, GenerateRequest
-from longspan.engine.front.stream import Stream
-from longspan.engine.request import RequestOutput, SamplingParams, TokenEvent
+from longspan.engine.front.client import GenerateRequest
+from longspan.engine.request import RequestOutput, SamplingParams
+from tests.engine.processes.serving import last, serving
 
 TIMEOUT_S = 90.0
 OPTIONS: dict[str, Any] = {
     "device": "cpu", "dtype": "float32", "memory_gib": 0.8, "max_model_len": 2048,
     "prefill_chunk_len": 512, "max_num_requests": 4, "num_threads": 1, "attention": "sparse"}
 TEXT = "".join(chr(random.Random(1).randrange(97, 122) + index % 2) for index in range(1500))
-
-
-async def last(stream: Stream) -> RequestOutput:
-    async for event in stream:
-        if isinstance(event, TokenEvent) and event.output is not None:
-            return event.output
-    raise AssertionError("the stream ended early")
 
 
 def other_ranks(process: psutil.Process) -> list[psutil.Process]:
@@ -44,28 +37,21 @@ async def serve_and_lose(
 ) -> tuple[list[RequestOutput], str, float]:
     """Answer with several ranks, then lose the second one in the middle of a prompt. Returns
     answers, what the server says, and after how many seconds."""
-    engine = AsyncEngine(EngineConfig(model=str(path), **options))
-    await engine.start()
-    try:
-        async with asyncio.timeout(TIMEOUT_S):
-            while engine.status().state == "loading":
-                await asyncio.sleep(0.02)
-            assert engine.status().state == "ready", engine.status().reason
-            params = SamplingParams(max_tokens=5, ignore_eos=True)
-            streams = [await engine.add(GenerateRequest(
-                request_id="r", prompt=prompt, params=params)) for prompt in prompts]
-            found = list(await asyncio.gather(*map(last, streams)))
-            await engine.add(GenerateRequest(
-                request_id="r", prompt=prompts[0][::-1], params=SamplingParams(max_tokens=400)))
-            await asyncio.sleep(0.2)
-            (rank,) = other_ranks(psutil.Process())
-            rank.send_signal(how)
-            begun_s = time.monotonic()
-            while engine.status().state != "dead":
-                await asyncio.sleep(0.02)
-            return found, engine.status().reason, time.monotonic() - begun_s
-    finally:
-        await engine.close()
+    config = EngineConfig(model=str(path), **options)
+    async with serving(config, TIMEOUT_S) as engine:
+        params = SamplingParams(max_tokens=5, ignore_eos=True)
+        streams = [await engine.add(GenerateRequest(
+            request_id="r", prompt=prompt, params=params)) for prompt in prompts]
+        found = list(await asyncio.gather(*map(last, streams)))
+        await engine.add(GenerateRequest(
+            request_id="r", prompt=prompts[0][::-1], params=SamplingParams(max_tokens=400)))
+        await asyncio.sleep(0.2)
+        (rank,) = other_ranks(psutil.Process())
+        rank.send_signal(how)
+        begun_s = time.monotonic()
+        while engine.status().state != "dead":
+            await asyncio.sleep(0.02)
+        return found, engine.status().reason, time.monotonic() - begun_s
 
 
 def generate_and_lose(path: Path, prompt: Path, *arguments: str) -> tuple[int, str, float]:

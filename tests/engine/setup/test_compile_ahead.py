@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from longspan.config import EngineConfig
-from longspan.engine.control.loop import LocalTransport, Loop
+from longspan.engine.control.loop import Loop
 from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
+from longspan.engine.control.transport import LocalTransport
 from longspan.engine.request import Request
 from longspan.engine.setup.compile_ahead import NUM_QUERIES, compile_steps, context_lens
 from longspan.engine.setup.engine_plan import ResolvedEngine

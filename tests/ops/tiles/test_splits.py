@@ -1,4 +1,4 @@
-"""Parts of the keys merged by the kernel and by the reference: together they are the whole."""
+"""Parts of the keys merged by the kernel and in PyTorch: together they are the whole."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from longspan.ops import reference
+from longspan import ops
 from longspan.ops.tiles.splits import merge_splits
 from tests.conftest import assert_close
 
@@ -35,7 +35,7 @@ def test_parts_merge_to_the_whole(
            else parts.to(kernel_device),
            packed[:, parts[0].numel() :][:, : lses[0].numel()].unflatten(1, lses.shape[1:]) if gap
            else lses.to(kernel_device))
-    for merge in (merge_splits, reference.merge_parts):
+    for merge in (merge_splits, ops.merge_parts):
         out, lse = merge(*own, torch.float32)
         assert_close(out.cpu(), expected.float(), "out")
         assert_close(lse.cpu(), expected_lse.float(), "lse")
