@@ -1,9 +1,7 @@
 """The scouts' pass over all keys on Hopper, in Gluon: `scout_kernels.score_scouts`.
 
 Blocks of 64 scouts stand where `hopper_tiles` has its probe rows, and are multiplied with key tiles
-in the same way. Of each product a consumer takes the row's maximum and nothing else. Nothing
-branches while a product is under way, or the compiler lets none be: so the tiles that need the
-causal mask are a pass of their own.
+in the same way. Of each product a consumer takes the row's maximum and nothing else.
 """
 
 from __future__ import annotations
@@ -34,15 +32,16 @@ num_parts = hopper_tiles.num_parts
 
 
 def score(
-    queries: Tensor, rows: Tensor, k: Tensor, block_table: Tensor, is_column: Tensor,
-    missed: Tensor, heads: tuple[int, int], zones: tuple[int, int, int, int], start: int,
+    queries: Tensor, k: Tensor, block_table: Tensor, is_column: Tensor, missed: Tensor,
+    heads: tuple[int, int], zones: tuple[int, int, int, int],
 ) -> None:
     """Score all scouts of some KV heads over all key tiles, n of P keys. Logits are of base 2.
 
     Args:
-        queries: [zones, H, RP, D] rotated; rows: [H, R] int32 from position ``start`` on.
+        queries: [zones, H, RP, D] rotated.
         is_column: [heads here, (n + 1) * P] int8.
-        missed: [heads here, n, RP] fp32: the largest logit of a tile without columns.
+        missed: [heads here, n, RP] fp32: the largest logit of a tile without columns; anything in
+            tiles that no scout of the row's query tile may list, its own one and later ones.
         heads: the first KV head here, and how many.
         zones: how many, all key tiles, where the inter zone ends, where the succ zone does.
     """
@@ -50,38 +49,26 @@ def score(
     rows_here = num_heads // k.shape[2] * padded_rows
     groups, at_once = hopper_tiles.block_groups(rows_here)
     _scout_kernel[(num_parts(queries, k, heads[1]), groups, heads[1])](
-        query_halves(queries), key_tiles(k), block_table, rows, is_column, missed,
-        heads[0], num_heads * padded_rows, *zones, rows_here, start, rows.shape[1],
-        padded_rows.bit_length() - 1, BLOCKS=at_once, num_warps=4)
-
-
-@gluon.jit
-def _pass_span(turn, start, num_tiles, inter_end, succ_end):
-    """Return the zone of a pass, its first key tile here, and how many. Pass 0 takes the tiles of
-    the queries themselves, which need a mask; the others what stands before them, zone by zone."""
-    zone = gl.maximum(turn - 1, 0)
-    own = start // TILE
-    low = gl.where(turn == 0, own, 0)
-    high = gl.where(turn == 0, num_tiles, own)
-    first, count = _span(zone, low, high, inter_end, succ_end)
-    return zone, first, count
+        query_halves(queries), key_tiles(k), block_table, is_column, missed, heads[0],
+        num_heads * padded_rows, *zones, rows_here, padded_rows.bit_length() - 1, BLOCKS=at_once,
+        num_warps=4)
 
 
 @gluon.jit
 def _scout_producer(
     q_desc, k_desc, table, is_column, q_smem, k_smem, bias_smem, q_full, q_empty, k_full, k_empty,
     q_row, zone_rows, column, first_row, rows_here, num_zones, num_tiles, inter_end, succ_end,
-    start, rp_bits, BLOCKS: gl.constexpr,
+    rp_bits, BLOCKS: gl.constexpr,
 ):
-    """Load for each pass the blocks of scouts, and the pass's key tiles, with a bias for each block
+    """Load for each zone the blocks of scouts, and the zone's key tiles, with a bias for each block
     of -inf where the key is one of its head's columns. RP is 1 << ``rp_bits``: a kernel is not
     compiled anew for another number of scouts."""
     LANES: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
     lanes = gl.arange(0, TILE, layout=LANES)
     i = num_zones * 0
-    for turn in range(num_zones + 1):
-        zone, first, count = _pass_span(turn, start, num_tiles, inter_end, succ_end)
-        mbarrier.wait(q_empty, (turn & 1) ^ 1)
+    for zone in range(num_zones):
+        first, count = _span(zone, 0, num_tiles, inter_end, succ_end)
+        mbarrier.wait(q_empty, (zone & 1) ^ 1)
         mbarrier.expect(q_full, BLOCKS * HALF * TILE * 2)
         for block in gl.static_range(BLOCKS):
             tma.async_copy_global_to_shared(
@@ -114,84 +101,56 @@ def _bias(bias_smem, place, SCORES: gl.constexpr):
 
 
 @gluon.jit
-def _score_pass(
-    i, turn, positions, missed, q_smem, k_smem, bias_smem, q_full, q_empty, k_full, k_empty,
-    first_row, rows_here, num_tiles, inter_end, succ_end, start, rp_bits,
-    MASKED: gl.constexpr, BLOCKS: gl.constexpr, FIRST: gl.constexpr, STOP: gl.constexpr,
-):
-    """Score the blocks [FIRST, STOP) over the tiles of one pass. Returns the next step."""
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
-    ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
-    lane = gl.arange(0, HALF, layout=ROWS)
-    key_lane = gl.arange(0, TILE, layout=gl.SliceLayout(0, SCORES))
-    _, first, count = _pass_span(turn, start, num_tiles, inter_end, succ_end)
-    mbarrier.wait(q_full, turn & 1)
-    for n in range(count):
-        tile = first + n * gl.num_programs(0)
-        slot = i % STAGES
-        mbarrier.wait(k_full.index(slot), i // STAGES & 1)
-        keys = k_smem.index(slot).permute((1, 0))
-        s = warpgroup_mma(
-            q_smem.index(FIRST), keys, _bias(bias_smem, slot * BLOCKS + FIRST, SCORES),
-            is_async=True)
-        for g in gl.static_range(FIRST, STOP):
-            if g + 1 < STOP:
-                following = warpgroup_mma(
-                    q_smem.index(g + 1), keys, _bias(bias_smem, slot * BLOCKS + g + 1, SCORES),
-                    is_async=True)
-                scores = warpgroup_mma_wait(1, deps=[s])
-                s = following
-            else:
-                scores = warpgroup_mma_wait(0, deps=[s])
-                mbarrier.arrive(k_empty.index(slot), count=1)
-            if MASKED:  # slots past the context may hold anything
-                seen = (tile * TILE + key_lane)[None, :] <= positions[g - FIRST][:, None]
-                scores = gl.where(seen, scores, float("-inf"))
-            row = first_row + g * HALF + lane
-            head_row = (first_row + g * HALF) >> rp_bits
-            top = gl.convert_layout(gl.max(_folded_max(scores), 1), ROWS)
-            target = missed + ((head_row.to(gl.int64) * num_tiles + tile) << rp_bits)
-            gl.store(target + (row & ((1 << rp_bits) - 1)), top, row < rows_here)
-        i += 1
-    mbarrier.arrive(q_empty, count=1)
-    return i
-
-
-@gluon.jit
 def _scout_consumer(
-    rows, missed, q_smem, k_smem, bias_smem, q_full, q_empty, k_full, k_empty, first_row,
-    rows_here, num_zones, num_tiles, inter_end, succ_end, start, num_rows, rp_bits,
-    BLOCKS: gl.constexpr, FIRST: gl.constexpr, STOP: gl.constexpr,
+    missed, q_smem, k_smem, bias_smem, q_full, q_empty, k_full, k_empty, first_row, rows_here,
+    num_zones, num_tiles, inter_end, succ_end, rp_bits, FIRST: gl.constexpr, STOP: gl.constexpr,
+    BLOCKS: gl.constexpr,
 ):
-    """Score the blocks [FIRST, STOP) over every tile."""
+    """Score the blocks [FIRST, STOP) over every tile.
+
+    No causal mask: what it would hide, the tile that a scout stands in and later ones, is never
+    listed.
+    """
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     lane = gl.arange(0, HALF, layout=ROWS)
-    positions: gl.tuple = ()
-    for g in gl.static_range(FIRST, STOP):
-        row = first_row + g * HALF + lane
-        index = row & ((1 << rp_bits) - 1)
-        exists = (row < rows_here) & (index < num_rows)
-        scout = gl.load(rows + (row >> rp_bits) * num_rows + index, exists, other=-1)
-        positions = positions + (gl.where(scout < 0, -1, start + scout),)
-    i = _score_pass(
-        num_zones * 0, num_zones * 0, positions, missed, q_smem, k_smem, bias_smem, q_full,
-        q_empty, k_full, k_empty, first_row, rows_here, num_tiles, inter_end, succ_end, start,
-        rp_bits, True, BLOCKS, FIRST, STOP)
-    for turn in range(1, num_zones + 1):
-        i = _score_pass(
-            i, turn, positions, missed, q_smem, k_smem, bias_smem, q_full, q_empty, k_full,
-            k_empty, first_row, rows_here, num_tiles, inter_end, succ_end, start, rp_bits,
-            False, BLOCKS, FIRST, STOP)
+    i = num_zones * 0
+    for zone in range(num_zones):
+        first, count = _span(zone, 0, num_tiles, inter_end, succ_end)
+        mbarrier.wait(q_full, zone & 1)
+        for n in range(count):
+            tile = first + n * gl.num_programs(0)
+            slot = i % STAGES
+            mbarrier.wait(k_full.index(slot), i // STAGES & 1)
+            keys = k_smem.index(slot).permute((1, 0))
+            s = warpgroup_mma(
+                q_smem.index(FIRST), keys, _bias(bias_smem, slot * BLOCKS + FIRST, SCORES),
+                is_async=True)
+            for g in gl.static_range(FIRST, STOP):
+                if g + 1 < STOP:
+                    following = warpgroup_mma(
+                        q_smem.index(g + 1), keys, _bias(bias_smem, slot * BLOCKS + g + 1, SCORES),
+                        is_async=True)
+                    scores = warpgroup_mma_wait(1, deps=[s])
+                    s = following
+                else:
+                    scores = warpgroup_mma_wait(0, deps=[s])
+                    mbarrier.arrive(k_empty.index(slot), count=1)
+                row = first_row + g * HALF + lane
+                head_row = (first_row + g * HALF) >> rp_bits
+                top = gl.convert_layout(gl.max(_folded_max(scores), 1), ROWS)
+                target = missed + ((head_row.to(gl.int64) * num_tiles + tile) << rp_bits)
+                gl.store(target + (row & ((1 << rp_bits) - 1)), top, row < rows_here)
+            i += 1
+        mbarrier.arrive(q_empty, count=1)
 
 
 @gluon.jit(do_not_specialize=[
     "first_kv_head", "zone_rows", "num_zones", "num_tiles", "inter_end", "succ_end", "rows_here",
-    "start", "num_rows", "rp_bits"])
+    "rp_bits"])
 def _scout_kernel(
-    q_desc, k_desc, table, rows, is_column, missed, first_kv_head, zone_rows, num_zones,
-    num_tiles, inter_end, succ_end, rows_here, start, num_rows, rp_bits,
-    BLOCKS: gl.constexpr,
+    q_desc, k_desc, table, is_column, missed, first_kv_head, zone_rows, num_zones, num_tiles,
+    inter_end, succ_end, rows_here, rp_bits, BLOCKS: gl.constexpr,
 ):
     """See `score`. Grid (programs along the keys, groups of blocks, KV heads here)."""
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [BLOCKS, HALF, TILE], q_desc.layout)
@@ -202,22 +161,20 @@ def _scout_kernel(
     kv = gl.program_id(2)
     first_row = gl.program_id(1) * BLOCKS * HALF
     heads = rows_here >> rp_bits  # of one KV head
-    rows += (first_kv_head + kv) * heads * num_rows
     is_column += kv.to(gl.int64) * heads * (num_tiles + 1) * TILE
     missed += kv.to(gl.int64) * heads * num_tiles << rp_bits
     gl.warp_specialize([
         (_scout_consumer, (
-            rows, missed, q_smem, k_smem, bias_smem, q_full, q_empty, k_full, k_empty, first_row,
-            rows_here, num_zones, num_tiles, inter_end, succ_end, start, num_rows,
-            rp_bits, gl.constexpr(BLOCKS), gl.constexpr(0), gl.constexpr((BLOCKS + 1) // 2))),
+            missed, q_smem, k_smem, bias_smem, q_full, q_empty, k_full, k_empty, first_row,
+            rows_here, num_zones, num_tiles, inter_end, succ_end, rp_bits, gl.constexpr(0),
+            gl.constexpr((BLOCKS + 1) // 2), gl.constexpr(BLOCKS))),
         (_scout_consumer, (
-            rows, missed, q_smem, k_smem, bias_smem, q_full, q_empty, k_full, k_empty, first_row,
-            rows_here, num_zones, num_tiles, inter_end, succ_end, start, num_rows,
-            rp_bits, gl.constexpr(BLOCKS), gl.constexpr((BLOCKS + 1) // 2),
-            gl.constexpr(BLOCKS))),
+            missed, q_smem, k_smem, bias_smem, q_full, q_empty, k_full, k_empty, first_row,
+            rows_here, num_zones, num_tiles, inter_end, succ_end, rp_bits,
+            gl.constexpr((BLOCKS + 1) // 2), gl.constexpr(BLOCKS), gl.constexpr(BLOCKS))),
         (_scout_producer, (
             q_desc, k_desc, table, is_column, q_smem, k_smem, bias_smem, q_full, q_empty, k_full,
             k_empty, (first_kv_head + kv) * rows_here + first_row, zone_rows,
             (first_kv_head + kv) * TILE, first_row, rows_here, num_zones, num_tiles, inter_end,
-            succ_end, start, rp_bits, gl.constexpr(BLOCKS))),
+            succ_end, rp_bits, gl.constexpr(BLOCKS))),
     ], [4, 1], [232, 40])

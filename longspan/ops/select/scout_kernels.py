@@ -51,16 +51,16 @@ def _add(top, total, scores):
     return new_top, total * tl.exp2(top - new_top) + mass
 
 
-@triton.jit(do_not_specialize=["first_head", *SPANS[1:], "start", "num_rows"])
+@triton.jit(do_not_specialize=["first_head", *SPANS[1:]])
 def score_scouts(
-    queries, keys, table, rows, is_column, missed, stride_block, stride_token, stride_head,
-    first_head, num_heads, num_zones, num_tiles, inter_end, succ_end, start, num_rows, rp,
-    GROUP: tl.constexpr, BM: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    queries, keys, table, is_column, missed, stride_block, stride_token, stride_head, first_head,
+    num_heads, num_zones, num_tiles, inter_end, succ_end, rp, GROUP: tl.constexpr,
+    BM: tl.constexpr, P: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:
     """Find the largest logit, columns left out, of BM scouts of one head in every n-th key tile.
 
-    missed: [heads here, tiles, RP]. Grid (programs, RP / BM, heads here).
+    No causal mask: what it would hide, the tile that a scout stands in and later ones, is never
+    listed. missed: [heads here, tiles, RP]. Grid (programs, RP / BM, heads here).
     """
     program, local = tl.program_id(0), tl.program_id(2).to(tl.int64)
     head = first_head + local
@@ -68,18 +68,14 @@ def score_scouts(
     is_column += local * (num_tiles + 1) * P
     missed += local * num_tiles * rp
     row, lane = tl.program_id(1) * BM + tl.arange(0, BM), tl.arange(0, P)
-    place = tl.load(rows + head * num_rows + row, mask=row < num_rows, other=-1)
-    position = tl.where(place < 0, -1, start + place)
     for zone in range(num_zones):
         first, stop = zone_tiles(zone, program, tl.num_programs(0), num_tiles, inter_end, succ_end)
         q = load_rows(queries, (zone * num_heads + head) * rp, row, rp, D)
         for tile in range(first, stop, tl.num_programs(0)):
             k = load_keys(keys, table, tile, stride_block, stride_token, P, D)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            key = tile * P + lane
-            if tile >= start // P:  # slots past the context may hold anything
-                scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
-            scores = tl.where(tl.load(is_column + key)[None, :] != 0, float("-inf"), scores)
+            taken = tl.load(is_column + tile * P + lane)
+            scores = tl.where(taken[None, :] != 0, float("-inf"), scores)
             tl.store(missed + tile * rp + row, tl.max(scores, 1))
 
 

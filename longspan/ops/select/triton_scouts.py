@@ -173,22 +173,22 @@ def _score(
     num_programs: int,
 ) -> Tensor:
     """Return the largest logits in all key tiles, without columns, [heads here, tiles, RP]; base
-    2."""
+    2. Slots past the context may hold anything, and so may what is returned of their tiles."""
     num_tiles, k = scouts.zones[1], cache.k
     num_heads, padded, num_here = scouts.queries.shape[1], scouts.padded, heads.stop - heads.start
     missed = torch.empty(num_here, num_tiles, padded, dtype=torch.float32, device=k.device)
     if _on_hopper(scouts.queries, k):
         group = num_heads // k.shape[2]
         _hopper().score(
-            scouts.queries, scouts.rows, k, block_table, flags.is_column, missed,
-            (heads.start // group, num_here // group), scouts.zones, scouts.start)
+            scouts.queries, k, block_table, flags.is_column, missed,
+            (heads.start // group, num_here // group), scouts.zones)
         return missed
     block = min(ROW_BLOCK, padded)
     programs = min(num_tiles, max(1, WAVES * num_programs // (padded // block * num_here)))
     scout_kernels.score_scouts[(programs, padded // block, num_here)](
-        scouts.queries, k, block_table, scouts.rows, flags.is_column, missed, *k.stride()[:3],
-        heads.start, num_heads, *scouts.zones, scouts.start, scouts.rows.shape[1], padded, BM=block,
-        **_constants(num_heads, k), num_warps=8, num_stages=3)
+        scouts.queries, k, block_table, flags.is_column, missed, *k.stride()[:3], heads.start,
+        num_heads, *scouts.zones, padded, BM=block, **_constants(num_heads, k), num_warps=8,
+        num_stages=3)
     return missed
 
 
