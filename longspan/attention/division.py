@@ -33,10 +33,9 @@ class Division:
     owners: Tensor
     """[n] int64, a rank that has it."""
 
-    def begin(self, k: Tensor, v: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
-        """Begin to gather keys and values of the packed rows, [T, K, D] each. What is returned
-        waits for those of all ranks, in the order of the step's slots."""
-        both = torch.stack((k, v), 1)
+    def begin(self, both: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+        """Begin to gather keys and values of the packed rows, [T, 2, K, D]. What is returned waits
+        for those of all ranks, [S, K, D] each, in the order of the step's slots."""
         sent = [both[start:stop] for start, stop in self.split]
         gathering = self.group.begin_gather(
             padded(sent[0] if len(sent) == 1 else torch.cat(sent), self.most))

@@ -90,10 +90,16 @@ class DualChunkAttention:
     def begin_prepare(self, q: Tensor, item: PrefillSlice) -> Callable[[], Tensor] | None:
         """Begin what `prepare` needs of other ranks while keys are stored; None: nothing.
         q: [T, H, D], the slice's rows here."""
-        first, stop = self._sparse_range(item, 1)
-        if item.share is None or not item.share.is_split or first >= stop:
+        if not self.exchanges(item):
             return None
-        return item.share.begin_to_heads(q, self.num_kv_heads)
+        assert item.share is not None
+        return item.share.begin_to_heads(
+            lambda heads: q[:, heads].contiguous(), self.num_heads, self.num_kv_heads).wait
+
+    def exchanges(self, item: PrefillSlice) -> bool:
+        """Return whether ranks exchange a slice's queries: they select for it together."""
+        first, stop = self._sparse_range(item, 1)
+        return item.share is not None and item.share.is_split and first < stop
 
     def prepare(
         self, q: Tensor, cache: PagedKV, item: PrefillSlice,

@@ -216,7 +216,7 @@ def _share(
     if sharing is None or item.is_decode:
         return None
     return sharing.share(item.cached_len, item.cached_len + item.query_len,
-                         may_split=may_split and item.may_split)
+                         may_split=may_split and item.may_split, sparse=item.sparse)
 
 
 def num_rows(item: SequenceSlice, sharing: RowSharing | None) -> int:

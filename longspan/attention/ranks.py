@@ -14,14 +14,17 @@ through a `RankGroup`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longspan.attention.spare_sms import spare_sms
 from longspan.attention.sparsity import SparsityPlan
 from longspan.attention.upload import pack, unpack
 
@@ -76,13 +79,19 @@ class RankGroup:
 
     Args:
         processes: made by torch.distributed; None: the default group.
+        num_sms: SMs that an exchange takes at the most, where that is known.
     """
 
     def __init__(
-        self, rank: int, size: int, processes: dist.ProcessGroup | None = None,
+        self, rank: int, size: int, processes: dist.ProcessGroup | None = None, *,
+        num_sms: int = 0,
     ) -> None:
         assert 0 <= rank < size
-        self.rank, self.size, self._processes = rank, size, processes
+        self.rank, self.size, self._processes, self._num_sms = rank, size, processes, num_sms
+
+    def beside(self) -> AbstractContextManager[None]:
+        """Return a context whose matrix products run beside exchanges that are under way."""
+        return spare_sms(self._num_sms)
 
     def begin_gather(self, x: Tensor) -> Gathering:
         """Begin to gather tensors of one shape from all ranks, beside what this rank computes."""
@@ -128,17 +137,24 @@ def _as_bytes(x: Tensor) -> Tensor:
     return x.view(-1).view(torch.uint8)
 
 
-def share_rows(start: int, stop: int, unit: int, size: int) -> tuple[tuple[Range, ...], ...]:
+def share_rows(
+    start: int, stop: int, unit: int, size: int, *, are_alike: bool = False,
+) -> tuple[tuple[Range, ...], ...]:
     """Divide positions [start, stop) among ``size`` ranks, at multiples of ``unit``.
 
     Each rank gets an early and a late piece of the same length, up to a unit: later queries see
     more keys. Returns each rank's ranges in ascending order, neighbours joined; one with fewer
     units than pieces may leave a rank without any.
+
+    Args:
+        are_alike: rows cost the same wherever they stand; then each rank gets one piece.
     """
     first, last = start // unit, -(-stop // unit)
-    pieces = 2 * size
+    pieces = size if are_alike else 2 * size
     cuts = [min(max(start, (first + index * (last - first) // pieces) * unit), stop)
             for index in range(pieces)] + [stop]
+    if are_alike:
+        return tuple((piece,) for piece in pairwise(cuts))
     return tuple(
         _joined((cuts[rank], cuts[rank + 1]), (cuts[pieces - 1 - rank], cuts[pieces - rank]))
         for rank in range(size))
@@ -195,6 +211,19 @@ def total(group: RankGroup, counted: Tensor | float, device: str) -> Tensor:
     return group.sum(torch.as_tensor(counted, dtype=torch.float64, device=device).clone())
 
 
+class Exchange(NamedTuple):
+    """An exchange of queries under way."""
+
+    by_owner: Mapping[int, Tensor]
+    """This rank's rows of each rank's heads, [n, h, D]."""
+    wait: Callable[[], Tensor]
+    """Waits for this rank's heads of all rows, [T, h, D]."""
+
+    def whole(self) -> Tensor:
+        """Return all heads of this rank's rows, [n, H, D]."""
+        return torch.cat([self.by_owner[rank] for rank in sorted(self.by_owner)], dim=1)
+
+
 class RowSharing(NamedTuple):
     """How a group shares prefill slices out, and the keys of decodes."""
 
@@ -208,12 +237,19 @@ class RowSharing(NamedTuple):
     """Each rank's cache holds a part of every block alone (`longspan.attention.divided_kv`), and no
     step's decodes are computed by every rank."""
 
-    def share(self, start: int, stop: int, *, may_split: bool) -> RowShare:
-        """Divide the rows of a slice if that may be and every rank gets a piece of each kind."""
+    def share(
+        self, start: int, stop: int, *, may_split: bool, sparse: bool = False,
+    ) -> RowShare:
+        """Divide the rows of a slice if that may be and every rank gets a piece of each kind.
+
+        Rows of a sparse slice keep about as many keys wherever they stand, once there is as much
+        history as rows. One piece each takes half of the launches, for which short slices wait.
+        """
         size = self.group.size
         is_split = may_split and 0 < 2 * size * self.unit <= stop - start
-        ranges = share_rows(start, stop, self.unit, size) if is_split else (
-            ((start, stop),),) * size
+        ranges = share_rows(
+            start, stop, self.unit, size, are_alike=sparse and stop - start <= start,
+        ) if is_split else (((start, stop),),) * size
         return RowShare(group=self.group, ranges=ranges, is_split=is_split, unit=self.unit,
                         divides_kv=self.divides_kv)
 
@@ -252,27 +288,42 @@ class RowShare:
         return [min(count, index * count // num_pieces // self.unit * self.unit)
                 for index in range(num_pieces)] + [count]
 
-    def begin_to_heads(self, q: Tensor, num_kv_heads: int) -> Callable[[], Tensor]:
-        """Begin to exchange queries: all heads of this rank's rows, [n, H, D], for this rank's
-        heads of all rows of the slice. What is returned waits for these, [T, h, D]."""
-        rank, dim = self.group.rank, q.shape[2]
-        heads = share_heads(q.shape[1], num_kv_heads, self.group.size)
-        own = slice(*heads[rank])
-        every = torch.empty(sum(map(self.num_rows, range(self.group.size))), own.stop - own.start,
-                            dim, dtype=q.dtype, device=q.device)
-        places = [self._places(each, every) for each in self.ranges]
-        parts = q.split([stop - start for start, stop in self.own])
-        swapping = self.group.begin_swap(
-            [[] if other == rank else [part[:, start:stop].contiguous() for part in parts]
-             for other, (start, stop) in enumerate(heads)], places)
-        for place, part in zip(places[rank], parts, strict=True):
-            place.copy_(part[:, own])
+    def begin_to_heads(
+        self, queries: Callable[[slice], Tensor], num_heads: int, num_kv_heads: int,
+    ) -> Exchange:
+        """Begin to exchange queries: all heads of this rank's rows for this rank's heads of all
+        rows of the slice. Those of other ranks' heads are made first, rank by rank around the ring,
+        and travel while the next ones are made.
+
+        Args:
+            queries: makes those of this rank's rows and some heads, [n, h, D], contiguous.
+        """
+        rank, size = self.group.rank, self.group.size
+        heads = [slice(*each) for each in share_heads(num_heads, num_kv_heads, size)]
+        found, places = dict[int, Tensor](), list[list[Tensor]]()
+        swaps, every = list[Swapping](), torch.empty(0)
+        lengths = [stop - start for start, stop in self.own]
+        for step in range(1, size):
+            target, source = (rank + step) % size, (rank - step) % size
+            part = found[target] = queries(heads[target])
+            if step == 1:
+                every = part.new_empty(sum(map(self.num_rows, range(size))),
+                                       heads[rank].stop - heads[rank].start, part.shape[2])
+                places = [self._places(each, every) for each in self.ranges]
+            none = [list[Tensor]() for _ in range(size)]
+            swaps.append(self.group.begin_swap(
+                [*none[:target], list(part.split(lengths)), *none[target + 1:]],
+                [*none[:source], places[source], *none[source + 1:]]))
+        found[rank] = queries(heads[rank])
+        for place, rows in zip(places[rank], found[rank].split(lengths), strict=True):
+            place.copy_(rows)
 
         def wait() -> Tensor:
-            swapping.wait()
+            for swap in swaps:
+                swap.wait()
             return every
 
-        return wait
+        return Exchange(found, wait)
 
     def _places(self, ranges: tuple[Range, ...], rows: Tensor) -> list[Tensor]:
         """Return the part of the slice's rows in each of some ranges of positions: views."""

@@ -5,6 +5,9 @@ Shape legend: T packed tokens of one step, H query heads, K KV heads, D head dim
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -75,16 +78,49 @@ class Attention(nn.Module):
         if wanted is None and (division is None or not isinstance(x, Tensor)):
             q, k, v = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).split(heads, dim=1)
             k = self.k_norm(k) if self.qk_norm else k
-            return self._query(q), *((k, v) if division is None else division.begin(k, v)())
+            return self._query(q), *(
+                (k, v) if division is None else division.begin(torch.stack((k, v), 1))())
         assert isinstance(x, Tensor)
-        split = self.num_heads * self.head_dim
-        kv = self.qkv_proj.part(x, slice(split, None)).unflatten(-1, (-1, self.head_dim))
-        k, v = kv.split(heads[1:], dim=1)
-        k = self.k_norm(k) if self.qk_norm else k
-        arrive = None if division is None else division.begin(k, v)  # while queries are projected
-        q = self.qkv_proj.part(x if wanted is None else wanted, slice(None, split))
-        q = self._query(q.unflatten(-1, (-1, self.head_dim)))
-        return q, *((k, v) if arrive is None else arrive())
+        both = self._keys_and_values(x)
+        wanted = x if wanted is None else wanted
+        if division is None:
+            return self._queries(wanted, slice(self.num_heads)), both[:, 0], both[:, 1]
+        arrive = division.begin(both)
+        with division.group.beside():
+            q = self._queries(wanted, slice(self.num_heads))
+        return q, *arrive()
+
+    def project_apart(
+        self, x: Activations, metadata: AttentionMetadata,
+    ) -> tuple[Tensor, Tensor, Tensor, Callable[[], Tensor] | None]:
+        """Do the same for a single prefill slice, and begin what its selection needs of other
+        ranks: see `DualChunkAttention.begin_prepare`, whose result comes last."""
+        (item,), division = metadata.prefills, metadata.division
+        if division is None or not isinstance(x, Tensor) or not (
+                self.qkv_proj.divides and self.core.exchanges(item)):
+            q, k, v = self.project(x, metadata)
+            return q, k, v, self.core.begin_prepare(q, item)
+        assert item.share is not None
+        gather = division.begin(self._keys_and_values(x))
+        with division.group.beside():
+            exchange = item.share.begin_to_heads(
+                partial(self._queries, x), self.num_heads, self.num_kv_heads)
+        return exchange.whole(), *gather(), exchange.wait
+
+    def _keys_and_values(self, x: Tensor) -> Tensor:
+        """x: [T, M]. Returns [T, 2, K, D]."""
+        shape = 2, self.num_kv_heads, self.head_dim
+        both = self.qkv_proj.part(x, slice(self.num_heads * self.head_dim, None)).unflatten(
+            -1, shape)
+        if self.qk_norm:
+            both[:, 0] = self.k_norm(both[:, 0])
+        return both
+
+    def _queries(self, x: Tensor, heads: slice) -> Tensor:
+        """x: [n, M]. Returns queries of some heads, [n, h, D]."""
+        start, stop, _ = heads.indices(self.num_heads)
+        q = self.qkv_proj.part(x, slice(start * self.head_dim, stop * self.head_dim))
+        return self._query(q.unflatten(-1, (-1, self.head_dim)))
 
     def _query(self, q: Tensor) -> Tensor:
         q = self.q_norm(q) if self.qk_norm else q

@@ -103,9 +103,15 @@ class Linear(nn.Module, ABC):
     def add_to(self, sums: Tensor, x: Activations) -> None:
         """Add the product, and the bias, to [T, out], in place."""
 
+    @property
+    def divides(self) -> bool:
+        """Whether `part` takes any outputs, and no more time than its share of them."""
+        return False
+
     @abstractmethod
     def part(self, x: Tensor, outputs: slice) -> Tensor:
-        """Compute some of the outputs only; they begin and end where a stored matrix does."""
+        """Compute some of the outputs only; they begin and end where a stored matrix does, unless
+        it `divides`."""
 
     @abstractmethod
     def stack(self, count: int) -> Matrices:
@@ -153,6 +159,11 @@ class PlainLinear(Linear):
         sums.addmm_(x, self.weight.t())
         if self.bias is not None:
             sums.add_(self.bias)
+
+    @property
+    def divides(self) -> bool:
+        """See `Linear`: rows of the matrix."""
+        return True
 
     def part(self, x: Tensor, outputs: slice) -> Tensor:
         """See `Linear`."""

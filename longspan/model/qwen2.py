@@ -90,9 +90,8 @@ class DecoderLayer(nn.Module):
         (item,) = metadata.prefills
         attention = self.self_attn
         normed = self.input_layernorm.rounded(hidden, attention.group_of(hidden, None))
-        q, k, v = attention.project(normed, metadata)
+        q, k, v, arrive = attention.project_apart(normed, metadata)
         del normed
-        arrive = attention.core.begin_prepare(q, item)
         attention.core.store(k, v, cache, metadata)
         del k, v
         yield

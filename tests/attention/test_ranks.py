@@ -26,7 +26,7 @@ def test_rows_are_shared_evenly_and_causal_work_too(size: int) -> None:
         unit = rng.choice([1, 8, 128])
         start = rng.choice([0, unit * rng.randrange(50), rng.randrange(5000)])
         stop = start + 2 * size * unit * rng.randrange(1, 9) + rng.randrange(unit)
-        ranges = share_rows(start, stop, unit, size)
+        ranges = share_rows(start, stop, unit, size, are_alike=rng.random() < 0.5)
         every = sorted(part for own in ranges for part in own)
         assert [every[0][0], every[-1][1]] == [start, stop]
         assert all(one[1] == other[0] for one, other in zip(every, every[1:], strict=False))
@@ -63,6 +63,12 @@ def test_short_slices_and_paper_mode_are_not_divided() -> None:
     assert not sharing.share(32, 95, may_split=True).is_split
     assert not sharing.share(32, 1000, may_split=False).is_split
     assert sharing.share(32, 96, may_split=True).ranges == (((32, 48), (80, 96)), ((48, 80),))
+    # of a sparse slice as well, until history is as long as the slice
+    assert sharing.share(32, 96, may_split=True, sparse=True).ranges == (
+        ((32, 48), (80, 96)), ((48, 80),))
+    assert sharing.share(64, 128, may_split=True, sparse=True).ranges == (
+        ((64, 96),), ((96, 128),))
+    assert sharing.share(64, 128, may_split=True).ranges == (((64, 80), (112, 128)), ((80, 112),))
     plan = SparsityPlan.default(1, 1)
     assert row_unit(None, 16) == row_unit(plan, 16) == 16
     assert not RowSharing(RankGroup(0, 2), row_unit(plan.paper(), 16), 1).share(

@@ -9,6 +9,7 @@ from datetime import timedelta
 from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from longspan.engine.ranks.channel import STALL_S
 from longspan.engine.ranks.hub import MEET_S, FollowerOrders, Hub
 from longspan.engine.ranks.messages import Facts
 from longspan.engine.resolve import resolve_config, resolve_forms
-from longspan.engine.setup.mesh import RankMesh
+from longspan.engine.setup.mesh import RankMesh, exchange_sms
 from longspan.errors import LongspanError
 from longspan.model.fingerprint import weights_fingerprint
 from longspan.model.tensor_share import check_share
@@ -154,9 +155,20 @@ def join_group(rank: int, config: EngineConfig, store: str) -> RankMesh:
         meeting = TCPStore(host, int(port), None, False)
     dist.init_process_group(
         _backend(device), store=meeting, rank=rank, world_size=size,
-        timeout=timedelta(seconds=COLLECTIVE_S),
+        timeout=timedelta(seconds=COLLECTIVE_S), pg_options=_options(config),
         device_id=None if device == "cpu" else torch.device(device))
     return RankMesh.join(rank, config)
+
+
+def _options(config: EngineConfig) -> Any:
+    """Return NCCL's options, where exchanges run beside matrix products: few SMs, and those that
+    become free first."""
+    count = exchange_sms(config)
+    if not count:
+        return None
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options.config.max_ctas = count
+    return options
 
 
 def _backend(device: str) -> str:

@@ -13,7 +13,15 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import init_device_mesh
 
 from longspan.attention.ranks import RankGroup
+from longspan.attention.spare_sms import EXCHANGE_SMS
 from longspan.config import EngineConfig
+
+
+def exchange_sms(config: EngineConfig) -> int:
+    """Return how many SMs NCCL may take where ranks only share rows, and exchange keys and queries
+    beside matrix products; 0: as many as it likes, for sums of all activations wait for it."""
+    only_rows = config.num_ranks == config.context_parallel > 1
+    return EXCHANGE_SMS if only_rows and config.device != "cpu" else 0
 
 
 class RankMesh(NamedTuple):
@@ -51,6 +59,7 @@ class RankMesh(NamedTuple):
             groups = {name: grid.get_group(name) for name in sizes}
         return cls(
             rank, size, stage=rank // own,
-            rows=RankGroup(rank // heads % rows, rows, groups.get("rows")) if rows > 1 else None,
+            rows=RankGroup(rank // heads % rows, rows, groups.get("rows"),
+                           num_sms=exchange_sms(config)) if rows > 1 else None,
             heads=RankGroup(rank % heads, heads, groups.get("heads")) if heads > 1 else None,
             rings=tuple(tuple(range(first, size, own)) for first in range(own)))
