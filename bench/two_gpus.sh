@@ -9,7 +9,7 @@
 # tests: ranks by NCCL. sparse: cp and tp, with the engine's own chunk, and decode behind every length. ladder: a pipeline,
 # beside one GPU with chunks of the ladder's size. dense: cp, tp and pp by plan; 9 layers, since the last one is nearly free:
 # so a pipeline's halves are equal, as they nearly are with 28. sweep, dense-sweep: a pipeline with fixed chunks.
-# large: a model whose million tokens fit two GPUs alone. users: two prompts of a million tokens together.
+# large: a model whose million tokens fit two GPUs alone (by cp only in chunks of 32,768). users: two prompts of a million tokens together.
 set -eu
 piece=$1 out=$2/$1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8} TOKENIZERS_PARALLELISM=false
@@ -36,7 +36,7 @@ ladder) measure sparse 1,pp2 "$lengths" "$dense" --decode "$steps" ;;
 dense) measure dense 1,cp2,tp2,pp2 "$lengths" "$dense" --layers "$layers" ;;
 sweep) measure sparse pp2 "$lengths" "$chunks" ;;
 dense-sweep) measure dense pp2 "$lengths" "${DENSE_CHUNKS:-4096,16384}" --layers "$layers" ;;
-large) model=${LARGE:-qwen2.5-14b} measure sparse cp2 "$long" "$chunk" --decode "$steps" ;;
+large) model=${LARGE:-qwen2.5-14b} measure sparse tp2,pp2 "$long" "$chunk" --decode "$steps" ;;
 users) measure sparse cp2,pp2 "$long" "$chunk" --users 2 ;;
 *) echo "$piece is no piece; see the head of this file" >&2; exit 2 ;;
 esac
