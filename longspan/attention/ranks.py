@@ -26,7 +26,6 @@ from torch import Tensor
 
 from longspan.attention.spare_sms import spare_sms
 from longspan.attention.sparsity import SparsityPlan
-from longspan.attention.upload import pack, unpack
 
 Range = tuple[int, int]
 """Positions or rows [start, stop)."""
@@ -333,15 +332,17 @@ class RowShare:
     def from_heads(self, parts: Sequence[Tensor], num_heads: int, num_kv_heads: int
                    ) -> list[Tensor]:
         """Gather what every rank has found for its heads, [h, ...] each, to [H, ...] each."""
-        group = self.group
-        heads = share_heads(num_heads, num_kv_heads, group.size)
+        heads = share_heads(num_heads, num_kv_heads, self.group.size)
         counts = [stop - start for start, stop in heads]
         most = max(counts)
-        wide = [padded(part, most) for part in parts]
-        gathered = group.gather(pack(wide))
-        found = [unpack(there, wide) for there in gathered]
-        return [torch.cat([items[index][:count] for items, count in zip(
-            found, counts, strict=True)]) for index in range(len(parts))]
+        flat = [_as_bytes(padded(part, most).contiguous()) for part in parts]
+        gathered = self.group.gather(torch.cat(flat)).split([len(part) for part in flat], 1)
+        found = list[Tensor]()
+        for every, part in zip(gathered, parts, strict=True):
+            rows = every.contiguous().view(part.dtype).view(-1, *part.shape[1:])  # aligned: copied
+            found.append(rows if most == min(counts) else torch.cat(
+                [items[:count] for items, count in zip(rows.split(most), counts, strict=True)]))
+        return found
 
 
 def padded(x: Tensor, rows: int) -> Tensor:
