@@ -8,14 +8,16 @@ from types import SimpleNamespace
 import pytest
 from torch import Tensor
 
-from longspan.bench.engine import cache, cache_copies, cache_driver, disk_read
+from longspan.bench.engine import cache, cache_copies, cache_driver, cache_options, disk_read
 from longspan.bench.engine.cache_driver import sizes_for
 from longspan.bench.engine.cache_options import CacheOptions
 from longspan.bench.engine.engine import ShapeEngine, plan_engine
 from longspan.bench.session import BenchOptions, BenchSession, CheckFailed
 from longspan.bench.shapes import Shape
 from longspan.commands import results
+from longspan.engine.device.block_files import BlockFiles
 from longspan.engine.device.block_store import BlockStore
+from longspan.engine.transfer import Transfer
 from longspan.errors import LongspanError
 from longspan.units import GIB
 from tests.bench.shapes_for_tests import tiny_shape
@@ -43,6 +45,33 @@ def test_what_comes_back_from_host_memory_and_disk(
     assert disk["question_s"] < disk["prefill_s"] and disk["question_pause_s"] > 0
     assert "from" in capsys.readouterr().out
     assert not list((tmp_path / "kv").rglob("*.safetensors"))
+
+
+def test_a_question_with_a_long_tail_evicts_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cache_driver, "DECODED_LEN", 300)
+    monkeypatch.setattr(cache_driver, "QUESTION_LEN", 3_500)
+    monkeypatch.setattr(cache_options, "BESIDE_BLOCKS", 8)
+    written, dropped = list[int](), list[str]()
+    write, drop = BlockFiles._write, BlockFiles._drop
+
+    def note_write(files: BlockFiles, transfer: Transfer) -> None:
+        written.append(len(transfer.slots))
+        write(files, transfer)
+
+    def note_drop(files: BlockFiles, transfer: Transfer) -> None:
+        dropped.append(transfer.file)
+        drop(files, transfer)
+
+    monkeypatch.setattr(BlockFiles, "_write", note_write)
+    monkeypatch.setattr(BlockFiles, "_drop", note_drop)
+    options = CacheOptions(lengths=(4_000,), places=("disk",), folder=tmp_path / "kv",
+                           chunk_len=3_584)
+    session = BenchSession("cache", BenchOptions(device="cpu", out=tmp_path / "out"))
+    assert cache.run(session, tiny_shape(), options) == 0, session.rows
+    assert sum(written) > 31 + 20, "the question's tail was written too"
+    assert not dropped and len(session.rows[0]["disk_own_gib_per_s"]) == 2
 
 
 def test_two_prompts_in_turn_on_a_pool_that_holds_one(
