@@ -8,15 +8,14 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate
 from pathlib import Path
 
 from longspan.bench.session import CheckFailed
+from longspan.engine.device.page_cache import PageCache
 
 READ_BYTES, NUM_READERS = 16 * 1024**2, 8
 SAMPLE_BYTES = 8 * 1024**3
 """Files beyond that are left out: a million tokens take minutes of a slow disk otherwise."""
-NUM_PROBES = 64
 MAX_CACHED_SHARE = 0.05
 _local = threading.local()
 
@@ -41,12 +40,11 @@ def forget(files: Sequence[Path]) -> None:
     if (share := cached_share(files)) > MAX_CACHED_SHARE:
         raise CheckFailed(f"{100 * share:.0f} % of the files stay in the page cache; not timed: "
                           "name a --dir on another file system")
-    _drop(files)  # a look at a page may bring it in
 
 
 def _drop(files: Sequence[Path]) -> None:
     for file in files:
-        fd = os.open(file, os.O_RDONLY)
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.fsync(fd)
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -55,23 +53,17 @@ def _drop(files: Sequence[Path]) -> None:
 
 
 def cached_share(files: Sequence[Path]) -> float:
-    """Estimate the share that the page cache holds, by a page here and there; 0 also where the
-    file system does not tell."""
-    ends = list(accumulate(file.stat().st_size for file in files))
-    found, buffer = 0, bytearray(1)
-    for probe in range(NUM_PROBES if ends else 0):
-        place = ends[-1] * probe // NUM_PROBES
-        index = next(index for index, end in enumerate(ends) if place < end)
-        fd = os.open(files[index], os.O_RDONLY)
+    """Return the share of the files' pages that the page cache holds; 0 where the file system does
+    not tell."""
+    num_found = num_pages = 0
+    for file in files:
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # nothing is read ahead
-            offset = place - (ends[index - 1] if index else 0)
-            found += os.preadv(fd, [buffer], offset, os.RWF_NOWAIT)
-        except OSError:
-            pass
+            found = PageCache(fd).found(0, os.fstat(fd).st_size)
         finally:
             os.close(fd)
-    return found / NUM_PROBES
+        num_found, num_pages = num_found + int(found.sum()), num_pages + len(found)
+    return num_found / max(1, num_pages)
 
 
 def _make_buffer() -> None:

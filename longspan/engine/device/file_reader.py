@@ -18,6 +18,7 @@ from typing import Self
 
 import numpy as np
 
+from longspan.engine.device.page_cache import PageCache
 from longspan.engine.kv_file import BadFileError
 
 ALIGN = 4_096
@@ -31,6 +32,7 @@ class FileReader:
 
     def __init__(self, file: Path) -> None:
         self._fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        self._pages = PageCache(self._fd)
         try:
             self._direct = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
         except OSError:  # some file systems have no such way
@@ -61,9 +63,12 @@ class FileReader:
     def _cached(self, target: memoryview, offset: int) -> int:
         """Read what the page cache has of it, from its beginning on; whole pages where more
         follows. Returns the bytes."""
+        count = self._pages.num_found(offset, len(target))
+        if not count:
+            return 0
         try:
-            count = os.preadv(self._fd, [target], offset, os.RWF_NOWAIT)
-        except OSError:  # it has none of it, or does not tell
+            count = os.preadv(self._fd, [target[:count]], offset, os.RWF_NOWAIT)
+        except OSError:  # it had it a moment ago
             return 0
         if count < len(target):
             count = max(0, (offset + count) // ALIGN * ALIGN - offset)
