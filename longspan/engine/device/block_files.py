@@ -1,9 +1,10 @@
 """Files of KV blocks, read and written by threads of their own (`longspan.engine.kv_file`).
 
 A file is written under another name, synced, then renamed: whoever looks finds all of it or none.
-Each block's checksum is compared as it is read. Two files are under way each way, so that the disk
-has something to do while one of them is opened, synced or reported; their blocks are done one file
-after the other. Nothing here decides what is kept.
+Each block's checksum is compared when it was read, by other threads than those that read: the disk
+has the next reads meanwhile, also where cores are busy. Two files are under way each way, so that
+it has something to do while one of them is opened, synced or reported; their blocks are done one
+file after the other. Nothing here decides what is kept.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from longspan.engine.transfer import Transfer, TransferResult
 
 MAX_HELPERS = 8
 """Blocks that are read, and that are written, at a time. Readers mostly wait for the disk, and
-there are as many on few cores."""
+there are as many on few cores; those that compute are no more than the cores, or what an engine on
+CPUs computes would wait for them."""
 NUM_FILES = 2
 """Files that are read, and that are written, at a time."""
 OnEnd = Callable[[TransferResult], None]
@@ -60,6 +62,7 @@ class BlockFiles:
         self._writer = ThreadPoolExecutor(NUM_FILES, "longspan-kv-write")
         self._read_helpers = ThreadPoolExecutor(MAX_HELPERS, "longspan-kv-in")
         count = max(1, min(MAX_HELPERS, len(os.sched_getaffinity(0))))
+        self._check_helpers = ThreadPoolExecutor(count, "longspan-kv-check")
         self._write_helpers = ThreadPoolExecutor(count, "longspan-kv-out")
         self._lock = threading.Lock()
         self._ended_s = {"read": 0.0, "write": 0.0, "drop": 0.0}
@@ -73,7 +76,8 @@ class BlockFiles:
 
     def close(self) -> None:
         """End after what is being read and written, drop the rest, and leave the directory."""
-        for pool in (self._reader, self._writer, self._read_helpers, self._write_helpers):
+        for pool in (self._reader, self._writer, self._read_helpers, self._check_helpers,
+                     self._write_helpers):
             pool.shutdown(cancel_futures=True)
         self._folder.close()
 
@@ -111,10 +115,14 @@ class BlockFiles:
             raise BadFileError("its blocks have another shape or dtype")
         places = {value: index for index, value in enumerate(run.hashes)}
         with FileReader(file) as reader:
-            small = self._read_small(reader, run)
-            _all(self._read_helpers.submit(
-                self._read_block, reader, run, small, places[value], slot)
-                for value, slot in zip(hashes, transfer.slots, strict=True))
+            small, checks = self._read_small(reader, run), list[Future[None]]()
+            try:
+                _all(self._read_helpers.submit(
+                    self._read_block, reader, run, small, places[value], slot, checks)
+                    for value, slot in zip(hashes, transfer.slots, strict=True))
+            finally:
+                wait(checks)
+            _all(checks)
         self._stamp(file)
 
     def _read_small(self, reader: FileReader, run: StoredRun) -> dict[int, memoryview]:
@@ -129,16 +137,22 @@ class BlockFiles:
 
     def _read_block(
         self, reader: FileReader, run: StoredRun, small: dict[int, memoryview],
-        index: int, slot: int,
+        index: int, slot: int, checks: list[Future[None]],
     ) -> None:
-        start, checksum = run.data_start, 0
+        """Read a block, and have it checked: that is added to ``checks``."""
+        start = run.data_start
         for part, (view, size) in enumerate(zip(self._views(slot), self._sizes, strict=True)):
             if part in small:
                 view[:] = small[part][index * size:(index + 1) * size]
             else:
                 reader.read(view, start + index * size)
-            checksum = zlib.crc32(view, checksum)
             start += len(run.hashes) * size
+        checks.append(self._check_helpers.submit(self._check_block, run, index, slot))
+
+    def _check_block(self, run: StoredRun, index: int, slot: int) -> None:
+        checksum = 0
+        for view in self._views(slot):
+            checksum = zlib.crc32(view, checksum)
         if checksum != run.checksums[index]:
             raise BadFileError(f"block {index} of it is damaged")
 

@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 import threading
+import zlib
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +19,10 @@ import torch
 from safetensors import safe_open
 
 from longspan.attention.cache import allocate_cache
+from longspan.engine.device import block_files
 from longspan.engine.device.block_files import BlockFiles
 from longspan.engine.device.block_store import BlockStore
+from longspan.engine.device.file_reader import FileReader
 from longspan.engine.kv_file import LOCK, KvFolder, file_name
 from longspan.engine.transfer import Transfer, TransferResult
 from longspan.errors import LongspanError
@@ -94,6 +97,34 @@ def test_any_flipped_bit_is_noticed(disk: Disk, tmp_path: Path) -> None:
         damaged[place] ^= 1 << rng.randrange(8)
         file.write_bytes(damaged)
         assert disk.do("read", [1, 3, 5], HASHES) or whole[place:place + 1] == b" "
+
+
+def test_the_disk_has_reads_while_blocks_are_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two readers, three blocks of four parts: all are read before the first check ends."""
+    monkeypatch.setattr(block_files, "MAX_HELPERS", 2)
+    monkeypatch.setattr(block_files, "PIECE_BYTES", 0)
+    num_read, all_read, read, crc32 = list[int](), threading.Event(), FileReader.read, zlib.crc32
+
+    def note_read(reader: FileReader, target: memoryview, offset: int) -> None:
+        read(reader, target, offset)
+        num_read.append(offset)
+        if len(num_read) == 12:
+            all_read.set()
+
+    def check(data: memoryview, value: int = 0) -> int:
+        assert all_read.wait(5)
+        return crc32(data, value)
+
+    disk = Disk(tmp_path)
+    disk.store.memory.random_()
+    assert disk.do("write", [4, 0, 2], HASHES) == ""
+    monkeypatch.setattr(FileReader, "read", note_read)
+    monkeypatch.setattr("zlib.crc32", check)
+    assert disk.do("read", [1, 3, 5], HASHES) == ""
+    assert torch.equal(disk.store.memory[[4, 0, 2]], disk.store.memory[[1, 3, 5]])
+    disk.files.close()
 
 
 def test_truncated_foreign_missing_and_other_files_are_not_used(
