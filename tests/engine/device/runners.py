@@ -31,13 +31,13 @@ RELEASED: list[Any] = [
 
 
 def load_runner(
-    path: Path, plan: SparsityPlan | None, num_blocks: int, place: StagePlace = ALONE,
-    **options: Any,
+    path: Path, plan: SparsityPlan | None, num_blocks: int, place: StagePlace = ALONE, *,
+    max_model_len: int = LENGTH, **options: Any,
 ) -> Runner:
     """Load one whose sparse chunks have pieces of PIECE_ROWS rows."""
     config = EngineConfig(
         model=str(path), device="cpu", dtype="float32", prefill_chunk_len=CHUNK,
-        block_size=BLOCK, max_model_len=LENGTH, max_num_requests=8, num_threads=1,
+        block_size=BLOCK, max_model_len=max_model_len, max_num_requests=8, num_threads=1,
         **options)
     model = ModelConfig.from_dir(path)
     memory = plan_memory(model, config, max_step_tokens=2 * CHUNK, means=needs_means(plan),

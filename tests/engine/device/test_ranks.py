@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,11 +20,19 @@ from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
 from longspan.engine.control.transport import LocalTransport
 from longspan.engine.device.runner import Runner
 from longspan.engine.request import Request
-from longspan.engine.step import ScheduledBatch
+from longspan.engine.step import RowSampling, ScheduledBatch, ScheduledSlice
 from longspan.model import CausalLM
 from tests.doubles import ComputedStep, make_request, write_checkpoint
 from tests.engine.device.rank_threads import ThreadRanks
-from tests.engine.device.runners import BLOCK, CHUNK, LENGTH, PIECE_ROWS, load_runner
+from tests.engine.device.runners import (
+    BLOCK,
+    CHUNK,
+    LENGTH,
+    PIECE_ROWS,
+    RELEASED,
+    fill_history,
+    load_runner,
+)
 
 LAYERS, HEADS = 3, 4
 SHORT_DCA: dict[str, Any] = {
@@ -179,6 +188,47 @@ def test_ranks_that_divide_the_cache_give_the_answers_of_one(
     for runner in together.runners:
         for cache, whole in zip(runner.caches, alone.caches, strict=True):
             assert cache.k.numel() * size == whole.k.numel() and cache.k_mean is None
+
+
+@pytest.mark.parametrize("dca", RELEASED)
+def test_ranks_share_rows_and_keys_behind_released_strides(
+    tmp_path: Path, dca: dict[str, Any], monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A sparse chunk across the border of the second DCA chunk, and decodes behind it. A few blocks
+    are the history, again and again."""
+    monkeypatch.setitem(shared_decode.LEAST_BYTES, "cpu", 1)
+    write_checkpoint(tmp_path, num_hidden_layers=2, dual_chunk_attention_config=dca,
+                     num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=1 << 20)
+    plan = replace(PLAN, **{name: tuple(part[:2] for part in getattr(PLAN, name)[:2])
+                            for name in ("vertical", "slash")})
+    border, history, own = 2 * (dca["chunk_size"] - dca["local_size"]), list(range(32)), 64
+    begin, end = border - own, border + own
+    blocks = [history[index * 7 % 32] for index in range(begin // BLOCK)] + list(range(40, 50))
+    sampling = RowSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=1)
+    steps = [ScheduledSlice(
+        request_id="a", token_ids=array("i", [start % 251 + row for row in range(count)]),
+        cached_len=start, prompt_len=end, block_ids=blocks, sparse=count > 1, sampling=sampling)
+        for start, count in ((begin, 2 * own), (end, 1), (end + 1, 1))]
+
+    def answer(launcher: Any, runners: list[Runner]) -> tuple[list[Any], list[torch.Tensor]]:
+        for runner in runners:
+            fill_history(runner, history)
+        tokens = [launcher.launch(ScheduledBatch(step_id=0, slices=(step,))).wait().token_ids
+                  for step in steps]
+        return tokens, [torch.stack([part[40:49].flatten(0, 1)[: 2 * own + 2]
+                                     for cache in runner.caches for part in (cache.k, cache.v)])
+                        for runner in runners]
+
+    alone, threads = load(tmp_path, plan, max_model_len=1 << 20), ThreadRanks(2)
+    together = Together(threads, threads.run(
+        lambda rank: load(tmp_path, plan, threads.groups[rank], max_model_len=1 << 20)))
+    tokens, (keys,) = answer(Alone(alone), [alone])
+    found, found_keys = answer(together, together.runners)
+    threads.close()
+    assert found == tokens and all(group.num_exchanges > 0 for group in threads.groups)
+    assert all(group.num_merges > 0 for group in threads.groups)
+    assert torch.equal(*found_keys) and not keys.isnan().any()
+    torch.testing.assert_close(found_keys[0], keys, rtol=0, atol=2e-3)
 
 
 def test_tokens_are_those_of_the_first_rank(path: Path) -> None:
