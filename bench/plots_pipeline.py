@@ -34,7 +34,8 @@ def draw_pipeline(content: Mapping[str, Any], stem: Path) -> list[Path]:
     with rc_context({"svg.hashsalt": "longspan", "font.size": 9}):
         for name, draw in (("speedup", _draw_speedup), ("timeline", _draw_timelines)):
             figure = Figure(layout="constrained")
-            rows = [row for row in content["rows"] if "error" not in row]
+            rows = sorted((row for row in content["rows"] if "error" not in row),
+                          key=lambda row: row.get("limit", 0))  # the longest ladder counts
             if draw(figure, rows, content["device"]["name"]):
                 file = stem.with_name(f"{stem.name}.{name}.svg")
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -54,12 +55,13 @@ def _draw_speedup(figure: Any, rows: Sequence[Row], title: str) -> bool:
         axes = figure.add_subplot(2, -(-len(panels) // 2), index + 1)
         for kind, plan, colour, marker in KINDS:
             wanted = plan or ("ladder" if attention == "sparse" else "planned")
-            points = sorted((row[kind], row["speedup"]) for row in rows if (
+            points = {row[kind]: row["speedup"] for row in rows if (
                 row["shape"], row["attention"], row["num_tokens"], row["plan"]) == (
                 shape, attention, LONGEST, wanted) and row[kind] > 1 and "speedup" in row
-                and row[kind] == row["cp"] * row["pp"] * row["tp"])
+                and row[kind] == row["cp"] * row["pp"] * row["tp"]}
             if points:
-                axes.plot(*zip(*points, strict=True), color=colour, marker=marker, label=kind)
+                axes.plot(*zip(*sorted(points.items()), strict=True), color=colour, marker=marker,
+                          label=kind)
         counts = sorted({row["cp"] * row["pp"] * row["tp"] for row in rows})
         axes.plot(counts, counts, color="#999999", linestyle=":", label="ideal")
         axes.set(title=f"{shape}, {attention}", xlabel="GPUs", xscale="log", yscale="log")

@@ -24,6 +24,7 @@ def _measured(content: Content) -> str:
     rows = [row for row in content["rows"] if row["source"] == "measured" and "error" not in row]
     if not rows:
         return ""
+    rows.sort(key=lambda row: row.get("limit", 0))  # of several ladders the longest one is shown
     body = []
     keys = sorted(
         {(row["shape"], row["attention"], row["num_tokens"], row["cp"], row["pp"], row["tp"])

@@ -33,7 +33,7 @@ KEY_FIELDS: dict[str, tuple[str, ...]] = {
                "quantization"),
     "quality": ("model", "num_tokens", "num_questions", "place", "attention", "chunk_len", "seed"),
     "serve": ("model", "scenario", "metric"),
-    "pipeline": ("shape", "num_tokens", "attention", "cp", "pp", "tp", "plan", "source"),
+    "pipeline": ("shape", "num_tokens", "attention", "cp", "pp", "tp", "plan", "limit", "source"),
     "eval": ("model", "task", "num_tokens", "depth", "attention"),
     "documents": ("model", "documents", "metric", "attention"),
     "fidelity": ("model", "task", "num_tokens", "attention"),

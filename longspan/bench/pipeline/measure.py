@@ -298,8 +298,10 @@ class _Series:
                 found, costs = prompts.prefill(length, sparse=sparse), prompts.costs
                 return self._row(attention, length, plan, found)
 
-            row = self._session.attempt(
-                _key(self._shape.name, attention, length, ranks, plan), work)
+            key = _key(self._shape.name, attention, length, ranks, plan)
+            if not config.fixed_chunks and ranks.pp > 1:  # what the engine may plan depends on it
+                key["limit"] = config.prefill_chunk_len
+            row = self._session.attempt(key, work)
             if row is not None:
                 rows.append(row)
         fixed = [row for row in rows if row["plan"].startswith("fixed ")]
