@@ -14,7 +14,7 @@ RESULTS = Path(__file__).parents[2] / "bench" / "results"
 
 def simulated(folder: Path) -> Path:
     """Rows of a run, and the rows that it starts from, in a folder."""
-    for name in ("ttft", "ops"):
+    for name in ("ttft", "ops", "pipeline"):
         file = f"{name}.nvidia-h200.json"
         (folder / file).write_bytes((RESULTS / file).read_bytes())
     assert run_command(["bench", "pipeline", "--simulate", "--shapes", "qwen2.5-7b", "--gpus",
@@ -32,7 +32,7 @@ def test_rows_tables_and_plots(tmp_path: Path) -> None:
             for row in content["rows"]}
     assert all(row["source"] == "simulated" for row in rows.values())
     ladder, fixed = (rows["sparse", 1, 4, 1, plan] for plan in ("ladder", "fixed 32768"))
-    assert ladder["ttft_s"] < 0.8 * fixed["ttft_s"] and ladder["idle"] < fixed["idle"]
+    assert ladder["ttft_s"] < 0.85 * fixed["ttft_s"] and ladder["idle"] < fixed["idle"]
     assert sum(ladder["layers_by_stage"]) == 28 and len(ladder["timeline_ms"]) == 4
     assert abs(ladder["timeline_ms"][-1][-1][1] / 1e3 - ladder["ttft_s"]) < 1e-3
     text = build_table("pipeline", results)

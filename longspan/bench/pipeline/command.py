@@ -4,7 +4,7 @@ need."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +81,8 @@ def arrangements(model: ModelConfig, counts: Sequence[int]) -> Iterator[Ranks]:
 
 def rates_summary(name: str, rates: Rates) -> dict[str, Any]:
     """Return rates, their origin and the assumptions of a simulation, as its file holds them."""
-    fields = ("linear_s", "rest_s", "norm_s", "dense_pair_s", "sparse_pair_s", "stretch", "shrink",
-              "selection_s")
-    values = {field: getattr(rates, field) for field in fields}
+    fields = ("linear_s", "rest_s", "norm_s", "dense_pair_s")
+    values = {**{field: getattr(rates, field) for field in fields}, **asdict(rates.sparse)}
     return {"shape": name, "rates": {
         field: {"value": [rounded(part, 4) for part in value] if isinstance(value, tuple)
                 else rounded(value, 4), "from": rates.sources[field]}

@@ -14,10 +14,11 @@ from longspan.bench.pipeline.rates import (
     ASSUMED,
     Assumptions,
     Rates,
-    kept_keys,
+    dca_stride,
     last_layer_share,
     layer_budgets,
 )
+from longspan.bench.pipeline.steps import kept_keys, num_selections
 from longspan.bench.shapes import Shape
 
 Times = NDArray[np.float64]
@@ -54,7 +55,7 @@ class LayerCosts:
     """Predicts the time of a chunk in each layer.
 
     Args:
-        sparse: attention is sparse, by the shape's released budgets.
+        sparse: attention is sparse, by the shape's plan.
     """
 
     def __init__(
@@ -63,10 +64,9 @@ class LayerCosts:
     ) -> None:
         self.model, self._rates, self._sparse = shape.model, rates, sparse
         self._ranks, self._assumed = ranks, assumed
-        budgets = layer_budgets(shape.name)
-        self._budgets = np.array(budgets, dtype=float)
+        self._budgets, self._stride = layer_budgets(shape), dca_stride(shape.model)
         self._weights = np.array([_slowest_share(tuple(heads), self.model.num_kv_heads, ranks.tp)
-                                  for heads in budgets])
+                                  for heads in self._budgets.tolist()])
         self._last_share = last_layer_share(shape.model)
         self._known: dict[tuple[int, int], list[float]] = {}
 
@@ -91,10 +91,11 @@ class LayerCosts:
         rest_s = rates.norm_s * size / ranks.cp + (rates.rest_s - rates.norm_s) * size / sharers
         found = np.full(self.model.num_layers, rates.linear_s * size / sharers + rest_s)
         if self._sparse:
-            keys = kept_keys(self._budgets, start, stop, rates.stretch).sum(axis=1)
-            fixed, context, query = rates.selection_s
-            found += rates.sparse_pair_s * (1 - rates.shrink * size) * keys * (
-                self._weights / ranks.cp) + fixed + (context * stop + query * size) / sharers
+            sparse = rates.sparse
+            keys = kept_keys(self._budgets, start, stop, sparse.stretch).sum(axis=1)
+            fixed, context = sparse.selection_s
+            found += sparse.pair_s * (1 - sparse.shrink * size) * keys * self._weights / ranks.cp
+            found += num_selections(start, stop, self._stride) * (fixed + context * stop / sharers)
         else:
             pairs = self.model.num_heads * size * (stop + start) / 2
             found += rates.dense_pair_s * pairs / sharers
@@ -118,7 +119,7 @@ class LayerCosts:
 
 
 @lru_cache(maxsize=4096)
-def _slowest_share(budgets: tuple[int, ...], num_kv_heads: int, num_ranks: int) -> float:
+def _slowest_share(budgets: tuple[float, ...], num_kv_heads: int, num_ranks: int) -> float:
     """Return the slowest rank's share of a layer's budgets under the best choice of which KV groups
     each rank has, as many for each."""
     size = len(budgets) // num_kv_heads
@@ -126,7 +127,7 @@ def _slowest_share(budgets: tuple[int, ...], num_kv_heads: int, num_ranks: int) 
     return _spread(groups, num_ranks) / sum(groups)
 
 
-def _spread(groups: Sequence[int], num_ranks: int) -> float:
+def _spread(groups: Sequence[float], num_ranks: int) -> float:
     if num_ranks == 1:
         return sum(groups)
     first, *rest = sorted(groups, reverse=True)

@@ -1,5 +1,5 @@
-"""What the parts of a prefill cost on one GPU, from the committed rows of ``bench ttft`` and
-``bench ops``, for simulations of several.
+"""What the parts of a prefill cost on one GPU, from the committed rows of ``bench ttft``, ``bench
+ops`` and ``bench pipeline``, for simulations of several.
 
 A fit for each part; `Rates.sources` says of each figure which rows it comes from, and what no row
 tells is an assumption that is called one.
@@ -8,7 +8,7 @@ tells is an assumption that is called one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,15 +16,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longspan.bench.shapes import BUDGET_FILES, Shape, released_budgets
+from longspan.bench.pipeline.steps import SparseRates, fit_steps, read_steps
+from longspan.bench.shapes import Shape
 from longspan.commands.results import read_file
 from longspan.config import ModelConfig
 from longspan.errors import LongspanError
 
 PLAN = "released-tile"
-"""Budgets of the rows that the sparse rates come from."""
-STRETCHES = tuple(0.05 * step for step in range(1, 41))
-"""Tried for `Rates.stretch`."""
+"""Plan of the sparse rows that products and the rest come from."""
+MODEL_OF_STEPS = "qwen2.5-7b"
+"""Shape of the steps that attention and selection come from."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,15 +59,8 @@ class Rates:
     """Norms, which are part of the rest: ranks that share a layer's heads each compute them."""
     dense_pair_s: float
     """One query and key of one head, dense."""
-    sparse_pair_s: float
-    """The same among what a selection keeps."""
-    stretch: float
-    """A head with the budget B keeps ``B (1 - exp(-L / (stretch B)))`` keys of L."""
-    shrink: float
-    """Share of what is kept that each token of a chunk's length costs: keys of the chunk itself
-    that stand behind a query."""
-    selection_s: tuple[float, float, float]
-    """One selection: fixed, for a token of context, for a token of the chunk."""
+    sparse: SparseRates
+    """Attention and selection of a sparse chunk."""
     sources: Mapping[str, str]
     """Where each figure comes from."""
 
@@ -82,7 +76,6 @@ def read_rates(shape: Shape, results: Path, device: str) -> Rates:
     """
     rows = _rows(results, "ttft", device)
     own = [row for row in rows if row["shape"] == shape.name]
-    sparse = [row for row in rows if row.get("plan") == PLAN]
     own_sparse = [row for row in own if row.get("plan") == PLAN]
     dense = [row for row in own if row["attention"] == "dense"]
     if not own_sparse or not dense:
@@ -90,39 +83,34 @@ def read_rates(shape: Shape, results: Path, device: str) -> Rates:
             f"{results}: no rows of bench ttft for {shape.name} on {device}, dense and with the "
             f"budgets {PLAN}: run longspan bench ttft there, or name other shapes")
     model = shape.model
-    pair_s, stretch, shrink = _fit_pairs(sparse)
-    linear = [_linear_s(row, model) for row in own_sparse]
-    rest = [row["share"]["rest"] * row["ttft_s"] / row["num_tokens"] / model.num_layers
-            for row in own_sparse]
+    linear_s, rest_s = _token_s(own_sparse, model)
     pairs = [row["share"]["attention"] * row["ttft_s"] / (
         (row["layers"] - 1) * model.num_heads * row["num_tokens"] ** 2 / 2) for row in dense]
     norm_s, norm_source = _norm_s(results, device, model)
+    sparse, sparse_source = _sparse(rows, own_sparse, shape, results, device)
     lengths = ", ".join(f"{row['num_tokens']:,} ({row['chunk_len']:,})" for row in own_sparse)
     return Rates(
-        linear_s=median(linear), rest_s=median(rest), norm_s=min(norm_s, median(rest)),
-        dense_pair_s=median(pairs), sparse_pair_s=pair_s, stretch=stretch, shrink=shrink,
-        selection_s=_fit_selection(sparse, own_sparse), sources={
+        linear_s=linear_s, rest_s=rest_s, norm_s=min(norm_s, rest_s), dense_pair_s=median(pairs),
+        sparse=sparse, sources={
             "linear_s": f"median of shares of ttft rows {PLAN}: {lengths} tokens (chunk)",
             "rest_s": "the same rows", "norm_s": norm_source,
             "dense_pair_s": "median of shares of dense ttft rows: " + ", ".join(
                 f"{row['num_tokens']:,}" for row in dense),
-            "sparse_pair_s": f"least squares over all {len(sparse)} ttft rows {PLAN}",
-            "stretch": "the same", "shrink": "the same", "selection_s": "the same"})
+            "pair_s": sparse_source, "stretch": "the same", "shrink": "the same",
+            "selection_s": "the same; " + (
+                "scaled by the selections of ttft rows of both shapes"
+                if shape.name != MODEL_OF_STEPS else "fixed, for a token of context")})
 
 
-def layer_budgets(name: str) -> list[list[int]]:
-    """Return the keys that each head of each layer of a shape keeps by its released budgets."""
-    return [[vertical + slash for _, vertical, slash, _ in heads.values()]
-            for heads in released_budgets(name)]
+def layer_budgets(shape: Shape) -> NDArray[np.float64]:
+    """Return the keys that each head of each layer of a shape keeps: [layer, head]."""
+    plan = shape.plan
+    return plan.budget_share * (np.array(plan.vertical, float) + np.array(plan.slash, float))
 
 
-def kept_keys(
-    budgets: NDArray[np.float64], start: int, stop: int, stretch: float,
-) -> NDArray[np.float64]:
-    """Return the keys kept by all queries between two positions together, for heads of these
-    budgets (see `Rates.stretch`)."""
-    reach = stretch * budgets
-    return budgets * (stop - start + reach * (np.exp(-stop / reach) - np.exp(-start / reach)))
+def dca_stride(model: ModelConfig) -> int:
+    """Return the length of DCA's chunks, or more than any prompt has."""
+    return model.dca.dca_chunk_len if model.dca else 1 << 40
 
 
 def last_layer_share(model: ModelConfig) -> float:
@@ -133,12 +121,6 @@ def last_layer_share(model: ModelConfig) -> float:
     return kv / (kv + attention + 3 * hidden * model.intermediate_size)
 
 
-def selected_contexts(num_tokens: int, chunk_len: int) -> tuple[int, float]:
-    """Return the number of a prompt's chunks and their mean context, tokens."""
-    ends = [min(start + chunk_len, num_tokens) for start in range(0, num_tokens, chunk_len)]
-    return len(ends), sum(ends) / len(ends)
-
-
 def _rows(results: Path, bench: str, device: str) -> list[dict[str, Any]]:
     file = results / f"{bench}.{device}.json"
     if not file.is_file():
@@ -147,53 +129,60 @@ def _rows(results: Path, bench: str, device: str) -> list[dict[str, Any]]:
     return [row for row in read_file(file)["rows"] if "error" not in row]
 
 
-def _linear_s(row: Mapping[str, Any], model: ModelConfig) -> float:
+def _token_s(rows: Sequence[Mapping[str, Any]], model: ModelConfig) -> tuple[float, float]:
+    """Return what products and the rest cost, for a token and a layer."""
     layers = model.num_layers - 1 + last_layer_share(model)
-    return float(row["share"]["linear"] * row["ttft_s"] / row["num_tokens"] / layers)
+    linear = [row["share"]["linear"] * row["ttft_s"] / row["num_tokens"] / layers for row in rows]
+    rest = [row["share"]["rest"] * row["ttft_s"] / row["num_tokens"] / model.num_layers
+            for row in rows]
+    return median(linear), median(rest)
 
 
-def _fit_pairs(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
-    """Fit seconds of a pair, stretch and shrink in relative error."""
-    seconds = np.array([row["share"]["attention"] * row["ttft_s"] for row in rows])
-    chunks = np.array([row["chunk_len"] for row in rows], dtype=float)
-    best = (np.inf, 0.0, 0.0, 0.0)
-    for stretch in STRETCHES:
-        pairs = np.array([_pairs(row["shape"], row["num_tokens"], stretch) for row in rows])
-        terms = np.stack([pairs / seconds, -pairs * chunks / seconds], axis=1)
-        (pair_s, shrunk_s), *_ = np.linalg.lstsq(terms, np.ones(len(rows)), rcond=None)
-        error = float(np.square(terms @ [pair_s, shrunk_s] - 1).sum())
-        best = min(best, (error, pair_s, stretch, shrunk_s / pair_s))
-    return float(best[1]), best[2], max(0.0, float(best[3]))
+def _sparse(
+    rows: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]], shape: Shape,
+    results: Path, device: str,
+) -> tuple[SparseRates, str]:
+    """Fit attention and selection to one shape's steps; of another shape's selections it is known
+    how much longer they take."""
+    base = Shape.make(MODEL_OF_STEPS)
+    timed = [row for row in _rows(results, "pipeline", device) if is_timed(row, base)]
+    if not timed:
+        raise LongspanError(
+            f"{results}: no rows of bench pipeline for {base.name} on one {device}, in chunks of "
+            "several lengths: run longspan bench pipeline --ranks 1 there")
+    base_rows = [row for row in rows if row["shape"] == base.name and row.get("plan") == PLAN]
+    linear_s, rest_s = _token_s(base_rows, base.model)
+    layers = base.model.num_layers - 1
+    token_s = linear_s * (layers + last_layer_share(base.model)) + rest_s * layers
+    found = fit_steps(
+        [step for row in timed for step in read_steps(row, base.plan.tail_len)],
+        layer_budgets(base)[:-1], stride=dca_stride(base.model), step_s=ASSUMED.stage_s,
+        token_s=token_s)
+    known = {(row["num_tokens"], row["chunk_len"]): _selected_s(row) for row in base_rows}
+    ratios = [_selected_s(row) / known[key] for row in own
+              if (key := (row["num_tokens"], row["chunk_len"])) in known]
+    if not ratios:
+        raise LongspanError(
+            f"{results}: rows of bench ttft for {shape.name} on {device} have other prompt and "
+            f"chunk lengths than {base.name}'s: run longspan bench ttft there with the same")
+    fixed, context = (median(ratios) * value for value in found.selection_s)
+    lengths = ", ".join(sorted({row["plan"].removeprefix("fixed ") for row in timed}, key=int))
+    return (replace(found, selection_s=(fixed, context)),
+            f"least squares over the steps of {len(timed)} pipeline rows of one GPU, "
+            f"{base.name}, {base.plan_label}, chunks of {lengths}")
 
 
-def _pairs(name: str, num_tokens: int, stretch: float) -> float:
-    if name not in BUDGET_FILES:
-        raise LongspanError(f"{name}: no released budgets; there are {', '.join(BUDGET_FILES)}")
-    budgets = np.array(layer_budgets(name)[:-1], dtype=float)
-    return float(kept_keys(budgets, 0, num_tokens, stretch).sum())
+def is_timed(row: Mapping[str, Any], shape: Shape) -> bool:
+    """Tell whether a row of ``bench pipeline`` holds the steps of one GPU, by a shape's plan."""
+    return (row["source"] == "measured" and row["shape"] == shape.name
+            and row["attention"] == "sparse" and row["cp"] * row["pp"] * row["tp"] == 1
+            and row["plan"].startswith("fixed ") and row["policy"] == shape.plan_label
+            and row["layers"] == row["total_layers"] and "timeline_ms" in row)
 
 
-def _fit_selection(
-    rows: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]],
-) -> tuple[float, float, float]:
-    """Fit fixed time, context and chunk length to the shape with most rows, and scale the fit to
-    the shape's own rows."""
-    names = [row["shape"] for row in rows]
-    most = max(sorted(set(names)), key=names.count)
-    terms, seconds = zip(*(_selection(row) for row in rows if row["shape"] == most), strict=True)
-    scale = np.array(terms) / np.array(seconds)[:, None]
-    found, *_ = np.linalg.lstsq(scale, np.ones(len(seconds)), rcond=None)
-    found = np.maximum(found, 0)
-    factor = median(second / float(np.dot(found, term)) for term, second in map(_selection, own))
-    fixed, context, query = (float(factor * value) for value in found)
-    return fixed, context, query
-
-
-def _selection(row: Mapping[str, Any]) -> tuple[tuple[float, float, float], float]:
-    """Return the terms of a row's mean selection and its time, seconds."""
-    count, context = selected_contexts(row["num_tokens"], row["chunk_len"])
-    seconds = row["share"]["selection"] * row["ttft_s"] / count / (row["total_layers"] - 1)
-    return (1.0, context, float(row["chunk_len"])), seconds
+def _selected_s(row: Mapping[str, Any]) -> float:
+    """Return the time of a row's selections in one layer, seconds."""
+    return float(row["share"]["selection"] * row["ttft_s"] / (row["total_layers"] - 1))
 
 
 def _norm_s(results: Path, device: str, model: ModelConfig) -> tuple[float, str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from longspan.bench.pipeline.costs import LayerCosts, Ranks
 from longspan.bench.pipeline.rates import ASSUMED, Assumptions, Rates
+from longspan.bench.pipeline.steps import Cuts, sparse_cuts
 from longspan.bench.shapes import Shape
 from longspan.engine.control.ladder import Ladder
 from longspan.engine.control.latency import Costs, LatencyModel, Work, dense_terms
@@ -19,12 +20,16 @@ from longspan.engine.control.stage_plan import (
     split_by_time,
 )
 
-Cuts = Sequence[tuple[int, int]]
 SWEPT = (1_024, 2_048, 3_072, 4_096, 6_144, 8_192, 12_288, 16_384, 24_576, 32_768, 49_152, 65_536,
          98_304, 131_072)
 """Chunk lengths that are tried for the best fixed one."""
+ALIGNED = (7_936, 15_872, 31_744, 63_488, 126_976)
+"""Further ones of sparse prompts: none has an end of DCA's chunks inside, where it would be
+selected for twice."""
 LONGEST = 32_768
-"""Longest chunk of a plan and of a ladder."""
+"""Longest chunk of a dense plan."""
+LADDER = ALIGNED[-1]
+"""Longest chunk of a ladder: what the engine chooses for these shapes."""
 SHORTEST = 1_024
 """Least length of a planned dense chunk: shorter ones were never measured."""
 UNIT = 128
@@ -71,21 +76,23 @@ class Simulator:
     def run(self, ranks: Ranks, plan: str, num_tokens: int) -> Simulated:
         """Simulate a prompt, cut by a plan's name (see `Simulated.plan`)."""
         if plan == BEST:
-            trials = (self.fixed(ranks, num_tokens, length) for length in SWEPT)
+            swept = (*SWEPT, *ALIGNED) if self.sparse else SWEPT
+            trials = (self.fixed(ranks, num_tokens, length) for length in swept)
             return min(trials, key=lambda trial: trial.ttft_s)
         if plan.startswith("fixed "):
             return self.fixed(ranks, num_tokens, int(plan.removeprefix("fixed ")))
         if plan == "ladder":
-            ladder = Ladder(longest=LONGEST, num_stages=ranks.pp, block_size=UNIT)
-            return self.cut(ranks, plan, tuple(ladder.parts(0, num_tokens)))
+            ladder = Ladder(longest=LADDER, num_stages=ranks.pp, block_size=UNIT)
+            return self.cut(ranks, plan, self._sparse_cuts(num_tokens, ladder))
         assert plan == "planned" and not self.sparse, plan
         ends = plan_dense(self._dense_costs(ranks), 0, num_tokens)
         return self.cut(ranks, plan, tuple(zip((0, *ends), ends, strict=False)))
 
     def fixed(self, ranks: Ranks, num_tokens: int, length: int) -> Simulated:
         """Simulate a prompt in chunks of one length."""
-        cuts = tuple((start, min(start + length, num_tokens))
-                     for start in range(0, num_tokens, length))
+        ladder = Ladder(longest=length, block_size=UNIT)
+        cuts = (self._sparse_cuts(num_tokens, ladder) if self.sparse
+                else tuple(ladder.parts(0, num_tokens)))
         return self.cut(ranks, f"fixed {length}", cuts)
 
     def cut(self, ranks: Ranks, plan: str, cuts: Cuts) -> Simulated:
@@ -104,6 +111,9 @@ class Simulator:
         cuts = [(start, start + LONGEST) for start in range(0, SPLIT_LEN, LONGEST)]
         times = zip(*(costs.seconds(*cut) for cut in cuts), strict=True)
         return split_by_time(list(map(sum, times)), ranks.pp)
+
+    def _sparse_cuts(self, num_tokens: int, ladder: Ladder) -> Cuts:
+        return sparse_cuts(num_tokens, ladder, self.shape.plan.tail_len)
 
     def learned(self) -> Costs:
         """Return what an engine's latency model knows after one prompt of `SPLIT_LEN` tokens in

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import pytest
 
 from longspan.bench.pipeline.command import SimulateOptions, arrangements
 from longspan.bench.pipeline.costs import LayerCosts, Ranks
-from longspan.bench.pipeline.rates import ASSUMED, PLAN, Assumptions, read_rates
+from longspan.bench.pipeline.rates import ASSUMED, Assumptions, is_timed, read_rates
 from longspan.bench.pipeline.simulate import Simulator, plans
+from longspan.bench.pipeline.steps import SHORTEST, num_selections, read_steps
 from longspan.bench.shapes import Shape
 from longspan.commands.results import read_file
 from longspan.errors import LongspanError
@@ -18,23 +20,74 @@ from longspan.errors import LongspanError
 RESULTS = Path(__file__).parents[3] / "bench" / "results"
 SHAPES = {name: Shape.make(name) for name in ("qwen2.5-7b", "qwen2.5-14b")}
 RATES = {name: read_rates(shape, RESULTS, "nvidia-h200") for name, shape in SHAPES.items()}
-ROWS = [row for row in read_file(RESULTS / "ttft.nvidia-h200.json")["rows"]
-        if row["shape"] in SHAPES and row["plan"] in (None, PLAN)]
+DENSE = [row for row in read_file(RESULTS / "ttft.nvidia-h200.json")["rows"]
+         if row["shape"] in SHAPES and row["plan"] is None]
+MEASURED = [row for row in read_file(RESULTS / "pipeline.nvidia-h200.json")["rows"]
+            if row["source"] == "measured" and row["attention"] == "sparse"
+            and row["plan"].startswith("fixed ")]
+TIMED = [row for row in MEASURED if is_timed(row, SHAPES["qwen2.5-7b"])]
 FREE = Assumptions(stage_s=0.0, hop_s=0.0, collective_s=0.0, bytes_per_s=float("inf"), noise=0.0)
 
 
-def simulator(name: str, *, sparse: bool, assumed: Assumptions = ASSUMED) -> Simulator:
-    return Simulator(SHAPES[name], RATES[name], sparse=sparse, assumed=assumed)
+def simulator(
+    name: str, *, sparse: bool, assumed: Assumptions = ASSUMED, selection: float = 1.0,
+) -> Simulator:
+    """Simulate a shape, with selections that take so much of what was measured."""
+    rates = RATES[name]
+    fixed, context = rates.sparse.selection_s
+    cheaper = replace(rates.sparse, selection_s=(selection * fixed, selection * context))
+    return Simulator(SHAPES[name], replace(rates, sparse=cheaper), sparse=sparse, assumed=assumed)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: "{shape}-{attention}-{num_tokens}-{chunk_len}"
-                         .format(**row))
-def test_the_simulation_gives_the_measured_rows_back(row: dict) -> None:
-    sim = simulator(row["shape"], sparse=row["attention"] == "sparse")
-    found = sim.fixed(Ranks(), row["num_tokens"], row["chunk_len"])
+def label(row: dict) -> str:
+    ranks = Ranks(cp=row.get("cp", 1), pp=row.get("pp", 1), tp=row.get("tp", 1)).label
+    return f"{row['shape']}-{ranks}-{row['num_tokens']}-{row['plan']}-{row.get('chunk_len')}"
+
+
+@pytest.mark.parametrize("row", DENSE, ids=label)
+def test_the_simulation_gives_dense_rows_back(row: dict) -> None:
+    found = simulator(row["shape"], sparse=False).fixed(
+        Ranks(), row["num_tokens"], row["chunk_len"])
     # A row of two layers holds one layer's products and a bit: scaled to all, it errs low.
     slack = 0.05 if row["layers"] > 2 else 0.08
     assert found.ttft_s == pytest.approx(row["ttft_scaled_s"], rel=slack)
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=label)
+def test_the_simulation_gives_sparse_rows_back(row: dict) -> None:
+    """One GPU's are what it comes from; those of several are not."""
+    ranks = Ranks(cp=row["cp"], pp=row["pp"], tp=row["tp"])
+    found = simulator("qwen2.5-7b", sparse=True).fixed(
+        ranks, row["num_tokens"], int(row["plan"].removeprefix("fixed ")))
+    assert len(found.cuts) == row["num_chunks"]
+    # Ranks that share rows wait for the host that launches a short prompt's last chunks.
+    slack = 0.03 if ranks == Ranks() else 0.035 if ranks.cp == 1 or (
+        row["num_tokens"] > 131_072) else 0.12
+    assert found.ttft_s == pytest.approx(row["ttft_s"], rel=slack)
+
+
+@pytest.mark.parametrize("row", TIMED, ids=label)
+def test_chunks_of_every_length_take_what_they_were_measured_to(row: dict) -> None:
+    sim = simulator("qwen2.5-7b", sparse=True)
+    steps = [step for step in read_steps(row, SHAPES["qwen2.5-7b"].plan.tail_len)
+             if step.stop - step.start > SHORTEST]
+    for step in steps:
+        found = sim.cut(Ranks(), "", [(step.start, step.stop)])
+        assert found.ttft_s == pytest.approx(step.seconds, rel=0.1)
+
+
+def test_short_chunks_were_measured_too() -> None:
+    lengths = {int(row["plan"].removeprefix("fixed ")) for row in TIMED}
+    assert lengths >= {8_192, 16_384, 32_768, 126_976}
+
+
+def test_a_chunk_across_a_border_of_dca_is_selected_for_twice() -> None:
+    assert [num_selections(start, stop, 100) for start, stop in (
+        (0, 100), (0, 101), (99, 101), (100, 200), (50, 250))] == [1, 2, 2, 1, 3]
+    sim = simulator("qwen2.5-7b", sparse=True)
+    across, beside = (sim.cut(Ranks(), "", [cut]).ttft_s for cut in (
+        (253_952 - 128, 253_952 + 3_968), (253_952, 253_952 + 4_096)))
+    assert 1.3 * beside < across < 2 * beside
 
 
 def test_ranks_that_wait_for_nothing_share_the_work() -> None:
@@ -42,7 +95,7 @@ def test_ranks_that_wait_for_nothing_share_the_work() -> None:
         sim = simulator("qwen2.5-7b", sparse=sparse, assumed=FREE)
         one, cp = (sim.fixed(Ranks(cp=count), 131_072, 32_768) for count in (1, 4))
         # a selection's fixed part is everyone's
-        assert 0.249 * one.ttft_s <= cp.ttft_s <= 0.27 * one.ttft_s
+        assert 0.249 * one.ttft_s <= cp.ttft_s <= 0.3 * one.ttft_s
         assert cp.idle == [0.0]
 
 
@@ -56,16 +109,40 @@ def test_a_pipeline_is_capped_by_its_layers() -> None:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize(("sparse", "slack"), [(True, 1.045), (False, 1.01)])
-def test_ladder_and_plan_are_near_the_best_fixed_chunk(
-    name: str, sparse: bool, slack: float,
+@pytest.mark.parametrize("selection", [1.0, 2 / 3])
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_the_ladder_is_near_the_best_fixed_chunk(
+    name: str, selection: float, count: int,
 ) -> None:
-    sim = simulator(name, sparse=sparse)
+    """With selections as measured, and a third cheaper."""
+    sim = simulator(name, sparse=True, selection=selection)
+    for num_tokens in (131_072, 262_144, 524_288, 1_000_000):
+        *_, best, own = (sim.run(Ranks(pp=count), plan, num_tokens)
+                         for plan in plans(True, Ranks(pp=count)))
+        # One ladder cannot have 131,072 tokens in short chunks and a million in the longest.
+        slack = 1.047 if (selection, count, num_tokens) == (1.0, 2, 1_000_000) else 1.041
+        assert own.ttft_s <= slack * best.ttft_s, num_tokens
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_ladder_stays_useful_between_and_below(name: str) -> None:
+    """At lengths that it was not chosen by."""
+    sim = simulator(name, sparse=True)
+    for count in (2, 4, 8):
+        for num_tokens in (65_536, 98_304, 196_608, 393_216, 786_432):
+            *_, best, own = (sim.run(Ranks(pp=count), plan, num_tokens)
+                             for plan in plans(True, Ranks(pp=count)))
+            assert own.ttft_s <= 1.08 * best.ttft_s, (count, num_tokens)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_plan_is_near_the_best_fixed_chunk(name: str) -> None:
+    sim = simulator(name, sparse=False)
     for count in (2, 4):
         for num_tokens in (131_072, 262_144, 524_288, 1_000_000):
             *_, best, own = (sim.run(Ranks(pp=count), plan, num_tokens)
-                             for plan in plans(sparse, Ranks(pp=count)))
-            assert own.ttft_s <= slack * best.ttft_s, (name, sparse, count, num_tokens)
+                             for plan in plans(False, Ranks(pp=count)))
+            assert own.ttft_s <= 1.01 * best.ttft_s, (name, count, num_tokens)
 
 
 def test_ranks_of_a_stage_share_its_work() -> None:
@@ -74,7 +151,7 @@ def test_ranks_of_a_stage_share_its_work() -> None:
         found = sim.run(Ranks(cp=2, pp=2), plan, 262_144)
         alone = sim.cut(Ranks(pp=2), plan, found.cuts)
         # a selection's fixed part is everyone's
-        assert 0.499 * alone.ttft_s <= found.ttft_s <= 0.52 * alone.ttft_s
+        assert 0.499 * alone.ttft_s <= found.ttft_s <= 0.54 * alone.ttft_s
         assert found.stages == alone.stages and len(found.idle) == 2
 
 
@@ -95,8 +172,8 @@ def test_kv_groups_are_dealt_so_that_ranks_have_equal_budgets() -> None:
                             assumed=FREE) for count in (2, 4))
     one = LayerCosts(SHAPES["qwen2.5-7b"], rates, sparse=True, ranks=Ranks(), assumed=FREE)
     whole, halves, quarters = (sum(costs.seconds(500_000, 532_768)) for costs in (one, two, four))
-    assert 0.5 * whole < halves < 0.53 * whole  # the norms and uneven heads
-    assert 0.27 * whole < quarters < 0.34 * whole  # one group a rank: nothing to deal
+    assert 0.5 * whole < halves < 0.56 * whole  # the norms, uneven heads, a selection's fixed part
+    assert 0.27 * whole < quarters < 0.38 * whole  # one group a rank: nothing to deal
 
 
 def test_arrangements_fit_the_model() -> None:
