@@ -126,7 +126,7 @@ def _row(
         row["idle_by_stage"] = [rounded(value, 3) for value in idle]
         row["layers_by_stage"] = [len(stage) for stage in found.stages]
     if plan == BEST:
-        row["chunk_len"] = lengths[0]
+        row["chunk_len"] = int(found.plan.removeprefix("fixed "))
     if (num_tokens, ranks.pp) == TIMELINES and ranks.count == ranks.pp:
         row["timeline_ms"] = [
             [[round(1e3 * begun[stage], 1), round(1e3 * done[stage], 1)] for begun, done in zip(
