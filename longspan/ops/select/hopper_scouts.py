@@ -94,13 +94,6 @@ def _scout_producer(
 
 
 @gluon.jit
-def _bias(bias_smem, place, SCORES: gl.constexpr):
-    """Return a block's bias in every row, where its scores are added to it."""
-    bias = bias_smem.index(place).load(gl.SliceLayout(0, SCORES))
-    return bias[None, :] + gl.zeros([HALF, TILE], gl.float32, SCORES)
-
-
-@gluon.jit
 def _scout_consumer(
     missed, q_smem, k_smem, bias_smem, q_full, q_empty, k_full, k_empty, first_row, rows_here,
     num_zones, num_tiles, inter_end, succ_end, rp_bits, FIRST: gl.constexpr, STOP: gl.constexpr,
@@ -114,6 +107,7 @@ def _scout_consumer(
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     lane = gl.arange(0, HALF, layout=ROWS)
+    zeros = gl.zeros([HALF, TILE], gl.float32, SCORES)
     i = num_zones * 0
     for zone in range(num_zones):
         first, count = _span(zone, 0, num_tiles, inter_end, succ_end)
@@ -124,17 +118,19 @@ def _scout_consumer(
             mbarrier.wait(k_full.index(slot), i // STAGES & 1)
             keys = k_smem.index(slot).permute((1, 0))
             s = warpgroup_mma(
-                q_smem.index(FIRST), keys, _bias(bias_smem, slot * BLOCKS + FIRST, SCORES),
-                is_async=True)
+                q_smem.index(FIRST), keys, zeros, use_acc=False, is_async=True)
             for g in gl.static_range(FIRST, STOP):
                 if g + 1 < STOP:
                     following = warpgroup_mma(
-                        q_smem.index(g + 1), keys, _bias(bias_smem, slot * BLOCKS + g + 1, SCORES),
-                        is_async=True)
+                        q_smem.index(g + 1), keys, zeros, use_acc=False, is_async=True)
                     scores = warpgroup_mma_wait(1, deps=[s])
                     s = following
                 else:
                     scores = warpgroup_mma_wait(0, deps=[s])
+                # Were products started from the bias, ptxas would have them wait for one another.
+                bias = bias_smem.index(slot * BLOCKS + g).load(gl.SliceLayout(0, SCORES))
+                scores = scores + bias[None, :]
+                if g + 1 == STOP:
                     mbarrier.arrive(k_empty.index(slot), count=1)
                 row = first_row + g * HALF + lane
                 head_row = (first_row + g * HALF) >> rp_bits
