@@ -339,7 +339,8 @@ class RowShare:
         gathered = self.group.gather(torch.cat(flat)).split([len(part) for part in flat], 1)
         found = list[Tensor]()
         for every, part in zip(gathered, parts, strict=True):
-            rows = every.contiguous().view(part.dtype).view(-1, *part.shape[1:])  # aligned: copied
+            shape = len(every) * most, *part.shape[1:]  # of width 0 where no head keeps columns
+            rows = every.contiguous().view(part.dtype).view(shape)  # a copy, so it is aligned
             found.append(rows if most == min(counts) else torch.cat(
                 [items[:count] for items, count in zip(rows.split(most), counts, strict=True)]))
         return found

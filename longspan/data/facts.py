@@ -242,9 +242,11 @@ class Group:
             key = self._key(rng, words)
             if attempt > 30:
                 key = f"{key}-{digits(rng, 3)}"
-            # Some questions name nothing but the key, so no other wording may have it.
-            if key.lower() not in used:
-                used.add(key.lower())
+            # Some questions name nothing but the key, so no other wording may have it, and no other
+            # key: of Lima and North Lima there is one.
+            name = key.lower().removeprefix("north ").removeprefix("south ")
+            if name not in used:
+                used.add(name)
                 return key
         raise AssertionError("no fresh key in 60 draws")
 

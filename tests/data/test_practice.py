@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import random
 import re
 
@@ -15,12 +16,14 @@ from longspan.data.chat.rows import EXERCISES, PAIRS, ChatPlanner, compose, draw
 from longspan.data.chat.sentences import draw_sentence
 from longspan.data.chat.verify import find_mistake
 from longspan.data.chat.wrong import FALSE_REFUSAL
+from longspan.data.facts import NATURAL
 from longspan.data.questions import ABSENT_RULES, REFUSALS, SHORT_REFUSALS
 from longspan.data.source import Source
 from longspan.data.tokens import IM_END, Kind
-from longspan.eval.tasks.needles import REFUSAL_INSTRUCTION, WORDINGS
+from longspan.eval.tasks.needles import REFUSAL_INSTRUCTION
 from longspan.eval.tasks.needles import REFUSALS as ACCEPTED
 from longspan.eval.tasks.ruler import COMMON_WORDS, FREQUENT_WORDS, NIAH, VARIABLES
+from longspan.eval.tasks.wordings import FRESH, UNSEEN
 
 NOTHING = Gold(items=(), refusal="The text does not say.")
 
@@ -86,13 +89,21 @@ def test_chains_are_assigned_as_ruler_assigns_them(source: Source) -> None:
 
 
 def test_the_evaluations_wordings_are_not_practised(source: Source) -> None:
-    """No word that carries a wording of the evaluation is in ours."""
+    """No word that carries a wording of the evaluation is in ours, and no wording of it is asked
+    for in pre-training, though some share a verb."""
+    forms = {re.sub(r"[^a-z{}]+", " ", form.lower().format(k="{key}", v="{value}"))
+             for _, *pair in NATURAL for form in pair}
+    asked = {re.sub(r"[^a-z{}]+", " ", form.lower()) for pair in (*UNSEEN, *FRESH) for form in pair}
+    assert not forms & asked and len(forms) > 20
+    for form in asked:
+        near = difflib.get_close_matches(form, forms, 1, cutoff=0.8)
+        assert not near, (form, near)
     rng = random.Random(3)
     drawn = [draw_sentence(rng, source, "kind-key") for _ in range(4000)]
     text = " ".join(part.lower() for one in drawn for part in (one.text, one.question))
     for word in ("parcel", "milligram", "visitors who", "dial", "seat ", "stadium", "lighthouse",
                  "flashes", "auction", "bidder", "bought", "weigh"):
-        assert word in " ".join(part.lower() for pair in WORDINGS for part in pair) + " "
+        assert word in " ".join(part.lower() for pair in UNSEEN for part in pair) + " "
         assert word not in text, word
     assert not any(rule.split("{")[0] in REFUSAL_INSTRUCTION for rule in ABSENT_RULES
                    if not rule.startswith(("Say", "Write")))

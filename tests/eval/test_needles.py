@@ -11,13 +11,13 @@ from longspan.data import facts as training
 from longspan.errors import LongspanError
 from longspan.eval.prompt import Frame, Materials
 from longspan.eval.task import Answer, Example, Task, rng_for
-from longspan.eval.tasks import needles
+from longspan.eval.tasks import needles, wordings
 from longspan.eval.tasks.perplexity import position_bins
 from longspan.eval.tasks.registry import TaskOptions, all_tasks
 
 TASKS = all_tasks(TaskOptions(num_depths=3, num_questions=4, num_distractors=2))
-OURS = ("needle", "hard_negatives", "ordinal", "absent", "unseen_wordings", "questions_start",
-        "questions_middle", "questions_end", "questions_spread")
+OURS = ("needle", "hard_negatives", "ordinal", "absent", "unseen_wordings", "fresh_wordings",
+        "questions_start", "questions_middle", "questions_end", "questions_spread")
 NEEDLE = r"^One of the special magic numbers for (\S+) is: (\d{7})\.$"
 LENGTH = 2048
 
@@ -113,7 +113,7 @@ def test_wordings_are_none_of_training(materials: Materials) -> None:
     known += [training.RULER, training.PASSKEY, *training.KEYED_PASSKEY]
     known += [sentence for sentence, _ in training.RULER_LOOSE]
     trained = {frozenset(re.findall(r"[a-z]{4,}", sentence.lower())) for sentence in known}
-    for sentence, _ in needles.WORDINGS:
+    for sentence, _ in wordings.UNSEEN:
         words = frozenset(re.findall(r"[a-z]{4,}", sentence.lower().replace("{value}", "")
                                      .replace("{key}", "")))
         assert all(len(words & other) <= 1 for other in trained), sentence
@@ -121,11 +121,25 @@ def test_wordings_are_none_of_training(materials: Materials) -> None:
         example = build("unseen_wordings", materials, index)
         assert example.prompt.text.count(example.answer) == 1
         line = next(line for line in example.prompt.text.split("\n") if example.answer in line)
-        sentence, question = needles.WORDINGS[index]
-        pattern = re.escape(sentence.strip()).replace(r"\{key\}", r"(\S+)").replace(
+        sentence, question = wordings.UNSEEN[index]
+        pattern = re.escape(sentence).replace(r"\{key\}", r"(\S+)").replace(
             r"\{value\}", r"\d{7}")
         found = re.fullmatch(pattern, line)
         assert found and example.question == question.format(key=found[1])
+
+
+def test_fresh_wordings_are_asked_in_turn_among_others(materials: Materials) -> None:
+    first = [sentence.index("{value}") < sentence.index("{key}") for sentence, _ in wordings.FRESH]
+    assert sum(first) == len(first) / 2 == 12
+    for index in range(26):
+        example = build("fresh_wordings", materials, index)
+        sentence, question = wordings.FRESH[index % 24]
+        found = re.fullmatch(re.escape(question).replace(r"\{key\}", r"(\S+)"), example.question)
+        assert found
+        assert sentence.format(key=found[1], value=example.answer) in example.prompt.text
+        hidden = [other for other, _ in wordings.FRESH if re.search(re.escape(other).replace(
+            r"\{key\}", r"\S+").replace(r"\{value\}", r"\d{7}"), example.prompt.text)]
+        assert len(hidden) == wordings.NUM_HIDDEN
 
 
 @pytest.mark.parametrize(("place", "low", "high"), [

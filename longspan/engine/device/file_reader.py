@@ -43,6 +43,7 @@ class FileReader:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
+        self._pages.close()
         os.close(self._fd)
         if self._direct >= 0:
             os.close(self._direct)

@@ -22,15 +22,23 @@ class PageCache:
     """The page cache's part of one open file; nothing is read through it.
 
     Args:
-        fd: may be closed before this ends.
+        fd: may be closed before this is; a mapping has a descriptor of its own.
     """
 
     def __init__(self, fd: int) -> None:
+        self._map: mmap.mmap | None = None
         try:
-            pages = mmap.mmap(fd, 0, prot=mmap.PROT_READ) if os.fstat(fd).st_size else b""
-        except OSError:  # some file systems cannot: they do not tell
-            pages = b""
-        self._bytes = np.frombuffer(pages, np.uint8)
+            if os.fstat(fd).st_size:
+                self._map = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+        except (OSError, ValueError):  # some file systems cannot: they do not tell; or it is cut
+            pass
+        self._bytes = np.frombuffer(self._map or b"", np.uint8)
+
+    def close(self) -> None:
+        """Give the file back: deleted ones take room on the disk for as long as they are mapped."""
+        self._bytes = np.frombuffer(b"", np.uint8)
+        if self._map is not None:
+            self._map.close()
 
     def found(self, offset: int, length: int) -> NDArray[np.bool_]:
         """Tell for each page that a span touches whether it is there; the file's last pages are

@@ -37,7 +37,7 @@ from longspan.engine.resolve import (
 )
 from longspan.engine.setup.cache_key import cache_key
 from longspan.engine.setup.group import join_group
-from longspan.engine.setup.kv_division import choose_division
+from longspan.engine.setup.kv_division import check_selection_share, choose_division
 from longspan.engine.setup.lead_runner import LeadRunner, RankThread, abort_collectives
 from longspan.engine.setup.mesh import RankMesh
 from longspan.engine.setup.prior_costs import prior_costs, sparse_border
@@ -130,6 +130,7 @@ class ResolvedEngine:
         tiers = plan_tiers(model, config, means=needs_means(in_effect))
         # tables grow with the context where there is no DCA
         check_share(model, resolve_forms(config, model), config.tensor_parallel)
+        check_selection_share(model, config, in_effect)
         stage = model_of_rank(
             largest_stage(replace(model, dca=dca), in_effect, config.pipeline_parallel),
             config.tensor_parallel)

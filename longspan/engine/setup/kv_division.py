@@ -1,4 +1,5 @@
-"""Decides whether ranks that share rows divide the KV cache among themselves, by the memory.
+"""Decides whether ranks that share rows divide the KV cache among themselves, by the memory, and
+whether there are heads for all of them.
 
 A cache that each rank holds whole costs prefill nothing; a divided one holds contexts that no rank
 could hold alone, for the time in which each layer's keys are collected.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from longspan.attention.sparsity import SparsityPlan
 from longspan.config import EngineConfig, ModelConfig
 from longspan.engine.device.memory import DeviceMemory
 from longspan.engine.setup.step_sizes import ChosenSizes, choose_sizes
@@ -39,6 +41,19 @@ def choose_division(
             raise LongspanError(f"divides_kv: {reason}; leave it out")
     return choose_sizes(model, config, means=means, is_sparse=is_sparse, device=device,
                         must_fit=must_fit)
+
+
+def check_selection_share(
+    model: ModelConfig, config: EngineConfig, plan: SparsityPlan | None,
+) -> None:
+    """Raise `LongspanError` where more ranks share rows than there are heads to select for: each
+    selects for some of them."""
+    heads = model.num_heads // config.tensor_parallel
+    if plan is not None and plan.mode == "tile" and config.context_parallel > heads:
+        raise LongspanError(
+            f"context_parallel {config.context_parallel}: ranks share the selection of sparse "
+            f"prefill by heads, and there are {heads}; use {heads} ranks at most, or dense "
+            "attention")
 
 
 def reason_against(config: EngineConfig) -> str:

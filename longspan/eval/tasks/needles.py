@@ -1,5 +1,5 @@
 """Needle tasks of our own, over real text: a grid of depths, hard negatives, absent facts, order,
-other wordings, several questions at several places.
+several questions at several places.
 
 Where a question asks for one number, the first number of the answer counts. All use the needle
 sentence that the passkey task uses, so that what differs is what the task is about.
@@ -33,19 +33,6 @@ REFUSALS = re.compile(
     r"\b(not mentioned|no mention|not (?:given|stated|found|provided|present|available|contain)"
     r"|does(?: not|n't)|is(?: not|n't)|unknown|cannot|can't|none|no (?:such|special|magic))\b",
     re.IGNORECASE)
-WORDINGS = (
-    ("For the record, parcel {key} was weighed in at {value} milligrams.\n",
-     "How many milligrams did parcel {key} weigh?"),
-    ("Visitors who ask after the {key} are told to dial {value}.\n",
-     "Which digits does one dial to hear about the {key}?"),
-    ("Seat {value} in the stadium stays reserved for the {key}.\n",
-     "Which seat is kept for the {key}?"),
-    ("The lighthouse keeper counted {value} flashes before the {key} came into view.\n",
-     "After how many flashes did the {key} appear?"),
-    ("In the auction, bidder {value} went home with the {key}.\n",
-     "Who bought the {key}? Give the bidder's number."),
-)
-"""Sentences and questions that share few words, none of which nano's training rows hold."""
 PLACES = ("start", "middle", "end", "spread")
 NUM_SPREAD = 4
 QUESTION_LINE = "Question {number}: What is the special magic number for {key}?\n"
@@ -191,25 +178,6 @@ class AbsentTask(Task):
             return Verdict(score=1.0, values={"false refusals": 0.0})
         label = "false refusal" if refuses else "wrong"
         return Verdict(score=0.0, label=label, values={"false refusals": float(refuses)})
-
-
-@dataclass(frozen=True, kw_only=True)
-class WordingsTask(NumberTask):
-    """Sentences and questions in words that the model was not trained on."""
-
-    name: str = "unseen_wordings"
-    max_tokens: int = MAX_ANSWER_TOKENS
-
-    def build(
-        self, materials: Materials, num_tokens: int, index: int, rng: random.Random
-    ) -> list[Example]:
-        """Build one prompt; the wordings take turns, the other ones hide facts of their own."""
-        keys = draw_keys(rng, len(WORDINGS))
-        asked = index % len(WORDINGS)
-        facts = [Fact(rng.random(), key, draw_number(rng), sentence)
-                 for key, (sentence, _) in zip(keys, WORDINGS, strict=True)]
-        quiz = Quiz(facts, WORDINGS[asked][1].format(key=keys[asked]), asked)
-        return [ask_one(quiz, self, materials, num_tokens, rng)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,13 +17,13 @@ from longspan.eval.tasks.needles import (
     HardNegativesTask,
     OrdinalTask,
     QuestionsTask,
-    WordingsTask,
 )
 from longspan.eval.tasks.niah import NiahTask
 from longspan.eval.tasks.passkey import PasskeyTask
 from longspan.eval.tasks.perplexity import PerplexityTask
 from longspan.eval.tasks.ruler_qa import DocumentTask
 from longspan.eval.tasks.variables import VariableTask
+from longspan.eval.tasks.wordings import FRESH, WordingsTask
 from longspan.eval.tasks.words import CommonWordsTask, FrequentWordsTask
 
 NIAH_TASKS = (
@@ -74,7 +74,8 @@ def all_tasks(options: TaskOptions) -> dict[str, Task]:
         CommonWordsTask(), FrequentWordsTask(),
         DocumentTask(name="qa_1", dataset="squad"), DocumentTask(name="qa_2", dataset="hotpotqa"),
         *(QuestionsTask(name=f"questions_{place}", place=place) for place in PLACES),
-        HardNegativesTask(), OrdinalTask(), AbsentTask(), WordingsTask(), PerplexityTask(),
+        HardNegativesTask(), OrdinalTask(), AbsentTask(), WordingsTask(),
+        WordingsTask(name="fresh_wordings", wordings=FRESH), PerplexityTask(),
         *(lveval.LvEvalTask.of(dataset, level) for dataset in lveval.PROMPTS
           for level in lveval.LEVELS),
         *(longbench.LongBenchTask.of(dataset) for dataset in longbench.PROMPTS),
@@ -88,7 +89,7 @@ SUITES: dict[str, Callable[[str], bool]] = {
     "ruler-11": lambda name: name in (*RULER_11, "vt_no_space"),
     "ruler-13": lambda name: name in (*MACROS["ruler-13"], "vt_no_space"),
     "needles": lambda name: name in ("hard_negatives", "ordinal", "absent", "unseen_wordings",
-                                     *(f"questions_{place}" for place in PLACES)),
+                                     "fresh_wordings", *(f"questions_{place}" for place in PLACES)),
     "lveval": lambda name: name.startswith(lveval.PREFIX),
     "longbench": lambda name: name.startswith(longbench.PREFIX),
 }

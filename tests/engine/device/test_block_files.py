@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import random
@@ -216,3 +217,25 @@ def test_processes_killed_while_they_write_leave_whole_files_only(tmp_path: Path
     *counts, last = done.stdout.splitlines()
     assert len(counts) == 20 and int(counts[-1]) >= 20
     assert int(last.split(":")[1]) > 3, "some were killed in the middle of a file"
+
+
+def test_a_damaged_file_is_given_back(tmp_path: Path) -> None:
+    """Its descriptors and its mapping, at once: a deleted file takes room while they are there."""
+    disk = Disk(tmp_path)
+    disk.store.memory.random_()
+    assert disk.do("write", [4, 0, 2], HASHES) == ""
+    file = Path(disk.files._folder.path) / NAME
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1
+    file.write_bytes(damaged)
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(5):
+            assert "damaged" in disk.do("read", [1, 3, 5], HASHES)
+        assert len(os.listdir("/proc/self/fd")) == before
+        assert NAME not in Path("/proc/self/maps").read_text()
+    finally:
+        gc.enable()
+    disk.files.close()

@@ -199,8 +199,8 @@ def test_ranks_share_rows_and_keys_behind_released_strides(
     monkeypatch.setitem(shared_decode.LEAST_BYTES, "cpu", 1)
     write_checkpoint(tmp_path, num_hidden_layers=2, dual_chunk_attention_config=dca,
                      num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=1 << 20)
-    plan = replace(PLAN, **{name: tuple(part[:2] for part in getattr(PLAN, name)[:2])
-                            for name in ("vertical", "slash")})
+    vertical, slash = (tuple(part[:2] for part in each[:2]) for each in (PLAN.vertical, PLAN.slash))
+    plan = replace(PLAN, vertical=vertical, slash=slash)
     border, history, own = 2 * (dca["chunk_size"] - dca["local_size"]), list(range(32)), 64
     begin, end = border - own, border + own
     blocks = [history[index * 7 % 32] for index in range(begin // BLOCK)] + list(range(40, 50))
@@ -229,6 +229,20 @@ def test_ranks_share_rows_and_keys_behind_released_strides(
     assert all(group.num_merges > 0 for group in threads.groups)
     assert torch.equal(*found_keys) and not keys.isnan().any()
     torch.testing.assert_close(found_keys[0], keys, rtol=0, atol=2e-3)
+
+
+def test_ranks_share_selections_without_columns(path: Path) -> None:
+    """No head keeps any: what the ranks gather has a part of width 0."""
+    plan = replace(PLAN, vertical=tuple((0,) * HEADS for _ in range(LAYERS)))
+    threads = ThreadRanks(2)
+    one, together = (Answers(launcher, 3, True) for launcher in (
+        Alone(load(path, plan)), Together(threads, threads.run(
+            lambda rank: load(path, plan, threads.groups[rank])))))
+    one.run()
+    together.run()
+    threads.close()
+    assert together.tokens == one.tokens
+    assert all(group.num_exchanges > 0 for group in threads.groups)
 
 
 def test_tokens_are_those_of_the_first_rank(path: Path) -> None:

@@ -84,3 +84,14 @@ def test_what_cannot_be_divided(ranks: int, options: dict[str, Any], words: str)
     assert str(caught.value).startswith("divides_kv: ") and "\n" not in str(caught.value)
     found = plan("qwen2.5-7b", None, ranks, **options)
     assert not found.config.divides_kv and found.config.kv_parts == 1
+
+
+def test_more_ranks_than_heads_select_nothing_for_sparse_prefill() -> None:
+    """With dense attention every rank has rows to compute all the same."""
+    with pytest.raises(LongspanError, match="context_parallel 5: .* there are 4; use 4 ranks"):
+        plan("nano", 65_536, 5, attention="sparse", divides_kv=False)
+    with pytest.raises(LongspanError, match="there are 2; use 2 ranks"):
+        plan("nano", 65_536, 3, attention="sparse", tensor_parallel=2, divides_kv=False)
+    for ranks, attention in ((4, "sparse"), (5, "dense")):
+        found = plan("nano", 65_536, ranks, attention=attention, divides_kv=False)
+        assert found.config.context_parallel == ranks
