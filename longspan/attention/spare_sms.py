@@ -8,6 +8,7 @@ a bias, as Qwen2.5's projections have one.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,8 +19,8 @@ EXCHANGE_SMS = 16
 """SMs of an exchange: an eighth of an H200's. Enough for half of what NVLink carries, and a product
 takes an eighth longer."""
 
-_set_carveout: Callable[[int | None], None] | None = getattr(
-    torch._C, "_set_sm_carveout_experimental", None)
+Knob = Callable[[int | None], None]
+_set_carveout: Knob | None = getattr(torch._C, "_set_sm_carveout_experimental", None)
 
 
 @contextmanager
@@ -28,10 +29,18 @@ def spare_sms(count: int) -> Iterator[None]:
     if not count or _set_carveout is None:
         yield
         return
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Setting the SM carveout")  # once, that it may go
-        _set_carveout(count)
+    _quieten(_set_carveout)
+    _set_carveout(count)
     try:
         yield
     finally:
         _set_carveout(None)
+
+
+@functools.cache
+def _quieten(knob: Knob) -> None:
+    """Turn it once before it is used: it warns the first time that it may go."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Setting the SM carveout")
+        knob(0)
+    knob(None)

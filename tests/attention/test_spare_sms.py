@@ -14,6 +14,9 @@ def test_products_beside_an_exchange_leave_its_sms_free(monkeypatch: pytest.Monk
     with RankGroup(0, 2).beside():
         assert noted == []
     with RankGroup(0, 2, num_sms=16).beside():
+        assert noted[-1] == 16
+    noted.clear()
+    with RankGroup(0, 2, num_sms=16).beside():
         assert noted == [16]
     assert noted == [16, None]
     with pytest.raises(ZeroDivisionError), RankGroup(0, 2, num_sms=8).beside():

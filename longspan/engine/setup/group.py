@@ -168,6 +168,7 @@ def _options(config: EngineConfig) -> Any:
         return None
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     options.config.max_ctas = count
+    options._timeout = timedelta(seconds=COLLECTIVE_S)  # PyTorch warns where it is another one
     return options
 
 

@@ -1,0 +1,39 @@
+"""What ranks ask of NCCL; where there is none, a stand-in says what was asked."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from longspan.attention.spare_sms import EXCHANGE_SMS
+from longspan.config import EngineConfig
+from longspan.engine.setup import group
+from longspan.engine.setup.mesh import exchange_sms
+
+
+@pytest.mark.parametrize(("options", "count"), [
+    ({"device": "cuda:0", "context_parallel": 2}, EXCHANGE_SMS),
+    ({"device": "cpu", "context_parallel": 2}, 0),
+    ({"device": "cuda", "tensor_parallel": 2}, 0), ({"device": "cuda"}, 0),
+    ({"device": "cuda", "context_parallel": 2, "tensor_parallel": 2}, 0)])
+def test_exchanges_take_few_sms_where_they_run_beside_products(
+    options: dict[str, Any], count: int, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And nowhere else: sums of all activations wait for them."""
+    def make(is_high_priority_stream: bool) -> SimpleNamespace:
+        return SimpleNamespace(config=SimpleNamespace(max_ctas=0), first=is_high_priority_stream,
+                               _timeout=None)
+
+    monkeypatch.setattr(
+        dist, "ProcessGroupNCCL", SimpleNamespace(Options=make), raising=False)
+    config = EngineConfig(model="x", **options)
+    assert exchange_sms(config) == count
+    asked = group._options(config)
+    assert (asked is None) is (count == 0)
+    if asked is not None:
+        assert asked.config.max_ctas == count and asked.first
+        assert asked._timeout == timedelta(seconds=group.COLLECTIVE_S)
