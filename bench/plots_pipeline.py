@@ -46,10 +46,10 @@ def draw_pipeline(content: Mapping[str, Any], stem: Path) -> list[Path]:
 
 def _draw_speedup(figure: Any, rows: Sequence[Row], title: str) -> bool:
     panels = list(dict.fromkeys((row["shape"], row["attention"]) for row in rows
-                                if row["num_tokens"] == LONGEST))
+                                if row["num_tokens"] == LONGEST and "speedup" in row))
     if not panels:
         return False
-    figure.set_size_inches(max(4.0, 4 * len(panels) / 2), 6)
+    figure.set_size_inches(max(6.0, 4 * len(panels) / 2), 6)
     figure.suptitle(f"{title}: {LONGEST:,} tokens, speed-up over one GPU")
     for index, (shape, attention) in enumerate(panels):
         axes = figure.add_subplot(2, -(-len(panels) // 2), index + 1)
