@@ -94,7 +94,7 @@ class DualChunkAttention:
             return None
         assert item.share is not None
         return item.share.begin_to_heads(
-            lambda heads: q[:, heads].contiguous(), self.num_heads, self.num_kv_heads).wait
+            lambda heads: q[:, heads], self.num_heads, self.num_kv_heads).wait
 
     def exchanges(self, item: PrefillSlice) -> bool:
         """Return whether ranks exchange a slice's queries: they select for it together."""

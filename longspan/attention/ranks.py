@@ -295,7 +295,7 @@ class RowShare:
         and travel while the next ones are made.
 
         Args:
-            queries: makes those of this rank's rows and some heads, [n, h, D], contiguous.
+            queries: makes those of this rank's rows and some heads, [n, h, D].
         """
         rank, size = self.group.rank, self.group.size
         heads = [slice(*each) for each in share_heads(num_heads, num_kv_heads, size)]
@@ -304,7 +304,7 @@ class RowShare:
         lengths = [stop - start for start, stop in self.own]
         for step in range(1, size):
             target, source = (rank + step) % size, (rank - step) % size
-            part = found[target] = queries(heads[target])
+            part = found[target] = queries(heads[target]).contiguous()
             if step == 1:
                 every = part.new_empty(sum(map(self.num_rows, range(size))),
                                        heads[rank].stop - heads[rank].start, part.shape[2])
