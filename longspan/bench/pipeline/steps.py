@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from longspan.engine.control.chunking import tail_start
 from longspan.engine.control.ladder import Ladder
+from longspan.ops.geometry import segments
 
 Cuts = Sequence[tuple[int, int]]
 BLOCK_SIZE = 128
@@ -59,7 +60,7 @@ def sparse_cuts(num_tokens: int, ladder: Ladder, tail_len: int) -> Cuts:
 
 def num_selections(start: int, stop: int, stride: int) -> int:
     """Count a chunk's selections: one for each of DCA's chunks, ``stride`` long, that it is in."""
-    return (stop - 1) // stride - start // stride + 1
+    return sum(1 for _ in segments(start, stop, stride))
 
 
 def kept_keys(
