@@ -55,7 +55,8 @@ JOBS ?= 2
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal \
 		-m "not gpu and not browser and not alone"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "alone and not gpu and not browser"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "alone and not gpu and not browser" \
+		$$(grep -rl --include='test_*.py' mark.alone tests)
 
 # Hopper's own kernels run nowhere else.
 COMPUTE_CAPABILITY = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null)

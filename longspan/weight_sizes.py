@@ -78,6 +78,8 @@ def scratch_bytes(
     """Bytes that quantised weights, but those for CPUs, take where they are made plain for a
     product: the largest matrix's, and on GPUs, where no product of experts reads what they are held
     in, all experts' of a layer."""
+    if forms.form.kind in ("plain", *FOR_CPUS):
+        return 0
     layers = [list(layer_matrices(model, forms, idx)) for idx in range(model.num_layers)]
     found = [matrix.num_weights // matrix.copies for matrices in layers for matrix in matrices
              if matrix.form.kind not in ("plain", *FOR_CPUS)]
