@@ -16,15 +16,26 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parents[1]
 NAMED_TRITON = {"2.11.0": "3.6.0", "2.13.0": "3.7.1", "2.14.1": "3.8.0", "2.15.0": "3.9.0"}
 """What builds of PyTorch with CUDA require."""
-BLOCKED = """
-import sys
+IMPORTS = """
+import importlib, os, sys
 class Missing:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {names!r}:
             raise ModuleNotFoundError("No module named " + name)
 sys.meta_path.insert(0, Missing())
-import {module}
+import torch
+from tests.forks import forked
+for module in {modules!r}:
+    _, status = os.waitpid(forked(lambda: importlib.import_module(module)), 0)
+    print(module, "is there" if status == 0 else "is not there", flush=True)
 """
+MODULES = (
+    "longspan", "longspan.cli", "longspan.commands.demo", "longspan.commands.generate",
+    "longspan.commands.info", "longspan.commands.evaluate", "longspan.engine.front.llm",
+    "longspan.documents.gather",
+    "longspan.eval.runner", "longspan.eval.endpoint", "longspan.eval.plot",
+    "longspan.bench.engine.cpu", "longspan.bench.engine.ttft", "longspan.bench.ops.command",
+    "longspan.bench.engine.quality", "bench.report")
 
 
 def name_of(requirement: str) -> str:
@@ -66,18 +77,20 @@ def test_the_list_tells_extras_from_what_is_always_there() -> None:
     assert not {"torch", "numpy", "typer", "jinja2", "msgspec", "tokenizers"} & found
 
 
-@pytest.mark.parametrize("module", [
-    "longspan", "longspan.cli", "longspan.commands.demo", "longspan.commands.generate",
-    "longspan.commands.info", "longspan.commands.evaluate", "longspan.engine.front.llm",
-    "longspan.documents.gather",
-    "longspan.eval.runner", "longspan.eval.endpoint", "longspan.eval.plot",
-    "longspan.bench.engine.cpu", "longspan.bench.engine.ttft", "longspan.bench.ops.command",
-    "longspan.bench.engine.quality", "bench.report"])
-def test_imports_without_extras(module: str) -> None:
-    """As after `pip install .`, with which `make demo` begins."""
-    code = BLOCKED.format(names=packages_of_extras_alone(), module=module)
+@pytest.fixture(scope="module")
+def imports() -> str:
+    """What one process says that tries each module in a fork of its own: torch, which most of
+    them need, is loaded once."""
+    code = IMPORTS.format(names=packages_of_extras_alone(), modules=MODULES)
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_without_extras(imports: str, module: str) -> None:
+    """As after `pip install .`, with which `make demo` begins."""
+    assert f"{module} is there\n" in imports, imports
 
 
 def test_pins_agree() -> None:

@@ -92,7 +92,7 @@ def main() -> None:
         pid = forked(lambda turn=turn, done=done: write(folder, turn, done))  # type: ignore[misc]
         os.read(told, 1)
         assert is_refused(folder), "another process owns it"
-        time.sleep(rng.uniform(0.0, 0.1))
+        time.sleep(rng.uniform(0.0, 0.03))
         os.kill(pid, signal.SIGKILL)
         os.close(told)
         os.close(done)
