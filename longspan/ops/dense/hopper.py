@@ -14,6 +14,8 @@ from longspan.ops.tiles.hopper import (
     TILE,
     TILE_LEN,
     ZONES,
+    as_they_are,
+    causal,
     finish,
     first_step,
     key_tiles,
@@ -21,6 +23,7 @@ from longspan.ops.tiles.hopper import (
     parity,
     query_halves,
     step,
+    wait_for_queries,
     zone_of,
 )
 from longspan.ops.tiles.rotary import rotated_query_variants
@@ -102,14 +105,14 @@ def _dense_producer(
         following = gl.load(block_table + gl.maximum(key_tile - 1, 0)).to(gl.int32)
         slot = i % STAGES
         whole = key_tile < last_full
-        mbarrier.wait(k_empty.index(slot), parity(i) ^ 1)
+        mbarrier.wait(k_empty.index(slot), parity(i, STAGES) ^ 1)
         full = k_full.index(slot)
         mbarrier.expect(full, TILE * TILE * 2)
         tma.async_copy_global_to_shared(
             k_desc, [block * TILE, column], full, k_smem.index(slot), pred=whole)
         tma.async_copy_global_to_shared(
             k_tail, [0, column], full, k_smem.index(slot), pred=key_tile >= last_full)
-        mbarrier.wait(v_empty.index(slot), parity(i) ^ 1)
+        mbarrier.wait(v_empty.index(slot), parity(i, STAGES) ^ 1)
         full = v_full.index(slot)
         mbarrier.expect(full, TILE * TILE * 2)
         tma.async_copy_global_to_shared(
@@ -132,14 +135,15 @@ def _dense_consumer(
     previous = start - stride_tiles
     last = high - 1
     row = tile * TILE + Q_HALF * HALF
+    wait_for_queries(q_full, num_zones)
     p, m, total = first_step(
-        q_smem, Q_HALF, k_smem, q_full, k_full, k_empty, v_full, zone_of(last, start, previous),
-        num_zones, last * TILE, row, SCORES, PROBS)
+        q_smem.index(2 * zone_of(last, start, previous) + Q_HALF), k_smem, k_full, k_empty, v_full,
+        (last * TILE, row), causal, SCORES, PROBS)
     acc = gl.zeros([HALF, TILE], gl.float32, SCORES)
     for i in range(1, high - low):
-        p, acc, m, total = step(
-            i, zone_of(last - i, start, previous), q_smem, Q_HALF, k_smem, v_smem, k_smem, k_smem,
-            k_full, k_empty, v_full, v_empty, p, acc, m, total, False, SCORES, PROBS)
+        q = q_smem.index(2 * zone_of(last - i, start, previous) + Q_HALF)
+        p, acc, m, total = step(i, q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, p, acc, m,
+                                total, (), as_they_are, SCORES, PROBS)
     part = split.to(gl.int64) * (end_row - first_row) * num_heads
     finish(out + part * TILE, lse + part, v_smem, last - low, p, acc, m, total, row, first_row,
             end_row, head, num_heads, SCORES)

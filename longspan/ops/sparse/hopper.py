@@ -29,12 +29,15 @@ from longspan.ops.tiles.hopper import (
     TILE,
     TILE_LEN,
     ZONES,
+    as_they_are,
+    causal,
     finish,
     first_step,
     key_tiles,
     load_queries,
     query_halves,
     step,
+    wait_for_queries,
 )
 from longspan.ops.tiles.rotary import rotated_query_variants
 from longspan.ops.types import PagedKV, QueryRotary, Selection
@@ -211,6 +214,17 @@ def _sparse_producer(
 
 
 @gluon.jit
+def _biased(s, slot, facts, SCORES: gl.constexpr):
+    """Add the biases of a slot's keys where its flag says that they have any."""
+    bias_smem, flag_smem = facts
+    flag = gl.sum(flag_smem.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+    if flag > 0:
+        bias = bias_smem.index(slot).load(gl.SliceLayout(0, SCORES))
+        s = s + bias[None, :]
+    return s
+
+
+@gluon.jit
 def _sparse_consumer(
     out, lse, head_order, window_rank, column_rank, list_ends, q_smem, k_smem, v_smem, bias_smem,
     flag_smem, q_full, k_full, k_empty, v_full, v_empty, num_tiles, first_tile, num_key_tiles,
@@ -224,19 +238,20 @@ def _sparse_consumer(
         _sparse_item(head_order, window_rank, column_rank, list_ends, num_tiles, first_tile,
                      num_key_tiles, start, previous, near_tiles, CORRECTED, LISTED))
     row = tile * TILE + Q_HALF * HALF
-    p, m, total = first_step(q_smem, Q_HALF, k_smem, q_full, k_full, k_empty, v_full, 0, num_zones,
-                          tile * TILE, row, SCORES, PROBS)
+    wait_for_queries(q_full, num_zones)
+    p, m, total = first_step(q_smem.index(Q_HALF), k_smem, k_full, k_empty, v_full,
+                             (tile * TILE, row), causal, SCORES, PROBS)
     acc = gl.zeros([HALF, TILE], gl.float32, SCORES)
     for i in range(1, all_whole):
         zone = (i >= own_whole).to(gl.int32) + (i >= near_whole).to(gl.int32)
         p, acc, m, total = step(
-            i, zone, q_smem, Q_HALF, k_smem, v_smem, bias_smem, flag_smem, k_full, k_empty,
-            v_full, v_empty, p, acc, m, total, False, SCORES, PROBS)
+            i, q_smem.index(2 * zone + Q_HALF), k_smem, v_smem, k_full, k_empty, v_full, v_empty,
+            p, acc, m, total, (), as_they_are, SCORES, PROBS)
     for i in range(all_whole, steps):
         zone = (i >= own_steps).to(gl.int32) + (i >= near_steps).to(gl.int32)
         p, acc, m, total = step(
-            i, zone, q_smem, Q_HALF, k_smem, v_smem, bias_smem, flag_smem, k_full, k_empty,
-            v_full, v_empty, p, acc, m, total, True, SCORES, PROBS)
+            i, q_smem.index(2 * zone + Q_HALF), k_smem, v_smem, k_full, k_empty, v_full, v_empty,
+            p, acc, m, total, (bias_smem, flag_smem), _biased, SCORES, PROBS)
     finish(out, lse, v_smem, steps - 1, p, acc, m, total, row, first_tile * TILE,
             (first_tile + num_tiles) * TILE, head, num_heads, SCORES)
 

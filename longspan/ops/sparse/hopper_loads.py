@@ -35,10 +35,10 @@ def load_whole(
         entry = gl.load(tiles + gl.minimum(at + 1, stop - 1))
         following = gl.load(block_table + base + sign * entry).to(gl.int32)
         slot = i % STAGES
-        mbarrier.wait(k_empty.index(slot), parity(i) ^ 1)
+        mbarrier.wait(k_empty.index(slot), parity(i, STAGES) ^ 1)
         load_tile(k_desc, block * TILE, column, k_full.index(slot), k_smem.index(slot))
         mbarrier.arrive(k_full.index(slot), count=1)  # stands for the bias, which these have not
-        mbarrier.wait(v_empty.index(slot), parity(i) ^ 1)
+        mbarrier.wait(v_empty.index(slot), parity(i, STAGES) ^ 1)
         load_tile(v_desc, block * TILE, column, v_full.index(slot), v_smem.index(slot))
         block = following
         i += 1
@@ -60,7 +60,7 @@ def load_biased(
     for part in range(cover(count)):
         slot = i % STAGES
         first = row + part * TILE
-        mbarrier.wait(k_empty.index(slot), parity(i) ^ 1)
+        mbarrier.wait(k_empty.index(slot), parity(i, STAGES) ^ 1)
         load_tile(k_desc, first, column, k_full.index(slot), k_smem.index(slot))
         place = part * TILE + lanes
         bias, has_bias = BIAS_OF(facts, first + lanes, place, place < count, LISTED)
@@ -69,7 +69,7 @@ def load_biased(
         flag_smem.index(slot).store(
             gl.full([1], has_bias, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
         mbarrier.arrive(k_full.index(slot), count=1)
-        mbarrier.wait(v_empty.index(slot), parity(i) ^ 1)
+        mbarrier.wait(v_empty.index(slot), parity(i, STAGES) ^ 1)
         load_tile(v_desc, first, column, v_full.index(slot), v_smem.index(slot))
         i += 1
     return i

@@ -74,9 +74,9 @@ def zone_of(tile, start, previous):
 
 
 @gluon.jit
-def parity(i):
+def parity(i, stages):
     """Return the parity of a ring's full barriers in step i; its empty ones have the other."""
-    return i // STAGES & 1
+    return i // stages & 1
 
 
 @gluon.jit
@@ -99,48 +99,45 @@ def load_queries(q_desc, q_smem, q_full, row, zone_rows, num_zones):
 
 
 @gluon.jit
-def first_step(q_smem, q_half, k_smem, q_full, k_full, k_empty, v_full, zone, num_zones, key_row,
-                query_row, SCORES: gl.constexpr, PROBS: gl.constexpr):
-    """Compute the softmax of step 0, under the causal mask. Returns p, m, total."""
+def wait_for_queries(q_full, num_zones):
+    """Wait until the query tile is there in every zone's rotation."""
+    for zone in range(num_zones):
+        mbarrier.wait(q_full.index(zone), 0)
+
+
+@gluon.jit
+def first_step(q, k_smem, k_full, k_empty, v_full, facts, ALTER: gl.constexpr,
+                SCORES: gl.constexpr, PROBS: gl.constexpr):
+    """Compute the softmax of step 0. Returns p, m, total. See `step`."""
     zeros = gl.zeros([HALF, TILE], gl.float32, SCORES)
-    for i in range(num_zones):
-        mbarrier.wait(q_full.index(i), 0)
     mbarrier.wait(k_full.index(0), 0)
-    q = q_smem.index(2 * zone + q_half)
     s = warpgroup_mma(q, k_smem.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(k_empty.index(0), count=1)
-    rows = query_row + gl.arange(0, HALF, layout=gl.SliceLayout(1, SCORES))
-    keys = key_row + gl.arange(0, TILE, layout=gl.SliceLayout(0, SCORES))
-    s = gl.where(keys[None, :] <= rows[:, None], s, float("-inf"))
-    m = gl.maximum(gl.max(s, 1), -1e30)  # finite also for rows that are no queries
+    s = ALTER(s, 0, facts, SCORES)
+    m = gl.maximum(gl.max(s, 1), -1e30)  # finite also for rows that see no key
     s = gl.exp2(s - m[:, None])
     mbarrier.wait(v_full.index(0), 0)
     return gl.convert_layout(s.to(k_smem.dtype), PROBS), m, gl.sum(s, 1)
 
 
 @gluon.jit
-def step(i, zone, q_smem, q_half, k_smem, v_smem, bias_smem, flag_smem, k_full, k_empty, v_full,
-          v_empty, p, acc, m, total, BIASED: gl.constexpr, SCORES: gl.constexpr,
-          PROBS: gl.constexpr):
+def step(i, q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, p, acc, m, total, facts,
+          ALTER: gl.constexpr, SCORES: gl.constexpr, PROBS: gl.constexpr):
     """Compute the scores of step i beside the values of step i - 1, whose weights are p, and the
     softmax of step i beside the latter. Returns p, acc, m, total after step i.
 
-    BIASED: the slot's flag says whether its keys have biases. To add them takes as long as the
-    exponentials do."""
+    q: [64, D] in shared memory. ALTER: `as_they_are`, `causal` or one that adds biases; facts: what
+    that one needs. To alter all scores takes as long as the exponentials do."""
+    STAGES: gl.constexpr = k_smem.shape[0]
     slot = i % STAGES
     before = (i - 1) % STAGES
     zeros = gl.zeros([HALF, TILE], gl.float32, SCORES)
-    mbarrier.wait(k_full.index(slot), parity(i))
-    q = q_smem.index(2 * zone + q_half)
+    mbarrier.wait(k_full.index(slot), parity(i, STAGES))
     s = warpgroup_mma(q, k_smem.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
     acc = warpgroup_mma(p, v_smem.index(before), acc, is_async=True)
     s = warpgroup_mma_wait(1, deps=[s])
-    if BIASED:
-        flag = gl.sum(flag_smem.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
-        if flag > 0:
-            bias = bias_smem.index(slot).load(gl.SliceLayout(0, SCORES))
-            s = s + bias[None, :]
+    s = ALTER(s, slot, facts, SCORES)
     mbarrier.arrive(k_empty.index(slot), count=1)
     new_m = gl.maximum(m, gl.max(s, 1))
     alpha = gl.exp2(m - new_m)
@@ -149,10 +146,33 @@ def step(i, zone, q_smem, q_half, k_smem, v_smem, bias_smem, flag_smem, k_full, 
     new_p = gl.convert_layout(s.to(k_smem.dtype), PROBS)
     # A wait is a loop, the border of a basic block: without one ptxas moves the wait for the
     # values above the exponentials, and nothing overlaps.
-    mbarrier.wait(v_full.index(slot), parity(i))
+    mbarrier.wait(v_full.index(slot), parity(i, STAGES))
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(v_empty.index(before), count=1)
     return new_p, acc * alpha[:, None], new_m, total
+
+
+@gluon.jit
+def as_they_are(s, slot, facts, SCORES: gl.constexpr):
+    """Leave scores alone."""
+    return s
+
+
+@gluon.jit
+def causal(s, slot, facts, SCORES: gl.constexpr):
+    """Hide the keys behind each row. facts: the positions of the first key and the first row; rows
+    follow one another."""
+    key_row, query_row = facts
+    rows = query_row + gl.arange(0, HALF, layout=gl.SliceLayout(1, SCORES))
+    keys = key_row + gl.arange(0, TILE, layout=gl.SliceLayout(0, SCORES))
+    return gl.where(keys[None, :] <= rows[:, None], s, float("-inf"))
+
+
+@gluon.jit
+def add_values(p, v_smem, last, acc):
+    """Take in the values of the ``last`` step."""
+    acc = warpgroup_mma(p, v_smem.index(last % v_smem.shape[0]), acc, is_async=True)
+    return warpgroup_mma_wait(0, deps=[acc])
 
 
 @gluon.jit
@@ -160,8 +180,7 @@ def finish(out, lse, v_smem, last, p, acc, m, total, row, first_row, end_row, he
             SCORES: gl.constexpr):
     """Take in the values of the ``last`` step; store the rows that are queries. out: [T, H, D];
     lse: [T, H]."""
-    acc = warpgroup_mma(p, v_smem.index(last % STAGES), acc, is_async=True)
-    acc = warpgroup_mma_wait(0, deps=[acc])
+    acc = add_values(p, v_smem, last, acc)
     rows = row + gl.arange(0, HALF, layout=gl.SliceLayout(1, SCORES))
     dims = gl.arange(0, TILE, layout=gl.SliceLayout(0, SCORES))
     inside = (rows >= first_row) & (rows < end_row)
