@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longspan.ops.tiles.items import merge_items, work_items
 from longspan.ops.tiles.splits import num_sms
 from longspan.ops.types import KeySpans, PagedKV, QueryRotary
 
@@ -47,7 +48,6 @@ MAX_LAUNCHES = 2
 """More query tokens than fit that many launches are left to the prefill kernels."""
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
-_LN_2 = tl.constexpr(0.6931471805599453)
 
 
 def decode_attention(
@@ -130,7 +130,7 @@ def _attend(
     out = torch.empty(
         q.shape, dtype=q.dtype if spans is None else torch.float32, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    _merge_items[(width, batch)](
+    merge_items[(width, batch)](
         parts, part_lse, counts, out, lse, width, **shared, ITEMS=32, num_warps=4)
     return out, lse
 
@@ -168,24 +168,6 @@ def _precision(cache: PagedKV) -> str:
     return "ieee" if cache.dtype == torch.float32 else "tf32"
 
 
-@triton.jit
-def _work_items(
-    counts, num_requests, capacity,
-    TILE: tl.constexpr, REQUESTS: tl.constexpr, MIN_TILES: tl.constexpr,
-):
-    """Count key tiles and work items of each request, and find where its items end: three of
-    [REQUESTS].
-
-    Items of the batch have the same number of tiles, up to one: at most ``capacity`` + requests.
-    """
-    rows = tl.arange(0, REQUESTS)
-    lens = tl.load(counts + rows, mask=rows < num_requests, other=0).to(tl.int32)
-    tiles = (lens + TILE - 1) // TILE
-    tiles_per_item = tl.maximum((tl.sum(tiles, 0) + capacity - 1) // capacity, MIN_TILES)
-    items = (tiles + tiles_per_item - 1) // tiles_per_item
-    return tiles, items, tl.cumsum(items, 0)
-
-
 @triton.jit(do_not_specialize=["num_rows"])
 def _attend_items(
     q, k, v, k_scale, v_scale, k_gain, block_tables, context_lens, span_first, counts, scales, cos,
@@ -201,7 +183,7 @@ def _attend_items(
     head. Keys are counted as the cache holds them: all, or from ``block_start`` on BLOCK of each
     WHOLE."""
     head, item = tl.program_id(0), tl.program_id(1)
-    tiles, items, ends = _work_items(counts, num_requests, capacity, TILE, REQUESTS, MIN_TILES)
+    tiles, items, ends = work_items(counts, num_requests, capacity, TILE, REQUESTS, MIN_TILES)
     request = tl.sum((ends <= item).to(tl.int32), 0)
     if request >= num_requests:
         return
@@ -349,38 +331,3 @@ def _attend_keys(
         following = tile + 1  # its block id is fetched a tile ahead, off the loads' critical path
         block = tl.load(table + following // per_block, mask=following < last_tile, other=0)
     return top, total, acc
-
-
-@triton.jit(do_not_specialize=["num_heads"])
-def _merge_items(
-    parts, part_lse, counts, out, lse, num_heads, num_requests, capacity,
-    TILE: tl.constexpr, HEAD_DIM: tl.constexpr, REQUESTS: tl.constexpr, MIN_TILES: tl.constexpr,
-    ITEMS: tl.constexpr,
-):
-    """Merge all items of one request and query head into one row, with the LSE to base e; the heads
-    of further rows are heads."""
-    head, request = tl.program_id(0), tl.program_id(1)
-    _, items, ends = _work_items(counts, num_requests, capacity, TILE, REQUESTS, MIN_TILES)
-    is_request = tl.arange(0, REQUESTS) == request
-    stop = tl.sum(tl.where(is_request, ends, 0), 0)
-    start = stop - tl.sum(tl.where(is_request, items, 0), 0)
-    dims = tl.arange(0, HEAD_DIM)
-    top = tl.full([1], float("-inf"), tl.float32)
-    total = tl.zeros([1], tl.float32)
-    acc = tl.zeros([HEAD_DIM], tl.float32)
-    for first in range(start, stop, ITEMS):
-        item = first + tl.arange(0, ITEMS)
-        row = item * num_heads + head
-        logs = tl.load(part_lse + row, mask=item < stop, other=float("-inf"))
-        new_top = tl.maximum(top, tl.max(logs, 0))
-        weights = tl.exp2(logs - new_top)
-        part = tl.load(parts + row[:, None] * HEAD_DIM + dims[None, :],
-                       mask=(item < stop)[:, None], other=0.0)
-        decay = tl.exp2(top - new_top)
-        acc = acc * decay + tl.sum(part * weights[:, None], 0)
-        total = total * decay + tl.sum(weights, 0)
-        top = new_top
-    total_or_1 = tl.where(total > 0, total, 1.0)
-    place = out + (request.to(tl.int64) * num_heads + head) * HEAD_DIM
-    tl.store(place + dims, (acc / total_or_1).to(out.dtype.element_ty))
-    tl.store(lse + request * num_heads + head + tl.arange(0, 1), (top + tl.log2(total)) * _LN_2)

@@ -22,12 +22,12 @@ KERNELS = {
     "select/triton_keys": "find_blocks tile_columns key_masses",
     "select/top_k": "choose_windows write_largest place_columns group_maxima lower_bounds "
                     "count_reached list_reached place_diagonals",
-    "tiles/splits": "_merge_kernel", "tiles/rotary": "_rotate_kernel",
+    "tiles/splits": "_merge_kernel", "tiles/items": "merge_items", "tiles/rotary": "_rotate_kernel",
     "moe/triton": "_expert_up _expert_down _combine", "moe/triton_routing": "_route _count",
     "quant/triton_rows": "_quantize_rows _norm_rows",
     "quant/triton_few": "_few_fp8 _few_int4",
     "quant/triton_dense": "_dense_fp8 _dense_int4",
-    "block_rows": "_move_rows", "decode": "_attend_items _merge_items",
+    "block_rows": "_move_rows", "decode": "_attend_items",
     "quant/triton_kv": "_store_quantised _quantised_means _write_out",
     "pointwise": "_rms_norm _silu_mul _store_rotated _block_means"}
 
