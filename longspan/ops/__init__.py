@@ -83,14 +83,16 @@ def prefill_attention(
     args = (q, cache, block_table, cached_len, rotary, scale)
     if q.is_cuda:
         from longspan.ops import decode
-        from longspan.ops.dense import hopper
+        from longspan.ops.dense import hopper, hopper_rows
         from longspan.ops.dense import triton as prefill
         from longspan.ops.tiles import hopper as hopper_tile
         from longspan.ops.tiles import splits
 
+        context_len = cached_len + q.shape[0]
+        if hopper_rows.takes_rows(q, cache, rotary, context_len):
+            return hopper_rows.prefill_attention(*args)
         if decode.takes_rows(q, cache, rotary):
             return decode.prefill_attention(*args)
-        context_len = cached_len + q.shape[0]
         if hopper_tile.supports(q, cache, rotary, context_len):
             return hopper.prefill_attention(*args)
         if splits.supports(q, cache, rotary, context_len):

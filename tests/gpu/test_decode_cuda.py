@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longspan import ops
 from longspan.ops import decode, reference
 from tests.conftest import assert_close
 from tests.gpu.syncs import no_syncs
@@ -27,7 +26,7 @@ def test_few_rows_behind_a_released_stride(count: int, chunk_size: int, local_si
         args = case.args(length - count)
         assert decode.takes_rows(args[0], case.cache, case.rotary)
         with no_syncs():
-            out, lse = ops.prefill_attention(*args)
+            out, lse = decode.prefill_attention(*args)
         expected, expected_lse = reference.prefill_attention(*args)
         assert_close(out, expected, f"out, {length} tokens")
         assert_close(lse, expected_lse, "lse", torch.bfloat16)
@@ -42,5 +41,5 @@ def test_rows_of_every_group(heads: tuple[int, int], dtype: torch.dtype) -> None
     for count in (1, 2, 3, 7, 2 * (decode.MAX_ROWS * heads[1] // heads[0])):
         args = case.args(3_000 - count)
         assert decode.takes_rows(args[0], case.cache, case.rotary)
-        out, _ = ops.prefill_attention(*args)
+        out, _ = decode.prefill_attention(*args)
         assert_close(out, reference.prefill_attention(*args)[0], f"{count} rows")

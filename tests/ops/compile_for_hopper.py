@@ -62,7 +62,7 @@ def compile_only(launch: Callable[..., Any]) -> Callable[..., Any]:
 
 def pretend() -> None:
     """From here on launches compile, and the choices are those for a Hopper GPU."""
-    from longspan.ops.dense import hopper
+    from longspan.ops.dense import hopper, hopper_rows
     from longspan.ops.quant import triton_few
     from longspan.ops.select import hopper_tiles as hopper_probe
     from longspan.ops.select import triton_scouts
@@ -74,7 +74,7 @@ def pretend() -> None:
     torch.Tensor.new_empty = torch.Tensor.new_zeros  # type: ignore[method-assign]
     driver.set_active(Driver())
     JITFunction.run = compile_only(JITFunction.run)
-    for module in (decode, prefill, hopper, hopper_probe, sparse_index):
+    for module in (decode, prefill, hopper, hopper_rows, hopper_probe, sparse_index):
         module.num_sms = lambda device: NUM_SMS  # type: ignore[attr-defined]
     for module in (hopper_probe, hopper_tile):
         module.is_hopper = lambda device: True  # type: ignore[attr-defined]
@@ -90,7 +90,7 @@ def pretend() -> None:
 def main() -> None:
     """Every GPU path of `ops`, at the shapes of a 7B model."""
     from longspan.ops import pointwise
-    from longspan.ops.dense import hopper
+    from longspan.ops.dense import hopper, hopper_rows
     from longspan.ops.sparse import hopper as hopper_sparse
     from longspan.ops.sparse import triton as vertical_slash
 
@@ -135,6 +135,8 @@ def main() -> None:
         KeySpans(torch.tensor([0, 0]), torch.tensor([452, 1_024]), 128, 64))
     for few in (2, 16):
         decode.prefill_attention(q[:few], cache, table, CACHED, rotary, scale)
+    for few in (8, 16):  # one consumer and two
+        hopper_rows.prefill_attention(q[:few], cache, table, CACHED, rotary, scale)
     x, weight = torch.zeros(9, 3_584, dtype=torch.bfloat16), torch.ones(3_584, dtype=torch.bfloat16)
     pointwise.rms_norm(x, weight, 1e-6)
     pointwise.add_rms_norm(x, x.clone(), weight, 1e-6)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 KERNELS = {
     "dense/hopper": "_dense_kernel", "dense/triton": "_dense_kernel",
+    "dense/hopper_rows": "_rows_kernel",
     "sparse/hopper": "_sparse_kernel", "sparse/triton": "_tile_kernel",
     "sparse/triton_unaligned": "_window_kernel _paper_kernel",
     "sparse/layout": "_index_kernel _plan_kernel _gather_columns_kernel _gather_means_kernel "
