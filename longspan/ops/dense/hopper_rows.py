@@ -35,8 +35,8 @@ from longspan.ops.tiles.rotary import LOG2_E
 from longspan.ops.tiles.splits import num_sms
 from longspan.ops.types import PagedKV, QueryRotary
 
-MIN_LANES, MAX_LANES = 33, 128
-"""Rows times query heads of a KV head: fewer are read as fast by `decode`, more are no tile."""
+MAX_LANES = 128
+"""Rows times query heads of a KV head: more are no tile."""
 MIN_TILES = 2
 """Fewer key tiles than this are not worth an item of their own."""
 STAGES = 3
@@ -50,7 +50,7 @@ def takes_rows(q: Tensor, cache: PagedKV, rotary: QueryRotary, context_len: int)
     """Return whether `prefill_attention` computes these queries, few rows of one sequence.
     q: [T, H, D]."""
     lanes = q.shape[0] * q.shape[1] // cache.k.shape[2]
-    return (MIN_LANES <= lanes <= MAX_LANES and q.shape[0] <= rotary.stride
+    return (0 < lanes <= MAX_LANES and q.shape[0] <= rotary.stride
             and hopper_tile.supports(q, cache, rotary, context_len))
 
 
