@@ -299,23 +299,24 @@ class RowShare:
         """
         rank, size = self.group.rank, self.group.size
         heads = [slice(*each) for each in share_heads(num_heads, num_kv_heads, size)]
-        found, places = dict[int, Tensor](), list[list[Tensor]]()
-        swaps, every = list[Swapping](), torch.empty(0)
-        lengths = [stop - start for start, stop in self.own]
-        for step in range(1, size):
+        found, swaps, lengths = dict[int, Tensor](), list[Swapping](), [b - a for a, b in self.own]
+        every, places = torch.empty(0), list[list[Tensor]]()
+        for step in range(1, size + 1):  # its own heads at last: a group of one has no others
             target, source = (rank + step) % size, (rank - step) % size
-            part = found[target] = queries(heads[target]).contiguous()
-            if step == 1:
+            part = found[target] = queries(heads[target])
+            if step == 1:  # only a product tells the type
                 every = part.new_empty(sum(map(self.num_rows, range(size))),
                                        heads[rank].stop - heads[rank].start, part.shape[2])
                 places = [self._places(each, every) for each in self.ranges]
+            if target == rank:
+                for place, rows in zip(places[rank], part.split(lengths), strict=True):
+                    place.copy_(rows)
+                break
+            part = found[target] = part.contiguous()
             none = [list[Tensor]() for _ in range(size)]
             swaps.append(self.group.begin_swap(
                 [*none[:target], list(part.split(lengths)), *none[target + 1:]],
                 [*none[:source], places[source], *none[source + 1:]]))
-        found[rank] = queries(heads[rank])
-        for place, rows in zip(places[rank], found[rank].split(lengths), strict=True):
-            place.copy_(rows)
 
         def wait() -> Tensor:
             for swap in swaps:
