@@ -72,7 +72,8 @@ __all__ = [
 FEW_ROWS = 16
 """Up to so many rows quantised weights are read once and activations stay as they are."""
 GROUPED_ROUTES = 16_384
-"""From so many rows of experts on PyTorch's grouped products are taken, where it has them."""
+"""From so many rows of experts on Hopper's grouped products are taken, or PyTorch's where sizes or
+the GPU are others."""
 
 
 def prefill_attention(
@@ -396,13 +397,15 @@ def add_routed_mlp(
 def _add_routed_cuda(
     sums: Tensor, x: Tensor, weights: Tensor, experts: Tensor, gate_up: Matrices, down: Matrices,
 ) -> None:
-    from longspan.ops.moe import grouped, grouped_fp8
+    from longspan.ops.moe import grouped, grouped_fp8, hopper
     from longspan.ops.moe import triton as kernels
     from longspan.ops.quant import triton_dense
 
     args = (sums, x, weights, experts)
     is_many = experts.numel() >= GROUPED_ROUTES
     if isinstance(gate_up, Fp8Weights) and isinstance(down, Fp8Weights):
+        if is_many and hopper.supports(x, gate_up, down):
+            return hopper.add_routed_mlp(*args, gate_up, down)
         if is_many and grouped_fp8.supports(x, gate_up, down):
             return grouped_fp8.add_routed_mlp(*args, gate_up, down)
         if not is_many and kernels.supports(x, gate_up):
@@ -410,6 +413,8 @@ def _add_routed_cuda(
     plain_up, plain_down = (
         part if isinstance(part, Tensor) else triton_dense.dequantize(part, x.dtype)
         for part in (gate_up, down))
+    if is_many and hopper.supports(x, plain_up, plain_down):
+        return hopper.add_routed_mlp(*args, plain_up, plain_down)
     if is_many and grouped.supports(x, plain_up, plain_down):
         return grouped.add_routed_mlp(*args, plain_up, plain_down)
     if kernels.supports(x, plain_up):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -11,9 +13,12 @@ from torch import Tensor
 from longspan import ops
 from longspan.expert_config import ExpertConfig
 from longspan.model.experts import RoutedMLP
-from longspan.ops.moe import eager, grouped
+from longspan.ops.moe import eager, grouped, hopper
 from longspan.ops.moe import triton as kernels
-from tests.conftest import assert_close
+from longspan.ops.moe.triton_routing import group
+from longspan.ops.quant import eager as eager_quant
+from longspan.ops.types import Fp8Weights
+from tests.conftest import assert_close, error_ratio
 from tests.gpu import test_sync_free
 from tests.gpu.syncs import no_syncs
 
@@ -60,10 +65,122 @@ def test_all_ways_agree(num_tokens: int) -> None:
     matrices = (mlp.experts.gate_up_proj, mlp.experts.down_proj)
     wanted = torch.zeros(num_tokens, DIM, device="cuda")
     eager.add_routed_mlp(wanted, x.float(), weights, experts, *(m.float() for m in matrices))
-    for way in (kernels, grouped, eager):
+    for way in (kernels, grouped, hopper, eager):
         sums = torch.zeros_like(x)
         way.add_routed_mlp(sums, x, weights, experts, *matrices)
         assert_close(sums, wanted)
+
+
+HOPPER_SHAPES = [
+    (1, 8, 1, 512, 512), (3, 4, 4, 512, 768), (129, 9, 2, 512, 512), (333, 60, 4, 1_024, 512),
+    (2_049, 128, 8, 2_048, 768)]
+"""Tokens, experts, chosen ones, model dim, width."""
+MAX_FP8_ERROR = 0.03
+"""Beside the same roundings by PyTorch: sums of fp8 products have 14 bits."""
+
+
+def make_routed(shape: tuple[int, int, int, int, int], kind: str) -> tuple[Tensor, ...]:
+    """x, weights, experts, gate_up, down. ``kind``: some experts have many tokens and the last
+    none; one has them all; the last third is elsewhere."""
+    num_tokens, num_experts, num_chosen, dim, width = shape
+    logits = torch.randn(num_tokens, num_experts, device="cuda")
+    logits[:, : num_experts // 2] += 2.0
+    logits[:, -1] = -30.0
+    weights, experts = ops.reference.route(logits, num_chosen, True)
+    x = torch.randn(num_tokens, dim, device="cuda").bfloat16()
+    gate_up = (torch.randn(num_experts, 2 * width, dim, device="cuda") * dim**-0.5).bfloat16()
+    down = (torch.randn(num_experts, dim, width, device="cuda") * width**-0.5).bfloat16()
+    if kind == "one":
+        experts = torch.full_like(experts, num_experts // 2)
+    if kind == "elsewhere":
+        count = num_experts - num_experts // 3
+        weights = weights.masked_fill(experts >= count, 0.0)
+        experts = experts.clamp(max=count)
+        gate_up, down = gate_up[:count], down[:count]
+    return x, weights, experts.int(), gate_up, down
+
+
+def rounded_stack(matrices: Tensor) -> Fp8Weights:
+    found = [eager_quant.quantize_rows(matrix.float()) for matrix in matrices]
+    return Fp8Weights(*(torch.stack(part).contiguous() for part in zip(*found, strict=True)))
+
+
+def rounded_rows(x: Tensor) -> Tensor:
+    rows = eager_quant.quantize_activations(x, 0)
+    return (rows.values.float() * rows.scales)[: rows.num_rows]
+
+
+def routed_of_fp8(
+    x: Tensor, weights: Tensor, experts: Tensor, gate_up: Fp8Weights, down: Fp8Weights,
+) -> Tensor:
+    """The sums by PyTorch, fp32 but for the roundings."""
+    rows, sums = rounded_rows(x), torch.zeros_like(x, dtype=torch.float32)
+    for number, (up, back) in enumerate(zip(gate_up.dense(), down.dense(), strict=True)):
+        for choice in range(experts.shape[1]):
+            tokens = (experts[:, choice] == number).nonzero().flatten()
+            if len(tokens):
+                hidden = ops.reference.silu_mul(rows[tokens] @ up.t()).bfloat16()
+                sums[tokens] += weights[tokens, choice, None] * (rounded_rows(hidden) @ back.t())
+    return sums
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Memory that is allocated holds NaN and the largest integers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+        torch.use_deterministic_algorithms(True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.hopper
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+@pytest.mark.parametrize("kind", ["some", "one", "elsewhere"])
+@pytest.mark.parametrize("shape", HOPPER_SHAPES, ids=str)
+def test_hopper_products(
+    shape: tuple[int, int, int, int, int], kind: str, dtype: str,
+) -> None:
+    """Whatever stands in memory, and twice the same."""
+    x, weights, experts, gate_up, down = make_routed(shape, kind)
+    up: Tensor | Fp8Weights = gate_up
+    back: Tensor | Fp8Weights = down
+    if dtype == "fp8":
+        up, back = rounded_stack(gate_up), rounded_stack(down)
+        wanted = routed_of_fp8(x, weights, experts, up, back)
+    else:
+        wanted = torch.zeros(x.shape, device="cuda")
+        eager.add_routed_mlp(wanted, x.float(), weights, experts.long(), gate_up.float(),
+                             down.float())
+    assert hopper.supports(x, up, back)
+    sums, again = torch.zeros_like(x), torch.zeros_like(x)
+    with poisoned():
+        hopper.add_routed_mlp(sums, x, weights, experts, up, back)
+        with no_syncs():
+            hopper.add_routed_mlp(again, x, weights, experts, up, back)
+    if dtype == "fp8":
+        assert error_ratio(sums, wanted) <= MAX_FP8_ERROR
+    else:
+        assert_close(sums, wanted)
+    assert torch.equal(sums, again)
+
+
+@pytest.mark.hopper
+def test_hopper_products_store_their_own_rows() -> None:
+    """Rows of experts that are elsewhere stay what they were; a wider tensor's rows are read."""
+    x, weights, experts, gate_up, down = make_routed(HOPPER_SHAPES[3], "elsewhere")
+    wide = torch.full((len(x), 2 * x.shape[1]), torch.nan, device="cuda", dtype=x.dtype)
+    wide[:, : x.shape[1]] = x
+    groups = group(experts, len(gate_up))
+    tiles, end = hopper.list_tiles(groups.ends, len(groups.order)), int(groups.ends[-1])
+    with poisoned():
+        hidden = hopper.expert_up(wide[:, : x.shape[1]], groups, tiles, gate_up, experts.shape[1])
+        routed = hopper.expert_down(hidden, groups, tiles, weights, down)
+    assert hidden[:end].isfinite().all() and hidden[end:].isnan().all() and end < len(hidden)
+    order = groups.order.long()
+    assert routed[order[:end]].isfinite().all() and routed[order[end:]].isnan().all()
 
 
 def test_a_graph_reads_what_its_tokens_take() -> None:

@@ -63,6 +63,7 @@ def compile_only(launch: Callable[..., Any]) -> Callable[..., Any]:
 def pretend() -> None:
     """From here on launches compile, and the choices are those for a Hopper GPU."""
     from longspan.ops.dense import hopper, hopper_rows
+    from longspan.ops.moe import hopper as hopper_experts
     from longspan.ops.quant import triton_few
     from longspan.ops.select import hopper_tiles as hopper_probe
     from longspan.ops.select import triton_scouts
@@ -74,7 +75,8 @@ def pretend() -> None:
     torch.Tensor.new_empty = torch.Tensor.new_zeros  # type: ignore[method-assign]
     driver.set_active(Driver())
     JITFunction.run = compile_only(JITFunction.run)
-    for module in (decode, prefill, hopper, hopper_rows, hopper_probe, sparse_index):
+    for module in (decode, prefill, hopper, hopper_experts, hopper_rows, hopper_probe,
+                   sparse_index):
         module.num_sms = lambda device: NUM_SMS  # type: ignore[attr-defined]
     for module in (hopper_probe, hopper_tile):
         module.is_hopper = lambda device: True  # type: ignore[attr-defined]
@@ -228,6 +230,24 @@ def compile_experts() -> None:
                 hidden, groups, weights, Fp8Weights(values[1], scales[1]), down_tiles)
     experts.combine(x, routed, weights)
     experts.combine(x, routed, weights, groups.order)
+    compile_hopper_experts(values, by_rows)
+
+
+def compile_hopper_experts(values: tuple[Tensor, Tensor], scales: list[Tensor]) -> None:
+    """Compile the products of prefills of many rows, both types of weights."""
+    from longspan.ops.moe import hopper, triton_routing
+    from longspan.ops.quant import triton_rows
+
+    groups = triton_routing.group(torch.zeros(99, 8, dtype=torch.int32), 128)
+    tiles = hopper.list_tiles(groups.ends, len(groups.order))
+    x, weights = torch.zeros(99, 2_048, dtype=torch.bfloat16), torch.zeros(99, 8)
+    plain = (torch.zeros(2, 1_536, 2_048, dtype=torch.bfloat16),
+             torch.zeros(2, 2_048, 768, dtype=torch.bfloat16))
+    hidden = hopper.expert_up(x, groups, tiles, plain[0], 8)
+    hopper.expert_down(hidden, groups, tiles, weights, plain[1])
+    up, down = (Fp8Weights(*pair) for pair in zip(values, scales, strict=True))
+    hidden = hopper.expert_up(triton_rows.quantize(x, 0), groups, tiles, up, 8)
+    hopper.expert_down(triton_rows.quantize(hidden, 0), groups, tiles, weights, down)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,9 @@ KERNELS = {
     "select/top_k": "choose_windows write_largest place_columns group_maxima lower_bounds "
                     "count_reached list_reached place_diagonals",
     "tiles/splits": "_merge_kernel", "tiles/items": "merge_items", "tiles/rotary": "_rotate_kernel",
+    "moe/hopper": "_list_tiles", "moe/hopper_product": "product_kernel",
     "moe/triton": "_expert_up _expert_down _combine", "moe/triton_routing": "_route _count",
-    "quant/triton_rows": "_quantize_rows _norm_rows",
+    "quant/triton_rows": "_quantize_rows _round_rows _norm_rows",
     "quant/triton_few": "_few_fp8 _few_int4",
     "quant/triton_dense": "_dense_fp8 _dense_int4",
     "block_rows": "_move_rows", "decode": "_attend_items",

@@ -15,6 +15,8 @@ from torch import Tensor
 MAX_EXPERTS = 1_024
 COUNTED_ROUTES = 4_096
 """Up to this many routes are put in order by counting, in one launch; more by a sort."""
+BYTE_EXPERTS = 255
+"""So many experts, and the number of those that are elsewhere, fit in a byte."""
 ROUTE_ROWS, COUNT_ROWS = 4, 16
 
 
@@ -46,8 +48,10 @@ def group(experts: Tensor, num_experts: int) -> Groups:
     flat = experts.reshape(-1).to(torch.int32)
     num_routes = flat.shape[0]
     if num_routes > COUNTED_ROUTES:
+        if num_experts <= BYTE_EXPERTS:  # a radix sort of bytes passes over them once
+            flat = flat.to(torch.uint8)
         ordered, order = flat.sort(stable=True)
-        numbers = torch.arange(num_experts, dtype=torch.int32, device=flat.device)
+        numbers = torch.arange(num_experts, dtype=flat.dtype, device=flat.device)
         ends = torch.searchsorted(ordered, numbers, right=True, out_int32=True)
         return Groups(order.to(torch.int32), ends)
     order = torch.empty(num_routes, dtype=torch.int32, device=flat.device)

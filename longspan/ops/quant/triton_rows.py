@@ -62,6 +62,9 @@ def allocate(num_rows: int, width: int, group: int, device: torch.device) -> Fp8
 def _launch(x: Tensor, width: int, group: int, *, has_gate: bool) -> Fp8Rows:
     assert x.ndim == 2 and x.stride(1) == 1 and group in (0, FP8_BLOCK)
     out = allocate(x.shape[0], width, group, x.device)
+    if group == 0 and not has_gate and width <= NORM_TILE:
+        _launch_narrow(x, out)
+        return out
     tile = min(TILE, max(FP8_BLOCK, triton.next_power_of_2(width)))
     tiles = triton.cdiv(width, tile) if group else 1
     if x.shape[0]:
@@ -69,6 +72,16 @@ def _launch(x: Tensor, width: int, group: int, *, has_gate: bool) -> Fp8Rows:
             x, out.values, out.scales, width, x.stride(0), out.scales.stride(1),
             HAS_GATE=has_gate, GROUP=group, TILE=tile, num_warps=4)
     return out
+
+
+def _launch_narrow(x: Tensor, out: Fp8Rows) -> None:
+    num_rows, width = x.shape
+    padded = triton.next_power_of_2(width)
+    rows = max(1, NORM_TILE // padded)
+    if num_rows:
+        _round_rows[(triton.cdiv(num_rows, rows),)](
+            x, out.values, out.scales, num_rows, width, x.stride(0), ROWS=rows, WIDTH=padded,
+            num_warps=4)
 
 
 @triton.jit
@@ -121,6 +134,22 @@ def _quantize_rows(
                  mask=numbers * GROUP < width)
         rounded = tl.reshape(_rounded(value, scale[:, None]), [TILE])
         tl.store(out + row * width + columns, rounded, mask=columns < width)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _round_rows(
+    x, out, scales, num_rows, width, row_stride, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):
+    """Round some whole rows, which are read once."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    mask = (row < num_rows)[:, None] & (column < width)[None, :]
+    values = tl.load(x + row[:, None] * row_stride + column[None, :], mask=mask,
+                     other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(values), 1) / E4M3_MAX, TINY)
+    tl.store(scales + row, scale, mask=row < num_rows)
+    tl.store(out + row[:, None] * width + column[None, :], _rounded(values, scale[:, None]),
+             mask=mask)
 
 
 @triton.jit

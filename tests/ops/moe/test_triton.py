@@ -40,14 +40,15 @@ def test_routing_logits_that_are_not_finite_stays_inside(kernel_device: str) -> 
     assert weights[0].isnan().all() and weights[2].tolist() == [0.5, 0.5]
 
 
-@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("way", ["counted", "bytes", "integers"])
 @pytest.mark.parametrize(("num_tokens", "num_experts", "num_chosen"), [
     (1, 128, 8), (40, 7, 3), (129, 60, 4)])
 def test_group(
-    num_tokens: int, num_experts: int, num_chosen: int, counted: bool,
+    num_tokens: int, num_experts: int, num_chosen: int, way: str,
     monkeypatch: pytest.MonkeyPatch, kernel_device: str,
 ) -> None:
-    monkeypatch.setattr(routing, "COUNTED_ROUTES", 10_000 if counted else 0)
+    monkeypatch.setattr(routing, "COUNTED_ROUTES", 10_000 if way == "counted" else 0)
+    monkeypatch.setattr(routing, "BYTE_EXPERTS", 255 if way == "bytes" else 0)
     experts = torch.rand(num_tokens, num_experts, device=kernel_device).topk(num_chosen).indices
     order, ends = routing.group(experts, num_experts)
     flat = experts.flatten()

@@ -94,7 +94,8 @@ def check_rounded(found: Fp8Rows, exact: Tensor, group: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("group", "width"), [(0, 63), (0, 2_100), (128, 384), (128, 2_304)])
+@pytest.mark.parametrize(("group", "width"), [
+    (0, 63), (0, 2_100), (0, 4_200), (128, 384), (128, 2_304)])
 def test_rows_are_rounded(
     group: int, width: int, dtype: torch.dtype, kernel_device: str,
 ) -> None:
