@@ -72,8 +72,7 @@ __all__ = [
 FEW_ROWS = 16
 """Up to so many rows quantised weights are read once and activations stay as they are."""
 GROUPED_ROUTES = 16_384
-"""From so many rows of experts on Hopper's grouped products are taken, or PyTorch's where sizes or
-the GPU are others."""
+"""From so many rows of experts on grouped products are taken: Hopper's, or else PyTorch's."""
 
 
 def prefill_attention(
@@ -410,13 +409,12 @@ def _add_routed_cuda(
             return grouped_fp8.add_routed_mlp(*args, gate_up, down)
         if not is_many and kernels.supports(x, gate_up):
             return kernels.add_routed_mlp(*args, gate_up, down)
-    plain_up, plain_down = (
-        part if isinstance(part, Tensor) else triton_dense.dequantize(part, x.dtype)
-        for part in (gate_up, down))
-    if is_many and hopper.supports(x, plain_up, plain_down):
-        return hopper.add_routed_mlp(*args, plain_up, plain_down)
-    if is_many and grouped.supports(x, plain_up, plain_down):
-        return grouped.add_routed_mlp(*args, plain_up, plain_down)
-    if kernels.supports(x, plain_up):
-        return kernels.add_routed_mlp(*args, plain_up, plain_down)
-    return eager_moe.add_routed_mlp(*args, plain_up, plain_down)
+    plain = [part if isinstance(part, Tensor) else triton_dense.dequantize(part, x.dtype)
+             for part in (gate_up, down)]
+    if is_many and hopper.supports(x, *plain):
+        return hopper.add_routed_mlp(*args, *plain)
+    if is_many and grouped.supports(x, *plain):
+        return grouped.add_routed_mlp(*args, *plain)
+    if kernels.supports(x, plain[0]):
+        return kernels.add_routed_mlp(*args, *plain)
+    return eager_moe.add_routed_mlp(*args, *plain)

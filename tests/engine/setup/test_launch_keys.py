@@ -25,4 +25,4 @@ def test_a_prompt_compiles_nothing(shape: str, length: int) -> None:
     assert [row["missing"] for row in found] == [{}, {}]
     sparse, dense = (set(row["launched"]) for row in found)
     assert {"_scout_kernel", "_sparse_kernel", "lower_bounds", "_rms_norm", "sum_masses"} <= sparse
-    assert {"_dense_kernel", "_attend_items", "_rms_norm"} <= dense
+    assert {"_dense_kernel", "_rows_kernel", "_rms_norm"} <= dense
