@@ -14,8 +14,6 @@ compute the same in a fifth of the time.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
 from typing import Any
 
 import numpy as np
@@ -57,15 +55,30 @@ def _hasten(patch: pytest.MonkeyPatch, interpreter: Any) -> None:
     patch.setattr(interpreter, "_patch_lang", _once(interpreter._patch_lang))
     patch.setattr(interpreter, "_get_np_dtype", _by_name(interpreter._get_np_dtype))
 
-    @functools.cache
-    def constants(shape: tuple[int, ...]) -> tuple[Any, Any]:
-        return core.constexpr(math.prod(shape)), core.tuple([core.constexpr(x) for x in shape])
+    patch.setattr(core.block_type, "__init__", _shape_once(core))
+    scalar = core.constexpr(1), core.tuple([])
 
     def init(self: Any, handle: Any, type: Any) -> None:
         self.handle, self.type, self.dtype = handle, type, type.scalar
-        self.numel, self.shape = constants(type.shape if type.is_block() else ())
+        self.numel, self.shape = type.constants if type.is_block() else scalar
 
     patch.setattr(core.tensor, "__init__", init)
+
+
+def _shape_once(core: Any) -> Any:
+    """A block's type, whose shape is checked and put into words when it is first asked for."""
+    original, known = core.block_type.__init__, dict[Any, tuple[Any, ...]]()
+
+    def init(self: Any, element_ty: Any, shape: Any) -> None:
+        key = element_ty.name, *(x.value if isinstance(x, core.constexpr) else x for x in shape)
+        if key not in known:
+            original(self, element_ty, shape)
+            sizes = core.tuple([core.constexpr(x) for x in self.shape])
+            known[key] = self.shape, self.numel, self.name, (core.constexpr(self.numel), sizes)
+        self.element_ty = element_ty
+        self.shape, self.numel, self.name, self.constants = known[key]
+
+    return init
 
 
 def _by_name(np_dtype: Any) -> Any:

@@ -309,21 +309,22 @@ def _mean_terms(
         for head in range(heads):
             columns = set(selection.columns[head].tolist())
             left = inside.stop - inside.start - len(columns & set(range(inside.start, inside.stop)))
-            for row, query in enumerate(range(start, length)):
-                weight = left * _share(selection, head, query, tiles)
+            for own in range(start // tile_len, -(-length // tile_len)):
+                weight = left * _share(selection, head, own, tiles)
+                queries = slice(max(0, own * tile_len - start), (own + 1) * tile_len - start)
                 if weight > 0:
-                    logits[head, row, place] = mean_scores[row, head] + math.log(weight)
+                    logits[head, queries, place] = mean_scores[queries, head] + math.log(weight)
     return logits, torch.stack(means) if means else values[:0]
 
 
-def _share(selection: Selection, head: int, query: int, tiles: range) -> float:
-    """How many of these tiles the query sees through their common mean alone, of all of them."""
-    own = query // selection.tile_len
+def _share(selection: Selection, head: int, own: int, tiles: range) -> float:
+    """How many of these tiles the queries of tile ``own`` see through their common mean alone, of
+    all of them."""
     if selection.near_tiles is not None:
         far = [tile for tile in range(own) if tile < (max(0, own - selection.near_tiles) // 8) * 8]
         if (tiles.start in far) is not (len(tiles) == 8):
             return 0.0
     seen = set(selection.offsets[head].tolist())
     free = [tile for tile in tiles if tile < own and (tile - own) * selection.tile_len not in seen
-            and tile not in listed(selection, head, query)]
+            and tile not in listed(selection, head, own * selection.tile_len)]
     return len(free) / len(tiles)
