@@ -34,7 +34,7 @@ def test_the_whole_chain_on_nano(tmp_path: Path, capsys: Capture) -> None:
     """Run, go on, score, compare, plot, export."""
     out = tmp_path / "runs"
     job = ("run", "nano", "--task", "needle,niah_multivalue", "--task", "passkey", "--lengths",
-           "640,1k", "-n", 2, "--depths", 2, "--questions", 2, "--distractors", 0, "--positions",
+           "600,700", "-n", 2, "--depths", 2, "--questions", 2, "--distractors", 0, "--positions",
            "rope", "--attention", "dense,sparse", "--device", "cpu", "--threads", 1, "--out", out,
            "--answer-nll")
     assert run(*job) == 0
@@ -44,12 +44,12 @@ def test_the_whole_chain_on_nano(tmp_path: Path, capsys: Capture) -> None:
     rows = {(row["task"], row["num_tokens"]): row for row in read(dense)["rows"]
             if row["depth"] is None}
     for task in ("needle", "passkey"):
-        for length in (640, 1024):
+        for length in (600, 700):
             assert rows[task, length]["score"] == 1.0, "nano finds single facts at any length"
             assert (rows[task, length]["n"], rows[task, length]["status"]) == (2, "complete")
             assert rows[task, length]["answer_nll"] < 0.1 and rows[task, length]["ttft_s"] > 0
-    assert rows["niah_multivalue", 1024]["method"] in ("bootstrap", "wilson")
-    assert rows["ruler-11", 1024]["score"] is None
+    assert rows["niah_multivalue", 700]["method"] in ("bootstrap", "wilson")
+    assert rows["ruler-11", 700]["score"] is None
     assert read(dense, "run.json")["held_out"] is True
     before = (dense / "samples.jsonl").read_bytes(), (dense / "summary.json").read_bytes()
     assert run(*job) == 0
@@ -67,7 +67,7 @@ def test_the_whole_chain_on_nano(tmp_path: Path, capsys: Capture) -> None:
     assert all(row["n"] for row in content["rows"]) and content["commit"]
     for form in ("csv", "ruler"):
         assert run("export", dense, "--format", form, "--out", tmp_path / form) == 0
-    lines = (tmp_path / "ruler" / "nano.rope" / "1024" / "niah_multivalue.jsonl").read_text()
+    lines = (tmp_path / "ruler" / "nano.rope" / "700" / "niah_multivalue.jsonl").read_text()
     assert {"index", "outputs", "pred"} == set(json.loads(lines.splitlines()[0]))
 
 
