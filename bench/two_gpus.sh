@@ -4,12 +4,13 @@
 #                                 OUT/PIECE/pipeline.<device>.json, what is printed to OUT/PIECE/log.
 #   PYTHON=python  SHAPE=qwen2.5-7b  LARGE=qwen2.5-14b  DEVICE: cpu for a rehearsal with processes; then also
 #   SHAPE=nano LARGE=nano LENGTHS=2048,4096,8192 CHUNKS=512,2048 CHUNK=1024 DENSE=512 LAYERS=3 STEPS=3 GIB=1
-# Seconds on two H200s (7B shape), measured in part: tests 150, sparse 220, ladder 170, dense 500, sweep 200,
+# Seconds on two H200s (7B shape), measured in part: tests 400, sparse 220, ladder 260, dense 500, sweep 200,
 # dense-sweep 330, large 110, users 170. No piece takes ten minutes.
 # tests: ranks by NCCL. sparse: cp and tp, with the engine's own chunk, and decode behind every length. ladder: a pipeline,
-# beside one GPU with chunks of the ladder's size. dense: cp, tp and pp by plan; 9 layers, since the last one is nearly free:
-# so a pipeline's halves are equal, as they nearly are with 28. sweep, dense-sweep: a pipeline with fixed chunks.
-# large: a model whose million tokens fit two GPUs alone (by cp only in chunks of 32,768). users: two prompts of a million tokens together.
+# beside one GPU and fixed chunks of 32,768 and of the engine's own length, which bounds the ladder's. dense: cp, tp and pp by
+# plan; 9 layers, since the last one is nearly free: so a pipeline's halves are equal, as they nearly are with 28. sweep,
+# dense-sweep: a pipeline with fixed chunks. large: a model whose million tokens fit two GPUs alone (by cp only in chunks of
+# 32,768). users: two prompts of a million tokens together.
 set -eu
 piece=$1 out=$2/$1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8} TOKENIZERS_PARALLELISM=false
@@ -32,7 +33,7 @@ tests) which=(-m gpu tests/gpu/test_two_gpus.py tests/gpu/test_ranks_cuda.py)
     ${PYTHON:-python} -m pytest -q "${which[@]}" 2>&1 | tee "$out/log"
     exit "${PIPESTATUS[0]}" ;;
 sparse) measure sparse 1,cp2,tp2 "$lengths" "$chunk" --decode "$steps" ;;
-ladder) measure sparse 1,pp2 "$lengths" "$dense" --decode "$steps" ;;
+ladder) measure sparse 1,pp2 "$lengths" "$dense,$chunk" --decode "$steps" ;;
 dense) measure dense 1,cp2,tp2,pp2 "$lengths" "$dense" --layers "$layers" ;;
 sweep) measure sparse pp2 "$lengths" "$chunks" ;;
 dense-sweep) measure dense pp2 "$lengths" "${DENSE_CHUNKS:-4096,16384}" --layers "$layers" ;;

@@ -109,7 +109,7 @@ def _write_and_read(
         driver = begin(engine, sparse=is_sparse)
         driver.watch()
         prefill_s, token, _ = driver.prefill("document", length, 2)
-        begun_s, write_pause_s = time.perf_counter(), driver.longest_pause_s
+        begun_s, write_pause = time.perf_counter(), driver.longest_pause
         driver.settle()
         write_rest_s = time.perf_counter() - begun_s
         driver.end()
@@ -133,7 +133,7 @@ def _write_and_read(
             "over_disk_own": rounded(max(rates) / GIB / found["gib_per_s"], 3),
             "write_s": rounded(prefill_s + write_rest_s, 4),
             "write_rest_s": rounded(write_rest_s, 4),
-            "write_pause_s": rounded(write_pause_s, 3),
+            "write_pause_s": write_pause["pause_s"], "write_pause": write_pause,
             "pause_s": pause["pause_s"], "pause": pause,
             "question_s": rounded(question_s, 3), "question_pause_s": rounded(question_pause_s, 3),
             "step_budget_s": budget_s}
