@@ -223,6 +223,13 @@ class Exchange(NamedTuple):
         return torch.cat([self.by_owner[rank] for rank in sorted(self.by_owner)], dim=1)
 
 
+LEAST_ROWS = {"cpu": 0, "cuda": 2_048}
+"""Fewer rows than that, with less than `FAR` before them, are computed by every rank: launches and
+exchanges for a part of them take the host longer than an H200 needs for all."""
+FAR = 2**18
+"""So many tokens before them make a selection longer than its launches."""
+
+
 class RowSharing(NamedTuple):
     """How a group shares prefill slices out, and the keys of decodes."""
 
@@ -232,6 +239,8 @@ class RowSharing(NamedTuple):
     least_keys: int
     """A step whose decodes see fewer keys than this in all is not worth the exchange: every rank
     computes it."""
+    least_rows: int = 0
+    """See `LEAST_ROWS`. No effect with ``divides_kv``: no rank has all keys."""
     divides_kv: bool = False
     """Each rank's cache holds a part of every block alone (`longspan.attention.divided_kv`), and no
     step's decodes are computed by every rank."""
@@ -245,7 +254,8 @@ class RowSharing(NamedTuple):
         history as rows. One piece each takes half of the launches, for which short slices wait.
         """
         size = self.group.size
-        is_split = may_split and 0 < 2 * size * self.unit <= stop - start
+        is_long = self.divides_kv or stop - start >= self.least_rows or start >= FAR
+        is_split = may_split and is_long and 0 < 2 * size * self.unit <= stop - start
         ranges = share_rows(
             start, stop, self.unit, size, are_alike=sparse and stop - start <= start,
         ) if is_split else (((start, stop),),) * size

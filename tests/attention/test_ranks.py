@@ -9,6 +9,7 @@ import pytest
 
 from longspan.attention.division import SharedSlice, divide
 from longspan.attention.ranks import (
+    LEAST_ROWS,
     RankGroup,
     RowSharing,
     head_parts,
@@ -73,6 +74,15 @@ def test_short_slices_and_paper_mode_are_not_divided() -> None:
     assert row_unit(None, 16) == row_unit(plan, 16) == 16
     assert not RowSharing(RankGroup(0, 2), row_unit(plan.paper(), 16), 1).share(
         0, 1000, may_split=True).is_split
+
+
+def test_few_rows_are_shared_far_in_alone() -> None:
+    sharing = RowSharing(RankGroup(0, 2), 128, 1, LEAST_ROWS["cuda"])
+    assert not sharing.share(130_048, 131_072, may_split=True, sparse=True).is_split
+    assert sharing.share(126_976, 130_048, may_split=True, sparse=True).is_split
+    assert sharing.share(998_912, 1_000_000, may_split=True, sparse=True).is_split
+    divided = sharing._replace(divides_kv=True)  # no rank has all keys
+    assert divided.share(130_048, 131_072, may_split=True, sparse=True).is_split
 
 
 def test_pairs_of_a_slice_that_every_rank_has_are_counted_once() -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
-from longspan.attention import shared_decode
+from longspan.attention import ranks, shared_decode
 from longspan.attention.ranks import RankGroup, RowSharing
 from longspan.attention.sparsity import SparsityPlan, needs_means
 from longspan.config import EngineConfig, ModelConfig
@@ -78,6 +78,7 @@ def test_two_ranks_answer_as_one(
     path: Path, is_sparse: bool, shares: str, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(shared_decode.LEAST_BYTES, "cuda", 1)
+    monkeypatch.setitem(ranks.LEAST_ROWS, "cuda", 0)
     plan, threads = EVEN if is_sparse else None, ThreadRanks(2)
     wanted, wanted_pairs = answers(Alone(load(path, plan)), is_sparse)
     # a group of one compiles what ranks take besides: Triton's compiler is not made for two threads
@@ -109,6 +110,7 @@ def test_collectives_are_recorded_in_decode_graphs(
 ) -> None:
     """A group of one: sums, gatherings and merges are NCCL's, eager and replayed."""
     monkeypatch.setitem(shared_decode.LEAST_BYTES, "cuda", 1)
+    monkeypatch.setitem(ranks.LEAST_ROWS, "cuda", 0)
     wanted, _ = answers(Alone(load(path, EVEN)), True)
     group = RankGroup(0, 1)
     runner = load(path, EVEN, rows=group, heads=group)

@@ -18,7 +18,7 @@ from torch import Tensor
 from longspan.attention.layer import Selector
 from longspan.attention.metadata import AttentionMetadata
 from longspan.attention.observer import AttentionObserver
-from longspan.attention.ranks import RankGroup, RowSharing, row_unit, total
+from longspan.attention.ranks import LEAST_ROWS, RankGroup, RowSharing, row_unit, total
 from longspan.attention.recall import RecallSums
 from longspan.attention.shared_decode import least_keys
 from longspan.attention.sparsity import SparsityPlan
@@ -145,7 +145,7 @@ class Runner:
         cache = self._stages[0].caches[0]
         self.sharing = RowSharing(
             group, row_unit(plan, self._block_size), least_keys(cache),
-            divides_kv=cache.k.shape[1] < self._block_size)
+            LEAST_ROWS[cache.k.device.type], divides_kv=cache.k.shape[1] < self._block_size)
         if self._graphs is not None:
             self._graphs.sharing = self.sharing
 
