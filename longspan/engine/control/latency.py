@@ -220,6 +220,11 @@ class LatencyModel:
         """Tell whether each sort of piece of such sparse chunks can have been measured."""
         return self._kinds[chunk_kind(query_len)].num_observations >= FIRST_PIECES
 
+    def is_near(self, query_len: int, terms: SparseTerms) -> bool:
+        """Tell whether a step was measured that had at least half as much work of such a sparse
+        chunk, by the prior: costs may be wrong, but not by more than one such step shows."""
+        return self._kinds[chunk_kind(query_len)].share_seen(terms) >= 0.5
+
     def reset(self) -> None:
         """Forget what was measured."""
         prior, self.num_observations, self._costs = self._prior, 0, self._prior
@@ -239,13 +244,20 @@ class LatencyModel:
         kind = max(parts, key=lambda name: (self._is_new_chunk(name), parts[name]))
         others_s = sum(parts.values()) - parts[kind]
         own_s = seconds * parts[kind] / (parts[kind] + others_s)  # its share, as far as known
-        if all(self.has_seen(name) for name in parts):
+        if others_s >= seconds:  # they were slow by accident, at first say: this is the most
+            own_s = max(seconds / 2, own_s)
+            for name in parts.keys() - {kind}:
+                self._learn(name, work, seconds * parts[name] / (parts[kind] + others_s))
+        elif all(self.has_seen(name) for name in parts):
             own_s = max(seconds - others_s, own_s / 2)
         if kind == "dense":
             self.dense_reach = max(self.dense_reach, work.dense[2] / work.dense[1])
-        self._kinds[kind].observe(getattr(work, kind), own_s, is_rare=kind != "decode")
+        self._learn(kind, work, own_s)
         self.num_observations += 1
         self._refresh()
+
+    def _learn(self, kind: Kind, work: Work, seconds: float) -> None:
+        self._kinds[kind].observe(getattr(work, kind), seconds, is_rare=kind != "decode")
 
     def _is_new_chunk(self, kind: Kind) -> bool:
         """Tell whether these are sparse pieces of a kind that is not known yet: what their step
@@ -288,6 +300,11 @@ class _Fit:
         prior_s = _dot(self._prior[1:], self._most[1:])
         return fixed, work_s / prior_s if work_s and prior_s else 1.0
 
+    def share_seen(self, row: Sequence[float]) -> float:
+        """Return the largest step's work over this one's, both by the prior."""
+        work_s = _dot(self._prior[1:], row[1:])
+        return _dot(self._prior[1:], self._most[1:]) / work_s if work_s else 1.0
+
     def scaled(self, fixed: float, work: float) -> tuple[float, ...]:
         """Scale the prior to such speeds."""
         return fixed * self._prior[0], *(work * value for value in self._prior[1:])
@@ -308,7 +325,7 @@ class _Fit:
         self.num_observations += 1
         self._num_recent += 1
         self._most = max(self._most, tuple(row), key=lambda work: _dot(self._prior, work))
-        if is_rare or has_changed or self.num_observations % DECODE_FITS == 1:
+        if is_rare or is_surprise or self.num_observations % DECODE_FITS == 1:
             self._solve()
 
     def _forget_all(self) -> None:

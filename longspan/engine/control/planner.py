@@ -287,13 +287,15 @@ class _PlanBuilder:
             return self._slice(request, query_len, Pieces(0, len(pieces), len(pieces)), chunk
                                ) if may_begin else None
         # Until each sort of piece was measured, a step has one: the prior may be far off.
-        is_known = config.step_budget_s is None or self._latency.knows_chunks(query_len)
+        has_budget = config.step_budget_s is not None
+        is_known = not has_budget or self._latency.knows_chunks(query_len)
         terms: SparseTerms = (0.0, 0.0, 0.0, 0.0)
         last = first
         while last < len(pieces) and (is_known or last == first):
             more = add_terms(terms, piece_terms(chunk, pieces[last]))
             is_least = last == first and must_progress
-            if not is_least and chunk_work(query_len, more).seconds(self._costs) > room_s:
+            if not is_least and (chunk_work(query_len, more).seconds(self._costs) > room_s
+                                 or has_budget and not self._latency.is_near(query_len, more)):
                 break
             terms, last = more, last + 1
         if last == first:

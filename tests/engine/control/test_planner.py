@@ -25,6 +25,14 @@ CONFIG = SchedulerConfig(
     max_num_requests=64, tail_len=1024, num_layers=6, piece_rows=4096, unit_len=16,
     step_budget_s=BUDGET_S, prior=COSTS)
 
+H200 = Costs(dense=(2e-3, 2.5e-5, 6e-10), sparse=(2e-3, 2.2e-5, 2e-12, 1.1e-7),
+             decode=(5e-3, 1e-3, 1e-9))
+"""A 7B model: 3 s for a sparse chunk of 126,976 tokens."""
+H200_CONFIG = replace(
+    CONFIG, prefill_chunk_len=126_976, num_layers=28, piece_rows=63_488, unit_len=128,
+    step_budget_s=0.1, prior=Costs(dense=(2e-3, 1.5e-4, 2e-9), decode=H200.decode,
+                                   sparse=(2e-3, 1.5e-4, 3e-11, 2.5e-7)))
+
 
 @dataclass
 class Machine:
@@ -169,13 +177,7 @@ def test_an_unknown_kind_begins_with_a_single_piece() -> None:
 def test_a_prompts_tail_keeps_the_budget_behind_a_million_tokens() -> None:
     """An H200's times: the host needs longer to launch a tail's pieces than the device to compute
     them, which no long chunk shows, and hundreds of long ones come between two tails."""
-    costs = Costs(dense=(2e-3, 2.5e-5, 6e-10), sparse=(2e-3, 2.2e-5, 2e-12, 1.1e-7),
-                  decode=(5e-3, 1e-3, 1e-9))
-    prior = Costs(dense=(2e-3, 1.5e-4, 2e-9), sparse=(2e-3, 1.5e-4, 3e-11, 2.5e-7),
-                  decode=costs.decode)
-    config = replace(CONFIG, prefill_chunk_len=126_976, num_layers=28, piece_rows=63_488,
-                     unit_len=128, step_budget_s=0.1, prior=prior)
-    machine = Machine(config=config, costs=costs, launch_s=5e-3)
+    machine = Machine(config=H200_CONFIG, costs=H200, launch_s=5e-3)
     machine.add("stream", 300, max_tokens=3_000)
     machine.step()
     for name in ("first", "second"):
@@ -185,6 +187,41 @@ def test_a_prompts_tail_keeps_the_budget_behind_a_million_tokens() -> None:
     tails = [elapsed_s for batch, elapsed_s in zip(machine.steps, machine.lengths_s, strict=True)
              if any(item.pieces and item.query_len < 2_048 for item in batch.slices)]
     assert len(tails) > 10 and max(machine.lengths_s) <= 0.1
+
+
+@pytest.mark.parametrize("num_decodes", [1, 2, 5])
+@pytest.mark.parametrize("slow_s", [0.3, 3.0])
+def test_a_slow_first_decode_does_not_make_prefills_look_fast(
+    slow_s: float, num_decodes: int,
+) -> None:
+    """Its kernels were compiled in it, say. What the first pieces take beside decodes that are
+    thought to be as slow is nearly all theirs."""
+    machine = Machine(config=H200_CONFIG, costs=H200, launch_s=5e-3)
+    machine.add("first", 2_048)
+    machine.run()
+    machine.add("stream", 300, max_tokens=4_000)
+    machine.step()
+    machine.costs = replace(H200, decode=(slow_s, 0.0, 0.0))
+    machine.step()
+    machine.costs = H200
+    for _ in range(num_decodes - 1):
+        machine.step()
+    before = len(machine.steps)
+    machine.add("long", 1_000_000)
+    while "long" not in machine.first_s:
+        machine.step()
+    assert max(machine.lengths_s[before:]) <= 0.1
+
+
+def test_a_step_has_twice_the_work_of_a_measured_one_at_the_most() -> None:
+    """Costs that are far too low, whatever the reason, cannot fill a step with a whole chunk."""
+    machine = Machine(config=H200_CONFIG, costs=H200)
+    machine.add("long", 400_000)
+    for number in range(20):
+        machine.scheduler.latency._costs = replace(H200, sparse=(0.0, 1e-12, 0.0, 0.0))
+        machine.step()
+        pieces = machine.steps[-1].slices[0].pieces
+        assert pieces is not None and pieces.stop - pieces.first <= max(1, 2 ** (number - 1))
 
 
 def test_a_stream_of_shorts_cannot_starve_the_long_prompt() -> None:
