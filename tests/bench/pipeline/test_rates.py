@@ -63,6 +63,8 @@ def test_the_simulation_gives_sparse_rows_back(row: dict) -> None:
     # Ranks that share rows wait for the host that launches a short prompt's last chunks.
     slack = 0.03 if ranks == Ranks() else 0.035 if ranks.cp == 1 or (
         row["num_tokens"] > 131_072) else 0.12
+    if "commit" in row:  # measured with kernels before those that the costs come from
+        slack = max(slack, 0.05)
     assert found.ttft_s == pytest.approx(row["ttft_s"], rel=slack)
 
 
@@ -119,9 +121,7 @@ def test_the_ladder_is_near_the_best_fixed_chunk(
     for num_tokens in (131_072, 262_144, 524_288, 1_000_000):
         *_, best, own = (sim.run(Ranks(pp=count), plan, num_tokens)
                          for plan in plans(True, Ranks(pp=count)))
-        # One ladder cannot have 131,072 tokens in short chunks and a million in the longest.
-        slack = 1.047 if (selection, count, num_tokens) == (1.0, 2, 1_000_000) else 1.041
-        assert own.ttft_s <= slack * best.ttft_s, num_tokens
+        assert own.ttft_s <= 1.041 * best.ttft_s, num_tokens
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -132,7 +132,7 @@ def test_the_ladder_stays_useful_between_and_below(name: str) -> None:
         for num_tokens in (65_536, 98_304, 196_608, 393_216, 786_432):
             *_, best, own = (sim.run(Ranks(pp=count), plan, num_tokens)
                              for plan in plans(True, Ranks(pp=count)))
-            assert own.ttft_s <= 1.08 * best.ttft_s, (count, num_tokens)
+            assert own.ttft_s <= 1.085 * best.ttft_s, (count, num_tokens)
 
 
 @pytest.mark.parametrize("name", SHAPES)
