@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.pipeline_rows import BEST, measured_rows
 from longspan.errors import MissingDependencyError
 
 Row = Mapping[str, Any]
 LONGEST = 1_000_000
-KINDS = (("cp", "best fixed", "#2f6db5", "o"), ("pp", "", "#b04a3a", "s"),
-         ("tp", "best fixed", "#4b8b3b", "^"))
+KINDS = (("cp", BEST, "#2f6db5", "o"), ("pp", "", "#b04a3a", "s"),
+         ("tp", BEST, "#4b8b3b", "^"))
 """Which ranks share the work, plan (none: planned or ladder), colour, marker."""
 MOST_TIMELINES = 12
 COLOURS = ("#2f6db5", "#9cbfe6")
@@ -34,8 +35,8 @@ def draw_pipeline(content: Mapping[str, Any], stem: Path) -> list[Path]:
     with rc_context({"svg.hashsalt": "longspan", "font.size": 9}):
         for name, draw in (("speedup", _draw_speedup), ("timeline", _draw_timelines)):
             figure = Figure(layout="constrained")
-            rows = sorted((row for row in content["rows"] if "error" not in row),
-                          key=lambda row: row.get("limit", 0))  # the longest ladder counts
+            rows = [*measured_rows(content["rows"]), *(
+                row for row in content["rows"] if row["source"] == "simulated")]
             if draw(figure, rows, content["device"]["name"]):
                 file = stem.with_name(f"{stem.name}.{name}.svg")
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +75,7 @@ def _draw_speedup(figure: Any, rows: Sequence[Row], title: str) -> bool:
 
 
 def _draw_timelines(figure: Any, rows: Sequence[Row], title: str) -> bool:
-    shown = [row for row in rows if "timeline_ms" in row and row["plan"] != "best fixed"]
+    shown = [row for row in rows if "timeline_ms" in row and row["plan"] != BEST]
     shown = [row for row in shown if (row["shape"], row["num_tokens"]) == (
         shown[0]["shape"], shown[0]["num_tokens"])][:MOST_TIMELINES]
     if not shown:

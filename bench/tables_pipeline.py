@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bench.pipeline_rows import BEST, measured_rows
 from bench.tables import Content, Row, markdown
 
-PLANS = (("fixed 8192", "pp, 8K"), ("fixed 32768", "pp, 32K"), ("best fixed", "pp, best fixed"))
+PLANS = (("fixed 8192", "pp, 8K"), ("fixed 32768", "pp, 32K"), (BEST, "pp, best fixed"))
 """Plan and heading of the columns before the plan of each kind of attention."""
 
 
@@ -21,10 +22,9 @@ def pipeline_section(contents: Sequence[Content]) -> str:
 def _measured(content: Content) -> str:
     """One line for each prompt and arrangement: the best fixed chunk, what is planned, and what one
     rank's steps let expect."""
-    rows = [row for row in content["rows"] if row["source"] == "measured" and "error" not in row]
+    rows = measured_rows(content["rows"])  # of several ladders the longest one is shown
     if not rows:
         return ""
-    rows.sort(key=lambda row: row.get("limit", 0))  # of several ladders the longest one is shown
     body = []
     keys = sorted(
         {(row["shape"], row["attention"], row["num_tokens"], row["cp"], row["pp"], row["tp"])
@@ -34,7 +34,7 @@ def _measured(content: Content) -> str:
             row[name] for name in ("shape", "attention", "num_tokens", "cp", "pp", "tp")) == key}
         shape, attention, num_tokens, *ranks = key
         label = _ranks(*ranks)
-        best, planned = own.get("best fixed"), own.get("ladder") or own.get("planned")
+        best, planned = own.get(BEST), own.get("ladder") or own.get("planned")
         told = planned or best
         body.append([
             f"{shape}, {attention}, {num_tokens:,}{_part(next(iter(own.values())))}", label,
@@ -132,17 +132,17 @@ def _table(rows: Sequence[Row], count: int) -> str:
         own = {(row["cp"], row["pp"], row["tp"], row["plan"]): row for row in rows
                if (row["attention"], row["num_tokens"]) == (attention, num_tokens)}
         plan = "ladder" if attention == "sparse" else "planned"
-        one = [own[1, 1, 1, name] for name in ("fixed 32768", "best fixed")]
+        one = [own[1, 1, 1, name] for name in ("fixed 32768", BEST)]
         cells = [f"{attention}, {num_tokens:,}", " / ".join(f"{row['ttft_s']:.2f}" for row in one)]
-        cells += [_cell(own[count, 1, 1, name]) for name in ("fixed 32768", "best fixed")]
+        cells += [_cell(own[count, 1, 1, name]) for name in ("fixed 32768", BEST)]
         cells += [_cell(own[1, count, 1, name]) for name, _ in PLANS]
         cells.append(_cell(own[1, count, 1, plan]))
         if has_tp:
-            cells.append(_cell(own[1, 1, count, "best fixed"]))
+            cells.append(_cell(own[1, 1, count, BEST]))
         if has_rows:
             cells.append(_cell(own[count // 2, 2, 1, plan]))
         if mixed:
-            cells.append(_cell(own[count // 2, 1, 2, "best fixed"]))
+            cells.append(_cell(own[count // 2, 1, 2, BEST]))
             cells.append(_cell(own[1, count // 2, 2, plan]))
         body.append(cells)
     return markdown(head, body)

@@ -97,4 +97,4 @@ def test_all_arrangements_are_measured_in_one_process(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     (file,) = tmp_path.glob("pipeline.*.json")
     rows = json.loads(file.read_text())["rows"]
-    assert len(rows) == 2 * (3 * 3 + 4) + 4 and not any("error" in row for row in rows)
+    assert len(rows) == 2 * (3 * 2 + 3) + 4 and not any("error" in row for row in rows)

@@ -25,7 +25,7 @@ from longspan.bench.engine.engine import (
 from longspan.bench.pipeline.costs import Ranks
 from longspan.bench.pipeline.rates import read_rates
 from longspan.bench.pipeline.show import DECODE, MEASURED, USERS, show
-from longspan.bench.pipeline.simulate import BEST, Simulator
+from longspan.bench.pipeline.simulate import Simulator
 from longspan.bench.session import BenchSession, CheckFailed
 from longspan.bench.shapes import Shape
 from longspan.bench.timing import rounded, synchronize
@@ -58,7 +58,7 @@ class MeasureOptions:
     arrangements: tuple[Ranks, ...]
     """Ways in which ranks work together; one alone comes first."""
     chunk_lens: tuple[int, ...]
-    """Fixed lengths of prefill chunks, tokens; the best of them has a row of its own."""
+    """Fixed lengths of prefill chunks, tokens."""
     layers: int | None = None
     """Only the first layers are computed; None: all."""
     memory_gib: float | None = None
@@ -287,7 +287,7 @@ class _Series:
         self._engine, self._ranks, self._known = engine, ranks, known
 
     def run(self, attention: str, length: int) -> None:
-        """Measure one prompt length by all plans; a row for each, and for the best fixed one."""
+        """Measure one prompt length by all plans; a row for each."""
         rows, ranks, costs = list[dict[str, Any]](), self._ranks, Costs()
         for plan, config in self._plans(attention):
             def work(config: SchedulerConfig = config, plan: str = plan) -> Mapping[str, Any]:
@@ -308,12 +308,6 @@ class _Series:
         if ranks == Ranks() and fixed:
             self._known[attention, length] = _Alone(
                 {row["plan"]: row["ttft_s"] for row in fixed}, costs)
-        if fixed:
-            best = min(fixed, key=lambda row: float(row["ttft_s"]))
-            self._session.attempt(
-                _key(self._shape.name, attention, length, ranks, BEST),
-                lambda: {**{name: value for name, value in best.items() if name not in _KEY},
-                         "chunk_len": best["longest_chunk"]})
 
     def _plans(self, attention: str) -> Iterator[tuple[str, SchedulerConfig]]:
         # chunks as they are asked for: a server's budget would cut them by the time that they take
@@ -386,9 +380,6 @@ def _layers(shape: Shape) -> dict[str, Any]:
     """Say how many layers are computed, and how many the model has."""
     return {"layers": shape.model.num_layers,
             "total_layers": Shape.make(shape.name).model.num_layers}
-
-
-_KEY = ("shape", "num_tokens", "attention", "cp", "pp", "tp", "plan", "source")
 
 
 def _key(shape: str, attention: str, length: int, ranks: Ranks, plan: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from bench.pipeline_rows import BEST, measured_rows
 from bench.plots_pipeline import draw_pipeline
 from bench.tables_pipeline import pipeline_section
 from longspan.bench.pipeline.costs import Ranks
@@ -44,7 +45,7 @@ def test_every_plan_of_every_arrangement_has_a_row(measured: Any) -> None:
     found = {(row["cp"], row["pp"], row["tp"]): set[str]() for row in rows}
     for row in rows:
         found[row["cp"], row["pp"], row["tp"]].add(row["plan"])
-    fixed = {"fixed 128", "fixed 256", "best fixed"}
+    fixed = {"fixed 128", "fixed 256"}
     assert found == {(1, 1, 1): fixed, (1, 2, 1): fixed | {"planned"},
                      (2, 2, 1): fixed | {"planned"}}
     for row in rows:
@@ -52,10 +53,11 @@ def test_every_plan_of_every_arrangement_has_a_row(measured: Any) -> None:
         if row["plan"] in lens:  # pipelines too are cut as asked for
             assert row["longest_chunk"] == lens[row["plan"]]
             assert row["num_chunks"] == -(-LENGTH // lens[row["plan"]])
-    best = {row["pp"]: row for row in rows if row["plan"] == "best fixed" and row["cp"] == 1}
+    best = {row["pp"]: row for row in measured_rows(rows) if row["plan"] == BEST and row["cp"] == 1}
     assert best[2]["ttft_s"] == min(
         row["ttft_s"] for row in rows
         if (row["cp"], row["pp"]) == (1, 2) and row["plan"].startswith("fixed "))
+    assert best[2]["chunk_len"] == best[2]["longest_chunk"]
 
 
 def test_timelines_lie_within_the_time_and_follow_one_another(measured: Any) -> None:
