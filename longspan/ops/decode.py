@@ -168,7 +168,7 @@ def _precision(cache: PagedKV) -> str:
     return "ieee" if cache.dtype == torch.float32 else "tf32"
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "table_row"])
 def _attend_items(
     q, k, v, k_scale, v_scale, k_gain, block_tables, context_lens, span_first, counts, scales, cos,
     sin, parts, part_lse,

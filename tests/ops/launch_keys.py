@@ -12,6 +12,7 @@ import json
 import sys
 from array import array
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction, compute_cache_key
 
+from longspan.attention import ranks, shared_decode
+from longspan.attention.ranks import Gathering, RankGroup, Swapping
 from longspan.bench.engine.engine import EngineSizes, plan_engine
 from longspan.bench.shapes import Shape
 from longspan.engine.control.loop import Loop
@@ -110,14 +113,45 @@ def keys_of(runner: Runner, steps: Iterable[ScheduledBatch]) -> dict[str, set[st
     return launches.keys
 
 
-def main(shape: str, layers: int, lengths: list[int]) -> None:
-    """Print the launches that a prompt of each length makes and the steps before it do not."""
+class Done:
+    """Work of a group that is over."""
+
+    def wait(self) -> None:
+        """Return at once."""
+
+
+class Absent(RankGroup):
+    """A group whose other ranks are not there: what they send is memory that nobody reads."""
+
+    def begin_gather(self, x: Tensor) -> Gathering:
+        """Take this rank's part for everything."""
+        done: Any = Done()
+        return Gathering(done, torch.empty(
+            self.size * x.numel() * x.element_size(), dtype=torch.uint8, device=x.device),
+            x.contiguous())
+
+    def begin_swap(self, sent: Any, received: Any) -> Swapping:
+        """Send nothing."""
+        return Swapping([], [])
+
+    def beside(self) -> AbstractContextManager[None]:
+        """Leave nothing to an exchange."""
+        return nullcontext()
+
+
+def main(shape: str, layers: int, lengths: list[int], num_ranks: int = 1) -> None:
+    """Print the launches that a prompt of each length makes and the steps before it do not; with
+    several ranks those of the first."""
     pretend()
     without_memory()
+    ranks.LEAST_ROWS["meta"] = ranks.LEAST_ROWS["cuda"]
+    shared_decode.LEAST_BYTES["meta"] = shared_decode.LEAST_BYTES["cuda"]
     for length in lengths:
         engine = plan_engine(Shape.make(shape).cut(layers), "cuda", EngineSizes(
             max_model_len=length + 1, num_tokens=length + 1, memory_gib=130), H200)
         runner = runner_without_memory(engine)
+        if num_ranks > 1:
+            runner.use_group(Absent(0, num_ranks), engine.plan)
         ahead = keys_of(runner, compile_steps(engine.scheduler_config()))
         for sparse in (True, False):
             steps = prompt_steps(engine, length, sparse)
@@ -146,4 +180,5 @@ def without_memory() -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), [int(x) for x in sys.argv[3].split(",")])
+    main(sys.argv[1], int(sys.argv[2]), [int(x) for x in sys.argv[3].split(",")],
+         int(sys.argv[4]))

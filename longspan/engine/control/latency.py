@@ -43,7 +43,7 @@ Terms = tuple[float, float, float]
 SparseTerms = tuple[float, float, float, float]
 AnyTerms = TypeVar("AnyTerms", Terms, SparseTerms)
 Kind = Literal["dense", "sparse", "short", "decode"]
-SHORT_CHUNK = 2_048
+SHORT_CHUNK = 8_192
 """Longest sparse chunk of the kind ``short``, tokens."""
 FIRST_PIECES = 3
 """A kind of sparse chunk is known when so many steps were measured: a layer's three sorts of
@@ -221,8 +221,8 @@ class LatencyModel:
         return self._kinds[chunk_kind(query_len)].num_observations >= FIRST_PIECES
 
     def is_near(self, query_len: int, terms: SparseTerms) -> bool:
-        """Tell whether a step was measured that had at least half as much work of such a sparse
-        chunk, by the prior: costs may be wrong, but not by more than one such step shows."""
+        """Tell whether a step was seen that had at least half as much work of such a sparse chunk,
+        by the prior's proportions: so costs that are wrong fill no step with a whole chunk."""
         return self._kinds[chunk_kind(query_len)].share_seen(terms) >= 0.5
 
     def reset(self) -> None:
@@ -244,7 +244,9 @@ class LatencyModel:
         kind = max(parts, key=lambda name: (self._is_new_chunk(name), parts[name]))
         others_s = sum(parts.values()) - parts[kind]
         own_s = seconds * parts[kind] / (parts[kind] + others_s)  # its share, as far as known
-        if others_s >= seconds:  # they were slow by accident, at first say: this is the most
+        is_proven = others_s < SURPRISE * seconds and all(
+            self._kinds[name].num_observations >= DECODE_FITS for name in parts.keys() - {kind})
+        if others_s >= seconds and not is_proven:  # they were slow at first: this is the most
             own_s = max(seconds / 2, own_s)
             for name in parts.keys() - {kind}:
                 self._learn(name, work, seconds * parts[name] / (parts[kind] + others_s))
@@ -253,6 +255,8 @@ class LatencyModel:
         if kind == "dense":
             self.dense_reach = max(self.dense_reach, work.dense[2] / work.dense[1])
         self._learn(kind, work, own_s)
+        for name in parts:
+            self._kinds[name].reach(getattr(work, name))
         self.num_observations += 1
         self._refresh()
 
@@ -305,6 +309,10 @@ class _Fit:
         work_s = _dot(self._prior[1:], row[1:])
         return _dot(self._prior[1:], self._most[1:]) / work_s if work_s else 1.0
 
+    def reach(self, row: Sequence[float]) -> None:
+        """Note that a step had such work, whatever it taught."""
+        self._most = max(self._most, tuple(row), key=lambda work: _dot(self._prior, work))
+
     def scaled(self, fixed: float, work: float) -> tuple[float, ...]:
         """Scale the prior to such speeds."""
         return fixed * self._prior[0], *(work * value for value in self._prior[1:])
@@ -324,7 +332,7 @@ class _Fit:
         self._add(row, seconds, 1 / max(seconds, expected_s) ** 2)
         self.num_observations += 1
         self._num_recent += 1
-        self._most = max(self._most, tuple(row), key=lambda work: _dot(self._prior, work))
+        self.reach(row)
         if is_rare or is_surprise or self.num_observations % DECODE_FITS == 1:
             self._solve()
 

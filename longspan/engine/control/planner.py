@@ -16,7 +16,8 @@ So a short prompt waits for the step that runs and is computed in the next one, 
 suffices. The head takes at most twice the time that it would need alone, decodes not counted, and
 every prompt becomes the head when those before it are finished: none starves. A step takes its
 budget at most, or one unit or twice its fixed cost where that is longer; a share of the budget
-(`SLACK`) is left free for errors of prediction.
+(`SLACK`) is left free for errors of prediction, and a step has at most twice the work of a sparse
+chunk that one had before.
 
 One sparse chunk at a time may be paused, because its hidden states stay on the device; another
 prompt's sparse chunk begins when it is complete. Where several prompts want to begin one, the head

@@ -51,6 +51,8 @@ def compile_steps(config: SchedulerConfig) -> Iterator[ScheduledBatch]:
         for queries in _dense_queries(number, min(length, config.prefill_chunk_len)):
             yield _step(length, queries, config, False, samples=is_last)
         if config.sparse_above is not None:
+            if min(length, config.prefill_chunk_len) > TAIL_QUERIES:  # no ranks share so few rows
+                yield _step(length, TAIL_QUERIES, config, True, samples=False)
             yield _step(length, _sparse_queries(length, config), config, True, samples=is_last)
 
 

@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 
 from longspan.engine.control.chunking import chunk_pieces
-from longspan.engine.control.latency import Costs, Forecast, LatencyModel, piece_terms, sparse_terms
+from longspan.engine.control.latency import (
+    Costs,
+    Forecast,
+    LatencyModel,
+    SparseTerms,
+    Work,
+    piece_terms,
+    sparse_terms,
+)
 from longspan.engine.control.planner import SLACK, Planner, prefill_s
 from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
 from longspan.engine.request import Request, SamplingParams
@@ -213,6 +221,47 @@ def test_a_slow_first_decode_does_not_make_prefills_look_fast(
     assert max(machine.lengths_s[before:]) <= 0.1
 
 
+@pytest.mark.parametrize(("num_decodes", "lengths"), [
+    (10, [40_000] * 6), (45, [40_000] * 6), (20, [65_536, 131_072] * 2)])
+def test_many_decodes_do_not_keep_a_prompt_from_its_time(
+    num_decodes: int, lengths: list[int],
+) -> None:
+    """Steps in which decodes take longest teach nothing of sparse chunks, and are no reason to
+    compute less of them; nor is it one that such steps are now and then shorter than predicted."""
+    found = []
+    for is_known in (False, True):
+        machine = Machine(config=H200_CONFIG, costs=H200)
+        if is_known:
+            machine.scheduler.latency = Known(H200)
+            machine.scheduler._planner = Planner(H200_CONFIG, machine.scheduler.latency)
+        for index in range(num_decodes):
+            machine.add(f"stream{index}", 300, max_tokens=60_000)
+        for _ in range(2 * num_decodes):
+            machine.step()
+        for index, length in enumerate(lengths):
+            machine.add(f"{index}", length)
+            while f"{index}" not in machine.first_s:
+                machine.step()
+        found.append([machine.ttft_s(str(index)) for index in range(1, len(lengths))])
+    assert all(own <= 1.1 * best for own, best in zip(*found, strict=True)), found
+
+
+class Known(LatencyModel):
+    """A model that knows the costs, and learns nothing."""
+
+    def observe(self, work: Work, seconds: float) -> None:
+        """Learn nothing."""
+        self.num_observations += 1
+
+    def knows_chunks(self, query_len: int) -> bool:
+        """Know all of them."""
+        return True
+
+    def is_near(self, query_len: int, terms: SparseTerms) -> bool:
+        """Trust what it knows."""
+        return True
+
+
 def test_a_step_has_twice_the_work_of_a_measured_one_at_the_most() -> None:
     """Costs that are far too low, whatever the reason, cannot fill a step with a whole chunk."""
     machine = Machine(config=H200_CONFIG, costs=H200)
@@ -222,6 +271,18 @@ def test_a_step_has_twice_the_work_of_a_measured_one_at_the_most() -> None:
         machine.step()
         pieces = machine.steps[-1].slices[0].pieces
         assert pieces is not None and pieces.stop - pieces.first <= max(1, 2 ** (number - 1))
+
+
+def test_short_chunks_behind_a_long_one_keep_the_budget() -> None:
+    """The host needs longer to launch 3,000 tokens behind 126,976 than the device to compute."""
+    machine = Machine(config=H200_CONFIG, costs=H200, launch_s=2e-3)
+    machine.add("stream", 300, max_tokens=60_000)
+    machine.step()
+    for index, length in enumerate((131_000, 131_500, 150_000)):
+        machine.add(str(index), length)
+        while str(index) not in machine.first_s:
+            machine.step()
+    assert max(machine.lengths_s) <= 0.1
 
 
 def test_a_stream_of_shorts_cannot_starve_the_long_prompt() -> None:

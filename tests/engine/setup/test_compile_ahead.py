@@ -12,7 +12,12 @@ from longspan.engine.control.loop import Loop
 from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
 from longspan.engine.control.transport import LocalTransport
 from longspan.engine.request import Request
-from longspan.engine.setup.compile_ahead import NUM_QUERIES, compile_steps, context_lens
+from longspan.engine.setup.compile_ahead import (
+    NUM_QUERIES,
+    TAIL_QUERIES,
+    compile_steps,
+    context_lens,
+)
 from longspan.engine.setup.engine_plan import ResolvedEngine
 from longspan.ops.geometry import num_scouts
 from tests.doubles import make_request, write_checkpoint
@@ -31,18 +36,20 @@ def test_contexts_of_every_power_of_two() -> None:
 @pytest.mark.parametrize("sparse_above", [None, 0])
 def test_steps_stay_within_the_pool(sparse_above: int | None) -> None:
     steps = list(compile_steps(replace(CONFIG, sparse_above=sparse_above)))
-    assert len(steps) == (17 if sparse_above is None else 24)
+    assert len(steps) == (17 if sparse_above is None else 24 + 6)
     for step in steps:
         (item,) = step.slices
         assert 0 < item.query_len <= min(CONFIG.prefill_chunk_len, item.context_len)
         if item.sparse:  # as many scouts as a whole prefill chunk of this context has
             assert item.query_len >= NUM_QUERIES and item.query_len % CONFIG.block_size == 0
-            assert num_scouts(item.query_len, item.context_len, 128, 4096) >= num_scouts(
+            assert item.query_len == TAIL_QUERIES or num_scouts(
+                item.query_len, item.context_len, 128, 4096) >= num_scouts(
                 min(item.context_len, CONFIG.prefill_chunk_len), item.context_len, 128, 4096) * 0.98
         assert max(item.block_ids) < CONFIG.num_blocks
         assert item.context_len == len(item.block_ids) * CONFIG.block_size
         is_last = item.context_len == 999_936
-        assert is_last == (item.sampling is not None) == (item.prompt_len == item.context_len)
+        if not (item.sparse and item.query_len == TAIL_QUERIES):
+            assert is_last == (item.sampling is not None) == (item.prompt_len == item.context_len)
 
 
 def test_steps_are_no_longer_than_a_prefill_chunk() -> None:
