@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from longspan.bench.pipeline.simulate import BEST
+
 Row = Mapping[str, Any]
-BEST = "best fixed"
 
 
 def measured_rows(rows: Sequence[Row]) -> list[Row]:

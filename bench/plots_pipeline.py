@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.pipeline_rows import BEST, measured_rows
+from bench.pipeline_rows import Row, measured_rows
+from longspan.bench.pipeline.simulate import BEST
 from longspan.errors import MissingDependencyError
 
-Row = Mapping[str, Any]
 LONGEST = 1_000_000
 KINDS = (("cp", BEST, "#2f6db5", "o"), ("pp", "", "#b04a3a", "s"),
          ("tp", BEST, "#4b8b3b", "^"))

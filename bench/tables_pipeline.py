@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.pipeline_rows import BEST, measured_rows
+from bench.pipeline_rows import measured_rows
 from bench.tables import Content, Row, markdown
+from longspan.bench.pipeline.simulate import BEST
 
 PLANS = (("fixed 8192", "pp, 8K"), ("fixed 32768", "pp, 32K"), (BEST, "pp, best fixed"))
 """Plan and heading of the columns before the plan of each kind of attention."""

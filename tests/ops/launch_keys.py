@@ -152,7 +152,8 @@ def main(shape: str, layers: int, lengths: list[int], num_ranks: int = 1) -> Non
         runner = runner_without_memory(engine)
         if num_ranks > 1:
             runner.use_group(Absent(0, num_ranks), engine.plan)
-        ahead = keys_of(runner, compile_steps(engine.scheduler_config()))
+        ahead = keys_of(runner, compile_steps(
+            engine.scheduler_config(), shares_rows=num_ranks > 1))
         for sparse in (True, False):
             steps = prompt_steps(engine, length, sparse)
             timed = keys_of(runner, steps)

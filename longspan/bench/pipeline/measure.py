@@ -216,7 +216,8 @@ def measure(session: BenchSession, shape: Shape, options: MeasureOptions) -> int
             memory_gib=options.memory_gib, ranks=ranks.cp, stages=ranks.pp, heads=ranks.tp)
         try:
             with open_engine(cut, session.device, sizes) as engine:
-                engine.runner.compile_ahead(compile_steps(engine.plan.scheduler_config()))
+                engine.runner.compile_ahead(compile_steps(
+                    engine.plan.scheduler_config(), shares_rows=ranks.cp > 1))
                 for attention in options.attention:
                     for length in options.lengths:
                         _Series(session, cut, options, engine, ranks, known).run(attention, length)

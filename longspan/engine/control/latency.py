@@ -242,14 +242,15 @@ class LatencyModel:
         if not parts:
             return
         kind = max(parts, key=lambda name: (self._is_new_chunk(name), parts[name]))
-        others_s = sum(parts.values()) - parts[kind]
-        own_s = seconds * parts[kind] / (parts[kind] + others_s)  # its share, as far as known
+        total_s = sum(parts.values())
+        others_s = total_s - parts[kind]
+        own_s = seconds * parts[kind] / total_s  # its share, as far as known
         is_proven = others_s < SURPRISE * seconds and all(
             self._kinds[name].num_observations >= DECODE_FITS for name in parts.keys() - {kind})
         if others_s >= seconds and not is_proven:  # they were slow at first: this is the most
             own_s = max(seconds / 2, own_s)
             for name in parts.keys() - {kind}:
-                self._learn(name, work, seconds * parts[name] / (parts[kind] + others_s))
+                self._learn(name, work, seconds * parts[name] / total_s)
         elif all(self.has_seen(name) for name in parts):
             own_s = max(seconds - others_s, own_s / 2)
         if kind == "dense":
@@ -332,7 +333,6 @@ class _Fit:
         self._add(row, seconds, 1 / max(seconds, expected_s) ** 2)
         self.num_observations += 1
         self._num_recent += 1
-        self.reach(row)
         if is_rare or is_surprise or self.num_observations % DECODE_FITS == 1:
             self._solve()
 

@@ -41,9 +41,15 @@ def context_lens(config: SchedulerConfig) -> list[int]:
     return sorted(length for length in whole if length > NUM_QUERIES)
 
 
-def compile_steps(config: SchedulerConfig) -> Iterator[ScheduledBatch]:
+def compile_steps(
+    config: SchedulerConfig, *, shares_rows: bool = False,
+) -> Iterator[ScheduledBatch]:
     """Prefill steps at the end of ever longer contexts, dense and, where the engine has it, sparse.
     They write to blocks that no request has yet. The last ones sample a token that nobody gets.
+
+    Args:
+        shares_rows: ranks share rows of prefills, but not the few of a tail: those take kernels
+            that no rank's part does.
     """
     lengths = context_lens(config)
     for number, length in enumerate(lengths):
@@ -51,7 +57,7 @@ def compile_steps(config: SchedulerConfig) -> Iterator[ScheduledBatch]:
         for queries in _dense_queries(number, min(length, config.prefill_chunk_len)):
             yield _step(length, queries, config, False, samples=is_last)
         if config.sparse_above is not None:
-            if min(length, config.prefill_chunk_len) > TAIL_QUERIES:  # no ranks share so few rows
+            if shares_rows and min(length, config.prefill_chunk_len) > TAIL_QUERIES:
                 yield _step(length, TAIL_QUERIES, config, True, samples=False)
             yield _step(length, _sparse_queries(length, config), config, True, samples=is_last)
 

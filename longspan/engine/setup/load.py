@@ -45,7 +45,8 @@ def _load(
     runner = engine.load_runner(hub)
     runner.record_graphs()
     if engine.config.device != "cpu":  # whose operations need no compiler
-        runner.compile_ahead(compile_steps(scheduler))
+        runner.compile_ahead(compile_steps(
+            scheduler, shares_rows=engine.config.context_parallel > 1))
     with suppress(LongspanError):  # the first request that wants a grammar is told
         runner.prepare()  # a large vocabulary takes a second, for which answers would pause
     return scheduler, runner

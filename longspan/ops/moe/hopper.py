@@ -18,7 +18,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from longspan.ops.moe.hopper_product import STEP_BYTES, TILE_COLUMNS, TILE_ROWS, product_kernel
-from longspan.ops.moe.triton import combine, row_tiles
+from longspan.ops.moe.triton import combine, row_tiles, tiles_of_experts
 from longspan.ops.moe.triton_routing import MAX_EXPERTS, Groups, group
 from longspan.ops.quant import triton_rows
 from longspan.ops.tiles.hopper import is_hopper
@@ -150,12 +150,8 @@ def _list_tiles(
     ROWS: tl.constexpr,
 ):
     """Write LISTED rows of the table; those behind the last tile are left as they are."""
-    numbers = tl.arange(0, EXPERTS)
-    is_expert = numbers < num_experts
-    stops = tl.load(ends + numbers, mask=is_expert, other=0)
-    starts = tl.load(ends + numbers - 1, mask=is_expert & (numbers > 0), other=0)
-    counts = tl.where(is_expert, (stops - starts + ROWS - 1) // ROWS, 0)
-    tile_ends = tl.cumsum(counts, 0)
+    numbers, is_expert, starts, stops, counts, tile_ends = tiles_of_experts(
+        ends, num_experts, EXPERTS, ROWS)
     own = tl.program_id(0) * LISTED + tl.arange(0, LISTED)
     expert = tl.sum(((tile_ends[None, :] <= own[:, None]) & is_expert[None, :]).to(tl.int32), 1)
     is_own = numbers[None, :] == expert[:, None]

@@ -161,6 +161,18 @@ def _precision(x: Tensor) -> str:
 
 
 @triton.jit
+def tiles_of_experts(ends, num_experts, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
+    """Count each expert's tiles of rows: numbers, which of them are experts, where their rows start
+    and stop, how many tiles they have, and where those end: six of [EXPERTS]."""
+    numbers = tl.arange(0, EXPERTS)
+    is_expert = numbers < num_experts
+    stops = tl.load(ends + numbers, mask=is_expert, other=0)
+    starts = tl.load(ends + numbers - 1, mask=is_expert & (numbers > 0), other=0)
+    tiles = tl.where(is_expert, (stops - starts + ROWS - 1) // ROWS, 0)
+    return numbers, is_expert, starts, stops, tiles, tl.cumsum(tiles, 0)
+
+
+@triton.jit
 def _place(
     ends, num_experts, num_row_tiles, num_column_tiles,
     EXPERTS: tl.constexpr, ROWS: tl.constexpr, SUPER: tl.constexpr,
@@ -173,12 +185,8 @@ def _place(
     height = tl.minimum(num_row_tiles - first, SUPER)
     tile = first + program % width % height
     column_tile = program % width // height
-    numbers = tl.arange(0, EXPERTS)
-    is_expert = numbers < num_experts
-    stops = tl.load(ends + numbers, mask=is_expert, other=0)
-    starts = tl.load(ends + numbers - 1, mask=is_expert & (numbers > 0), other=0)
-    tiles = tl.where(is_expert, (stops - starts + ROWS - 1) // ROWS, 0)
-    tile_ends = tl.cumsum(tiles, 0)
+    numbers, is_expert, starts, stops, tiles, tile_ends = tiles_of_experts(
+        ends, num_experts, EXPERTS, ROWS)
     expert = tl.sum(((tile_ends <= tile) & is_expert).to(tl.int32), 0)
     is_own = numbers == expert
     within = tile - tl.sum(tl.where(is_own, tile_ends - tiles, 0), 0)

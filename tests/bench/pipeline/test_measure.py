@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from bench.pipeline_rows import BEST, measured_rows
+from bench.pipeline_rows import measured_rows
 from bench.plots_pipeline import draw_pipeline
 from bench.tables_pipeline import pipeline_section
 from longspan.bench.pipeline.costs import Ranks
 from longspan.bench.pipeline.measure import MeasureOptions, measure, parse_arrangement
+from longspan.bench.pipeline.simulate import BEST
 from longspan.bench.session import BenchOptions, BenchSession
 from longspan.bench.shapes import PlanOptions, Shape
 from longspan.commands.results import read_file

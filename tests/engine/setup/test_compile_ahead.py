@@ -33,10 +33,12 @@ def test_contexts_of_every_power_of_two() -> None:
     assert context_lens(replace(CONFIG, max_model_len=600)) == []
 
 
+@pytest.mark.parametrize("shares_rows", [False, True])
 @pytest.mark.parametrize("sparse_above", [None, 0])
-def test_steps_stay_within_the_pool(sparse_above: int | None) -> None:
-    steps = list(compile_steps(replace(CONFIG, sparse_above=sparse_above)))
-    assert len(steps) == (17 if sparse_above is None else 24 + 6)
+def test_steps_stay_within_the_pool(sparse_above: int | None, shares_rows: bool) -> None:
+    steps = list(compile_steps(
+        replace(CONFIG, sparse_above=sparse_above), shares_rows=shares_rows))
+    assert len(steps) == (17 if sparse_above is None else 24 + 6 * shares_rows)
     for step in steps:
         (item,) = step.slices
         assert 0 < item.query_len <= min(CONFIG.prefill_chunk_len, item.context_len)
