@@ -15,9 +15,11 @@ from longspan.expert_config import ExpertConfig
 from longspan.model.experts import RoutedMLP
 from longspan.ops.moe import eager, grouped, hopper
 from longspan.ops.moe import triton as kernels
+from longspan.ops.moe.hopper_product import TILE_ROWS
 from longspan.ops.moe.triton_routing import group
 from longspan.ops.quant import eager as eager_quant
-from longspan.ops.types import Fp8Weights
+from longspan.ops.quant import triton_rows
+from longspan.ops.types import FP8_BLOCK, Fp8Rows, Fp8Weights
 from tests.conftest import assert_close, error_ratio
 from tests.gpu import test_sync_free
 from tests.gpu.syncs import no_syncs
@@ -75,6 +77,8 @@ HOPPER_SHAPES = [
     (1, 8, 1, 512, 512), (3, 4, 4, 512, 768), (129, 9, 2, 512, 512), (333, 60, 4, 1_024, 512),
     (2_049, 128, 8, 2_048, 768)]
 """Tokens, experts, chosen ones, model dim, width."""
+MAX_E4M3_ERROR = 0.04
+"""Three bits behind the first one: up to a sixteenth, a thirty-seventh in the mean."""
 MAX_FP8_ERROR = 0.03
 """Beside the same roundings by PyTorch: sums of fp8 products have 14 bits."""
 
@@ -105,22 +109,24 @@ def rounded_stack(matrices: Tensor) -> Fp8Weights:
     return Fp8Weights(*(torch.stack(part).contiguous() for part in zip(*found, strict=True)))
 
 
-def rounded_rows(x: Tensor) -> Tensor:
-    rows = eager_quant.quantize_activations(x, 0)
-    return (rows.values.float() * rows.scales)[: rows.num_rows]
+def dense_rows(rows: Fp8Rows) -> Tensor:
+    groups = rows.values.float().unflatten(1, (rows.scales.shape[1], -1))
+    return (groups * rows.scales[:, :, None]).flatten(1)
 
 
 def routed_of_fp8(
     x: Tensor, weights: Tensor, experts: Tensor, gate_up: Fp8Weights, down: Fp8Weights,
 ) -> Tensor:
-    """The sums by PyTorch, fp32 but for the roundings."""
-    rows, sums = rounded_rows(x), torch.zeros_like(x, dtype=torch.float32)
+    """The sums by PyTorch, fp32 but for the roundings: tokens whole, hidden rows in groups."""
+    rows = dense_rows(eager_quant.quantize_activations(x, 0))
+    sums = torch.zeros_like(x, dtype=torch.float32)
     for number, (up, back) in enumerate(zip(gate_up.dense(), down.dense(), strict=True)):
         for choice in range(experts.shape[1]):
             tokens = (experts[:, choice] == number).nonzero().flatten()
             if len(tokens):
-                hidden = ops.reference.silu_mul(rows[tokens] @ up.t()).bfloat16()
-                sums[tokens] += weights[tokens, choice, None] * (rounded_rows(hidden) @ back.t())
+                hidden = ops.reference.silu_mul(rows[tokens] @ up.t())
+                rounded = dense_rows(eager_quant.quantize_activations(hidden, FP8_BLOCK))
+                sums[tokens] += weights[tokens, choice, None] * (rounded @ back.t())
     return sums
 
 
@@ -169,18 +175,45 @@ def test_hopper_products(
 
 @pytest.mark.hopper
 def test_hopper_products_store_their_own_rows() -> None:
-    """Rows of experts that are elsewhere stay what they were; a wider tensor's rows are read."""
+    """Rows of tiles that are not there stay what they were; a wider tensor's rows are read."""
     x, weights, experts, gate_up, down = make_routed(HOPPER_SHAPES[3], "elsewhere")
     wide = torch.full((len(x), 2 * x.shape[1]), torch.nan, device="cuda", dtype=x.dtype)
     wide[:, : x.shape[1]] = x
-    groups = group(experts, len(gate_up))
-    tiles, end = hopper.list_tiles(groups.ends, len(groups.order)), int(groups.ends[-1])
     with poisoned():
-        hidden = hopper.expert_up(wide[:, : x.shape[1]], groups, tiles, gate_up, experts.shape[1])
-        routed = hopper.expert_down(hidden, groups, tiles, weights, down)
-    assert hidden[:end].isfinite().all() and hidden[end:].isnan().all() and end < len(hidden)
-    order = groups.order.long()
-    assert routed[order[:end]].isfinite().all() and routed[order[end:]].isnan().all()
+        tiles = hopper.list_tiles(group(experts, len(gate_up)), experts.shape[1], x)
+        hidden = hopper.expert_up(wide[:, : x.shape[1]], tiles, gate_up)
+        routed = hopper.expert_down(hidden, tiles, down)
+    end = int(tiles.experts[-1]) * TILE_ROWS
+    assert isinstance(hidden, Tensor) and 0 < end < len(hidden)
+    for rows in (hidden, routed):
+        assert rows[:end].isfinite().all() and rows[end:].isnan().all()
+    places = tiles.places[(experts < len(gate_up)).flatten()]
+    assert len(places.unique()) == len(places) and places.max() < end
+
+
+@pytest.mark.hopper
+@pytest.mark.parametrize("shape", HOPPER_SHAPES[2:], ids=str)
+def test_hopper_rounds_what_experts_make(shape: tuple[int, int, int, int, int]) -> None:
+    """Each row in groups of 128, a row of zeros among them; rows of very different size."""
+    x, _, experts, gate_up, _ = make_routed(shape, "some")
+    x *= torch.logspace(-12, 12, len(x), base=2.0, device="cuda").bfloat16()[:, None]
+    x[0] = 0.0
+    up, rows = rounded_stack(gate_up), triton_rows.quantize(x, 0)
+    tiles = hopper.list_tiles(group(experts, len(gate_up)), experts.shape[1], rows)
+    with poisoned():
+        hidden = hopper.expert_up(rows, tiles, up)
+    assert isinstance(hidden, Fp8Rows)
+    found, tokens = dense_rows(hidden), dense_rows(rows)[tiles.tokens.long()[tiles.places.long()]]
+    found, flat = found[tiles.places.long()], experts.flatten()
+    for number, matrix in enumerate(up.dense()):
+        is_own = flat == number
+        if is_own.any():
+            wanted = ops.reference.silu_mul(tokens[is_own] @ matrix.float().t())
+            rounded = eager_quant.quantize_activations(wanted, FP8_BLOCK)
+            scales = hidden.scales[tiles.places.long()[is_own]]
+            torch.testing.assert_close(scales, rounded.scales, rtol=0.05, atol=0.0)
+            part = wanted.abs().amax(1).clamp_min(1e-30)[:, None]  # each row counts
+            assert error_ratio(found[is_own] / part, wanted / part) <= MAX_E4M3_ERROR
 
 
 def test_a_graph_reads_what_its_tokens_take() -> None:

@@ -239,15 +239,15 @@ def compile_hopper_experts(values: tuple[Tensor, Tensor], scales: list[Tensor]) 
     from longspan.ops.quant import triton_rows
 
     groups = triton_routing.group(torch.zeros(99, 8, dtype=torch.int32), 128)
-    tiles = hopper.list_tiles(groups.ends, len(groups.order))
-    x, weights = torch.zeros(99, 2_048, dtype=torch.bfloat16), torch.zeros(99, 8)
+    x = torch.zeros(99, 2_048, dtype=torch.bfloat16)
+    tiles = hopper.list_tiles(groups, 8, x)
     plain = (torch.zeros(2, 1_536, 2_048, dtype=torch.bfloat16),
              torch.zeros(2, 2_048, 768, dtype=torch.bfloat16))
-    hidden = hopper.expert_up(x, groups, tiles, plain[0], 8)
-    hopper.expert_down(hidden, groups, tiles, weights, plain[1])
+    hopper.expert_down(hopper.expert_up(x, tiles, plain[0]), tiles, plain[1])
     up, down = (Fp8Weights(*pair) for pair in zip(values, scales, strict=True))
-    hidden = hopper.expert_up(triton_rows.quantize(x, 0), groups, tiles, up, 8)
-    hopper.expert_down(triton_rows.quantize(hidden, 0), groups, tiles, weights, down)
+    rows = triton_rows.quantize(x, 0)
+    tiles = hopper.list_tiles(groups, 8, rows)
+    hopper.expert_down(hopper.expert_up(rows, tiles, up), tiles, down)
 
 
 if __name__ == "__main__":

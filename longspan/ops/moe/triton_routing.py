@@ -14,9 +14,10 @@ from torch import Tensor
 
 MAX_EXPERTS = 1_024
 COUNTED_ROUTES = 4_096
-"""Up to this many routes are put in order by counting, in one launch; more by a sort."""
-BYTE_EXPERTS = 255
-"""So many experts, and the number of those that are elsewhere, fit in a byte."""
+"""Up to this many routes are put in order by counting, in one launch; more in three; where there
+are more experts, by a sort."""
+TALLIED_EXPERTS, TALLIED_ROUTES = 255, 128
+"""The most experts of which a program tallies its routes, and those routes."""
 ROUTE_ROWS, COUNT_ROWS = 4, 16
 
 
@@ -47,9 +48,9 @@ def group(experts: Tensor, num_experts: int) -> Groups:
     """Put routes in the order of their experts. experts: [T, k]."""
     flat = experts.reshape(-1).to(torch.int32)
     num_routes = flat.shape[0]
+    if num_routes > COUNTED_ROUTES and num_experts <= TALLIED_EXPERTS:
+        return _group_many(flat, num_experts)
     if num_routes > COUNTED_ROUTES:
-        if num_experts <= BYTE_EXPERTS:  # a radix sort of bytes passes over them once
-            flat = flat.to(torch.uint8)
         ordered, order = flat.sort(stable=True)
         numbers = torch.arange(num_experts, dtype=flat.dtype, device=flat.device)
         ends = torch.searchsorted(ordered, numbers, right=True, out_int32=True)
@@ -61,6 +62,59 @@ def group(experts: Tensor, num_experts: int) -> Groups:
         flat, order, ends, num_routes, num_experts, programs, ROWS=COUNT_ROWS,
         TILE=min(512, triton.next_power_of_2(num_routes)), num_warps=4)
     return Groups(order, ends)
+
+
+def _group_many(flat: Tensor, num_experts: int) -> Groups:
+    """Tally parts of the routes, add tallies up, put each part's routes behind those before."""
+    num_routes, width = flat.shape[0], triton.next_power_of_2(num_experts + 1)
+    programs = triton.cdiv(num_routes, TALLIED_ROUTES)
+    tallies = torch.empty((num_experts + 1) * programs, dtype=torch.int32, device=flat.device)
+    order = torch.empty(num_routes, dtype=torch.int32, device=flat.device)
+    ends = torch.empty(num_experts, dtype=torch.int32, device=flat.device)
+    sizes = {"ROUTES": TALLIED_ROUTES, "EXPERTS": width, "num_warps": 4}
+    _tally[(programs,)](flat, tallies, num_routes, num_experts, programs, **sizes)
+    totals = tallies.cumsum(0, dtype=torch.int32)
+    _put[(programs,)](flat, totals, order, ends, num_routes, num_experts, programs, **sizes)
+    return Groups(order, ends)
+
+
+@triton.jit
+def _part(flat, num_routes, num_experts, ROUTES: tl.constexpr):
+    """Return a program's routes and their experts. Those past the end count as elsewhere: behind
+    all that are, so they move nobody."""
+    routes = tl.program_id(0) * ROUTES + tl.arange(0, ROUTES)
+    own = tl.load(flat + routes, mask=routes < num_routes, other=num_experts)
+    return routes, tl.minimum(own, num_experts)
+
+
+@triton.jit(do_not_specialize=["num_routes", "programs"])
+def _tally(
+    flat, tallies, num_routes, num_experts, programs, ROUTES: tl.constexpr, EXPERTS: tl.constexpr,
+):
+    """Count a program's routes of each expert, and those elsewhere. tallies: [E + 1, programs]."""
+    _, own = _part(flat, num_routes, num_experts, ROUTES)
+    numbers = tl.arange(0, EXPERTS)
+    tl.store(tallies + numbers * programs + tl.program_id(0), tl.histogram(own, EXPERTS),
+             mask=numbers <= num_experts)
+
+
+@triton.jit(do_not_specialize=["num_routes", "programs"])
+def _put(
+    flat, totals, order, ends, num_routes, num_experts, programs, ROUTES: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    """Put a program's routes behind those of lesser experts and of programs before."""
+    routes, own = _part(flat, num_routes, num_experts, ROUTES)
+    is_equal = own[None, :] == own[:, None]
+    earlier = tl.sum((is_equal & (routes[None, :] < routes[:, None])).to(tl.int32), 1)
+    place = own * programs + tl.program_id(0)
+    start = tl.load(totals + place - 1, mask=place > 0, other=0)
+    tl.store(order + start + earlier, routes, mask=routes < num_routes)
+    if tl.program_id(0) == 0:
+        numbers = tl.arange(0, EXPERTS)
+        mask = numbers < num_experts
+        stops = tl.load(totals + (numbers + 1) * programs - 1, mask=mask, other=0)
+        tl.store(ends + numbers, stops, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

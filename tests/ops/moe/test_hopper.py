@@ -8,22 +8,38 @@ import torch
 
 from longspan.ops.moe import hopper
 from longspan.ops.moe.hopper_product import TILE_ROWS
+from longspan.ops.moe.triton_routing import Groups
+from longspan.ops.quant import eager as eager_quant
 from longspan.ops.types import Fp8Weights
 
 
 @pytest.mark.parametrize("counts", [
     [1], [0, 0, 0], [128, 0, 129, 1, 0], [0, 700, 0, 3, 256, 127], [5] * 60], ids=str)
-def test_tiles_are_listed(counts: list[int], kernel_device: str) -> None:
+@pytest.mark.parametrize("is_rounded", [False, True])
+def test_tiles_are_listed(counts: list[int], is_rounded: bool, kernel_device: str) -> None:
+    """Each expert's routes in their order, and tiles filled up with tokens of the same expert."""
+    chosen = 3
+    num_routes = -(-sum(counts) // chosen) * chosen + chosen  # some are elsewhere
     ends = torch.tensor(counts, device=kernel_device).cumsum(0).int()
-    num_routes = sum(counts) + 3  # three are elsewhere
-    tiles = hopper.list_tiles(ends, num_routes)
-    wanted, start = [], 0
-    for expert, count in enumerate(counts):
-        stop = start + count
-        wanted += [[expert, first, stop] for first in range(start, stop, TILE_ROWS)]
-        start = stop
-    assert tiles[-1, 0] == len(wanted) < len(tiles)
-    assert tiles[: len(wanted)].tolist() == wanted
+    order = torch.randperm(num_routes).int().to(kernel_device)
+    x = torch.randn(num_routes // chosen, 8, device=kernel_device)
+    rows = eager_quant.quantize_activations(x, 0)
+    tiles = hopper.list_tiles(Groups(order, ends), chosen, rows if is_rounded else x)
+    experts = [expert for expert, count in enumerate(counts) for _ in range(-(-count // TILE_ROWS))]
+    assert tiles.experts[-1] == len(experts) < len(tiles.experts)
+    assert tiles.experts[: len(experts)].tolist() == experts
+    place = start = 0
+    for count in counts:
+        routes = order[start : start + count].long()
+        places = torch.arange(place, place + count, device=kernel_device)
+        assert torch.equal(tiles.places[routes], places.int())
+        assert torch.equal(tiles.tokens[places], routes.int() // chosen)
+        start, place = start + count, place - (-count // TILE_ROWS) * TILE_ROWS
+        filled = tiles.tokens[int(places[-1]) + 1 if count else place : place]
+        assert set(filled.tolist()) <= set((routes // chosen).tolist())
+    assert (tiles.scales is not None) is is_rounded
+    if tiles.scales is not None:
+        assert torch.equal(tiles.scales[:place], rows.scales[tiles.tokens[:place].long(), 0])
 
 
 SIZES = (torch.bfloat16, 512, 512)
