@@ -21,7 +21,7 @@ import importlib, os, sys
 class Missing:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {names!r}:
-            raise ModuleNotFoundError("No module named " + name)
+            raise ModuleNotFoundError("No module named " + name, name=name)
 sys.meta_path.insert(0, Missing())
 import torch
 from tests.forks import forked
@@ -29,6 +29,23 @@ for module in {modules!r}:
     _, status = os.waitpid(forked(lambda: importlib.import_module(module)), 0)
     print(module, "is there" if status == 0 else "is not there", flush=True)
 """
+COMMANDS = """
+for words in {commands!r}:
+    def run(words=words):
+        from longspan.cli import run_command
+        status = run_command(words.split())
+        assert status == 2, status
+    print("$", words, flush=True)
+    _, status = os.waitpid(forked(run), 0)
+    print("status 2" if status == 0 else "another end", flush=True)
+"""
+SAID = {
+    "train nano --out there": "training needs transformers, which is not installed: "
+                              "pip install 'longspan[train]'",
+    "train extend there --corpus there --to 8k --out there":
+        "training needs transformers, which is not installed: pip install 'longspan[train]'",
+    "import there.gguf there": "gguf is not installed: pip install 'longspan[gguf]'"}
+"""What commands say that need an extra, by command."""
 MODULES = (
     "longspan", "longspan.cli", "longspan.commands.demo", "longspan.commands.generate",
     "longspan.commands.info", "longspan.commands.evaluate", "longspan.engine.front.llm",
@@ -91,6 +108,17 @@ def imports() -> str:
 def test_imports_without_extras(imports: str, module: str) -> None:
     """As after `pip install .`, with which `make demo` begins."""
     assert f"{module} is there\n" in imports, imports
+
+
+def test_commands_name_the_extra_that_they_need() -> None:
+    code = (IMPORTS + COMMANDS).format(
+        names=packages_of_extras_alone(), modules=(), commands=tuple(SAID))
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    for words, said in SAID.items():
+        told = result.stdout.split(f"$ {words}\n")[1].split("$")[0].splitlines()
+        assert told[-1] == "status 2" and len(told) == 2, result.stdout
+        assert told[0].startswith(f"error: {said}"), told
 
 
 def test_pins_agree() -> None:

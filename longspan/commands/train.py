@@ -125,7 +125,9 @@ def _close_phase(
     """Keep the model of a phase, so that each can be judged by itself, and run the gate."""
     export_model(model, options.data / "tokenizer", options.out / PHASES / phase.name,
                  rope_theta=phase.rope_theta, trained_len=phase.seq_len)
-    return run_gate(partial(haystacks, recipe, options.data), recipe.gate_lengths, model, phase)
+    documents = {name: partial(haystacks, recipe, options.data, number_first=name == "number_first")
+                 for name in ("needles", "number_first")}
+    return run_gate(documents, recipe.gate_lengths, model, phase)
 
 
 def run_config(recipe: Recipe, options: TrainOptions) -> RunConfig:
@@ -149,11 +151,13 @@ def open_rows(data: Path, mixture: Mixture) -> RowMaker:
     return partial(compose_batch, source=load_source(data), mixture=mixture)
 
 
-def haystacks(recipe: Recipe, data: Path, length: int) -> Iterator[Haystack]:
+def haystacks(
+    recipe: Recipe, data: Path, length: int, number_first: bool = False
+) -> Iterator[Haystack]:
     """Held-out documents of about ``length`` tokens with their questions."""
     source = load_source(data, "held_out")
     for document, questions in gate_documents(
-            source, length, recipe.gate_documents, recipe.gate_needles):
+            source, length, recipe.gate_documents, recipe.gate_needles, number_first=number_first):
         yield Haystack(document, questions)
 
 

@@ -68,7 +68,8 @@ RULER_LOOSE = (
     ("The magic {n} for {k} is {v}.",
      (("What is the magic {n} for {k}?", "The magic {n} for {k} is"),)),
     ("A secret {n} of {k} is {v}.",
-     (("What is the secret {n} of {k}?", "The secret {n} of {k} is"),)))
+     (("What is the secret {n} of {k}?", "The secret {n} of {k} is"),)),
+    ("{v} is the special magic {n} for {k}.", RULER_ASKS))
 PASSKEY = "The pass key is {v}. Remember it. {v} is the pass key."
 PASSKEY_ASKS = (
     ("What is the pass key?", "The pass key is"),
@@ -81,7 +82,8 @@ KEYED_PASSKEY_ASKS = (
     ("Which pass key belongs to {k}?", "The pass key for {k} is"))
 RECORDS = (
     '"{k}": "{v}",', '    "{k}": {v},', "{k} = {v}", "{k}: {v}", "- {k}: {v}", "export {k}={v}",
-    "{k}={v}", "{k} = {v}  # do not change", "| {k} | {v} |", "<entry key='{k}'>{v}</entry>")
+    "{k}={v}", "{k} = {v}  # do not change", "| {k} | {v} |", "<entry key='{k}'>{v}</entry>",
+    "{v}: {k}", "{v} -> {k}", "| {v} | {k} |", "- {v} ({k})")
 RECORD_ASKS = (
     ("What is the value of {k}?", "The value of {k} is"),
     ("What value is given for {k} in the text above?", "The value given for {k} is"),
@@ -190,7 +192,8 @@ WOVEN_ASKS = (
     ("Where {k} is named, which number is named too?", "The number named with {k} is"),
     ("Which number belongs to {k}?", "To {k} belongs the number"))
 FAMILIES = ("ruler", "ruler-loose", "passkey", "record", "natural", "woven")
-FAMILY_WEIGHTS = (40, 6, 8, 13, 15, 18)
+FAMILY_WEIGHTS = (32, 8, 8, 15, 13, 24)
+"""A quarter of all facts have the value first: it is learnt late, and not at all from too few."""
 
 
 def mark_values(template: str, value: str) -> tuple[Part, ...]:

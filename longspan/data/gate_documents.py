@@ -1,4 +1,4 @@
-"""Gate documents: a chat document with needles and the questions asked directly behind it."""
+"""Gate documents: a chat document with facts and the questions asked directly behind it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from longspan.data.facts import RULER, RULER_ASKS, Fact, Group
+from longspan.data.facts import RULER, RULER_ASKS, Fact, Group, draw_group
 from longspan.data.source import Source
 from longspan.data.tokens import IM_END, IM_START, Kind, TokenTable
 from longspan.data.vocabulary import Words
+from longspan.data.woven import draw_words, weave
 from longspan.errors import LongspanError
 
 GateDocument = tuple[list[int], list[tuple[list[int], list[int]]]]
@@ -18,35 +19,54 @@ GateDocument = tuple[list[int], list[tuple[list[int], list[int]]]]
 
 
 def gate_documents(
-    source: Source, length: int, count: int, num_needles: int, seed: int = 1
+    source: Source, length: int, count: int, num_needles: int, seed: int = 1,
+    number_first: bool = False,
 ) -> Iterator[GateDocument]:
-    """``count`` documents, every second one with hard keys."""
+    """``count`` documents: needles, in every second one with hard keys; or, ``number_first``,
+    sentences of the corpus' words that name the number before the key."""
     for i in range(count):
-        yield gate_document((seed, length, i), source, length, num_needles, i % 2 == 1)
+        rng = random.Random(repr((seed, length, i)))
+        facts = (_sentences(rng, source, num_needles) if number_first else
+                 _needles(rng, source, num_needles, hard=i % 2 == 1))
+        yield gate_document(rng, source, length, facts)
+
+
+def _needles(rng: random.Random, source: Source, count: int, hard: bool) -> list[Fact]:
+    """Draw 7-digit RULER needles; hard keys share their words."""
+    words = Words.draw(rng, source.corpus.words, count, hard)
+    group = Group("ruler", "adj-noun", "7", RULER, RULER_ASKS)
+    used: set[str] = set()
+    return [group.make(rng, words, used) for _ in range(count)]
+
+
+def _sentences(rng: random.Random, source: Source, count: int) -> list[Fact]:
+    """Draw facts that are each woven into words of their own, the number first."""
+    words = Words.draw(rng, source.corpus.words, count, hard=False)
+    used: set[str] = set()
+
+    def draw(rng: random.Random) -> str:
+        return weave(rng, draw_words(rng, source), value_first=1)
+
+    return [draw_group(rng, "woven", source.wordings, draw).make(rng, words, used)
+            for _ in range(count)]
 
 
 def gate_document(
-    seed: Sequence[int], source: Source, length: int, num_needles: int, hard: bool
+    rng: random.Random, source: Source, length: int, facts: Sequence[Fact]
 ) -> GateDocument:
-    r"""Compose a document of about ``length`` tokens (never more) with 7-digit RULER needles.
+    r"""Compose a document of about ``length`` tokens (never more) that holds the facts.
 
     ``document + question`` is `<|im_start|>user\n{text}\n\n{question} Answer with the number
-    only.<|im_end|>\n<|im_start|>assistant\n`; the answer is the number and <|im_end|>. When
-    ``hard``, the keys share their words.
+    only.<|im_end|>\n<|im_start|>assistant\n`; the answer is the number and <|im_end|>.
     """
-    rng = random.Random(repr(tuple(seed)))
     table = source.table
-    words = Words.draw(rng, source.corpus.words, num_needles, hard)
-    group = Group("ruler", "adj-noun", "7", RULER, RULER_ASKS)
-    used: set[str] = set()
-    facts = [group.make(rng, words, used) for _ in range(num_needles)]
     needles = table.encode([((f.text + "\n", Kind.TEXT),) for f in facts])
     asks = table.encode([((_question(f), Kind.TEXT),) for f in facts])
     answers = table.encode([((f.value + IM_END, Kind.ANSWER),) for f in facts])
     head = table.encode([((f"{IM_START}user\n", Kind.TEXT),)])[0].ids
     room = length - len(head) - sum(map(len, needles)) - max(map(len, asks)) - 16
     if room < length // 4:
-        raise LongspanError(f"{num_needles} needles leave {room} of {length} tokens: ask for fewer")
+        raise LongspanError(f"{len(facts)} needles leave {room} of {length} tokens: ask for fewer")
     ids = source.corpus.stream(rng, room, table)
     lines = table.line_starts(ids)
     assert len(lines) > 1, "a span of text holds line breaks"

@@ -31,9 +31,12 @@ def draw_words(rng: random.Random, source: Source) -> list[str]:
     return rng.choices(source.corpus.words, k=wanted)
 
 
-def weave(rng: random.Random, words: Sequence[str], name: str = "{k}", value: str = "{v}") -> str:
+def weave(
+    rng: random.Random, words: Sequence[str], name: str = "{k}", value: str = "{v}",
+    value_first: float = VALUE_FIRST,
+) -> str:
     """Return the words with a name and a number among them, without a full stop."""
     first, second = sorted(rng.choices(range(len(words) + 1), k=2))
-    slots = (value, name) if rng.random() < VALUE_FIRST else (name, value)
+    slots = (value, name) if rng.random() < value_first else (name, value)
     pieces = [*words[:first], slots[0], *words[first:second], slots[1], *words[second:]]
     return " ".join(pieces).rstrip(",")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,23 +90,23 @@ def inference_copy(model: CausalLM) -> CausalLM:
 
 
 def run_gate(
-    haystacks: Callable[[int], Iterable[Haystack]], lengths: Sequence[int], model: CausalLM,
-    phase: Phase,
+    haystacks: Mapping[str, Callable[[int], Iterable[Haystack]]], lengths: Sequence[int],
+    model: CausalLM, phase: Phase,
 ) -> dict[str, Any]:
     """Return shares of exact answers, at the phase's length; of the longest, at all ``lengths``.
 
     Args:
-        haystacks: makes documents of about a given number of tokens.
+        haystacks: by what is asked for, makes documents of about a given number of tokens.
     """
     wanted = lengths if phase.seq_len == max(lengths) else (phase.seq_len,)
     torch.backends.cuda.enable_flash_sdp(True)
     clone = inference_copy(model)
     result: dict[str, Any] = {}
     for length in wanted:
-        score = score_haystacks(clone, haystacks(length))
-        result[f"exact_{length}"] = score.exact
-        result[f"digits_{length}"] = score.token_accuracy
-        result[f"n_{length}"] = score.num_questions
+        for name, documents in haystacks.items():
+            score = score_haystacks(clone, documents(length))
+            result |= {f"{name}_{length}": score.exact, f"{name}_n_{length}": score.num_questions,
+                       f"{name}_digits_{length}": score.token_accuracy}
     return result
 
 

@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 
-from longspan.data.gate_documents import gate_document
+from longspan.data.gate_documents import gate_documents
 from longspan.data.layout import lay_out
 from longspan.data.plan import draw_plan
 from longspan.data.questions import REFUSALS
@@ -47,13 +47,15 @@ def test_length_is_exact_and_the_seed_decides(source: Source, length: int) -> No
 
 def test_every_answer_was_planted_before(source: Source) -> None:
     mixture = Mixture(weights=RETRIEVAL, packed=0.0)
+    refusals = {said.replace("{n}", noun) for said in REFUSALS
+                for noun in ("number", "uuid", "word", "value")}
     total = 0
     for i in range(12):
         row = compose_row((5, i), source, 2048, mixture).piece
         for start, stop in runs(row, Kind.ANSWER):
             answer = text_of(source, Piece(row.ids[start:stop], row.kinds[start:stop]))
             before = text_of(source, Piece(row.ids[:start], row.kinds[:start]))
-            if answer.removesuffix(IM_END).strip() in REFUSALS:
+            if answer.removesuffix(IM_END).strip() in refusals:
                 continue
             values = re.findall(r"[0-9a-z-]{4,}", answer.replace(IM_END, ""))
             assert [value for value in values if value not in before] == []
@@ -120,10 +122,15 @@ def test_too_short_rows_are_refused(source: Source) -> None:
         compose_row((0,), source, 64)
 
 
-@pytest.mark.parametrize("hard", [False, True])
-def test_probe_is_canonical_and_asks_what_it_holds(source: Source, hard: bool) -> None:
-    document, questions = gate_document((1,), source, 2048, 8, hard)
+@pytest.mark.parametrize("number_first", [False, True])
+@pytest.mark.parametrize("index", [0, 1])
+def test_probe_is_canonical_and_asks_what_it_holds(
+    source: Source, index: int, number_first: bool
+) -> None:
+    document, questions = list(
+        gate_documents(source, 2048, 2, 8, number_first=number_first))[index]
     tokenizer = source.table.tokenizer
+    held = tokenizer.decode(document)
     assert len(questions) == 8
     for question, answer in questions:
         ids = [*document, *question, *answer]
@@ -131,7 +138,8 @@ def test_probe_is_canonical_and_asks_what_it_holds(source: Source, hard: bool) -
         text = tokenizer.decode(ids, skip_special_tokens=False)
         assert tokenizer.encode(text, add_special_tokens=False).ids == ids
         value = tokenizer.decode(answer)
-        assert f"is: {value}." in tokenizer.decode(document)
+        assert held.count(value) == 1
+        assert (f"is: {value}." in held) is not number_first
         assert text.endswith(f"number only.<|im_end|>\n<|im_start|>assistant\n{value}<|im_end|>")
 
 

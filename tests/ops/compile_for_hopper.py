@@ -208,6 +208,7 @@ def compile_experts() -> None:
     from longspan.ops.moe import triton_routing
 
     weights, chosen = triton_routing.route(torch.zeros(9, 128), 8, True)
+    triton_routing.group(torch.zeros(999, 8, dtype=torch.int32), 128)  # so many by tallies
     groups = triton_routing.group(chosen, 128)
     x = torch.zeros(9, 2_048, dtype=torch.bfloat16)
     gate_up = torch.zeros(1, dtype=torch.bfloat16).expand(128, 1_536, 2_048)

@@ -93,8 +93,10 @@ def test_everything_from_text_to_model(done: Path, tmp_path: Path) -> None:
     first, last = json.loads(file.read_text())["rows"]
     assert [first["num_tokens_trained"], last["num_tokens_trained"]] == [2048, 1024]
     assert 0 < last["loss"] < math.log(600) + 0.5 and first["tokens_per_s"] > 0
-    assert first["gate"].keys() == {"num_tokens", "exact_256", "digits_256", "n_256", "gate_s"}
-    assert (last["gate"]["n_256"], last["gate"]["n_512"]) == (4, 4)
+    assert first["gate"].keys() == {"num_tokens", "gate_s", *(
+        f"{asked}_{what}256" for asked in ("needles", "number_first")
+        for what in ("", "n_", "digits_"))}
+    assert (last["gate"]["needles_n_256"], last["gate"]["number_first_n_512"]) == (4, 4)
     base = done / "pretrain" / "model"
     config = json.loads((base / "config.json").read_text())
     assert (config["rope_theta"], config["vocab_size"]) == (1e6, 600)

@@ -39,7 +39,7 @@ EXERCISES: dict[str, Callable[[random.Random, Source, int, int], Exercise | None
 WEIGHTS: Mapping[str, Mapping[str, float]] = {
     CHAT: {"needle": 10, "key_value": 8, "multi_query": 8, "multi_value": 8, "absent": 6,
            "mixed": 8, "ordering": 3, "variables": 4, "counting": 2, "sentences": 20,
-           "ruler_niah": 12, "ruler_variables": 10, "ruler_words": 3},
+           "ruler_niah": 18, "ruler_variables": 10, "ruler_words": 3},
     PAIRS: {"needle": 8, "key_value": 5, "multi_query": 14, "multi_value": 14, "absent": 14,
             "ordering": 4, "variables": 5, "counting": 4, "sentences": 18, "ruler_niah": 6,
             "ruler_variables": 8}}
