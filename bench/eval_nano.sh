@@ -28,7 +28,7 @@ for i in "${!lengths[@]}"; do
     ask "ruler-${lengths[i]}" "$until" "${GIB:-10}" "${TASKS:-ruler-11}" "${lengths[i]}" "${counts[i]}" \
         --positions rope --concurrency 4 &
 done
-ask words "$until" "${GIB:-10}" unseen_wordings,absent "${WORDS_LENGTH:-4k}" "${WORDS:-240}" --positions rope --concurrency 4 &
+ask words "$until" "${GIB:-10}" unseen_wordings,fresh_wordings,absent "${WORDS_LENGTH:-4k}" "${WORDS:-240}" --positions rope --concurrency 4 &
 wait
 if ((million > 0)); then
     for attention in dense sparse; do
