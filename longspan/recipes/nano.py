@@ -59,7 +59,7 @@ def nano() -> Recipe:
             mixed_rows={1024: 300, 4096: 300, 32_768: 40, 262_144: 6}, sft_rate=5e-5,
             pairs={1024: 1500, 8192: 300}, dpo_rate=2e-6, practice=PRACTICE,
             practice_weights=PRACTICE_WEIGHTS), phases=(
-            Phase(name="4k", seq_len=4096, rope_theta=1e4, num_tokens=400 * M,
+            Phase(name="4k", seq_len=4096, rope_theta=1e4, num_tokens=340 * M,
                   learning_rate=1.5e-3),
             Phase(name="32k", seq_len=32_768, rope_theta=1e6, num_tokens=40 * M,
                   learning_rate=1e-3),

@@ -75,7 +75,7 @@ def test_tokens_are_those_of_the_whole_text(source: Source) -> None:
             ids = row.ids[start:stop]
             texts = np.flatnonzero(row.kinds[start:stop] == Kind.FILLER)
             lines = source.table.line_starts(ids) if len(ids) > 2 else []
-            first = next((p for p in lines if len(texts) and p > texts[0]), stop)
+            first = next((p for p in lines if p > texts[0]), stop) if len(texts) else 0
             text = source.table.tokenizer.decode(ids[first:].tolist(), skip_special_tokens=False)
             again = source.table.tokenizer.encode(text, add_special_tokens=False).ids
             assert again == ids[first:].tolist()

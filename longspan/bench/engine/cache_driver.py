@@ -14,6 +14,7 @@ from longspan.bench.timing import rounded
 from longspan.engine.control.loop import Loop
 from longspan.engine.control.prefixes import hash_prompt
 from longspan.engine.control.scheduler import InFlightStep, Scheduler
+from longspan.engine.control.self_measurement import measure_itself
 from longspan.engine.request import Request, SamplingParams
 from longspan.engine.setup.compile_ahead import compile_steps
 from longspan.engine.step import StepResult
@@ -33,10 +34,10 @@ def sizes_for(length: int, chunk_len: int | None, **places: Any) -> EngineSizes:
 
 
 def begin(engine: ShapeEngine, *, sparse: bool) -> Driver:
-    """Compile, compute a first prompt, and begin to decode."""
+    """Compile and measure the machine as a server does, and begin to decode."""
     engine.runner.compile_ahead(compile_steps(engine.plan.scheduler_config()))
     driver = Driver(engine, sparse=sparse)
-    driver.prefill("first", min(4_096, engine.plan.config.max_model_len or 4_096) // 2, 7)
+    driver.measure()
     driver.decode()
     return driver
 
@@ -61,6 +62,10 @@ class Driver:
         """The longest one between two tokens of the decoding request since `watch`, ``pause_s``:
         how long after that it ended, and of its last step what was predicted, what the device
         took, and how many prompt tokens it had."""
+
+    def measure(self) -> None:
+        """Learn what steps take."""
+        measure_itself(self.scheduler, self._loop)
 
     def decode(self) -> None:
         """Begin to decode, until the end."""

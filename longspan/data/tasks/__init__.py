@@ -17,6 +17,7 @@ from longspan.data.tasks.fim import fill_in_the_middle
 from longspan.data.tasks.keywords import keywords_to_paragraph
 from longspan.data.tasks.needles import FOCI, needles
 from longspan.data.tasks.position import paragraph_at_position
+from longspan.data.tasks.recall import recall
 from longspan.data.tasks.reorder import copy_span, reorder_paragraphs
 from longspan.data.tasks.variables import track_variables
 from longspan.data.tokens import filler
@@ -35,4 +36,5 @@ DOCUMENT_TASKS: dict[str, Task] = {
 """Tasks over one document."""
 TASKS: dict[str, Task] = {
     **DOCUMENT_TASKS, "plain": plain_text, "variables": track_variables, "counting": count_words,
+    "recall": recall,
     **{name: partial(needles, task=name) for name in FOCI}}
