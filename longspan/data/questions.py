@@ -79,19 +79,24 @@ class Ask:
     """Beginning of the sentence that answers; empty: the value alone is a sentence."""
     value: str
     noun: str
+    is_said: bool = True
+    """The prefix alone says what is asked for."""
 
 
 def ask_one(rng: random.Random, source: Source, fact: Fact) -> Ask:
     """Return a question about one fact, in one of many wordings."""
     question, prefix = rng.choice(fact.asks)
+    is_said = fact.key in prefix
     if rng.random() < 0.4 or source.is_held_out:
-        question = reword(rng, source, question, prefix)
-    return Ask(question, prefix, fact.value, fact.noun)
+        question = reword(rng, source, question, prefix, is_said)
+    return Ask(question, prefix, fact.value, fact.noun, is_said)
 
 
-def reword(rng: random.Random, source: Source, question: str, prefix: str) -> str:
+def reword(
+    rng: random.Random, source: Source, question: str, prefix: str, is_said: bool = True
+) -> str:
     """Return the question asked by another sentence, or with words before or behind it."""
-    if prefix == "Its value is":
+    if not is_said:
         return question + rng.choice(source.wordings(TAILS))
     phrase = prefix[:1].lower() + prefix.removesuffix(" is")[1:]
     if prefix.startswith("The ") and prefix.endswith(" is") and rng.random() < 0.5:
@@ -114,7 +119,7 @@ def ask_values(rng: random.Random, source: Source, facts: Sequence[Fact]) -> Ask
         return Ask(*ruler_plural(first.noun, first.key), values, first.noun + "s")
     form = rng.choice(source.wordings(PLURAL))
     return Ask(form.replace("{q}", rng.choice(first.asks)[0]), "They are", values,
-               first.noun + "s")
+               first.noun + "s", is_said=False)
 
 
 def ask_list(rng: random.Random, source: Source, facts: Sequence[Fact]) -> Ask:
@@ -127,7 +132,8 @@ def ask_list(rng: random.Random, source: Source, facts: Sequence[Fact]) -> Ask:
     index = rng.randrange(len(first.asks))
     questions = " ".join(fact.asks[index][0] for fact in facts)
     form = rng.choice(source.wordings(LISTS))
-    return Ask(form.replace("{qs}", questions), "The answers are", values, first.noun + "s")
+    return Ask(form.replace("{qs}", questions), "The answers are", values, first.noun + "s",
+               is_said=False)
 
 
 def ask_absent(rng: random.Random, source: Source, fact: Fact) -> Ask:
@@ -162,7 +168,7 @@ def render(rng: random.Random, is_chat: bool, ask: Ask) -> tuple[Part, ...]:
     if style < 0.6 or not ask.prefix:
         before, behind = rng.choices(RAW_FRAMES, RAW_WEIGHTS)[0]
         return ((before.format(ask.question), Kind.TEXT), (behind.format(ask.value), Kind.ANSWER))
-    begin = f"{ask.question} {ask.prefix}" if style < 0.8 else ask.prefix
+    begin = ask.prefix if style > 0.8 and ask.is_said else f"{ask.question} {ask.prefix}"
     return ((begin, Kind.TEXT), (f" {ask.value}.\n", Kind.ANSWER))
 
 

@@ -9,14 +9,16 @@ import re
 import numpy as np
 import pytest
 
+from longspan.data.facts import draw_group
 from longspan.data.gate_documents import gate_documents
 from longspan.data.layout import lay_out
 from longspan.data.plan import draw_plan
-from longspan.data.questions import REFUSALS
+from longspan.data.questions import REFUSALS, ask_list, ask_one, ask_values, render
 from longspan.data.rows import Mixture, compose_batch, compose_row
 from longspan.data.source import Source
 from longspan.data.tasks import TASKS
 from longspan.data.tokens import IM_END, Kind, Piece
+from longspan.data.vocabulary import Words
 
 LENGTHS = (512, 1024, 4096)
 RETRIEVAL = {"needle": 1, "multi_query": 1, "multi_value": 1}
@@ -172,3 +174,18 @@ def test_packs_hold_several_tasks(source: Source) -> None:
 def test_mixtures_that_are_none(weights: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Mixture(weights=weights)
+
+
+def test_every_question_names_what_it_asks_for(source: Source) -> None:
+    """Also where only the beginning of the answer's sentence stands: "It is" asks for nothing."""
+    rng = random.Random(0)
+    words = Words.draw(rng, source.corpus.words, 64, hard=False)
+    for _ in range(600):
+        group = draw_group(rng, woven=lambda rng: "they {v} saw {k} there")
+        facts = [group.make(rng, words, set()) for _ in range(2)]
+        for ask, named in ((ask_one(rng, source, facts[0]), facts[:1]),
+                           (ask_values(rng, source, facts[:1] * 2), facts[:1]),
+                           (ask_list(rng, source, facts), facts)):
+            question = "".join(text for text, kind in render(rng, rng.random() < 0.3, ask)
+                               if kind != Kind.ANSWER)
+            assert all(fact.key in question for fact in named), question
