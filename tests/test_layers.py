@@ -31,8 +31,8 @@ PAGES = [*sorted((REPOSITORY / "docs").glob("*.md")),
 
 EVERYTHING = ("longspan",)
 BASE = ("longspan.config", "longspan.dca_config", "longspan.errors", "longspan.expert_config",
-        "longspan.families", "longspan.fields", "longspan.proxies", "longspan.rank_place",
-        "longspan.quantization",
+        "longspan.families", "longspan.fields", "longspan.garbage", "longspan.proxies",
+        "longspan.rank_place", "longspan.quantization",
         "longspan.rope_config", "longspan.text_files", "longspan.units", "longspan.version",
         "longspan.weight_form", "longspan.weight_sizes")
 # What all rooms of the engine speak of.
@@ -64,6 +64,7 @@ ALLOWED_OURS: dict[str, tuple[str, ...]] = {
                         "longspan.rope_config"),
     "longspan.text_files": ("longspan.errors",),
     "longspan.proxies": ("longspan.errors",),
+    "longspan.garbage": (),
     "longspan.ops": ("longspan.ops",),
     "longspan.ops.types": (),
     "longspan.ops.geometry": (),
@@ -115,6 +116,7 @@ ALLOWED_OTHERS: dict[str, tuple[str, ...]] = {
     "longspan.errors": (),
     "longspan.text_files": (),
     "longspan.proxies": (),
+    "longspan.garbage": (),
     "longspan.units": (),
     "longspan.weight_form": (),
     "longspan.quantization": (),

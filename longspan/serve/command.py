@@ -19,6 +19,7 @@ from typing import Any
 
 import uvicorn
 
+from longspan import garbage
 from longspan.config import EngineConfig
 from longspan.engine.front import client
 from longspan.engine.front.client import AsyncEngine, EngineStatus
@@ -178,6 +179,7 @@ async def _supervise(server: Server, engine: AsyncEngine, gate: Gate, config: Se
         if engine.status().state == "dead" and engine.status().is_mendable:
             raise LongspanError(engine.status().reason)
         await _until_measured(server, engine)
+        garbage.freeze()
         if engine.status().state == "ready":
             _note(start_up_report(engine.status()))
         while engine.status().state != "dead" and not server.is_stopping:

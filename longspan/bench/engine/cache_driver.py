@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from longspan import garbage
 from longspan.bench.engine.engine import EngineSizes, ShapeEngine, random_ids
 from longspan.bench.session import CheckFailed
 from longspan.bench.timing import rounded
@@ -38,6 +39,7 @@ def begin(engine: ShapeEngine, *, sparse: bool) -> Driver:
     engine.runner.compile_ahead(compile_steps(engine.plan.scheduler_config()))
     driver = Driver(engine, sparse=sparse)
     driver.measure()
+    garbage.freeze()
     driver.decode()
     return driver
 

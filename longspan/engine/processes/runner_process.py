@@ -21,6 +21,7 @@ from typing import Any, cast
 import zmq
 from msgspec.structs import replace
 
+from longspan import garbage
 from longspan.engine.control.transport import PendingStep
 from longspan.engine.processes.backend import Engine, Loader, Watched
 from longspan.engine.processes.block_tables import BlockTableCache
@@ -60,6 +61,7 @@ def run(orders: Orders) -> int:
         inbox = Inbox(incoming, orders.address("runner"), Step)
         constraints = Inbox(incoming, orders.address("grammars"), Prepare)
         _, engine = _loader(orders.loader)(orders.config, results.front.put)
+        garbage.freeze()
         results.front.put(Loaded())
     except BaseException as error:
         results.end(error)

@@ -7,6 +7,7 @@ from typing import Any
 
 import zmq
 
+from longspan import garbage
 from longspan.engine.control.scheduler import Scheduler
 from longspan.engine.processes.child_orders import Orders
 from longspan.engine.processes.serving_loop import ServingLoop
@@ -28,6 +29,7 @@ def run(orders: Orders) -> int:
         if config.num_stages > 1 < most:
             most = max(most, config.num_stages + 1)  # a step for each stage, and the next one
         transport = RunnerTransport(inbox, runner, most)
+        garbage.freeze()
         ServingLoop(Scheduler(config), transport, transport.command, front.put).run()
         return 0
     except BaseException as error:

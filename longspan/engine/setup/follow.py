@@ -16,6 +16,7 @@ from queue import SimpleQueue
 
 import msgspec
 
+from longspan import garbage
 from longspan.config import EngineConfig
 from longspan.engine.device.launched_step import LaunchedStep
 from longspan.engine.device.runner import Runner
@@ -167,6 +168,7 @@ class Follower:
                 self._channel.put(Traced(runner.traced()))
             elif isinstance(message, CompileAhead):
                 runner.compile_ahead(message.steps)
+                garbage.freeze()
 
     def _tell(self, launched: SimpleQueue[StagedStep]) -> None:
         """Tell rank 0 of each step of a pipeline that is computed here."""
