@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from longspan.bench.shapes import SHAPES, Shape
+from longspan.bench.shapes import SHAPES, Shape, shape_label
 
 Content = Mapping[str, Any]
 Row = Mapping[str, Any]
@@ -52,7 +52,7 @@ def _ttft_table(content: Content) -> str:
         dense = _dense_of(row, rows)
         share = row["share"]
         body.append([
-            " ".join([row["shape"], *filter(None, [row.get("quantization")])]),
+            shape_label(row),
             f"{row['num_tokens']:,}", _duration(dense), _duration(row),
             "" if dense is None else f"{dense['ttft_scaled_s'] / row['ttft_scaled_s']:.1f}x",
             f"{100 * row['density']:.1f} %", f"{row['peak_memory_gib']:.1f} GiB",
@@ -104,13 +104,27 @@ def decode_section(contents: Sequence[Content]) -> str:
     parts = []
     for content in contents:
         rows = sorted((row for row in measured(content) if "step_ms" in row),
-                      key=lambda row: (row["shape"], row["context_len"], row["batch_size"]))
+                      key=lambda row: (row["shape"], row["context_len"], row["batch_size"],
+                                       shape_label(row)))
         parts.append(caption(content, "decode step") + markdown(head, [
-            [row["shape"], f"{row['context_len']:,}", str(row["batch_size"]),
+            [shape_label(row), f"{row['context_len']:,}", str(row["batch_size"]),
              f"{row['layers']}/{row['total_layers']}", f"{row['step_ms']:.2f} ms",
              f"{row['floor_ms']:.2f} ms", f"{row['over_floor']:.2f}",
              f"{row['kv_tb_per_s']:.2f} TB/s", f"{row['tokens_per_s']:,.0f}"] for row in rows]))
-    return text + "\n".join(parts)
+        parts.append(_few_rows(content))
+    return text + "\n".join(filter(None, parts))
+
+
+def _few_rows(content: Content) -> str:
+    """Attention of 1 to 16 rows of one sequence, as the question behind a cached document has."""
+    rows = [row for row in measured(content) if row.get("rows", 0) > 1]
+    if not rows:
+        return ""
+    head = ["shape", "cached tokens", "rows of a question", "attention", "over one row"]
+    return caption(content, "a question's rows") + markdown(head, [
+        [shape_label(row), f"{row['context_len']:,}", str(row["rows"]),
+         f"{row['attention_ms']:.2f} ms", f"{row['over_one_row']:.2f}x"]
+        for row in sorted(rows, key=lambda row: (row["shape"], row["context_len"], row["rows"]))])
 
 
 SERVED = (

@@ -189,3 +189,9 @@ def released_budgets(name: str) -> list[dict[str, Any]]:
     file = files("longspan.bench") / "data" / BUDGET_FILES[name]
     budgets: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
     return budgets
+
+
+def shape_label(row: Mapping[str, Any]) -> str:
+    """Name a row's shape, and its weights and its KV cache where they are quantised."""
+    kv_dtype = f"{row['kv_dtype']} KV" if "kv_dtype" in row else None
+    return " ".join([row["shape"], *filter(None, [row.get("quantization"), kv_dtype])])

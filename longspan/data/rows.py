@@ -23,7 +23,7 @@ _ATTEMPTS = 8
 
 WEIGHTS: Mapping[str, float] = {
     "needle": 20, "key_value": 6, "multi_query": 8, "multi_value": 8, "absent": 8, "variables": 8,
-    "counting": 4, "recall": 20, "fim": 8, "keywords": 8, "position": 8, "reorder": 5, "copy": 5,
+    "counting": 4, "recall": 24, "fim": 8, "keywords": 8, "position": 8, "reorder": 5, "copy": 5,
     "plain": 4}
 """Shares of the tasks, unless others are asked for."""
 

@@ -31,7 +31,8 @@ PRACTICE_WEIGHTS: dict[int, float] = {
     Kind.PLANTED: 0.0, Kind.ANSWER: 1.0, Kind.COPY: 0.2, Kind.TEXT: 0.02, Kind.FILLER: 0.1}
 """Replies, and a little of the text around, so that it is not forgotten."""
 PRACTICE = (
-    Phase(name="practice-4k", seq_len=4096, rope_theta=1e7, num_tokens=150 * M, learning_rate=6e-4),
+    Phase(name="practice-4k", seq_len=4096, rope_theta=1e7, num_tokens=150 * M, learning_rate=5e-4,
+          tokens_per_step=131_072),
     Phase(name="practice-32k", seq_len=32_768, rope_theta=1e7, num_tokens=24 * M,
           learning_rate=5e-4, shorter=(16_384, 8192), full_share=0.5),
     Phase(name="practice-256k", seq_len=262_144, rope_theta=1e7, num_tokens=20 * M,
@@ -59,8 +60,8 @@ def nano() -> Recipe:
             mixed_rows={1024: 300, 4096: 300, 32_768: 40, 262_144: 6}, sft_rate=5e-5,
             pairs={1024: 1500, 8192: 300}, dpo_rate=2e-6, practice=PRACTICE,
             practice_weights=PRACTICE_WEIGHTS), phases=(
-            Phase(name="4k", seq_len=4096, rope_theta=1e4, num_tokens=340 * M,
-                  learning_rate=1.5e-3),
+            Phase(name="4k", seq_len=4096, rope_theta=1e4, num_tokens=300 * M,
+                  learning_rate=1e-3, tokens_per_step=65_536),
             Phase(name="32k", seq_len=32_768, rope_theta=1e6, num_tokens=40 * M,
                   learning_rate=1e-3),
             Phase(name="64k", seq_len=65_536, rope_theta=1e6, num_tokens=20 * M,

@@ -27,13 +27,12 @@ from longspan.bench.engine.engine import (
     open_engine,
     plan_engine,
     precision_key,
-    shape_label,
     weight_bytes_read,
 )
 from longspan.bench.ops import checks
 from longspan.bench.ops.dense import copy_row
 from longspan.bench.session import BenchSession
-from longspan.bench.shapes import Shape
+from longspan.bench.shapes import Shape, shape_label
 from longspan.bench.timing import Repeats, measure, recorded, rounded, synchronize
 from longspan.commands.console import show_table
 from longspan.engine.resolve import resolve_forms

@@ -128,12 +128,6 @@ def precision_key(quantization: str | None, kv_dtype: str | None) -> dict[str, s
     return {name: value for name, value in given.items() if value is not None}
 
 
-def shape_label(row: Mapping[str, Any]) -> str:
-    """Name a row's shape, and its weights and its KV cache where they are quantised."""
-    kv_dtype = f"{row['kv_dtype']} KV" if "kv_dtype" in row else None
-    return " ".join([row["shape"], *filter(None, [row.get("quantization"), kv_dtype])])
-
-
 def free_memory(device: str) -> None:
     """Give back what earlier engines held; the allocator keeps it otherwise, as if in use."""
     gc.collect()

@@ -21,11 +21,10 @@ from longspan.bench.engine.engine import (
     plan_engine,
     precision_key,
     random_ids,
-    shape_label,
 )
 from longspan.bench.ops import checks
 from longspan.bench.session import BenchSession, CheckFailed
-from longspan.bench.shapes import Shape
+from longspan.bench.shapes import Shape, shape_label
 from longspan.bench.timing import (
     LinearRegions,
     Regions,

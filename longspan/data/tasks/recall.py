@@ -17,7 +17,7 @@ from longspan.data.facts import Fact, Group, draw_group
 from longspan.data.questions import Ask, ask_one, render
 from longspan.data.source import Source
 from longspan.data.tokens import Kind, Part, Piece, concat
-from longspan.data.vocabulary import Words
+from longspan.data.vocabulary import Words, digits
 from longspan.data.woven import draw_words, weave
 
 MAX_LEN = 4096
@@ -27,6 +27,9 @@ FAMILIES = {"woven": 50, "record": 20, "natural": 10, "ruler-loose": 10, "ruler"
 VALUE_FIRST = 0.75
 FEWEST, MOST = 3, 16
 """Facts of a block."""
+SHORT_VALUES = 0.6
+"""Share of the blocks whose numbers have one to four digits: of a long one's answer, only the first
+digits tell which number was meant, the others follow from them."""
 EARLIER = 0.25
 """Share of the questions that are about any fact so far."""
 SHORT = (("{k}: ", "{v}\n"), ("{k} ->", " {v}\n"), ("{k} =", " {v}\n"), ("# {k}\n", "{v}\n"))
@@ -70,7 +73,8 @@ def _draw_texts(
     while len(facts) + MOST <= most:
         first = len(facts)
         groups = _draw_groups(rng, source)
-        facts += [rng.choice(groups).make(rng, words, used)
+        has_short = rng.random() < SHORT_VALUES
+        facts += [_fact(rng, rng.choice(groups), words, used, has_short)
                   for _ in range(rng.randrange(FEWEST, MOST + 1))]
         texts += [(*fact.parts, ("\n", Kind.TEXT)) for fact in facts[first:]]
         about += [None] * (len(facts) - first)
@@ -87,6 +91,15 @@ def _draw_groups(rng: random.Random, source: Source) -> list[Group]:
     family = rng.choices(list(FAMILIES), list(FAMILIES.values()))[0]
     return [draw_group(rng, family, source.wordings, partial(_draw_woven, source=source))
             for _ in range(rng.choice((1, 2, MOST)))]
+
+
+def _fact(
+    rng: random.Random, group: Group, words: Words, used: set[str], is_short: bool
+) -> Fact:
+    fact = group.make(rng, words, used)
+    if is_short and fact.value.isdigit():
+        return group.with_key(fact.key, digits(rng, rng.choice((1, 1, 2, 2, 3, 4))))
+    return fact
 
 
 def _draw_woven(rng: random.Random, source: Source) -> str:
