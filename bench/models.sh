@@ -46,7 +46,7 @@ for piece in "${pieces[@]}"; do
         bench decode --shape "$shape" --contexts "${CONTEXT:-131072}" --batch 1 --rows 1 --quantization int4 ;;
     int4)
         bench ttft --shape "$shape" --lengths "${SMALL:-240000}" --attention sparse --quantization int4 --memory-gib "${GIB:-22}"
-        bench ttft --shape "$shape" --lengths "${SMALL:-240000}" --attention sparse ;;
+        bench ttft --shape "$shape" --lengths "${SMALL:-240000}" --attention sparse --chunk-len "${CHUNK:-16384}" ;;
     quality)
         bench quality --model "${QWEN:?a directory of Qwen2.5-Coder-0.5B}" --lengths "${LENGTHS:-23552,131072}" \
             --attention dense --quantization fp8,int4 --kv-dtype int8 --no-heads --places end ;;
