@@ -130,6 +130,7 @@ def _practice(job: NanoJob, left_s: float) -> bool:
         checkpoint=job.out / "pretrain" / MODEL, data=_data(job), out=folder,
         phases=tuple(with_tokens(tuning.practice, _tokens(job, tuning.practice))),
         kind_weights=tuning.practice_weights, warmup_steps=tuning.practice_warmup,
+        gate_documents=job.recipe.gate_documents, gate_needles=job.recipe.gate_needles,
         limits=replace(job.limits, time_limit_s=left_s)))
 
 

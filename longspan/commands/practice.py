@@ -6,18 +6,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from longspan.commands import training
+from longspan.commands.train import gate_haystacks
 from longspan.commands.training import Limits
 from longspan.data.chat.practice import LONG, PRACTICE, REPLAY, compose_practice
 from longspan.data.source import load_source
 from longspan.errors import LongspanError
 from longspan.train.checkpoint import load_model, open_base
+from longspan.train.gate import run_gate
 from longspan.train.loader import ComposedFeed, RowMaker
 from longspan.train.loop import RunConfig, run_phases
+from longspan.train.model import CausalLM
 from longspan.train.phases import Phase
+
+GATE_LEN = 4096
+"""Tokens of the gate's documents after each phase, so that phases compare."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +39,10 @@ class PracticeRun:
     kind_weights: Mapping[int, float]
     """Loss weight of each token kind."""
     warmup_steps: int
+    gate_documents: int
+    """Documents that are asked about after each phase, of each kind."""
+    gate_needles: int
+    """Questions about each."""
     limits: Limits
 
 
@@ -61,8 +72,14 @@ def run(job: PracticeRun) -> bool:
         training.check_memory(base, job.phases, world)
         model = load_model(base)
         with training.stopped_by_sigterm() as stop:
-            progress = run_phases(model, job.phases, feed, config, stop=stop, world=world)
+            gate = partial(_gate, job) if world.size == 1 else None
+            progress = run_phases(model, job.phases, feed, config, gate, stop, world=world)
         return training.finish(model, progress, job.phases, base, job.out, world)
+
+
+def _gate(job: PracticeRun, model: CausalLM, phase: Phase) -> dict[str, Any]:
+    return run_gate(gate_haystacks(job.data, job.gate_documents, job.gate_needles),
+                    (min(phase.seq_len, GATE_LEN),), model)
 
 
 def open_rows(data: Path) -> RowMaker:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -125,9 +125,9 @@ def _close_phase(
     """Keep the model of a phase, so that each can be judged by itself, and run the gate."""
     export_model(model, options.data / "tokenizer", options.out / PHASES / phase.name,
                  rope_theta=phase.rope_theta, trained_len=phase.seq_len)
-    documents = {name: partial(haystacks, recipe, options.data, number_first=name == "number_first")
-                 for name in ("needles", "number_first")}
-    return run_gate(documents, recipe.gate_lengths, model, phase)
+    lengths = recipe.gate_lengths
+    return run_gate(gate_haystacks(options.data, recipe.gate_documents, recipe.gate_needles),
+                    lengths if phase.seq_len == max(lengths) else (phase.seq_len,), model)
 
 
 def run_config(recipe: Recipe, options: TrainOptions) -> RunConfig:
@@ -151,14 +151,18 @@ def open_rows(data: Path, mixture: Mixture) -> RowMaker:
     return partial(compose_batch, source=load_source(data), mixture=mixture)
 
 
-def haystacks(
-    recipe: Recipe, data: Path, length: int, number_first: bool = False
-) -> Iterator[Haystack]:
-    """Held-out documents of about ``length`` tokens with their questions."""
-    source = load_source(data, "held_out")
-    for document, questions in gate_documents(
-            source, length, recipe.gate_documents, recipe.gate_needles, number_first=number_first):
-        yield Haystack(document, questions)
+def gate_haystacks(
+    data: Path, num_documents: int, num_needles: int
+) -> dict[str, Callable[[int], Iterator[Haystack]]]:
+    """Return what makes held-out documents of about so many tokens, by what they are asked for."""
+    def make(length: int, number_first: bool) -> Iterator[Haystack]:
+        for document, questions in gate_documents(
+                load_source(data, "held_out"), length, num_documents, num_needles,
+                number_first=number_first):
+            yield Haystack(document, questions)
+
+    return {"needles": partial(make, number_first=False),
+            "number_first": partial(make, number_first=True)}
 
 
 def export(recipe: Recipe, data: Path, out: Path, model_dir: Path) -> None:

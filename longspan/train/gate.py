@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from longspan.train.model import CausalLM, rope_tables
-from longspan.train.phases import Phase
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,18 +90,17 @@ def inference_copy(model: CausalLM) -> CausalLM:
 
 def run_gate(
     haystacks: Mapping[str, Callable[[int], Iterable[Haystack]]], lengths: Sequence[int],
-    model: CausalLM, phase: Phase,
+    model: CausalLM,
 ) -> dict[str, Any]:
-    """Return shares of exact answers, at the phase's length; of the longest, at all ``lengths``.
+    """Return shares of exact answers in documents of each length.
 
     Args:
         haystacks: by what is asked for, makes documents of about a given number of tokens.
     """
-    wanted = lengths if phase.seq_len == max(lengths) else (phase.seq_len,)
     torch.backends.cuda.enable_flash_sdp(True)
     clone = inference_copy(model)
     result: dict[str, Any] = {}
-    for length in wanted:
+    for length in lengths:
         for name, documents in haystacks.items():
             score = score_haystacks(clone, documents(length))
             result |= {f"{name}_{length}": score.exact, f"{name}_n_{length}": score.num_questions,

@@ -30,7 +30,7 @@ def test_lengths_double_up_to_the_longest() -> None:
     lengths = [phase.seq_len for phase in PHASES]
     assert lengths[0] == 4096 and lengths[-1] == 262_144
     assert all(longer == 2 * length for length, longer in itertools.pairwise(lengths[1:]))
-    assert {p.tokens_per_step for p in PHASES} == {lengths[-1]}, "a step has one longest row"
+    assert {p.tokens_per_step for p in PHASES[1:]} == {lengths[-1]}, "a step has one longest row"
     validate_phases(PHASES)
 
 
@@ -59,7 +59,8 @@ def test_three_quarters_of_the_sequences_are_full(phase: Phase) -> None:
 
 
 def test_rates_fall_and_what_is_random_is_not_learnt() -> None:
-    rates = [phase.learning_rate for phase in PHASES]
+    # of small steps more are taken, so a rate counts by the root of their tokens
+    rates = [phase.learning_rate / phase.tokens_per_step ** 0.5 for phase in PHASES]
     assert rates == sorted(set(rates), reverse=True)
     weights = nano.nano().kind_weights
     assert weights[Kind.PLANTED] == 0 and weights[Kind.ANSWER] > weights[Kind.COPY] > 1
@@ -110,6 +111,7 @@ def test_everything_from_text_to_model(done: Path, tmp_path: Path) -> None:
     assert [row["phase"] for row in practised if "phase" in row][-1] == "practice"
     gates = [row["held_out_bits_per_byte"] for row in practised if "gate" in row]
     assert len(gates) == 2 and all(0 < bits < 20 for bits in gates), "before and after"
+    assert [row["number_first_n_1024"] for row in practised if "number_first_1024" in row] == [4]
     stages = [row["phase"] for row in read_log(done / "sft" / "log.jsonl") if "phase" in row]
     assert list(dict.fromkeys(stages)) == ["stage 1", "stage 2"]
     pairs = [row for row in read_log(done / "dpo" / "log.jsonl") if "phase" in row]

@@ -32,8 +32,8 @@ ones; several values and chains do less."""
 REPLAY = 0.15
 """Share of rows that are pre-training's."""
 MAX_TURNS = 48
-_TOKENS_PER_TURN = 340
-"""A document has at most one question for so many tokens."""
+_TOKENS_PER_TURN, _DENSE_TURN, _DENSE = 340, 140, 0.35
+"""A document has at most one question for so many tokens; this share of them are denser."""
 _ATTEMPTS = 12
 
 
@@ -76,7 +76,8 @@ def _draw(rng: random.Random, source: Source, room: int) -> Piece | None:
     """Return a conversation of at most ``room`` tokens from one of a few draws."""
     shares = LONG if room >= LONG_LEN else PRACTICE
     name = rng.choices(list(shares), list(shares.values()))[0]
-    most = max(1, min(MAX_TURNS, room // _TOKENS_PER_TURN))
+    per_turn = _DENSE_TURN if rng.random() < _DENSE else _TOKENS_PER_TURN
+    most = max(1, min(MAX_TURNS, room // per_turn))
     num_turns = 1 if rng.random() < 0.3 else log_uniform(rng, max(1, most // 2), most + 1)
     if name == "ruler_variables" and rng.random() < 0.4:
         num_turns = min(num_turns, 3)  # with few chains the solved one is the nearest mistake

@@ -86,6 +86,8 @@ ABSENT = 0.15
 BLANKS = ("which number", "how many", "what number", "how much", "what", "which figure")
 STARTS = ("Which", "What", "How many", "Where", "Who", "When", "Under which number", "Which number",
           "Tell me which", "At what", "For how many")
+_DIGITS = (7, 5, 4, 6, 9, 3, 2), (54, 10, 8, 6, 4, 8, 10)
+"""Of numbers, and how frequent: of long ones, only the first digits tell which is meant."""
 _TURN_LEN, _FACT_LEN = 90, 34
 """Tokens of a question with its answer, and of a sentence, about."""
 
@@ -116,7 +118,7 @@ def draw_key(rng: random.Random, words: Sequence[str]) -> str:
 
 def draw_sentence(rng: random.Random, source: Source, key: str) -> Sentence:
     """Draw what a text says about a key, and how it is asked for."""
-    value = digits(rng, rng.choices((7, 5, 4, 6, 9), (70, 10, 8, 6, 6))[0])
+    value = digits(rng, rng.choices(*_DIGITS)[0])
     if rng.random() < WOVEN:
         return _weave(rng, source, key, value)
     words = source.corpus.words
@@ -141,13 +143,13 @@ def _weave(rng: random.Random, source: Source, key: str, value: str) -> Sentence
     nothing of it but the key."""
     words = draw_words(rng, source)
     name = key if key.istitle() or rng.random() < 0.2 else f"the {key}"
-    said = weave(rng, words, name, value)
+    said = weave(rng, words, name)
     style = rng.random()
     if style < 0.3:
         question = rng.choice(source.wordings(ANY_ASKS)).replace("the {k}", name)
         question = question.replace("{k}", key)
     elif style < 0.55:
-        question = said.replace(value, rng.choice(BLANKS)) + "?"
+        question = said.replace("{v}", rng.choice(BLANKS)) + "?"
     else:
         own = words if rng.random() < 0.4 else rng.choices(source.corpus.words, k=8)
         around = rng.sample(own, min(len(own), rng.randrange(1, 6)))
