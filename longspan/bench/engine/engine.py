@@ -130,6 +130,7 @@ def precision_key(quantization: str | None, kv_dtype: str | None) -> dict[str, s
 
 def free_memory(device: str) -> None:
     """Give back what earlier engines held; the allocator keeps it otherwise, as if in use."""
+    gc.unfreeze()  # `garbage.freeze` was called while the last engine ran: it is garbage by now
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +13,7 @@ from torch import Tensor
 from longspan.bench.engine import cache, cache_copies, cache_driver, cache_options, disk_read
 from longspan.bench.engine.cache_driver import sizes_for
 from longspan.bench.engine.cache_options import CacheOptions
-from longspan.bench.engine.engine import ShapeEngine, plan_engine
+from longspan.bench.engine.engine import ShapeEngine, free_memory, open_engine, plan_engine
 from longspan.bench.session import BenchOptions, BenchSession, CheckFailed
 from longspan.bench.shapes import Shape
 from longspan.commands import results
@@ -45,6 +47,23 @@ def test_what_comes_back_from_host_memory_and_disk(
     assert disk["question_s"] < disk["prefill_s"] and disk["question_pause_s"] > 0
     assert "from" in capsys.readouterr().out
     assert not list((tmp_path / "kv").rglob("*.safetensors"))
+
+
+def test_an_engine_is_gone_before_the_next_one_is_opened(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Though it was there when the garbage collector was told to look at nothing any more."""
+    monkeypatch.setattr(cache_driver, "DECODED_LEN", 8)
+    try:
+        with open_engine(tiny_shape(), "cpu", sizes_for(1_000, 512)) as engine:
+            runner, driver = engine.runner, cache_driver.begin(engine, sparse=False)
+            driver.end()
+        left = weakref.ref(runner), weakref.ref(driver)
+        del engine, runner, driver
+        free_memory("cpu")
+        assert [each() for each in left] == [None, None]
+    finally:
+        gc.unfreeze()
 
 
 def test_a_question_with_a_long_tail_evicts_no_file(
