@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 
-from longspan.data.chat import ruler
+from longspan.data.chat import ruler, sentences
 from longspan.data.chat.gold import Gold
 from longspan.data.chat.practice import compose_practice, encode_exercise
 from longspan.data.chat.rows import EXERCISES, PAIRS, ChatPlanner, compose, draw_exercise
@@ -126,6 +126,21 @@ def test_sentences_say_their_number_in_any_place(source: Source) -> None:
     shares = [sum(word in natural for word in re.findall("[a-z]+", one.text.lower()))
               / len(one.text.split()) for one in drawn]
     assert 0.3 < sum(share > 0.5 for share in shares) / len(drawn) < 0.7
+
+
+def test_what_is_absent_is_refused_though_another_fact_has_its_number(
+    source: Source, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A text of many facts has a good part of all numbers of two digits."""
+    monkeypatch.setattr(sentences, "_DIGITS", ((2,), (1,)))
+    num_refused = 0
+    for seed in range(20):
+        exercise = sentences.sentences(random.Random(seed), source, 4096, 16)
+        for turn in [] if exercise is None else exercise.turns:
+            is_there = turn.gold.keys[0].lower() in exercise.document.lower()
+            assert bool(turn.gold.items) is is_there, turn
+            num_refused += not is_there
+    assert num_refused > 20
 
 
 def test_pairs_reward_and_punish_refusals_alike(source: Source) -> None:

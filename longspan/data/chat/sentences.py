@@ -87,7 +87,7 @@ BLANKS = ("which number", "how many", "what number", "how much", "what", "which 
 STARTS = ("Which", "What", "How many", "Where", "Who", "When", "Under which number", "Which number",
           "Tell me which", "At what", "For how many")
 _DIGITS = (7, 5, 4, 6, 9, 3, 2), (54, 10, 8, 6, 4, 8, 10)
-"""Of numbers, and how frequent: of long ones, only the first digits tell which is meant."""
+"""How many a number has, and how often: of a long one only the first tell which is meant."""
 _TURN_LEN, _FACT_LEN = 90, 34
 """Tokens of a question with its answer, and of a sentence, about."""
 
@@ -201,9 +201,11 @@ def sentences(
     asked = [absent[i] if rng.random() < ABSENT else fact
              for i, fact in enumerate(rng.sample(facts, num_turns))]
     values = tuple(fact.value for fact in facts)
+    keys_there = {fact.key for fact in facts}
     turns = []
     for fact in asked:
-        items = (fact.value,) if fact.value in values else ()
+        # an absent one may by chance have a number that another one in the text has
+        items = (fact.value,) if fact.key in keys_there else ()
         question, refusal = instructed(rng, source, fact.question, "number")
         turns.append(Turn(question, Gold(
             items=items, others=tuple(v for v in values if v not in items)[:200], keys=(fact.key,),
