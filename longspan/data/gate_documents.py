@@ -26,7 +26,7 @@ def gate_documents(
     sentences of the corpus' words that name the number before the key."""
     for i in range(count):
         rng = random.Random(repr((seed, length, i)))
-        facts = (_sentences(rng, source, num_needles) if number_first else
+        facts = (_sentences(rng, source, num_needles, length) if number_first else
                  _needles(rng, source, num_needles, hard=i % 2 == 1))
         yield gate_document(rng, source, length, facts)
 
@@ -39,13 +39,18 @@ def _needles(rng: random.Random, source: Source, count: int, hard: bool) -> list
     return [group.make(rng, words, used) for _ in range(count)]
 
 
-def _sentences(rng: random.Random, source: Source, count: int) -> list[Fact]:
-    """Draw facts that are each woven into words of their own, the number first."""
+def _sentences(rng: random.Random, source: Source, count: int, length: int) -> list[Fact]:
+    """Draw facts that are each woven into words of their own, the number first. Words that would
+    fill a document of ``length`` tokens are left out: those of some scripts have many tokens."""
     words = Words.draw(rng, source.corpus.words, count, hard=False)
     used: set[str] = set()
+    most = 7 * length // (16 * count)
 
     def draw(rng: random.Random) -> str:
-        return weave(rng, draw_words(rng, source), value_first=1)
+        said = draw_words(rng, source)
+        while len(source.table.encode([((" ".join(said), Kind.TEXT),)])[0]) > most:
+            said = said[: len(said) // 2]
+        return weave(rng, said, value_first=1)
 
     return [draw_group(rng, "woven", source.wordings, draw).make(rng, words, used)
             for _ in range(count)]

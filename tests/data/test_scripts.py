@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from longspan.data.corpus import write_corpus
 from longspan.data.documents import Document
+from longspan.data.gate_documents import gate_documents
 from longspan.data.intake import Intake
 from longspan.data.rows import Mixture, compose_row
 from longspan.data.source import Source, load_source
@@ -55,6 +57,24 @@ def test_facts_and_questions_have_lines_of_their_own(chinese: Source, name: str)
         for line in text.split("\n")[1:]:
             for begin in ("Question:", "One of the special magic", "A secret "):
                 assert begin not in line or line.lstrip().startswith(begin)
+
+
+@pytest.mark.parametrize("number_first", [False, True])
+def test_gates_have_room_for_words_of_many_tokens(
+    tmp_path: Path, number_first: bool
+) -> None:
+    """A gate that has none would end a run behind its first phase, whenever it is resumed."""
+    rng = random.Random(2)
+    tokenizer = train_tokenizer(["some English text"], 300)
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    texts = ["".join("".join(rng.choices(CHARACTERS, k=rng.randrange(4, 12))) + "。\n"
+                     for _ in range(1000)) for _ in range(2)]
+    write_corpus([Document(name=str(i), text=text) for i, text in enumerate(texts)], tokenizer,
+                 tmp_path / "corpus", Intake())
+    documents = list(gate_documents(
+        load_source(tmp_path), 4096, 4, 24, number_first=number_first))
+    assert [len(questions) for _, questions in documents] == [24] * 4
+    assert all(len(document) <= 4096 for document, _ in documents)
 
 
 def test_where_characters_begin() -> None:
