@@ -19,7 +19,7 @@ from longspan.data.chat.wrong import (
 )
 
 PATTERNS = {
-    NUMBER: r"\d{3,}", COUNT: r"\d+", WORD: r"[a-z]+-[a-z]+",
+    NUMBER: r"\d{2,}", COUNT: r"\d+", WORD: r"[a-z]+-[a-z]+",
     UUID: r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"}
 """What else in a reply is taken for a value."""
 REFUSED = re.compile(
