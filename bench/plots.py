@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from longspan.bench.shapes import shape_label
 from longspan.errors import MissingDependencyError
 
 STYLES = {"dense": ("#b04a3a", "s"), "sparse": ("#2f6db5", "o")}
@@ -15,7 +16,8 @@ LINES = ("-", "--", ":", "-.")
 
 
 def draw_ttft(content: Mapping[str, Any], stem: Path) -> list[Path]:
-    """Time to the first token by prompt length, a line for each shape and attention.
+    """Time to the first token by prompt length, a line for each shape and attention, of plain
+    weights and caches.
 
     Returns the file, if there was anything to draw. Raises `MissingDependencyError` without
     matplotlib.
@@ -53,11 +55,11 @@ def draw_ttft(content: Mapping[str, Any], stem: Path) -> list[Path]:
 
 
 def ttft_lines(content: Mapping[str, Any]) -> dict[tuple[str, str], list[tuple[int, float]]]:
-    """{(shape, attention): [(tokens, seconds)]}; of several rows for a point the one with most
-    layers, then the slowest."""
+    """{(shape, attention): [(tokens, seconds)]} of plain weights and caches; of several rows for a
+    point the one with most layers, then the slowest."""
     found: defaultdict[tuple[str, str], dict[int, tuple[int, float]]] = defaultdict(dict)
     for row in content["rows"]:
-        if "error" not in row:
+        if "error" not in row and shape_label(row) == row["shape"]:
             points = found[row["shape"], row["attention"]]
             new = row["layers"], row["ttft_scaled_s"]
             points[row["num_tokens"]] = max(points.get(row["num_tokens"], new), new)

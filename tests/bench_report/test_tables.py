@@ -52,6 +52,8 @@ def test_the_plot_is_drawn_and_shown(tmp_path: Path) -> None:
     folder = tmp_path / "bench" / "results"
     folder.mkdir(parents=True)
     write(folder, "ttft", [ttft_row("sparse", 25.0), ttft_row("sparse", 3.0, num_tokens=131_072),
+                           ttft_row("sparse", 31.0, quantization="int4"),
+                           ttft_row("sparse", 32.0, kv_dtype="int8"),
                            ttft_row("dense", 350.0), {"error": "x"}])
     readme = tmp_path / "README.md"
     readme.write_text("<!-- bench:ttft -->\n<!-- /bench:ttft -->\n")
