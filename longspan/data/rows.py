@@ -26,6 +26,9 @@ WEIGHTS: Mapping[str, float] = {
     "counting": 4, "recall": 24, "fim": 8, "keywords": 8, "position": 8, "reorder": 5, "copy": 5,
     "plain": 4}
 """Shares of the tasks, unless others are asked for."""
+SHORT_TASKS: Mapping[str, int] = {"recall": 8192}
+"""Tasks whose evidence is near, and the longest rows with a share of them: in longer ones their
+many answers would outweigh those that are far from their evidence."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,9 +47,12 @@ class Mixture:
         if min(self.weights.values(), default=0) < 0 or not sum(self.weights.values()):
             raise LongspanError("the weights of tasks are positive numbers: give one to a task")
 
-    def draw(self, rng: random.Random) -> str:
-        """Return a task's name."""
-        return rng.choices(list(self.weights), list(self.weights.values()))[0]
+    def draw(self, rng: random.Random, length: int) -> str:
+        """Return the name of a row's task."""
+        fitting = {name: weight for name, weight in self.weights.items()
+                   if length <= SHORT_TASKS.get(name, length)}
+        weights = fitting if sum(fitting.values()) else self.weights
+        return rng.choices(list(weights), list(weights.values()))[0]
 
 
 def check_row_length(length: int) -> None:
@@ -66,7 +72,7 @@ def compose_row(
     if length <= PACK_MAX_LENGTH and rng.random() < mixture.packed:
         row = _compose_pack(rng, source, length, mixture)
     else:
-        row = _compose_task(rng, source, length, mixture.draw(rng))
+        row = _compose_task(rng, source, length, mixture.draw(rng, length))
     assert len(row.piece.ids) == length == len(row.piece.kinds), "a row has the length asked for"
     return row
 
@@ -131,7 +137,7 @@ def _compose_pack(
     while missing > 0:
         size = log_uniform(rng, 160, 2048)
         size = missing if missing - size < MIN_ROW else size
-        samples.append(_compose_task(rng, source, size, mixture.draw(rng)))
+        samples.append(_compose_task(rng, source, size, mixture.draw(rng, size)))
         missing -= size
     return _join("packed", samples)
 

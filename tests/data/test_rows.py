@@ -189,3 +189,13 @@ def test_every_question_names_what_it_asks_for(source: Source) -> None:
             question = "".join(text for text, kind in render(rng, rng.random() < 0.3, ask)
                                if kind != Kind.ANSWER)
             assert all(fact.key in question for fact in named), question
+
+
+def test_long_rows_have_no_recall(source: Source) -> None:
+    """Unless nothing else is asked for."""
+    mixture = Mixture(weights={"recall": 3, "plain": 1}, packed=0.0)
+    names = {length: {compose_row((i,), source, length, mixture).task for i in range(12)}
+             for length in (1024, 16_384)}
+    assert names == {1024: {"recall", "plain"}, 16_384: {"plain"}}
+    alone = Mixture(weights={"recall": 1}, packed=0.0)
+    assert compose_row((1,), source, 16_384, alone).task == "recall"
