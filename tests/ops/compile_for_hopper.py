@@ -62,7 +62,7 @@ def compile_only(launch: Callable[..., Any]) -> Callable[..., Any]:
 
 def pretend() -> None:
     """From here on launches compile, and the choices are those for a Hopper GPU."""
-    from longspan.ops.dense import hopper, hopper_rows
+    from longspan.ops.dense import hopper, hopper_decode, hopper_rows
     from longspan.ops.moe import hopper as hopper_experts
     from longspan.ops.quant import triton_few
     from longspan.ops.select import hopper_tiles as hopper_probe
@@ -75,8 +75,8 @@ def pretend() -> None:
     torch.Tensor.new_empty = torch.Tensor.new_zeros  # type: ignore[method-assign]
     driver.set_active(Driver())
     JITFunction.run = compile_only(JITFunction.run)
-    for module in (decode, prefill, hopper, hopper_experts, hopper_rows, hopper_probe,
-                   sparse_index):
+    for module in (decode, prefill, hopper, hopper_decode, hopper_experts, hopper_rows,
+                   hopper_probe, sparse_index):
         module.num_sms = lambda device: NUM_SMS  # type: ignore[attr-defined]
     for module in (hopper_probe, hopper_tile):
         module.is_hopper = lambda device: True  # type: ignore[attr-defined]
@@ -92,7 +92,7 @@ def pretend() -> None:
 def main() -> None:
     """Every GPU path of `ops`, at the shapes of a 7B model."""
     from longspan.ops import pointwise
-    from longspan.ops.dense import hopper, hopper_rows
+    from longspan.ops.dense import hopper, hopper_decode, hopper_rows
     from longspan.ops.sparse import hopper as hopper_sparse
     from longspan.ops.sparse import triton as vertical_slash
 
@@ -139,6 +139,7 @@ def main() -> None:
         decode.prefill_attention(q[:few], cache, table, CACHED, rotary, scale)
     for few in (8, 16):  # one consumer and two
         hopper_rows.prefill_attention(q[:few], cache, table, CACHED, rotary, scale)
+    hopper_decode.prefill_attention(q[:1], cache, table, CACHED, rotary, scale)
     x, weight = torch.zeros(9, 3_584, dtype=torch.bfloat16), torch.ones(3_584, dtype=torch.bfloat16)
     pointwise.rms_norm(x, weight, 1e-6)
     pointwise.add_rms_norm(x, x.clone(), weight, 1e-6)
@@ -189,6 +190,7 @@ def compile_quantised() -> None:
 
 def compile_int8_kv(q: Tensor, table: Tensor, rotary: QueryRotary) -> None:
     """Compile what writes and reads keys and values in int8."""
+    from longspan.ops.dense import hopper_decode
     from longspan.ops.quant import triton_kv
 
     cache = allocate_cache(
@@ -200,6 +202,10 @@ def compile_int8_kv(q: Tensor, table: Tensor, rotary: QueryRotary) -> None:
     triton_kv.dense_kv(cache, table, CACHED)
     for count in (1, 2, 16):
         decode.prefill_attention(q[:count], cache, table, CACHED, rotary, DIM**-0.5)
+    for count in (1, 2, 4, 9):  # 8 to 64 lanes
+        hopper_decode.prefill_attention(q[:count], cache, table, CACHED, rotary, DIM**-0.5)
+    lens = torch.full((9,), CACHED)
+    hopper_decode.decode_attention(q[:9], cache, table.repeat(9, 1), lens, rotary, lens.float())
 
 
 def compile_experts() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 KERNELS = {
     "dense/hopper": "_dense_kernel", "dense/triton": "_dense_kernel",
-    "dense/hopper_rows": "_rows_kernel",
+    "dense/hopper_rows": "_rows_kernel", "dense/hopper_decode_kernel": "decode_kernel",
     "sparse/hopper": "_sparse_kernel", "sparse/triton": "_tile_kernel",
     "sparse/triton_unaligned": "_window_kernel _paper_kernel",
     "sparse/layout": "_index_kernel _plan_kernel _gather_columns_kernel _gather_means_kernel "
@@ -23,7 +23,8 @@ KERNELS = {
     "select/triton_keys": "find_blocks tile_columns key_masses",
     "select/top_k": "choose_windows write_largest place_columns group_maxima lower_bounds "
                     "count_reached list_reached place_diagonals",
-    "tiles/splits": "_merge_kernel", "tiles/items": "merge_items", "tiles/rotary": "_rotate_kernel",
+    "tiles/splits": "_merge_kernel", "tiles/items": "merge_items merge_shares",
+    "tiles/rotary": "_rotate_kernel",
     "moe/hopper": "_list_tiles", "moe/hopper_product": "product_kernel",
     "moe/triton": "_expert_up _expert_down _combine",
     "moe/triton_routing": "_route _count _tally _put",

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from longspan.ops.tiles.items import merge_items, num_items
+from longspan.ops.tiles.items import merge_items, merge_shares, num_items
 from tests.conftest import assert_close
 
 
@@ -36,3 +36,44 @@ def test_items_of_a_request_merge_to_the_whole(
     expected = (every.softmax(-1)[..., None] * every_value).sum(-2)
     assert_close(out[0].cpu(), expected, "out")
     assert_close(lse[0].cpu(), every.logsumexp(-1), "lse")
+
+
+@pytest.mark.parametrize("programs", [1, 2, 7, 33, 66])
+@pytest.mark.parametrize("lengths", [(1,), (150,), (16, 0, 900, 17), (0, 0, 5), (40,) * 9], ids=str)
+def test_shares_of_all_requests_merge_to_the_whole(
+    lengths: tuple[int, ...], programs: int, kernel_device: str
+) -> None:
+    """Shares as they are defined, two parts of each for each request that it meets: NaN in every
+    other part, requests without a key among others."""
+    tiles = [-(-length // 16) for length in lengths]
+    total = sum(tiles)
+    used = -(-total // max(-(-total // programs), 2))
+    parts = torch.full((2 * (programs + len(lengths)), 3, 16), math.nan)
+    logs = torch.full(parts.shape[:2], math.nan)
+    expected, expected_lse = torch.zeros(len(lengths), 3, 16), torch.full((len(lengths), 3), -1e9)
+    begin = 0
+    for request, count in enumerate(tiles):
+        scores, values = torch.randn(3, 2 * count) * 9, torch.randn(3, 2 * count, 16)
+        if count:
+            expected[request] = (scores.softmax(-1)[..., None] * values).sum(1)
+            expected_lse[request] = scores.logsumexp(-1)
+        for share in range(used):
+            start = max(total * share // used - begin, 0)
+            stop = min(total * (share + 1) // used - begin, count)
+            assert total * share // used < total * (share + 1) // used
+            for half in range(2 if start < stop else 0):
+                own = scores[:, 2 * start + half : 2 * stop : 2]
+                part = (own.softmax(-1)[..., None]
+                        * values[:, 2 * start + half : 2 * stop : 2]).sum(1)
+                place = 2 * (share + request) + half
+                assert parts[place].isnan().all()
+                parts[place], logs[place] = part, own.logsumexp(-1) / math.log(2)
+        begin += count
+    out, lse = (torch.empty(size, device=kernel_device)
+                for size in ((len(lengths), 3, 16), (len(lengths), 3)))
+    merge_shares[(3, len(lengths))](
+        parts.to(kernel_device), logs.to(kernel_device),
+        torch.tensor(lengths, device=kernel_device), out, lse, 3, len(lengths), programs, TILE=16,
+        HEAD_DIM=16, REQUESTS=16, MIN_TILES=2, PARTS=2, ITEMS=4)
+    assert_close(out.cpu(), expected, "out")
+    assert_close(lse.cpu().clamp(min=-1e9), expected_lse, "lse")
