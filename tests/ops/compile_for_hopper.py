@@ -139,7 +139,8 @@ def main() -> None:
         decode.prefill_attention(q[:few], cache, table, CACHED, rotary, scale)
     for few in (8, 16):  # one consumer and two
         hopper_rows.prefill_attention(q[:few], cache, table, CACHED, rotary, scale)
-    hopper_decode.prefill_attention(q[:1], cache, table, CACHED, rotary, scale)
+    for few in (1, 2, 4, 9):  # 8 to 64 lanes
+        hopper_decode.prefill_attention(q[:few], cache, table, CACHED, rotary, scale)
     x, weight = torch.zeros(9, 3_584, dtype=torch.bfloat16), torch.ones(3_584, dtype=torch.bfloat16)
     pointwise.rms_norm(x, weight, 1e-6)
     pointwise.add_rms_norm(x, x.clone(), weight, 1e-6)

@@ -101,7 +101,8 @@ class Simulator:
         self.module, self.kernel = module, getattr(module, kernel).fn
         self.rng = random.Random(seed)
         self.copies: list[tuple[Tensor, Tensor, Barrier, int]] = []
-        self.program, self.grid = (0, 0), (1, 1)
+        self.program: tuple[int, ...] = (0, 0)
+        self.grid = (1, 1)
         self.failures: list[BaseException] = []
 
     def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
@@ -218,7 +219,7 @@ def _own(value: Any) -> Any:
 def _argument(value: Any) -> Any:
     if isinstance(value, Tensor):
         size = value.untyped_storage().nbytes() // value.element_size()
-        return Pointer(value.as_strided((size,), (1,), 0), value.storage_offset())
+        return Pointer(value.as_strided((size,), (1,), 0), int(value.storage_offset()))
     return Description(value) if hasattr(value, "block_shape") else value
 
 

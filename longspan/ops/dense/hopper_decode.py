@@ -44,8 +44,9 @@ class Launch(NamedTuple):
 LAUNCHES = {8: Launch(2, 3, 80), 16: Launch(2, 3, 80), 32: Launch(1, 5, 168),
             64: Launch(1, 5, 168)}
 """Int8 keys, by lanes, padded."""
-BF16_LAUNCH = Launch(1, 3, 168)
-"""bf16 keys, any number of lanes."""
+BF16_LAUNCHES = {8: Launch(1, 3, 168), 16: Launch(1, 3, 168), 32: Launch(1, 3, 168),
+                 64: Launch(1, 2, 168)}
+"""bf16 keys."""
 
 _SCALES = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
 
@@ -110,7 +111,7 @@ def attend(
     assert block_tables.stride(1) == 1 and len(q) == batch * num_rows
     group = num_heads // num_kv_heads
     lanes = max(MIN_LANES, triton.next_power_of_2(group * num_rows))
-    launch = launch or (BF16_LAUNCH if cache.k_scale is None else LAUNCHES[lanes])
+    launch = launch or (BF16_LAUNCHES if cache.k_scale is None else LAUNCHES)[lanes]
     programs = programs or max(1, launch.programs_per_sm * num_sms(q.device) // num_kv_heads)
     shared = {"REQUESTS": triton.next_power_of_2(batch), "MIN_TILES": MIN_TILES}
     # heads of one row after those of another: for the merge they are all heads
