@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.hopper]
 KINDS = [True, False]
 
 
-def make(length: int, is_int8: bool, **options: int) -> Case:
+def make(length: int, is_int8: bool, **options: Any) -> Case:
     """NaN in every slot that no token has, and in the scales there."""
     case = make_case(length, **options)
     return as_int8(case, length) if is_int8 else case

@@ -21,7 +21,7 @@ from longspan.ops.tiles import hopper as hopper_tile
 from longspan.ops.tiles.hopper import SHARED, TILE_LEN, key_tiles
 from longspan.ops.tiles.items import merge_shares
 from longspan.ops.tiles.splits import num_sms
-from longspan.ops.types import PagedKV, QueryRotary
+from longspan.ops.types import KeySpans, PagedKV, QueryRotary
 
 MIN_LANES, MAX_LANES = 8, 64
 """Columns of a product of tensor cores: query heads of a KV head, times rows."""
@@ -60,6 +60,13 @@ def supports(q: Tensor, cache: PagedKV, rotary: QueryRotary) -> bool:
             and q.dtype == cache.dtype == torch.bfloat16 and q.stride(2) == 1
             and q.shape[1] // cache.k.shape[2] <= MAX_LANES
             and all(part.is_contiguous() for part in cache.by_block().values()))
+
+
+def takes_decode(
+    q: Tensor, cache: PagedKV, rotary: QueryRotary, spans: KeySpans | None
+) -> bool:
+    """Return whether `decode_attention` is the fastest for a batch of single tokens."""
+    return spans is None and cache.k_scale is not None and supports(q, cache, rotary)
 
 
 def takes_rows(q: Tensor, cache: PagedKV, rotary: QueryRotary) -> bool:

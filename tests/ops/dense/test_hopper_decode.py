@@ -14,7 +14,7 @@ from longspan.ops import int8_kv, reference
 from longspan.ops.dense import hopper_decode, hopper_decode_kernel
 from longspan.ops.dense.hopper_decode import Launch
 from longspan.ops.tiles import hopper as hopper_tile
-from longspan.ops.types import PagedKV
+from longspan.ops.types import KeySpans, PagedKV
 from tests.conftest import assert_close
 from tests.ops import gluon_simulator, oracle
 from tests.ops.oracle import Positions
@@ -138,6 +138,10 @@ def test_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not hopper_decode.supports(case.q, small.cache, case.rotary)
     monkeypatch.setattr(hopper_tile, "is_hopper", lambda device: True)
     for cache in (case.cache, small.cache):
+        is_int8 = cache is small.cache
+        assert hopper_decode.takes_decode(case.q, cache, case.rotary, None) is is_int8
+        none = torch.zeros(300, dtype=torch.int64)
+        assert not hopper_decode.takes_decode(case.q, cache, case.rotary, KeySpans(none, none))
         assert hopper_decode.supports(case.q, cache, case.rotary)
         for count, taken in ((0, False), (1, True), (18, True), (19, False)):
             assert hopper_decode.takes_rows(case.q[:count], cache, case.rotary) is taken, count
