@@ -143,7 +143,7 @@ def attend(
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     merge_shares[(width, batch)](
         parts, part_lse, context_lens, out, lse, width, batch, programs, TILE=TILE_LEN,
-        HEAD_DIM=head_dim, PARTS=2, ITEMS=64, **shared, num_warps=8)
+        HEAD_DIM=head_dim, PARTS=2, ITEMS=128, **shared, num_warps=8)
     return out, lse
 
 
