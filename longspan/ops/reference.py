@@ -330,7 +330,7 @@ def route_rows(
     x: Tensor, router: Tensor, num_chosen: int, is_normed: bool,
 ) -> tuple[Tensor, Tensor]:
     """Multiply rows x [T, M] by a router [E, M], in fp32, and `route` them."""
-    return route(x.float() @ router.float().t(), num_chosen, is_normed)
+    return route(torch.nn.functional.linear(x.float(), router.float()), num_chosen, is_normed)
 
 
 def add_routed_mlp(

@@ -30,7 +30,7 @@ MAX_TOKENS = 16
 TILES = (Tiles(MAX_TOKENS, 32, 128, 4, 4), Tiles(MAX_TOKENS, 32, 128, 4, 4))
 """Up and down."""
 FP8_TILES = (Tiles(MAX_TOKENS, 32, 256, 4, 4), Tiles(MAX_TOKENS, 32, 256, 3, 4))
-"""The same for e4m3 weights with a scale for each output, with as many bytes on their way as in bf16.
+"""The same for e4m3 weights with a scale for each output, with as many bytes on their way.
 With block scales a step has to lie in one block."""
 PREFETCH = True
 """Whether the way down fills the L2 cache while it waits."""
