@@ -119,11 +119,13 @@ def _routes_of(
     """Find a program's expert, whether there is something to do, which tokens take the expert, and
     by which routes, two of [ROWS]."""
     route = tl.program_id(1)
-    expert = tl.load(experts + route)
+    # past the first-level cache: the way down reads before it waits
+    expert = tl.load(experts + route, cache_modifier=".cg")
     tokens, choices = tl.arange(0, ROWS), tl.arange(0, CHOICES)
     routes = tokens[:, None] * CHOSEN + choices[None, :]
     is_there = (tokens < num_tokens)[:, None] & (choices < CHOSEN)[None, :]
-    is_own = is_there & (tl.load(experts + routes, mask=is_there, other=-1) == expert)
+    others = tl.load(experts + routes, mask=is_there, other=-1, cache_modifier=".cg")
+    is_own = is_there & (others == expert)
     is_first = tl.min(tl.min(tl.where(is_own, routes, ROWS * CHOICES), 1), 0) == route
     is_live = is_first & (expert < num_experts)
     is_row = (tl.max(is_own.to(tl.int32), 1) > 0) & is_live
