@@ -257,9 +257,10 @@ def compile_few_tokens(
     x = torch.zeros(9, 2_048, dtype=torch.bfloat16)
     weights, experts = triton_router.route_rows(x, x.new_zeros(128, 2_048), 8, True)
     triton_router.route_rows(x, x.new_zeros(60, 2_048), 4, False)
-    all_matrices: list[list[Tensor | Fp8Weights]] = [[gate_up, down], *(
-        [Fp8Weights(*pair) for pair in zip(values, one, strict=True)] for one in scales)]
-    for up, back in all_matrices:
+    forms: list[tuple[Tensor | Fp8Weights, Tensor | Fp8Weights]] = [(gate_up, down)]
+    for ups, backs in scales:
+        forms.append((Fp8Weights(values[0], ups), Fp8Weights(values[1], backs)))
+    for up, back in forms:
         up_tiles, down_tiles = triton_few.choose_tiles(up)
         hidden = triton_few.expert_up(x, experts, up, up_tiles)
         triton_few.expert_down(x, hidden, weights, experts, back, down_tiles)
