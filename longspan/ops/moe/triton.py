@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longspan.ops.moe.dependent_launch import wait_for_before
 from longspan.ops.moe.triton_routing import MAX_EXPERTS, Groups, group
 from longspan.ops.quant.triton_few import supports_fp8
 from longspan.ops.types import Fp8Weights
@@ -217,11 +218,14 @@ def _multiply(
 
 
 @triton.jit
-def _scaled(total, scales, outputs, is_column, SCALES: tl.constexpr):
-    """Multiply by the outputs' scales, where they have some of their own."""
+def _factors(scales, outputs, is_column, SCALES: tl.constexpr):
+    """Load the outputs' scales, where they have some of their own: before a loop, so that nobody
+    waits for them behind it."""
     if SCALES == 1:
-        total *= tl.load(scales + outputs, mask=is_column, other=0.0)[None, :]
-    return total
+        factors = tl.load(scales + outputs, mask=is_column, other=0.0)
+    else:
+        factors = tl.full([outputs.shape[0]], 1.0, tl.float32)
+    return factors
 
 
 @triton.jit
@@ -236,6 +240,9 @@ def hidden_tile(
     row_places = x + tokens.to(tl.int64)[:, None] * x_row + depths[None, :]
     matrix = gate_up + expert.to(tl.int64) * 2 * width * dim
     gate_places = matrix + columns[None, :] * dim + depths[:, None]
+    gates_from = expert * 2 * width + columns
+    gate_factors = _factors(scales, gates_from, is_column, SCALES)
+    up_factors = _factors(scales, gates_from + width, is_column, SCALES)
     gate = tl.zeros([tokens.shape[0], columns.shape[0]], tl.float32)
     up = tl.zeros([tokens.shape[0], columns.shape[0]], tl.float32)
     for first in tl.range(0, dim, DEPTH, num_stages=STAGES):
@@ -246,12 +253,12 @@ def hidden_tile(
         part = tl.load(row_places + first, mask=row_mask, other=0.0)
         gates = tl.load(gate_places + first, mask=column_mask, other=0.0)
         ups = tl.load(gate_places + width * dim + first, mask=column_mask, other=0.0)
-        gate = _multiply(part, gates, gate, scales, (expert * 2 * width + columns), dim, first,
-                         is_column, SCALES, PRECISION)
-        up = _multiply(part, ups, up, scales, (expert * 2 * width + width + columns), dim, first,
-                       is_column, SCALES, PRECISION)
-    gate = _scaled(gate, scales, expert * 2 * width + columns, is_column, SCALES)
-    up = _scaled(up, scales, expert * 2 * width + width + columns, is_column, SCALES)
+        gate = _multiply(part, gates, gate, scales, gates_from, dim, first, is_column, SCALES,
+                         PRECISION)
+        up = _multiply(part, ups, up, scales, gates_from + width, dim, first, is_column, SCALES,
+                       PRECISION)
+    gate *= gate_factors[None, :]
+    up *= up_factors[None, :]
     # of large negative gates the power is inf, and the quotient 0, as it should be
     return gate / (1.0 + tl.exp(-gate)) * up
 
@@ -260,15 +267,19 @@ def hidden_tile(
 def output_tile(
     hidden, down, scales, weights, expert, rows, routes, is_row, columns, dim, width,
     DEPTH: tl.constexpr, IS_WHOLE: tl.constexpr, SCALES: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Compute some routes' weighted outputs of one expert, [ROWS, COLUMNS] fp32. ``rows``: theirs
-    in ``hidden``."""
+    in ``hidden``, which a kernel that begins early waits for."""
     is_column = columns < dim
     depths = tl.arange(0, DEPTH)
     row_places = hidden + rows.to(tl.int64)[:, None] * width + depths[None, :]
     matrix = down + expert.to(tl.int64) * dim * width
     column_places = matrix + columns[None, :] * width + depths[:, None]
+    outputs = expert * dim + columns
+    factors = _factors(scales, outputs, is_column, SCALES)
+    wait_for_before(EARLY)
+    shares = tl.load(weights + routes, mask=is_row, other=0.0)
     total = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
     for first in tl.range(0, width, DEPTH, num_stages=STAGES):
         row_mask, column_mask = is_row[:, None], is_column[None, :]
@@ -277,10 +288,9 @@ def output_tile(
             column_mask = column_mask & (first + depths < width)[:, None]
         part = tl.load(row_places + first, mask=row_mask, other=0.0)
         matrix_part = tl.load(column_places + first, mask=column_mask, other=0.0)
-        total = _multiply(part, matrix_part, total, scales, expert * dim + columns, width, first,
-                          is_column, SCALES, PRECISION)
-    total = _scaled(total, scales, expert * dim + columns, is_column, SCALES)
-    return total * tl.load(weights + routes, mask=is_row, other=0.0)[:, None]
+        total = _multiply(part, matrix_part, total, scales, outputs, width, first, is_column,
+                          SCALES, PRECISION)
+    return total * factors[None, :] * shares[:, None]
 
 
 @triton.jit(do_not_specialize=["num_routes", "num_row_tiles"])
@@ -322,7 +332,7 @@ def _expert_down(
     routes = tl.load(order + rows, mask=is_row, other=0)
     columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     total = output_tile(hidden, down, scales, weights, expert, rows, routes, is_row, columns, dim,
-                        width, DEPTH, IS_WHOLE, SCALES, PRECISION, STAGES)
+                        width, DEPTH, IS_WHOLE, SCALES, PRECISION, STAGES, False)
     tl.store(out + routes.to(tl.int64)[:, None] * dim + columns[None, :],
              total.to(out.dtype.element_ty), mask=is_row[:, None] & (columns < dim)[None, :])
 

@@ -168,14 +168,15 @@ def _few_down(
     if is_live:
         _prefetch(down + expert.to(tl.int64) * dim * width + first * width,
                   tl.minimum(dim - first, COLUMNS) * width, LINE, LINES)
-    wait_for_before(EARLY)
     columns = first + tl.arange(0, COLUMNS)
     is_column = columns < dim
     if is_live:
         total = output_tile(hidden, down, scales, weights, expert, routes, routes, is_row, columns,
-                            dim, width, DEPTH, IS_WHOLE, SCALES, PRECISION, STAGES)
+                            dim, width, DEPTH, IS_WHOLE, SCALES, PRECISION, STAGES, EARLY)
         tl.store(parts + routes[:, None] * dim + columns[None, :], total,
                  mask=is_row[:, None] & is_column[None, :])
+    else:
+        wait_for_before(EARLY)
     tl.debug_barrier()  # all threads have stored before one says so
     before = tl.atomic_add(arrivals + tl.program_id(0), 1, sem="acq_rel")
     if before == tl.num_programs(1) - 1:
@@ -201,15 +202,15 @@ def _add_up(
     """Add some columns of all routes to their tokens."""
     tokens = tl.arange(0, ROWS)
     is_token = tokens < num_tokens
+    mask = is_token[:, None] & is_column[None, :]
+    places = sums + tokens.to(tl.int64)[:, None] * sums_row + columns[None, :]
+    before = tl.load(places, mask=mask, other=0.0)
     total = tl.zeros([ROWS, columns.shape[0]], tl.float32)
     for choice in tl.static_range(CHOSEN):
         routes = tokens * CHOSEN + choice
-        # of weight 0: nobody may have written the row
-        is_row = tl.load(weights + routes, mask=is_token, other=0.0) != 0.0
-        total += tl.load(parts + routes[:, None] * dim + columns[None, :],
-                         mask=is_row[:, None] & is_column[None, :], other=0.0,
-                         cache_modifier=".cg")
-    places = sums + tokens.to(tl.int64)[:, None] * sums_row + columns[None, :]
-    mask = is_token[:, None] & is_column[None, :]
-    total += tl.load(places, mask=mask, other=0.0).to(tl.float32)
-    tl.store(places, total.to(sums.dtype.element_ty), mask=mask)
+        weight = tl.load(weights + routes, mask=is_token, other=0.0)
+        part = tl.load(parts + routes[:, None] * dim + columns[None, :], mask=mask, other=0.0,
+                       cache_modifier=".cg")
+        # of weight 0: nobody may have written the row, but its load need not wait for the weight
+        total += tl.where((weight != 0.0)[:, None], part, 0.0)
+    tl.store(places, (total + before.to(tl.float32)).to(sums.dtype.element_ty), mask=mask)
