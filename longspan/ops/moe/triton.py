@@ -219,8 +219,8 @@ def _multiply(
 
 @triton.jit
 def _factors(scales, outputs, is_column, SCALES: tl.constexpr):
-    """Load the outputs' scales, where they have some of their own: before a loop, so that nobody
-    waits for them behind it."""
+    """Load the outputs' scales, 1 where they have none of their own; before a loop nobody waits for
+    them."""
     if SCALES == 1:
         factors = tl.load(scales + outputs, mask=is_column, other=0.0)
     else:
@@ -241,8 +241,11 @@ def hidden_tile(
     matrix = gate_up + expert.to(tl.int64) * 2 * width * dim
     gate_places = matrix + columns[None, :] * dim + depths[:, None]
     gates_from = expert * 2 * width + columns
-    gate_factors = _factors(scales, gates_from, is_column, SCALES)
-    up_factors = _factors(scales, gates_from + width, is_column, SCALES)
+    # of many rows registers are scarce, and other programs compute while one waits
+    is_ahead: tl.constexpr = tokens.shape[0] <= 16
+    if is_ahead:
+        gate_factors = _factors(scales, gates_from, is_column, SCALES)
+        up_factors = _factors(scales, gates_from + width, is_column, SCALES)
     gate = tl.zeros([tokens.shape[0], columns.shape[0]], tl.float32)
     up = tl.zeros([tokens.shape[0], columns.shape[0]], tl.float32)
     for first in tl.range(0, dim, DEPTH, num_stages=STAGES):
@@ -257,6 +260,9 @@ def hidden_tile(
                          PRECISION)
         up = _multiply(part, ups, up, scales, gates_from + width, dim, first, is_column, SCALES,
                        PRECISION)
+    if not is_ahead:
+        gate_factors = _factors(scales, gates_from, is_column, SCALES)
+        up_factors = _factors(scales, gates_from + width, is_column, SCALES)
     gate *= gate_factors[None, :]
     up *= up_factors[None, :]
     # of large negative gates the power is inf, and the quotient 0, as it should be
