@@ -7,7 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.ops import reference
-from longspan.ops.moe import eager, grouped, grouped_fp8, hopper, triton_routing
+from longspan.ops.moe import (
+    eager,
+    grouped,
+    grouped_fp8,
+    hopper,
+    triton_few,
+    triton_router,
+    triton_routing,
+)
 from longspan.ops.moe import triton as kernels
 from longspan.ops.quant import triton_dense
 from longspan.ops.types import Fp8Weights, Matrices
@@ -35,6 +43,8 @@ def route_rows(
     x: Tensor, router: Tensor, num_chosen: int, is_normed: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.route_rows`."""
+    if triton_router.supports(x, router):
+        return triton_router.route_rows(x, router, num_chosen, is_normed)
     return route(router_logits(x, router), num_chosen, is_normed)
 
 
@@ -49,6 +59,8 @@ def add_routed_mlp(
             return hopper.add_routed_mlp(*args, gate_up, down)
         if is_many and grouped_fp8.supports(x, gate_up, down):
             return grouped_fp8.add_routed_mlp(*args, gate_up, down)
+        if triton_few.supports(x, gate_up):
+            return triton_few.add_routed_mlp(*args, gate_up, down)
         if not is_many and kernels.supports(x, gate_up):
             return kernels.add_routed_mlp(*args, gate_up, down)
     plain = [part if isinstance(part, Tensor) else triton_dense.dequantize(part, x.dtype)
@@ -57,6 +69,8 @@ def add_routed_mlp(
         return hopper.add_routed_mlp(*args, *plain)
     if is_many and grouped.supports(x, *plain):
         return grouped.add_routed_mlp(*args, *plain)
+    if triton_few.supports(x, plain[0]):
+        return triton_few.add_routed_mlp(*args, *plain)
     if kernels.supports(x, plain[0]):
         return kernels.add_routed_mlp(*args, *plain)
     return eager.add_routed_mlp(*args, *plain)
