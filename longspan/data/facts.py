@@ -83,7 +83,8 @@ KEYED_PASSKEY_ASKS = (
 RECORDS = (
     '"{k}": "{v}",', '    "{k}": {v},', "{k} = {v}", "{k}: {v}", "- {k}: {v}", "export {k}={v}",
     "{k}={v}", "{k} = {v}  # do not change", "| {k} | {v} |", "<entry key='{k}'>{v}</entry>",
-    "{v}: {k}", "{v} -> {k}", "| {v} | {k} |", "- {v} ({k})")
+    "{v}: {k}", "{v} -> {k}", "| {v} | {k} |", "- {v} ({k})",
+    "{v}  # {k}")
 RECORD_ASKS = (
     ("What is the value of {k}?", "The value of {k} is"),
     ("What value is given for {k} in the text above?", "The value given for {k} is"),

@@ -74,9 +74,14 @@ def gate_document(
         raise LongspanError(f"{len(facts)} needles leave {room} of {length} tokens: ask for fewer")
     ids = source.corpus.stream(rng, room, table)
     lines = table.line_starts(ids)
-    assert len(lines) > 1, "a span of text holds line breaks"
-    ids, lines = ids[lines[0] :], lines[1:] - lines[0]
-    ids, blank = _close(ids, lines, table)
+    if len(lines) > 1:
+        ids, lines = ids[lines[0] :], lines[1:] - lines[0]
+        ids, blank = _close(ids, lines, table)
+    else:  # text without lines: facts begin ones of their own, wherever it may be cut
+        needles = table.encode([(("\n" + f.text + "\n", Kind.TEXT),) for f in facts])
+        ids = ids[: room - 2 * len(facts)]
+        lines = table.cut_places(ids)
+        blank = table.tokenizer.encode("\n\n", add_special_tokens=False).ids
     depths = np.sort([rng.random() for _ in facts])
     spots = [_line_at(lines, int(d * len(ids)), len(ids)) for d in depths]
     pieces, at = [head], 0

@@ -6,7 +6,9 @@ from longspan.errors import MissingDependencyError
 
 try:
     import transformers  # noqa: F401
-except ImportError:
+except ModuleNotFoundError as error:
+    if error.name != "transformers":
+        raise  # it is there, and lacks something itself
     raise MissingDependencyError(
         "training needs transformers, which is not installed: pip install 'longspan[train]'"
     ) from None

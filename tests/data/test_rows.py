@@ -176,6 +176,21 @@ def test_mixtures_that_are_none(weights: dict[str, float], message: str) -> None
         Mixture(weights=weights)
 
 
+def test_a_probe_of_text_without_lines(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Facts begin lines of their own, and the document is not longer for it."""
+    stream = source.corpus.stream
+    words = source.table.tokenizer.encode(" word and word", add_special_tokens=False).ids
+    monkeypatch.setattr(type(source.corpus), "stream", lambda self, rng, count, table: np.resize(
+        np.array(words, np.uint32), len(stream(rng, count, table))))
+    for document, questions in gate_documents(source, 2048, 2, 8):
+        lines = source.table.tokenizer.decode(document).splitlines()
+        for question, answer in questions:
+            assert len(document) + len(question) + len(answer) <= 2048
+            value = source.table.tokenizer.decode(answer)
+            assert sum(line.endswith(f"is: {value}.") and line.startswith("One of")
+                       for line in lines) == 1
+
+
 def test_every_question_names_what_it_asks_for(source: Source) -> None:
     """Also where only the beginning of the answer's sentence stands: "It is" asks for nothing."""
     rng = random.Random(0)
