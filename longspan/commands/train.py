@@ -77,7 +77,8 @@ def make_corpus(recipe: Recipe, roots: Sequence[Root], out: Path) -> dict[str, A
     if not documents:
         raise LongspanError(f"no text that can be used: {intake.left_out()}")
     is_held_out = choose_held_out(
-        [d.name for d in documents], [len(d.text) for d in documents], rules.held_out)
+        [d.name for d in documents], [len(d.text) for d in documents], rules.held_out,
+        way_out=" (files are joined by their first two folders)")
     seen = [d for d, out in zip(documents, is_held_out, strict=True) if not out]
     words = Counter(word for document in seen for word in lower_words(document.text))
     texts = [*sample_texts(seen), *template_texts(most_frequent(words))]

@@ -84,15 +84,20 @@ def _write(
     return meta, listing
 
 
-def choose_held_out(names: Sequence[str], sizes: Sequence[int], share: float) -> np.ndarray:
+def choose_held_out(
+    names: Sequence[str], sizes: Sequence[int], share: float, way_out: str = ", or --held-out 0"
+) -> np.ndarray:
     """Which documents are set aside, bool [documents]: by the hashes of their names, up to a share
-    of the whole, and one at least that is not the longest."""
+    of the whole, and one at least that is not the longest.
+
+    Raises `LongspanError` for a single document; ``way_out``: what else than more of them helps.
+    """
     chosen = np.zeros(len(names), bool)
     if share == 0:
         return chosen
     if len(names) == 1:
-        raise LongspanError("one document alone, and none to hold out: add documents, or "
-                            "--held-out 0")
+        raise LongspanError(
+            f"one document alone, and none to hold out: add documents{way_out}")
     order = sorted(range(len(names)), key=lambda i: hashlib.sha256(names[i].encode()).digest())
     room = share * sum(sizes)
     for i in order:

@@ -247,3 +247,17 @@ def test_the_reports_models_at_their_real_scale(
     assert "GiB on each of 1 processes, 80.0 GiB are there" in capsys.readouterr().err
     assert run_command(["train", "plan", name, "--gpus", "48"]) == 2
     assert "rows a step cannot be divided over 48 GPUs" in capsys.readouterr().err
+
+
+def test_a_single_document_is_refused_with_what_helps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """nano's command has no option for the share that is set aside."""
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("\n".join(
+        f"Line {i} of a plain text has {i * i} words to say of nothing much." for i in range(200)))
+    assert run_command(["train", "nano", "--smoke", "--root", f"{tmp_path / 'text'}=1",
+                        "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert "one document alone" in said and "first two folders" in said
+    assert "--held-out" not in said
