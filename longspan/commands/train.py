@@ -156,10 +156,11 @@ def gate_haystacks(
     data: Path, num_documents: int, num_needles: int
 ) -> dict[str, Callable[[int], Iterator[Haystack]]]:
     """Return what makes held-out documents of about so many tokens, by what they are asked for."""
+    source = load_source(data, "held_out")
+
     def make(length: int, number_first: bool) -> Iterator[Haystack]:
         for document, questions in gate_documents(
-                load_source(data, "held_out"), length, num_documents, num_needles,
-                number_first=number_first):
+                source, length, num_documents, num_needles, number_first=number_first):
             yield Haystack(document, questions)
 
     return {"needles": partial(make, number_first=False),

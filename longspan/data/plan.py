@@ -22,7 +22,7 @@ from longspan.data.questions import (
 from longspan.data.source import Source
 from longspan.data.tokens import Part
 from longspan.data.vocabulary import Words
-from longspan.data.woven import draw_words, weave
+from longspan.data.woven import draw_template
 
 NEEDLE_LEN = 34
 """Tokens of a needle, about, where a document is nothing but needles."""
@@ -127,12 +127,8 @@ def _draw_groups(
         return [draw_group(rng, family, source.wordings)]
     # Lists need several facts of one kind.
     most = (1, 1, 2) if focus.values + focus.lists > 0.5 else (1, 1, 2, 3, 4, 6)
-    return [draw_group(rng, focus.family, source.wordings, partial(_draw_woven, source=source))
+    return [draw_group(rng, focus.family, source.wordings, partial(draw_template, source=source))
             for _ in range(rng.choice(most))]
-
-
-def _draw_woven(rng: random.Random, source: Source) -> str:
-    return weave(rng, draw_words(rng, source))
 
 
 def _draw_head(rng: random.Random, fact: Fact) -> str:

@@ -32,11 +32,15 @@ def draw_words(rng: random.Random, source: Source) -> list[str]:
 
 
 def weave(
-    rng: random.Random, words: Sequence[str], name: str = "{k}", value: str = "{v}",
-    value_first: float = VALUE_FIRST,
+    rng: random.Random, words: Sequence[str], name: str = "{k}", value_first: float = VALUE_FIRST,
 ) -> str:
-    """Return the words with a name and a number among them, without a full stop."""
+    """Return the words with a name and ``{v}`` among them, without a full stop."""
     first, second = sorted(rng.choices(range(len(words) + 1), k=2))
-    slots = (value, name) if rng.random() < value_first else (name, value)
+    slots = ("{v}", name) if rng.random() < value_first else (name, "{v}")
     pieces = [*words[:first], slots[0], *words[first:second], slots[1], *words[second:]]
     return " ".join(pieces).rstrip(",")
+
+
+def draw_template(rng: random.Random, source: Source, value_first: float = VALUE_FIRST) -> str:
+    """Draw a sentence of the corpus' words with ``{k}`` and ``{v}`` in it."""
+    return weave(rng, draw_words(rng, source), value_first=value_first)

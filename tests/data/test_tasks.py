@@ -24,7 +24,7 @@ from longspan.data.tasks.position import ASKS
 from longspan.data.tasks.variables import _interleave
 from longspan.data.tokens import IM_END, Kind, TokenTable
 from longspan.data.vocabulary import Words
-from longspan.data.woven import draw_words, weave
+from longspan.data.woven import draw_template, draw_words
 
 SEEDS = range(6)
 
@@ -300,7 +300,7 @@ def test_facts_are_woven_into_sentences_of_the_corpus(source: Source) -> None:
     rng, first, templates = random.Random(6), 0, set[str]()
     for _ in range(300):
         group = draw_group(rng, "woven", source.wordings,
-                           lambda r: weave(r, draw_words(r, source)))
+                           lambda r: draw_template(r, source))
         fact = group.make(rng, Words.draw(rng, source.corpus.words, 5, False), set())
         assert fact.text.count(fact.value) == 1 and fact.text.endswith(".")
         key_at = fact.text.lower().index(fact.key.lower())

@@ -14,11 +14,11 @@ from functools import partial
 
 from longspan.data.draft import Answer, Sample
 from longspan.data.facts import Fact, Group, draw_group
-from longspan.data.questions import Ask, ask_one, render
+from longspan.data.questions import ask_one, render
 from longspan.data.source import Source
 from longspan.data.tokens import Kind, Part, Piece, concat
 from longspan.data.vocabulary import Words, digits
-from longspan.data.woven import draw_words, weave
+from longspan.data.woven import draw_template
 
 MAX_LEN = 4096
 """Tokens; longer ones would repeat themselves."""
@@ -89,7 +89,8 @@ def _draw_texts(
 def _draw_groups(rng: random.Random, source: Source) -> list[Group]:
     """Draw the wordings of a block: one for all facts, two, or as many as there may be facts."""
     family = rng.choices(list(FAMILIES), list(FAMILIES.values()))[0]
-    return [draw_group(rng, family, source.wordings, partial(_draw_woven, source=source))
+    woven = partial(draw_template, source=source, value_first=VALUE_FIRST)
+    return [draw_group(rng, family, source.wordings, woven)
             for _ in range(rng.choice((1, 2, MOST)))]
 
 
@@ -102,10 +103,6 @@ def _fact(
     return fact
 
 
-def _draw_woven(rng: random.Random, source: Source) -> str:
-    return weave(rng, draw_words(rng, source), value_first=VALUE_FIRST)
-
-
 def _question(
     rng: random.Random, source: Source, fact: Fact, is_short: bool
 ) -> tuple[Part, ...]:
@@ -113,6 +110,4 @@ def _question(
         before, behind = rng.choice(SHORT)
         return ((before.replace("{k}", fact.key), Kind.TEXT),
                 (behind.replace("{v}", fact.value), Kind.ANSWER))
-    ask: Ask = ask_one(rng, source, fact)
-    parts = render(rng, False, ask)
-    return parts if parts[-1][0].endswith("\n") else (*parts, ("\n", Kind.TEXT))
+    return render(rng, False, ask_one(rng, source, fact))
