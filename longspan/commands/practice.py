@@ -82,6 +82,7 @@ def _gate(job: PracticeRun, model: CausalLM, phase: Phase) -> dict[str, Any]:
                     (min(phase.seq_len, GATE_LEN),), model)
 
 
-def open_rows(data: Path) -> RowMaker:
+def open_rows(data: Path, phase: Phase) -> RowMaker:
     """Open the rows of a corpus."""
+    assert phase.tasks is None, "practice has conversations, not tasks"
     return partial(compose_practice, source=load_source(data))

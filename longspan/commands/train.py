@@ -147,9 +147,9 @@ def run_config(recipe: Recipe, options: TrainOptions) -> RunConfig:
         resume=options.resume, warmup_steps=recipe.warmup_steps)
 
 
-def open_rows(data: Path, mixture: Mixture) -> RowMaker:
-    """Open the rows of a corpus."""
-    return partial(compose_batch, source=load_source(data), mixture=mixture)
+def open_rows(data: Path, mixture: Mixture, phase: Phase) -> RowMaker:
+    """Open a phase's rows of a corpus."""
+    return partial(compose_batch, source=load_source(data), mixture=mixture.of(phase.tasks))
 
 
 def gate_haystacks(

@@ -129,9 +129,10 @@ def text_job(sources: Sequence[str], base: Base, rules: DataRules, out: Path) ->
         may_join=rules.may_join)
 
 
-def open_rows(data: Path, mixture: Mixture, may_join: bool) -> RowMaker:
-    """Return what composes rows of a corpus."""
-    return partial(compose_batch, source=open_source(data, "train", may_join), mixture=mixture)
+def open_rows(data: Path, mixture: Mixture, may_join: bool, phase: Phase) -> RowMaker:
+    """Return what composes a phase's rows of a corpus."""
+    return partial(compose_batch, source=open_source(data, "train", may_join),
+                   mixture=mixture.of(phase.tasks))
 
 
 def check_text(source: Source, vocab_size: int, mixture: Mixture, longest: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -46,6 +46,10 @@ class Mixture:
             raise LongspanError(f"no task named {unknown[0]}: choose from {', '.join(TASKS)}")
         if min(self.weights.values(), default=0) < 0 or not sum(self.weights.values()):
             raise LongspanError("the weights of tasks are positive numbers: give one to a task")
+
+    def of(self, tasks: Mapping[str, float] | None) -> Mixture:
+        """Return the mixture of these tasks; ``None``: itself."""
+        return self if tasks is None else replace(self, weights=tasks)
 
     def draw(self, rng: random.Random, length: int) -> str:
         """Return the name of a row's task."""

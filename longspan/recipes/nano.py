@@ -39,6 +39,10 @@ PRACTICE = (
           learning_rate=4e-4, shorter=(131_072, 65_536, 32_768, 4096), full_share=0.06))
 """Short rows first, since steps of them are cheap and what is learned carries over to long ones."""
 
+RECALL = {"recall": 1.0}
+"""Tasks of the first phase: to find a number that stands in front of its key takes two steps of
+attention that a mixture of all tasks forms late or never."""
+
 SUFFIXES = ("py", "md", "rst", "txt", "html", "pod", "c", "h", "toml")
 SKIPPED = ("site-packages", "__pycache__", "node_modules", "test", "tests")
 # English and code, as 4,096 tokens can hold; a package is one document, since code read as a whole
@@ -60,6 +64,8 @@ def nano() -> Recipe:
             mixed_rows={1024: 300, 4096: 300, 32_768: 40, 262_144: 6}, sft_rate=5e-5,
             pairs={1024: 1500, 8192: 300}, dpo_rate=2e-6, practice=PRACTICE,
             practice_weights=PRACTICE_WEIGHTS), phases=(
+            Phase(name="recall", seq_len=4096, rope_theta=1e4, num_tokens=64 * M,
+                  learning_rate=1e-3, tokens_per_step=32_768, tasks=RECALL),
             Phase(name="4k", seq_len=4096, rope_theta=1e4, num_tokens=300 * M,
                   learning_rate=1e-3, tokens_per_step=65_536),
             Phase(name="32k", seq_len=32_768, rope_theta=1e6, num_tokens=40 * M,
@@ -86,7 +92,7 @@ def smoke() -> Recipe:
             build_model, num_layers=2, hidden_size=64, num_heads=2, num_kv_heads=1,
             intermediate_size=96),
         gate_lengths=(256, 512), gate_documents=2, gate_needles=2, phases=(
-            tiny(name="a", seq_len=256, rope_theta=1e4, learning_rate=1e-3),
+            tiny(name="a", seq_len=256, rope_theta=1e4, learning_rate=1e-3, tasks=RECALL),
             tiny(name="b", seq_len=512, rope_theta=1e6, learning_rate=5e-4, shorter=(256,),
                  full_share=0.75)))
 

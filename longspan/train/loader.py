@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -34,8 +35,8 @@ class RowMaker(Protocol):
 class ComposedFeed:
     """Rows that are composed while training, from a corpus."""
 
-    open_rows: Callable[[], RowMaker]
-    """Opens what rows are made from; called once in each worker process."""
+    open_rows: Callable[[Phase], RowMaker]
+    """Opens what the rows of a phase are made from; called once in each worker process."""
     kind_weights: Mapping[int, float]
     """Loss weight of each token kind; a kind that is not named weighs 1."""
     inputs: Mapping[str, Path] = field(default_factory=dict)
@@ -69,8 +70,8 @@ class ComposedFeed:
         weights = np.ones(NUM_KINDS, np.float32)
         for kind, weight in self.kind_weights.items():
             weights[kind] = weight
-        steps = StepDataset(
-            self.open_rows, (self.seed, index), self.schedule(index, phase), weights)
+        steps = StepDataset(partial(self.open_rows, phase), (self.seed, index),
+                            self.schedule(index, phase), weights)
         return step_loader(steps, first, self.num_workers)
 
 

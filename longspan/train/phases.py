@@ -35,6 +35,8 @@ class Phase:
     full_share: float = 1.0
     """Share of the sequences at ``seq_len``."""
     tokens_per_step: int = TOKENS_PER_STEP
+    tasks: Mapping[str, float] | None = None
+    """Shares of the tasks of its rows, where they are not those of the other phases."""
 
     def __post_init__(self) -> None:
         for length in (self.seq_len, *self.shorter):

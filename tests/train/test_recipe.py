@@ -8,6 +8,7 @@ import math
 import shutil
 import signal
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from longspan.train.phases import Phase, validate_phases
 from longspan.train.run_log import read_log
 from tests.train.conftest import LINE, TOKENS, train_toy
 
-PHASES = nano.nano().phases
+RECALL, *PHASES = nano.nano().phases
 
 
 def test_lengths_double_up_to_the_longest() -> None:
@@ -31,7 +32,19 @@ def test_lengths_double_up_to_the_longest() -> None:
     assert lengths[0] == 4096 and lengths[-1] == 262_144
     assert all(longer == 2 * length for length, longer in itertools.pairwise(lengths[1:]))
     assert {p.tokens_per_step for p in PHASES[1:]} == {lengths[-1]}, "a step has one longest row"
-    validate_phases(PHASES)
+    validate_phases([RECALL, *PHASES])
+
+
+def test_recall_comes_first_and_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Rows of a phase with tasks of its own are theirs; those of the others are the mixture's."""
+    assert (RECALL.seq_len, RECALL.rope_theta) == (PHASES[0].seq_len, PHASES[0].rope_theta)
+    assert RECALL.tasks == {"recall": 1} and not any(phase.tasks for phase in PHASES)
+    monkeypatch.setattr(commands, "load_source", lambda data: None)
+    mixture = nano.nano().rules.mixture
+    for phase in (RECALL, PHASES[0]):
+        rows = commands.open_rows(tmp_path, mixture, phase)
+        assert isinstance(rows, partial)
+        assert rows.keywords["mixture"].weights == (phase.tasks or mixture.weights)
 
 
 def test_rope_bases_grow_with_the_length() -> None:
