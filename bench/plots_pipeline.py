@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ LONGEST = 1_000_000
 KINDS = (("cp", BEST, "#2f6db5", "o"), ("pp", "", "#b04a3a", "s"),
          ("tp", BEST, "#4b8b3b", "^"))
 """Which ranks share the work, plan (none: planned or ladder), colour, marker."""
-MOST_TIMELINES = 12
+MOST_TIMELINES = 14
 COLOURS = ("#2f6db5", "#9cbfe6")
 """Chunks alternate, so that they can be told apart."""
 
@@ -76,10 +77,12 @@ def _draw_speedup(figure: Any, rows: Sequence[Row], title: str) -> bool:
 
 def _draw_timelines(figure: Any, rows: Sequence[Row], title: str) -> bool:
     shown = [row for row in rows if "timeline_ms" in row and row["plan"] != BEST]
-    shown = [row for row in shown if (row["shape"], row["num_tokens"]) == (
-        shown[0]["shape"], shown[0]["num_tokens"])][:MOST_TIMELINES]
-    if not shown:
+    prompts = Counter((row["shape"], row["num_tokens"]) for row in shown)
+    if not prompts:
         return False
+    ((most_measured, _),) = prompts.most_common(1)
+    shown = [row for row in shown if (row["shape"], row["num_tokens"]) == most_measured][
+        :MOST_TIMELINES]
     figure.set_size_inches(9, 1.25 * len(shown) + 0.6)
     figure.suptitle(f"{title}: what each rank computes when, {shown[0]['shape']}, "
                     f"{shown[0]['num_tokens']:,} tokens")

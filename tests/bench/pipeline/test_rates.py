@@ -57,14 +57,11 @@ def test_the_simulation_gives_dense_rows_back(row: dict) -> None:
 def test_the_simulation_gives_sparse_rows_back(row: dict) -> None:
     """One GPU's are what it comes from; those of several are not."""
     ranks = Ranks(cp=row["cp"], pp=row["pp"], tp=row["tp"])
-    found = simulator("qwen2.5-7b", sparse=True).fixed(
+    found = simulator(row["shape"], sparse=True).fixed(
         ranks, row["num_tokens"], int(row["plan"].removeprefix("fixed ")))
     assert len(found.cuts) == row["num_chunks"]
-    # Ranks that share rows wait for the host that launches a short prompt's last chunks.
-    slack = 0.03 if ranks == Ranks() else 0.035 if ranks.cp == 1 or (
-        row["num_tokens"] > 131_072) else 0.12
-    if "commit" in row:  # measured with kernels before those that the costs come from
-        slack = max(slack, 0.05)
+    # Rows are of several cards, which differ by 2 to 3 %; no step of the 14B's was measured.
+    slack = 0.04 if ranks == Ranks() else 0.06 if row["shape"] == "qwen2.5-7b" else 0.1
     assert found.ttft_s == pytest.approx(row["ttft_s"], rel=slack)
 
 
@@ -121,7 +118,7 @@ def test_the_ladder_is_near_the_best_fixed_chunk(
     for num_tokens in (131_072, 262_144, 524_288, 1_000_000):
         *_, best, own = (sim.run(Ranks(pp=count), plan, num_tokens)
                          for plan in plans(True, Ranks(pp=count)))
-        assert own.ttft_s <= 1.041 * best.ttft_s, num_tokens
+        assert own.ttft_s <= 1.045 * best.ttft_s, num_tokens
 
 
 @pytest.mark.parametrize("name", SHAPES)
