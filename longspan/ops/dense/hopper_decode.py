@@ -66,7 +66,7 @@ def takes_decode(
     q: Tensor, cache: PagedKV, rotary: QueryRotary, spans: KeySpans | None
 ) -> bool:
     """Return whether `decode_attention` is the fastest for a batch of single tokens."""
-    return spans is None and cache.k_scale is not None and supports(q, cache, rotary)
+    return spans is None and supports(q, cache, rotary)
 
 
 def takes_rows(q: Tensor, cache: PagedKV, rotary: QueryRotary) -> bool:
