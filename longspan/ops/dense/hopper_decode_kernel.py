@@ -277,14 +277,17 @@ def _consumer(given, CONSUMER: gl.constexpr):
         for nearer in range(gl.where(start < stop, farthest - nearest + 1, 0)):
             run = farthest - nearer  # no product is under way
             _turn_queries(q_smem, queries, k_gain, cos, sin, rows, run, CONSUMER, QUANTISED)
-            stop_run = gl.minimum((last_chunk - run + 1) * stride_tiles, stop)
-            for tile in range(start, stop_run):
+            # Computed, not carried from run to run: Triton (3.6 and 3.7) loses a carried value
+            # that is only a bound of an inner loop, which then begins with ``start`` each time.
+            border = (last_chunk - run) * stride_tiles
+            start_run = gl.where(nearer > 0, border, start)
+            stop_run = gl.minimum(border + stride_tiles, stop)
+            for tile in range(start_run, stop_run):
                 one, other, m, total = _step(
                     i, tile, q_smem, p_smem, k_smem, v_smem, ks_smem, vs_smem, k_full, k_empty,
                     v_full, v_empty, one, other, m, total, scale,
                     (first_row + 1, context_len, group), CONSUMER, SUMS)
                 i += 1
-            start = stop_run
         mass = gl.sum(total, 0)
         exists = lane < num_rows * group
         part = (gl.program_id(1) + request) * CONSUMERS + CONSUMER
