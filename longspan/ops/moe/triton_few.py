@@ -1,0 +1,216 @@
+"""Routed experts of a decode step's few tokens (Triton): two launches, and no order of routes.
+
+A program has one route's expert, and all rows of it: the expert's first route of the step does the
+work for the others, whose programs end at once. Rows of a tile are tokens, since a token takes an
+expert once, so that nothing has to be sorted or counted before. The way down adds up too: of the
+programs of some columns the last one that ends adds all routes to their tokens, each token's in the
+order of its choice, so that results are equal from run to run and in any company.
+
+A step of one token is short: what its kernels wait for at their beginnings and ends counts as much
+as bytes. So where the GPU can, each kernel begins while the one before ends, and the way down has
+its weights brought into the L2 cache until the way up is done.
+
+Shapes: T tokens, E experts, k chosen ones, R = T k routes, M model dim, F width of one expert.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from longspan.ops.moe import triton as kernels
+from longspan.ops.moe.dependent_launch import early_launch, let_next_begin, wait_for_before
+from longspan.ops.moe.triton import Matrices, Tiles, hidden_tile, output_tile, precision_of
+from longspan.ops.quant.triton_few import MAX_TILES, arrivals
+from longspan.ops.types import Fp8Weights
+
+MAX_TOKENS = 16
+TILES = (Tiles(MAX_TOKENS, 32, 128, 4, 4), Tiles(MAX_TOKENS, 32, 128, 4, 4))
+"""Up and down."""
+FP8_TILES = (Tiles(MAX_TOKENS, 32, 256, 4, 4), Tiles(MAX_TOKENS, 32, 256, 3, 4))
+"""The same for e4m3 weights with a scale for each output, with as many bytes on their way.
+With block scales a step has to lie in one block."""
+PREFETCH = True
+"""Whether the way down fills the L2 cache while it waits."""
+LINE_BYTES = 128
+
+
+def supports(x: Tensor, gate_up: Tensor | Fp8Weights) -> bool:
+    """Return whether the kernels take such rows and experts."""
+    return len(x) <= MAX_TOKENS and kernels.supports(x, gate_up)
+
+
+def add_routed_mlp(
+    sums: Tensor, x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor | Fp8Weights,
+    down: Tensor | Fp8Weights,
+) -> None:
+    """See `reference.add_routed_mlp`. Needs what `supports` says, and that no token takes an expert
+    twice that is here."""
+    assert supports(x, gate_up)
+    if not x.shape[0]:
+        return
+    experts = experts.to(torch.int32).contiguous()
+    up_tiles, down_tiles = choose_tiles(gate_up)
+    hidden = expert_up(x, experts, gate_up, up_tiles)
+    expert_down(sums, hidden, weights, experts, down, down_tiles)
+
+
+def choose_tiles(gate_up: Tensor | Fp8Weights) -> tuple[Tiles, Tiles]:
+    """Choose tiles for both products by what a step of them may be."""
+    return FP8_TILES if isinstance(gate_up, Fp8Weights) and not gate_up.is_blocked else TILES
+
+
+def expert_up(
+    x: Tensor, experts: Tensor, gate_up: Tensor | Fp8Weights, tiles: Tiles,
+) -> Tensor:
+    """Compute silu(gate) * up of every route. x: [T, M]; experts: [T, k] int32; gate_up:
+    [E, 2F, M]. Returns [R, F]; rows of routes whose expert is not here hold anything."""
+    matrices, (num_experts, twice, dim) = Matrices.of(gate_up), gate_up.shape
+    out = torch.empty(experts.numel(), twice // 2, dtype=x.dtype, device=x.device)
+    _few_up[(triton.cdiv(twice // 2, tiles.columns), experts.numel())](
+        x, matrices.values, matrices.scales, experts, out, len(x), num_experts, dim, twice // 2,
+        x.stride(0), **_constants(experts, tiles), IS_WHOLE=dim % tiles.depth == 0,
+        SCALES=matrices.kind, PRECISION=precision_of(x), num_warps=tiles.warps,
+        **early_launch(x.device))
+    return out
+
+
+def expert_down(
+    sums: Tensor, hidden: Tensor, weights: Tensor, experts: Tensor, down: Tensor | Fp8Weights,
+    tiles: Tiles,
+) -> None:
+    """Add every token's weighted outputs to ``sums`` [T, M], in place. hidden: [R, F], as
+    `expert_up` returns it; weights: [T, k] fp32; experts: [T, k] int32; down: [E, M, F]."""
+    matrices, (num_experts, dim, width) = Matrices.of(down), down.shape
+    assert weights.is_contiguous() and matrices.values.is_contiguous() and sums.stride(1) == 1
+    column_tiles = triton.cdiv(dim, tiles.columns)
+    assert column_tiles <= MAX_TILES
+    parts = torch.empty(experts.numel(), dim, dtype=torch.float32, device=sums.device)
+    early = early_launch(sums.device)
+    _few_down[(column_tiles, experts.numel())](
+        hidden, matrices.values, matrices.scales, weights, experts, parts, sums,
+        arrivals(sums.device), len(sums), num_experts, dim, width, sums.stride(0),
+        **_constants(experts, tiles), IS_WHOLE=width % tiles.depth == 0, SCALES=matrices.kind,
+        PRECISION=precision_of(hidden), LINE=LINE_BYTES // matrices.values.element_size(),
+        LINES=_lines(tiles.columns * width * matrices.values.element_size())
+        if PREFETCH and early["EARLY"] else 0, num_warps=tiles.warps, **early)
+
+
+def _constants(experts: Tensor, tiles: Tiles) -> dict[str, int]:
+    """Return what both kernels are compiled for."""
+    num_chosen = experts.shape[1]
+    return {"CHOSEN": num_chosen, "CHOICES": triton.next_power_of_2(num_chosen),
+            "ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth,
+            "STAGES": tiles.stages}
+
+
+def _lines(num_bytes: int) -> int:
+    """Return how many lines of the cache hold so many bytes, or more: a power of two."""
+    return triton.next_power_of_2(triton.cdiv(num_bytes, LINE_BYTES))
+
+
+@triton.jit
+def _routes_of(
+    experts, num_tokens, num_experts,
+    CHOSEN: tl.constexpr, CHOICES: tl.constexpr, ROWS: tl.constexpr,
+):
+    """Find a program's expert, whether there is something to do, which tokens take the expert, and
+    by which routes, two of [ROWS]."""
+    route = tl.program_id(1)
+    # past the first-level cache: the way down reads before it waits
+    expert = tl.load(experts + route, cache_modifier=".cg")
+    tokens, choices = tl.arange(0, ROWS), tl.arange(0, CHOICES)
+    routes = tokens[:, None] * CHOSEN + choices[None, :]
+    is_there = (tokens < num_tokens)[:, None] & (choices < CHOSEN)[None, :]
+    others = tl.load(experts + routes, mask=is_there, other=-1, cache_modifier=".cg")
+    is_own = is_there & (others == expert)
+    is_first = tl.min(tl.min(tl.where(is_own, routes, ROWS * CHOICES), 1), 0) == route
+    is_live = is_first & (expert < num_experts)
+    is_row = (tl.max(is_own.to(tl.int32), 1) > 0) & is_live
+    return tl.where(is_live, expert, 0), is_live, is_row, tl.max(tl.where(is_own, routes, 0), 1)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _few_up(
+    x, gate_up, scales, experts, out, num_tokens, num_experts, dim, width, x_row,
+    CHOSEN: tl.constexpr, CHOICES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr, STAGES: tl.constexpr, IS_WHOLE: tl.constexpr, SCALES: tl.constexpr,
+    PRECISION: tl.constexpr, EARLY: tl.constexpr,
+):
+    """Compute some columns of silu(gate) * up for all tokens of one expert."""
+    wait_for_before(EARLY)
+    let_next_begin(EARLY)  # not earlier: the next reads the choice, which is complete now
+    expert, is_live, is_row, routes = _routes_of(
+        experts, num_tokens, num_experts, CHOSEN, CHOICES, ROWS)
+    if is_live:
+        columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        hidden = hidden_tile(x, gate_up, scales, expert, tl.arange(0, ROWS), is_row, columns, dim,
+                             width, x_row, DEPTH, IS_WHOLE, SCALES, PRECISION, STAGES)
+        tl.store(out + routes[:, None] * width + columns[None, :],
+                 hidden.to(out.dtype.element_ty), mask=is_row[:, None] & (columns < width)[None, :])
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _few_down(
+    hidden, down, scales, weights, experts, parts, sums, arrivals, num_tokens, num_experts, dim,
+    width, sums_row,
+    CHOSEN: tl.constexpr, CHOICES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr, STAGES: tl.constexpr, IS_WHOLE: tl.constexpr, SCALES: tl.constexpr,
+    PRECISION: tl.constexpr, LINE: tl.constexpr, LINES: tl.constexpr, EARLY: tl.constexpr,
+):
+    """Compute some columns of an expert's outputs for all its tokens; of the programs of these
+    columns the last one adds everything up."""
+    expert, is_live, is_row, routes = _routes_of(
+        experts, num_tokens, num_experts, CHOSEN, CHOICES, ROWS)
+    first = tl.program_id(0) * COLUMNS
+    if is_live:
+        _prefetch(down + expert.to(tl.int64) * dim * width + first * width,
+                  tl.minimum(dim - first, COLUMNS) * width, LINE, LINES)
+    columns = first + tl.arange(0, COLUMNS)
+    is_column = columns < dim
+    if is_live:
+        total = output_tile(hidden, down, scales, weights, expert, routes, routes, is_row, columns,
+                            dim, width, DEPTH, IS_WHOLE, SCALES, PRECISION, STAGES, EARLY)
+        tl.store(parts + routes[:, None] * dim + columns[None, :], total,
+                 mask=is_row[:, None] & is_column[None, :])
+    else:
+        wait_for_before(EARLY)
+    tl.debug_barrier()  # all threads have stored before one says so
+    before = tl.atomic_add(arrivals + tl.program_id(0), 1, sem="acq_rel")
+    if before == tl.num_programs(1) - 1:
+        tl.store(arrivals + tl.program_id(0), 0)
+        _add_up(parts, weights, sums, num_tokens, columns, is_column, dim, sums_row, CHOSEN, ROWS)
+
+
+@triton.jit
+def _prefetch(matrix, count, LINE: tl.constexpr, LINES: tl.constexpr):
+    """Have ``count`` elements that lie side by side brought into the L2 cache, of LINES lines; 0:
+    none of them."""
+    if LINES:
+        places = matrix + tl.minimum(tl.arange(0, LINES) * LINE, count - 1)
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [places],
+                                  dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _add_up(
+    parts, weights, sums, num_tokens, columns, is_column, dim, sums_row,
+    CHOSEN: tl.constexpr, ROWS: tl.constexpr,
+):
+    """Add some columns of all routes to their tokens."""
+    tokens = tl.arange(0, ROWS)
+    is_token = tokens < num_tokens
+    mask = is_token[:, None] & is_column[None, :]
+    places = sums + tokens.to(tl.int64)[:, None] * sums_row + columns[None, :]
+    before = tl.load(places, mask=mask, other=0.0)
+    total = tl.zeros([ROWS, columns.shape[0]], tl.float32)
+    for choice in tl.static_range(CHOSEN):
+        routes = tokens * CHOSEN + choice
+        weight = tl.load(weights + routes, mask=is_token, other=0.0)
+        part = tl.load(parts + routes[:, None] * dim + columns[None, :], mask=mask, other=0.0,
+                       cache_modifier=".cg")
+        # of weight 0: nobody may have written the row, but its load need not wait for the weight
+        total += tl.where((weight != 0.0)[:, None], part, 0.0)
+    tl.store(places, (total + before.to(tl.float32)).to(sums.dtype.element_ty), mask=mask)
