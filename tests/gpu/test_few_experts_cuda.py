@@ -18,7 +18,7 @@ from tests.gpu.test_experts_cuda import make_routed, poisoned, rounded_stack
 pytestmark = pytest.mark.gpu
 SIZES = [(128, 8, 2_048, 768), (60, 4, 2_048, 1_408), (9, 3, 136, 104)]
 """Experts, chosen ones, model dim, width; the second as Qwen1.5-MoE has them."""
-BATCHES = [1, 2, 5, 8, 16]
+BATCHES = [1, 2, 5, 8]
 
 
 def expected(
@@ -56,7 +56,7 @@ def test_experts_of_fp8(num_tokens: int) -> None:
     assert_close(sums, expected(x, weights, experts, up.dense(), back.dense()))
 
 
-@pytest.mark.parametrize("num_tokens", BATCHES)
+@pytest.mark.parametrize("num_tokens", [*BATCHES, 16])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_the_router(sizes: tuple[int, int, int, int], num_tokens: int) -> None:
     num_experts, num_chosen, dim, _ = sizes

@@ -288,16 +288,18 @@ def compile_few_tokens(
     """Compile a decode step's experts, all types of weights: the router, and both products."""
     from longspan.ops.moe import triton_few, triton_router
 
-    x = torch.zeros(9, 2_048, dtype=torch.bfloat16)
+    x = torch.zeros(8, 2_048, dtype=torch.bfloat16)
     weights, experts = triton_router.route_rows(x, x.new_zeros(128, 2_048), 8, True)
     triton_router.route_rows(x, x.new_zeros(60, 2_048), 4, False)
     forms: list[tuple[Tensor | Fp8Weights, Tensor | Fp8Weights]] = [(gate_up, down)]
     for ups, backs in scales:
         forms.append((Fp8Weights(values[0], ups), Fp8Weights(values[1], backs)))
     for up, back in forms:
-        up_tiles, down_tiles = triton_few.choose_tiles(up)
-        hidden = triton_few.expert_up(x, experts, up, up_tiles)
-        triton_few.expert_down(x, hidden, weights, experts, back, down_tiles)
+        for few in (1, 8):
+            up_tiles, down_tiles = triton_few.choose_tiles(up, few)
+            hidden = triton_few.expert_up(x[:few], experts[:few], up, up_tiles)
+            triton_few.expert_down(
+                x[:few], hidden, weights[:few], experts[:few], back, down_tiles)
 
 
 def compile_hopper_experts(values: tuple[Tensor, Tensor], scales: list[Tensor]) -> None:

@@ -7,8 +7,8 @@ programs of some columns the last one that ends adds all routes to their tokens,
 order of its choice, so that results are equal from run to run and in any company.
 
 A step of one token is short: what its kernels wait for at their beginnings and ends counts as much
-as bytes. So where the GPU can, each kernel begins while the one before ends, and the way down has
-its weights brought into the L2 cache until the way up is done.
+as bytes. So where the GPU can, each kernel begins while the one before ends. Bringing the way
+down's weights into the L2 cache meanwhile does not pay: measured, see `log.md`.
 
 Shapes: T tokens, E experts, k chosen ones, R = T k routes, M model dim, F width of one expert.
 """
@@ -26,15 +26,16 @@ from longspan.ops.moe.triton import Matrices, Tiles, hidden_tile, output_tile, p
 from longspan.ops.quant.triton_few import MAX_TILES, arrivals
 from longspan.ops.types import Fp8Weights
 
-MAX_TOKENS = 16
-TILES = (Tiles(MAX_TOKENS, 32, 128, 4, 4), Tiles(MAX_TOKENS, 32, 128, 4, 4))
-"""Up and down."""
-FP8_TILES = (Tiles(MAX_TOKENS, 32, 256, 4, 4), Tiles(MAX_TOKENS, 32, 256, 3, 4))
-"""The same for e4m3 weights with a scale for each output, with as many bytes on their way.
-With block scales a step has to lie in one block."""
-PREFETCH = True
-"""Whether the way down fills the L2 cache while it waits."""
-LINE_BYTES = 128
+MAX_TOKENS = 8
+"""With more tokens, experts have several routes each, and the kernels of before are faster."""
+ROWS = 16
+"""Rows of a tile: the fewest that a product takes."""
+TILES = (Tiles(ROWS, 16, 128, 6, 2), Tiles(ROWS, 32, 256, 3, 4))
+"""Up and down; measured, as the others."""
+FP8_TILES = (Tiles(ROWS, 32, 256, 4, 4), Tiles(ROWS, 32, 256, 3, 4))
+"""The same for e4m3 weights with a scale for each output."""
+FP8_TILES_OF_ONE = (Tiles(ROWS, 32, 512, 3, 4), Tiles(ROWS, 32, 128, 6, 4))
+"""Theirs for one token, whose programs are few, so that each needs more bytes on their way."""
 
 
 def supports(x: Tensor, gate_up: Tensor | Fp8Weights) -> bool:
@@ -52,14 +53,18 @@ def add_routed_mlp(
     if not x.shape[0]:
         return
     experts = experts.to(torch.int32).contiguous()
-    up_tiles, down_tiles = choose_tiles(gate_up)
+    up_tiles, down_tiles = choose_tiles(gate_up, len(x))
     hidden = expert_up(x, experts, gate_up, up_tiles)
     expert_down(sums, hidden, weights, experts, down, down_tiles)
 
 
-def choose_tiles(gate_up: Tensor | Fp8Weights) -> tuple[Tiles, Tiles]:
-    """Choose tiles for both products by what a step of them may be."""
-    return FP8_TILES if isinstance(gate_up, Fp8Weights) and not gate_up.is_blocked else TILES
+def choose_tiles(gate_up: Tensor | Fp8Weights, num_tokens: int) -> tuple[Tiles, Tiles]:
+    """Choose tiles for both products."""
+    if not isinstance(gate_up, Fp8Weights):
+        return TILES
+    if gate_up.is_blocked:
+        return kernels.FEW  # a step has to lie in one block
+    return FP8_TILES_OF_ONE if num_tokens == 1 else FP8_TILES
 
 
 def expert_up(
@@ -88,14 +93,11 @@ def expert_down(
     column_tiles = triton.cdiv(dim, tiles.columns)
     assert column_tiles <= MAX_TILES
     parts = torch.empty(experts.numel(), dim, dtype=torch.float32, device=sums.device)
-    early = early_launch(sums.device)
     _few_down[(column_tiles, experts.numel())](
         hidden, matrices.values, matrices.scales, weights, experts, parts, sums,
         arrivals(sums.device), len(sums), num_experts, dim, width, sums.stride(0),
         **_constants(experts, tiles), IS_WHOLE=width % tiles.depth == 0, SCALES=matrices.kind,
-        PRECISION=precision_of(hidden), LINE=LINE_BYTES // matrices.values.element_size(),
-        LINES=_lines(tiles.columns * width * matrices.values.element_size())
-        if PREFETCH and early["EARLY"] else 0, num_warps=tiles.warps, **early)
+        PRECISION=precision_of(hidden), num_warps=tiles.warps, **early_launch(sums.device))
 
 
 def _constants(experts: Tensor, tiles: Tiles) -> dict[str, int]:
@@ -104,11 +106,6 @@ def _constants(experts: Tensor, tiles: Tiles) -> dict[str, int]:
     return {"CHOSEN": num_chosen, "CHOICES": triton.next_power_of_2(num_chosen),
             "ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth,
             "STAGES": tiles.stages}
-
-
-def _lines(num_bytes: int) -> int:
-    """Return how many lines of the cache hold so many bytes, or more: a power of two."""
-    return triton.next_power_of_2(triton.cdiv(num_bytes, LINE_BYTES))
 
 
 @triton.jit
@@ -158,17 +155,13 @@ def _few_down(
     width, sums_row,
     CHOSEN: tl.constexpr, CHOICES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr, STAGES: tl.constexpr, IS_WHOLE: tl.constexpr, SCALES: tl.constexpr,
-    PRECISION: tl.constexpr, LINE: tl.constexpr, LINES: tl.constexpr, EARLY: tl.constexpr,
+    PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Compute some columns of an expert's outputs for all its tokens; of the programs of these
     columns the last one adds everything up."""
     expert, is_live, is_row, routes = _routes_of(
         experts, num_tokens, num_experts, CHOSEN, CHOICES, ROWS)
-    first = tl.program_id(0) * COLUMNS
-    if is_live:
-        _prefetch(down + expert.to(tl.int64) * dim * width + first * width,
-                  tl.minimum(dim - first, COLUMNS) * width, LINE, LINES)
-    columns = first + tl.arange(0, COLUMNS)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     is_column = columns < dim
     if is_live:
         total = output_tile(hidden, down, scales, weights, expert, routes, routes, is_row, columns,
@@ -182,16 +175,6 @@ def _few_down(
     if before == tl.num_programs(1) - 1:
         tl.store(arrivals + tl.program_id(0), 0)
         _add_up(parts, weights, sums, num_tokens, columns, is_column, dim, sums_row, CHOSEN, ROWS)
-
-
-@triton.jit
-def _prefetch(matrix, count, LINE: tl.constexpr, LINES: tl.constexpr):
-    """Have ``count`` elements that lie side by side brought into the L2 cache, of LINES lines; 0:
-    none of them."""
-    if LINES:
-        places = matrix + tl.minimum(tl.arange(0, LINES) * LINE, count - 1)
-        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [places],
-                                  dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
