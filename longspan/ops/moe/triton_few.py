@@ -37,6 +37,10 @@ FP8_TILES = (Tiles(ROWS, 32, 256, 4, 4), Tiles(ROWS, 32, 256, 3, 4))
 FP8_TILES_OF_ONE = (Tiles(ROWS, 32, 512, 3, 4), Tiles(ROWS, 32, 128, 6, 4))
 """Theirs for one token, whose programs are few, so that each needs more bytes on their way."""
 
+ALONE = True
+"""Whether the programs of a single token are compiled for themselves: nobody else takes their
+experts, so the first weights are asked for without having looked."""
+
 
 def supports(x: Tensor, gate_up: Tensor | Fp8Weights) -> bool:
     """Return whether the kernels take such rows and experts."""
@@ -102,45 +106,49 @@ def expert_down(
 
 def _constants(experts: Tensor, tiles: Tiles) -> dict[str, int]:
     """Return what both kernels are compiled for."""
-    num_chosen = experts.shape[1]
-    return {"CHOSEN": num_chosen, "CHOICES": triton.next_power_of_2(num_chosen),
-            "ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth,
-            "STAGES": tiles.stages}
+    num_tokens, num_chosen = experts.shape
+    return {"IS_ALONE": ALONE and num_tokens == 1, "CHOSEN": num_chosen,
+            "CHOICES": triton.next_power_of_2(num_chosen), "ROWS": tiles.rows,
+            "COLUMNS": tiles.columns, "DEPTH": tiles.depth, "STAGES": tiles.stages}
 
 
 @triton.jit
 def _routes_of(
     experts, num_tokens, num_experts,
-    CHOSEN: tl.constexpr, CHOICES: tl.constexpr, ROWS: tl.constexpr,
+    IS_ALONE: tl.constexpr, CHOSEN: tl.constexpr, CHOICES: tl.constexpr, ROWS: tl.constexpr,
 ):
     """Find a program's expert, whether there is something to do, which tokens take the expert, and
     by which routes, two of [ROWS]."""
     route = tl.program_id(1)
     # past the first-level cache: the way down reads before it waits
     expert = tl.load(experts + route, cache_modifier=".cg")
+    is_live = expert < num_experts
     tokens, choices = tl.arange(0, ROWS), tl.arange(0, CHOICES)
-    routes = tokens[:, None] * CHOSEN + choices[None, :]
-    is_there = (tokens < num_tokens)[:, None] & (choices < CHOSEN)[None, :]
-    others = tl.load(experts + routes, mask=is_there, other=-1, cache_modifier=".cg")
-    is_own = is_there & (others == expert)
-    is_first = tl.min(tl.min(tl.where(is_own, routes, ROWS * CHOICES), 1), 0) == route
-    is_live = is_first & (expert < num_experts)
-    is_row = (tl.max(is_own.to(tl.int32), 1) > 0) & is_live
-    return tl.where(is_live, expert, 0), is_live, is_row, tl.max(tl.where(is_own, routes, 0), 1)
+    if IS_ALONE:
+        is_row, own = tokens == 0, tl.where(tokens == 0, route, 0)
+    else:
+        routes = tokens[:, None] * CHOSEN + choices[None, :]
+        is_there = (tokens < num_tokens)[:, None] & (choices < CHOSEN)[None, :]
+        others = tl.load(experts + routes, mask=is_there, other=-1, cache_modifier=".cg")
+        is_own = is_there & (others == expert)
+        is_live &= tl.min(tl.min(tl.where(is_own, routes, ROWS * CHOICES), 1), 0) == route
+        is_row = tl.max(is_own.to(tl.int32), 1) > 0
+        own = tl.max(tl.where(is_own, routes, 0), 1)
+    return tl.where(is_live, expert, 0), is_live, is_row, own
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _few_up(
     x, gate_up, scales, experts, out, num_tokens, num_experts, dim, width, x_row,
-    CHOSEN: tl.constexpr, CHOICES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr, STAGES: tl.constexpr, IS_WHOLE: tl.constexpr, SCALES: tl.constexpr,
-    PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    IS_ALONE: tl.constexpr, CHOSEN: tl.constexpr, CHOICES: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, IS_WHOLE: tl.constexpr,
+    SCALES: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Compute some columns of silu(gate) * up for all tokens of one expert."""
     wait_for_before(EARLY)
     let_next_begin(EARLY)  # not earlier: the next reads the choice, which is complete now
     expert, is_live, is_row, routes = _routes_of(
-        experts, num_tokens, num_experts, CHOSEN, CHOICES, ROWS)
+        experts, num_tokens, num_experts, IS_ALONE, CHOSEN, CHOICES, ROWS)
     if is_live:
         columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         hidden = hidden_tile(x, gate_up, scales, expert, tl.arange(0, ROWS), is_row, columns, dim,
@@ -153,14 +161,14 @@ def _few_up(
 def _few_down(
     hidden, down, scales, weights, experts, parts, sums, arrivals, num_tokens, num_experts, dim,
     width, sums_row,
-    CHOSEN: tl.constexpr, CHOICES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr, STAGES: tl.constexpr, IS_WHOLE: tl.constexpr, SCALES: tl.constexpr,
-    PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    IS_ALONE: tl.constexpr, CHOSEN: tl.constexpr, CHOICES: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, IS_WHOLE: tl.constexpr,
+    SCALES: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Compute some columns of an expert's outputs for all its tokens; of the programs of these
     columns the last one adds everything up."""
     expert, is_live, is_row, routes = _routes_of(
-        experts, num_tokens, num_experts, CHOSEN, CHOICES, ROWS)
+        experts, num_tokens, num_experts, IS_ALONE, CHOSEN, CHOICES, ROWS)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     is_column = columns < dim
     if is_live:
