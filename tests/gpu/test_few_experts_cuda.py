@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from longspan.ops import reference
+from longspan.ops import pointwise, reference
 from longspan.ops.moe import eager, triton_few, triton_router
-from longspan.ops.moe.dependent_launch import early_launch
 from longspan.ops.quant.triton_few import arrivals
+from longspan.ops.tiles.dependent_launch import early_launch
 from longspan.ops.types import Fp8Weights
 from tests.conftest import assert_close
 from tests.gpu.syncs import no_syncs
@@ -79,7 +79,7 @@ def test_steps_in_a_graph(num_tokens: int) -> None:
     _, _, _, gate_up, down = make_routed((num_tokens, *SIZES[0]), "some")
     router = (torch.randn(num_experts, dim, device="cuda") * 2 * dim**-0.5).bfloat16()
     x, hidden = (torch.randn(num_tokens, dim, device="cuda").bfloat16() for _ in range(2))
-    rows, sums = x.clone(), hidden.clone()
+    rows, sums, ones = x.clone(), hidden.clone(), torch.ones_like(x[0])
 
     def layers() -> None:
         rows.copy_(x)
@@ -93,11 +93,14 @@ def test_steps_in_a_graph(num_tokens: int) -> None:
             triton_few.add_routed_mlp(sums, rows, *chosen, gate_up, down)
             chosen = triton_router.route_rows(sums, router, num_chosen, True)
             triton_few.add_routed_mlp(sums, rows, *chosen, gate_up, down)
+            normed = pointwise.rms_norm(sums, ones, 1e-6)  # as in a model
+            chosen = triton_router.route_rows(normed, router, num_chosen, True)
+            triton_few.add_routed_mlp(sums, normed, *chosen, gate_up, down)
 
     def one_by_one() -> Tensor:
         """The same with nothing on the way beside it."""
         with pytest.MonkeyPatch.context() as patch:
-            for module in (triton_few, triton_router):
+            for module in (pointwise, triton_few, triton_router):
                 patch.setattr(module, "early_launch", lambda device: {"EARLY": False})
             layers()
         return sums.clone()

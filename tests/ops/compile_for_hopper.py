@@ -96,6 +96,7 @@ def num_carried(source: str, *steps: Callable[[Any], None]) -> int:
 
 def pretend() -> None:
     """From here on launches compile, and the choices are those for a Hopper GPU."""
+    from longspan.ops import pointwise
     from longspan.ops.dense import hopper, hopper_decode, hopper_rows
     from longspan.ops.moe import hopper as hopper_experts
     from longspan.ops.moe import triton_few as few_experts
@@ -116,7 +117,7 @@ def pretend() -> None:
         module.num_sms = lambda device: NUM_SMS  # type: ignore[attr-defined]
     for module in (hopper_probe, hopper_tile):
         module.is_hopper = lambda device: True  # type: ignore[attr-defined]
-    for module in (few_experts, triton_router):
+    for module in (few_experts, pointwise, triton_router):
         module.early_launch = lambda device: {  # type: ignore[attr-defined]
             "EARLY": True, "launch_pdl": True}
     prefill.__dict__["launch_options"] = lambda device, tile_len: {

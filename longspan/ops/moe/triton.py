@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longspan.ops.moe.dependent_launch import wait_for_before
 from longspan.ops.moe.triton_routing import MAX_EXPERTS, Groups, group
 from longspan.ops.quant.triton_few import supports_fp8
+from longspan.ops.tiles.dependent_launch import wait_for_before
 from longspan.ops.types import Fp8Weights
 
 COMBINE_TILE = 1_024

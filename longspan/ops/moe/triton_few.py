@@ -21,9 +21,14 @@ import triton.language as tl
 from torch import Tensor
 
 from longspan.ops.moe import triton as kernels
-from longspan.ops.moe.dependent_launch import early_launch, let_next_begin, wait_for_before
 from longspan.ops.moe.triton import Matrices, Tiles, hidden_tile, output_tile, precision_of
 from longspan.ops.quant.triton_few import MAX_TILES, arrivals
+from longspan.ops.tiles.dependent_launch import (
+    ROUTER_EARLY,
+    early_launch,
+    let_next_begin,
+    wait_for_before,
+)
 from longspan.ops.types import Fp8Weights
 
 MAX_TOKENS = 8
@@ -94,14 +99,15 @@ def expert_down(
     `expert_up` returns it; weights: [T, k] fp32; experts: [T, k] int32; down: [E, M, F]."""
     matrices, (num_experts, dim, width) = Matrices.of(down), down.shape
     assert weights.is_contiguous() and matrices.values.is_contiguous() and sums.stride(1) == 1
-    column_tiles = triton.cdiv(dim, tiles.columns)
+    column_tiles, early = triton.cdiv(dim, tiles.columns), early_launch(sums.device)
     assert column_tiles <= MAX_TILES
     parts = torch.empty(experts.numel(), dim, dtype=torch.float32, device=sums.device)
     _few_down[(column_tiles, experts.numel())](
         hidden, matrices.values, matrices.scales, weights, experts, parts, sums,
         arrivals(sums.device), len(sums), num_experts, dim, width, sums.stride(0),
         **_constants(experts, tiles), IS_WHOLE=width % tiles.depth == 0, SCALES=matrices.kind,
-        PRECISION=precision_of(hidden), num_warps=tiles.warps, **early_launch(sums.device))
+        PRECISION=precision_of(hidden), NEXT_EARLY=ROUTER_EARLY and early["EARLY"],
+        num_warps=tiles.warps, **early)
 
 
 def _constants(experts: Tensor, tiles: Tiles) -> dict[str, int]:
@@ -163,10 +169,11 @@ def _few_down(
     width, sums_row,
     IS_ALONE: tl.constexpr, CHOSEN: tl.constexpr, CHOICES: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, IS_WHOLE: tl.constexpr,
-    SCALES: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    SCALES: tl.constexpr, PRECISION: tl.constexpr, NEXT_EARLY: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Compute some columns of an expert's outputs for all its tokens; of the programs of these
     columns the last one adds everything up."""
+    let_next_begin(NEXT_EARLY)
     expert, is_live, is_row, routes = _routes_of(
         experts, num_tokens, num_experts, IS_ALONE, CHOSEN, CHOICES, ROWS)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longspan.ops.moe.dependent_launch import early_launch, let_next_begin, wait_for_before
 from longspan.ops.quant.triton_few import arrivals
+from longspan.ops.tiles.dependent_launch import early_launch, let_next_begin, wait_for_before
 
 MAX_TOKENS, MAX_EXPERTS = 16, 512
 DEPTH = 2_048

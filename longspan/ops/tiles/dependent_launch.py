@@ -14,6 +14,10 @@ import triton
 import triton.language as tl
 from triton.backends.nvidia.compiler import CUDAOptions
 
+ROUTER_EARLY = True
+"""Whether a norm lets the router behind it begin, which asks for its own weights meanwhile; and the
+way down of experts, behind which the router stands where experts alone are measured."""
+
 
 @cache
 def early_launch(device: torch.device) -> dict[str, bool]:

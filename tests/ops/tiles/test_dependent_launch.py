@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longspan.ops.moe.dependent_launch import early_launch
+from longspan.ops.tiles.dependent_launch import early_launch
 
 
 @pytest.mark.parametrize(("kind", "capability", "options"), [
