@@ -11,13 +11,14 @@ computes what its own experts add.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longspan.expert_config import ExpertConfig
 from longspan.model.forms import make_linear
 from longspan.model.layers import MLP, mlp_rows
 from longspan.model.linear import Activations, Cut, Linear, Target, plain_linear
-from longspan.ops import add_routed_mlp, route_rows
+from longspan.ops import add_routed_mlp, route
 from longspan.ops.types import Matrices
 from longspan.weight_form import PLAIN_FORMS, WeightForms
 
@@ -125,16 +126,20 @@ class RoutedMLP(nn.Module):
     def add_to(self, hidden: Tensor, x: Activations) -> None:
         """x: [T, M]; the result is added to ``hidden`` [T, M], in place."""
         assert isinstance(x, Tensor)
-        weights, experts = self.experts.here(*self.choose(x))
+        weights, experts = self.experts.here(
+            *route(self.logits(x), self.num_chosen, self.is_normed))
         add_routed_mlp(hidden, x, weights, experts, self.experts.gate_up_proj,
                        self.experts.down_proj)
         if self.has_shared:
             opened = self.shared_expert_gate(x).float().sigmoid().to(x.dtype)
             hidden.addcmul_(opened, self.shared_expert(x))
 
-    def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Choose the experts of rows x [T, M], as `reference.route_rows` does."""
-        return route_rows(x, self.gate.weight, self.num_chosen, self.is_normed)
+    def logits(self, x: Tensor) -> Tensor:
+        """Multiply by the router in fp32, so that which experts a token takes is no matter of
+        rounding. x: [T, M]; returns [T, E] fp32."""
+        if x.is_cuda and x.dtype != torch.float32:
+            return torch.mm(x, self.gate.weight.t(), out_dtype=torch.float32)
+        return F.linear(x.float(), self.gate.weight.float())
 
     def rows_at_a_time(self, device_type: str) -> int:
         """Rows that `add_to` is best given on ``cpu`` or ``cuda``."""

@@ -62,7 +62,6 @@ __all__ = [
     "rms_norm_fp8",
     "rotate",
     "route",
-    "route_rows",
     "select_vertical_slash",
     "silu_mul",
     "silu_mul_fp8",
@@ -72,6 +71,8 @@ __all__ = [
 
 FEW_ROWS = 16
 """Up to so many rows quantised weights are read once and activations stay as they are."""
+GROUPED_ROUTES = 16_384
+"""From so many rows of experts on grouped products are taken: Hopper's, or else PyTorch's."""
 
 
 def prefill_attention(
@@ -369,21 +370,11 @@ def silu_mul_fp8(gate_up: Tensor, group: int) -> Fp8Rows:
 def route(logits: Tensor, num_chosen: int, is_normed: bool) -> tuple[Tensor, Tensor]:
     """See `reference.route`; experts may be int32."""
     if logits.is_cuda:
-        from longspan.ops.moe import cuda
+        from longspan.ops.moe import triton_routing
 
-        return cuda.route(logits, num_chosen, is_normed)
+        if logits.shape[1] <= triton_routing.MAX_EXPERTS:
+            return triton_routing.route(logits, num_chosen, is_normed)
     return reference.route(logits, num_chosen, is_normed)
-
-
-def route_rows(
-    x: Tensor, router: Tensor, num_chosen: int, is_normed: bool,
-) -> tuple[Tensor, Tensor]:
-    """See `reference.route_rows`; experts may be int32."""
-    if x.is_cuda:
-        from longspan.ops.moe import cuda
-
-        return cuda.route_rows(x, router, num_chosen, is_normed)
-    return reference.route_rows(x, router, num_chosen, is_normed)
 
 
 def add_routed_mlp(
@@ -398,7 +389,32 @@ def add_routed_mlp(
         handle_torch_function(add_routed_mlp, args, *args)
         return
     if x.is_cuda:
-        from longspan.ops.moe import cuda
-
-        return cuda.add_routed_mlp(*args)
+        return _add_routed_cuda(sums, x, weights, experts, gate_up, down)
     return eager_moe.add_routed_mlp(*args)
+
+
+def _add_routed_cuda(
+    sums: Tensor, x: Tensor, weights: Tensor, experts: Tensor, gate_up: Matrices, down: Matrices,
+) -> None:
+    from longspan.ops.moe import grouped, grouped_fp8, hopper
+    from longspan.ops.moe import triton as kernels
+    from longspan.ops.quant import triton_dense
+
+    args = (sums, x, weights, experts)
+    is_many = experts.numel() >= GROUPED_ROUTES
+    if isinstance(gate_up, Fp8Weights) and isinstance(down, Fp8Weights):
+        if is_many and hopper.supports(x, gate_up, down):
+            return hopper.add_routed_mlp(*args, gate_up, down)
+        if is_many and grouped_fp8.supports(x, gate_up, down):
+            return grouped_fp8.add_routed_mlp(*args, gate_up, down)
+        if not is_many and kernels.supports(x, gate_up):
+            return kernels.add_routed_mlp(*args, gate_up, down)
+    plain = [part if isinstance(part, Tensor) else triton_dense.dequantize(part, x.dtype)
+             for part in (gate_up, down)]
+    if is_many and hopper.supports(x, *plain):
+        return hopper.add_routed_mlp(*args, *plain)
+    if is_many and grouped.supports(x, *plain):
+        return grouped.add_routed_mlp(*args, *plain)
+    if kernels.supports(x, plain[0]):
+        return kernels.add_routed_mlp(*args, *plain)
+    return eager_moe.add_routed_mlp(*args, *plain)

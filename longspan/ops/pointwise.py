@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longspan.ops.tiles.dependent_launch import ROUTER_EARLY, early_launch, let_next_begin
 from longspan.ops.tiles.rows import normed_rows, rotated_rows
 from longspan.ops.types import PagedKV, QueryRotary
 
@@ -88,16 +87,14 @@ def _launch_norm(
         _rms_norm[(triton.cdiv(num_rows, rows),)](
             x, x if residual is None else residual, weight, out, num_rows, dim, inner, x.stride(0),
             x.stride(1) if x.ndim == 3 else 0, eps, HAS_RESIDUAL=residual is not None, ROWS=rows,
-            WIDTH=width, NEXT_EARLY=ROUTER_EARLY and early_launch(x.device)["EARLY"],
-            num_warps=1 if rows * width <= 512 else 4 if width <= 2048 else 8)
+            WIDTH=width, num_warps=1 if rows * width <= 512 else 4 if width <= 2048 else 8)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _rms_norm(
     x, residual, weight, out, num_rows, dim, inner, x_outer, x_inner, eps,
-    HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, NEXT_EARLY: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):
-    let_next_begin(NEXT_EARLY)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.arange(0, WIDTH)
     mask = (row < num_rows)[:, None] & (column < dim)[None, :]

@@ -326,13 +326,6 @@ def route(logits: Tensor, num_chosen: int, is_normed: bool) -> tuple[Tensor, Ten
     return (weights / weights.sum(-1, keepdim=True) if is_normed else weights), experts
 
 
-def route_rows(
-    x: Tensor, router: Tensor, num_chosen: int, is_normed: bool,
-) -> tuple[Tensor, Tensor]:
-    """Multiply rows x [T, M] by a router [E, M], in fp32, and `route` them."""
-    return route(torch.nn.functional.linear(x.float(), router.float()), num_chosen, is_normed)
-
-
 def add_routed_mlp(
     sums: Tensor, x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor,
 ) -> None:

@@ -63,7 +63,7 @@ def test_a_layer_of_experts(num_tokens: int) -> None:
 def test_all_ways_agree(num_tokens: int) -> None:
     mlp = make()
     x = torch.randn(num_tokens, DIM, device="cuda", dtype=torch.bfloat16)
-    weights, experts = mlp.choose(x)
+    weights, experts = ops.route(mlp.logits(x), 8, True)
     matrices = (mlp.experts.gate_up_proj, mlp.experts.down_proj)
     wanted = torch.zeros(num_tokens, DIM, device="cuda")
     eager.add_routed_mlp(wanted, x.float(), weights, experts, *(m.float() for m in matrices))

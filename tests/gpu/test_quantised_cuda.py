@@ -104,7 +104,7 @@ def test_experts(kind: FormKind, num_tokens: int) -> None:
         linear.fill_randomly(0.02, torch.Generator("cuda").manual_seed(1))
     x, hidden = (torch.randn(num_tokens, 2_048, device="cuda", dtype=BF16) for _ in range(2))
     with torch.inference_mode():
-        weights, experts = mlp.choose(x)
+        weights, experts = ops.route(mlp.logits(x), 8, True)
         expected = torch.zeros(num_tokens, 2_048, device="cuda")
         eager_experts.add_routed_mlp(expected, x.float(), weights, experts.long(),
                                      mlp.experts.gate_up_proj, mlp.experts.down_proj)

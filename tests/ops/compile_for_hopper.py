@@ -96,11 +96,8 @@ def num_carried(source: str, *steps: Callable[[Any], None]) -> int:
 
 def pretend() -> None:
     """From here on launches compile, and the choices are those for a Hopper GPU."""
-    from longspan.ops import pointwise
     from longspan.ops.dense import hopper, hopper_decode, hopper_rows
     from longspan.ops.moe import hopper as hopper_experts
-    from longspan.ops.moe import triton_few as few_experts
-    from longspan.ops.moe import triton_router
     from longspan.ops.quant import triton_few
     from longspan.ops.select import hopper_tiles as hopper_probe
     from longspan.ops.select import triton_scouts
@@ -117,9 +114,6 @@ def pretend() -> None:
         module.num_sms = lambda device: NUM_SMS  # type: ignore[attr-defined]
     for module in (hopper_probe, hopper_tile):
         module.is_hopper = lambda device: True  # type: ignore[attr-defined]
-    for module in (few_experts, pointwise, triton_router):
-        module.early_launch = lambda device: {  # type: ignore[attr-defined]
-            "EARLY": True, "launch_pdl": True}
     prefill.__dict__["launch_options"] = lambda device, tile_len: {
         "KEYS": 128, "num_warps": 8, "num_stages": 2}
     sparse_index._clear_tiles = lambda call, first: (
@@ -279,28 +273,6 @@ def compile_experts() -> None:
     experts.combine(x, routed, weights)
     experts.combine(x, routed, weights, groups.order)
     compile_hopper_experts(values, by_rows)
-    compile_few_tokens(gate_up, down, values, (by_rows, by_blocks))
-
-
-def compile_few_tokens(
-    gate_up: Tensor, down: Tensor, values: tuple[Tensor, Tensor],
-    scales: tuple[list[Tensor], list[Tensor]],
-) -> None:
-    """Compile a decode step's experts, all types of weights: the router, and both products."""
-    from longspan.ops.moe import triton_few, triton_router
-
-    x = torch.zeros(8, 2_048, dtype=torch.bfloat16)
-    weights, experts = triton_router.route_rows(x, x.new_zeros(128, 2_048), 8, True)
-    triton_router.route_rows(x, x.new_zeros(60, 2_048), 4, False)
-    forms: list[tuple[Tensor | Fp8Weights, Tensor | Fp8Weights]] = [(gate_up, down)]
-    for ups, backs in scales:
-        forms.append((Fp8Weights(values[0], ups), Fp8Weights(values[1], backs)))
-    for up, back in forms:
-        for few in (1, 8):
-            up_tiles, down_tiles = triton_few.choose_tiles(up, few)
-            hidden = triton_few.expert_up(x[:few], experts[:few], up, up_tiles)
-            triton_few.expert_down(
-                x[:few], hidden, weights[:few], experts[:few], back, down_tiles)
 
 
 def compile_hopper_experts(values: tuple[Tensor, Tensor], scales: list[Tensor]) -> None:

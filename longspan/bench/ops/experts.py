@@ -83,7 +83,7 @@ class ExpertBench:
 
     def _quantised(self, mlp: RoutedMLP, num_tokens: int, *, recording: bool) -> dict[str, Any]:
         hidden, x = self._rows(num_tokens)
-        weights, experts = mlp.choose(x)
+        weights, experts = ops.route(mlp.logits(x), mlp.num_chosen, mlp.is_normed)
         last = slice(-4, None)
         few, sums = torch.zeros_like(x[last], dtype=torch.float32), torch.zeros_like(x)
         eager.add_routed_mlp(few, x[last].float(), weights[last], experts[last].long(),
@@ -118,12 +118,13 @@ class ExpertBench:
     def _prefill(self, impl: str, num_tokens: int) -> dict[str, Any]:
         small = self.layer.require("experts", lambda: checks.check_experts(self.device))
         hidden, x = self._rows(num_tokens)
-        weights, experts = self._mlp.choose(x)
+        weights, experts = ops.route(self._mlp.logits(x), self.config.num_chosen, True)
         add = way(impl, x, self._mlp)
         error = max(small, self._check(impl, add, x, weights, experts))
 
         def work() -> None:
-            add(hidden, x, *self._mlp.choose(x), *plain_matrices(self._mlp))
+            chosen = ops.route(self._mlp.logits(x), self.config.num_chosen, True)
+            add(hidden, x, *chosen, *plain_matrices(self._mlp))
         timing = self.layer.measure(work)
         flops = 6.0 * num_tokens * self.config.num_chosen * self.dim * self.config.expert_size
         return {**timing.fields(), "tflops": rate(flops, timing), "rel_error": rounded(error)}
@@ -156,7 +157,7 @@ class ExpertBench:
         """Time a layer's share of a decode step: several, on inputs of their own, are recorded one
         behind the other."""
         pairs = [self._rows(num_tokens) for _ in range(STEPS)]
-        num_read = sum(len(mlp.choose(x)[1].unique())
+        num_read = sum(len(ops.route(mlp.logits(x), mlp.num_chosen, mlp.is_normed)[1].unique())
                        for _, x in pairs) / STEPS
 
         def work() -> None:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from longspan.ops.moe.triton_routing import MAX_EXPERTS, Groups, group
 from longspan.ops.quant.triton_few import supports_fp8
-from longspan.ops.tiles.dependent_launch import wait_for_before
 from longspan.ops.types import Fp8Weights
 
 COMBINE_TILE = 1_024
@@ -80,7 +79,7 @@ def expert_up(
 ) -> Tensor:
     """Compute silu(gate) * up of every route. x: [T, M]; gate_up: [E, 2F, M]. Returns [R, F] in
     the order of the groups."""
-    matrices = Matrices.of(gate_up)
+    matrices = _Matrices.of(gate_up)
     num_routes, (num_experts, twice, dim) = groups.order.shape[0], gate_up.shape
     out = torch.empty(num_routes, twice // 2, dtype=x.dtype, device=x.device)
     grid = row_tiles(num_routes, num_experts, tiles.rows) * triton.cdiv(twice // 2, tiles.columns)
@@ -90,7 +89,7 @@ def expert_up(
         row_tiles(num_routes, num_experts, tiles.rows),
         EXPERTS=triton.next_power_of_2(num_experts), ROWS=tiles.rows, COLUMNS=tiles.columns,
         DEPTH=tiles.depth, IS_WHOLE=dim % tiles.depth == 0, SUPER=SUPER,
-        SCALES=matrices.kind, PRECISION=precision_of(x), STAGES=tiles.stages, num_warps=tiles.warps)
+        SCALES=matrices.kind, PRECISION=_precision(x), STAGES=tiles.stages, num_warps=tiles.warps)
     return out
 
 
@@ -99,7 +98,7 @@ def expert_down(
 ) -> Tensor:
     """Compute the weighted output of every route. hidden: [R, F] in the order of the groups;
     weights: [T, k] fp32; down: [E, M, F]. Returns [R, M] in the order of the routes."""
-    matrices = Matrices.of(down)
+    matrices = _Matrices.of(down)
     num_routes, (num_experts, dim, width) = groups.order.shape[0], down.shape
     assert weights.is_contiguous() and matrices.values.is_contiguous()
     out = torch.empty(num_routes, dim, dtype=hidden.dtype, device=hidden.device)
@@ -110,7 +109,7 @@ def expert_down(
         row_tiles(num_routes, num_experts, tiles.rows),
         EXPERTS=triton.next_power_of_2(num_experts), ROWS=tiles.rows, COLUMNS=tiles.columns,
         DEPTH=tiles.depth, IS_WHOLE=width % tiles.depth == 0, SUPER=SUPER,
-        SCALES=matrices.kind, PRECISION=precision_of(hidden), STAGES=tiles.stages,
+        SCALES=matrices.kind, PRECISION=_precision(hidden), STAGES=tiles.stages,
         num_warps=tiles.warps)
     return out
 
@@ -135,7 +134,7 @@ def combine(
         CHOSEN=weights.shape[1], HAS_PLACES=places is not None, TILE=tile, num_warps=4)
 
 
-class Matrices(NamedTuple):
+class _Matrices(NamedTuple):
     """Experts as kernels take them."""
 
     values: Tensor
@@ -157,8 +156,7 @@ def row_tiles(num_routes: int, num_experts: int, rows: int) -> int:
     return min(num_routes, triton.cdiv(num_routes, rows) + num_experts - 1)
 
 
-def precision_of(x: Tensor) -> str:
-    """Return how products with such rows are computed."""
+def _precision(x: Tensor) -> str:
     return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
@@ -218,85 +216,11 @@ def _multiply(
 
 
 @triton.jit
-def _factors(scales, outputs, is_column, SCALES: tl.constexpr):
-    """Load the outputs' scales, 1 where they have none of their own; before a loop nobody waits for
-    them."""
+def _scaled(total, scales, outputs, is_column, SCALES: tl.constexpr):
+    """Multiply by the outputs' scales, where they have some of their own."""
     if SCALES == 1:
-        factors = tl.load(scales + outputs, mask=is_column, other=0.0)
-    else:
-        factors = tl.full([outputs.shape[0]], 1.0, tl.float32)
-    return factors
-
-
-@triton.jit
-def hidden_tile(
-    x, gate_up, scales, expert, tokens, is_row, columns, dim, width, x_row,
-    DEPTH: tl.constexpr, IS_WHOLE: tl.constexpr, SCALES: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Compute silu(gate) * up of some tokens and columns of one expert, [ROWS, COLUMNS] fp32."""
-    is_column = columns < width
-    depths = tl.arange(0, DEPTH)
-    row_places = x + tokens.to(tl.int64)[:, None] * x_row + depths[None, :]
-    matrix = gate_up + expert.to(tl.int64) * 2 * width * dim
-    gate_places = matrix + columns[None, :] * dim + depths[:, None]
-    gates_from = expert * 2 * width + columns
-    # of many rows registers are scarce, and other programs compute while one waits
-    is_ahead: tl.constexpr = tokens.shape[0] <= 16
-    if is_ahead:
-        gate_factors = _factors(scales, gates_from, is_column, SCALES)
-        up_factors = _factors(scales, gates_from + width, is_column, SCALES)
-    gate = tl.zeros([tokens.shape[0], columns.shape[0]], tl.float32)
-    up = tl.zeros([tokens.shape[0], columns.shape[0]], tl.float32)
-    for first in tl.range(0, dim, DEPTH, num_stages=STAGES):
-        row_mask, column_mask = is_row[:, None], is_column[None, :]
-        if not IS_WHOLE:
-            row_mask = row_mask & (first + depths < dim)[None, :]
-            column_mask = column_mask & (first + depths < dim)[:, None]
-        part = tl.load(row_places + first, mask=row_mask, other=0.0)
-        gates = tl.load(gate_places + first, mask=column_mask, other=0.0)
-        ups = tl.load(gate_places + width * dim + first, mask=column_mask, other=0.0)
-        gate = _multiply(part, gates, gate, scales, gates_from, dim, first, is_column, SCALES,
-                         PRECISION)
-        up = _multiply(part, ups, up, scales, gates_from + width, dim, first, is_column, SCALES,
-                       PRECISION)
-    if not is_ahead:
-        gate_factors = _factors(scales, gates_from, is_column, SCALES)
-        up_factors = _factors(scales, gates_from + width, is_column, SCALES)
-    gate *= gate_factors[None, :]
-    up *= up_factors[None, :]
-    # of large negative gates the power is inf, and the quotient 0, as it should be
-    return gate / (1.0 + tl.exp(-gate)) * up
-
-
-@triton.jit
-def output_tile(
-    hidden, down, scales, weights, expert, rows, routes, is_row, columns, dim, width,
-    DEPTH: tl.constexpr, IS_WHOLE: tl.constexpr, SCALES: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, EARLY: tl.constexpr,
-):
-    """Compute some routes' weighted outputs of one expert, [ROWS, COLUMNS] fp32. ``rows``: theirs
-    in ``hidden``, which a kernel that begins early waits for."""
-    is_column = columns < dim
-    depths = tl.arange(0, DEPTH)
-    row_places = hidden + rows.to(tl.int64)[:, None] * width + depths[None, :]
-    matrix = down + expert.to(tl.int64) * dim * width
-    column_places = matrix + columns[None, :] * width + depths[:, None]
-    outputs = expert * dim + columns
-    factors = _factors(scales, outputs, is_column, SCALES)
-    wait_for_before(EARLY)
-    shares = tl.load(weights + routes, mask=is_row, other=0.0)
-    total = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
-    for first in tl.range(0, width, DEPTH, num_stages=STAGES):
-        row_mask, column_mask = is_row[:, None], is_column[None, :]
-        if not IS_WHOLE:
-            row_mask = row_mask & (first + depths < width)[None, :]
-            column_mask = column_mask & (first + depths < width)[:, None]
-        part = tl.load(row_places + first, mask=row_mask, other=0.0)
-        matrix_part = tl.load(column_places + first, mask=column_mask, other=0.0)
-        total = _multiply(part, matrix_part, total, scales, outputs, width, first, is_column,
-                          SCALES, PRECISION)
-    return total * factors[None, :] * shares[:, None]
+        total *= tl.load(scales + outputs, mask=is_column, other=0.0)[None, :]
+    return total
 
 
 @triton.jit(do_not_specialize=["num_routes", "num_row_tiles"])
@@ -315,10 +239,31 @@ def _expert_up(
     is_row = rows < stop
     tokens = tl.load(order + rows, mask=is_row, other=0) // num_chosen
     columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-    hidden = hidden_tile(x, gate_up, scales, expert, tokens, is_row, columns, dim, width, x_row,
-                         DEPTH, IS_WHOLE, SCALES, PRECISION, STAGES)
+    is_column = columns < width
+    depths = tl.arange(0, DEPTH)
+    row_places = x + tokens.to(tl.int64)[:, None] * x_row + depths[None, :]
+    matrix = gate_up + expert.to(tl.int64) * 2 * width * dim
+    gate_places = matrix + columns[None, :] * dim + depths[:, None]
+    gate = tl.zeros([ROWS, COLUMNS], tl.float32)
+    up = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in tl.range(0, dim, DEPTH, num_stages=STAGES):
+        row_mask, column_mask = is_row[:, None], is_column[None, :]
+        if not IS_WHOLE:
+            row_mask = row_mask & (first + depths < dim)[None, :]
+            column_mask = column_mask & (first + depths < dim)[:, None]
+        part = tl.load(row_places + first, mask=row_mask, other=0.0)
+        gates = tl.load(gate_places + first, mask=column_mask, other=0.0)
+        ups = tl.load(gate_places + width * dim + first, mask=column_mask, other=0.0)
+        gate = _multiply(part, gates, gate, scales, (expert * 2 * width + columns), dim, first,
+                         is_column, SCALES, PRECISION)
+        up = _multiply(part, ups, up, scales, (expert * 2 * width + width + columns), dim, first,
+                       is_column, SCALES, PRECISION)
+    gate = _scaled(gate, scales, expert * 2 * width + columns, is_column, SCALES)
+    up = _scaled(up, scales, expert * 2 * width + width + columns, is_column, SCALES)
+    # of large negative gates the power is inf, and the quotient 0, as it should be
+    hidden = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(out + rows.to(tl.int64)[:, None] * width + columns[None, :],
-             hidden.to(out.dtype.element_ty), mask=is_row[:, None] & (columns < width)[None, :])
+             hidden.to(out.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
 
 
 @triton.jit(do_not_specialize=["num_routes", "num_row_tiles"])
@@ -337,10 +282,25 @@ def _expert_down(
     is_row = rows < stop
     routes = tl.load(order + rows, mask=is_row, other=0)
     columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-    total = output_tile(hidden, down, scales, weights, expert, rows, routes, is_row, columns, dim,
-                        width, DEPTH, IS_WHOLE, SCALES, PRECISION, STAGES, False)
+    is_column = columns < dim
+    depths = tl.arange(0, DEPTH)
+    row_places = hidden + rows.to(tl.int64)[:, None] * width + depths[None, :]
+    matrix = down + expert.to(tl.int64) * dim * width
+    column_places = matrix + columns[None, :] * width + depths[:, None]
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in tl.range(0, width, DEPTH, num_stages=STAGES):
+        row_mask, column_mask = is_row[:, None], is_column[None, :]
+        if not IS_WHOLE:
+            row_mask = row_mask & (first + depths < width)[None, :]
+            column_mask = column_mask & (first + depths < width)[:, None]
+        part = tl.load(row_places + first, mask=row_mask, other=0.0)
+        matrix_part = tl.load(column_places + first, mask=column_mask, other=0.0)
+        total = _multiply(part, matrix_part, total, scales, expert * dim + columns, width, first,
+                          is_column, SCALES, PRECISION)
+    total = _scaled(total, scales, expert * dim + columns, is_column, SCALES)
+    total *= tl.load(weights + routes, mask=is_row, other=0.0)[:, None]
     tl.store(out + routes.to(tl.int64)[:, None] * dim + columns[None, :],
-             total.to(out.dtype.element_ty), mask=is_row[:, None] & (columns < dim)[None, :])
+             total.to(out.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
 
 
 @triton.jit

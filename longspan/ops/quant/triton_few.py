@@ -91,7 +91,7 @@ def _is_compiled(x: Tensor) -> bool:
 
 
 @cache
-def arrivals(device: torch.device) -> Tensor:
+def _arrivals(device: torch.device) -> Tensor:
     """Return how many programs of each output tile have ended: zeros between launches."""
     return torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
 
@@ -116,7 +116,7 @@ class _Call:
         out = self.out
         parts = out if self.is_whole else torch.empty(
             self.grid[1], *out.shape, dtype=torch.float32, device=out.device)
-        return out if bias is None else bias, parts, arrivals(out.device), out
+        return out if bias is None else bias, parts, _arrivals(out.device), out
 
 
 @triton.jit
