@@ -83,7 +83,7 @@ def prefill_attention(
     args = (q, cache, block_table, cached_len, rotary, scale)
     if q.is_cuda:
         from longspan.ops import decode
-        from longspan.ops.dense import hopper, hopper_decode, hopper_rows
+        from longspan.ops.dense import hopper, hopper_rows
         from longspan.ops.dense import triton as prefill
         from longspan.ops.tiles import hopper as hopper_tile
         from longspan.ops.tiles import splits
@@ -91,8 +91,6 @@ def prefill_attention(
         context_len = cached_len + q.shape[0]
         if hopper_rows.takes_rows(q, cache, rotary, context_len):
             return hopper_rows.prefill_attention(*args)
-        if hopper_decode.takes_rows(q, cache, rotary):
-            return hopper_decode.prefill_attention(*args)
         if decode.takes_rows(q, cache, rotary):
             return decode.prefill_attention(*args)
         if hopper_tile.supports(q, cache, rotary, context_len):
@@ -204,10 +202,7 @@ def decode_attention(
     args = (q, cache, block_tables, context_lens, rotary, scales, spans)
     if q.is_cuda:
         from longspan.ops import decode
-        from longspan.ops.dense import hopper_decode
 
-        if hopper_decode.takes_decode(q, cache, rotary, spans):
-            return hopper_decode.decode_attention(*args[:-1])
         if decode.supports(cache, q.shape[1]):
             return decode.decode_attention(*args)
     return eager_dense.decode_attention(*args)
@@ -306,7 +301,9 @@ def fp8_linear(
     """See `eager_quant.fp8_linear`; x may be rounded already, as `activation_group` says. Returns
     ``dtype``. A product with weights like PyTorch's own: modes see it."""
     if has_torch_function((weights.values,)):
-        return handle_torch_function(fp8_linear, (weights.values,), x, weights, bias, dtype)
+        found: Tensor = handle_torch_function(
+            fp8_linear, (weights.values,), x, weights, bias, dtype)
+        return found
     if isinstance(x, Fp8Rows):
         from longspan.ops.quant import scaled
 
@@ -331,7 +328,9 @@ def fp8_linear(
 def int4_linear(x: Tensor, weights: Int4Weights, bias: Tensor | None) -> Tensor:
     """See `eager_quant.int4_linear`. A product with weights like PyTorch's own: modes see it."""
     if has_torch_function((x, weights.packed)):
-        return handle_torch_function(int4_linear, (x, weights.packed), x, weights, bias)
+        seen = (x, weights.packed)
+        found: Tensor = handle_torch_function(int4_linear, seen, x, weights, bias)
+        return found
     if not x.is_cuda or x.dtype != torch.bfloat16:
         return eager_quant.int4_linear(x, weights, bias)
     from longspan.ops.quant import triton_dense, triton_few
@@ -378,7 +377,8 @@ def route(logits: Tensor, num_chosen: int, is_normed: bool) -> tuple[Tensor, Ten
 
 
 def add_routed_mlp(
-    sums: Tensor, x: Tensor, weights: Tensor, experts: Tensor, gate_up: Matrices, down: Matrices,
+    sums: Tensor, x: Tensor, weights: Tensor, experts: Tensor, gate_up: Matrices,
+    down: Matrices,
 ) -> None:
     """See `reference.add_routed_mlp`. A product with weights like PyTorch's own: modes see it.
 

@@ -25,11 +25,8 @@ from longspan.ops.types import KeySpans, PagedKV, QueryRotary
 
 MIN_LANES, MAX_LANES = 8, 64
 """Columns of a product of tensor cores: query heads of a KV head, times rows."""
-MAX_ROWS = 2
-"""More rows of one sequence are left to `ops.decode`. By int8 keys, behind 131,072 tokens, 2 rows
-take 78 us a layer here and 91 there, 9 rows 132 and 117; between them nothing is measured."""
-TAKES_BF16 = True
-"""Whether decode by bf16 keys is taken, too, and not left to `ops.decode`: not yet measured."""
+MAX_LAUNCHES = 2
+"""More query tokens than fit that many launches are left to the prefill kernels."""
 MIN_TILES = 2
 """Fewer key tiles than this are not worth a share of their own."""
 
@@ -44,10 +41,9 @@ class Launch(NamedTuple):
     """Average of all threads: the producer gives the consumers most of its own."""
 
 
-LAUNCHES = {8: Launch(1, 6, 168), 16: Launch(2, 3, 80), 32: Launch(1, 5, 168),
+LAUNCHES = {8: Launch(2, 3, 80), 16: Launch(2, 3, 80), 32: Launch(1, 5, 168),
             64: Launch(1, 5, 168)}
-"""Int8 keys, by lanes, padded. One row behind 131,072 tokens takes 47 us a layer, and 55 with two
-programs on an SM."""
+"""Int8 keys, by lanes, padded."""
 BF16_LAUNCHES = {8: Launch(1, 3, 168), 16: Launch(1, 3, 168), 32: Launch(1, 3, 168),
                  64: Launch(1, 2, 168)}
 """bf16 keys."""
@@ -70,15 +66,15 @@ def takes_decode(
     q: Tensor, cache: PagedKV, rotary: QueryRotary, spans: KeySpans | None
 ) -> bool:
     """Return whether `decode_attention` is the fastest for a batch of single tokens."""
-    is_taken = TAKES_BF16 or cache.k_scale is not None
-    return is_taken and spans is None and supports(q, cache, rotary)
+    return spans is None and cache.k_scale is not None and supports(q, cache, rotary)
 
 
 def takes_rows(q: Tensor, cache: PagedKV, rotary: QueryRotary) -> bool:
-    """Return whether `prefill_attention` is the fastest for these queries, few rows of one
-    sequence. q: [T, H, D]."""
-    lanes = q.shape[0] * q.shape[1] // cache.k.shape[2]
-    return 0 < q.shape[0] <= MAX_ROWS and lanes <= MAX_LANES and supports(q, cache, rotary)
+    """Return whether `prefill_attention` computes these queries, few rows of one sequence.
+    q: [T, H, D]."""
+    most = MAX_LANES * cache.k.shape[2] // q.shape[1]
+    return (0 < q.shape[0] <= MAX_LAUNCHES * most and min(q.shape[0], most) <= rotary.stride
+            and supports(q, cache, rotary))
 
 
 def decode_attention(
@@ -96,10 +92,18 @@ def prefill_attention(
     q: Tensor, cache: PagedKV, block_table: Tensor, cached_len: int, rotary: QueryRotary,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """See `reference.prefill_attention`: rows of up to MAX_LANES lanes. No host sync."""
-    lens = torch.full((1,), cached_len + len(q), dtype=torch.int64, device=q.device)
+    """See `reference.prefill_attention`: few rows, as many as `takes_rows` says. No host sync."""
+    most = MAX_LANES * cache.k.shape[2] // q.shape[1]
     scales = torch.full((1,), scale, dtype=torch.float32, device=q.device)
-    return attend(q, cache, block_table[None], lens, rotary, scales, len(q))
+    parts, start = [], cached_len
+    for rows in q.tensor_split(-(-q.shape[0] // most)):
+        start += len(rows)
+        lens = torch.full((1,), start, dtype=torch.int64, device=q.device)
+        parts.append(attend(rows, cache, block_table[None], lens, rotary, scales, len(rows)))
+    if len(parts) == 1:
+        return parts[0]
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs), torch.cat(lses)
 
 
 def attend(

@@ -132,22 +132,19 @@ def test_bytes_become_bf16() -> None:
 
 def test_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     """On Hopper alone: bf16 or int8 beside it, blocks of 128, whole tiles in a DCA chunk, up to 64
-    lanes, and two rows of a sequence; bf16 can be switched off."""
+    lanes, rows for two launches."""
     case = oracle.make_case(300, Positions(256, 128), num_heads=14, num_kv_heads=2, **SHAPE)
     small = as_int8(case)
     assert not hopper_decode.supports(case.q, small.cache, case.rotary)
     monkeypatch.setattr(hopper_tile, "is_hopper", lambda device: True)
     for cache in (case.cache, small.cache):
-        assert hopper_decode.takes_decode(case.q, cache, case.rotary, None)
+        is_int8 = cache is small.cache
+        assert hopper_decode.takes_decode(case.q, cache, case.rotary, None) is is_int8
         none = torch.zeros(300, dtype=torch.int64)
         assert not hopper_decode.takes_decode(case.q, cache, case.rotary, KeySpans(none, none))
         assert hopper_decode.supports(case.q, cache, case.rotary)
-        for count, taken in ((0, False), (1, True), (2, True), (3, False)):
+        for count, taken in ((0, False), (1, True), (18, True), (19, False)):
             assert hopper_decode.takes_rows(case.q[:count], cache, case.rotary) is taken, count
-    with monkeypatch.context() as patch:
-        patch.setattr(hopper_decode, "TAKES_BF16", False)
-        assert not hopper_decode.takes_decode(case.q, case.cache, case.rotary, None)
-        assert hopper_decode.takes_decode(case.q, small.cache, case.rotary, None)
     short = case.rotary._replace(stride=250)
     assert not hopper_decode.supports(case.q, small.cache, short)
     plain = case.rotary._replace(stride=300, clamp=300)  # as long as its tables: one chunk
@@ -157,6 +154,3 @@ def test_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not hopper_decode.supports(case.q.half(), small.cache, case.rotary)
     wide = case.q[:, :1].expand(-1, 130, -1)
     assert not hopper_decode.supports(wide, small.cache, case.rotary)
-    for count, taken in ((1, True), (2, False)):  # 64 lanes and 128
-        rows = wide[:count, :128]
-        assert hopper_decode.takes_rows(rows, small.cache, case.rotary) is taken, count
