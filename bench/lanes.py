@@ -1,0 +1,151 @@
+"""Run a list of commands on several GPUs, those of one GPU one after the other.
+
+    python -m bench.lanes JOBS OUT
+
+A line of JOBS: which GPUs (``0``, or ``0,1``), seconds at the most, a name, and a bash command. A
+job begins when all jobs before it that share one of its GPUs have ended, whatever became of them,
+and sees its GPUs alone (``CUDA_VISIBLE_DEVICES``) and as many of the cores as its share of the GPUs.
+What it prints comes to OUT/NAME.log; OUT/status says, line by line, what ended when and how (124:
+its time was over). A name that OUT/status already has is left out: run it again after changes to
+JOBS. ``after:NAME`` as the first word of a command waits for that job, too, and leaves this one out
+where it failed (125).
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+TIME_OVER, LEFT_OUT = 124, 125
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A command and what it needs."""
+
+    gpus: frozenset[int]
+    limit_s: float
+    name: str
+    command: str
+    after: str = ""
+
+    @classmethod
+    def read(cls, line: str) -> Job:
+        """Read a line. Raises `ValueError` with what is wrong."""
+        parts = line.split(maxsplit=3)
+        if len(parts) < 4:
+            raise ValueError(f"{line!r}: write GPUS SECONDS NAME COMMAND")
+        gpus, limit, name, command = parts
+        first, _, rest = command.partition(" ")
+        after = first.removeprefix("after:") if first.startswith("after:") else ""
+        return cls(frozenset(map(int, gpus.split(","))), float(limit), name,
+                   rest if after else command, after)
+
+
+def read_jobs(text: str) -> list[Job]:
+    """Read all lines that are not empty or comments. Raises `ValueError` for a wrong one."""
+    jobs = [Job.read(line) for line in text.splitlines() if line.strip() and line[0] != "#"]
+    names = [job.name for job in jobs]
+    for number, job in enumerate(jobs):
+        if job.name in names[:number]:
+            raise ValueError(f"two jobs are named {job.name}")
+        if job.after and job.after not in names[:number]:
+            raise ValueError(f"{job.name} is after {job.after}, which no earlier job is named")
+    return jobs
+
+
+class Lanes:
+    """The jobs of one call."""
+
+    def __init__(self, jobs: Sequence[Job], out: Path) -> None:
+        self._jobs, self._out = jobs, out
+        self._status, self._lock = out / "status", threading.Lock()
+        out.mkdir(parents=True, exist_ok=True)
+        lines = self._status.read_text().splitlines() if self._status.exists() else []
+        self._codes = {line.split()[0]: int(line.split()[1]) for line in lines}
+        self._ended = {job.name: threading.Event() for job in jobs}
+
+    def run(self) -> int:
+        """Run what has not run; returns the number of jobs that failed."""
+        threads = [threading.Thread(target=self._follow, args=(number,))
+                   for number in range(len(self._jobs))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return sum(self._codes[job.name] != 0 for job in self._jobs)
+
+    def _follow(self, number: int) -> None:
+        job = self._jobs[number]
+        for other in self._jobs[:number]:
+            if other.gpus & job.gpus or other.name == job.after:
+                self._ended[other.name].wait()
+        if job.name not in self._codes:
+            begin = time.monotonic()
+            fails = job.after and self._codes[job.after] != 0
+            code = LEFT_OUT if fails else self._do(job)
+            with self._lock:
+                self._codes[job.name] = code
+                with self._status.open("a") as status:
+                    status.write(f"{job.name} {code} {time.monotonic() - begin:.0f} s, "
+                                 f"{time.strftime('%H:%M:%S')}\n")
+        self._ended[job.name].set()
+
+    def _do(self, job: Job) -> int:
+        every = sorted(frozenset().union(*(other.gpus for other in self._jobs)))
+        cores = sorted(os.sched_getaffinity(0))
+        share = max(1, len(cores) // len(every))
+        own = [core for gpu in sorted(job.gpus)
+               for core in cores[every.index(gpu) * share : (every.index(gpu) + 1) * share]]
+        command = ["taskset", "-c", ",".join(map(str, own or cores)), "bash", "-c", job.command]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(map(str, sorted(job.gpus)))}
+        with (self._out / f"{job.name}.log").open("wb") as log:
+            log.write(f"$ {shlex.join(command[3:])}\n".encode())
+            log.flush()
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT,
+                                       env=environment, start_new_session=True)
+            try:
+                return process.wait(job.limit_s)
+            except subprocess.TimeoutExpired:
+                return TIME_OVER
+            finally:
+                _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End what is left of a job, its children too."""
+    for what in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, what)
+        except ProcessLookupError:
+            return
+        try:
+            process.wait(3)
+        except subprocess.TimeoutExpired:
+            continue
+        time.sleep(0.2)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the jobs of a file."""
+    if len(arguments) != 2:
+        print(__doc__, file=sys.stderr)
+        return 2
+    try:
+        jobs = read_jobs(Path(arguments[0]).read_text())
+    except (OSError, ValueError) as error:
+        print(f"{arguments[0]}: {error}", file=sys.stderr)
+        return 2
+    return 1 if Lanes(jobs, Path(arguments[1])).run() else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
