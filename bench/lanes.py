@@ -3,8 +3,8 @@
     python -m bench.lanes JOBS OUT
 
 A line of JOBS: which GPUs (``0``, or ``0,1``), seconds at the most, a name, and a bash command. A
-job begins when all jobs before it that share one of its GPUs have ended, whatever became of them,
-and sees its GPUs alone (``CUDA_VISIBLE_DEVICES``) and as many of the cores as its share of the GPUs.
+job begins when all jobs before it that share one of its GPUs have ended, whatever became of them.
+It sees its GPUs alone (``CUDA_VISIBLE_DEVICES``), and as many cores as its share of the GPUs.
 What it prints comes to OUT/NAME.log; OUT/status says, line by line, what ended when and how (124:
 its time was over). A name that OUT/status already has is left out: run it again after changes to
 JOBS. ``after:NAME`` as the first word of a command waits for that job, too, and leaves this one out

@@ -32,7 +32,7 @@ from bench.tables_documents import documents_section
 from bench.tables_eval import eval_table, fidelity_section, phases_section, scores_section
 from bench.tables_pipeline import pipeline_section
 from bench.tables_quality import policies_section, quality_section
-from bench.tables_train import effects_section, goals_section
+from bench.tables_train import effects_section, extensions_section, goals_section
 from longspan.commands.console import note
 from longspan.commands.results import read_bench, read_file
 from longspan.errors import LongspanError
@@ -121,12 +121,13 @@ SECTIONS: dict[str, Callable[[Sequence[Content]], str]] = {
     "ttft": ttft_section, "decode": decode_section, "ops": ops_section, "serve": serve_section,
     "pipeline": pipeline_section, "quality": quality_section, "policies": policies_section,
     "scores": scores_section, "fidelity": fidelity_section, "phases": phases_section,
-    "goals": goals_section, "effects": effects_section, "cache": cache_section,
-    "documents": documents_section}
+    "goals": goals_section, "effects": effects_section, "extensions": extensions_section,
+    "cache": cache_section, "documents": documents_section}
 PLOTS: dict[str, Callable[[Content, Path], list[Path]]] = {
     "ttft": draw_ttft, "eval": draw_eval, "fidelity": draw_heads,
     "pipeline": draw_pipeline, "policies": draw_quality}
-BENCHES = {"scores": "eval", "phases": "eval", "goals": "eval", "policies": "quality"}
+BENCHES = {"scores": "eval", "phases": "eval", "goals": "eval", "policies": "quality",
+           "extensions": "train"}
 """Sections of another bench's files than their name says."""
 
 

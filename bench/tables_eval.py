@@ -19,6 +19,8 @@ SHOWN_BY = ("passkey", "ruler-11", "ruler-retrieval")
 """A row without any of these holds a question or two, for times."""
 AFTER = "-after-"
 """In the name of a model that was judged after a phase of its training, before the phase's name."""
+PLAIN = "rope"
+"""How a training's phases are judged, unless a row says otherwise."""
 Cells = dict[tuple[Any, ...], Row]
 
 
@@ -83,21 +85,34 @@ def phases_section(contents: Sequence[Content]) -> str:
     parts = []
     for content in contents:
         models = dict.fromkeys(row["model"] for row in content["rows"] if AFTER in row["model"])
-        rows = {(row["model"], row["task"], row["num_tokens"]): row
+        rows = {((row["model"], row["attention"]), row["task"], row["num_tokens"]): row
                 for model in models for row in _whole(content, model)}
         for base in dict.fromkeys(model.partition(AFTER)[0] for model in models):
-            phases = sorted((model for model in models if model.startswith(base + AFTER)),
-                            key=lambda model: int(model.partition(AFTER)[2].rstrip("k")))
-            lengths = sorted({length for model, _, length in rows if model in phases and length})
-            body = [[model.partition(AFTER)[2], SHORT[task],
-                     *(_score(rows.get((model, task, length))) for length in lengths)]
-                    for task in SHORT for model in phases]
-            own = [row for (model, _, _), row in rows.items() if model in phases]
+            own = {key: row for key, row in rows.items() if row["model"].startswith(base + AFTER)}
+            phases = sorted(dict.fromkeys(phase for phase, _, _ in own), key=_phase_order)
+            lengths = sorted({length for _, _, length in own if length})
+            body = [[_phase_label(*phase), SHORT[task],
+                     *(_score(own.get((phase, task, length))) for length in lengths)]
+                    for task in SHORT for phase in phases]
+            plain = "plain RoPE" + (
+                "" if all(arm == PLAIN for _, arm in phases) else " unless it says otherwise")
             parts.append(caption(
-                dated(content, own),
-                f"{base} after each phase, plain RoPE: % right (95 % interval; questions)")
+                dated(content, own.values()),
+                f"{base} after each phase, {plain}: % right (95 % interval; questions)")
                 + markdown(["after", "", *(f"{length:,}" for length in lengths)], body))
     return "\n".join(parts)
+
+
+def _phase_order(phase: tuple[str, str]) -> tuple[int, bool]:
+    """Order phases by their length, what has none before them; plain RoPE comes first."""
+    model, arm = phase
+    number = model.partition(AFTER)[2].rstrip("k")
+    return (int(number) if number.isdecimal() else 0, arm != PLAIN)
+
+
+def _phase_label(model: str, arm: str) -> str:
+    name = model.partition(AFTER)[2]
+    return name if arm == PLAIN else f"{name}, {arm}"
 
 
 def fidelity_section(contents: Sequence[Content]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from bench.tables import Content, Row, caption, dated, markdown
@@ -14,6 +14,7 @@ STAGES = ("shipped", "base", "practice", "sft", "dpo")
 """In the order of the columns; others follow."""
 FIRST = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2",
          "niah_multikey_3")
+HELD_OUT = "held_out_bits_per_byte"
 GOALS: Mapping[str, tuple[tuple[str, ...], str | None, str]] = {
     "single and multi-key": (FIRST, None, "100"),
     "multi-query": (("niah_multiquery",), None, ">= 95"),
@@ -96,5 +97,21 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
-SECTIONS: dict[str, Callable[[Sequence[Content]], str]] = {
-    "goals": goals_section, "effects": effects_section}
+def extensions_section(contents: Sequence[Content]) -> str:
+    """Return what each phase of extending a checkpoint took, and what short contexts lost by it."""
+    head = ["phase", "tokens", "tokens/s", "TFLOP/s", "loss", "held-out bits per byte", "of before"]
+    parts = []
+    for content in contents:
+        for model in dict.fromkeys(row["model"] for row in content["rows"] if "before" in row):
+            rows = [row for row in content["rows"] if row["model"] == model]
+            first = next(row["before"][HELD_OUT] for row in rows if "before" in row)
+            body = [["none", "", "", "", "", f"{first:.4f}", ""]]
+            for row in sorted(rows, key=lambda row: int(row["phase"].rstrip("k"))):
+                bits = (row["gate"] or {}).get(HELD_OUT)
+                body.append([
+                    row["phase"], f"{row['num_tokens_trained']:,}", f"{row['tokens_per_s']:,}",
+                    f"{row['tflops']:.0f}", f"{row['loss']:.4f}",
+                    "not run" if bits is None else f"{bits:.4f}",
+                    "" if bits is None else f"{100 * (bits / first - 1):+.2f} %"])
+            parts.append(caption(dated(content, rows), model) + markdown(head, body))
+    return "\n".join(parts)

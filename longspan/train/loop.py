@@ -31,7 +31,7 @@ from longspan.train.model import (
 from longspan.train.objective import CrossEntropy, Objective
 from longspan.train.phases import Phase, Shape, learning_rate, validate_phases
 from longspan.train.report import device_facts
-from longspan.train.run_log import LOG_FILE, RunLog, read_log
+from longspan.train.run_log import BEFORE, LOG_FILE, RunLog, read_log
 from longspan.train.state import STATE_FILE, Progress, load_state, save_state, shapes
 from longspan.train.step import Step
 from longspan.train.world import World
@@ -44,8 +44,6 @@ Before = Callable[[Step, Callable[[], bool]], Feed | None]
 """Looks at the untrained model until it is told that time is up."""
 LONG_ROW = 32_768
 """Row length above which each step is logged: one takes seconds."""
-BEFORE = "before"
-"""The gate's name for the model that a run starts from."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,20 +7,22 @@ import platform
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 import transformers
 
 from longspan.files.whole import make_folder, replace_file
-from longspan.train.run_log import read_log
+from longspan.train.run_log import BEFORE, read_log
 
 WINDOW = 10
 
 
 def phase_rows(log: list[dict[str, Any]], model: str) -> list[dict[str, Any]]:
-    """One row per phase: tokens, seconds, mean loss and bits per byte of its last log rows,
-    and the gate's numbers when it had one."""
+    """One row per phase: tokens, seconds, TFLOP/s of its steps (median), mean loss and bits per
+    byte of its last log rows, and the gate's numbers when it had one; the first phase's row also
+    has those of the model before it."""
     rows: list[dict[str, Any]] = []
     names = list(dict.fromkeys(r["phase"] for r in log if "phase" in r))
     for name in names:
@@ -34,6 +36,7 @@ def phase_rows(log: list[dict[str, Any]], model: str) -> list[dict[str, Any]]:
         row = {
             "model": model, "phase": name, "num_tokens_trained": tokens,
             "seconds": round(seconds, 2), "tokens_per_s": round(tokens / seconds),
+            "tflops": round(median(r["tflops"] for r in steps), 1),
             "loss": round(sum(r["loss"] for r in last) / len(last), 4),
             "bits_per_byte": round(sum(r["bits_per_byte"] for r in last) / len(last), 4),
             "answer_accuracy": round(sum(hits) / len(hits), 5) if hits else None,
@@ -41,6 +44,9 @@ def phase_rows(log: list[dict[str, Any]], model: str) -> list[dict[str, Any]]:
         gates = [r for r in log if r.get("gate") == name]
         row["gate"] = {k: v for k, v in gates[-1].items() if k != "gate"} if gates else None
         rows.append(row)
+    untrained = [r for r in log if r.get("gate") == BEFORE]
+    if rows and untrained:
+        rows[0]["before"] = {k: v for k, v in untrained[-1].items() if k != "gate"}
     return rows
 
 

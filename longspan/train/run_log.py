@@ -11,6 +11,8 @@ from longspan.errors import LongspanError
 from longspan.files.whole import replace_file
 
 LOG_FILE = "log.jsonl"
+BEFORE = "before"
+"""The gate's name for the model that a run starts from."""
 
 
 class RunLog:

@@ -243,3 +243,15 @@ def test_phases_stand_in_order_and_apart_from_other_models() -> None:
     assert [line.split(" | ")[0] for line in lines] == ["| 4k", "| 128k"]
     assert lines[0].endswith("| 50 (10-90; 8) | not run |")
     assert "after" not in eval_table(content) and "| 25 (10-90; 8) |" in eval_table(content)
+    assert "each phase, plain RoPE: %" in phases_section([content])
+
+
+def test_what_precedes_all_phases_stands_first_and_dca_beside_plain_rope() -> None:
+    rows = [{"model": f"toy-after-{phase}", "task": "ruler-11", "num_tokens": 4096, "n": 8,
+             "attention": arm, "depth": None, "score": 0.5, "ci_low": 0.1, "ci_high": 0.9}
+            for phase, arm in (("128k", "rope"), ("none", "dca+yarn"), ("none", "rope"))]
+    text = phases_section([{"device": {"name": "a GPU", "count": 1}, "date": "2026-11-28",
+                            "rows": rows}])
+    found = [line.split(" | ")[0] for line in text.splitlines() if "RULER-11" in line]
+    assert found == ["| none", "| none, dca+yarn", "| 128k"]
+    assert "plain RoPE unless it says otherwise" in text

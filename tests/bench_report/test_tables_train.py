@@ -13,7 +13,8 @@ import pytest
 
 from bench import effects, report
 from bench.tables_eval import eval_table
-from bench.tables_train import effects_section, goals_section
+from bench.tables_train import effects_section, extensions_section, goals_section
+from longspan.train.report import phase_rows
 
 HEAD = {"device": {"name": "a GPU", "count": 1}, "date": "2026-11-29"}
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,3 +99,34 @@ def test_goals_are_measured_by_one_command(tmp_path: Path) -> None:
     tasks = [json.loads(line)["task"] for file in (tmp_path / "out").rglob("samples.jsonl")
              for line in file.read_text().splitlines()]
     assert set(tasks) == {"absent", "fresh_wordings", "niah_single_1", "unseen_wordings", "vt"}
+
+
+def test_an_extension_says_what_short_contexts_lost() -> None:
+    """From the log of a run to the table; a model from nothing has no line before."""
+    steps = [{"phase": phase, "num_tokens": tokens, "seconds": 2.0, "tflops": 300.0, "loss": 1.5,
+              "bits_per_byte": 0.6, "answer_accuracy": None, "peak_memory_gib": 9.0}
+             for phase, tokens in (("64k", 100), ("64k", 200), ("128k", 300))]
+    gates = [{"gate": "before", "held_out_bits_per_byte": 0.5}, *steps[:2],
+             {"gate": "64k", "held_out_bits_per_byte": 0.505}, steps[2]]
+    rows = phase_rows(gates, "toy") + phase_rows(steps, "new")
+    assert [row["tflops"] for row in rows] == [300.0] * 4
+    lines = extensions_section([{**HEAD, "rows": rows}]).splitlines()
+    assert lines[0] == "toy (a GPU, 2026-11-29)" and len(lines) == 7
+    assert lines[4:] == ["| none |  |  |  |  | 0.5000 |  |",
+                         "| 64k | 200 | 50 | 300 | 1.5000 | 0.5050 | +1.00 % |",
+                         "| 128k | 100 | 50 | 300 | 1.5000 | not run |  |"]
+
+
+def test_an_extension_is_judged_by_one_command(tmp_path: Path) -> None:
+    """Before it, by DCA and after it, each at both lengths."""
+    made = subprocess.run(
+        ["bash", ROOT / "bench" / "eval_extension.sh", "nano", "nano", tmp_path / "out"],
+        cwd=ROOT, capture_output=True, text=True, check=False, env={
+            **os.environ, "PYTHON": sys.executable, "LENGTHS": "700 900", "N": "1 2", "GIB": "1",
+            "NAME": "toy", "MOST": "4096", "TASKS": "niah_single_1", "PYTHONPATH": str(ROOT)})
+    assert made.returncode == 0 and not made.stdout, made.stdout + made.stderr
+    found = sorted((file.parent.parent.name, len(file.read_text().splitlines()))
+                   for file in (tmp_path / "out").rglob("samples.jsonl"))
+    assert found == [(f"{what}-{length}", count)
+                     for what in ("128k-rope", "none-dca+yarn", "none-rope")
+                     for length, count in (("700", 1), ("900", 2))]
