@@ -38,8 +38,8 @@ from longspan.ops.types import PagedKV
 POLL_S = 0.1
 LOST_S = 2.0
 """A collective may fail before the loss that it fails by is known."""
-LEAVE_S = 5.0
-"""A lost rank's collective ends with an error, but not at once."""
+LEAVE_S = 10.0
+"""A lost rank's collective ends with an error, but not at once, least of all on busy cores."""
 Result = TypeVar("Result")
 
 
@@ -220,11 +220,14 @@ class LeadRunner:
             self._thread.begin(self._leave).result(LEAVE_S)
 
     def _leave(self) -> None:
-        self._runner.close()
-        gc.collect()  # NCCL waits for graphs that hold its collectives
-        abort_collectives()  # and for other ranks, which have ended
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        try:
+            self._runner.close()
+            if _has_nccl():  # it waits for graphs that hold its collectives
+                gc.collect()
+            abort_collectives()  # and for other ranks, which have ended
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
     def _send_and_launch(
         self, message: Compute, batch: ScheduledBatch,
@@ -235,6 +238,10 @@ class LeadRunner:
 
 def abort_collectives() -> None:
     """Wake what waits on a GPU for a rank that is lost."""
-    if dist.is_initialized() and dist.get_backend() == "nccl":
+    if _has_nccl():
         with contextlib.suppress(Exception):
             dist.distributed_c10d._abort_process_group()
+
+
+def _has_nccl() -> bool:
+    return dist.is_initialized() and dist.get_backend() == "nccl"
