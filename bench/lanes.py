@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TIME_OVER, LEFT_OUT = 124, 125
+SAVE_S = 20.0
+"""A job whose time is over is asked to end, and after so long made to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,17 +123,17 @@ class Lanes:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End what is left of a job, its children too."""
+    """End what is left of a job, its children too, which may first save what they have."""
     for what in (signal.SIGTERM, signal.SIGKILL):
+        end = time.monotonic() + SAVE_S
         try:
             os.killpg(process.pid, what)
+            while time.monotonic() < end:
+                process.poll()
+                os.killpg(process.pid, 0)
+                time.sleep(0.05)
         except ProcessLookupError:
             return
-        try:
-            process.wait(3)
-        except subprocess.TimeoutExpired:
-            continue
-        time.sleep(0.2)
 
 
 def main(arguments: Sequence[str]) -> int:

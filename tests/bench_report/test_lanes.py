@@ -58,10 +58,20 @@ def test_what_fails_holds_up_what_is_after_it_alone(tmp_path: Path) -> None:
 
 
 def test_time_is_over_for_children_too(tmp_path: Path) -> None:
-    child = tmp_path / "child"
-    jobs = read_jobs(f"0 0.5 a (sleep 2; touch {child}) & sleep 30")
+    """They may save what they have; one that does not end is made to."""
+    child, saved = tmp_path / "child", tmp_path / "saved"
+    jobs = read_jobs(
+        f"0 0.5 a (trap 'sleep 0.5; touch {saved}; exit' TERM; sleep 2 & wait; touch {child}) & "
+        "sleep 30")
     begin = time.monotonic()
     assert Lanes(jobs, tmp_path).run() == 1
     assert time.monotonic() - begin < 8 and status(tmp_path) == {"a": 124}
-    time.sleep(2)
-    assert not child.exists()
+    assert saved.exists() and not child.exists()
+
+
+def test_what_does_not_end_is_made_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.lanes.SAVE_S", 0.5)
+    jobs = read_jobs("0 0.3 a trap '' TERM; for i in 1 2 3 4 5 6 7 8 9; do sleep 1; done")
+    begin = time.monotonic()
+    assert Lanes(jobs, tmp_path).run() == 1
+    assert time.monotonic() - begin < 5
