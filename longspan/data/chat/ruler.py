@@ -33,6 +33,9 @@ FWE_ASK = ("Question: Do not provide any explanation. Please ignore the dots '..
 FWE_FRAME = (" Answer: According to the coded text above, the three most frequently appeared words "
              "are:")
 REFUSAL = "The text does not say."
+VALUES = (15, 10, 15, 60)
+"""Shares of keys with one to four values in documents where keys have several. Four, as in RULER,
+are most of them: the last of several values is what a small model misses longest."""
 _NEEDLE_LEN, _HOP_LEN = 32, 16
 _NIAH_TURN, _VT_TURN = 110, 110
 """Tokens of a question with its answer, about."""
@@ -60,9 +63,9 @@ def ruler_niah(
     keys = list(dict.fromkeys(make_key(rng, key_kind, words) for _ in range(num_keys)))
     values: dict[str, list[str]] = {}
     used: set[str] = set()
-    is_single = rng.random() < 0.25 or haystack == "needles"
+    is_single = rng.random() < 0.3 or haystack == "needles"
     for key in keys:
-        count = 1 if is_single else rng.choices((1, 2, 3, 4), (35, 12, 13, 40))[0]
+        count = 1 if is_single else rng.choices((1, 2, 3, 4), VALUES)[0]
         values[key] = []
         while len(values[key]) < count:
             value = make_value(rng, kind, words)
