@@ -14,6 +14,7 @@ where it failed (125).
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -25,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TIME_OVER, LEFT_OUT = 124, 125
+LINE = re.compile(r"(\d+(?:,\d+)*)\s+(\d+(?:\.\d+)?)\s+([\w.-]+)\s+(?:after:([\w.-]+)\s+)?"
+                  r"(?!after:)(.*\S.*)")
 SAVE_S = 20.0
 """A job whose time is over is asked to end, and after so long made to."""
 
@@ -42,19 +45,20 @@ class Job:
     @classmethod
     def read(cls, line: str) -> Job:
         """Read a line. Raises `ValueError` with what is wrong."""
-        parts = line.split(maxsplit=3)
-        if len(parts) < 4:
-            raise ValueError(f"{line!r}: write GPUS SECONDS NAME COMMAND")
-        gpus, limit, name, command = parts
-        first, _, rest = command.partition(" ")
-        after = first.removeprefix("after:") if first.startswith("after:") else ""
-        return cls(frozenset(map(int, gpus.split(","))), float(limit), name,
-                   rest if after else command, after)
+        found = LINE.fullmatch(line.strip())
+        if found is None:
+            raise ValueError(f"{line!r}: write GPUS SECONDS NAME COMMAND, as in 0,1 600 name ls; a "
+                             "name has letters, digits, '.', '_' and '-'")
+        gpus, limit, name, after, command = found.groups()
+        return cls(frozenset(map(int, gpus.split(","))), float(limit), name, command, after or "")
 
 
 def read_jobs(text: str) -> list[Job]:
     """Read all lines that are not empty or comments. Raises `ValueError` for a wrong one."""
-    jobs = [Job.read(line) for line in text.splitlines() if line.strip() and line[0] != "#"]
+    lines = [line.strip() for line in text.splitlines()]
+    jobs = [Job.read(line) for line in lines if line and line[0] != "#"]
+    if not jobs:
+        raise ValueError("there are no jobs")
     names = [job.name for job in jobs]
     for number, job in enumerate(jobs):
         if job.name in names[:number]:
@@ -72,34 +76,52 @@ class Lanes:
         self._status, self._lock = out / "status", threading.Lock()
         out.mkdir(parents=True, exist_ok=True)
         lines = self._status.read_text().splitlines() if self._status.exists() else []
-        self._codes = {line.split()[0]: int(line.split()[1]) for line in lines}
+        found = [re.match(r"(\S+) (-?\d+) ", line) for line in lines]
+        self._codes = {one[1]: int(one[2]) for one in found if one}  # a cut line does not count
         self._ended = {job.name: threading.Event() for job in jobs}
+        self._is_over = threading.Event()
 
     def run(self) -> int:
-        """Run what has not run; returns the number of jobs that failed."""
+        """Run what has not run; returns the number of jobs that failed. SIGTERM and Ctrl-C end what
+        runs, and no other job begins."""
         threads = [threading.Thread(target=self._follow, args=(number,))
                    for number in range(len(self._jobs))]
+        before = signal.signal(signal.SIGTERM, lambda *_: self._is_over.set())
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
-        return sum(self._codes[job.name] != 0 for job in self._jobs)
+        try:
+            while any(thread.is_alive() for thread in threads):
+                time.sleep(0.1)
+        except KeyboardInterrupt:
+            self._is_over.set()
+        finally:
+            for thread in threads:
+                thread.join()
+            signal.signal(signal.SIGTERM, before)
+        return sum(self._codes.get(job.name) != 0 for job in self._jobs)
 
     def _follow(self, number: int) -> None:
         job = self._jobs[number]
         for other in self._jobs[:number]:
             if other.gpus & job.gpus or other.name == job.after:
                 self._ended[other.name].wait()
-        if job.name not in self._codes:
-            begin = time.monotonic()
-            fails = job.after and self._codes[job.after] != 0
-            code = LEFT_OUT if fails else self._do(job)
-            with self._lock:
-                self._codes[job.name] = code
-                with self._status.open("a") as status:
-                    status.write(f"{job.name} {code} {time.monotonic() - begin:.0f} s, "
-                                 f"{time.strftime('%H:%M:%S')}\n")
-        self._ended[job.name].set()
+        try:
+            if job.name not in self._codes and not self._is_over.is_set():
+                self._run(job)
+        finally:
+            self._ended[job.name].set()
+
+    def _run(self, job: Job) -> None:
+        begin = time.monotonic()
+        fails = job.after and self._codes.get(job.after) != 0
+        code = LEFT_OUT if fails else self._do(job)
+        if self._is_over.is_set():
+            return  # it runs anew in the next call
+        with self._lock:
+            self._codes[job.name] = code
+            with self._status.open("a") as status:
+                status.write(f"{job.name} {code} {time.monotonic() - begin:.0f} s, "
+                             f"{time.strftime('%H:%M:%S')}\n")
 
     def _do(self, job: Job) -> int:
         every = sorted(frozenset().union(*(other.gpus for other in self._jobs)))
@@ -114,9 +136,12 @@ class Lanes:
             log.flush()
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT,
                                        env=environment, start_new_session=True)
+            end = time.monotonic() + job.limit_s
             try:
-                return process.wait(job.limit_s)
-            except subprocess.TimeoutExpired:
+                while time.monotonic() < end and not self._is_over.is_set():
+                    if (code := process.poll()) is not None:
+                        return code
+                    time.sleep(0.05)
                 return TIME_OVER
             finally:
                 _end(process)
@@ -146,7 +171,11 @@ def main(arguments: Sequence[str]) -> int:
     except (OSError, ValueError) as error:
         print(f"{arguments[0]}: {error}", file=sys.stderr)
         return 2
-    return 1 if Lanes(jobs, Path(arguments[1])).run() else 0
+    try:
+        return 1 if Lanes(jobs, Path(arguments[1])).run() else 0
+    except OSError as error:
+        print(f"{arguments[1]}: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.plots_eval import arms_of
 from bench.tables import Content, Row, caption, dated, markdown
-from bench.tables_train import AT
+from bench.tables_train import AT, phase_len
 
 COLUMNS = ("passkey", "ruler-11", "ruler-retrieval", "ruler-tracking", "ruler-counting")
 SHORT = {"ruler-11": "RULER-11", "ruler-retrieval": "its retrieval", "ruler-tracking": "tracking",
@@ -106,8 +106,7 @@ def phases_section(contents: Sequence[Content]) -> str:
 def _phase_order(phase: tuple[str, str]) -> tuple[int, bool]:
     """Order phases by their length, what has none before them; plain RoPE comes first."""
     model, arm = phase
-    number = model.partition(AFTER)[2].rstrip("k")
-    return (int(number) if number.isdecimal() else 0, arm != PLAIN)
+    return (phase_len(model.partition(AFTER)[2]), arm != PLAIN)
 
 
 def _phase_label(model: str, arm: str) -> str:

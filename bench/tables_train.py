@@ -27,6 +27,12 @@ GOALS: Mapping[str, tuple[tuple[str, ...], str | None, str]] = {
 """Tasks of each line, the value that counts (None: the score), and the goal."""
 
 
+def phase_len(name: str) -> int:
+    """Return the length that a phase is named by, tokens; 0 where its name has none."""
+    number = name.rstrip("k")
+    return int(number) * (1024 if name.endswith("k") else 1) if number.isdecimal() else 0
+
+
 def goals_section(contents: Sequence[Content]) -> str:
     """Return each goal at each length, a column for each stage."""
     parts = []
@@ -102,11 +108,12 @@ def extensions_section(contents: Sequence[Content]) -> str:
     head = ["phase", "tokens", "tokens/s", "TFLOP/s", "loss", "held-out bits per byte", "of before"]
     parts = []
     for content in contents:
-        for model in dict.fromkeys(row["model"] for row in content["rows"] if "before" in row):
+        untrained = {row["model"]: row["before"][HELD_OUT] for row in content["rows"]
+                     if HELD_OUT in row.get("before", {})}
+        for model, first in untrained.items():
             rows = [row for row in content["rows"] if row["model"] == model]
-            first = next(row["before"][HELD_OUT] for row in rows if "before" in row)
             body = [["none", "", "", "", "", f"{first:.4f}", ""]]
-            for row in sorted(rows, key=lambda row: int(row["phase"].rstrip("k"))):
+            for row in sorted(rows, key=lambda row: phase_len(row["phase"])):
                 bits = (row["gate"] or {}).get(HELD_OUT)
                 body.append([
                     row["phase"], f"{row['num_tokens_trained']:,}", f"{row['tokens_per_s']:,}",

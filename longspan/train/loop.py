@@ -86,7 +86,10 @@ class RunConfig:
         return {
             **feed.identity, **{name: str(getattr(self, name)) for name in names},
             "model": shapes(model.state_dict()),
-            **{f"phase {phase.name}": f"{i} {phase}" for i, phase in enumerate(phases)}}
+            **{f"phase {phase.name}": f"{i} {phase}" for i, phase in enumerate(phases)},
+            # apart, so that runs from before there were any are resumed
+            **{f"tasks of phase {phase.name}": str(dict(phase.tasks))
+               for phase in phases if phase.tasks}}
 
 
 class _Run:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from longspan.errors import LongspanError
 
@@ -35,7 +35,7 @@ class Phase:
     full_share: float = 1.0
     """Share of the sequences at ``seq_len``."""
     tokens_per_step: int = TOKENS_PER_STEP
-    tasks: Mapping[str, float] | None = None
+    tasks: Mapping[str, float] | None = field(default=None, repr=False)
     """Shares of the tasks of its rows, where they are not those of the other phases."""
 
     def __post_init__(self) -> None:

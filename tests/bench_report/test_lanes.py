@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from bench.lanes import Job, Lanes, main, read_jobs
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def status(out: Path) -> dict[str, int]:
@@ -22,6 +28,10 @@ def test_a_line() -> None:
 
 @pytest.mark.parametrize(("text", "said"), [
     ("0 30 name", "write GPUS SECONDS NAME COMMAND"),
+    ("0 nan name true", "write GPUS SECONDS NAME COMMAND"),
+    ("0 30 a/b true", "write GPUS SECONDS NAME COMMAND"),
+    ("0 30 a true\n0 30 b after:a", "write GPUS SECONDS NAME COMMAND"),
+    ("# nothing", "there are no jobs"),
     ("0 30 a true\n1 30 a true", "two jobs are named a"),
     ("0 30 a after:b true", "a is after b, which no earlier job is named"),
 ])
@@ -75,3 +85,17 @@ def test_what_does_not_end_is_made_to(tmp_path: Path, monkeypatch: pytest.Monkey
     begin = time.monotonic()
     assert Lanes(jobs, tmp_path).run() == 1
     assert time.monotonic() - begin < 5
+
+
+def test_a_call_that_is_ended_leaves_nothing_behind(tmp_path: Path) -> None:
+    """What ran runs anew in the next call."""
+    pid, jobs = tmp_path / "pid", tmp_path / "jobs"
+    jobs.write_text(f"0 60 a echo $$ > {pid}; sleep 50\n0 60 b true\n")
+    call = subprocess.Popen([sys.executable, "-m", "bench.lanes", jobs, tmp_path / "out"], cwd=ROOT)
+    while not pid.exists() or not pid.read_text():
+        time.sleep(0.05)
+    call.send_signal(signal.SIGTERM)
+    assert call.wait(20) == 1
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+    assert not (tmp_path / "out" / "status").exists()

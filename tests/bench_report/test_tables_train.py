@@ -103,9 +103,10 @@ def test_goals_are_measured_by_one_command(tmp_path: Path) -> None:
 
 def test_an_extension_says_what_short_contexts_lost() -> None:
     """From the log of a run to the table; a model from nothing has no line before."""
-    steps = [{"phase": phase, "num_tokens": tokens, "seconds": 2.0, "tflops": 300.0, "loss": 1.5,
-              "bits_per_byte": 0.6, "answer_accuracy": None, "peak_memory_gib": 9.0}
-             for phase, tokens in (("64k", 100), ("64k", 200), ("128k", 300))]
+    steps: list[dict[str, Any]] = [
+        {"phase": phase, "num_tokens": tokens, "seconds": 2.0, "tflops": 300.0, "loss": 1.5,
+         "bits_per_byte": 0.6, "answer_accuracy": None, "peak_memory_gib": 9.0}
+        for phase, tokens in (("64k", 100), ("64k", 200), ("128k", 300))]
     gates = [{"gate": "before", "held_out_bits_per_byte": 0.5}, *steps[:2],
              {"gate": "64k", "held_out_bits_per_byte": 0.505}, steps[2]]
     rows = phase_rows(gates, "toy") + phase_rows(steps, "new")
@@ -124,9 +125,21 @@ def test_an_extension_is_judged_by_one_command(tmp_path: Path) -> None:
         cwd=ROOT, capture_output=True, text=True, check=False, env={
             **os.environ, "PYTHON": sys.executable, "LENGTHS": "700 900", "N": "1 2", "GIB": "1",
             "NAME": "toy", "MOST": "4096", "TASKS": "niah_single_1", "PYTHONPATH": str(ROOT)})
-    assert made.returncode == 0 and not made.stdout, made.stdout + made.stderr
+    assert made.returncode == 0 and not made.stderr, made.stdout + made.stderr
     found = sorted((file.parent.parent.name, len(file.read_text().splitlines()))
                    for file in (tmp_path / "out").rglob("samples.jsonl"))
     assert found == [(f"{what}-{length}", count)
                      for what in ("128k-rope", "none-dca+yarn", "none-rope")
                      for length, count in (("700", 1), ("900", 2))]
+
+
+@pytest.mark.parametrize(("settings", "status", "said"), [
+    ({"PYTHON": "true", "LENGTHS": "1k 2k", "N": "5"}, 2, "LENGTHS has 2 entries, N 1"),
+    ({"PYTHON": "false", "LENGTHS": "1k 2k", "N": "5 5"}, 1, "status 1")])
+def test_what_fails_of_an_extension_is_told(
+    tmp_path: Path, settings: dict[str, str], status: int, said: str,
+) -> None:
+    made = subprocess.run(
+        ["bash", ROOT / "bench" / "eval_extension.sh", "a", "b", tmp_path / "out"], check=False,
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, **settings})
+    assert made.returncode == status and said in made.stderr

@@ -64,11 +64,16 @@ class DiskIndex:
 
     def touch(self, name: str) -> None:
         """Count a file as just used, and those that it continues as used after it."""
-        seen = set[str]()
-        while name in self._runs and name not in seen:
-            seen.add(name)
-            self._runs.move_to_end(name)
+        for each in self._chain(name):
+            self._runs.move_to_end(each)
+
+    def _chain(self, name: str) -> list[str]:
+        """Return a file and those that it continues, itself first."""
+        found = dict[str, None]()
+        while name in self._runs and name not in found:
+            found[name] = None
             name = self._file_of.get(self._runs[name].parent, "")
+        return list(found)
 
     def begin_read(self, name: str) -> None:
         """Keep a file until `end_read`."""
@@ -81,16 +86,21 @@ class DiskIndex:
         if not self._readers[name]:
             del self._readers[name]
 
-    def make_room(self, num_bytes: int) -> list[str] | None:
+    def make_room(self, num_bytes: int, parent: bytes = b"") -> list[str] | None:
         """Forget the files used longest ago until ``num_bytes`` fit; returns their names.
 
         None: there is no room for that many, and nothing was forgotten.
+
+        Args:
+            parent: last hash before the run that is to be written: without the files that it
+                continues it would be worth nothing.
         """
         victims, room = list[str](), self._room_bytes - self.num_bytes
+        kept = {*self._readers, *self._chain(self._file_of.get(parent, ""))}
         for name, run in self._runs.items():
             if room >= num_bytes:
                 break
-            if name not in self._readers:
+            if name not in kept:
                 victims.append(name)
                 room += run.num_bytes
         if room < num_bytes:

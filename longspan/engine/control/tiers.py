@@ -82,6 +82,8 @@ class Tiers:
         self.disk = DiskIndex(
             index_of(Path(config.folder), key) if config.folder else (), config.disk_bytes)
         self._queue = CopyQueue(config)
+        for name in self.disk.make_room(0) or ():  # the budget may have been larger before
+            self._queue.push(Job(kind="drop", file=name))
         self._writer = WriteBehind(config, pool, self.host, self.disk, self._queue, key=key,
                                    block_size=block_size)
         self._loading: dict[str, Loading] = {}

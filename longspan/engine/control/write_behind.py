@@ -184,7 +184,7 @@ class WriteBehind:
     def _write(self, run: Run) -> None:
         """Order the file of a run whose blocks are all in slots."""
         reserved = self._stored(run, []) if run.hashes else None
-        victims = self._disk.make_room(reserved.num_bytes) if reserved else None
+        victims = self._disk.make_room(reserved.num_bytes, run.parent) if reserved else None
         if reserved is None or victims is None:
             self._end(run)
             return

@@ -37,6 +37,8 @@ SAME_EVERYWHERE = ("dtype", "max_model_len", "attention", "positions", "recall",
                    "pipeline_parallel", "tensor_parallel")
 HUB_KEY, OPEN_TOKEN = "longspan/hub", "longspan"
 """Where torchrun's store has rank 0's port and the token; the token where there is no store."""
+RANKS_A_CORE = 4
+"""More of them on CPUs are taken for a slip: they would only take the machine's time."""
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -66,6 +68,9 @@ def open_group(asked: EngineConfig) -> tuple[EngineConfig, Hub | None]:
     if config.device == "cuda" and size > torch.cuda.device_count():
         raise LongspanError(f"{size} ranks need as many GPUs, and this machine has "
                             f"{torch.cuda.device_count()}")
+    if config.device == "cpu" and size > RANKS_A_CORE * num_cores():
+        raise LongspanError(f"{size} ranks on {num_cores()} cores: each needs a core of its own to "
+                            "bring anything; ask for fewer ranks")
     configs = [of_rank(replace(asked, device=config.device), rank, size)
                for rank in range(size)]
     hub = Hub(size)
@@ -117,8 +122,14 @@ def of_rank(config: EngineConfig, local_rank: int, num_local: int) -> EngineConf
     """Return the configuration of one of a machine's ranks: its GPU, or its share of the cores."""
     if config.device != "cpu":
         return replace(config, device=f"cuda:{local_rank}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return replace(config, num_threads=config.num_threads or max(1, (cores or 1) // num_local))
+    return replace(config, num_threads=config.num_threads or max(1, num_cores() // num_local))
+
+
+def num_cores() -> int:
+    """Count the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def group_memory(hub: Hub | None) -> DeviceMemory | None:

@@ -222,10 +222,10 @@ class LeadRunner:
     def _leave(self) -> None:
         try:
             self._runner.close()
+        finally:
             if _has_nccl():  # it waits for graphs that hold its collectives
                 gc.collect()
             abort_collectives()  # and for other ranks, which have ended
-        finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
 

@@ -102,7 +102,8 @@ def _check_size(name: str, gib: float, block_bytes: int) -> None:
     num_bytes = int(gib * GIB)
     if num_bytes < MIN_SLOTS * block_bytes:
         raise LongspanError(
-            f"{name} {gib:g} holds {num_bytes // block_bytes} blocks of {in_gib(block_bytes)}; use "
+            f"{name} {gib:g} holds {num_bytes // block_bytes} blocks of "
+            f"{block_bytes / 1024**2:.3g} MiB; use "
             f"{MIN_SLOTS * block_bytes / GIB:.2g} or more, or leave it out")
 
 

@@ -21,6 +21,15 @@ def test_a_run_goes_before_those_that_it_continues() -> None:
     index.check()
 
 
+def test_a_run_does_not_take_the_room_of_those_that_it_continues() -> None:
+    index = DiskIndex([run("x"), run("a"), run("b", "a")], 30)
+    assert index.make_room(20, b"b") is None and index.num_known == 3
+    assert index.make_room(10, b"b") == ["x"], "used before them, and of another chain"
+    index.add(run("c", "b"))
+    assert index.make_room(10, b"c") is None and index.make_room(10) == ["c"]
+    index.check()
+
+
 def test_what_is_read_or_used_stays() -> None:
     index = DiskIndex([run("a"), run("b"), run("c")], 30)
     index.begin_read("a")

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from longspan.engine.control import tiers
 from longspan.engine.control.copy_queue import TierConfig
 from longspan.engine.control.loop import Loop
 from longspan.engine.control.scheduler import Scheduler, SchedulerConfig
+from longspan.engine.kv_file import StoredRun
 from longspan.engine.request import Request
 from tests.doubles import DeepTransport, FakeRunner, complete, make_request
 
@@ -176,6 +178,18 @@ def test_a_cancelled_prefill_keeps_the_chunk_in_flight() -> None:
     engine.scheduler.abort(request.request_id)
     engine.scheduler.apply(engine.runner.execute(batch))
     assert engine.ask(FIRST).num_cached_tokens == CHUNK
+
+
+def test_a_smaller_budget_than_before_deletes_what_is_too_much(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At once, not when something is written again."""
+    runs = [StoredRun(name=name, key=b"other", hashes=(), num_bytes=400) for name in "abc"]
+    monkeypatch.setattr(tiers, "index_of", lambda *_: runs)
+    engine = Engine(folder="nowhere", disk_bytes=900, min_written_len=10**6)
+    engine.ask(FIRST)
+    assert engine.runner.places.counts["drop"] == 1
+    assert engine.scheduler.tiers.disk.num_bytes == 800
 
 
 def test_the_queue_of_runs_is_bounded() -> None:

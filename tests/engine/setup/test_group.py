@@ -11,8 +11,10 @@ import torch.distributed as dist
 
 from longspan.attention.spare_sms import EXCHANGE_SMS
 from longspan.config import EngineConfig
+from longspan.engine.ranks.hub import Hub
 from longspan.engine.setup import group
 from longspan.engine.setup.mesh import exchange_sms
+from longspan.errors import LongspanError
 
 
 @pytest.mark.parametrize(("options", "count"), [
@@ -37,3 +39,10 @@ def test_exchanges_take_few_sms_where_they_run_beside_products(
     if asked is not None:
         assert asked.config.max_ctas == count and asked.first
         assert asked._timeout == timedelta(seconds=group.COLLECTIVE_S)
+
+
+def test_a_slip_in_the_number_of_ranks_starts_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group, "num_cores", lambda: 2)
+    monkeypatch.setattr(Hub, "spawn", lambda *_: pytest.fail("ranks are started"))
+    with pytest.raises(LongspanError, match="9 ranks on 2 cores: .*; ask for fewer ranks"):
+        group.open_group(EngineConfig(model="nano", device="cpu", context_parallel=9))
