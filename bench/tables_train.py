@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from bench.tables import Content, Row, caption, dated, markdown
+from longspan.commands.options import parse_length
 from longspan.eval.stats import wilson_interval
 
 AT = "-at-"
@@ -29,8 +30,10 @@ GOALS: Mapping[str, tuple[tuple[str, ...], str | None, str]] = {
 
 def phase_len(name: str) -> int:
     """Return the length that a phase is named by, tokens; 0 where its name has none."""
-    number = name.rstrip("k")
-    return int(number) * (1024 if name.endswith("k") else 1) if number.isdecimal() else 0
+    try:
+        return parse_length(name)
+    except ValueError:
+        return 0
 
 
 def goals_section(contents: Sequence[Content]) -> str:

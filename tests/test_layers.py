@@ -30,10 +30,10 @@ PAGES = [*sorted((REPOSITORY / "docs").glob("*.md")),
          *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md"))]
 
 EVERYTHING = ("longspan",)
-BASE = ("longspan.config", "longspan.dca_config", "longspan.errors", "longspan.expert_config",
-        "longspan.families", "longspan.fields", "longspan.garbage", "longspan.proxies",
-        "longspan.rank_place", "longspan.quantization",
-        "longspan.rope_config", "longspan.text_files", "longspan.units", "longspan.version",
+BASE = ("longspan.config", "longspan.cores", "longspan.dca_config", "longspan.errors",
+        "longspan.expert_config", "longspan.families", "longspan.fields", "longspan.garbage",
+        "longspan.proxies", "longspan.rank_place", "longspan.quantization", "longspan.rope_config",
+        "longspan.text_files", "longspan.units", "longspan.version",
         "longspan.weight_form", "longspan.weight_sizes")
 # What all rooms of the engine speak of.
 WORDS = tuple(f"longspan.engine.{name}"
@@ -47,6 +47,7 @@ COMMANDS = tuple(f"longspan.{name}" for name in ("__main__", "cli", "commands", 
 ALLOWED_OURS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("longspan", *COMMANDS), EVERYTHING),
     "longspan.errors": (),
+    "longspan.cores": (),
     "longspan.units": (),
     "longspan.weight_form": (),
     "longspan.weight_sizes": ("longspan.config", "longspan.weight_form"),
@@ -114,6 +115,7 @@ ALLOWED_OURS: dict[str, tuple[str, ...]] = {
 # Packages from outside; where no key matches, anything that the project depends on.
 ALLOWED_OTHERS: dict[str, tuple[str, ...]] = {
     "longspan.errors": (),
+    "longspan.cores": (),
     "longspan.text_files": (),
     "longspan.proxies": (),
     "longspan.garbage": (),

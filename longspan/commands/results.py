@@ -19,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from longspan.cores import num_cores
 from longspan.errors import LongspanError
 from longspan.units import GIB
 
@@ -159,13 +160,8 @@ def describe_device(device: str) -> dict[str, Any]:
         return {"name": properties.name, "count": torch.cuda.device_count(),
                 "memory_gib": round(properties.total_memory / GIB, 1), "driver": _gpu_driver()}
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"name": f"CPU {_cpu_name()}", "count": num_cpus(), "memory_gib": round(memory / GIB, 1),
-            "driver": None}
-
-
-def num_cpus() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"name": f"CPU {_cpu_name()}", "count": num_cores(),
+            "memory_gib": round(memory / GIB, 1), "driver": None}
 
 
 def versions() -> dict[str, str]:

@@ -18,7 +18,7 @@ import torch
 
 from longspan.commands.console import note
 from longspan.commands.corpus import CorpusJob
-from longspan.commands.training import PLOT, stopped_by_sigterm
+from longspan.commands.training import PLOT, open_rows, stopped_by_sigterm
 from longspan.data.corpus import (
     choose_held_out,
     lower_words,
@@ -30,14 +30,13 @@ from longspan.data.documents import Reader, Root
 from longspan.data.filters import Refusal
 from longspan.data.gate_documents import gate_documents
 from longspan.data.intake import Intake
-from longspan.data.rows import Mixture, compose_batch
 from longspan.data.source import load_source
 from longspan.data.templates import template_texts
 from longspan.errors import LongspanError
 from longspan.recipes.recipe import Recipe
 from longspan.train.export import export_model
 from longspan.train.gate import Haystack, run_gate
-from longspan.train.loader import ComposedFeed, RowMaker
+from longspan.train.loader import ComposedFeed
 from longspan.train.loop import RunConfig, run_phases
 from longspan.train.model import CausalLM
 from longspan.train.phases import Phase, with_tokens
@@ -103,7 +102,7 @@ def train(recipe: Recipe, options: TrainOptions) -> bool:
     config = run_config(recipe, options)
     model = recipe.new_model(vocab_size=recipe.vocab_size)
     feed = ComposedFeed(
-        open_rows=partial(open_rows, options.data, recipe.rules.mixture),
+        open_rows=partial(open_rows, options.data, recipe.rules.mixture, True),
         kind_weights=recipe.kind_weights, num_workers=options.num_workers, inputs={
             "data": options.data / "corpus",
             "tokenizer": options.data / "tokenizer" / "tokenizer.json"})
@@ -145,11 +144,6 @@ def run_config(recipe: Recipe, options: TrainOptions) -> RunConfig:
         deadline_s=options.deadline_s, phase_start_s=45.0 if has_cuda else 0.0,
         compile=has_cuda and not options.eager, recompute=options.recompute,
         resume=options.resume, warmup_steps=recipe.warmup_steps)
-
-
-def open_rows(data: Path, mixture: Mixture, phase: Phase) -> RowMaker:
-    """Open a phase's rows of a corpus."""
-    return partial(compose_batch, source=load_source(data), mixture=mixture.of(phase.tasks))
 
 
 def gate_haystacks(

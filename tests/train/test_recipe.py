@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from longspan.cli import run_command
 from longspan.commands import train as commands
+from longspan.commands import training
 from longspan.data.tokens import Kind
 from longspan.recipes import find_extension, nano
 from longspan.train.phases import Phase, validate_phases
@@ -39,10 +40,10 @@ def test_recall_comes_first_and_alone(monkeypatch: pytest.MonkeyPatch, tmp_path:
     """Rows of a phase with tasks of its own are theirs; those of the others are the mixture's."""
     assert (RECALL.seq_len, RECALL.rope_theta) == (PHASES[0].seq_len, PHASES[0].rope_theta)
     assert RECALL.tasks == {"recall": 1} and not any(phase.tasks for phase in PHASES)
-    monkeypatch.setattr(commands, "load_source", lambda data: None)
+    monkeypatch.setattr(training, "open_source", lambda *_: None)
     mixture = nano.nano().rules.mixture
     for phase in (RECALL, PHASES[0]):
-        rows = commands.open_rows(tmp_path, mixture, phase)
+        rows = training.open_rows(tmp_path, mixture, True, phase)
         assert isinstance(rows, partial)
         assert rows.keywords["mixture"].weights == (phase.tasks or mixture.weights)
 

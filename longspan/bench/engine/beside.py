@@ -20,7 +20,8 @@ from typing import Any, Self
 
 from longspan.bench.engine.measure import passkey_prompt
 from longspan.commands.console import note, show_table
-from longspan.commands.results import num_cpus, write_rows
+from longspan.commands.results import write_rows
+from longspan.cores import num_cores
 from longspan.engine.device.memory import peak_memory_bytes
 from longspan.errors import LongspanError
 from longspan.units import GIB
@@ -94,7 +95,7 @@ def run(options: BesideOptions, out: Path) -> list[dict[str, Any]]:
     if not (options.node_dir / "node_modules" / "node-llama-cpp").is_dir():
         raise LongspanError(f"{options.node_dir}: node-llama-cpp is not there; run "
                             "`npm i -E node-llama-cpp@3.21.1` in it")
-    threads = options.threads or num_cpus()
+    threads = options.threads or num_cores()
     ids = passkey_prompt(options.model, options.length)
     context = len(ids) + options.num_answer + 2
     with ExitStack() as stack:

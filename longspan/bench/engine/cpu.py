@@ -8,7 +8,8 @@ from typing import Any
 
 from longspan.bench.engine.measure import Measurement, in_subprocess
 from longspan.commands.console import note, percent, seconds, show_table
-from longspan.commands.results import num_cpus, write_rows
+from longspan.commands.results import write_rows
+from longspan.cores import num_cores
 from longspan.errors import LongspanError
 
 Measure = Callable[[Measurement], dict[str, Any]]
@@ -25,7 +26,7 @@ def run(
     """
     if len(set(lengths)) < 2:
         raise LongspanError("--lengths: two different lengths are needed to extrapolate from")
-    threads = threads or num_cpus()
+    threads = threads or num_cores()
 
     def one(impl: str, num_tokens: int) -> dict[str, Any]:
         row = measure(Measurement(model=model, impl=impl, num_tokens=num_tokens, threads=threads))

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from longspan.cores import num_cores
 from longspan.engine.device.block_store import BlockStore
 from longspan.engine.device.file_reader import PIECE_BYTES, FileReader
 from longspan.engine.kv_file import (
@@ -61,7 +62,7 @@ class BlockFiles:
         self._reader = ThreadPoolExecutor(NUM_FILES, "longspan-kv-read")
         self._writer = ThreadPoolExecutor(NUM_FILES, "longspan-kv-write")
         self._read_helpers = ThreadPoolExecutor(MAX_HELPERS, "longspan-kv-in")
-        count = max(1, min(MAX_HELPERS, len(os.sched_getaffinity(0))))
+        count = min(MAX_HELPERS, num_cores())
         self._check_helpers = ThreadPoolExecutor(count, "longspan-kv-check")
         self._write_helpers = ThreadPoolExecutor(count, "longspan-kv-out")
         self._lock = threading.Lock()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
@@ -20,6 +19,7 @@ import torch
 
 from longspan.attention.sparsity import SparsityPlan
 from longspan.config import DcaConfig, EngineConfig, ModelConfig
+from longspan.cores import num_cores
 from longspan.engine.kv_file import KEY_BYTES, VERSION
 from longspan.version import __version__
 
@@ -72,7 +72,7 @@ def code_digest() -> str:
 def digest_files(files: list[Path]) -> dict[str, str]:
     """Digest the content of files, on all cores: as fast as they are read."""
     found = dict[str, str]()
-    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
+    with ThreadPoolExecutor(num_cores()) as pool:
         for file in files:
             size = file.stat().st_size
             sums = pool.map(lambda span, file=file: _digest_span(file, *span), _spans(size))

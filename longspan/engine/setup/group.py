@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, Store, TCPStore
 
 from longspan.config import EngineConfig, ModelConfig
+from longspan.cores import num_cores
 from longspan.engine.device.memory import DeviceMemory, device_memory
 from longspan.engine.ranks.channel import STALL_S
 from longspan.engine.ranks.hub import MEET_S, FollowerOrders, Hub
@@ -123,13 +123,6 @@ def of_rank(config: EngineConfig, local_rank: int, num_local: int) -> EngineConf
     if config.device != "cpu":
         return replace(config, device=f"cuda:{local_rank}")
     return replace(config, num_threads=config.num_threads or max(1, num_cores() // num_local))
-
-
-def num_cores() -> int:
-    """Count the cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def group_memory(hub: Hub | None) -> DeviceMemory | None:
